@@ -1,0 +1,90 @@
+"""pydantic's findings as lines a user can act on: `<key>: <what is wrong> (<value>); <what to do>`."""
+
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+Root = type[BaseModel]
+
+
+def explain(error: ValidationError, root: Root, refusals: Mapping[str, str]) -> list[str]:
+    """One line per key. `refusals`: dotted key that is refused by name -> reason, with what to do.
+
+    The lines of a ValueError raised by a validator of `root` itself are taken as they are.
+    """
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        if not detail["loc"] and "ctx" in detail:
+            lines.update((line, line) for line in str(detail["ctx"]["error"]).splitlines())
+            continue
+        key, known = _key_of(root, detail["loc"])
+        if not known:
+            lines[key] = _unknown_key(root, key, refusals)
+        else:
+            lines.setdefault(key, _wrong_value(root, key, detail["type"], detail["msg"], detail["input"]))
+    return list(lines.values())
+
+
+def _key_of(root: Root, loc: tuple[int | str, ...]) -> tuple[str, bool]:
+    """Dotted key of a pydantic location, without union members; and whether there is such a key."""
+    keys: list[str] = []
+    section: Root | None = root
+    for part in loc:
+        if section is None:
+            break
+        keys.append(str(part))
+        field = section.model_fields.get(str(part))
+        if field is None:
+            return ".".join(keys), False
+        section = _section_type(field.annotation)
+    return ".".join(keys), True
+
+
+def _wrong_value(root: Root, key: str, kind: str, message: str, value: object) -> str:
+    fields = _fields(root)
+    annotation, description = fields[key]
+    if kind == "missing":
+        return f"{key}: missing; give {description}"
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    what = f"{message[0].lower()}{message[1:]}".replace("input should be", "must be")
+    what = what.replace("input should match", "must match")
+    if get_origin(annotation) in (Union, types.UnionType):  # pydantic names each member's complaint
+        what = "not a valid value"
+    if _section_type(annotation):
+        what = "must be a section"
+    return f"{key}: {what} (got {shown}); give {description}"
+
+
+def _unknown_key(root: Root, key: str, refusals: Mapping[str, str]) -> str:
+    if key in refusals:
+        return f"{key}: refused; {refusals[key]}"
+    section, _, last = key.rpartition(".")
+    keys = list(_fields(root))
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    everywhere = {k.rpartition(".")[2]: k for k in reversed(keys)}
+    for candidates in (siblings, everywhere):
+        if near := difflib.get_close_matches(last, list(candidates), n=1):
+            return f"{key}: unknown key; did you mean {candidates[near[0]]}?"
+    return f"{key}: unknown key; {section or 'a recipe'} has {', '.join(siblings)}"
+
+
+def _fields(root: Root) -> dict[str, tuple[Any, str]]:
+    """Every dotted key, sections included -> its type and what to give for it."""
+    found: dict[str, tuple[Any, str]] = {}
+    for name, field in root.model_fields.items():
+        section = _section_type(field.annotation)
+        inside = f"a section with {', '.join(section.model_fields)}" if section else ""
+        found[name] = (field.annotation, field.description or inside)
+        if section:
+            for key, inner in section.model_fields.items():
+                found[f"{name}.{key}"] = (inner.annotation, inner.description or "a valid value")
+    return found
+
+
+def _section_type(annotation: Any) -> Root | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -1,0 +1,370 @@
+"""The recipe: what is trained. Never names a GPU count.
+
+Keys keep the names of the Hugging Face libraries (BitsAndBytesConfig, LoraConfig, SFTConfig), to be looked up
+there. Loading is strict: every problem of a file is reported at once.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from launch.errors import ConfigError
+from launch.explain import explain
+from launch.resources import resource_folder, resource_names
+from launch.run_directory import NAME_PATTERN
+from launch.training_fields import REFUSED_TRAINING_FIELDS
+
+SPLIT_PATTERN = r"[A-Za-z0-9_.-]+(\[:[1-9][0-9]*%?\])?"
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 2e-4 as text; a field that wants a float understands it."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_number)]
+
+
+class Section(BaseModel):
+    """Frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str = Field(min_length=1, description="a hub id, a local folder, or `embedded`")
+    revision: str = Field("main", min_length=1, description="a branch, tag or commit of the hub repository")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="the dtype of weights not quantized"
+    )
+
+
+class QuantizationSection(Section):
+    """BitsAndBytesConfig of the frozen base; how the packed bytes are stored belongs to the plan."""
+
+    load_in_4bit: bool = Field(True, description="true: a base in 4 bits (QLoRA); false: plain LoRA")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="a 4-bit data type")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="true: quantize the constants too; false: keep them"
+    )
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="the dtype of the products"
+    )
+
+
+class LoraSection(Section):
+    """LoraConfig: the trained weights, always in fp32."""
+
+    r: int = Field(8, ge=1, le=4096, description="a rank: a whole number from 1 to 4096")
+    lora_alpha: int = Field(16, ge=1, description="a scale: a whole number of at least 1")
+    lora_dropout: Real = Field(0.05, ge=0, lt=1, description="a dropout share from 0 to below 1")
+    bias: Literal["none"] = Field("none", description="`none`: biases are not trained")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default=["q_proj", "v_proj"], description="a list of module names, or `all-linear`"
+    )
+
+
+class DataSection(Section):
+    """Rows of ChartQA's schema, and how they become a chat."""
+
+    dataset: str = Field(min_length=1, description="a hub id, a local folder of parquet files, or `embedded`")
+    revision: str = Field("main", min_length=1, description="a branch, tag or commit of the hub dataset")
+    train: str = Field("train", description="a split: train, train[:10%] or train[:200]")
+    validation: str = Field("val", description="a split: val, val[:10%] or val[:200]")
+    test: str = Field("test", description="a split: test, test[:10%] or test[:200]")
+    system_message: str = Field(description="the first message of every chat")
+    loss: Literal["answer", "sequence"] = Field(
+        "answer", description="the targets: the answer's tokens, or every token"
+    )
+    on_bad_row: Literal["error", "drop"] = Field("error", description="what happens about unusable rows")
+    max_pixels: int | None = Field(
+        None, ge=784, description="an area of at least 784 pixels, or null: the processor's"
+    )
+    min_pixels: int | None = Field(
+        None, ge=784, description="an area of at least 784 pixels, or null: the processor's"
+    )
+
+
+class BatchSection(Section):
+    """One optimizer step."""
+
+    global_batch_size: int = Field(32, ge=1, description="the samples of one optimizer step, at least 1")
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="the most tokens of a packed micro-batch (a whole number of at least 1), or `auto`",
+    )
+
+
+class TrainingSection(Section):
+    """The SFTConfig fields a recipe may set; `deterministic` and how checkpointing recomputes are ours."""
+
+    num_train_epochs: Real = Field(3.0, gt=0, description="a number of passes over the data, above 0")
+    max_steps: int = Field(-1, ge=-1, description="a number of steps, at least 1 (-1: by num_train_epochs)")
+    learning_rate: Real = Field(2e-4, gt=0, lt=10, description="a peak rate above 0 and below 10")
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = Field(
+        "adamw_torch_fused", description="one of torch's AdamW"
+    )
+    weight_decay: Real = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    adam_beta1: Real = Field(0.9, ge=0, lt=1, description="a number from 0 to below 1")
+    adam_beta2: Real = Field(0.999, ge=0, lt=1, description="a number from 0 to below 1")
+    adam_epsilon: Real = Field(1e-8, gt=0, description="a number above 0")
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = Field("linear", description="a shape of the learning rate")
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = Field(
+        None, description="the scheduler's arguments, or null"
+    )
+    warmup_steps: Real = Field(
+        0.03, ge=0, description="a share of the steps below 1, a whole number of steps from 1 on"
+    )
+    max_grad_norm: Real = Field(0.3, ge=0, description="a norm that gradients are scaled down to (0: never)")
+    seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 2**32 - 1")
+    logging_steps: int = Field(10, ge=1, description="the steps between two lines of progress, at least 1")
+    gradient_checkpointing: bool = Field(True, description="true: recompute activations; false: keep them")
+    deterministic: bool = Field(False, description="true: bit-exact repetition on a GPU; false: faster")
+
+
+class CheckpointSection(Section):
+    """When resumable state is published."""
+
+    every_steps: int = Field(20, ge=1, description="the steps between checkpoints, at least 1")
+    keep: int = Field(3, ge=1, description="the number of checkpoints that stay, at least 1")
+    format: Literal["auto", "portable"] = Field("auto", description="`portable`: by parameter name; `auto`")
+
+
+class EvaluationSection(Section):
+    """Loss on the validation split during training, answers on a split by `samestep evaluate`."""
+
+    every_steps: int = Field(10, ge=1, description="the steps between validation losses, at least 1")
+    max_samples: int = Field(192, ge=1, description="the validation samples of each time, at least 1")
+    max_new_tokens: int = Field(32, ge=1, description="the longest answer in tokens, at least 1")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="the prompts generated together (a whole number of at least 1), or `auto`"
+    )
+
+
+class TrackingSection(Section):
+    """Where figures are shown besides metrics.jsonl."""
+
+    report_to: Literal["trackio", "none"] = Field("trackio", description="a tracker")
+    project: str = Field("samestep", min_length=1, description="a name of the tracker's project")
+    space_id: str | None = Field(None, description="a Hugging Face Space, or null: local only")
+
+
+class HubSection(Section):
+    """Upload of the adapter when the run is done."""
+
+    push: bool = Field(False, description="true: upload the adapter; false: do not")
+    repo_id: str | None = Field(None, description="owner/name on the hub, or null")
+
+
+class Recipe(Section):
+    """Everything that says what is trained."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")] = Field(
+        description="up to 100 letters, digits, '.', '_' or '-', the first a letter or digit"
+    )
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    batch: BatchSection = BatchSection()
+    training: TrainingSection = TrainingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+    hub: HubSection = HubSection()
+
+    @model_validator(mode="after")
+    def _values_fit_each_other(self) -> "Recipe":
+        if problems := list(_contradictions(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What no single field can see."""
+    data, training = recipe.data, recipe.training
+    for key in ("train", "validation", "test"):
+        split = getattr(data, key)
+        percent = re.search(r"\[:(\d+)%", split)
+        if not re.fullmatch(SPLIT_PATTERN, split) or (percent and int(percent[1]) > 100):
+            yield f"data.{key}: {split!r} is not a split; write a name, name[:10%] (1 to 100) or name[:200]"
+    if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
+        yield f"data.min_pixels: above max_pixels ({data.min_pixels} > {data.max_pixels}); swap or drop one"
+    if training.max_steps == 0:
+        yield "training.max_steps: 0 steps train nothing; give at least 1, or -1 for num_train_epochs"
+    if training.warmup_steps >= 1 and not training.warmup_steps.is_integer():
+        yield (
+            f"training.warmup_steps: not a whole number of steps ({training.warmup_steps}); "
+            "give a whole number, or a share of the steps below 1"
+        )
+    if training.lr_scheduler_type == "constant" and training.warmup_steps:
+        yield (
+            f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
+            "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
+        )
+    if recipe.hub.push and not recipe.hub.repo_id:
+        yield "hub.repo_id: missing while hub.push is true; give owner/name, or set hub.push: false"
+
+
+# loading ----------------------------------------------------------------------------------
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe file by path, or a shipped one: `embedded`, `embedded.yaml`, `recipes/embedded.yaml`."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.parent in (Path(), Path("recipes")):
+        shipped = resource_folder("recipes") / (path.name if path.suffix else f"{path.name}.yaml")
+        if shipped.is_file():
+            return shipped
+    names = [Path(file).stem for file in resource_names("recipes")]
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}? shipped: " if near else "give the path of a YAML file, or one of "
+    raise ConfigError(f"{name}: no such recipe file; {hint}{', '.join(names)}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `key.key=value` overrides (values are YAML). ConfigError: every problem."""
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a recipe file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: not a recipe (a mapping of sections is needed); see recipes/embedded.yaml"
+        )
+    problems = list(_apply_overrides(values, overrides))
+    try:
+        recipe = recipe_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Validate plain values. ConfigError lists every problem."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Recipe, _refusals())) from None
+
+
+def _refusals() -> dict[str, str]:
+    return {f"training.{field}": reason for field, reason in REFUSED_TRAINING_FIELDS.items()}
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Write each override into `values`; yields what cannot be applied."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            yield f"--set {override}: not key=value; write for example --set training.learning_rate=1e-4"
+            continue
+        target: Any = values
+        for part in keys[:-1]:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            section = ".".join(keys[:-1])
+            yield f"--set {override}: {section} is a value, not a section; name a key of a section"
+            continue
+        try:
+            target[keys[-1]] = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError:
+            target[keys[-1]] = text
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; a recipe may not have two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} appears twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# writing and identity ---------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Long texts as readable blocks."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Complete YAML text: `load_recipe` of it gives an equal recipe."""
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
+    )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+
+
+def altering_values(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of everything that alters the numbers of a run: equal values, same run."""
+    values = recipe.model_dump(mode="json")
+    flat = {
+        f"{section}.{key}": value
+        for section in values
+        if isinstance(values[section], dict)
+        for key, value in values[section].items()
+    }
+    harmless = {
+        "data.on_bad_row",
+        "batch.micro_batch_tokens",
+        "training.logging_steps",
+        "training.gradient_checkpointing",
+    }
+    sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
+    return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """sha256 of the altering values, hexadecimal."""
+    return hashlib.sha256(json.dumps(altering_values(recipe), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,61 @@
+"""The SFTConfig fields a recipe may not set, each with its reason (trl 1.16, transformers 5.23)."""
+
+_BY_REASON: dict[str, str] = {
+    "the plan derives it from batch.global_batch_size and the hardware; set batch.global_batch_size": """
+        per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
+        per_device_eval_batch_size""",
+    "the plan owns precision and placement (model.dtype, quantization.*); remove it": """
+        bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu local_rank""",
+    "distribution belongs to the strategy; choose it with --strategy": """
+        accelerator_config parallelism_config fsdp fsdp_config deepspeed ddp_find_unused_parameters
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout""",
+    "our loss is the sum over all target tokens of the step divided by their global count; see data.loss": """
+        average_tokens_across_devices label_smoothing_factor completion_only_loss assistant_only_loss
+        loss_type neftune_noise_alpha router_aux_loss_coef""",
+    "our data loader owns order, packing and workers, so that every world size sees the same; remove it": """
+        data_seed dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+        dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+        dataloader_in_order remove_unused_columns label_names train_sampling_strategy length_column_name
+        dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset packing packing_strategy
+        padding_free pad_to_multiple_of eval_packing""",
+    "cutting a sample would cut image tokens; bound the image with data.max_pixels": """
+        max_length truncation_mode""",
+    "only torch's AdamW has state that moves between world sizes; set training.optim, training.adam_*": """
+        optim_args optim_target_modules""",
+    "write training.gradient_checkpointing: true or false; how it recomputes is ours": """
+        activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs
+        activation_offloading""",
+    "the trainer chooses kernels itself, with the same numbers; remove it": """
+        torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config
+        use_cache torch_empty_cache_steps""",
+    "write training.deterministic: true": "full_determinism",
+    "metrics.jsonl has a line for every step, rank 0 alone shows progress; set training.logging_steps": """
+        logging_strategy logging_first_step log_on_each_node include_num_input_tokens_seen log_level
+        log_level_replica disable_tqdm""",
+    "a loss that is not finite stops the run before the weights change; remove it": "logging_nan_inf_filter",
+    "set it in the section tracking": """
+        report_to project trackio_space_id trackio_bucket_id trackio_static_space_id""",
+    "the run's name is the recipe's name or --name": "run_name",
+    "the run directory is chosen with --runs-dir and --name": "output_dir",
+    "set it in the section evaluation": """
+        eval_strategy eval_steps eval_delay prediction_loss_only eval_on_start eval_do_concat_batches
+        eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics""",
+    "set it in the section checkpoint": """
+        save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint""",
+    "running the same command again resumes from the newest published checkpoint; remove it": """
+        resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint""",
+    "the run keeps its last adapter, and every checkpoint can be evaluated; remove it": """
+        load_best_model_at_end metric_for_best_model greater_is_better""",
+    "set it in the section hub": """
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
+    "set it in the section model": "model_init_kwargs",
+    "no code from a hub repository is run; remove it": "trust_remote_code",
+    "the tokenizer and chat template of the base model are kept; remove it": """
+        chat_template_path eos_token pad_token""",
+    "it does nothing here: samestep calls the trainer itself; remove it": """
+        debug skip_memory_metrics do_train do_eval do_predict""",
+}
+
+REFUSED_TRAINING_FIELDS: dict[str, str] = {
+    field: reason for reason, fields in _BY_REASON.items() for field in fields.split()
+}

@@ -11,8 +11,9 @@ import hashlib
 import heapq
 import json
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -23,8 +24,8 @@ from launch.errors import ConfigError
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# GFLOP of Qwen2-VL-7B (hidden 3584, 28 layers; vision tower 1280 wide, 32 blocks), the language model counted
-# forward and backward to activations (the base is frozen: no weight gradients), the vision tower forward only.
+# GFLOP of Qwen2-VL-7B (hidden 3584, 28 layers; vision tower 1280 wide, 32 blocks): the language model forward
+# and backward to activations (the base is frozen: no weight gradients), the vision tower forward only.
 _LINEAR_PER_TOKEN = 2 * 13.05
 _ATTENTION_PER_TOKEN_SQUARED = (
     3 * 28 * 2 * 3584 * 1e-9
@@ -34,7 +35,8 @@ _VISION_PER_PATCH_SQUARED = 4 * 1280 * 32 * 1e-9
 _PATCHES_PER_VISUAL_TOKEN = 4  # the merger folds 2 x 2 patches into one token
 
 _COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `deal`
-_BALANCED = 2000  # levelling stops when the heaviest rank is within 1/2000 of the mean: no clock can tell
+_BALANCED = 500  # levelling stops when the heaviest rank is within 1/500 of the mean: no step is timed finer
+_MOST_TRIES = 6_000  # samples offered in levelling: 10 to 20 ms; few ranks or many samples need far less
 
 
 def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
@@ -57,8 +59,8 @@ class MicroBatch:
     """Samples that go through the model together.
 
     `samples`: positions in the split, in the order of the stream.
-    `filler`: this rank had too few samples for every micro-batch of the step; it runs the step's shortest sample
-    with every label masked and zero weight, so that it takes part in every collective.
+    `filler`: this rank has fewer samples than micro-batches; it runs the step's shortest sample with every
+    label masked and zero weight, so that it takes part in every collective.
     """
 
     samples: tuple[int, ...]
@@ -66,8 +68,8 @@ class MicroBatch:
 
 
 def steps_of(n: int, epochs: float, global_batch_size: int) -> tuple[int, int]:
-    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last one."""
-    samples = int(n * epochs)
+    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last."""
+    samples = int(n * Fraction(str(epochs)))  # as written: 100 samples x 0.29 are 29, not 28.999...
     return samples // global_batch_size, samples % global_batch_size
 
 
@@ -113,7 +115,7 @@ def deal(
 ) -> list[list[MicroBatch]]:
     """Deal the samples of a step (or of an evaluation) to ranks and micro-batches.
 
-    `samples`: positions in the split, in stream order. `tokens`, `costs`: of the whole split, indexed by position.
+    `samples`: positions in the split, in stream order. `tokens`, `costs`: of the whole split, by position.
     `budget`: the most tokens of a micro-batch. `micro_batches`: how many every rank gets; None for the fewest
     that best-fit decreasing packs the samples into.
 
@@ -123,204 +125,264 @@ def deal(
     Raises ConfigError when a sample is longer than the budget or the micro-batches cannot hold the samples.
     """
     positions = np.asarray(samples, dtype=np.int64)
-    lengths = np.asarray(tokens, dtype=np.int64)[positions]
+    lengths: list[int] = np.asarray(tokens, dtype=np.int64)[positions].tolist()
     least = micro_batches_needed(lengths, world_size, budget)
     if micro_batches is None:
         micro_batches = least
     if micro_batches < least:
         raise ConfigError(
-            f"micro_batches: {micro_batches} of {budget:,} tokens on each of {world_size} ranks do not hold a step of "
-            f"{positions.size:,} samples ({int(lengths.sum()):,} tokens); use at least {least}"
+            f"micro_batches: {micro_batches} of {budget:,} tokens on each of {world_size} ranks do not hold "
+            f"{positions.size:,} samples ({sum(lengths):,} tokens); use {least} or more"
         )
     work = _whole_costs(np.asarray(costs, dtype=np.float64)[positions])
     ranks = _deal_samples_first(lengths, work, world_size, budget, micro_batches)
     if ranks is None:
         ranks = _deal_bins_first(lengths, work, world_size, budget, micro_batches)
-    filler = MicroBatch((int(positions[int(np.argmin(lengths))]),), filler=True)
-    return [_name_samples(bins, positions, filler) for bins in ranks]
+    names: list[int] = positions.tolist()
+    filler = MicroBatch((names[lengths.index(min(lengths))],), filler=True)
+    return [[_micro_batch(group, names, filler) for group in groups] for groups in ranks]
 
 
-def micro_batches_needed(lengths: Ints, world_size: int, budget: int) -> int:
-    """The fewest micro-batches per rank that best-fit decreasing packs samples of these lengths into."""
-    if world_size < 1 or lengths.size < 1:
-        raise ValueError(f"{lengths.size} samples cannot be dealt to {world_size} ranks")
-    longest = int(lengths.max())
-    if longest > budget:
-        raise ConfigError(
-            f"batch.micro_batch_tokens: the longest sample does not fit ({longest:,} tokens > {budget:,}); "
-            f"raise it to {longest:,} or more, or lower data.max_pixels and prepare again"
-        )
-    return -(-len(_best_fit_decreasing(lengths.tolist(), range(lengths.size), budget)) // world_size)
+def micro_batches_needed(lengths: Sequence[int], world_size: int, budget: int) -> int:
+    """The fewest micro-batches per rank that best-fit decreasing packs samples of these lengths into.
+
+    Never more than samples / ranks, rounded up. Raises ConfigError when a sample is longer than the budget.
+    """
+    if world_size < 1 or not lengths:
+        raise ValueError(f"{len(lengths)} samples cannot be dealt to {world_size} ranks")
+    if max(lengths) > budget:
+        raise ConfigError(_too_long(max(lengths), budget))
+    return -(-len(_best_fit_decreasing(lengths, range(len(lengths)), budget)) // world_size)
 
 
-Bins = list[list[int]]  # indices into the step, one list per micro-batch
+def _too_long(longest: int, budget: int) -> str:
+    return (
+        f"batch.micro_batch_tokens: the longest sample does not fit ({longest:,} tokens > {budget:,}); "
+        f"raise it to {longest:,} or more, or lower data.max_pixels and prepare again"
+    )
 
 
-def _name_samples(bins: Bins, positions: Ints, filler: MicroBatch) -> list[MicroBatch]:
-    """Indices into the step become positions in the split; an empty bin becomes a filler."""
-    return [MicroBatch(tuple(positions[sorted(b)].tolist()), filler=False) if b else filler for b in bins]
+Groups = list[list[int]]  # samples by their place in the step, ascending; one list per micro-batch (or rank)
 
 
-def _whole_costs(costs: Floats) -> Ints:
-    """Costs as whole numbers >= 1: sums are then exact, so that no processor's order of additions can deal otherwise."""
+def _micro_batch(group: list[int], names: list[int], filler: MicroBatch) -> MicroBatch:
+    """Places in the step become positions in the split; an empty group becomes a filler."""
+    return MicroBatch(tuple(names[i] for i in sorted(group)), filler=False) if group else filler
+
+
+def _whole_costs(costs: Floats) -> list[int]:
+    """Costs as whole numbers >= 1.
+
+    Their sums are exact, so that no processor's order of additions can lead one rank to another deal.
+    """
     top = float(costs.max())
-    if top <= 0:
-        return np.ones(costs.size, dtype=np.int64)
-    return np.maximum(np.rint(costs * (_COST_UNITS / top)).astype(np.int64), 1)
+    scaled = costs * (_COST_UNITS / top) if top > 0 else costs
+    whole: list[int] = np.maximum(np.rint(scaled), 1).astype(np.int64).tolist()
+    return whole
 
 
 def _deal_samples_first(
-    lengths: Ints, work: Ints, world_size: int, budget: int, micro_batches: int
-) -> list[Bins] | None:
-    """Balance samples over ranks, then pack each rank; None when some rank's samples do not fit."""
-    rank_of = _spread(work, world_size)
-    _level(work, lengths, rank_of, np.arange(world_size), budget=int(lengths.sum()))
+    lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
+) -> list[Groups] | None:
+    """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
+    spread = _spread(work, world_size)
+    rank_of = _level(work, lengths, spread, list(range(world_size)), budget=sum(lengths))
     ranks = []
-    for members in _members(rank_of, world_size):
-        bins = _pack(lengths, members, budget, micro_batches)
-        if bins is None:
+    for members in _groups(rank_of, world_size):
+        groups = _pack(lengths, members, budget, micro_batches)
+        if groups is None:
             return None
-        ranks.append(bins)
+        ranks.append(groups)
     return ranks
 
 
 def _deal_bins_first(
-    lengths: Ints, work: Ints, world_size: int, budget: int, micro_batches: int
-) -> list[Bins]:
-    """Pack the whole step, then deal the bins to ranks, then level by swaps that keep every bin within the budget."""
-    count = world_size * micro_batches
-    bins = _pack(lengths, range(lengths.size), budget, count)
-    if bins is None:
-        raise AssertionError("best-fit decreasing fitted before")
-    bin_work = np.array([int(work[b].sum()) for b in bins], dtype=np.int64)
-    rank_of_bin = _spread(bin_work, world_size, most=micro_batches)
-    bin_of = np.empty(lengths.size, dtype=np.int64)
-    for index, members in enumerate(bins):
-        bin_of[members] = index
-    _level(work, lengths, bin_of, rank_of_bin, budget)
-    ranks: list[Bins] = [[] for _ in range(world_size)]
-    for index, members in enumerate(_members(bin_of, count)):
-        ranks[rank_of_bin[index]].append(members)
-    return [_largest_first(rank, lengths) for rank in ranks]
+    lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
+) -> list[Groups]:
+    """Pack the whole step, deal the bins to ranks, then level by swaps that keep bins within the budget."""
+    bins = world_size * micro_batches
+    packed = _pack(lengths, range(len(lengths)), budget, bins)
+    if packed is None:
+        raise AssertionError(f"best-fit decreasing packed {len(lengths)} samples into at most {bins} before")
+    bin_of = [0] * len(lengths)
+    for index, members in enumerate(packed):
+        for member in members:
+            bin_of[member] = index
+    rank_of_bin = _spread([_total(members, work) for members in packed], world_size, most=micro_batches)
+    levelled = _groups(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
+    ranks: list[Groups] = [[] for _ in range(world_size)]
+    for rank, members in zip(rank_of_bin, levelled, strict=True):
+        ranks[rank].append(members)
+    return [_largest_first(groups, lengths) for groups in ranks]
 
 
-def _members(group_of: Ints, groups: int) -> Bins:
-    """The indices of each group, ascending."""
-    members: Bins = [[] for _ in range(groups)]
-    for index, group in enumerate(group_of.tolist()):
-        members[group].append(index)
-    return members
+def _groups(group_of: list[int], count: int) -> Groups:
+    """The members of each group, ascending."""
+    groups: Groups = [[] for _ in range(count)]
+    for index, group in enumerate(group_of):
+        groups[group].append(index)
+    return groups
 
 
-def _spread(weights: Ints, groups: int, most: int | None = None) -> Ints:
-    """Longest processing time first: each weight, heaviest first, to the lightest group; at most `most` in one."""
-    group_of = np.empty(weights.size, dtype=np.int64)
-    heap = [(0, 0, group) for group in range(groups)]
-    values = weights.tolist()
-    for index in np.argsort(-weights, kind="stable").tolist():
+def _spread(weights: Sequence[int], count: int, most: int | None = None) -> list[int]:
+    """The group of each weight: heaviest first, to the lightest group, at most `most` to each (LPT)."""
+    group_of = [0] * len(weights)
+    heap = [(0, 0, group) for group in range(count)]
+    for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
         load, held, group = heap[0]
         group_of[index] = group
-        if most is not None and held + 1 == most:
+        if held + 1 == most:
             heapq.heappop(heap)
         else:
-            heapq.heapreplace(heap, (load + values[index], held + 1, group))
+            heapq.heapreplace(heap, (load + weights[index], held + 1, group))
     return group_of
 
 
-def _level(work: Ints, lengths: Ints, bin_of: Ints, rank_of_bin: Ints, budget: int) -> None:
-    """Lower the heaviest rank, by the best swap or move of one sample at a time, until nothing lowers it.
+def _level(
+    work: list[int], lengths: list[int], bin_of: list[int], rank_of_bin: list[int], budget: int
+) -> list[int]:
+    """Lower the heaviest rank, a swap or move at a time, until nothing lowers it; returns the new `bin_of`.
 
-    Changes `bin_of` in place. No bin grows beyond `budget` tokens.
+    The heaviest rank swaps with the lightest that has a useful swap. No bin grows beyond `budget` tokens.
     """
-    bins = rank_of_bin.size
-    # One more sample of no work and no length in each bin: swapping with it is a move.
-    work = np.concatenate([work, np.zeros(bins, dtype=np.int64)])
-    lengths = np.concatenate([lengths, np.zeros(bins, dtype=np.int64)])
-    where = np.concatenate([bin_of, np.arange(bins)])
-    rank_of = rank_of_bin[where]
-    loads = np.bincount(rank_of, weights=work).astype(np.int64)
-    room = budget - np.bincount(where, weights=lengths).astype(np.int64)
-    mean = int(loads.sum()) // loads.size
-    for _ in range(4 * bin_of.size):
-        heaviest = int(np.argmax(loads))
-        top = int(loads[heaviest])
-        if (top - mean) * _BALANCED <= mean:
-            break
-        swap = _best_swap(work, lengths, where, rank_of, loads, room, heaviest)
-        if swap is None:
-            break
-        give, take = swap
-        delta, shift = int(work[give] - work[take]), int(lengths[give] - lengths[take])
-        loads[heaviest] -= delta
-        loads[rank_of[take]] += delta
-        room[where[give]] += shift
-        room[where[take]] -= shift
-        if take < bin_of.size:
-            where[give], where[take] = where[take], where[give]
-            rank_of[give], rank_of[take] = rank_of[take], rank_of[give]
-        else:
-            where[give], rank_of[give] = where[take], rank_of[take]
-    bin_of[:] = where[: bin_of.size]
+    samples, bins = len(bin_of), len(rank_of_bin)
+    # One sample more in each bin, of no work and no length: swapping with it is a move.
+    work, lengths, where = work + [0] * bins, lengths + [0] * bins, bin_of + list(range(bins))
+    ranks = max(rank_of_bin) + 1
+    loads, room = [0] * ranks, [budget] * bins
+    held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]  # (work, sample), ascending
+    for sample, into in enumerate(where):
+        loads[rank_of_bin[into]] += work[sample]
+        room[into] -= lengths[sample]
+        held[rank_of_bin[into]].append((work[sample], sample))
+    for one in held:
+        one.sort()
+    tries = 0
+
+    def fits(give: int, take: int) -> bool:
+        grown = lengths[give] - lengths[take]
+        return grown <= room[where[take]] and -grown <= room[where[give]]
+
+    def swap_from(heaviest: int) -> bool:
+        nonlocal tries
+        for lighter in sorted(range(ranks), key=loads.__getitem__):
+            tries += len(held[heaviest])
+            if tries > _MOST_TRIES:
+                break
+            found = _best_swap(held[heaviest], held[lighter], loads[heaviest] - loads[lighter], fits)
+            if found is None:
+                continue
+            give, take = found
+            given, grown = work[give] - work[take], lengths[give] - lengths[take]
+            loads[heaviest] -= given
+            loads[lighter] += given
+            room[where[give]] += grown
+            room[where[take]] -= grown
+            _pass(held[heaviest], held[lighter], (work[give], give))
+            if take < samples:
+                _pass(held[lighter], held[heaviest], (work[take], take))
+                where[give], where[take] = where[take], where[give]
+            else:  # a move: the empty sample stays
+                where[give] = where[take]
+            return True
+        return False
+
+    even = sum(loads) // ranks
+    heaviest = loads.index(max(loads))
+    while (loads[heaviest] - even) * _BALANCED > even and swap_from(heaviest):
+        heaviest = loads.index(max(loads))
+    return where[:samples]
+
+
+def _pass(giver: list[tuple[int, int]], taker: list[tuple[int, int]], item: tuple[int, int]) -> None:
+    """Move `item` from one ascending list to another."""
+    del giver[bisect_left(giver, item)]
+    insort(taker, item)
 
 
 def _best_swap(
-    work: Ints, lengths: Ints, where: Ints, rank_of: Ints, loads: Ints, room: Ints, heaviest: int
+    own: list[tuple[int, int]], other: list[tuple[int, int]], gap: int, fits: Callable[[int, int], bool]
 ) -> tuple[int, int] | None:
-    """The (own, other) sample whose swap leaves the lower maximum of the two ranks; None when none lowers it."""
-    own = np.flatnonzero((rank_of == heaviest) & (work > 0))
-    other = np.flatnonzero(rank_of != heaviest)
-    delta = work[own][:, None] - work[other][None, :]
-    after = np.maximum(loads[heaviest] - delta, loads[rank_of[other]][None, :] + delta)
-    shift = lengths[own][:, None] - lengths[other][None, :]
-    fits = (shift <= room[where[other]][None, :]) & (-shift <= room[where[own]][:, None])
-    after = np.where(fits, after, np.iinfo(np.int64).max)
-    best = int(np.argmin(after))
-    if after.flat[best] >= loads[heaviest]:
-        return None
-    return int(own[best // other.size]), int(other[best % other.size])
+    """The samples (given, taken) whose swap leaves the lower maximum of two ranks; None when none lowers it.
+
+    `own`, `other`: (work, sample), ascending, of the heavier and the lighter rank, `gap` apart.
+    Giving away g leaves the larger of the two `max(gap - g, g)` above the lighter rank's old load.
+    """
+    best, found, end = gap, None, len(other)
+    for mine, give in own:
+        if not mine:
+            continue
+        middle = bisect_left(other, (mine - gap // 2, 0))
+        for run in (range(middle, end), range(middle - 1, -1, -1)):  # from g = gap / 2 outwards
+            for at in run:
+                theirs, take = other[at]
+                given = mine - theirs
+                top = given if 2 * given > gap else gap - given
+                if top >= best:
+                    break
+                if fits(give, take):
+                    best, found = top, (give, take)
+                    break
+    return found
 
 
-def _pack(lengths: Ints, members: Sequence[int], budget: int, count: int) -> Bins | None:
-    """Pack `members` into `count` bins of at most `budget` tokens, as even as they come; None when they do not fit."""
-    indices = np.asarray(members, dtype=np.int64)
-    bin_of = _spread(lengths[indices], count)
-    bins = [[int(indices[i]) for i in group] for group in _members(bin_of, count)]
-    if max(int(lengths[b].sum()) for b in bins) > budget:
-        bins = _best_fit_decreasing(lengths.tolist(), members, budget)
-        if len(bins) > count:
+def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:
+    """`members` in `count` groups of at most `budget` tokens, as even as they come; None: they do not fit."""
+    group_of = _spread([lengths[i] for i in members], count)
+    groups: Groups = [[] for _ in range(count)]
+    for member, group in zip(members, group_of, strict=True):
+        groups[group].append(member)
+    if any(_total(group, lengths) > budget for group in groups):
+        groups = _best_fit_decreasing(lengths, members, budget)
+        if len(groups) > count:
             return None
-        bins += [[] for _ in range(count - len(bins))]
-    return _largest_first(bins, lengths)
+        groups = _split_largest(groups, lengths, count)
+    return _largest_first(groups, lengths)
 
 
-def _largest_first(bins: Bins, lengths: Ints) -> Bins:
-    """By tokens, descending: the ranks then run their large micro-batches together, and memory peaks at once."""
-    return sorted(bins, key=lambda b: -int(lengths[b].sum()))
+def _split_largest(groups: Groups, lengths: Sequence[int], count: int) -> Groups:
+    """Halve the group of most tokens until there are `count`; empty ones only when every group is one sample."""
+    groups = list(groups)
+    while len(groups) < count:
+        whole = max(groups, key=lambda group: (len(group) > 1, _total(group, lengths)))
+        halves = _groups(_spread([lengths[i] for i in whole], 2), 2)
+        groups.remove(whole)
+        groups += [[whole[i] for i in half] for half in halves]
+    return groups
 
 
-def _best_fit_decreasing(lengths: Sequence[int], members: Sequence[int], budget: int) -> Bins:
-    """Each sample, longest first, into the fullest bin that still has room for it; a new bin when none has."""
-    bins: Bins = []
-    rooms: list[tuple[int, int]] = []  # (room, bin), ascending
+def _total(group: Sequence[int], weights: Sequence[int]) -> int:
+    return sum(weights[i] for i in group)
+
+
+def _largest_first(groups: Groups, lengths: Sequence[int]) -> Groups:
+    """By tokens, descending: ranks run their large micro-batches side by side, and memory peaks at once."""
+    return sorted(groups, key=lambda group: -_total(group, lengths))
+
+
+def _best_fit_decreasing(lengths: Sequence[int], members: Sequence[int], budget: int) -> Groups:
+    """Each sample, longest first, into the fullest group with room for it; a new group when none has."""
+    groups: Groups = []
+    rooms: list[tuple[int, int]] = []  # (room, group), ascending
     for index in sorted(members, key=lambda i: -lengths[i]):
         length = lengths[index]
         at = bisect_left(rooms, (length, -1))
         if at == len(rooms):
-            bins.append([index])
-            insort(rooms, (budget - length, len(bins) - 1))
+            groups.append([index])
+            insort(rooms, (budget - length, len(groups) - 1))
         else:
             room, into = rooms.pop(at)
-            bins[into].append(index)
+            groups[into].append(index)
             insort(rooms, (room - length, into))
-    return bins
+    return groups
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """All steps of a run: each is computed when asked for, none is stored.
 
-    `micro_batches` is the number M of micro-batches of every rank in every step; `tokens` and `costs` are of the
-    whole split, by position.
+    `micro_batches` is the number M of micro-batches of every rank in every step; `tokens` and `costs` are
+    those of the whole split, by position.
     """
 
     n: int
@@ -381,10 +443,7 @@ def plan_steps(
     if lengths.size == 0:
         problems.append("data.train: the split is empty (0 rows); choose another split")
     elif int(lengths.max()) > budget:
-        problems.append(
-            f"batch.micro_batch_tokens: the longest sample does not fit ({int(lengths.max()):,} tokens > {budget:,}); "
-            f"raise it to {int(lengths.max()):,} or more, or lower data.max_pixels and prepare again"
-        )
+        problems.append(_too_long(int(lengths.max()), budget))
     if max_steps < 1:
         problems.append(
             f"training.max_steps: there is no whole step to train ({max_steps}); "
@@ -397,7 +456,9 @@ def plan_steps(
         of_step = step_samples(
             step, n=lengths.size, global_batch_size=global_batch_size, seed=seed, fingerprint=fingerprint
         )
-        micro_batches = max(micro_batches, micro_batches_needed(lengths[of_step], world_size, budget))
+        micro_batches = max(
+            micro_batches, micro_batches_needed(lengths[of_step].tolist(), world_size, budget)
+        )
     return StepPlan(
         n=lengths.size,
         global_batch_size=global_batch_size,

@@ -4,14 +4,11 @@
 """
 
 import json
-import os
-import shutil
 import string
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -25,6 +22,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from launch.folders import published
 
 VISUAL_TOKEN_PIXELS = 28 * 28
 """Pixels behind one visual token: a 2 x 2 merge of 14 x 14 patches."""
@@ -120,10 +119,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     )
     learnt = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]  # annotated as text, needed as pairs
     # transformers 5 ignores vocab_file= and merges_file= here without a word: give the objects, then look.
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=merges,
         unk_token=END_OF_TEXT,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
@@ -142,7 +142,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 def make_processor(tokenizer: Qwen2Tokenizer, shape: TinyShape) -> Qwen2VLProcessor:
     """Qwen2-VL's processor around `tokenizer`, with the pixel bounds of `shape`."""
     size = {"shortest_edge": shape.min_pixels, "longest_edge": shape.max_pixels}
-    return Qwen2VLProcessor(
+    return Qwen2VLProcessor(  # type: ignore[no-untyped-call]
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
         video_processor=Qwen2VLVideoProcessor(size=dict(size)),
         tokenizer=tokenizer,
@@ -196,28 +196,6 @@ def make_model(tokenizer: Qwen2Tokenizer, shape: TinyShape, seed: int) -> Qwen2V
     model.generation_config.eos_token_id = [token_id(TURN_END), token_id(END_OF_TEXT)]
     model.generation_config.pad_token_id = token_id(END_OF_TEXT)
     return model
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A folder aside to write into; renamed to `folder` at the end, removed when the block fails.
-
-    A kill leaves only a folder with another name. If `folder` appears meanwhile, the first one stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield aside
-        aside.chmod(0o755)  # mkdtemp gives 0700
-        for file in aside.iterdir():
-            file.chmod(0o644)  # safetensors gives 0600; the cache may be shared
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def random_tiny(

@@ -1,0 +1,29 @@
+"""Folders that are either whole or absent: written aside, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A folder aside to write into; renamed to `folder` at the end, removed when the block fails.
+
+    A kill leaves only a folder with another name. If `folder` appears meanwhile, the first one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield aside
+        for path in (aside, *aside.rglob("*")):  # mkdtemp gives 0700, safetensors 0600; a cache may be shared
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,169 @@
+"""The prepared index of a dataset: where it lies, whether it is current, how it is read. Torch-free.
+
+`trainer.data.prepare` writes it once, the plan and every rank read it: token counts of every sample without an
+image being decoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from launch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from launch.recipe import Recipe
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+INDEX_VERSION = 1
+EMBEDDED = "embedded"
+EMBEDDED_VERSION = "1"  # of the embedded charts and the tiny base; raise it when what they contain changes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Token counts of the samples of one split, in the order of the source.
+
+    Arrays of length n: `rows` (row number in the source split, after bad rows were dropped), `text_tokens`
+    (all tokens but the image's), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine`.
+    """
+
+    rows: NDArray[np.int64]
+    text_tokens: NDArray[np.int64]
+    visual_tokens: NDArray[np.int64]
+    target_tokens: NDArray[np.int64]
+    human_or_machine: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Text and visual tokens of each sample, [n]."""
+        return self.text_tokens + self.visual_tokens
+
+
+@dataclass(frozen=True)
+class Index:
+    """A prepared dataset. `fingerprint` is the sha256 of the content of the training split."""
+
+    path: Path
+    fingerprint: str
+    splits: dict[SplitName, Split]
+
+
+def cache_root() -> Path:
+    """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
+    if chosen := os.environ.get("SAMESTEP_CACHE"):
+        return Path(chosen).expanduser().resolve()
+    hugging_face = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"
+    )
+    return Path(hugging_face).expanduser().resolve().parent / "samestep"
+
+
+def embedded_folder() -> Path:
+    """Where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
+    return cache_root() / f"embedded-{EMBEDDED_VERSION}"
+
+
+def split_parts(split: str) -> tuple[str, str]:
+    """`train[:10%]` -> (`train`, `[:10%]`); `train` -> (`train`, ``)."""
+    name, bracket, rest = split.partition("[")
+    return name, bracket + rest
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
+    name, _ = split_parts(split)
+    for place in (folder, folder / "data"):
+        if files := sorted([*place.glob(f"{name}.parquet"), *place.glob(f"{name}-*.parquet")]):
+            return files
+    return []
+
+
+def local_dataset(recipe: Recipe) -> Path | None:
+    """The folder of a local dataset, None for a hub id or the embedded set."""
+    name = recipe.data.dataset
+    if name == EMBEDDED:
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"data.dataset: {name!r} is not a folder here and not a hub id (owner/name); "
+            "give a folder of parquet files, a hub id, or `embedded`"
+        )
+    return None
+
+
+def _file_facts(files: list[Path]) -> list[tuple[str, int, int]]:
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _processor_facts(name_or_path: str) -> object:
+    """What the token counts of a local model depend on; a hub model is identified by its revision."""
+    folder = Path(name_or_path).expanduser()
+    if name_or_path == EMBEDDED or not folder.is_dir():
+        return name_or_path
+    return _file_facts(sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.txt")]))
+
+
+def index_key(recipe: Recipe) -> str:
+    """sha256 (hex, 20 digits) of everything the index depends on; another key is another index."""
+    data: dict[str, Any] = recipe.data.model_dump(mode="json")
+    local = local_dataset(recipe)
+    if local is not None:
+        data["files"] = [_file_facts(split_files(local, getattr(recipe.data, split))) for split in SPLITS]
+    facts = {
+        "version": INDEX_VERSION,
+        "embedded": EMBEDDED_VERSION,
+        "data": data,
+        "processor": _processor_facts(recipe.model.name_or_path),
+        "revision": recipe.model.revision,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def index_path(recipe: Recipe) -> Path:
+    """The folder of the recipe's index, existing or not."""
+    return cache_root() / "index" / index_key(recipe)
+
+
+def read_index(recipe: Recipe) -> Index | None:
+    """The recipe's index, or None when it is missing or stale (then `samestep prepare` makes it)."""
+    folder = index_path(recipe)
+    try:
+        facts = json.loads((folder / "index.json").read_text())
+    except FileNotFoundError:
+        return None
+    return Index(
+        folder, facts["fingerprint"], {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
+    )
+
+
+def _read_split(file: Path) -> Split:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file)
+
+    def column(name: str) -> NDArray[np.int64]:
+        return cast("NDArray[np.int64]", table.column(name).to_numpy().astype(np.int64))
+
+    return Split(
+        column("row"),
+        column("text_tokens"),
+        column("visual_tokens"),
+        column("target_tokens"),
+        column("human_or_machine"),
+    )

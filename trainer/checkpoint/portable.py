@@ -1,0 +1,131 @@
+"""Portable checkpoints: the adapter in PEFT's format and the optimizer's moments by parameter name.
+
+Small (30 MB for the 7B recipe), independent of strategy and world size, and made of JSON and safetensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from launch.errors import CheckpointError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state beside its step count."""
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and compare what was written with the model.
+
+    Raises:
+        CheckpointError: the file read back is not the model's adapter.
+    """
+    # `save_embedding_layers` would ask the hub whether the vocabulary was resized.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    written, kept = load_file(folder / ADAPTER_FILE), get_peft_model_state_dict(model, save_embedding_layers=False)
+    if differing := sorted(_differing(written, kept)):
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: {len(differing)} of {len(kept)} tensors were not written as they are "
+            f"({differing[0]}, ...); the disk or the adapter is damaged"
+        )
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load an adapter into a model that has the same LoRA layers, in fp32.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or of another shape.
+    """
+    stored = _read(folder / ADAPTER_FILE)
+    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = [
+        *(f"{name} is missing" for name in sorted(present.keys() - stored.keys())),
+        *(f"{name} is unknown" for name in sorted(stored.keys() - present.keys())),
+        *(
+            f"{name} has shape {tuple(stored[name].shape)}, the model's has {tuple(tensor.shape)}"
+            for name, tensor in sorted(present.items())
+            if name in stored and stored[name].shape != tensor.shape
+        ),
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: does not fit the model ({len(wrong)} tensors: {wrong[0]}); "
+            "resume with the recipe that wrote it"
+        )
+    set_peft_model_state_dict(model, stored)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if differing := sorted(_differing(stored, loaded)):
+        raise CheckpointError(f"{folder / ADAPTER_FILE}: {differing[0]} was not loaded as it was stored")
+
+
+def _differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Iterator[str]:
+    yield from left.keys() ^ right.keys()
+    for name in left.keys() & right.keys():
+        if not torch.equal(left[name].cpu(), right[name].detach().cpu().to(left[name].dtype)):
+            yield name
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); resume from another checkpoint") from error
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Write the moments and step counts of every trained parameter, by its name."""
+    tensors = {
+        f"{name}.{key}": optimizer.state[parameter][key].detach().cpu().contiguous().clone()
+        for name, parameter in parameters.items()
+        for key in (*MOMENTS, "step")
+    }
+    save_file(tensors, folder / OPTIMIZER_FILE)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Put the stored moments and step counts into a fresh optimizer over the same parameters.
+
+    Raises:
+        CheckpointError: the file holds other parameters or shapes.
+    """
+    stored = _read(folder / OPTIMIZER_FILE)
+    wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
+    if wanted != stored.keys():
+        odd = sorted(wanted ^ stored.keys())
+        raise CheckpointError(
+            f"{folder / OPTIMIZER_FILE}: holds other parameters than the model trains ({len(odd)} differ, such as "
+            f"{odd[0]}); resume with the recipe that wrote it"
+        )
+    for name, parameter in parameters.items():
+        state: dict[str, Tensor] = {"step": stored[f"{name}.step"].to(_step_device(optimizer, parameter))}
+        for key in MOMENTS:
+            moment = stored[f"{name}.{key}"]
+            if moment.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{folder / OPTIMIZER_FILE}: {name}.{key} has shape {tuple(moment.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; resume with the recipe that wrote it"
+                )
+            state[key] = moment.to(parameter.device, parameter.dtype)
+        optimizer.state[parameter] = state
+
+
+def _step_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+    """AdamW counts steps on the parameter's device when fused, else on the CPU (`torch.optim.AdamW.__init__`)."""
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return parameter.device if fused else torch.device("cpu")
+
+
+def save_state(state: Mapping[str, Any], file: Path) -> None:
+    """Write what remains: JSON."""
+    file.write_text(json.dumps(state, indent=1))

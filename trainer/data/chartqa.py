@@ -1,0 +1,142 @@
+"""Rows of ChartQA as chat: one reader for the hub, a local folder of parquet files and the embedded set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image, ImageOps
+
+from launch.errors import ConfigError
+from launch.index import (
+    EMBEDDED,
+    SplitName,
+    cache_root,
+    embedded_folder,
+    local_dataset,
+    split_files,
+    split_parts,
+)
+from launch.recipe import Recipe
+
+COLUMNS = ("image", "query", "label", "human_or_machine")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `image` holds the encoded file's bytes, undecoded; `label[0]` is the answer that is trained."""
+
+    image: bytes
+    query: str
+    label: list[str]
+    human_or_machine: int
+
+
+class Rows:
+    """The rows of one split, read from disk one at a time, so that no rank holds decoded images."""
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def raw(self, number: int) -> dict[str, Any]:
+        """The row as stored, unvalidated."""
+        row: dict[str, Any] = self._table[number]
+        return row
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.raw(number)
+        return Row(image_bytes(row["image"]), row["query"], list(row["label"]), int(row["human_or_machine"]))
+
+
+def image_bytes(image: dict[str, Any]) -> bytes:
+    """The bytes of an undecoded `datasets.Image` value, read from its path when it holds no bytes."""
+    if image["bytes"] is not None:
+        return bytes(image["bytes"])
+    return Path(image["path"]).read_bytes()
+
+
+def decode_image(image: bytes) -> Image.Image:
+    """The image as `datasets.Image` decodes it (turned upright by its EXIF tag), pixels loaded."""
+    opened = Image.open(io.BytesIO(image))
+    opened.load()
+    return ImageOps.exif_transpose(opened)
+
+
+def open_split(recipe: Recipe, split: SplitName) -> Rows:
+    """Open a split of the recipe's dataset.
+
+    Raises:
+        ConfigError: the folder lacks the split, the hub cannot be reached, or the columns are not ChartQA's.
+    """
+    wanted: str = getattr(recipe.data, split)
+    local = embedded_folder() / "data" if recipe.data.dataset == EMBEDDED else local_dataset(recipe)
+    table = _open_local(local, split, wanted) if local is not None else _open_hub(recipe, split, wanted)
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise ConfigError(
+            f"data.dataset: {recipe.data.dataset} split {wanted} lacks the columns {', '.join(missing)} "
+            f"(it has {', '.join(table.column_names)}); ChartQA's columns are {', '.join(COLUMNS)}"
+        )
+    return Rows(table.cast_column("image", datasets.Image(decode=False)))
+
+
+def _open_local(folder: Path, split: SplitName, wanted: str) -> datasets.Dataset:
+    name, part = split_parts(wanted)
+    files = split_files(folder, wanted)
+    if not files:
+        raise ConfigError(
+            f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}; "
+            "name a split that the folder holds, or correct data.dataset"
+        )
+    return _load(
+        lambda: datasets.load_dataset(
+            "parquet",
+            data_files={name: [str(file) for file in files]},
+            split=f"{name}{part}",
+            cache_dir=str(cache_root() / "datasets"),
+        ),
+        f"data.{split}: {wanted} of {folder}",
+    )
+
+
+def _open_hub(recipe: Recipe, split: SplitName, wanted: str) -> datasets.Dataset:
+    return _load(
+        lambda: datasets.load_dataset(recipe.data.dataset, revision=recipe.data.revision, split=wanted),
+        f"data.{split}: {wanted} of {recipe.data.dataset}",
+    )
+
+
+def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:
+    try:
+        return load()
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot be read ({_first_line(error)}); {OFFLINE_ADVICE}") from error
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{what}: cannot be read ({_first_line(error)}); correct data.dataset or the split") from error
+
+
+OFFLINE_ADVICE = (
+    "without a network, run `samestep prepare RECIPE` once where there is one, with HF_HOME on a shared disk, "
+    "or point the recipe at a local folder"
+)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+
+
+def chat(system_message: str, row: Row, *, answer: bool) -> list[dict[str, Any]]:
+    """The row as messages for `processor.apply_chat_template`: system, user (image, question) and the answer."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": [{"type": "text", "text": system_message}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.query}]},
+    ]
+    if answer:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": row.label[0]}]})
+    return messages

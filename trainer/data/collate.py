@@ -1,0 +1,265 @@
+"""From rows to packed micro-batches: samples laid end to end in one row, without padding.
+
+`position_ids` has shape [4, 1, T]: row 0 counts the text positions of each sample from 0, rows 1 to 3 are M-RoPE
+(time, height, width) of each sample, the form that transformers' Qwen2-VL takes for packed input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Qwen2VLProcessor
+from transformers.vision_utils import get_vision_position_ids
+
+from launch.errors import RunError
+from launch.index import Split
+from launch.recipe import Recipe
+from launch.steps import MicroBatch, StepPlan
+from trainer.data.chartqa import Row, Rows, chat, decode_image
+
+IGNORED = -100
+"""The label of a token that the loss does not count (PyTorch's `ignore_index`)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded sample of T tokens, P image patches and V = P / merge_size**2 visual tokens."""
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, IGNORED where the loss does not count
+    positions: Tensor  # [3, T] int64, M-RoPE
+    pixel_values: Tensor  # [P, channels * temporal_patch * patch * patch]
+    grid: tuple[int, int, int]  # patches in time, height, width
+
+    @property
+    def target_tokens(self) -> int:
+        """Scored tokens: labels that some earlier token predicts."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+class ModelInputs(TypedDict):
+    """What the packed forward takes, for N samples of T tokens, P patches, V visual tokens together."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [4, 1, T]
+    shift_labels: Tensor  # [1, T]: the label of the *next* token, IGNORED at each sample's end
+    text_cu_seqlens: Tensor  # [N + 1] int32
+    text_lengths: tuple[int, ...]
+    pixel_values: Tensor  # [P, patch features]
+    image_grid_thw: Tensor  # [N, 3]
+    image_positions: Tensor  # [V]: where the visual tokens lie in the row
+    vision_positions: Tensor  # [P, 2]: height and width of each patch, in merge order
+    vision_cu_seqlens: Tensor  # [N + 1] int32
+    vision_lengths: tuple[int, ...]
+
+
+class PackedBatch(TypedDict):
+    """One micro-batch of one rank, and what the step knows about it."""
+
+    inputs: ModelInputs
+    step: int  # counted from 0
+    step_target_tokens: int  # of the whole optimizer step, over all ranks
+    samples: tuple[int, ...]  # positions in the split; empty for a filler
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into samples with the base model's processor."""
+
+    processor: Qwen2VLProcessor
+    system_message: str
+    loss: str
+
+    def __call__(self, row: Row) -> Sample:
+        """Encode one row.
+
+        Raises:
+            RunError: the answer's first token merges with the prompt's last, so that no mask could part them.
+        """
+        prompt, text = self.texts(row)
+        encoded = self.processor(
+            text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
+        )
+        input_ids: Tensor = encoded["input_ids"][0]
+        grid = tuple(encoded["image_grid_thw"][0].tolist())
+        labels = input_ids.clone()
+        if self.loss == "answer":
+            labels[: self.prompt_length(prompt, input_ids)] = IGNORED
+        merge: int = self.processor.image_processor.merge_size
+        return Sample(
+            input_ids=input_ids,
+            labels=labels,
+            positions=mrope_positions(input_ids == self.processor.image_token_id, grid, merge),
+            pixel_values=encoded["pixel_values"],
+            grid=grid,
+        )
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        """The prompt up to where the answer begins, and the whole conversation, through the chat template."""
+        render = self.processor.apply_chat_template
+        prompt = render(chat(self.system_message, row, answer=False), tokenize=False, add_generation_prompt=True)
+        text = render(chat(self.system_message, row, answer=True), tokenize=False)
+        if not text.startswith(prompt):
+            raise RunError("model: its chat template does not begin a conversation with the prompt it generates from")
+        return prompt, text
+
+    def prompt_length(self, prompt: str, input_ids: Tensor) -> int:
+        """Tokens before the answer, visual ones included."""
+        prompt_ids = self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        visual = int((input_ids == self.processor.image_token_id).sum())
+        length = len(prompt_ids) - 1 + visual
+        if prompt_ids[-2:] != input_ids[length - 2 : length].tolist():
+            raise RunError(f"data: the answer merges with the prompt {prompt[-20:]!r} in the tokenizer")
+        return length
+
+
+def mrope_positions(is_image: Tensor, grid: tuple[int, int, int], merge: int) -> Tensor:
+    """M-RoPE positions [3, T] of a sample with one image.
+
+    Text counts on all three axes together; a visual token has the text position where the image begins plus its own
+    (time, height, width); the text after it goes on from the largest position so far.
+    Source: Qwen2-VL (arXiv 2409.12191, section 2.1); tested against `Qwen2VLModel.get_rope_index`.
+    """
+    time, height, width = grid[0], grid[1] // merge, grid[2] // merge
+    begin = int(is_image.nonzero()[0])
+    visual = time * height * width
+    after = len(is_image) - begin - visual
+    head = torch.arange(begin).expand(3, -1)
+    image = torch.stack(torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij"))
+    tail = torch.arange(after).expand(3, -1) + begin + max(time, height, width)
+    return torch.cat([head, image.reshape(3, -1) + begin, tail], dim=1)
+
+
+def pack(samples: Sequence[Sample], *, masked: bool, image_token_id: int, merge: int) -> ModelInputs:
+    """Lay samples end to end. `masked` hides every label: a filler, which runs and weighs nothing."""
+    input_ids = torch.cat([sample.input_ids for sample in samples])
+    text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
+    positions = torch.cat([sample.positions for sample in samples], dim=1)
+    shift_labels = torch.cat([_shifted(sample.labels) for sample in samples])
+    grids = torch.tensor([sample.grid for sample in samples])
+    text_lengths = tuple(len(sample.input_ids) for sample in samples)
+    vision_lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
+    return ModelInputs(
+        input_ids=input_ids[None],
+        position_ids=torch.cat([text_positions[None], positions])[:, None],
+        shift_labels=(torch.full_like(shift_labels, IGNORED) if masked else shift_labels)[None],
+        text_cu_seqlens=cumulative(text_lengths),
+        text_lengths=text_lengths,
+        pixel_values=torch.cat([sample.pixel_values for sample in samples]),
+        image_grid_thw=grids,
+        image_positions=(input_ids == image_token_id).nonzero()[:, 0],
+        vision_positions=get_vision_position_ids(grids, merge),
+        vision_cu_seqlens=cumulative(vision_lengths),
+        vision_lengths=vision_lengths,
+    )
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.cat([labels[1:], labels.new_tensor([IGNORED])])
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """Sequence boundaries [N + 1], int32, as variable-length attention takes them."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+class MicroBatches(Dataset[PackedBatch]):
+    """This rank's micro-batches of a step plan by number: number i is micro-batch i % M of step i // M."""
+
+    def __init__(self, rows: Rows, split: Split, encoder: Encoder, plan: StepPlan, rank: int) -> None:
+        self._rows, self._split, self._encoder, self._plan, self._rank = rows, split, encoder, plan, rank
+        self._step: tuple[int, Sequence[MicroBatch]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._plan.max_steps * self._plan.micro_batches
+
+    def __getitem__(self, number: int) -> PackedBatch:
+        step, position = divmod(number, self._plan.micro_batches)
+        if self._step[0] != step:
+            self._step = (step, self._plan.micro_batches_of(step, self._rank))
+        target_tokens = int(self._split.target_tokens[self._plan.samples(step)].sum())
+        return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
+
+
+class EvaluationBatches(Dataset[PackedBatch]):
+    """This rank's micro-batches of an evaluation."""
+
+    def __init__(self, rows: Rows, split: Split, encoder: Encoder, batches: Sequence[MicroBatch]) -> None:
+        self._rows, self._split, self._encoder, self._batches = rows, split, encoder, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> PackedBatch:
+        return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
+
+
+def assemble(
+    rows: Rows, split: Split, encoder: Encoder, batch: MicroBatch, step: int, step_target_tokens: int
+) -> PackedBatch:
+    """Read, decode, encode and pack the samples of a micro-batch, checked against the index.
+
+    Raises:
+        RunError: a sample's token counts are not the index's, so the loss would be normalized wrongly.
+    """
+    samples = [encoder(rows[int(split.rows[sample])]) for sample in batch.samples]
+    for number, sample in zip(batch.samples, samples, strict=True):
+        found = (len(sample.input_ids), sample.target_tokens)
+        indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
+        if found != indexed:
+            raise RunError(
+                f"data: sample {number} (row {split.rows[number]}) has {found[0]} tokens of which {found[1]} are "
+                f"targets, the index says {indexed[0]} and {indexed[1]}; the data changed since `samestep prepare`"
+            )
+    processor = encoder.processor
+    return PackedBatch(
+        inputs=pack(
+            samples,
+            masked=batch.filler,
+            image_token_id=processor.image_token_id,
+            merge=processor.image_processor.merge_size,
+        ),
+        step=step,
+        step_target_tokens=step_target_tokens,
+        samples=() if batch.filler else tuple(batch.samples),
+    )
+
+
+def data_workers(processes_per_node: int) -> int:
+    """Data workers of one rank: its share of the cores this process may run on, at most 8; 0 when none is to spare."""
+    cores = len(os.sched_getaffinity(0))
+    return max(0, min(8, cores // processes_per_node - 1))
+
+
+class _Numbers(torch.utils.data.Sampler[int]):
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+def loader(batches: Dataset[PackedBatch], numbers: range, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one)."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Numbers(numbers),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the processes are the parallelism

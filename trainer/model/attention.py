@@ -1,0 +1,123 @@
+"""Variable-length attention for packed rows, registered with transformers for both towers.
+
+Several samples lie end to end in one row; each token attends only within its own sample. On CUDA from compute
+capability 8.0 and in half precision this is PyTorch's own kernel (`torch.nn.attention.varlen`), elsewhere a loop
+over the samples with `scaled_dot_product_attention`. No flash-attn package is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+PACKED = "samestep_flash"
+"""Name of the attention. transformers hands the vision tower's segments over in one call only to implementations
+whose name contains "flash" (`is_flash_attention_requested`, 5.23); others get a call per image and a device sync."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the samples of a packed row begin and end.
+
+    `cu_seqlens`: boundaries [N + 1], int32, on the device of the row; `lengths`: the same as N Python numbers, so
+    that nothing has to be read back from the device.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch both towers of a Qwen2-VL to packed attention. Generation needs the stock one: do not switch there."""
+    AttentionInterface.register(PACKED, packed_attention)
+    model.model.language_model.config._attn_implementation = PACKED
+    model.model.visual.config._attn_implementation = PACKED
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    segments: Segments,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each segment; causal where the module is.
+
+    query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim].
+    """
+    causal: bool = module.is_causal  # type: ignore[assignment]
+    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    attend = _varlen if _has_varlen(query.device, query.dtype) else _loop
+    return attend(*packed, segments, causal, scaling)[None], None
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
+    """[T, heads, head_dim] each; one call per segment."""
+    parts = (tensor.transpose(0, 1).split(segments.lengths, dim=1) for tensor in (q, k, v))
+    outputs = [
+        F.scaled_dot_product_attention(
+            q_part[None], k_part[None], v_part[None], is_causal=causal, scale=scale, enable_gqa=True
+        )[0]
+        for q_part, k_part, v_part in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
+    """[T, heads, head_dim] each; one kernel for all segments.
+
+    The signature of `varlen_attn` changed: torch 2.11 has neither `scale` before a keyword nor `enable_gqa`
+    everywhere, 2.14 has both. What is missing is done here.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _varlen_parameters()
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale is not None and scale != q.shape[-1] ** -0.5:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    longest = max(segments.lengths)
+    bounds = segments.cu_seqlens
+    output: Tensor = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **options
+    )
+    return output
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@cache
+def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """The kernel is FlashAttention's: half precision, compute capability 8.0 and up."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )

@@ -1,0 +1,144 @@
+"""The frozen base, quantized to 4 bits or plain, and the LoRA that trains on it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+
+from launch.errors import ConfigError
+from launch.recipe import Recipe
+from trainer.model.attention import use_packed_attention
+from trainer.model.vision import take_packed_inputs
+from trainer.pretrained import base_name, base_path
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_base(
+    recipe: Recipe, device: torch.device, quant_storage: str = "uint8"
+) -> Qwen2VLForConditionalGeneration:
+    """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
+
+    Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run.
+
+    Raises:
+        ConfigError: the base is not there, or is not a Qwen2-VL.
+    """
+    path = base_path(recipe)
+    try:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            path,
+            dtype=DTYPES[recipe.model.dtype],
+            quantization_config=_quantization(recipe, quant_storage),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({str(error).strip().splitlines()[0][:300]}); "
+            "check the folder, or delete a damaged download and run `samestep prepare` again"
+        ) from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    _keep_cpu_weights_as_they_are(model)
+    return cast(Qwen2VLForConditionalGeneration, model)
+
+
+def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | None:
+    """bitsandbytes quantizes every linear layer but `lm_head`, the vision tower's too."""
+    chosen = recipe.quantization
+    if not chosen.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=chosen.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=chosen.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=DTYPES[chosen.bnb_4bit_compute_dtype],
+        bnb_4bit_quant_storage=getattr(torch, quant_storage),
+    )
+
+
+def _keep_cpu_weights_as_they_are(model: nn.Module) -> None:
+    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation forward on a CPU with avx512_bf16; training
+    after it has no gradient through them, without an error. See `Linear4bit.forward`; test: evaluate, then train."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftModel:
+    """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
+
+    Raises:
+        ConfigError: `lora.target_modules` names no module of the model.
+    """
+    chosen = recipe.lora
+    config = LoraConfig(
+        r=chosen.r,
+        lora_alpha=chosen.lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        bias=chosen.bias,
+        target_modules=chosen.target_modules,
+        exclude_modules=r".*\bvisual\b.*",  # the tower is frozen and runs without a graph
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(recipe.training.seed)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.target_modules: {chosen.target_modules} ({str(error).splitlines()[0][:200]}); "
+            "name linear layers of the language model, such as q_proj and v_proj"
+        ) from error
+    config.base_model_name_or_path = base_name(recipe)
+    for parameter in trainable_parameters(peft_model).values():
+        parameter.data = parameter.data.float()
+    return cast(PeftModel, peft_model)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in the order of the names (the order of every reduction)."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(sorted(named.items()))
+
+
+def prepare_training(model: PeftModel, recipe: Recipe) -> None:
+    """Make the model take packed micro-batches: attention, image features, recomputation."""
+    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    use_packed_attention(base)
+    take_packed_inputs(base)
+    if recipe.training.gradient_checkpointing:
+        # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's, whose
+        # FSDP form draws other dropout masks in the recomputation (`preserve_rng_state=False`, accelerate 1.15).
+        base.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Open autocast inside the model's forward, the one precision rule of all strategies.
+
+    Neither accelerate's nor DeepSpeed's mixed precision is used: both would cast fp32 adapters and packed storage.
+    """
+    if dtype == torch.float32:
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def in_autocast(*args: Any, **kwargs: Any) -> Any:
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, dtype=dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = in_autocast  # type: ignore[method-assign]
+
+
+def adapter_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that carry LoRA."""
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

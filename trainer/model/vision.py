@@ -1,0 +1,67 @@
+"""The frozen vision tower in a packed forward: no autograd graph, no recomputation, no device sync.
+
+transformers >= 5 makes the output of every input embedding require gradients once PEFT and gradient checkpointing
+are on, the patch embedding included, and so runs a useless backward through the whole tower. Here its features
+are computed under `no_grad` and handed to the language model as part of the embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2VLForConditionalGeneration
+
+from trainer.model.attention import Segments
+
+
+def take_packed_inputs(model: Qwen2VLForConditionalGeneration) -> None:
+    """Teach the model's forward the packed inputs of `trainer.data.collate.ModelInputs`.
+
+    A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
+    packed inputs, like `generate`'s, pass through untouched.
+    """
+    model.model.register_forward_pre_hook(_unpack, with_kwargs=True)
+
+
+def _unpack(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Replace pixels and token ids by embeddings, and the lengths by segments."""
+    if "text_cu_seqlens" not in kwargs:
+        return None
+    features = image_features(
+        model,
+        kwargs.pop("pixel_values"),
+        kwargs.pop("image_grid_thw"),
+        kwargs.pop("vision_positions"),
+        Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths")),
+    )
+    embeddings: Tensor = model.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
+    embeddings = embeddings.index_copy(1, kwargs.pop("image_positions"), features[None].to(embeddings.dtype))
+    kwargs["inputs_embeds"] = embeddings
+    kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
+    kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
+    return args, kwargs
+
+
+@torch.no_grad()
+def image_features(
+    model: nn.Module, pixel_values: Tensor, grids: Tensor, positions: Tensor, segments: Segments
+) -> Tensor:
+    """Features [V, hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
+
+    `positions` [P, 2] and `segments` are what the tower would else compute from `grids` with a device sync each.
+    """
+    visual: Any = model.visual
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        output = visual(
+            pixel_values.to(visual.patch_embed.proj.weight.dtype),
+            grid_thw=grids,
+            position_ids=positions,
+            cu_seqlens=segments.cu_seqlens,
+            max_seqlen=max(segments.lengths),
+            segments=segments,
+        )
+    features: Tensor = output.pooler_output
+    return features

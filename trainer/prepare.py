@@ -1,0 +1,189 @@
+"""`python -m trainer.prepare RECIPE`: everything that needs a CPU and a network, once, before a GPU is asked for.
+
+Builds the embedded charts and tiny base where the recipe uses them, fetches the base weights at the recipe's
+revision into the shared cache, validates every row and writes the index (token counts, dataset fingerprint).
+Several processes may start it at once: the first does the work, the others wait and find it done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launch.errors import ConfigError, SamestepError
+from launch.folders import published
+from launch.index import EMBEDDED, SPLITS, Index, SplitName, cache_root, embedded_folder, index_path, read_index
+from launch.recipe import Recipe, load_recipe
+from trainer.data.chartqa import open_split
+from trainer.data.collate import Encoder
+from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
+from trainer.pretrained import fetch_base, load_processor
+
+SHOWN_BAD_ROWS = 50
+
+
+def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
+    """Bring the recipe's base model and index into the cache, doing only what is missing.
+
+    Raises:
+        ConfigError: bad rows (all of them named, unless `data.on_bad_row: drop`), no network and nothing cached,
+            no room or no permission to write the cache.
+    """
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+        with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
+            _build_embedded(recipe, progress)
+            fetch_base(recipe)
+            return read_index(recipe) or _write_index(recipe, progress)
+    except OSError as error:
+        raise ConfigError(
+            f"SAMESTEP_CACHE: {cache_root()} cannot be written ({error.strerror or error}); "
+            "free some space or set SAMESTEP_CACHE to another folder"
+        ) from error
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the system releases it when the process ends, however it ends."""
+    with open(file, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+
+
+def _build_embedded(recipe: Recipe, progress: Progress) -> None:
+    """Draw the charts and train the tiny base on first use. Imported here: only embedded recipes need matplotlib."""
+    if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
+        return
+    from trainer.data.embedded import build_charts
+    from trainer.model.tiny import build_tiny
+
+    charts, model = embedded_folder() / "data", embedded_folder() / "model"
+    if not charts.is_dir():
+        build_charts(charts, progress=_Report(progress, "drawing the embedded charts"))
+    if recipe.model.name_or_path == EMBEDDED and not model.is_dir():
+        build_tiny(model, charts, progress=_Report(progress, "training the tiny base model"))
+
+
+class _Report:
+    """A progress callback `(done, total)` that fills one bar."""
+
+    def __init__(self, progress: Progress, description: str) -> None:
+        self._progress, self._task = progress, progress.add_task(description, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _write_index(recipe: Recipe, progress: Progress) -> Index:
+    encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
+    measured: dict[SplitName, list[Measured]] = {}
+    bad: list[BadRow] = []
+    for split in SPLITS:
+        rows = open_split(recipe, split)
+        task = progress.add_task(f"checking {getattr(recipe.data, split)}", total=len(rows))
+        measured[split], refused = measure_split(rows, split, encoder, lambda task=task: progress.advance(task))  # type: ignore[misc]
+        bad += refused
+        if not refused or recipe.data.on_bad_row == "drop":
+            check_against_processor(rows, measured[split], encoder, split)
+    if bad and recipe.data.on_bad_row == "error":
+        raise ConfigError(_bad_rows_message(bad))
+    if empty := [split for split in SPLITS if not measured[split]]:
+        raise ConfigError(f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names")
+    return _publish(recipe, measured, bad)
+
+
+def _bad_rows_message(bad: Sequence[BadRow]) -> str:
+    shown = [str(row) for row in bad[:SHOWN_BAD_ROWS]]
+    rest = [f"... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
+    head = f"data.dataset: {len(bad)} bad rows; mend them, or set data.on_bad_row: drop to train without them"
+    return "\n".join([head, *shown, *rest])
+
+
+def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
+    """Write the index aside and move it into place whole."""
+    facts = {
+        "fingerprint": hashlib.sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
+        "rows": {split: len(rows) for split, rows in measured.items()},
+        "dropped": len(bad),
+        "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
+    }
+    with published(index_path(recipe)) as aside:
+        for split, rows in measured.items():
+            pq.write_table(_table(rows), aside / f"{split}.parquet")
+        if bad:
+            lines = [json.dumps({"split": row.split, "row": row.row, "reason": row.reason}) for row in bad]
+            (aside / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n")
+        (aside / "index.json").write_text(json.dumps(facts, indent=1))
+    index = read_index(recipe)
+    if index is None:
+        raise ConfigError(f"data.dataset: {recipe.data.dataset} changed while it was being prepared; prepare it again")
+    return index
+
+
+def _table(rows: Sequence[Measured]) -> pa.Table:
+    return pa.table(
+        {
+            "row": [row.row for row in rows],
+            "text_tokens": [row.text_tokens for row in rows],
+            "visual_tokens": [row.visual_tokens for row in rows],
+            "target_tokens": [row.target_tokens for row in rows],
+            "human_or_machine": [row.human_or_machine for row in rows],
+            "height": [row.height for row in rows],
+            "width": [row.width for row in rows],
+        }
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a recipe file, e.g. recipes/embedded.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        recipe = load_recipe(Path(options.recipe), options.set)
+        index = prepare(recipe, quiet=options.quiet)
+    except SamestepError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    counts = ", ".join(f"{len(index.splits[split])} {split}" for split in SPLITS)
+    tokens = index.splits["train"].tokens
+    print(
+        f"prepared {recipe.data.dataset}: {counts} samples; train has {tokens.mean():.0f} tokens a sample "
+        f"(longest {tokens.max()}); fingerprint {index.fingerprint[:12]}"
+    )
+    if (dropped := index.path / "dropped_rows.jsonl").is_file():
+        print(f"dropped rows are listed in {dropped}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

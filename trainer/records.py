@@ -1,0 +1,44 @@
+"""The run's figures on disk: `metrics.jsonl`, one line per optimizer step, and `evaluations.jsonl`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def samples_digest(samples: Iterable[int]) -> str:
+    """sha256 (hex, 16 digits) of the sorted sample ids of a step: equal for every layout of the same run."""
+    return hashlib.sha256(json.dumps(sorted(int(sample) for sample in samples)).encode()).hexdigest()[:16]
+
+
+def append_line(file: Path, values: Mapping[str, Any]) -> None:
+    """Add one JSON line."""
+    with file.open("a") as handle:
+        handle.write(json.dumps(values) + "\n")
+
+
+def keep_lines_until(file: Path, step: int) -> None:
+    """Remove the lines of later steps, which a resumed run takes again, and a line that a kill cut short."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text().splitlines() if (parsed := _parse(line)) and parsed["step"] <= step]
+    aside = file.with_name(f"{file.name}.partial")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(aside, file)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        parsed: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return parsed
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """All lines, oldest first."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -1,0 +1,108 @@
+"""What a user watches while a run goes on: a progress bar on rank 0, and trackio."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launch.recipe import Recipe
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the last loss; on a log file, a line every `logging_steps`."""
+
+    def __init__(self, resumed_at: int) -> None:
+        self._console = Console(stderr=True)
+        self._resumed_at = resumed_at
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._console.is_terminal:
+            return
+        progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+        )
+        self._bar = (progress, progress.add_task("", total=state.max_steps, completed=self._resumed_at))
+        progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = " ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items())
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, description=shown)
+        else:
+            print(f"step {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, completed=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar:
+            self._bar[0].stop()
+
+
+class Trackio(TrainerCallback):
+    """Logs to trackio, local unless `tracking.space_id` names a Space; one run per name, continued on resume.
+
+    Not transformers' own callback: that one also stores the whole configuration of model and trainer, this the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self._recipe, self._name = recipe, name
+        self._run: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            project=self._recipe.tracking.project,
+            name=self._name,
+            space_id=self._recipe.tracking.space_id,
+            config=self._recipe.model_dump(mode="json"),
+            resume="allow",
+            embed=False,
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._run is not None and logs:
+            self._run.log(dict(logs), step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,261 @@
+"""`python -m trainer.train RECIPE` or `--run-dir RUN`: trains a recipe to its adapter, from wherever it got to.
+
+Started by `accelerate launch`, by hand or by `samestep run`; one process per GPU. With `--run-dir` the plan in the
+run directory is law; with a recipe it is made anew from what was launched, and every rank checks that it is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.logging import get_logger
+
+from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
+from launch.index import Index, read_index
+from launch.manifest import newest_published, read_manifest
+from launch.plan import Plan, make_plan
+from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, write_marker
+from launch.runs import refuse_another_recipe, write_request
+from trainer.agreement import on_rank_0, together
+from trainer.data.collate import Encoder
+from trainer.model.base import add_lora, load_base
+from trainer.prepare import prepare
+from trainer.pretrained import load_processor
+from trainer.records import keep_lines_until
+from trainer.sft import PlannedTrainer, build_trainer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What this process is part of."""
+
+    recipe: Recipe
+    plan: Plan
+    index: Index
+    run: RunDirectory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        index = prepare_first(options)
+        state = start_processes()
+        task = together(lambda: read_task(options, index, state))
+        announce(task, state)
+        with ExitStack() as held:
+            on_rank_0(lambda: take_run(task, held))
+            try:
+                train(task, state)
+            except SamestepError as error:
+                on_rank_0(lambda: end(task.run, error))
+                raise
+            on_rank_0(lambda: write_marker(task.run, "DONE", f"step {task.plan.max_steps}"))
+    except SamestepError as error:
+        if int(os.environ.get("RANK", "0")) == 0 or not dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 "
+        "-m trainer.train recipes/embedded.yaml",
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe file; the plan is made from what was launched")
+    parser.add_argument("--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law")
+    parser.add_argument("--name", help="name of the run (default: the recipe's)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
+    options = parser.parse_args(arguments)
+    if (options.recipe is None) == (options.run_dir is None):
+        parser.error("give a recipe, or --run-dir")
+    if options.run_dir is not None and options.set:
+        parser.error("--set belongs to a recipe; the run directory holds its own")
+    return options
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that was asked for."""
+    if options.run_dir is not None:
+        return load_recipe(RunDirectory(options.run_dir).recipe_file)
+    return load_recipe(find_recipe(options.recipe), options.set)
+
+
+def prepare_first(options: argparse.Namespace) -> Index:
+    """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
+    recipe = recipe_of(options)
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return read_index(recipe) or prepare(recipe, quiet=not first)
+
+
+def start_processes() -> PartialState:
+    """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def read_task(options: argparse.Namespace, index: Index, state: PartialState) -> Task:
+    """Recipe, plan and run directory; a plain launch plans here.
+
+    Raises:
+        ConfigError: the plan does not fit what was launched, or the run belongs to another recipe.
+    """
+    recipe = recipe_of(options)
+    if options.run_dir is not None:
+        run = RunDirectory(options.run_dir.absolute())
+        return Task(recipe, Plan.from_json(run.plan_file.read_text()), index, run)
+    run = open_run(options.runs_dir, options.name or recipe.name)
+    refuse_another_recipe(run, recipe)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan = make_plan(
+        recipe,
+        index,
+        strategy="ddp" if state.num_processes > 1 else "single",
+        nodes=max(1, state.num_processes // local),
+        gpus_per_node=local,
+        device=state.device.type,
+        name=run.name,
+    )
+    return Task(recipe, plan, index, run)
+
+
+def announce(task: Task, state: PartialState) -> None:
+    """Say first what runs, and make sure that every rank runs the same.
+
+    Raises:
+        RunError: the launched world is not the plan's, or a rank made another plan.
+    """
+    plan = task.plan
+    logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}", main_process_only=True)
+
+    def check() -> None:
+        if state.num_processes != plan.world_size:
+            raise RunError(
+                f"--num_processes: the launcher started {state.num_processes} processes, the plan is for "
+                f"{plan.world_size}; start as many, or let `samestep run` start them"
+            )
+
+    together(check)
+    if state.num_processes > 1:
+        digests: list[str | None] = [None] * state.num_processes
+        dist.all_gather_object(digests, plan.digest())
+        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise RunError(
+                f"rank {odd[0]}: its plan differs from rank 0's ({len(odd)} ranks differ); the nodes see other data, "
+                "recipes or library versions; share them"
+            )
+
+
+def take_run(task: Task, held: ExitStack) -> None:
+    """Rank 0: lock the run for this process's lifetime and write what it is about to do."""
+    task.run.path.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold_lock(task.run.path))
+    clear_markers(task.run)
+    write_request(task.run, task.recipe, task.plan)
+    task.run.environment_file.write_text(json.dumps(environment(task.plan), indent=1) + "\n")
+
+
+def environment(plan: Plan) -> dict[str, object]:
+    """Where and with what this attempt runs."""
+    return {
+        "versions": plan.versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if plan.device == "cuda" else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def train(task: Task, state: PartialState) -> None:
+    """Load, resume, train, write the adapter."""
+    checkpoint = together(lambda: resume_point(task))
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    on_rank_0(lambda: forget_after(task.run, step))
+    trainer = together(lambda: build(task, state, step))
+    if step:
+        logger.info(f"resuming at step {step} of {task.plan.max_steps}", main_process_only=True)
+    if step < task.plan.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    elif checkpoint:
+        trainer._load_from_checkpoint(str(checkpoint))
+    trainer.save_final_adapter()
+
+
+def resume_point(task: Task) -> Path | None:
+    """The newest published checkpoint, or None for a new run.
+
+    Raises:
+        CheckpointError: it belongs to another recipe, dataset, or a longer run.
+    """
+    checkpoint = newest_published(task.run.path)
+    if checkpoint is None:
+        return None
+    facts, plan = read_manifest(checkpoint), task.plan
+    for key in ("recipe_fingerprint", "dataset_fingerprint"):
+        if facts[key] != getattr(plan, key):
+            raise CheckpointError(
+                f"{checkpoint}: was written with another {key.partition('_')[0]} ({facts[key][:12]}, this run has "
+                f"{getattr(plan, key)[:12]}); use another --name, or --fresh to move the old run aside"
+            )
+    if facts["step"] > plan.max_steps:
+        raise CheckpointError(f"{checkpoint}: lies beyond the run ({facts['step']} > {plan.max_steps} steps)")
+    return checkpoint
+
+
+def forget_after(run: RunDirectory, step: int) -> None:
+    """Remove the figures of steps that will be taken again."""
+    keep_lines_until(run.metrics_file, step)
+    keep_lines_until(run.evaluations_file, step)
+
+
+def build(task: Task, state: PartialState, resumed_at: int) -> PlannedTrainer:
+    """Base, LoRA and trainer on this rank's device."""
+    if task.recipe.training.deterministic:
+        make_deterministic()
+    encoder = Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
+    model = add_lora(load_base(task.recipe, state.device, task.plan.quant_storage), task.recipe)
+    return build_trainer(model, task.recipe, task.plan, task.index, task.run, encoder, resumed_at)
+
+
+def make_deterministic() -> None:
+    """The same bits on every repetition on the same GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def end(run: RunDirectory, error: SamestepError) -> None:
+    """Leave the reason where `samestep run` looks for it."""
+    with contextlib.suppress(OSError):
+        if isinstance(error, ConfigError | CheckpointError):
+            write_marker(run, "REFUSED", str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

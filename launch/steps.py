@@ -341,7 +341,7 @@ def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: in
 
 
 def _split_largest(groups: Groups, lengths: Sequence[int], count: int) -> Groups:
-    """Halve the group of most tokens until there are `count`; empty ones only when every group is one sample."""
+    """Halve the group of most tokens until there are `count`; a group of one sample leaves an empty one."""
     groups = list(groups)
     while len(groups) < count:
         whole = max(groups, key=lambda group: (len(group) > 1, _total(group, lengths)))

@@ -1,0 +1,91 @@
+"""Relaxed accuracy, the metric of ChartQA, as the public harnesses compute it, and what a figure is worth.
+
+Source of the rule: pix2struct `metrics.py` (`relaxed_correctness`), which lmms-eval and VLMEvalKit carry too;
+the tolerance is that of Masry et al. 2022, "ChartQA", section 5.1. Its oddities are kept, because figures are
+compared with published ones: "50%" does not answer "50", "1,000" is text, and a year may be 5 % off.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+TOLERANCE = 0.05  # of the target's size
+GROUPS = {0: "human", 1: "augmented"}  # by ChartQA's column human_or_machine
+
+
+class Prediction(TypedDict):
+    """One answered question; rows with more keys will do.
+
+    `target` is the first label of the row: the harnesses know one answer a question and score by it.
+    """
+
+    prediction: str
+    target: str
+    human_or_machine: int
+
+
+class Accuracy(TypedDict):
+    """`percent` and its `standard_error` in percentage points; both None without a question."""
+
+    percent: float | None
+    standard_error: float | None
+    correct: int
+    count: int
+
+
+def correct(prediction: str, target: str) -> bool:
+    """Whether `prediction` answers `target` under the relaxed rule.
+
+    Numbers may be 5 % off; all else, a target of zero included, must be the same text but for its case.
+    White space around the prediction is dropped (as VLMEvalKit does).
+    """
+    prediction = prediction.strip()
+    predicted, wanted = _number(prediction), _number(target)
+    if predicted is not None and wanted:
+        return abs(predicted - wanted) / abs(wanted) <= TOLERANCE
+    return prediction.lower() == target.lower()
+
+
+def _number(text: str) -> float | None:
+    """What Python reads as a float; a trailing percent sign divides by 100. None for any other text."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
+    """Accuracy of the questions of people ("human"), of machines ("augmented"), and of all ("overall")."""
+    outcomes: dict[str, list[bool]] = {group: [] for group in (*GROUPS.values(), "overall")}
+    for row in predictions:
+        outcome = correct(row["prediction"], row["target"])
+        outcomes[GROUPS[row["human_or_machine"]]].append(outcome)
+        outcomes["overall"].append(outcome)
+    return {group: _accuracy(of_group) for group, of_group in outcomes.items()}
+
+
+def _accuracy(outcomes: Sequence[bool]) -> Accuracy:
+    count, right = len(outcomes), sum(outcomes)
+    if count == 0:
+        return Accuracy(percent=None, standard_error=None, correct=0, count=0)
+    share = right / count
+    return Accuracy(
+        percent=100 * share,
+        standard_error=100 * math.sqrt(share * (1 - share) / count),
+        correct=right,
+        count=count,
+    )
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """The probability of a change at least as one-sided as this one, if the two were equally good.
+
+    Exact two-sided McNemar test: only questions whose outcome changed count, and each would have been as
+    likely to change for the better as for the worse. `before` and `after` hold the outcomes of the same
+    questions in the same order; ValueError when their lengths differ.
+    """
+    better = sum(b < a for b, a in zip(before, after, strict=True))
+    worse = sum(b > a for b, a in zip(before, after, strict=True))
+    changed = better + worse
+    tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**changed)

@@ -1,0 +1,219 @@
+"""The plan: recipe x strategy x topology x token lengths -> every derived number, before a run starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import ConfigError
+from launch.recipe import Recipe, recipe_fingerprint
+from launch.rules import Request, violations
+from launch.steps import StepPlan, cost, plan_steps, steps_of
+
+if TYPE_CHECKING:
+    from launch.index import Index
+
+AUTO_BUDGET_IN_SAMPLES = 4  # micro_batch_tokens: auto holds this many of the longest sample
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "samestep")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All derived numbers of one run. Tokens count text and visual tokens together."""
+
+    name: str
+    strategy: str
+    nodes: int
+    gpus_per_node: int
+    world_size: int
+    device: str
+    global_batch_size: int
+    micro_batch_tokens: int
+    micro_batches: int
+    max_steps: int
+    warmup_steps: int
+    samples_per_epoch: int
+    steps_per_epoch: float
+    samples_left: int
+    longest_sample_tokens: int
+    mean_sample_tokens: float
+    dataset_fingerprint: str
+    recipe_fingerprint: str
+    quant_storage: str
+    compute_dtype: str
+    autocast: bool
+    versions: dict[str, str]
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """What Trainer and DeepSpeed call the micro-batches of a rank in one optimizer step."""
+        return self.micro_batches
+
+    def to_json(self) -> str:
+        """Text of plan.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read plan.json. ConfigError when it is damaged or of another version."""
+        try:
+            values = json.loads(text)
+            return Plan(**values)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"plan.json: not a plan of this version ({error}); run the same `samestep run` again"
+            ) from error
+
+    def digest(self) -> str:
+        """sha256 of the whole plan, hexadecimal: ranks compare it before they start."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(
+    recipe: Recipe,
+    index: Index,
+    *,
+    strategy: str,
+    nodes: int,
+    gpus_per_node: int,
+    device: str,
+    name: str = "",
+) -> Plan:
+    """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
+
+    Raises ConfigError with every rule the request breaks.
+    """
+    train = index.splits["train"]
+    tokens = train.text_tokens + train.visual_tokens
+    longest = max((int(s.tokens.max()) for s in index.splits.values() if len(s.tokens)), default=0)
+    size = recipe.batch.global_batch_size
+    max_steps, left = whole_steps(recipe, len(tokens))
+    asked = recipe.batch.micro_batch_tokens
+    budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
+    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest)
+    if problems := list(violations(request)):
+        raise ConfigError(problems)
+    steps = plan_steps(
+        tokens,
+        cost(train.text_tokens, train.visual_tokens),
+        global_batch_size=size,
+        world_size=request.world_size,
+        budget=budget,
+        max_steps=max_steps,
+        seed=recipe.training.seed,
+        fingerprint=index.fingerprint,
+    )
+    compute_dtype = compute_dtype_of(recipe)
+    return Plan(
+        name=name or recipe.name,
+        strategy=strategy,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        world_size=request.world_size,
+        device=device,
+        global_batch_size=size,
+        micro_batch_tokens=budget,
+        micro_batches=steps.micro_batches,
+        max_steps=max_steps,
+        warmup_steps=warmup_steps_of(recipe, max_steps),
+        samples_per_epoch=len(tokens),
+        steps_per_epoch=len(tokens) / size,
+        samples_left=left,
+        longest_sample_tokens=longest,
+        mean_sample_tokens=float(tokens.mean()),
+        dataset_fingerprint=index.fingerprint,
+        recipe_fingerprint=recipe_fingerprint(recipe),
+        quant_storage="uint8",
+        compute_dtype=compute_dtype,
+        autocast=compute_dtype == "bfloat16",
+        versions=_versions(),
+    )
+
+
+def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
+    """The step plan of a plan: no search, `plan.micro_batches` was found when the plan was made."""
+    train = index.splits["train"]
+    return StepPlan(
+        n=plan.samples_per_epoch,
+        global_batch_size=plan.global_batch_size,
+        world_size=plan.world_size,
+        max_steps=plan.max_steps,
+        micro_batches=plan.micro_batches,
+        budget=plan.micro_batch_tokens,
+        seed=recipe.training.seed,
+        fingerprint=plan.dataset_fingerprint,
+        tokens=train.text_tokens + train.visual_tokens,
+        costs=cost(train.text_tokens, train.visual_tokens),
+    )
+
+
+def whole_steps(recipe: Recipe, samples: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
+
+    `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.
+    """
+    training = recipe.training
+    steps, left = steps_of(samples, training.num_train_epochs, recipe.batch.global_batch_size)
+    return (steps, left) if training.max_steps < 1 else (training.max_steps, 0)
+
+
+def warmup_steps_of(recipe: Recipe, max_steps: int) -> int:
+    """Warm-up in steps: as `TrainingArguments.get_warmup_steps` of transformers 5.23 (a share rounds up)."""
+    asked = recipe.training.warmup_steps
+    return int(asked) if asked >= 1 else math.ceil(max_steps * asked)
+
+
+def compute_dtype_of(recipe: Recipe) -> str:
+    """dtype of the matrix products: bitsandbytes' for a quantized base, else the base's own."""
+    quantization = recipe.quantization
+    return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else recipe.model.dtype
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What a reader wants to know of a plan, as (name, value with unit)."""
+    processes = (
+        f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {'GPU' if plan.device == 'cuda' else 'CPU'})"
+    )
+    epochs = plan.max_steps * plan.global_batch_size / plan.samples_per_epoch
+    return [
+        ("run", plan.name),
+        ("strategy", plan.strategy),
+        ("processes", processes),
+        ("global batch", f"{plan.global_batch_size:,} samples"),
+        (
+            "micro-batches a rank and step",
+            f"{plan.micro_batches:,} of at most {plan.micro_batch_tokens:,} tokens",
+        ),
+        ("samples an epoch", f"{plan.samples_per_epoch:,} ({plan.steps_per_epoch:,.2f} steps)"),
+        ("steps", f"{plan.max_steps:,} ({epochs:,.2f} epochs), {plan.warmup_steps:,} of them warm-up"),
+        ("left of the stream", f"{plan.samples_left:,} samples left after the last whole step"),
+        ("tokens a sample", f"{plan.mean_sample_tokens:,.0f} mean, {plan.longest_sample_tokens:,} longest"),
+        (
+            "precision",
+            f"{plan.compute_dtype} products, float32 adapters, packed weights in {plan.quant_storage}",
+        ),
+        ("dataset", plan.dataset_fingerprint[:12]),
+        ("recipe", plan.recipe_fingerprint[:12]),
+    ]
+
+
+def plan_differences(old: Plan, new: Plan) -> list[str]:
+    """`field: old != new` of every field that differs."""
+    names = [field.name for field in fields(Plan)]
+    pairs: list[tuple[str, Any, Any]] = [(n, getattr(old, n), getattr(new, n)) for n in names]
+    return [f"{n}: {a} != {b}" for n, a, b in pairs if a != b]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

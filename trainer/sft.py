@@ -221,9 +221,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         values = {"step": self.state.global_step, "loss": total / tokens, "samples": int(seen)}
         if self.is_world_process_zero():
             append_line(self.run_directory.evaluations_file, values)
-        self.callback_handler.on_log(self.args, self.state, self.control, {"eval_loss": values["loss"]})
+        shown = {"eval_loss": values["loss"]}
+        self.callback_handler.on_log(self.args, self.state, self.control, shown)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
         self._clock = time.perf_counter()
-        return {"eval_loss": values["loss"]}
+        return shown
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -333,7 +335,7 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.micro_batches,
         bf16=False,  # precision is ours: `compute_in`
-        gradient_checkpointing=False,  # ours: `prepare_training`
+        activation_checkpointing=False,  # ours: `prepare_training`
         max_length=None,
         use_cpu=plan.device == "cpu",
         eval_strategy="steps",

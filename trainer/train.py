@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
@@ -37,7 +41,7 @@ from trainer.pretrained import load_processor
 from trainer.records import keep_lines_until
 from trainer.sft import PlannedTrainer, build_trainer
 
-logger = get_logger(__name__)
+logger = get_logger("trainer")
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,10 @@ class Task:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    speak_plainly()
     try:
         index = prepare_first(options)
-        state = start_processes()
-        task = together(lambda: read_task(options, index, state))
-        announce(task, state)
-        with ExitStack() as held:
-            on_rank_0(lambda: take_run(task, held))
-            try:
-                train(task, state)
-            except SamestepError as error:
-                on_rank_0(lambda: end(task.run, error))
-                raise
-            on_rank_0(lambda: write_marker(task.run, "DONE", f"step {task.plan.max_steps}"))
+        train_once(options, index, start_processes())
     except SamestepError as error:
         if int(os.environ.get("RANK", "0")) == 0 or not dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -75,6 +69,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def train_once(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """From the request to the marker, inside an existing process group.
+
+    Raises:
+        SamestepError: on all ranks together; the marker says so where the run directory could be taken.
+    """
+    task = together(lambda: read_task(options, index, state))
+    announce(task, state)
+    with ExitStack() as held:
+        on_rank_0(lambda: take_run(task, held))
+        try:
+            train(task, state)
+        except SamestepError as error:
+            if state.is_main_process:
+                leave_reason(task.run, error)
+            raise
+        on_rank_0(lambda: write_marker(task.run, "DONE", f"step {task.plan.max_steps}"))
+
+
+def speak_plainly() -> None:
+    """Our own messages from INFO on, the libraries' from WARNING on, their deprecations among themselves never."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("trainer").setLevel(logging.INFO)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -217,7 +241,7 @@ def resume_point(task: Task) -> Path | None:
     checkpoint = newest_published(task.run.path)
     if checkpoint is None:
         return None
-    facts, plan = read_manifest(checkpoint), task.plan
+    facts, plan = read_manifest(checkpoint, verify=True)["facts"], task.plan
     for key in ("recipe_fingerprint", "dataset_fingerprint"):
         if facts[key] != getattr(plan, key):
             raise CheckpointError(
@@ -250,8 +274,8 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def end(run: RunDirectory, error: SamestepError) -> None:
-    """Leave the reason where `samestep run` looks for it."""
+def leave_reason(run: RunDirectory, error: SamestepError) -> None:
+    """Write why a request was refused where `samestep run` looks for it; a failed run leaves no marker."""
     with contextlib.suppress(OSError):
         if isinstance(error, ConfigError | CheckpointError):
             write_marker(run, "REFUSED", str(error))

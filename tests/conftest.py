@@ -1,0 +1,96 @@
+"""Small worlds the tests share: a random tiny Qwen2-VL, a mini dataset of ChartQA's schema, a recipe for both."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SPLIT_SIZES = {"train": 60, "val": 10, "test": 12}
+
+
+def chart_png(seed: int) -> bytes:
+    """A small bar chart, one of a dozen sizes."""
+    draw = random.Random(seed)
+    width, height = draw.choice([56, 84, 112, 140]), draw.choice([56, 84, 112])
+    image = Image.new("RGB", (width, height), "white")
+    canvas = ImageDraw.Draw(image)
+    for bar in range(4):
+        box = (bar * width // 4 + 2, draw.randint(4, height - 8), (bar + 1) * width // 4 - 2, height - 2)
+        canvas.rectangle(box, fill=(draw.randint(0, 255), draw.randint(0, 255), draw.randint(0, 255)))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def chart_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of ChartQA's schema, of unequal length."""
+    draw = random.Random(seed)
+    return [
+        {
+            "image": {"bytes": chart_png(seed * 1000 + number), "path": None},
+            "query": f"How high is bar {number} of {count}" + "?" * draw.randint(1, 9),
+            "label": [str(draw.randint(0, 99))],
+            "human_or_machine": number % 2,
+        }
+        for number in range(count)
+    ]
+
+
+def write_charts(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
+    """Parquet files `<split>-00000.parquet`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, split_rows in rows.items():
+        pq.write_table(pa.Table.from_pylist(split_rows), folder / f"{split}-00000.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `charts/`, `base/` and `cache/`, the last one being samestep's cache for the whole session."""
+    from trainer.model.tiny import random_tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    write_charts(
+        folder / "charts", {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())}
+    )
+    random_tiny(folder / "base")
+    before = os.environ.get("SAMESTEP_CACHE")
+    os.environ["SAMESTEP_CACHE"] = str(folder / "cache")
+    yield folder
+    if before is None:
+        del os.environ["SAMESTEP_CACHE"]
+    else:
+        os.environ["SAMESTEP_CACHE"] = before
+
+
+def recipe_values(world: Path) -> dict[str, Any]:
+    """A recipe on the small world: fp32, no quantization, global batch 8, 6 steps."""
+    return {
+        "name": "small",
+        "model": {"name_or_path": str(world / "base"), "dtype": "float32"},
+        "quantization": {"load_in_4bit": False, "bnb_4bit_compute_dtype": "float32"},
+        "data": {"dataset": str(world / "charts"), "system_message": "Answer with a single word or number."},
+        "batch": {"global_batch_size": 8},
+        "training": {
+            "max_steps": 6,
+            "learning_rate": 2e-3,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+        },
+        "checkpoint": {"every_steps": 3},
+        "evaluation": {"every_steps": 3},
+        "tracking": {"report_to": "none"},
+    }

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from launch.errors import ConfigError
 from launch.recipe import Recipe
 
 STRATEGIES = ("single", "ddp")
@@ -123,19 +124,32 @@ def upload_is_available(request: Request) -> str | None:
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
 
 
-RULES: tuple[Rule, ...] = (
+REQUEST_RULES: tuple[Rule, ...] = (
     strategy_is_available,
     topology_is_positive,
     single_is_one_process,
     every_process_gets_a_sample,
+    upload_is_available,
+)
+DATA_RULES: tuple[Rule, ...] = (
     data_fills_one_step,
     run_has_a_step,
     micro_batch_holds_the_longest_sample,
     warm_up_ends_within_the_run,
-    upload_is_available,
 )
 
 
 def violations(request: Request) -> Iterator[str]:
     """The message of every rule the request breaks."""
-    return (message for rule in RULES if (message := rule(request)))
+    return _broken(REQUEST_RULES + DATA_RULES, request)
+
+
+def refuse_topology(recipe: Recipe, strategy: str, nodes: int, gpus_per_node: int) -> None:
+    """ConfigError with all that can be said before the data is prepared, which may take long."""
+    request = Request(recipe, strategy, nodes, gpus_per_node, samples=0, max_steps=0, budget=0, longest=0)
+    if problems := list(_broken(REQUEST_RULES, request)):
+        raise ConfigError(problems)
+
+
+def _broken(rules: tuple[Rule, ...], request: Request) -> Iterator[str]:
+    return (message for rule in rules if (message := rule(request)))

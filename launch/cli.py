@@ -1,0 +1,215 @@
+"""The `samestep` command. Imports of substance are inside the commands: `--help` stays fast."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from launch.errors import ConfigError, SamestepError
+
+if TYPE_CHECKING:
+    from launch.plan import Plan
+
+app = typer.Typer(
+    help="One QLoRA fine-tuning recipe, the same training run on one GPU, several GPUs or several nodes.",
+    epilog="Begin with: samestep run recipes/embedded.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one by name.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of a run below --runs-dir, or its folder.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="single or ddp.", show_default="single for one process, else ddp"),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus-per-node",
+        metavar="N",
+        help="Processes to start, one a GPU.",
+        show_default="the GPUs present, 2 on a CPU",
+    ),
+]
+RunsDir = Annotated[Path, typer.Option(help="The folder that holds the runs.")]
+
+
+_PLACE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR)
+
+
+def _example(*lines: str) -> str:
+    return "\n\n".join(["Example:", *lines])
+
+
+@app.command(epilog=_example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8"))
+def plan(
+    recipe: RecipeArgument,
+    strategy: Strategy = None,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
+    gpus_per_node: Processes = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Show every number derived from a recipe, a strategy and a topology. Starts nothing."""
+    from launch import start
+    from launch.recipe import find_recipe, load_recipe
+    from launch.rules import refuse_topology
+
+    file = find_recipe(recipe)
+    loaded = load_recipe(file, overrides)
+    topology = start.choose_topology(strategy, nodes, gpus_per_node)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
+    index = start.load_index(file, loaded, overrides)
+    _show(start.plan_of(loaded, index, topology, loaded.name))
+
+
+@app.command(epilog=_example("samestep prepare recipes/qwen2vl_7b_chartqa.yaml"))
+def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa: B006
+    """Validate the data, count its tokens and fetch the base weights, into the cache. Needs no GPU."""
+    from launch import start
+    from launch.recipe import find_recipe, load_recipe
+
+    file = find_recipe(recipe)
+    load_recipe(file, overrides)
+    start.prepare(file, overrides)
+
+
+@app.command(epilog=_example("samestep run recipes/embedded.yaml --set training.max_steps=8 --name short"))
+def run(
+    recipe: RecipeArgument,
+    strategy: Strategy = None,
+    gpus_per_node: Processes = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the recipe's")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an older run of this name aside first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan and command; write nothing but the data's cache.")
+    ] = False,
+) -> None:
+    """Train a recipe on this machine. The same command again resumes the run."""
+    from launch import start
+
+    request = start.RunRequest(recipe, tuple(overrides), strategy, gpus_per_node, name, runs_dir, fresh)
+    planned = start.plan_run(request)
+    if dry_run:
+        _show(planned.plan)
+        _say(_shell(planned.command(port=0)))
+        return
+    with start.claim(planned, request):
+        if not fresh and start.is_done(planned):
+            _say(
+                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
+            )
+            return
+        if fresh and (old := start.move_aside(planned.run)):
+            _say(f"the older run is now {old}")
+        _show(planned.plan)
+        start.execute(planned)
+        _say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
+
+
+@app.command(epilog=_example("samestep evaluate embedded --models base,adapter,shuffled"))
+def evaluate(
+    run: RunArgument,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    models: Annotated[
+        str, typer.Option(help="Any of base, adapter, shuffled (images exchanged), separated by commas.")
+    ] = "base,adapter",
+    max_samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="The first N samples.", show_default="all"),
+    ] = None,
+    gpus_per_node: Processes = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Answer the questions of a split on all processes and score them. Writes eval.json into the run."""
+    from launch import start
+
+    found = start.find_run(run, runs_dir)
+    limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
+    start.evaluate(found, ["--split", split, "--models", models, *limit], gpus_per_node)
+
+
+@app.command(
+    epilog=_example("samestep merge embedded", "samestep merge runs/embedded/checkpoint-20 --output m20")
+)
+def merge(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|ADAPTER", help="Name of a run, or a folder of one of the three."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Add an adapter to its unquantized base, and compare the result with base + adapter."""
+    from launch import start
+
+    start.merge(source, output, dtype, runs_dir)
+
+
+def main() -> None:
+    """Entry point: typer ends usage errors (2) and Ctrl-C (130) itself; our errors become lines, not tracebacks."""
+    try:
+        app(prog_name="samestep")
+    except SamestepError as error:
+        _complain(str(error), error.exit_status)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        place = error.filename or "disk"
+        _complain(f"{place}: {error.strerror}; make room, or choose another place", ConfigError.exit_status)
+
+
+def _complain(text: str, status: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(status)
+
+
+def _show(plan: Plan) -> None:
+    """Print the plan as one table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.plan import plan_rows
+
+    table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
+    for name, value in plan_rows(plan):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _shell(command: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(command)
+
+
+if __name__ == "__main__":
+    main()

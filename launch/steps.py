@@ -176,7 +176,7 @@ def _whole_costs(costs: Floats) -> list[int]:
     Their sums are exact, so that no processor's order of additions can lead one rank to another deal.
     """
     top = float(costs.max())
-    scaled = costs * (_COST_UNITS / top) if top > 0 else costs
+    scaled = costs / top * _COST_UNITS if top > 0 else costs
     whole: list[int] = np.maximum(np.rint(scaled), 1).astype(np.int64).tolist()
     return whole
 
@@ -213,7 +213,7 @@ def _deal_bins_first(
     ranks: list[Groups] = [[] for _ in range(world_size)]
     for rank, members in zip(rank_of_bin, levelled, strict=True):
         ranks[rank].append(members)
-    return [_largest_first(groups, lengths) for groups in ranks]
+    return [_largest_first(_fill_empty(groups, lengths), lengths) for groups in ranks]
 
 
 def _groups(group_of: list[int], count: int) -> Groups:
@@ -336,19 +336,20 @@ def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: in
         groups = _best_fit_decreasing(lengths, members, budget)
         if len(groups) > count:
             return None
-        groups = _split_largest(groups, lengths, count)
+        groups = _fill_empty(groups + [[] for _ in range(count - len(groups))], lengths)
     return _largest_first(groups, lengths)
 
 
-def _split_largest(groups: Groups, lengths: Sequence[int], count: int) -> Groups:
-    """Halve the group of most tokens until there are `count`; a group of one sample leaves an empty one."""
-    groups = list(groups)
-    while len(groups) < count:
-        whole = max(groups, key=lambda group: (len(group) > 1, _total(group, lengths)))
+def _fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
+    """Halve the group of most tokens for each empty one, as long as some group has two samples to share."""
+    filled = [list(group) for group in groups]
+    for empty in [group for group in filled if not group]:
+        whole = max(filled, key=lambda group: (len(group) > 1, _total(group, lengths)))
         halves = _groups(_spread([lengths[i] for i in whole], 2), 2)
-        groups.remove(whole)
-        groups += [[whole[i] for i in half] for half in halves]
-    return groups
+        if not halves[1]:
+            break
+        empty[:], whole[:] = [whole[i] for i in halves[1]], [whole[i] for i in halves[0]]
+    return filled
 
 
 def _total(group: Sequence[int], weights: Sequence[int]) -> int:

@@ -171,7 +171,7 @@ def merge(
 
 
 def main() -> None:
-    """Entry point: typer ends usage errors (2) and Ctrl-C (130) itself; our errors become lines, not tracebacks."""
+    """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
     try:
         app(prog_name="samestep")
     except SamestepError as error:

@@ -1,0 +1,65 @@
+# Every target sets up what it needs. Begin with: make run
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+RUN := runs/embedded
+
+.PHONY: help install run test check
+
+help:
+	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
+	@echo "make test     set up, run the default tests"
+	@echo "make check    set up, lint, types, imports"
+	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
+
+install: $(SETUP)
+
+# The stamp's name holds the hash of what was asked for: nothing to do until that changes.
+$(SETUP): | .venv/bin/pip
+	@echo "install: packages of pyproject.toml in the versions of constraints.txt, into .venv (about 6 GB the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -f .venv/.installed-*
+	@touch $@
+	@echo "install: done; GPUs seen by the driver: $$( (ls /proc/driver/nvidia/gpus 2>/dev/null || true) | wc -l)"
+
+# Debian keeps `ensurepip` in a package of its own; without it `python -m venv` leaves half a folder behind.
+.venv/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "install: $(PYTHON) is missing; install it, or name another: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "install: Python 3.11 or newer is needed ($$($(PYTHON) -V))" >&2; exit 2; }
+	@if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+		root=""; [ "$$(id -u)" = 0 ] || root="sudo -n"; \
+		echo "install: $(PYTHON) has no ensurepip; running: $$root apt-get install python3-venv"; \
+		$$root apt-get update -qq && $$root apt-get install -y -qq --no-install-recommends python3-venv \
+			|| { echo "install: could not; install the package python3-venv yourself, then repeat" >&2; exit 2; }; \
+	fi
+	@echo "install: making .venv with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv --clear .venv
+
+run: install
+	$(BIN)/samestep run recipes/embedded.yaml --name embedded
+	@if [ -f $(RUN)/merged/config.json ]; then echo "merged already: $(RUN)/merged"; else \
+		echo "$(BIN)/samestep merge embedded"; $(BIN)/samestep merge embedded; fi
+	$(BIN)/samestep evaluate embedded --models base,adapter,shuffled
+	@echo
+	@echo "adapter      $(RUN)/adapter"
+	@echo "merged       $(RUN)/merged"
+	@echo "answers      $(RUN)/eval.json"
+	@echo "every step   $(RUN)/metrics.jsonl"
+	@echo
+	@echo "next:"
+	@echo "  $(BIN)/samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8   # what the 7B run would do"
+	@echo "  $(BIN)/samestep run embedded --name longer --set training.num_train_epochs=5"
+	@echo "  $(BIN)/samestep evaluate embedded --split validation"
+
+test: install
+	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -4,14 +4,11 @@ Pure functions on numpy arrays: no torch, no process group, no files. Every rank
 the same arguments, so nothing has to be sent, and resuming at step k is arithmetic.
 
 The *set* of samples of a step depends on (seed, dataset fingerprint, global batch size) alone. World size and
-token budget decide only how that set is dealt.
+token budget decide only how that set is dealt (launch/deal.py).
 """
 
 import hashlib
-import heapq
 import json
-from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -19,7 +16,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from launch.deal import MicroBatch, deal, micro_batches_needed, too_long
 from launch.errors import ConfigError
+
+__all__ = ["MicroBatch", "StepPlan", "cost", "deal", "plan_steps", "step_samples", "steps_of"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -33,10 +33,6 @@ _ATTENTION_PER_TOKEN_SQUARED = (
 _VISION_PER_PATCH = 1.26
 _VISION_PER_PATCH_SQUARED = 4 * 1280 * 32 * 1e-9
 _PATCHES_PER_VISUAL_TOKEN = 4  # the merger folds 2 x 2 patches into one token
-
-_COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `deal`
-_BALANCED = 500  # levelling stops when the heaviest rank is within 1/500 of the mean: no step is timed finer
-_MOST_TRIES = 6_000  # samples offered in levelling: 10 to 20 ms; few ranks or many samples need far less
 
 
 def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
@@ -52,19 +48,6 @@ def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
     language = tokens * _LINEAR_PER_TOKEN + tokens * tokens * _ATTENTION_PER_TOKEN_SQUARED
     vision = patches * _VISION_PER_PATCH + patches * patches * _VISION_PER_PATCH_SQUARED
     return np.asarray(language + vision, dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples that go through the model together.
-
-    `samples`: positions in the split, in the order of the stream.
-    `filler`: this rank has fewer samples than micro-batches; it runs the step's shortest sample with every
-    label masked and zero weight, so that it takes part in every collective.
-    """
-
-    samples: tuple[int, ...]
-    filler: bool
 
 
 def steps_of(n: int, epochs: float, global_batch_size: int) -> tuple[int, int]:
@@ -103,279 +86,6 @@ def _permutation(n: int, seed: int, fingerprint: str, epoch: int) -> Ints:
     order = np.argsort(np.random.PCG64(entropy).random_raw(n), kind="stable").astype(np.int64)
     order.flags.writeable = False
     return order
-
-
-def deal(
-    samples: ArrayLike,
-    tokens: ArrayLike,
-    costs: ArrayLike,
-    world_size: int,
-    budget: int,
-    micro_batches: int | None = None,
-) -> list[list[MicroBatch]]:
-    """Deal the samples of a step (or of an evaluation) to ranks and micro-batches.
-
-    `samples`: positions in the split, in stream order. `tokens`, `costs`: of the whole split, by position.
-    `budget`: the most tokens of a micro-batch. `micro_batches`: how many every rank gets; None for the fewest
-    that best-fit decreasing packs the samples into.
-
-    Returns one list per rank, all of the same length. Costs are balanced over the ranks first; each rank's
-    samples are then spread evenly over its micro-batches, largest first, fillers last.
-
-    Raises ConfigError when a sample is longer than the budget or the micro-batches cannot hold the samples.
-    """
-    positions = np.asarray(samples, dtype=np.int64)
-    lengths: list[int] = np.asarray(tokens, dtype=np.int64)[positions].tolist()
-    least = micro_batches_needed(lengths, world_size, budget)
-    if micro_batches is None:
-        micro_batches = least
-    if micro_batches < least:
-        raise ConfigError(
-            f"micro_batches: {micro_batches} of {budget:,} tokens on each of {world_size} ranks do not hold "
-            f"{positions.size:,} samples ({sum(lengths):,} tokens); use {least} or more"
-        )
-    work = _whole_costs(np.asarray(costs, dtype=np.float64)[positions])
-    ranks = _deal_samples_first(lengths, work, world_size, budget, micro_batches)
-    if ranks is None:
-        ranks = _deal_bins_first(lengths, work, world_size, budget, micro_batches)
-    names: list[int] = positions.tolist()
-    filler = MicroBatch((names[lengths.index(min(lengths))],), filler=True)
-    return [[_micro_batch(group, names, filler) for group in groups] for groups in ranks]
-
-
-def micro_batches_needed(lengths: Sequence[int], world_size: int, budget: int) -> int:
-    """The fewest micro-batches per rank that best-fit decreasing packs samples of these lengths into.
-
-    Never more than samples / ranks, rounded up. Raises ConfigError when a sample is longer than the budget.
-    """
-    if world_size < 1 or not lengths:
-        raise ValueError(f"{len(lengths)} samples cannot be dealt to {world_size} ranks")
-    if max(lengths) > budget:
-        raise ConfigError(_too_long(max(lengths), budget))
-    return -(-len(_best_fit_decreasing(lengths, range(len(lengths)), budget)) // world_size)
-
-
-def _too_long(longest: int, budget: int) -> str:
-    return (
-        f"batch.micro_batch_tokens: the longest sample does not fit ({longest:,} tokens > {budget:,}); "
-        f"raise it to {longest:,} or more, or lower data.max_pixels and prepare again"
-    )
-
-
-Groups = list[list[int]]  # samples by their place in the step, ascending; one list per micro-batch (or rank)
-
-
-def _micro_batch(group: list[int], names: list[int], filler: MicroBatch) -> MicroBatch:
-    """Places in the step become positions in the split; an empty group becomes a filler."""
-    return MicroBatch(tuple(names[i] for i in sorted(group)), filler=False) if group else filler
-
-
-def _whole_costs(costs: Floats) -> list[int]:
-    """Costs as whole numbers >= 1.
-
-    Their sums are exact, so that no processor's order of additions can lead one rank to another deal.
-    """
-    top = float(costs.max())
-    scaled = costs / top * _COST_UNITS if top > 0 else costs
-    whole: list[int] = np.maximum(np.rint(scaled), 1).astype(np.int64).tolist()
-    return whole
-
-
-def _deal_samples_first(
-    lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
-) -> list[Groups] | None:
-    """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
-    spread = _spread(work, world_size)
-    rank_of = _level(work, lengths, spread, list(range(world_size)), budget=sum(lengths))
-    ranks = []
-    for members in _groups(rank_of, world_size):
-        groups = _pack(lengths, members, budget, micro_batches)
-        if groups is None:
-            return None
-        ranks.append(groups)
-    return ranks
-
-
-def _deal_bins_first(
-    lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
-) -> list[Groups]:
-    """Pack the whole step, deal the bins to ranks, then level by swaps that keep bins within the budget."""
-    bins = world_size * micro_batches
-    packed = _pack(lengths, range(len(lengths)), budget, bins)
-    if packed is None:
-        raise AssertionError(f"best-fit decreasing packed {len(lengths)} samples into at most {bins} before")
-    bin_of = [0] * len(lengths)
-    for index, members in enumerate(packed):
-        for member in members:
-            bin_of[member] = index
-    rank_of_bin = _spread([_total(members, work) for members in packed], world_size, most=micro_batches)
-    levelled = _groups(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
-    ranks: list[Groups] = [[] for _ in range(world_size)]
-    for rank, members in zip(rank_of_bin, levelled, strict=True):
-        ranks[rank].append(members)
-    return [_largest_first(_fill_empty(groups, lengths), lengths) for groups in ranks]
-
-
-def _groups(group_of: list[int], count: int) -> Groups:
-    """The members of each group, ascending."""
-    groups: Groups = [[] for _ in range(count)]
-    for index, group in enumerate(group_of):
-        groups[group].append(index)
-    return groups
-
-
-def _spread(weights: Sequence[int], count: int, most: int | None = None) -> list[int]:
-    """The group of each weight: heaviest first, to the lightest group, at most `most` to each (LPT)."""
-    group_of = [0] * len(weights)
-    heap = [(0, 0, group) for group in range(count)]
-    for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        load, held, group = heap[0]
-        group_of[index] = group
-        if held + 1 == most:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (load + weights[index], held + 1, group))
-    return group_of
-
-
-def _level(
-    work: list[int], lengths: list[int], bin_of: list[int], rank_of_bin: list[int], budget: int
-) -> list[int]:
-    """Lower the heaviest rank, a swap or move at a time, until nothing lowers it; returns the new `bin_of`.
-
-    The heaviest rank swaps with the lightest that has a useful swap. No bin grows beyond `budget` tokens.
-    """
-    samples, bins = len(bin_of), len(rank_of_bin)
-    # One sample more in each bin, of no work and no length: swapping with it is a move.
-    work, lengths, where = work + [0] * bins, lengths + [0] * bins, bin_of + list(range(bins))
-    ranks = max(rank_of_bin) + 1
-    loads, room = [0] * ranks, [budget] * bins
-    held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]  # (work, sample), ascending
-    for sample, into in enumerate(where):
-        loads[rank_of_bin[into]] += work[sample]
-        room[into] -= lengths[sample]
-        held[rank_of_bin[into]].append((work[sample], sample))
-    for one in held:
-        one.sort()
-    tries = 0
-
-    def fits(give: int, take: int) -> bool:
-        grown = lengths[give] - lengths[take]
-        return grown <= room[where[take]] and -grown <= room[where[give]]
-
-    def swap_from(heaviest: int) -> bool:
-        nonlocal tries
-        for lighter in sorted(range(ranks), key=loads.__getitem__):
-            tries += len(held[heaviest])
-            if tries > _MOST_TRIES:
-                break
-            found = _best_swap(held[heaviest], held[lighter], loads[heaviest] - loads[lighter], fits)
-            if found is None:
-                continue
-            give, take = found
-            given, grown = work[give] - work[take], lengths[give] - lengths[take]
-            loads[heaviest] -= given
-            loads[lighter] += given
-            room[where[give]] += grown
-            room[where[take]] -= grown
-            _pass(held[heaviest], held[lighter], (work[give], give))
-            if take < samples:
-                _pass(held[lighter], held[heaviest], (work[take], take))
-                where[give], where[take] = where[take], where[give]
-            else:  # a move: the empty sample stays
-                where[give] = where[take]
-            return True
-        return False
-
-    even = sum(loads) // ranks
-    heaviest = loads.index(max(loads))
-    while (loads[heaviest] - even) * _BALANCED > even and swap_from(heaviest):
-        heaviest = loads.index(max(loads))
-    return where[:samples]
-
-
-def _pass(giver: list[tuple[int, int]], taker: list[tuple[int, int]], item: tuple[int, int]) -> None:
-    """Move `item` from one ascending list to another."""
-    del giver[bisect_left(giver, item)]
-    insort(taker, item)
-
-
-def _best_swap(
-    own: list[tuple[int, int]], other: list[tuple[int, int]], gap: int, fits: Callable[[int, int], bool]
-) -> tuple[int, int] | None:
-    """The samples (given, taken) whose swap leaves the lower maximum of two ranks; None when none lowers it.
-
-    `own`, `other`: (work, sample), ascending, of the heavier and the lighter rank, `gap` apart.
-    Giving away g leaves the larger of the two `max(gap - g, g)` above the lighter rank's old load.
-    """
-    best, found, end = gap, None, len(other)
-    for mine, give in own:
-        if not mine:
-            continue
-        middle = bisect_left(other, (mine - gap // 2, 0))
-        for run in (range(middle, end), range(middle - 1, -1, -1)):  # from g = gap / 2 outwards
-            for at in run:
-                theirs, take = other[at]
-                given = mine - theirs
-                top = given if 2 * given > gap else gap - given
-                if top >= best:
-                    break
-                if fits(give, take):
-                    best, found = top, (give, take)
-                    break
-    return found
-
-
-def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:
-    """`members` in `count` groups of at most `budget` tokens, as even as they come; None: they do not fit."""
-    group_of = _spread([lengths[i] for i in members], count)
-    groups: Groups = [[] for _ in range(count)]
-    for member, group in zip(members, group_of, strict=True):
-        groups[group].append(member)
-    if any(_total(group, lengths) > budget for group in groups):
-        groups = _best_fit_decreasing(lengths, members, budget)
-        if len(groups) > count:
-            return None
-        groups = _fill_empty(groups + [[] for _ in range(count - len(groups))], lengths)
-    return _largest_first(groups, lengths)
-
-
-def _fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
-    """Halve the group of most tokens for each empty one, as long as some group has two samples to share."""
-    filled = [list(group) for group in groups]
-    for empty in [group for group in filled if not group]:
-        whole = max(filled, key=lambda group: (len(group) > 1, _total(group, lengths)))
-        halves = _groups(_spread([lengths[i] for i in whole], 2), 2)
-        if not halves[1]:
-            break
-        empty[:], whole[:] = [whole[i] for i in halves[1]], [whole[i] for i in halves[0]]
-    return filled
-
-
-def _total(group: Sequence[int], weights: Sequence[int]) -> int:
-    return sum(weights[i] for i in group)
-
-
-def _largest_first(groups: Groups, lengths: Sequence[int]) -> Groups:
-    """By tokens, descending: ranks run their large micro-batches side by side, and memory peaks at once."""
-    return sorted(groups, key=lambda group: -_total(group, lengths))
-
-
-def _best_fit_decreasing(lengths: Sequence[int], members: Sequence[int], budget: int) -> Groups:
-    """Each sample, longest first, into the fullest group with room for it; a new group when none has."""
-    groups: Groups = []
-    rooms: list[tuple[int, int]] = []  # (room, group), ascending
-    for index in sorted(members, key=lambda i: -lengths[i]):
-        length = lengths[index]
-        at = bisect_left(rooms, (length, -1))
-        if at == len(rooms):
-            groups.append([index])
-            insort(rooms, (budget - length, len(groups) - 1))
-        else:
-            room, into = rooms.pop(at)
-            groups[into].append(index)
-            insort(rooms, (room - length, into))
-    return groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,7 +154,7 @@ def plan_steps(
     if lengths.size == 0:
         problems.append("data.train: the split is empty (0 rows); choose another split")
     elif int(lengths.max()) > budget:
-        problems.append(_too_long(int(lengths.max()), budget))
+        problems.append(too_long(int(lengths.max()), budget))
     if max_steps < 1:
         problems.append(
             f"training.max_steps: there is no whole step to train ({max_steps}); "

@@ -235,6 +235,14 @@ def test_a_rank_with_too_few_samples_runs_the_shortest_as_filler() -> None:
     assert ranks[1][-1].filler  # after the rank's own samples
 
 
+def test_a_rank_with_enough_samples_runs_no_filler() -> None:
+    """Work and length pull apart here: levelling leaves a micro-batch empty beside one of two samples."""
+    tokens, costs = np.array([6, 8, 10, 1, 7]), np.array([4, 4, 2, 9, 1])
+    ranks = deal(np.arange(5), tokens, costs, world_size=2, budget=13)
+    check_deal(ranks, np.arange(5), tokens, world_size=2, budget=13, micro_batches=2)
+    assert not any(batch.filler for rank in ranks for batch in rank)
+
+
 def test_an_evaluation_with_fewer_samples_than_ranks_has_ranks_of_fillers_only() -> None:
     ranks = deal([7, 2], TOKENS, COSTS, world_size=4, budget=LONGEST)
     assert dealt_samples(ranks) == Counter([7, 2])
@@ -330,20 +338,20 @@ def test_the_work_of_the_ranks_is_balanced(
 
 @pytest.mark.parametrize("world_size", [2, 32, 256, 300, 1024])
 def test_a_step_of_1024_samples_is_dealt_in_50_ms(world_size: int) -> None:
-    """Three times the 50 ms are allowed: the machine that tests is busy with other tests."""
+    """Processor time, and twice the 50 ms: the machine that tests is busy with other tests."""
     of_run = plan(world_size, global_batch_size=1024, steps=10)
     seconds = []
     for step in range(10):
         of_run.samples(step)
-        start = time.perf_counter()
+        start = time.process_time()
         of_run.micro_batches_of(step, 0)
-        seconds.append(time.perf_counter() - start)
-    assert median(seconds) <= 3 * 0.050
+        seconds.append(time.process_time() - start)
+    assert median(seconds) <= 2 * 0.050
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_the_whole_7b_run_is_planned_in_seconds(world_size: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     of_run = plan(world_size, global_batch_size=32, steps=2_653)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert of_run.micro_batches == {1: 7, 8: 1}[world_size]

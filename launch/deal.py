@@ -15,7 +15,7 @@ from launch.errors import ConfigError
 
 _COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `deal`
 _BALANCED = 500  # levelling stops when the heaviest rank is within 1/500 of the mean: no step is timed finer
-_MOST_TRIES = 4_000  # samples offered in levelling: about 10 ms; few ranks or many samples need far less
+_MOST_TRIES = 6_000  # samples offered in levelling: about 10 ms; few ranks or many samples need far less
 
 
 @dataclass(frozen=True)
@@ -170,55 +170,69 @@ def _level(
 ) -> list[int]:
     """Lower the heaviest rank, a swap or move at a time, until nothing lowers it; returns the new `bin_of`.
 
-    The heaviest rank swaps with the lightest that has a useful swap. No bin grows beyond `budget` tokens.
+    No bin grows beyond `budget` tokens.
     """
-    samples, bins = len(bin_of), len(rank_of_bin)
-    # One sample more in each bin, of no work and no length: swapping with it is a move.
-    work, lengths, where = work + [0] * bins, lengths + [0] * bins, bin_of + list(range(bins))
-    ranks = max(rank_of_bin) + 1
-    loads, room = [0] * ranks, [budget] * bins
-    held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]  # (work, sample), ascending
-    for sample, into in enumerate(where):
-        loads[rank_of_bin[into]] += work[sample]
-        room[into] -= lengths[sample]
-        held[rank_of_bin[into]].append((work[sample], sample))
-    for one in held:
-        one.sort()
-    tries = 0
+    levelling = _Levelling(work, lengths, bin_of, rank_of_bin, budget)
+    while not levelling.is_level() and levelling.lower_heaviest():
+        pass
+    return levelling.bin_of[: len(bin_of)]
 
-    def fits(give: int, take: int) -> bool:
-        grown = lengths[give] - lengths[take]
-        return grown <= room[where[take]] and -grown <= room[where[give]]
 
-    def swap_from(heaviest: int) -> bool:
-        nonlocal tries
-        for lighter in sorted(range(ranks), key=loads.__getitem__):
-            tries += len(held[heaviest])
-            if tries > _MOST_TRIES:
-                break
-            found = _best_swap(held[heaviest], held[lighter], loads[heaviest] - loads[lighter], fits)
-            if found is None:
-                continue
-            give, take = found
-            given, grown = work[give] - work[take], lengths[give] - lengths[take]
-            loads[heaviest] -= given
-            loads[lighter] += given
-            room[where[give]] += grown
-            room[where[take]] -= grown
-            _pass(held[heaviest], held[lighter], (work[give], give))
-            if take < samples:
-                _pass(held[lighter], held[heaviest], (work[take], take))
-                where[give], where[take] = where[take], where[give]
-            else:  # a move: the empty sample stays
-                where[give] = where[take]
-            return True
+class _Levelling:
+    """Which sample is in which bin while samples are swapped, and what each rank and bin then holds."""
+
+    def __init__(
+        self, work: list[int], lengths: list[int], bin_of: list[int], rank_of_bin: list[int], budget: int
+    ) -> None:
+        bins, ranks = len(rank_of_bin), max(rank_of_bin) + 1
+        # One sample more in each bin, of no work and no length: swapping with it is a move.
+        self.samples = len(bin_of)
+        self.work, self.lengths = work + [0] * bins, lengths + [0] * bins
+        self.bin_of = bin_of + list(range(bins))
+        self.loads, self.room = [0] * ranks, [budget] * bins
+        self.held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]  # (work, sample), ascending
+        for sample, into in enumerate(self.bin_of):
+            self.loads[rank_of_bin[into]] += self.work[sample]
+            self.room[into] -= self.lengths[sample]
+            insort(self.held[rank_of_bin[into]], (self.work[sample], sample))
+        self.by_load = sorted((load, rank) for rank, load in enumerate(self.loads))
+        self.even = sum(self.loads) // ranks
+        self.tries = 0
+
+    def is_level(self) -> bool:
+        return (self.by_load[-1][0] - self.even) * _BALANCED <= self.even
+
+    def lower_heaviest(self) -> bool:
+        """Swap between the heaviest rank and the lightest with a useful swap; False when none has one."""
+        top, heaviest = self.by_load[-1]
+        for load, lighter in self.by_load[:-1]:
+            self.tries += len(self.held[heaviest])
+            if self.tries > _MOST_TRIES:
+                return False
+            swap = _best_swap(self.held[heaviest], self.held[lighter], top - load, self._fits)
+            if swap is not None:
+                self._swap(heaviest, lighter, *swap)
+                return True
         return False
 
-    even = sum(loads) // ranks
-    heaviest = loads.index(max(loads))
-    while (loads[heaviest] - even) * _BALANCED > even and swap_from(heaviest):
-        heaviest = loads.index(max(loads))
-    return where[:samples]
+    def _fits(self, give: int, take: int) -> bool:
+        grown = self.lengths[give] - self.lengths[take]
+        return grown <= self.room[self.bin_of[take]] and -grown <= self.room[self.bin_of[give]]
+
+    def _swap(self, heaviest: int, lighter: int, give: int, take: int) -> None:
+        given, grown = self.work[give] - self.work[take], self.lengths[give] - self.lengths[take]
+        for rank, change in ((heaviest, -given), (lighter, given)):
+            del self.by_load[bisect_left(self.by_load, (self.loads[rank], rank))]
+            self.loads[rank] += change
+            insort(self.by_load, (self.loads[rank], rank))
+        here, there = self.bin_of[give], self.bin_of[take]
+        self.room[here] += grown
+        self.room[there] -= grown
+        self.bin_of[give] = there
+        _pass(self.held[heaviest], self.held[lighter], (self.work[give], give))
+        if take < self.samples:  # the empty sample of a bin stays there
+            self.bin_of[take] = here
+            _pass(self.held[lighter], self.held[heaviest], (self.work[take], take))
 
 
 def _pass(giver: list[tuple[int, int]], taker: list[tuple[int, int]], item: tuple[int, int]) -> None:

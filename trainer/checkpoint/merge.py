@@ -496,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = merge(given.source, given.output, base=given.base, dtype=given.dtype)
     except SamestepError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     print_report(report, Console(highlight=False, soft_wrap=True))
     return 0

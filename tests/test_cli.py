@@ -1,0 +1,455 @@
+"""The samestep command: what it refuses, what it writes, what it starts, what it returns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from launch import cli, start
+from launch.children import Ended, wait_for
+from launch.index import Index
+from launch.plan import Plan
+from launch.recipe import load_recipe
+from launch.run_directory import MarkerKind, RunDirectory, hold_lock, write_marker
+from tests.indexes import make_index
+
+EMBEDDED = ["embedded", "--set", "batch.global_batch_size=32", "--set", "training.max_steps=6"]
+
+
+@dataclass
+class Launcher:
+    """Stands in for every child: records its command and ends as it is told."""
+
+    status: int = 0
+    marker: MarkerKind | None = "DONE"
+    text: str = ""
+    interrupted: bool = False
+    commands: list[list[str]] = field(default_factory=list)
+    environments: list[Mapping[str, str] | None] = field(default_factory=list)
+
+    def __call__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
+        self.commands.append(list(command))
+        self.environments.append(environment)
+        if "trainer.train" in command:
+            run = RunDirectory(Path(command[command.index("--run-dir") + 1]))
+            (run.adapter).mkdir(exist_ok=True)
+            (run.adapter / "adapter_config.json").write_text("{}")
+            if self.marker:
+                write_marker(run, self.marker, self.text)
+        return Ended(self.status, self.interrupted)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
+    """A machine of two CPU processes with prepared data; the working folder is empty."""
+    fake = Launcher()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.start.wait_for", fake)
+    monkeypatch.setattr("launch.children.wait_for", fake)
+    monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
+    set_gpus(monkeypatch, 0)
+    return fake
+
+
+def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("launch.hardware._gpus_of_driver", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def samestep(*arguments: str) -> int:
+    """Run a command line in this process; returns its exit status."""
+    before, sys.argv = sys.argv, ["samestep", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_run_writes_recipe_and_plan_and_starts_the_trainer_with_them(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    assert samestep("run", *EMBEDDED, "--name", "mine", "--set", "training.learning_rate=1e-4") == 0
+    run = RunDirectory(tmp_path / "runs" / "mine")
+    assert load_recipe(run.recipe_file).training.learning_rate == 1e-4
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert (plan.name, plan.strategy, plan.world_size, plan.max_steps) == ("mine", "ddp", 2, 6)
+    (command,) = launcher.commands
+    assert flag(command, "--num_processes") == "2"
+    assert Path(flag(command, "--config_file")).name == "ddp.yaml"
+    assert command[-3:] == ["trainer.train", "--run-dir", str(run.path)]
+    assert int(flag(command, "--main_process_port")) > 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "strategy", "processes"),
+    [
+        (0, [], "ddp", 2),
+        (0, ["--gpus-per-node", "1"], "single", 1),
+        (0, ["--strategy", "single"], "single", 1),
+        (1, [], "single", 1),
+        (4, [], "ddp", 4),
+        (4, ["--gpus-per-node", "2"], "ddp", 2),
+        (4, ["--strategy", "single"], "single", 1),
+        (1, ["--strategy", "ddp"], "ddp", 1),
+    ],
+)
+def test_what_is_not_said_follows_from_the_machine(
+    gpus: int,
+    asked: list[str],
+    strategy: str,
+    processes: int,
+    launcher: Launcher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_gpus(monkeypatch, gpus)
+    assert samestep("run", *EMBEDDED, *asked) == 0
+    (command,) = launcher.commands
+    assert Path(flag(command, "--config_file")).stem == strategy
+    assert flag(command, "--num_processes") == str(processes)
+
+
+def test_gpus_are_counted_as_cuda_would_show_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.hardware import gpus_present
+
+    set_gpus(monkeypatch, 8)
+    assert gpus_present() == 8
+    for visible, count in {"": 0, "3": 1, "0,1": 2, "0,-1,1": 1, "-1": 0, "GPU-abc,GPU-def": 2}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus_present() == count, visible
+    set_gpus(monkeypatch, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpus_present() == 0
+
+
+def test_a_single_process_sees_one_gpu(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert samestep("run", *EMBEDDED, "--strategy", "single") == 0
+    (environment,) = launcher.environments
+    assert environment is not None
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("marker", "status", "returned"),
+    [
+        ("DONE", 0, 0),
+        ("DONE", 1, 0),  # accelerate returns 1 after workers that all ended well
+        ("STOPPED", 1, 0),
+        ("REFUSED", 1, 2),
+        ("REFUSED", 0, 2),
+        (None, 1, 1),
+        (None, 0, 1),
+    ],
+)
+def test_the_marker_decides_and_not_the_launcher(
+    marker: MarkerKind | None,
+    status: int,
+    returned: int,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launcher.marker, launcher.status, launcher.text = marker, status, "data.x: bad (1); mend it"
+    assert samestep("run", *EMBEDDED) == returned
+    errors = capsys.readouterr().err
+    assert ("data.x: bad (1); mend it" in errors) == (returned == 2)
+    assert "Traceback" not in errors
+
+
+def test_the_marker_of_an_earlier_attempt_is_not_believed(launcher: Launcher) -> None:
+    assert samestep("run", *EMBEDDED) == 0
+    (Path("runs/embedded/adapter/adapter_config.json")).unlink()
+    launcher.marker = None
+    assert samestep("run", *EMBEDDED) == 1
+
+
+def test_a_run_that_is_done_is_not_started_again(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("run", *EMBEDDED) == 0
+    assert samestep("run", *EMBEDDED) == 0
+    assert len(launcher.commands) == 1
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_goes_on_also_on_other_hardware(launcher: Launcher) -> None:
+    launcher.marker = "STOPPED"
+    assert samestep("run", *EMBEDDED) == 0
+    assert samestep("run", *EMBEDDED, "--gpus-per-node", "3", "--set", "training.logging_steps=1") == 0
+    assert [flag(command, "--num_processes") for command in launcher.commands] == ["2", "3"]
+
+
+def test_a_recipe_that_alters_the_run_is_refused_with_the_values(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.marker = None
+    samestep("run", *EMBEDDED, "--set", "lora.r=8")
+    written = Path("runs/embedded/recipe.yaml").read_text()
+    capsys.readouterr()
+    assert samestep("run", *EMBEDDED, "--set", "lora.r=4", "--set", "training.seed=5") == 2
+    errors = capsys.readouterr().err
+    assert "lora.r: " in errors
+    assert "training.seed: " in errors
+    assert Path("runs/embedded/recipe.yaml").read_text() == written
+    assert len(launcher.commands) == 1
+
+
+def test_fresh_moves_the_older_run_aside(launcher: Launcher) -> None:
+    samestep("run", *EMBEDDED, "--set", "lora.r=8")
+    assert samestep("run", *EMBEDDED, "--set", "lora.r=4", "--fresh") == 0
+    assert load_recipe("runs/embedded/recipe.yaml").lora.r == 4
+    (old,) = Path("runs").glob("embedded.*")
+    assert load_recipe(old / "recipe.yaml").lora.r == 8
+
+
+def test_dry_run_shows_plan_and_command_and_writes_nothing(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("run", *EMBEDDED, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "micro-batches" in shown
+    assert "--module trainer.train" in shown
+    assert list(tmp_path.iterdir()) == []
+    assert launcher.commands == []
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["--set", "training.lerning_rate=1"], "did you mean training.learning_rate"),
+    "wrong type": (["--set", "lora.r=x"], "lora.r"),
+    "missing folder": (["--set", "data.dataset=./nowhere"], "data.dataset"),
+    "world size": (["--gpus-per-node", "33"], "32 < 33"),
+    "strategy": (["--strategy", "zero3"], "single, ddp"),
+    "two singles": (["--strategy", "single", "--gpus-per-node", "2"], "single is one process"),
+    "name": (["--name", "../outside"], "--name"),
+    "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
+    "no processes": (["--gpus-per-node", "0"], "at least 1"),
+    "upload": (["--set", "hub.push=true", "--set", "hub.repo_id=a/b"], "hub.push"),
+}
+
+
+@pytest.mark.parametrize(("asked", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_request_is_refused_with_status_two_and_writes_nothing(
+    asked: list[str],
+    words: str,
+    launcher: Launcher,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from launch.index import local_dataset
+
+    def read_index(recipe: object) -> Index:
+        local_dataset(recipe)  # type: ignore[arg-type]
+        return make_index()
+
+    monkeypatch.setattr("launch.start.read_index", read_index)
+    assert samestep("run", *EMBEDDED, *asked) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert all(";" in line or "did you mean" in line for line in printed.err.splitlines())
+    assert "Traceback" not in printed.err
+    assert list(tmp_path.iterdir()) == []
+    assert launcher.commands == []
+
+
+def test_more_processes_than_gpus_are_refused(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_gpus(monkeypatch, 2)
+    assert samestep("run", *EMBEDDED, "--gpus-per-node", "4") == 2
+    assert "2 < 4" in capsys.readouterr().err
+    assert samestep("plan", *EMBEDDED, "--gpus-per-node", "4") == 0  # a plan is for any machine
+
+
+def test_no_space_is_said_before_anything_is_written(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.start.NEEDED_BYTES", 2**62)
+    assert samestep("run", *EMBEDDED, "--runs-dir", "deep/er") == 2
+    assert "no space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/proc/samestep", "a-file/runs", "a-file"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    place: str, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    assert samestep("run", *EMBEDDED, "--runs-dir", place) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert launcher.commands == []
+
+
+def test_a_run_that_is_under_way_is_refused(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "embedded"
+    folder.mkdir(parents=True)
+    with hold_lock(folder):
+        assert samestep("run", *EMBEDDED) == 2
+    assert "under way" in capsys.readouterr().err
+    with hold_lock(folder.parent, ".embedded.lock"):  # another `samestep run`, before its trainer is up
+        assert samestep("run", *EMBEDDED) == 2
+    assert launcher.commands == []
+    assert samestep("run", *EMBEDDED) == 0
+
+
+def test_missing_data_is_prepared_once_with_the_same_overrides(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([None, make_index()])
+    monkeypatch.setattr("launch.start.read_index", lambda _: next(found))
+    assert samestep("plan", *EMBEDDED) == 0
+    (command,) = launcher.commands
+    assert command[1:3] == ["-m", "trainer.prepare"]
+    assert command[4:] == ["--set", "batch.global_batch_size=32", "--set", "training.max_steps=6"]
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_prepare_refuses_is_refused(
+    status: int, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.start.read_index", lambda _: None)
+    launcher.status = status
+    assert samestep("run", *EMBEDDED) == status
+    assert not Path("runs").exists()
+
+
+def test_evaluate_starts_replicas_over_the_run(launcher: Launcher) -> None:
+    samestep("run", *EMBEDDED)
+    arguments = ["--split", "validation", "--models", "base,adapter,shuffled", "--max-samples", "9"]
+    assert samestep("evaluate", "embedded", *arguments, "--gpus-per-node", "3") == 0
+    command = launcher.commands[-1]
+    assert flag(command, "--num_processes") == "3"
+    assert Path(flag(command, "--config_file")).stem == "ddp"
+    place = command.index("trainer.evaluation.generate")
+    assert command[place + 1 :] == ["--run-dir", str(Path("runs/embedded").absolute()), *arguments]
+    assert samestep("evaluate", "runs/embedded", "--gpus-per-node", "1") == 0
+    assert Path(flag(launcher.commands[-1], "--config_file")).stem == "single"
+    launcher.status = 1
+    assert samestep("evaluate", "embedded") == 1
+
+
+def test_merge_merges_and_then_compares(launcher: Launcher) -> None:
+    samestep("run", *EMBEDDED)
+    assert samestep("merge", "embedded", "--dtype", "float32") == 0
+    merged, compared = launcher.commands[-2:]
+    folder = str(Path("runs/embedded"))
+    output = str(Path("runs/embedded/merged"))
+    assert merged[1:] == ["-m", "trainer.checkpoint.merge", folder, "--output", output, "--dtype", "float32"]
+    assert compared[1:] == ["-m", "trainer.evaluation.compare", "--source", folder, "--merged", output]
+    assert samestep("merge", "runs/embedded/adapter", "--output", "elsewhere") == 0
+    assert launcher.commands[-2][3:] == ["runs/embedded/adapter", "--output", "elsewhere"]
+
+
+def test_a_failed_merge_is_not_compared(launcher: Launcher) -> None:
+    samestep("run", *EMBEDDED)
+    launcher.status = 2
+    assert samestep("merge", "embedded") == 2
+    assert "trainer.evaluation.compare" not in launcher.commands[-1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge"])
+def test_an_unknown_run_is_refused(
+    command: str, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep(command, "nothing") == 2
+    assert "nothing: no such run" in capsys.readouterr().err
+    assert launcher.commands == []
+
+
+def test_ctrl_c_is_130_without_a_traceback(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher.interrupted, launcher.marker, launcher.status = True, None, 1
+    assert samestep("run", *EMBEDDED) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_plan_shows_what_is_left_of_the_stream(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        samestep("plan", "embedded", "--nodes", "2", "--gpus-per-node", "4", "--set", "training.max_steps=-1")
+        == 0
+    )
+    assert "samples left after the last whole step" in capsys.readouterr().out
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_child_and_the_parent_waits_for_it(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    child = (
+        "import signal, sys, time, pathlib\n"
+        "def end(*_): time.sleep(0.5); pathlib.Path('ended').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path('started').touch(); time.sleep(60)\n"
+    )
+    parent = (
+        "import sys, json; from launch.children import wait_for\n"
+        "ended = wait_for([sys.executable, '-c', sys.argv[1]]); print(json.dumps([ended.status, ended.interrupted]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent, child],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _until((tmp_path / "started").exists)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert (tmp_path / "ended").exists()
+    assert json.loads(out) == [0, number == signal.SIGINT]
+
+
+def test_a_child_that_ends_is_not_waited_for() -> None:
+    assert wait_for([sys.executable, "-c", "raise SystemExit(7)"]) == Ended(7, False)
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["prepare"], ["run"], ["evaluate"], ["merge"]])
+def test_every_command_shows_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep(*arguments, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"samestep {arguments[0]} " in shown[shown.index("Example:") :]
+
+
+def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> None:
+    """What accelerate makes of accelerate_configs/ddp.yaml without a GPU: MULTI_CPU there would start one."""
+    (tmp_path / "probe.py").write_text(
+        "import os, sys, pathlib\n"
+        "pathlib.Path(f\"{sys.argv[1]}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}\").touch()\n"
+    )
+    from launch.accelerate import free_port
+    from launch.plan import make_plan
+    from tests.indexes import embedded_recipe
+
+    plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cpu")
+    command = start.trainer_command(plan, "probe", ["rank"], free_port())
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]

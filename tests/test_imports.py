@@ -1,0 +1,49 @@
+"""The launcher starts without the libraries of the trainer, and fast."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODULES = sorted(f"launch.{file.stem}" for file in Path("launch").glob("[a-z]*.py"))
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "trainer")
+SAMESTEP = Path(sys.executable).with_name("samestep")
+
+
+def loaded_by(program: str) -> set[str]:
+    check = f"{program}\nimport sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_no_module_of_the_launcher_loads_a_library_of_the_trainer() -> None:
+    assert len(MODULES) > 10
+    assert loaded_by("\n".join(f"import {module}" for module in MODULES)) == set()
+
+
+def test_the_command_line_loads_nothing_of_substance_before_a_command_runs() -> None:
+    program = (
+        "import launch.cli, sys; print(*[n for n in ('numpy', 'pydantic', 'pyarrow') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_costs_less_than_half_a_second_of_processor_time(arguments: list[str]) -> None:
+    """Processor time, not the clock: on an idle machine they agree, on a busy one the clock tells of others."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times = 3
+    for _ in range(times):
+        subprocess.run([SAMESTEP, *arguments], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / times
+    assert seconds < 0.5
+
+
+def test_the_import_contracts_hold() -> None:
+    tool = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([tool, "--no-cache"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,132 @@
+"""Every derived number of a run."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from launch.errors import ConfigError
+from launch.plan import Plan, make_plan, plan_rows, step_plan, warmup_steps_of
+from launch.recipe import Recipe
+from tests.indexes import embedded_recipe, make_index
+
+
+def plan_for(
+    recipe: Recipe, strategy: str = "ddp", nodes: int = 1, gpus_per_node: int = 2, train: int = 330
+) -> Plan:
+    return make_plan(
+        recipe, make_index(train), strategy=strategy, nodes=nodes, gpus_per_node=gpus_per_node, device="cpu"
+    )
+
+
+def test_the_numbers_of_a_small_run() -> None:
+    plan = plan_for(embedded_recipe(), nodes=2, gpus_per_node=2)
+    assert (plan.world_size, plan.global_batch_size) == (4, 32)
+    assert plan.max_steps == 30  # 990 samples of 3 epochs hold 30 whole steps of 32
+    assert plan.samples_left == 30
+    assert plan.warmup_steps == 1  # 0.9 rounded up
+    assert plan.steps_per_epoch == 330 / 32
+    assert plan.longest_sample_tokens == 90
+    assert plan.micro_batch_tokens == 360  # auto: four of the longest
+    assert plan.gradient_accumulation_steps == plan.micro_batches
+
+
+def test_the_notebook_takes_265_whole_steps() -> None:
+    plan = plan_for(embedded_recipe(), train=2830)
+    assert (plan.max_steps, plan.samples_left) == (265, 10)
+
+
+def test_max_steps_wins_over_epochs() -> None:
+    plan = plan_for(embedded_recipe("training.max_steps=7", "training.num_train_epochs=100"))
+    assert (plan.max_steps, plan.samples_left) == (7, 0)
+
+
+@pytest.mark.parametrize("max_steps", [1, 7, 30, 265])
+@pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1, 5])
+def test_the_warm_up_is_what_transformers_makes_of_it(max_steps: int, warmup: float) -> None:
+    from trl import SFTConfig
+
+    recipe = embedded_recipe(f"training.warmup_steps={warmup}")
+    arguments = SFTConfig(output_dir="unused", warmup_steps=warmup, use_cpu=True, bf16=False)
+    assert warmup_steps_of(recipe, max_steps) == arguments.get_warmup_steps(max_steps)
+
+
+def test_what_is_trained_does_not_depend_on_the_topology() -> None:
+    plans = [plan_for(embedded_recipe(), gpus_per_node=world_size) for world_size in (1, 2, 3, 32)]
+    hardware = {"nodes", "gpus_per_node", "world_size", "micro_batches", "strategy"}
+    facts = [{k: v for k, v in json.loads(plan.to_json()).items() if k not in hardware} for plan in plans]
+    assert all(fact == facts[0] for fact in facts)
+
+
+def test_every_step_of_the_step_plan_keeps_the_plan() -> None:
+    recipe, index = embedded_recipe(), make_index()
+    plan = make_plan(recipe, index, strategy="ddp", nodes=1, gpus_per_node=3, device="cpu")
+    steps = step_plan(recipe, index, plan)
+    tokens = index.splits["train"].tokens
+    for step in range(plan.max_steps):
+        dealt: list[int] = []
+        for rank in range(3):
+            micro_batches = steps.micro_batches_of(step, rank)
+            assert len(micro_batches) == plan.micro_batches
+            for micro_batch in micro_batches:
+                assert tokens[list(micro_batch.samples)].sum() <= plan.micro_batch_tokens
+                dealt += [] if micro_batch.filler else micro_batch.samples
+        assert sorted(dealt) == sorted(steps.samples(step).tolist())
+
+
+def test_all_broken_rules_come_in_one_error() -> None:
+    recipe = embedded_recipe("batch.micro_batch_tokens=50", "batch.global_batch_size=8")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(recipe, make_index(7), strategy="single", nodes=1, gpus_per_node=9, device="cpu")
+    keys = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert keys == ["--strategy", "batch.global_batch_size", "data.train", "batch.micro_batch_tokens"]
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train: fewer samples"):
+        plan_for(embedded_recipe(), train=0)
+
+
+def test_the_budget_covers_the_longest_sample_of_validation_too() -> None:
+    index = make_index()
+    longer = replace(index.splits["validation"], text_tokens=np.full(20, 500))
+    index = replace(index, splits={**index.splits, "validation": longer})
+    plan = make_plan(embedded_recipe(), index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
+    assert plan.longest_sample_tokens > 500
+
+
+def test_a_plan_survives_being_written_and_its_digest_shows_any_change() -> None:
+    plan = plan_for(embedded_recipe())
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest() == plan.digest()
+    assert replace(plan, micro_batches=plan.micro_batches + 1).digest() != plan.digest()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "x"}'])
+def test_a_damaged_plan_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"plan\.json: not a plan"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "autocast"),
+    [
+        (["quantization.bnb_4bit_compute_dtype=bfloat16"], "bfloat16", True),
+        (["quantization.bnb_4bit_compute_dtype=float32"], "float32", False),
+        (["quantization.load_in_4bit=false", "model.dtype=bfloat16"], "bfloat16", True),
+        (["quantization.load_in_4bit=false", "model.dtype=float32"], "float32", False),
+    ],
+)
+def test_precision_follows_the_quantized_base_or_the_model(
+    overrides: list[str], dtype: str, autocast: bool
+) -> None:
+    plan = plan_for(embedded_recipe(*overrides))
+    assert (plan.compute_dtype, plan.autocast) == (dtype, autocast)
+
+
+def test_the_table_says_what_is_left_of_the_stream() -> None:
+    rows = dict(plan_rows(plan_for(embedded_recipe())))
+    assert rows["left of the stream"] == "30 samples left after the last whole step"
+    assert rows["steps"] == "30 (2.91 epochs), 1 of them warm-up"

@@ -1,0 +1,281 @@
+"""The recipe: strict, all errors at once, and the same run for equal values."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from launch.errors import ConfigError
+from launch.recipe import (
+    Recipe,
+    TrainingSection,
+    altering_values,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    recipe_fingerprint,
+    recipe_from_dict,
+    recipe_schema,
+)
+from launch.resources import resource, resource_names
+from launch.training_fields import REFUSED_TRAINING_FIELDS
+
+EMBEDDED = resource("recipes", "embedded.yaml")
+
+
+def problems_of(*overrides: str, path: Path = EMBEDDED) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", resource_names("recipes"))
+def test_a_shipped_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(resource("recipes", name))
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+def test_the_default_recipe_keeps_the_values_of_the_notebook() -> None:
+    recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"))
+    assert recipe.model.name_or_path == "Qwen/Qwen2-VL-7B-Instruct"
+    assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (8, 16, 0.05)
+    assert recipe.lora.target_modules == ["q_proj", "v_proj"]
+    assert recipe.quantization.bnb_4bit_use_double_quant
+    assert recipe.batch.global_batch_size == 32
+    training = recipe.training
+    assert (training.learning_rate, training.warmup_steps, training.max_grad_norm) == (2e-4, 0.03, 0.3)
+    assert (recipe.checkpoint.every_steps, recipe.evaluation.every_steps, training.logging_steps) == (
+        20,
+        10,
+        10,
+    )
+    assert recipe.data.system_message.startswith(
+        "You are a Vision Language Model specialized in interpreting"
+    )
+    assert recipe.data.system_message.endswith("Avoid additional explanation unless absolutely necessary.")
+    assert recipe.data.system_message.count("\n") == 3
+    assert recipe.data.loss == "answer"
+
+
+def test_the_notebook_recipe_differs_from_the_default_in_share_and_loss_alone() -> None:
+    default = altering_values(load_recipe(find_recipe("qwen2vl_7b_chartqa")))
+    notebook = altering_values(load_recipe(find_recipe("notebook")))
+    differing = {key: value for key, value in notebook.items() if default[key] != value}
+    assert differing == {
+        "data.train": "train[:10%]",
+        "data.validation": "val[:10%]",
+        "data.test": "test[:10%]",
+        "data.loss": "sequence",
+    }
+
+
+def test_the_larger_and_smaller_recipes_differ_from_the_default_in_the_model_alone() -> None:
+    default = altering_values(load_recipe(find_recipe("qwen2vl_7b_chartqa")))
+    for size in ("2b", "72b"):
+        other = altering_values(load_recipe(find_recipe(f"qwen2vl_{size}_chartqa")))
+        assert {key for key in default if default[key] != other[key]} == {"model.name_or_path"}
+
+
+def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:
+    from trl import SFTConfig
+
+    installed = {field.name for field in dataclasses.fields(SFTConfig)}
+    accepted, refused = set(TrainingSection.model_fields), set(REFUSED_TRAINING_FIELDS)
+    assert accepted & refused == set()
+    assert accepted | refused == installed | {"deterministic"}
+
+
+def test_every_scheduler_is_one_that_transformers_has() -> None:
+    from transformers import SchedulerType
+
+    offered = set(get_args(TrainingSection.model_fields["lr_scheduler_type"].annotation))
+    assert offered <= {scheduler.value for scheduler in SchedulerType}
+
+
+def test_a_refused_sft_field_is_named_with_its_reason() -> None:
+    (problem,) = problems_of("training.gradient_accumulation_steps=8")
+    assert problem.startswith("training.gradient_accumulation_steps: refused; the plan derives it")
+    assert "batch.global_batch_size" in problem
+
+
+def test_all_problems_of_a_recipe_come_at_once() -> None:
+    problems = problems_of(
+        "training.lerning_rate=1",
+        "training.bf16=true",
+        "lora.r=x",
+        "lora.target_modules=[]",
+        "data.loss=everything",
+        "batch.global_batch_size=0",
+        "batch.micro_batch_tokens=many",
+        "training.seed=true",
+        "training.max_steps=1.5",
+        "no value",
+        "name.inside=1",
+    )
+    keys = {problem.partition(":")[0] for problem in problems}
+    assert keys == {
+        "training.lerning_rate",
+        "training.bf16",
+        "lora.r",
+        "lora.target_modules",
+        "data.loss",
+        "batch.global_batch_size",
+        "batch.micro_batch_tokens",
+        "training.seed",
+        "training.max_steps",
+        "--set no value",
+        "--set name.inside=1",
+    }
+    assert len(problems) == len(keys)
+    assert all(";" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("training.lerning_rate=1", "training.learning_rate"),
+        ("lerning_rate=1", "training.learning_rate"),
+        ("lora.alpha=1", "lora.lora_alpha"),
+        ("modle.dtype=float32", "model"),
+        ("data.sytem_message=x", "data.system_message"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(wrong: str, nearest: str) -> None:
+    (problem,) = problems_of(wrong)
+    assert problem.endswith(f"unknown key; did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-4", 2e-4), ("1E-3", 1e-3), ("0.5", 0.5), ("1", 1.0)])
+def test_a_number_yaml_reads_as_text_is_understood(text: str, value: float) -> None:
+    assert load_recipe(EMBEDDED, [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+@pytest.mark.parametrize("value", ["nan", ".nan", ".inf", "-1", "0", "fast", "true", "null", "[1]"])
+def test_a_learning_rate_that_is_none_is_refused(value: str) -> None:
+    (problem,) = problems_of(f"training.learning_rate={value}")
+    assert problem.startswith("training.learning_rate: ")
+
+
+@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[:200]", "train[:100%]"])
+def test_a_split_may_be_shortened(split: str) -> None:
+    assert load_recipe(EMBEDDED, [f"data.train={split}"]).data.train == split
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "train[:101%]", "train[10:]", "../x", "train[:10%", "''"])
+def test_a_split_that_is_none_is_refused(split: str) -> None:
+    (problem,) = problems_of(f"data.train={split}")
+    assert problem.startswith("data.train: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["training.warmup_steps=1.5"], "training.warmup_steps"),
+        (["training.lr_scheduler_type=constant", "training.warmup_steps=0.1"], "training.warmup_steps"),
+        (["training.max_steps=0"], "training.max_steps"),
+        (["hub.push=true"], "hub.repo_id"),
+        (["data.min_pixels=2000", "data.max_pixels=1000"], "data.min_pixels"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(overrides: list[str], key: str) -> None:
+    (problem,) = problems_of(*overrides)
+    assert problem.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "not a recipe"),
+        ("", "not a recipe"),
+        ("name: a\nname: b\n", "appears twice"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_by_name(text: str, what: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    (problem,) = problems_of(path=file)
+    assert problem.startswith(f"{file}: ")
+    assert what in problem
+
+
+def test_missing_sections_and_keys_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict({"model": {}})
+    assert {problem.partition(":")[0] for problem in caught.value.problems} == {
+        "name",
+        "model.name_or_path",
+        "data",
+    }
+
+
+def test_a_recipe_is_found_by_path_and_by_shipped_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("embedded", "embedded.yaml", "recipes/embedded.yaml"):
+        assert find_recipe(name) == EMBEDDED
+    own = tmp_path / "embedded.yaml"
+    own.write_text("mine")
+    assert find_recipe("embedded.yaml").read_text() == "mine"
+    with pytest.raises(ConfigError, match="did you mean embedded"):
+        find_recipe("embeded")
+    with pytest.raises(ConfigError, match="no such recipe file"):
+        find_recipe("elsewhere/embedded.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.learning_rate=1e-5",
+        "training.seed=1",
+        "training.max_steps=7",
+        "lora.r=4",
+        "model.revision=other",
+        "data.train=train[:50%]",
+        "data.loss=sequence",
+        "batch.global_batch_size=64",
+        "quantization.load_in_4bit=false",
+    ],
+)
+def test_what_alters_the_numbers_alters_the_fingerprint(override: str) -> None:
+    assert recipe_fingerprint(load_recipe(EMBEDDED, [override])) != recipe_fingerprint(load_recipe(EMBEDDED))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=other",
+        "training.logging_steps=3",
+        "training.gradient_checkpointing=true",
+        "batch.micro_batch_tokens=4000",
+        "data.on_bad_row=drop",
+        "checkpoint.every_steps=7",
+        "evaluation.every_steps=7",
+        "tracking.report_to=none",
+    ],
+)
+def test_what_does_not_alter_the_numbers_keeps_the_fingerprint(override: str) -> None:
+    assert recipe_fingerprint(load_recipe(EMBEDDED, [override])) == recipe_fingerprint(load_recipe(EMBEDDED))
+
+
+def test_the_fingerprint_does_not_depend_on_how_a_number_is_written() -> None:
+    one, other = (load_recipe(EMBEDDED, [f"training.learning_rate={text}"]) for text in ("2e-4", "0.0002"))
+    assert recipe_fingerprint(one) == recipe_fingerprint(other)
+
+
+def test_the_schema_names_every_section_and_forbids_others() -> None:
+    schema = recipe_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["TrainingSection"]["properties"]["learning_rate"]["exclusiveMinimum"] == 0
+
+
+def test_the_system_message_is_written_as_a_readable_block() -> None:
+    text = dump_recipe(load_recipe(EMBEDDED))
+    assert "system_message: |" in text
+    assert yaml.safe_load(text)["training"]["learning_rate"] == load_recipe(EMBEDDED).training.learning_rate

@@ -1,6 +1,5 @@
 """Folders that are either whole or absent: written aside, then renamed."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ def published(folder: Path) -> Iterator[Path]:
         for path in (aside, *aside.rglob("*")):  # mkdtemp gives 0700, safetensors 0600; a cache may be shared
             path.chmod(0o755 if path.is_dir() else 0o644)
         try:
-            os.rename(aside, folder)
+            aside.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise

@@ -45,8 +45,8 @@ FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a builder works."""
 
-WIDTH, HEIGHT, DPI = 224, 140, 100
-"""Pixels of every chart: 8 x 5 visual tokens of 28 x 28."""
+WIDTH, HEIGHT, DPI = 168, 112, 100
+"""Pixels of every chart: 6 x 4 visual tokens of 28 x 28."""
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "Red": (235, 70, 70),
@@ -216,7 +216,7 @@ def deal_sheets(seed: int = 0) -> dict[str, list[Sheet]]:
 _SUMMABLE = ("population in millions", "share of the votes", "number of bills")
 """Measures whose parts make a whole: only they become pies and stacked bars."""
 
-_SERIES = {"bar": (2, 6), "pie": (2, 5), "line": (1, 3), "stacked": (2, 3)}
+_SERIES = {"bar": (2, 5), "pie": (2, 4), "line": (1, 3), "stacked": (2, 3)}
 """Fewest and most series of each kind of chart."""
 
 _SHARES = {"gapminder": 12, "election": 3, "stocks": 3, "tips": 2, "medals": 1}
@@ -266,13 +266,13 @@ def _sums(chart: Chart) -> list[int]:
 
 def _readable(chart: Chart) -> bool:
     """Values at one tick differ clearly; slices and stacked parts are large enough for their label."""
-    gap = {"bar": 0.05, "pie": 0.05, "stacked": 0.05, "line": 0.2}[chart.kind]
+    gap = {"bar": 0.07, "pie": 0.07, "stacked": 0.07, "line": 0.24}[chart.kind]
     for tick in range(len(chart.ticks)):
         values = sorted(series.values[tick] for series in chart.series)
         if any(above - below < gap * values[-1] for below, above in pairwise(values)):
             return False
     smallest = min(min(series.values) for series in chart.series)
-    share = {"pie": 0.07, "stacked": 0.13}.get(chart.kind, 0.0)
+    share = {"pie": 0.08, "stacked": 0.14}.get(chart.kind, 0.0)
     return smallest >= share * max(_sums(chart))
 
 
@@ -309,7 +309,7 @@ class Painter:
         """The chart as a PNG of WIDTH x HEIGHT pixels; equal charts give equal bytes (no date, no metadata)."""
         self.figure.clear()
         self.stamps.clear()
-        self.text(WIDTH / 2, HEIGHT - 8, chart.title, size=9)
+        self.text(WIDTH / 2, HEIGHT - 6, chart.title, size=8)
         draw = {"bar": _draw_bars, "stacked": _draw_stacked, "line": _draw_lines, "pie": _draw_pie}
         draw[chart.kind](self, chart)
         self.canvas.draw()
@@ -345,12 +345,12 @@ class Painter:
     def legend(self, chart: Chart) -> None:
         """Colour squares with names in a column on the right."""
         for place, series in enumerate(chart.series):
-            y = HEIGHT - 34 - 20 * place
-            self.bar(165, y - 5, 10, 10, series.colour)
-            self.text(173, y, series.name, size=10.5, align="left")
+            y = HEIGHT - 28 - 18 * place
+            self.bar(117, y - 5, 10, 10, series.colour)
+            self.text(124, y, series.name, size=9.5, align="left")
 
 
-_FLOOR, _ROOM = 22.0, 84.0
+_FLOOR, _ROOM = 16.0, 63.0
 """Baseline of the plot area above the bottom and the height of its largest value, in pixels."""
 
 
@@ -380,44 +380,44 @@ def _draw_bars(painter: Painter, chart: Chart) -> None:
     painter.floor(WIDTH - 2)
     for place, series in enumerate(chart.series):
         middle, height = 4 + slot * (place + 0.5), series.values[0] * scale
-        painter.bar(middle, _FLOOR, min(0.62 * slot, 34), height, series.colour)
-        painter.text(middle, _FLOOR + height + 8, str(series.values[0]), size=13, bold=True)
-        painter.text(middle, 11, series.name, size=10 if len(chart.series) < 6 else 9)
+        painter.bar(middle, _FLOOR, min(0.66 * slot, 30), height, series.colour)
+        painter.text(middle, _FLOOR + height + 7, str(series.values[0]), size=12, bold=True)
+        painter.text(middle, 8, series.name, size=9.5 if len(chart.series) < 5 else 8)
 
 
 def _draw_stacked(painter: Painter, chart: Chart) -> None:
     painter.legend(chart)
-    slot = 152 / len(chart.ticks)
-    scale = (_ROOM + 10) / max(_sums(chart))
-    painter.floor(154)
+    slot = 102 / len(chart.ticks)
+    scale = (_ROOM + 8) / max(_sums(chart))
+    painter.floor(106)
     for tick, name in enumerate(chart.ticks):
         middle, bottom = 4 + slot * (tick + 0.5), _FLOOR
-        painter.text(middle, 11, name, size=10)
+        painter.text(middle, 8, name, size=9)
         for series in chart.series:
             height = series.values[tick] * scale
-            painter.bar(middle, bottom, min(0.7 * slot, 36), height, series.colour)
-            painter.text(middle, bottom + height / 2, str(series.values[tick]), size=12, bold=True)
+            painter.bar(middle, bottom, min(0.74 * slot, 34), height, series.colour)
+            painter.text(middle, bottom + height / 2, str(series.values[tick]), size=11, bold=True)
             bottom += height
 
 
 def _draw_lines(painter: Painter, chart: Chart) -> None:
     painter.legend(chart)
-    slot = 152 / len(chart.ticks)
+    slot = 102 / len(chart.ticks)
     scale = _ROOM / max(max(series.values) for series in chart.series)
-    painter.floor(154)
+    painter.floor(106)
     places = [4 + slot * (tick + 0.5) for tick in range(len(chart.ticks))]
     for place, name in zip(places, chart.ticks, strict=True):
-        painter.text(place, 11, name, size=10)
+        painter.text(place, 8, name, size=9)
     for series in chart.series:
         heights = [_FLOOR + value * scale for value in series.values]
         painter.add(Line2D(places, heights, color=_rgb(series.colour), linewidth=3, marker="o", markersize=5))
         for place, height, value in zip(places, heights, series.values, strict=True):
-            painter.text(place, height + 9, str(value), size=11, bold=True)
+            painter.text(place, height + 8, str(value), size=10, bold=True)
 
 
 def _draw_pie(painter: Painter, chart: Chart) -> None:
     painter.legend(chart)
-    x, y, radius = 76.0, 62.0, 56.0
+    x, y, radius = 54.0, 49.0, 46.0
     whole = sum(series.values[0] for series in chart.series)
     after = 90.0  # degrees; clockwise from the top
     for series in chart.series:
@@ -426,7 +426,7 @@ def _draw_pie(painter: Painter, chart: Chart) -> None:
         painter.add(Wedge((x, y), radius, after, before, facecolor=_rgb(series.colour), linewidth=0))
         middle = math.radians((before + after) / 2)
         label_x, label_y = x + 0.66 * radius * math.cos(middle), y + 0.66 * radius * math.sin(middle)
-        painter.text(label_x, label_y, str(series.values[0]), size=13, bold=True)
+        painter.text(label_x, label_y, str(series.values[0]), size=12, bold=True)
 
 
 # ------------------------------------------------------------------------------------------------ the questions
@@ -617,7 +617,7 @@ class Size:
     questions: int
 
 
-SIZES: Mapping[str, Size] = {"train": Size(420, 1600), "val": Size(64, 192), "test": Size(96, 256)}
+SIZES: Mapping[str, Size] = {"train": Size(420, 1600), "val": Size(70, 192), "test": Size(96, 256)}
 FACTS_CHARTS = 1600
 MOST_PER_CHART = 5
 

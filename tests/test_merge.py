@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
+from launch.manifest import publish
 from trainer.checkpoint import merge as merging
 from trainer.checkpoint.merge import canonical_name, main, merge, plan_merge, verify
 from trainer.model.tiny import random_tiny
@@ -169,6 +170,18 @@ def test_names_of_other_transformers_versions_find_the_same_tensors(
     new = load_file(tmp_path / "new_base/model.safetensors")
     assert all(torch.equal(new[in_memory(name)], expected[name]) for name in expected)
     assert canonical_name("visual.blocks.0.attn.qkv") == canonical_name("model.visual.blocks.0.attn.qkv")
+
+
+def test_a_checkpoint_merges_while_its_files_are_as_published(
+    own_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "run/checkpoint-20"
+    checkpoint.parent.mkdir()
+    publish(own_adapter, checkpoint, {"step": 20})
+    assert merge(checkpoint, tmp_path / "merged").changed == 4
+    weights = (checkpoint / WEIGHTS).read_bytes()
+    (checkpoint / WEIGHTS).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert WEIGHTS in refused(capsys, checkpoint, tmp_path / "again")
 
 
 def refused(capsys: pytest.CaptureFixture[str], source: Path, output: Path, *more: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.errors import CheckpointError
+from launch.manifest import MANIFEST, read_manifest
 from trainer.checkpoint.shards import read_shard
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -65,8 +66,14 @@ class Adapter:
 
 
 def find_adapter(source: Path) -> Path:
-    """The PEFT adapter folder of a run directory, a checkpoint or an adapter folder."""
+    """The PEFT adapter folder of a run directory, a checkpoint or an adapter folder.
+
+    Raises:
+        CheckpointError: there is none, or the checkpoint is damaged.
+    """
     source = source.expanduser()
+    if (source / MANIFEST).is_file():  # one of our checkpoints: every file as it was published
+        read_manifest(source, verify=True)
     for folder in (source, source / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file():
             if not (folder / ADAPTER_WEIGHTS).is_file():

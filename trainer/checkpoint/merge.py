@@ -25,7 +25,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from launch.errors import CheckpointError, SamestepError
-from launch.run_directory import hold_lock, lock_holder
+from launch.recipe import load_recipe
+from launch.run_directory import RunDirectory, hold_lock, lock_holder
 from trainer.checkpoint.adapter import ADAPTER_CONFIG, Adapter, Pair, find_adapter, read_adapter
 from trainer.checkpoint.shards import (
     DTYPES,
@@ -164,7 +165,15 @@ def find_base(adapter: Adapter, base: str | None = None) -> Path:
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder; give the base model's folder or hub id with --base")
-    return _snapshot(name, "main" if base else adapter.revision or "main")
+    return _snapshot(name, _revision(name, adapter))
+
+
+def _revision(name: str, adapter: Adapter) -> str:
+    """The revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
+    recipe_file = RunDirectory(adapter.path.parent).recipe_file
+    if recipe_file.is_file() and (model := load_recipe(recipe_file).model).name_or_path == name:
+        return model.revision
+    return adapter.revision if adapter.revision and adapter.base == name else "main"
 
 
 def _snapshot(name: str, revision: str) -> Path:
@@ -434,7 +443,7 @@ def _check_tensor(
     right, changed, largest = True, False, 0.0
     for begin, end in block_rows(entry):
         old, new = read_block(before[0], entry, begin, end), read_block(after[0], result, begin, end)
-        same = tensor_bytes(old.to(new.dtype)) == tensor_bytes(new)
+        same = torch.equal(tensor_bytes(old.to(new.dtype)), tensor_bytes(new))
         changed |= not same
         if pair is None:
             right &= same

@@ -153,9 +153,9 @@ def read_block(file: BinaryIO, entry: Entry, begin: int, end: int) -> torch.Tens
     return torch.frombuffer(data, dtype=dtype).view(end - begin, entry.width)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw bytes of a tensor, bfloat16 included (which numpy does not know)."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bytes of a tensor as uint8 (comparing values would call two NaN different)."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def write_shard(
@@ -175,7 +175,7 @@ def write_shard(
         for name, entry in shard.entries.items():
             for begin, end in block_rows(entry):
                 rows = read_block(source, entry, begin, end)
-                target.write(tensor_bytes(block(name, begin, rows).to(DTYPES[dtypes[name]])))
+                target.write(tensor_bytes(block(name, begin, rows).to(DTYPES[dtypes[name]])).numpy().data)
                 advance(rows.nbytes)
         target.flush()
         os.fsync(target.fileno())

@@ -52,7 +52,7 @@ from trainer.pretrained import load_processor
 ModelName = Literal["base", "adapter", "shuffled", "merged"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 TITLES = {"base": "before", "adapter": "after", "shuffled": "after, images shuffled", "merged": "merged"}
-BATCH_SIZE = 32  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
+BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
 CACHE_BYTES = 2 << 30  # of image features on the device
 PATIENCE = timedelta(days=1)  # of a rank that has answered its batches and waits for the others
 
@@ -76,7 +76,7 @@ class Question:
     label: tuple[str, ...]
     human_or_machine: int
     prompt: str
-    image: str  # sha256 of the image file
+    image_row: int  # the first of the rows asked that shows this image, this one included
     text_tokens: int
     visual_tokens: int
 
@@ -115,7 +115,7 @@ def read_questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[
     if not len(split):
         raise ConfigError(f"--split {request.split}: has no rows; choose one of {', '.join(SPLITS)}")
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
-    questions = []
+    questions, first_rows = [], dict[str, int]()
     for sample in spread(len(split), request.max_samples):
         number = int(split.rows[sample])
         row = rows[number]
@@ -126,7 +126,7 @@ def read_questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[
                 label=tuple(row.label),
                 human_or_machine=row.human_or_machine,
                 prompt=encoder.texts(row)[0],
-                image=hashlib.sha256(row.image).hexdigest(),
+                image_row=first_rows.setdefault(hashlib.sha256(row.image).hexdigest(), number),
                 text_tokens=int(split.text_tokens[sample]),
                 visual_tokens=int(split.visual_tokens[sample]),
             )
@@ -140,15 +140,15 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
     keeps its image, also where several questions share one.
     """
-    first: dict[str, int] = {}
+    first: dict[int, int] = {}
     for position, question in enumerate(questions):
-        first.setdefault(question.image, position)
+        first.setdefault(question.image_row, position)
     if len(first) < 2:
         raise ConfigError("--models shuffled: all questions are on one image; ask more (--max-samples)")
     cycle = list(first)
     random.Random(seed).shuffle(cycle)
     successor = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-    return [first[successor[question.image]] for question in questions]
+    return [first[successor[question.image_row]] for question in questions]
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -341,7 +341,7 @@ def _answer(
     others: Sequence[int],
     positions: list[int],
 ) -> list[Answer]:
-    looked_at = [questions[others[p] if model == "shuffled" else p].row for p in positions]
+    looked_at = [questions[others[p] if model == "shuffled" else p].image_row for p in positions]
     prompts = [questions[p].prompt for p in positions]
     without: AbstractContextManager[Any] = contextlib.nullcontext()
     if model == "base" and isinstance(replica.model, PeftModel):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
@@ -31,18 +32,28 @@ GLOBAL_BATCH = 32
 
 def main() -> None:
     """Build, run both sides, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["7b", "tiny"], default="7b", help="of the random base (default: 7b)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=["7b", "tiny"], default="7b", help="of the random base (default: 7b)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each side (default: 20)")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/samestep-benchmark"), help="weights, charts, runs")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/tmp/samestep-benchmark"), help="weights, charts, runs"
+    )
     parser.add_argument("--sides", default=",".join(SIDES), help=f"which to run (default: {','.join(SIDES)})")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe value, both sides")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe value, both sides"
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["SAMESTEP_CACHE"] = str(options.folder / "cache")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.side:
-        print("RESULT " + json.dumps(run_samestep(options) if options.side == "samestep" else run_trl(options)))
+        print(
+            "RESULT " + json.dumps(run_samestep(options) if options.side == "samestep" else run_trl(options))
+        )
         return
     build(options)
     results = [run_side(options, side) for side in options.sides.split(",")]
@@ -144,7 +155,9 @@ def write_charts(folder: Path, count: int) -> None:
     from launch.folders import published
 
     with published(folder) as aside:
-        for seed, (split, rows) in enumerate((("train", count), ("val", GLOBAL_BATCH), ("test", GLOBAL_BATCH))):
+        for seed, (split, rows) in enumerate(
+            (("train", count), ("val", GLOBAL_BATCH), ("test", GLOBAL_BATCH))
+        ):
             draw = random.Random(seed)
             pq.write_table(
                 pa.Table.from_pylist([chart_row(draw) for _ in range(rows)]), aside / f"{split}-00000.parquet"
@@ -167,7 +180,9 @@ def chart_row(draw: random.Random) -> dict[str, Any]:
     for bar in range(8):
         top = draw.randint(10, height - 10)
         colour = tuple(draw.randint(0, 255) for _ in range(3))
-        canvas.rectangle([int(width * (bar + 0.1) / 8), top, int(width * (bar + 0.9) / 8), height], fill=colour)
+        canvas.rectangle(
+            [int(width * (bar + 0.1) / 8), top, int(width * (bar + 0.9) / 8), height], fill=colour
+        )
         canvas.text((int(width * bar / 8), 5 + 10 * (bar % 4)), str(draw.randint(0, 99999)), fill=(0, 0, 0))
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
@@ -213,7 +228,14 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
 
     runs = options.folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
-    arguments = ["qwen2vl_7b_chartqa", "--runs-dir", str(runs), "--name", "benchmark", *recipe_arguments(options)]
+    arguments = [
+        "qwen2vl_7b_chartqa",
+        "--runs-dir",
+        str(runs),
+        "--name",
+        "benchmark",
+        *recipe_arguments(options),
+    ]
     if status := train(arguments):
         raise SystemExit(status)
     lines = read_lines(runs / "benchmark" / "metrics.jsonl")
@@ -310,7 +332,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     counted = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
     return {
         "side": "notebook",
-        "seconds": [round(after - before, 4) for before, after in zip(ends, ends[1:], strict=False)],
+        "seconds": [round(after - before, 4) for before, after in itertools.pairwise(ends)],
         "loss": [entry["loss"] for entry in history if "loss" in entry],
         "tokens": counted[-1] / options.steps,
         "peak_gib": peak_gib(),
@@ -327,7 +349,16 @@ def peak_gib() -> float | None:
 def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """One side in a fresh process; its output is shown."""
     settings = [argument for value in options.set for argument in ("--set", value)]
-    command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--steps", str(options.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--shape",
+        options.shape,
+        "--steps",
+        str(options.steps),
+    ]
     command += ["--folder", str(options.folder), *settings]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -356,14 +387,18 @@ def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    table = Table(title=f"{options.steps} steps of {GLOBAL_BATCH} samples, random weights ({options.shape}), {machine}")
+    table = Table(
+        title=f"{options.steps} steps of {GLOBAL_BATCH} samples, random weights ({options.shape}), {machine}"
+    )
     for column in ("side", "s/step", "samples/s", "tokens/s", "peak GiB", "first loss", "last loss"):
         table.add_column(column)
     for result in results:
         values = [result[key] for key in ("side", "median_step_s", "samples_s", "tokens_s", "peak_gib")]
         table.add_row(*map(str, [*values, round(result["loss"][0], 4), round(result["loss"][-1], 4)]))
     Console(width=120).print(table)
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")}
+    versions = {
+        name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+    }
     print(json.dumps({"machine": machine, "shape": options.shape, "versions": versions, "results": results}))
 
 

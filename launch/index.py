@@ -64,9 +64,8 @@ def cache_root() -> Path:
     """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
     if chosen := os.environ.get("SAMESTEP_CACHE"):
         return Path(chosen).expanduser().resolve()
-    hugging_face = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"
-    )
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    hugging_face = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     return Path(hugging_face).expanduser().resolve().parent / "samestep"
 
 

@@ -23,7 +23,10 @@ def refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
     if differing:
         raise ConfigError(
             [
-                *(f"{key}: the run {run.name} has {old.get(key)!r}, the recipe {new.get(key)!r}" for key in differing),
+                *(
+                    f"{key}: the run {run.name} has {old.get(key)!r}, the recipe {new.get(key)!r}"
+                    for key in differing
+                ),
                 f"{run.path}: belongs to another recipe ({len(differing)} values differ); "
                 "choose another --name, or --fresh to move the old run aside",
             ]

@@ -64,7 +64,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     folder = tmp_path_factory.mktemp("world")
     write_charts(
-        folder / "charts", {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())}
+        folder / "charts",
+        {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())},
     )
     random_tiny(folder / "base")
     before = os.environ.get("SAMESTEP_CACHE")

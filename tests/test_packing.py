@@ -74,7 +74,9 @@ def _loss_alone(model: Any, sample: Any, encoder: Encoder) -> torch.Tensor:
         image_grid_thw=torch.tensor([sample.grid]),
         mm_token_type_ids=image[None],
     ).logits[0]
-    return torch.nn.functional.cross_entropy(logits[:-1], sample.labels[1:], ignore_index=IGNORED, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits[:-1], sample.labels[1:], ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def _pack(samples: list[Any], encoder: Encoder, masked: bool = False) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def test_a_packed_micro_batch_gives_the_losses_and_gradients_of_its_samples_alon
     together.sum().backward()
     for (name, one), other in zip(stock.named_parameters(), packed.parameters(), strict=True):
         if one.requires_grad:
-            assert one.grad is not None and one.grad.abs().max() > 0, name
+            assert one.grad.abs().max() > 0, name
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -111,7 +113,9 @@ def test_a_sample_does_not_see_its_neighbours(packed: Any, samples: list[Any], e
     torch.testing.assert_close(forward, backward.flip(0), rtol=1e-5, atol=1e-5)
 
 
-def test_positions_are_those_of_the_models_own_rope_index(stock: Any, samples: list[Any], encoder: Encoder) -> None:
+def test_positions_are_those_of_the_models_own_rope_index(
+    stock: Any, samples: list[Any], encoder: Encoder
+) -> None:
     for sample in samples:
         is_image = sample.input_ids == encoder.processor.image_token_id
         expected, _ = stock.get_base_model().model.get_rope_index(
@@ -159,7 +163,9 @@ def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]
     assert (inputs["shift_labels"][0, ends.long()] == IGNORED).all()
 
 
-def test_recomputation_gives_the_same_gradients_with_dropout(world: Path, samples: list[Any], encoder: Encoder) -> None:
+def test_recomputation_gives_the_same_gradients_with_dropout(
+    world: Path, samples: list[Any], encoder: Encoder
+) -> None:
     gradients = []
     for recompute in (False, True):
         values = recipe_values(world)

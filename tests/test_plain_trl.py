@@ -55,7 +55,9 @@ def recipe(world: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def ours(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Gradients, RunDirectory, Plan, Index]:
+def ours(
+    recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Gradients, RunDirectory, Plan, Index]:
     index = prepare(recipe, quiet=True)
     plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
     run = RunDirectory(tmp_path_factory.mktemp("ours"))
@@ -88,7 +90,10 @@ def plain(recipe: Recipe, ours: tuple[Any, ...], tmp_path_factory: pytest.TempPa
             for sample in order
         ],
         features=Features(
-            {"images": List(ImageFeature()), "messages": List({"role": Value("string"), "content": Value("string")})}
+            {
+                "images": List(ImageFeature()),
+                "messages": List({"role": Value("string"), "content": Value("string")}),
+            }
         ),
     )
     training = recipe.training
@@ -129,7 +134,9 @@ def test_losses_are_plain_trls(ours: tuple[Gradients, RunDirectory, Plan, Index]
     assert len(set(losses)) == STEPS
 
 
-def test_gradients_are_plain_trls(ours: tuple[Gradients, RunDirectory, Plan, Index], plain: Gradients) -> None:
+def test_gradients_are_plain_trls(
+    ours: tuple[Gradients, RunDirectory, Plan, Index], plain: Gradients
+) -> None:
     assert len(ours[0].steps) == len(plain.steps) == STEPS
     for mine, theirs in zip(ours[0].steps, plain.steps, strict=True):
         assert mine.keys() == theirs.keys()

@@ -27,7 +27,9 @@ def together(action: Callable[[], T]) -> T:
     except SamestepError as raised:
         error = raised
     except OSError as raised:
-        error = RunError(f"{raised.filename or 'file'}: {raised.strerror or raised}; make room or give permission")
+        error = RunError(
+            f"{raised.filename or 'file'}: {raised.strerror or raised}; make room or give permission"
+        )
     failed = _first_failure(error)
     if failed is not None:
         raise failed

@@ -25,7 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch.errors import ConfigError, SamestepError
 from launch.folders import published
-from launch.index import EMBEDDED, SPLITS, Index, SplitName, cache_root, embedded_folder, index_path, read_index
+from launch.index import (
+    EMBEDDED,
+    SPLITS,
+    Index,
+    SplitName,
+    cache_root,
+    embedded_folder,
+    index_path,
+    read_index,
+)
 from launch.recipe import Recipe, load_recipe
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
@@ -58,7 +67,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold an exclusive lock; the system releases it when the process ends, however it ends."""
-    with open(file, "w") as handle:
+    with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -104,15 +113,17 @@ def _write_index(recipe: Recipe, progress: Progress) -> Index:
     bad: list[BadRow] = []
     for split in SPLITS:
         rows = open_split(recipe, split)
-        task = progress.add_task(f"checking {getattr(recipe.data, split)}", total=len(rows))
-        measured[split], refused = measure_split(rows, split, encoder, lambda task=task: progress.advance(task))  # type: ignore[misc]
+        report = _Report(progress, f"checking {getattr(recipe.data, split)}")
+        measured[split], refused = measure_split(rows, split, encoder, report)
         bad += refused
         if not refused or recipe.data.on_bad_row == "drop":
             check_against_processor(rows, measured[split], encoder, split)
     if bad and recipe.data.on_bad_row == "error":
         raise ConfigError(_bad_rows_message(bad))
     if empty := [split for split in SPLITS if not measured[split]]:
-        raise ConfigError(f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names")
+        raise ConfigError(
+            f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
+        )
     return _publish(recipe, measured, bad)
 
 
@@ -140,7 +151,9 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
         (aside / "index.json").write_text(json.dumps(facts, indent=1))
     index = read_index(recipe)
     if index is None:
-        raise ConfigError(f"data.dataset: {recipe.data.dataset} changed while it was being prepared; prepare it again")
+        raise ConfigError(
+            f"data.dataset: {recipe.data.dataset} changed while it was being prepared; prepare it again"
+        )
     return index
 
 
@@ -161,7 +174,9 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m trainer.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a recipe file, e.g. recipes/embedded.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")

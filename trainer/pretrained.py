@@ -58,7 +58,9 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             name, revision=revision, allow_patterns=_FILES, local_files_only=local_files_only
         )
     except RepositoryNotFoundError as error:
-        raise ConfigError(f"model.name_or_path: the hub knows no model {name}; correct the id or log in") from error
+        raise ConfigError(
+            f"model.name_or_path: the hub knows no model {name}; correct the id or log in"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,12 @@ def keep_lines_until(file: Path, step: int) -> None:
     """Remove the lines of later steps, which a resumed run takes again, and a line that a kill cut short."""
     if not file.exists():
         return
-    kept = [line for line in file.read_text().splitlines() if (parsed := _parse(line)) and parsed["step"] <= step]
+    kept = [
+        line for line in file.read_text().splitlines() if (parsed := _parse(line)) and parsed["step"] <= step
+    ]
     aside = file.with_name(f"{file.name}.partial")
     aside.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(aside, file)
+    aside.replace(file)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from launch.folders import published
@@ -40,6 +40,19 @@ from trainer.guards import check_adapters, check_finite, check_launch
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
 from trainer.records import append_line, samples_digest
 from trainer.reports import ProgressBar, Trackio
+
+PASSED_ON = (
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "seed",
+)
+"""Fields of the recipe's `training` that SFTConfig takes as they are."""
 
 
 class StepLoader:
@@ -62,11 +75,25 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     """Runs a plan. `resumed_at`: optimizer steps done before, 0 for a new run."""
 
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
-        self, model: PeftModel, recipe: Recipe, plan: Plan, index: Index, run: RunDirectory, encoder: Encoder, resumed_at: int
+        self,
+        model: PeftModel,
+        recipe: Recipe,
+        plan: Plan,
+        index: Index,
+        run: RunDirectory,
+        encoder: Encoder,
+        resumed_at: int,
     ) -> None:
-        self.recipe, self.plan, self.index, self.run_directory, self.encoder = recipe, plan, index, run, encoder
+        self.recipe, self.plan, self.index, self.run_directory, self.encoder = (
+            recipe,
+            plan,
+            index,
+            run,
+            encoder,
+        )
         self.resumed_at = resumed_at
         self.steps = step_plan(recipe, index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
@@ -96,7 +123,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> StepLoader:
         """The steps after the resumed one: the loader starts there, nothing is skipped."""
         rows = open_split(self.recipe, "train")
-        batches = MicroBatches(rows, self.index.splits["train"], self.encoder, self.steps, self.args.process_index)
+        batches = MicroBatches(
+            rows, self.index.splits["train"], self.encoder, self.steps, self.args.process_index
+        )
         numbers = range(self.resumed_at * self.plan.micro_batches, len(batches))
         return StepLoader(cast(Any, self._loader(batches, numbers)), len(batches))
 
@@ -154,7 +183,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Add up gradients and loss over the ranks, look at both, clip. The step's one host read is here."""
-        gradients = torch.cat([*(parameter.grad.reshape(-1) for parameter in self.parameters.values()), self._loss_sum[None]])  # type: ignore[union-attr,index]
+        parts = [cast(Tensor, parameter.grad).reshape(-1) for parameter in self.parameters.values()]
+        gradients = torch.cat([*parts, cast(Tensor, self._loss_sum)[None]])
         if self.args.world_size > 1:
             dist.all_reduce(gradients)
         flat, loss = gradients[:-1], gradients[-1]
@@ -194,7 +224,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             append_line(self.run_directory.metrics_file, values)
         if step % self.recipe.training.logging_steps == 0 or step == self.plan.max_steps:
             shown = {key: values[key] for key in ("loss", "grad_norm", "learning_rate")}
-            self.callback_handler.on_log(self.args, self.state, self.control, {**shown, "epoch": self.state.epoch})
+            self.callback_handler.on_log(
+                self.args, self.state, self.control, {**shown, "epoch": self.state.epoch}
+            )
         self._clock = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -265,7 +297,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.resumed_at
         scheduler._step_count = self.resumed_at + 1
-        for group, rule, base in zip(self.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
+        groups = self.optimizer.param_groups
+        for group, rule, base in zip(groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
             group["lr"] = base * rule(self.resumed_at)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -302,7 +335,13 @@ class _StepEnd(TrainerCallback):
 
 
 def build_trainer(
-    model: PeftModel, recipe: Recipe, plan: Plan, index: Index, run: RunDirectory, encoder: Encoder, resumed_at: int
+    model: PeftModel,
+    recipe: Recipe,
+    plan: Plan,
+    index: Index,
+    run: RunDirectory,
+    encoder: Encoder,
+    resumed_at: int,
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
     trainer = PlannedTrainer(model, recipe, plan, index, run, encoder, resumed_at)
@@ -325,10 +364,9 @@ def _callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[Train
 def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
     """The SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
     training = recipe.training
-    passed = ("learning_rate", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "max_grad_norm", "seed")
     return SFTConfig(
         output_dir=str(output),
-        **{name: getattr(training, name) for name in passed},
+        **{name: getattr(training, name) for name in PASSED_ON},
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or {},
         max_steps=plan.max_steps,
         warmup_steps=plan.warmup_steps,

@@ -111,10 +111,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "-m trainer.train recipes/embedded.yaml",
     )
     parser.add_argument("recipe", nargs="?", help="a recipe file; the plan is made from what was launched")
-    parser.add_argument("--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law")
+    parser.add_argument(
+        "--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law"
+    )
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
+    )
     options = parser.parse_args(arguments)
     if (options.recipe is None) == (options.run_dir is None):
         parser.error("give a recipe, or --run-dir")
@@ -174,7 +178,7 @@ def announce(task: Task, state: PartialState) -> None:
         RunError: the launched world is not the plan's, or a rank made another plan.
     """
     plan = task.plan
-    logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}", main_process_only=True)
+    logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
 
     def check() -> None:
         if state.num_processes != plan.world_size:
@@ -210,7 +214,9 @@ def environment(plan: Plan) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name() if plan.device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if plan.device == "cuda"
+        else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
@@ -224,7 +230,7 @@ def train(task: Task, state: PartialState) -> None:
     on_rank_0(lambda: forget_after(task.run, step))
     trainer = together(lambda: build(task, state, step))
     if step:
-        logger.info(f"resuming at step {step} of {task.plan.max_steps}", main_process_only=True)
+        logger.info(f"resuming at step {step} of {task.plan.max_steps}")
     if step < task.plan.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     elif checkpoint:

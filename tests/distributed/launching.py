@@ -52,7 +52,11 @@ def accelerate_launch(
 
 
 def drive(
-    processes: int, requests: Sequence[Sequence[str]], folder: Path, *, kill_when: Callable[[], bool] | None = None
+    processes: int,
+    requests: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    kill_when: Callable[[], bool] | None = None,
 ) -> str:
     """Several runs of `trainer.train` in one launch; fails the test when one of them fails. Returns the output."""
     file = folder / f"requests-{time.monotonic_ns()}.json"

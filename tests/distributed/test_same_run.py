@@ -90,7 +90,8 @@ def _sha256(run: Path) -> str:
 def _apart(one: Path, other: Path) -> tuple[float, float]:
     """(largest relative difference of losses, largest absolute difference of adapter weights)."""
     losses = [
-        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(_metrics(one), _metrics(other), strict=True)
+        abs(a["loss"] - b["loss"]) / abs(b["loss"])
+        for a, b in zip(_metrics(one), _metrics(other), strict=True)
     ]
     left, right = _adapter(one), _adapter(other)
     assert left.keys() == right.keys()

@@ -33,7 +33,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     # `save_embedding_layers` would ask the hub whether the vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    written, kept = load_file(folder / ADAPTER_FILE), get_peft_model_state_dict(model, save_embedding_layers=False)
+    written, kept = (
+        load_file(folder / ADAPTER_FILE),
+        get_peft_model_state_dict(model, save_embedding_layers=False),
+    )
     if differing := sorted(_differing(written, kept)):
         raise CheckpointError(
             f"{folder / ADAPTER_FILE}: {len(differing)} of {len(kept)} tensors were not written as they are "
@@ -83,7 +86,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: cannot be read ({error}); resume from another checkpoint") from error
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
+) -> None:
     """Write the moments and step counts of every trained parameter, by its name."""
     tensors = {
         f"{name}.{key}": optimizer.state[parameter][key].detach().cpu().contiguous().clone()
@@ -93,7 +98,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
     save_file(tensors, folder / OPTIMIZER_FILE)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
+) -> None:
     """Put the stored moments and step counts into a fresh optimizer over the same parameters.
 
     Raises:

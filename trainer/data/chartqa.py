@@ -118,7 +118,9 @@ def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:
     except OSError as error:
         raise ConfigError(f"{what}: cannot be read ({_first_line(error)}); {OFFLINE_ADVICE}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{what}: cannot be read ({_first_line(error)}); correct data.dataset or the split") from error
+        raise ConfigError(
+            f"{what}: cannot be read ({_first_line(error)}); correct data.dataset or the split"
+        ) from error
 
 
 OFFLINE_ADVICE = (

@@ -19,7 +19,6 @@ from transformers.vision_utils import get_vision_position_ids
 
 from launch.errors import RunError
 from launch.index import Split
-from launch.recipe import Recipe
 from launch.steps import MicroBatch, StepPlan
 from trainer.data.chartqa import Row, Rows, chat, decode_image
 
@@ -103,10 +102,14 @@ class Encoder:
     def texts(self, row: Row) -> tuple[str, str]:
         """The prompt up to where the answer begins, and the whole conversation, through the chat template."""
         render = self.processor.apply_chat_template
-        prompt = render(chat(self.system_message, row, answer=False), tokenize=False, add_generation_prompt=True)
+        prompt = render(
+            chat(self.system_message, row, answer=False), tokenize=False, add_generation_prompt=True
+        )
         text = render(chat(self.system_message, row, answer=True), tokenize=False)
         if not text.startswith(prompt):
-            raise RunError("model: its chat template does not begin a conversation with the prompt it generates from")
+            raise RunError(
+                "model: its chat template does not begin a conversation with the prompt it generates from"
+            )
         return prompt, text
 
     def prompt_length(self, prompt: str, input_ids: Tensor) -> int:
@@ -131,7 +134,9 @@ def mrope_positions(is_image: Tensor, grid: tuple[int, int, int], merge: int) ->
     visual = time * height * width
     after = len(is_image) - begin - visual
     head = torch.arange(begin).expand(3, -1)
-    image = torch.stack(torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij"))
+    image = torch.stack(
+        torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
+    )
     tail = torch.arange(after).expand(3, -1) + begin + max(time, height, width)
     return torch.cat([head, image.reshape(3, -1) + begin, tail], dim=1)
 
@@ -248,7 +253,9 @@ class _Numbers(torch.utils.data.Sampler[int]):
         return len(self._numbers)
 
 
-def loader(batches: Dataset[PackedBatch], numbers: range, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
+def loader(
+    batches: Dataset[PackedBatch], numbers: range, *, workers: int, pin_memory: bool
+) -> DataLoader[Any]:
     """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one)."""
     return DataLoader(
         batches,

@@ -23,7 +23,8 @@ MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
 
 EXIF_ORIENTATION = 0x0112
-Advance = Callable[[], None]
+Report = Callable[[int, int], None]
+"""Told how many rows are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Measured:
     width: int
 
 
-class _Refused(Exception):
+class _RowError(Exception):
     """Why a row is bad."""
 
 
-def measure_split(rows: Rows, split: str, encoder: Encoder, advance: Advance) -> tuple[list[Measured], list[BadRow]]:
-    """Measure every row; `advance` is called once a row. The images are decoded on all cores this process may use."""
+def measure_split(
+    rows: Rows, split: str, encoder: Encoder, report: Report
+) -> tuple[list[Measured], list[BadRow]]:
+    """Measure every row; `report` is told the progress. The images are decoded on all cores this process may use."""
     sizes: dict[bytes, tuple[int, int] | str] = {}
     measured: list[Measured] = []
     bad: list[BadRow] = []
@@ -65,14 +68,18 @@ def measure_split(rows: Rows, split: str, encoder: Encoder, advance: Advance) ->
         for first in range(0, len(rows), 256):
             block = [(number, rows.raw(number)) for number in range(first, min(first + 256, len(rows)))]
             digests = [_image_digest(raw) for _, raw in block]
-            new = {digest: raw for digest, (_, raw) in zip(digests, block, strict=True) if digest and digest not in sizes}
+            new = {
+                digest: raw
+                for digest, (_, raw) in zip(digests, block, strict=True)
+                if digest and digest not in sizes
+            }
             sizes.update(zip(new, pool.map(_decoded_size, new.values()), strict=True))
             for (number, raw), digest in zip(block, digests, strict=True):
                 try:
                     measured.append(_measure(number, raw, digest, sizes, encoder))
-                except _Refused as refused:
+                except _RowError as refused:
                     bad.append(BadRow(split, number, str(refused)))
-                advance()
+            report(min(first + 256, len(rows)), len(rows))
     return measured, bad
 
 
@@ -111,19 +118,21 @@ def _measure(
     encoder: Encoder,
 ) -> Measured:
     if digest is None:
-        raise _Refused("the image is missing; each row needs exactly one")
+        raise _RowError("the image is missing; each row needs exactly one")
     size = sizes[digest]
     if isinstance(size, str):
-        raise _Refused(size)
+        raise _RowError(size)
     height, width = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise _Refused(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
+        raise _RowError(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
     query, label, human = _texts(raw)
     row = Row(b"", query, label, human)
     text_tokens, target_tokens = _count_text(encoder, row)
     images = encoder.processor.image_processor
     visual = images.get_number_of_image_patches(height, width) // images.merge_size**2
-    content = hashlib.sha256(digest + query.encode() + b"\0" + b"\0".join(text.encode() for text in label)).digest()
+    content = hashlib.sha256(
+        digest + query.encode() + b"\0" + b"\0".join(text.encode() for text in label)
+    ).digest()
     targets = target_tokens if encoder.loss == "answer" else text_tokens + visual - 1
     return Measured(number, content, text_tokens, visual, targets, human, height, width)
 
@@ -131,15 +140,15 @@ def _measure(
 def _texts(raw: dict[str, Any]) -> tuple[str, list[str], int]:
     query, label, human = raw.get("query"), raw.get("label"), raw.get("human_or_machine")
     if not isinstance(query, str):
-        raise _Refused(f"query is a {type(query).__name__}, not text")
+        raise _RowError(f"query is a {type(query).__name__}, not text")
     if not query.strip():
-        raise _Refused("query is empty")
+        raise _RowError("query is empty")
     if not isinstance(label, list) or not all(isinstance(text, str) for text in label):
-        raise _Refused(f"label is {label!r}, not a list of text")
+        raise _RowError(f"label is {label!r}, not a list of text")
     if not label or not label[0].strip():
-        raise _Refused("label is empty")
+        raise _RowError("label is empty")
     if isinstance(human, bool) or human not in (0, 1):
-        raise _Refused(f"human_or_machine is {human!r}, not 0 or 1")
+        raise _RowError(f"human_or_machine is {human!r}, not 0 or 1")
     return query, label, int(human)
 
 
@@ -149,9 +158,11 @@ def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
     tokenizer, image_token = encoder.processor.tokenizer, encoder.processor.image_token_id
     prompt_ids, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
     if ids.count(image_token) != 1:
-        raise _Refused(f"the conversation holds {ids.count(image_token)} image tokens; each row needs exactly one")
+        raise _RowError(
+            f"the conversation holds {ids.count(image_token)} image tokens; each row needs exactly one"
+        )
     if ids[: len(prompt_ids)] != prompt_ids:
-        raise _Refused("the answer merges with the prompt in the tokenizer")
+        raise _RowError("the answer merges with the prompt in the tokenizer")
     return len(ids) - 1, len(ids) - len(prompt_ids)
 
 
@@ -174,7 +185,9 @@ def check_against_processor(rows: Rows, measured: list[Measured], encoder: Encod
 
 def _probes(measured: list[Measured], count: int) -> Iterator[Measured]:
     """Evenly spaced over the rows sorted by length, so that the shortest and the longest are among them."""
-    by_length = sorted(measured, key=lambda row: (row.text_tokens + row.visual_tokens, row.height / row.width))
+    by_length = sorted(
+        measured, key=lambda row: (row.text_tokens + row.visual_tokens, row.height / row.width)
+    )
     count = min(count, len(by_length))
     for position in range(count):
         yield by_length[round(position * (len(by_length) - 1) / max(1, count - 1))]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "samestep_flash"
@@ -58,16 +58,16 @@ def packed_attention(
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim].
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
-    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     attend = _varlen if _has_varlen(query.device, query.dtype) else _loop
-    return attend(*packed, segments, causal, scaling)[None], None
+    return attend(q, k, v, segments, causal, scaling)[None], None
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
     """[T, heads, head_dim] each; one call per segment."""
     parts = (tensor.transpose(0, 1).split(segments.lengths, dim=1) for tensor in (q, k, v))
     outputs = [
-        F.scaled_dot_product_attention(
+        scaled_dot_product_attention(
             q_part[None], k_part[None], v_part[None], is_causal=causal, scale=scale, enable_gqa=True
         )[0]
         for q_part, k_part, v_part in zip(*parts, strict=True)
@@ -78,8 +78,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sca
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
     """[T, heads, head_dim] each; one kernel for all segments.
 
-    The signature of `varlen_attn` changed: torch 2.11 has neither `scale` before a keyword nor `enable_gqa`
-    everywhere, 2.14 has both. What is missing is done here.
+    The signature of `varlen_attn` changed: torch 2.14 takes `enable_gqa`, 2.11 does not. What is missing is done here.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -100,10 +99,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, s
             k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
     longest = max(segments.lengths)
     bounds = segments.cu_seqlens
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **options
     )
-    return output
+    return cast(Tensor, output)
 
 
 @cache

@@ -25,7 +25,9 @@ def take_packed_inputs(model: Qwen2VLForConditionalGeneration) -> None:
     model.model.register_forward_pre_hook(_unpack, with_kwargs=True)
 
 
-def _unpack(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _unpack(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     """Replace pixels and token ids by embeddings, and the lengths by segments."""
     if "text_cu_seqlens" not in kwargs:
         return None

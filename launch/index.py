@@ -1,6 +1,6 @@
 """The prepared index of a dataset: where it lies, whether it is current, how it is read. Torch-free.
 
-`trainer.data.prepare` writes it once, the plan and every rank read it: token counts of every sample without an
+`trainer.prepare` writes it once, the plan and every rank read it: token counts of every sample without an
 image being decoded again.
 """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from PIL import Image, ImageOps
 
 from launch.errors import ConfigError
@@ -83,7 +84,13 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
             f"data.dataset: {recipe.data.dataset} split {wanted} lacks the columns {', '.join(missing)} "
             f"(it has {', '.join(table.column_names)}); ChartQA's columns are {', '.join(COLUMNS)}"
         )
-    return Rows(table.cast_column("image", datasets.Image(decode=False)))
+    try:
+        return Rows(table.cast_column("image", datasets.Image(decode=False)))
+    except (ValueError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(
+            f"data.dataset: the column image holds {table.features['image'].dtype}, not images "
+            "(a struct of bytes and path); write it as `datasets.Image` does"
+        ) from error
 
 
 def _open_local(folder: Path, split: SplitName, wanted: str) -> datasets.Dataset:

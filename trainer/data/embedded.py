@@ -651,6 +651,7 @@ FACTS_SCHEMA = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("questions", pa.list_(pa.string())),
         pa.field("sentences", pa.list_(pa.string())),
+        pa.field("kinds", pa.list_(pa.string())),
     ]
 )
 """A chart with full-sentence facts: `sentences[i]` answers `questions[i]`."""
@@ -716,5 +717,6 @@ def _facts_table(charts: Sequence[Chart], images: Mapping[Chart, bytes]) -> pa.T
         "caption": [caption(chart) for chart in charts],
         "questions": [[question.query for question in group] for group in asked],
         "sentences": [[question.sentence for question in group] for group in asked],
+        "kinds": [[question.kind for question in group] for group in asked],
     }
     return pa.Table.from_pydict(columns, schema=FACTS_SCHEMA)

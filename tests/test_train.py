@@ -1,0 +1,229 @@
+"""One process: what a run directory holds, what is refused, and what must not change a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.errors import RunError
+from launch.plan import Plan
+from launch.recipe import dump_recipe, recipe_from_dict
+from launch.run_directory import RunDirectory, hold_lock, read_marker
+from tests.conftest import recipe_values
+from trainer.guards import check_adapters, check_finite
+from trainer.records import append_line, keep_lines_until, read_lines, samples_digest
+from trainer.train import main
+
+
+def _write(world: Path, file: Path, **changes: dict[str, Any]) -> Path:
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = True
+    values["training"]["max_steps"] = 3
+    for section, change in changes.items():
+        values[section] = values.get(section, {}) | change
+    file.write_text(dump_recipe(recipe_from_dict(values)))
+    return file
+
+
+def _train(recipe: Path, name: str, *more: str) -> int:
+    return main([str(recipe), "--runs-dir", str(recipe.parent), "--name", name, *more])
+
+
+@pytest.fixture(scope="module")
+def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished NF4 run of 3 steps, evaluated once at its end."""
+    folder = tmp_path_factory.mktemp("done")
+    recipe = _write(world, folder / "recipe.yaml", evaluation={"every_steps": 100})
+    assert _train(recipe, "run") == 0
+    return RunDirectory(folder / "run")
+
+
+def _copy(done: RunDirectory, folder: Path) -> RunDirectory:
+    shutil.copytree(done.path, folder / "run")
+    return RunDirectory(folder / "run")
+
+
+def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> None:
+    marker = read_marker(done)
+    assert marker is not None
+    assert (marker.kind, marker.text) == ("DONE", "step 3")
+    names = {entry.name for entry in done.path.iterdir() if not entry.name.startswith(".")}
+    assert names == {
+        "recipe.yaml",
+        "plan.json",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "adapter",
+        "checkpoint-3",
+        "DONE",
+    }
+    line = read_lines(done.metrics_file)[0]
+    assert list(line) == [
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "target_tokens",
+        "tokens",
+        "samples",
+        "samples_digest",
+        "seconds",
+    ]
+    assert json.loads(done.environment_file.read_text())["versions"]["torch"] == version("torch")
+
+
+def test_a_finished_run_started_again_stays_as_it_is(done: RunDirectory, tmp_path: Path) -> None:
+    run = _copy(done, tmp_path)
+    before = (run.metrics_file.read_bytes(), (run.adapter / "adapter_model.safetensors").read_bytes())
+    assert main(["--run-dir", str(run.path)]) == 0
+    assert (run.metrics_file.read_bytes(), (run.adapter / "adapter_model.safetensors").read_bytes()) == before
+
+
+def test_evaluating_in_between_does_not_change_the_training(
+    world: Path, done: RunDirectory, tmp_path: Path
+) -> None:
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs; the gradient is lost then."""
+    recipe = _write(world, tmp_path / "recipe.yaml", evaluation={"every_steps": 1})
+    assert _train(recipe, "run") == 0
+    run = RunDirectory(tmp_path / "run")
+    assert len(read_lines(run.evaluations_file)) == 3
+    assert [line["loss"] for line in read_lines(run.metrics_file)] == [
+        line["loss"] for line in read_lines(done.metrics_file)
+    ]
+    shas = [
+        hashlib.sha256((r.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for r in (run, done)
+    ]
+    assert shas[0] == shas[1]
+
+
+def test_another_recipe_in_the_same_run_is_refused_with_the_values(
+    world: Path, done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    recipe = _write(world, tmp_path / "recipe.yaml", lora={"r": 4}, training={"seed": 7})
+    kept = run.recipe_file.read_bytes()
+    assert _train(recipe, "run") == 2
+    said = capsys.readouterr().err
+    assert "lora.r: the run run has 8, the recipe 4" in said
+    assert "training.seed: the run run has 42, the recipe 7" in said
+    assert run.recipe_file.read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    plan = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps(plan | {"recipe_fingerprint": "0" * 64}))
+    assert main(["--run-dir", str(run.path)]) == 2
+    assert "was written with another recipe" in capsys.readouterr().err
+    marker = read_marker(run)
+    assert marker is not None
+    assert marker.kind == "REFUSED"
+    assert "was written with another recipe" in marker.text
+
+
+def test_a_run_under_way_is_refused(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    with hold_lock(run.path):
+        assert main(["--run-dir", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert "this run is under way (process" in said
+    assert "Traceback" not in said
+
+
+def test_a_plan_for_more_processes_than_were_launched_stops(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    plan = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps(plan | {"world_size": 2, "strategy": "ddp", "gpus_per_node": 2}))
+    assert main(["--run-dir", str(run.path)]) == 1
+    assert "the launcher started 1 processes, the plan is for 2" in capsys.readouterr().err
+
+
+def test_a_damaged_optimizer_file_is_named(
+    world: Path, done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    file = run.checkpoint(3) / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["--run-dir", str(run.path)]) == 2
+    assert "optimizer.safetensors" in capsys.readouterr().err
+
+
+def test_adapters_stay_in_fp32_in_memory_and_on_disk(done: RunDirectory) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(done.adapter / "adapter_model.safetensors")
+    assert stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_the_adapter_loads_with_peft_alone(world: Path, done: RunDirectory) -> None:
+    from peft import PeftModel
+    from transformers import Qwen2VLForConditionalGeneration
+
+    base = Qwen2VLForConditionalGeneration.from_pretrained(world / "base")
+    model = PeftModel.from_pretrained(base, str(done.adapter))
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert len(trained) == 4  # q_proj and v_proj of 2 layers
+    assert all(parameter.abs().max() > 0 for parameter in trained)
+
+
+def test_plan_files_of_another_version_are_refused(done: RunDirectory, tmp_path: Path) -> None:
+    run = _copy(done, tmp_path)
+    run.plan_file.write_text("{}")
+    assert main(["--run-dir", str(run.path)]) == 2
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))])
+def test_a_non_finite_step_names_its_samples(loss: float, norm: float) -> None:
+    with pytest.raises(RunError, match=r"step 7: .*the step's samples are \[3, 5\]"):
+        check_finite(loss, norm, 7, [3, 5])
+    check_finite(1.0, 1.0, 7, [3, 5])
+
+
+def test_half_precision_adapters_and_trained_bases_are_refused() -> None:
+    half = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    full = torch.nn.Parameter(torch.zeros(2))
+    for parameters, words in (
+        ({"a.lora_A.weight": half}, "not float32"),
+        ({"a.weight": full}, "only LoRA weights may"),
+        ({}, "nothing trains"),
+    ):
+        with pytest.raises(RunError, match=words):
+            check_adapters(parameters)
+    check_adapters({"a.lora_A.weight": full})
+
+
+def test_later_lines_and_half_lines_go_when_a_run_resumes(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for step in range(1, 6):
+        append_line(file, {"step": step})
+    with file.open("a") as handle:
+        handle.write('{"step": 6, "lo')
+    keep_lines_until(file, 3)
+    assert [line["step"] for line in read_lines(file)] == [1, 2, 3]
+
+
+def test_the_digest_does_not_know_the_order() -> None:
+    assert samples_digest([3, 1, 2]) == samples_digest([1, 2, 3]) != samples_digest([1, 2, 4])
+
+
+def test_plans_survive_their_file(done: RunDirectory) -> None:
+    plan = Plan.from_json(done.plan_file.read_text())
+    assert Plan.from_json(plan.to_json()).digest() == plan.digest()

@@ -1,0 +1,132 @@
+"""What only a GPU can show: the variable-length kernel, bf16, and resuming to the byte. Skips itself without one."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.recipe import Recipe, dump_recipe, recipe_from_dict
+from launch.run_directory import RunDirectory
+from tests.conftest import recipe_values
+from trainer.data.chartqa import open_split
+from trainer.data.collate import IGNORED, Encoder, cumulative, pack
+from trainer.model.attention import Segments, _loop, _varlen
+from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
+from trainer.prepare import prepare
+from trainer.pretrained import load_processor
+from trainer.records import read_lines
+from trainer.train import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+LENGTHS = (37, 128, 1, 300)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (16, 16, 80), (4, 2, 16)])
+def test_the_kernel_attends_as_the_loop_does(causal: bool, heads: int, kv_heads: int, head_dim: int) -> None:
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    segments = Segments(cumulative(LENGTHS).cuda(), LENGTHS)
+    shapes = ((total, heads, head_dim), (total, kv_heads, head_dim), (total, kv_heads, head_dim))
+    exact = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
+    half = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in exact]
+    weight = torch.randn(total, heads, head_dim, device="cuda")
+    expected = _loop(exact[0], exact[1], exact[2], segments, causal, head_dim**-0.5)
+    found = _varlen(half[0], half[1], half[2], segments, causal, head_dim**-0.5)
+    (expected * weight).sum().backward()
+    (found.float() * weight).sum().backward()
+    for name, mine, theirs in [
+        ("output", found, expected),
+        *((f"gradient {n}", h.grad, e.grad) for n, h, e in zip("qkv", half, exact, strict=True)),
+    ]:
+        assert mine is not None
+        assert theirs is not None
+        apart = (mine.float() - theirs).norm() / theirs.norm()
+        assert apart < 1e-2, f"{name}: {apart}"
+
+
+@pytest.fixture(scope="module")
+def recipe(world: Path) -> Recipe:
+    values = recipe_values(world)
+    values["model"]["dtype"] = "bfloat16"
+    values["quantization"] = {"load_in_4bit": True}
+    values["lora"] = {"lora_dropout": 0.0}
+    return recipe_from_dict(values)
+
+
+def test_a_packed_micro_batch_in_bf16_gives_the_losses_of_its_samples_alone(recipe: Recipe) -> None:
+    prepare(recipe, quiet=True)
+    encoder = Encoder(load_processor(recipe), recipe.data.system_message, "sequence")
+    rows = open_split(recipe, "train")
+    samples = [encoder(rows[number]) for number in range(6)]
+    device = torch.device("cuda", 0)
+    processor = encoder.processor
+
+    def stock() -> list[float]:
+        model = add_lora(load_base(recipe, device), recipe).eval()
+        losses = []
+        for sample in samples:
+            ids = sample.input_ids[None].to(device)
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                logits = model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    pixel_values=sample.pixel_values.to(device, torch.bfloat16),
+                    image_grid_thw=torch.tensor([sample.grid], device=device),
+                    mm_token_type_ids=(ids == processor.image_token_id).int(),
+                ).logits[0]
+            labels = sample.labels[1:].to(device)
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1].float(), labels).item())
+        return losses
+
+    def packed() -> list[float]:
+        model = add_lora(load_base(recipe, device), recipe).eval()
+        prepare_training(model, recipe)
+        compute_in(model, DTYPES["bfloat16"])
+        inputs: dict[str, Any] = dict(
+            pack(samples, masked=False, image_token_id=processor.image_token_id, merge=2)
+        )
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        labels = inputs.pop("shift_labels")[0]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        lengths = inputs["text_lengths"]
+        return [
+            (part.sum() / (length - 1)).item()
+            for part, length in zip(losses.split(lengths), lengths, strict=True)
+        ]
+
+    assert packed() == pytest.approx(stock(), rel=2e-3)
+
+
+def test_a_resumed_run_is_the_straight_run_to_the_byte_when_deterministic(
+    world: Path, tmp_path: Path, recipe: Recipe
+) -> None:
+    values = recipe.model_dump(mode="json")
+    values["training"] |= {"deterministic": True, "gradient_checkpointing": True}
+    values["lora"]["lora_dropout"] = 0.05
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe_from_dict(values)))
+    assert main([str(file), "--runs-dir", str(tmp_path), "--name", "straight"]) == 0
+    straight, cut = RunDirectory(tmp_path / "straight"), RunDirectory(tmp_path / "cut")
+    shutil.copytree(straight.path, cut.path)
+    shutil.rmtree(cut.checkpoint(6))
+    shutil.rmtree(cut.adapter)
+    assert main([str(file), "--runs-dir", str(tmp_path), "--name", "cut"]) == 0
+    assert [line["loss"] for line in read_lines(cut.metrics_file)] == [
+        line["loss"] for line in read_lines(straight.metrics_file)
+    ]
+    shas = [
+        hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for run in (straight, cut)
+    ]
+    assert shas[0] == shas[1]

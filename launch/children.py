@@ -1,5 +1,7 @@
 """Child processes of the command line: started and waited for, whatever arrives meanwhile."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +10,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from launch.errors import SamestepError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ChildError(SamestepError):
@@ -27,28 +31,33 @@ class Ended:
 
 
 def wait_for(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
-    """Run a child to its end, whatever arrives meanwhile.
+    """Run a child in a process group of its own to its end; every request to stop is passed on to the group.
 
-    Ctrl-C reaches the child by itself (same terminal): the parent only waits, and a third one kills. SIGTERM
-    reaches the parent alone and is passed on.
+    So each signal arrives once, whether a terminal sent it to all or somebody to this process alone, and no
+    worker outlives a launcher that dies of it (accelerate 1.15 with one process). The third Ctrl-C kills.
     """
-    process = subprocess.Popen(command, env=environment)
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        process.send_signal(number)
+        received.append(number)
+        if process is not None:
+            _send(process, signal.SIGKILL if received.count(signal.SIGINT) >= 3 else number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
-    interrupts = 0
+    before = {number: signal.signal(number, pass_on) for number in _STOP_SIGNALS}
     try:
-        while True:
-            try:
-                return Ended(process.wait(), interrupts > 0)
-            except KeyboardInterrupt:
-                interrupts += 1
-                if interrupts >= 3:
-                    process.kill()
+        process = subprocess.Popen(command, env=environment, process_group=0)
+        if received:  # before there was a child
+            _send(process, received[-1])
+        return Ended(process.wait(), signal.SIGINT in received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def call_module(module: str, arguments: Sequence[str]) -> None:

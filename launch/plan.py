@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe, recipe_fingerprint
@@ -176,18 +176,16 @@ def compute_dtype_of(recipe: Recipe) -> str:
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a reader wants to know of a plan, as (name, value with unit)."""
-    processes = (
-        f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {'GPU' if plan.device == 'cuda' else 'CPU'})"
-    )
+    unit = "GPU" if plan.device == "cuda" else "CPU"
     epochs = plan.max_steps * plan.global_batch_size / plan.samples_per_epoch
     return [
         ("run", plan.name),
         ("strategy", plan.strategy),
-        ("processes", processes),
+        ("processes", f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {unit})"),
         ("global batch", f"{plan.global_batch_size:,} samples"),
         (
-            "micro-batches a rank and step",
-            f"{plan.micro_batches:,} of at most {plan.micro_batch_tokens:,} tokens",
+            "micro-batches",
+            f"{plan.micro_batches:,} a rank and step, {plan.micro_batch_tokens:,} tokens at most",
         ),
         ("samples an epoch", f"{plan.samples_per_epoch:,} ({plan.steps_per_epoch:,.2f} steps)"),
         ("steps", f"{plan.max_steps:,} ({epochs:,.2f} epochs), {plan.warmup_steps:,} of them warm-up"),
@@ -195,18 +193,11 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("tokens a sample", f"{plan.mean_sample_tokens:,.0f} mean, {plan.longest_sample_tokens:,} longest"),
         (
             "precision",
-            f"{plan.compute_dtype} products, float32 adapters, packed weights in {plan.quant_storage}",
+            f"{plan.compute_dtype} products, float32 adapters, 4-bit weights in {plan.quant_storage}",
         ),
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
-
-
-def plan_differences(old: Plan, new: Plan) -> list[str]:
-    """`field: old != new` of every field that differs."""
-    names = [field.name for field in fields(Plan)]
-    pairs: list[tuple[str, Any, Any]] = [(n, getattr(old, n), getattr(new, n)) for n in names]
-    return [f"{n}: {a} != {b}" for n, a, b in pairs if a != b]
 
 
 def _versions() -> dict[str, str]:

@@ -395,15 +395,22 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_child_and_the_parent_waits_for_it(
-    number: signal.Signals, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+def test_a_stop_reaches_child_and_grandchild_once_and_the_parent_waits(
+    number: signal.Signals, to_all: bool, tmp_path: Path
 ) -> None:
     child = (
-        "import signal, sys, time, pathlib\n"
-        "def end(*_): time.sleep(0.5); pathlib.Path('ended').touch(); sys.exit(0)\n"
-        "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)\n"
-        "pathlib.Path('started').touch(); time.sleep(60)\n"
+        "import os, signal, sys, time\n"
+        "def end(*_):\n"
+        "    open(f'signal-{os.getpid()}', 'a').write('x'); stop.append(1)\n"
+        "stop = []\n"
+        "for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(n, end)\n"
+        "grandchild = os.fork()\n"
+        "open(f'started-{os.getpid()}', 'w').close()\n"
+        "while not stop: time.sleep(0.02)\n"
+        "time.sleep(0.5); open(f'ended-{os.getpid()}', 'w').close()\n"
+        "if grandchild: os.waitpid(grandchild, 0)\n"
     )
     parent = (
         "import sys, json; from launch.children import wait_for\n"
@@ -416,14 +423,12 @@ def test_a_signal_reaches_the_child_and_the_parent_waits_for_it(
         text=True,
         start_new_session=True,
     )
-    _until((tmp_path / "started").exists)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
+    _until(lambda: len(list(tmp_path.glob("started-*"))) == 2)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=30)
-    assert (tmp_path / "ended").exists()
     assert json.loads(out) == [0, number == signal.SIGINT]
+    assert len(list(tmp_path.glob("ended-*"))) == 2
+    assert [file.read_text() for file in tmp_path.glob("signal-*")] == ["x", "x"]
 
 
 def test_a_child_that_ends_is_not_waited_for() -> None:

@@ -108,7 +108,7 @@ def test_colours_are_renamed_as_the_channels_move() -> None:
 
 def test_training_lowers_the_loss(charts: Path) -> None:
     lessons = tiny.read_lessons(charts)
-    tokenizer = tiny.train_tokenizer(lessons.captions, vocab_size=400)
+    tokenizer = tiny.train_tokenizer(tiny.corpus(lessons), vocab_size=1000)
     model = tiny.make_model(tokenizer, tiny.CHART_SHAPE, seed=0)
     training = tiny.Training(steps=8, batch=4, warmup_steps=2)
     teacher = tiny.Teacher(tiny.make_processor(tokenizer, tiny.CHART_SHAPE), lessons, training)

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from launch.errors import RunError
 from launch.folders import published
 
 Progress = Callable[[int, int], None]
@@ -319,6 +320,12 @@ def read_lessons(charts: Path) -> Lessons:
     return Lessons(images, table["caption"], turns, weights)
 
 
+def corpus(lessons: Lessons) -> list[str]:
+    """Every text the base learns from: what its tokenizer is trained on."""
+    told = [text for turns in lessons.turns for turn in turns for text in turn]
+    return [*SYSTEM_MESSAGES, *SMALL_CORPUS, *lessons.captions, *told]
+
+
 def colour_names(order: Sequence[int]) -> dict[str, str]:
     """What the palette's colours are called after channel i of an image was taken from channel order[i]."""
     bits = {"Red": "100", "Green": "010", "Blue": "001", "Cyan": "011", "Magenta": "101", "Yellow": "110"}
@@ -534,6 +541,10 @@ def teach(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):  # also: no target token fitted into the batch
+                raise RunError(
+                    f"tiny base: the loss is {losses[-1]} (step {step + 1}); report this as a defect"
+                )
             if progress is not None:
                 progress(step + 1, training.steps)
     model.eval()
@@ -550,9 +561,7 @@ def build_tiny(
     """
     training = training or Training()
     lessons = read_lessons(charts)
-    texts = [*SYSTEM_MESSAGES, *SMALL_CORPUS, *lessons.captions]
-    texts += [text for turns in lessons.turns for turn in turns for text in turn]
-    tokenizer = train_tokenizer(texts, vocab_size=1000)
+    tokenizer = train_tokenizer(corpus(lessons), vocab_size=1000)
     processor = make_processor(tokenizer, CHART_SHAPE)
     model = make_model(tokenizer, CHART_SHAPE, training.seed)
     usual = torch.get_num_threads()

@@ -203,6 +203,10 @@ def execute(planned: PlannedRun) -> None:
         return
     if ended.interrupted:
         raise KeyboardInterrupt
+    if marker is None:
+        refuse_if_running(
+            run
+        )  # a trainer that outlived its `samestep run`: ours gave way to it without a marker
     if marker is not None:
         raise ConfigError(marker.text or f"{run.path}: refused without a reason; see the words above")
     raise RunError(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -306,6 +307,21 @@ def test_a_run_that_is_under_way_is_refused(
         assert samestep("run", *EMBEDDED) == 2
     assert launcher.commands == []
     assert samestep("run", *EMBEDDED) == 0
+
+
+def test_a_trainer_that_took_the_lock_meanwhile_is_a_refusal(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = ExitStack()
+
+    def another_comes_first(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
+        held.enter_context(hold_lock(Path("runs/embedded")))
+        return Ended(1, False)
+
+    monkeypatch.setattr("launch.start.wait_for", another_comes_first)
+    with held:
+        assert samestep("run", *EMBEDDED) == 2
+    assert "under way" in capsys.readouterr().err
 
 
 def test_missing_data_is_prepared_once_with_the_same_overrides(

@@ -131,11 +131,12 @@ def evaluate(
     run: RunArgument,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     models: Annotated[
-        str, typer.Option(help="Any of base, adapter, shuffled (images exchanged), separated by commas.")
-    ] = "base,adapter",
+        str,
+        typer.Option(help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas."),
+    ] = "base,adapter,shuffled",
     max_samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="The first N samples.", show_default="all"),
+        typer.Option(min=1, metavar="N", help="Only N samples, spread over the split.", show_default="all"),
     ] = None,
     gpus_per_node: Processes = None,
     runs_dir: RunsDir = Path("runs"),
@@ -145,7 +146,8 @@ def evaluate(
 
     found = start.find_run(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
-    start.evaluate(found, ["--split", split, "--models", models, *limit], gpus_per_node)
+    chosen = [model.strip() for model in models.split(",")]
+    start.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
 
 
 @app.command(
@@ -162,12 +164,17 @@ def merge(
         Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Add an adapter to its unquantized base, and compare the result with base + adapter."""
     from launch import start
 
-    start.merge(source, output, dtype, runs_dir)
+    if not start.merge(source, output, dtype, base, runs_dir):
+        _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
 def main() -> None:

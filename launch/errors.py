@@ -4,9 +4,14 @@ from collections.abc import Sequence
 
 
 class SamestepError(Exception):
-    """What went wrong, in words a user can act on. `exit_status`: 2 for a refused request, 1 for a failed run."""
+    """What went wrong, in words a user can act on.
+
+    `exit_status`: 2 for a refused request, 1 for a failed run. `agreed`: every rank raises this error at the same
+    point, so that one of them says it and all end in good order.
+    """
 
     exit_status = 1
+    agreed = False
 
 
 class ConfigError(SamestepError):

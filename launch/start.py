@@ -38,6 +38,9 @@ NEEDED_BYTES = (
 )  # of a run: checkpoints of a few adapters; more is for the machine's owner to see to
 
 
+EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
+
+
 @dataclass(frozen=True)
 class Topology:
     """How many processes of which strategy."""
@@ -71,7 +74,9 @@ class PlannedRun:
 
     def command(self, port: int) -> list[str]:
         """argv of the launcher."""
-        return trainer_command(self.plan, "trainer.train", ["--run-dir", str(self.run.path)], port)
+        return trainer_command(
+            self.plan, "trainer.train", ["--run-dir", str(self.run.path), "--marker-decides"], port
+        )
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -249,10 +254,26 @@ def find_run(name: str, runs_dir: Path) -> RunDirectory:
     raise ConfigError(f"{name}: no such run ({places}); give the name or the folder of a run, see --runs-dir")
 
 
-def evaluate(run: RunDirectory, arguments: Sequence[str], gpus_per_node: int | None) -> None:
-    """Start `trainer.evaluation.generate` on replicas. RunError when it fails."""
+def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
+    """ConfigError for every model that the run does not have (yet)."""
+    problems = []
+    if {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
+        problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
+    if "merged" in models and not (run.merged / "config.json").is_file():
+        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.name}`")
+    if unknown := [model for model in models if model not in EVALUATED_MODELS]:
+        problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def evaluate(
+    run: RunDirectory, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
+) -> None:
+    """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
+    refuse_missing_models(run, models)
     plan = replace(
         Plan.from_json(run.plan_file.read_text(encoding="utf-8")),
         strategy=topology.strategy,
@@ -262,7 +283,10 @@ def evaluate(run: RunDirectory, arguments: Sequence[str], gpus_per_node: int | N
         device=topology.device,
     )
     command = trainer_command(
-        plan, "trainer.evaluation.generate", ["--run-dir", str(run.path), *arguments], free_port()
+        plan,
+        "trainer.evaluation.generate",
+        ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
+        free_port(),
     )
     ended = wait_for(command, child_environment(plan))
     if ended.interrupted:
@@ -271,8 +295,11 @@ def evaluate(run: RunDirectory, arguments: Sequence[str], gpus_per_node: int | N
         raise ChildError("evaluate", ended.status)
 
 
-def merge(source: str, output: Path | None, dtype: str | None, runs_dir: Path) -> None:
-    """Start `trainer.checkpoint.merge`, then the comparison of its result. ChildError when either fails."""
+def merge(source: str, output: Path | None, dtype: str | None, base: str | None, runs_dir: Path) -> bool:
+    """Start `trainer.checkpoint.merge`, then the comparison of its result. ChildError when either fails.
+
+    Returns False when the result could not be compared: an adapter outside a run has no data.
+    """
     named = runs_dir.expanduser() / source
     folder = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
     if not folder.is_dir():
@@ -281,6 +308,10 @@ def merge(source: str, output: Path | None, dtype: str | None, runs_dir: Path) -
         if not RunDirectory(folder).recipe_file.is_file():
             raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
         output = RunDirectory(folder).merged
-    flags = [] if dtype is None else ["--dtype", dtype]
+    named_base = [] if base is None else ["--base", base]
+    flags = [*named_base] if dtype is None else [*named_base, "--dtype", dtype]
     call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
-    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output)])
+    if not any(RunDirectory(place).recipe_file.is_file() for place in (folder, folder.parent)):
+        return False
+    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *named_base])
+    return True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_run_writes_recipe_and_plan_and_starts_the_trainer_with_them(
     (command,) = launcher.commands
     assert flag(command, "--num_processes") == "2"
     assert Path(flag(command, "--config_file")).name == "ddp.yaml"
-    assert command[-3:] == ["trainer.train", "--run-dir", str(run.path)]
+    assert command[-4:] == ["trainer.train", "--run-dir", str(run.path), "--marker-decides"]
     assert int(flag(command, "--main_process_port")) > 0
 
 
@@ -347,7 +348,8 @@ def test_what_prepare_refuses_is_refused(
 
 def test_evaluate_starts_replicas_over_the_run(launcher: Launcher) -> None:
     samestep("run", *EMBEDDED)
-    arguments = ["--split", "validation", "--models", "base,adapter,shuffled", "--max-samples", "9"]
+    (Path("runs/embedded/adapter") / "adapter_config.json").write_text("{}")
+    arguments = ["--models", "base,adapter,shuffled", "--split", "validation", "--max-samples", "9"]
     assert samestep("evaluate", "embedded", *arguments, "--gpus-per-node", "3") == 0
     command = launcher.commands[-1]
     assert flag(command, "--num_processes") == "3"
@@ -360,6 +362,19 @@ def test_evaluate_starts_replicas_over_the_run(launcher: Launcher) -> None:
     assert samestep("evaluate", "embedded") == 1
 
 
+def test_models_that_a_run_does_not_have_are_refused(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samestep("run", *EMBEDDED)
+    shutil.rmtree("runs/embedded/adapter")
+    started = len(launcher.commands)
+    assert samestep("evaluate", "embedded", "--models", "base,adapter,merged,other") == 2
+    said = capsys.readouterr().err
+    for words in ("no adapter yet", "no merged model yet", "--models: unknown other; choose of base, adapter"):
+        assert words in said
+    assert len(launcher.commands) == started
+
+
 def test_merge_merges_and_then_compares(launcher: Launcher) -> None:
     samestep("run", *EMBEDDED)
     assert samestep("merge", "embedded", "--dtype", "float32") == 0
@@ -368,8 +383,18 @@ def test_merge_merges_and_then_compares(launcher: Launcher) -> None:
     output = str(Path("runs/embedded/merged"))
     assert merged[1:] == ["-m", "trainer.checkpoint.merge", folder, "--output", output, "--dtype", "float32"]
     assert compared[1:] == ["-m", "trainer.evaluation.compare", "--source", folder, "--merged", output]
-    assert samestep("merge", "runs/embedded/adapter", "--output", "elsewhere") == 0
-    assert launcher.commands[-2][3:] == ["runs/embedded/adapter", "--output", "elsewhere"]
+    assert samestep("merge", "runs/embedded/adapter", "--output", "elsewhere", "--base", "b") == 0
+    assert launcher.commands[-2][3:] == ["runs/embedded/adapter", "--output", "elsewhere", "--base", "b"]
+    assert launcher.commands[-1][-2:] == ["--base", "b"]
+
+
+def test_an_adapter_outside_a_run_is_merged_without_comparison(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("foreign").mkdir()
+    assert samestep("merge", "foreign", "--output", "elsewhere") == 0
+    assert "trainer.checkpoint.merge" in launcher.commands[-1]
+    assert "not compared" in capsys.readouterr().out
 
 
 def test_a_failed_merge_is_not_compared(launcher: Launcher) -> None:

@@ -32,6 +32,7 @@ def together(action: Callable[[], T]) -> T:
         )
     failed = _first_failure(error)
     if failed is not None:
+        failed.agreed = True
         raise failed
     return result  # type: ignore[return-value]
 

@@ -61,7 +61,9 @@ def check_finite(loss: float, grad_norm: float, step: int, samples: list[int]) -
         RunError: loss or gradient norm is not a finite number.
     """
     if abs(loss) == float("inf") or loss != loss or abs(grad_norm) == float("inf") or grad_norm != grad_norm:
-        raise RunError(
+        error = RunError(
             f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights are unchanged; the step's "
             f"samples are {samples}; lower training.learning_rate, or look at these samples"
         )
+        error.agreed = True  # the numbers are sums over all ranks
+        raise error

@@ -11,7 +11,6 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.pretrained import fetch_base, load_processor
+from trainer.speech import complain, speak_plainly
 
 SHOWN_BAD_ROWS = 50
 
@@ -182,13 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    speak_plainly()
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         index = prepare(recipe, quiet=options.quiet)
     except SamestepError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
+        return complain(error)
     counts = ", ".join(f"{len(index.splits[split])} {split}" for split in SPLITS)
     tokens = index.splits["train"].tokens
     print(

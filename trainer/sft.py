@@ -364,7 +364,7 @@ def _callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[Train
 def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
     """The SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
     training = recipe.training
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(output),
         **{name: getattr(training, name) for name in PASSED_ON},
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or {},
@@ -390,6 +390,9 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         ddp_broadcast_buffers=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # Trainer counts every GPU it sees and would spread one process over them (`nn.DataParallel`).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -9,20 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
@@ -31,7 +27,7 @@ from launch.index import Index, read_index
 from launch.manifest import newest_published, read_manifest
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
-from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, write_marker
+from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, read_marker, write_marker
 from launch.runs import refuse_another_recipe, write_request
 from trainer.agreement import on_rank_0, together
 from trainer.data.collate import Encoder
@@ -40,6 +36,7 @@ from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.records import keep_lines_until
 from trainer.sft import PlannedTrainer, build_trainer
+from trainer.speech import complain, speak_plainly
 
 logger = get_logger("trainer")
 
@@ -62,13 +59,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         index = prepare_first(options)
         train_once(options, index, start_processes())
     except SamestepError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or not dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return end_badly(error, options)
+    leave_processes()
     return 0
+
+
+def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
+    """Say why; one rank for all when all know it. Returns the exit status.
+
+    torchrun answers every status but 0 with a traceback over the message. Where the marker decides, a refusal that
+    is written there and known to all ranks ends with 0; anything else must not, or the other ranks would wait.
+    """
+    if error.agreed:
+        leave_processes()
+    if not error.agreed or int(os.environ.get("RANK", "0")) == 0:
+        complain(error)
+    told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
+    return 0 if told else error.exit_status
+
+
+def leave_processes() -> None:
+    """Leave the process group, which all ranks do together."""
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 may still be writing the marker that the others are about to look for
+        dist.destroy_process_group()
 
 
 def train_once(options: argparse.Namespace, index: Index, state: PartialState) -> None:
@@ -90,17 +104,6 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState) -
         on_rank_0(lambda: write_marker(task.run, "DONE", f"step {task.plan.max_steps}"))
 
 
-def speak_plainly() -> None:
-    """Our own messages from INFO on, the libraries' from WARNING on, their deprecations among themselves never."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("trainer").setLevel(logging.INFO)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -114,6 +117,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law"
     )
+    parser.add_argument(
+        "--marker-decides", action="store_true", help=argparse.SUPPRESS
+    )  # `samestep run` reads it
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
     parser.add_argument(

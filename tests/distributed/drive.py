@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from trainer import train
+from trainer.speech import speak_plainly
 
 
 def main() -> None:
     """Arguments: a JSON file with a list of argument lists of `trainer.train`."""
-    train.speak_plainly()
+    speak_plainly()
     requests = [train.parse(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()

@@ -40,6 +40,7 @@ from trainer.checkpoint.shards import (
     tensor_bytes,
     write_shard,
 )
+from trainer.speech import complain, speak_plainly
 
 DtypeChoice = Literal["auto", "bfloat16", "float32"]
 STORED = {"bfloat16": "BF16", "float32": "F32"}
@@ -502,11 +503,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--base", help="folder or hub id of the unquantized base; default: the one the adapter names"
     )
     given = parser.parse_args(arguments)
+    speak_plainly()
     try:
         report = merge(given.source, given.output, base=given.base, dtype=given.dtype)
     except SamestepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return complain(error)
     print_report(report, Console(highlight=False, soft_wrap=True))
     return 0
 

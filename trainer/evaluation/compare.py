@@ -37,6 +37,7 @@ from trainer.evaluation.generate import spread
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
+from trainer.speech import complain, speak_plainly
 
 DEFAULT_SAMPLES = 32
 Loader = Callable[[], torch.nn.Module]
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples: {given.samples} compares nothing; give at least 1")
+    speak_plainly()
     try:
         source = given.source.expanduser().absolute()
         adapter = find_adapter(source)
@@ -259,8 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         comparison = compare(request)
     except SamestepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return complain(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
     return 0
 

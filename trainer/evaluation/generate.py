@@ -48,6 +48,7 @@ from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, s
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
+from trainer.speech import complain, speak_plainly
 
 ModelName = Literal["base", "adapter", "shuffled", "merged"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -543,14 +544,14 @@ def evaluate(task: Task, state: PartialState) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of every rank; returns the exit status."""
     request = parse(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    speak_plainly()
     try:
         task = prepared(request)
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         evaluate(task, state)
     except SamestepError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(error)
         if dist.is_initialized():
             dist.barrier()  # the launcher ends all ranks when the first has failed: let rank 0 speak before
         return error.exit_status

@@ -37,8 +37,6 @@ from PIL import Image
 
 from launch.folders import published
 
-EMBEDDED_VERSION = "2"
-"""Part of the cache folder's name: bump it whenever the charts, the questions or the tiny base change."""
 
 FloatArray = npt.NDArray[np.float32]
 

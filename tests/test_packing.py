@@ -89,8 +89,8 @@ def _packed_losses(model: Any, samples: list[Any], encoder: Encoder) -> torch.Te
     inputs = _pack(samples, encoder)
     labels = inputs.pop("shift_labels")[0]
     logits = model(**inputs).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-    return torch.stack([part.sum() for part in losses.split(inputs["text_lengths"])])
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([part.sum() for part in losses.split([sample.target_tokens for sample in samples])])
 
 
 def test_a_packed_micro_batch_gives_the_losses_and_gradients_of_its_samples_alone(
@@ -154,13 +154,18 @@ def test_sequence_loss_scores_every_token_but_the_first(encoder: Encoder, recipe
 
 
 def test_a_filler_scores_nothing(encoder: Encoder, samples: list[Any]) -> None:
-    assert (_pack(samples[:1], encoder, masked=True)["shift_labels"] == IGNORED).all()
+    inputs = _pack(samples[:1], encoder, masked=True)
+    assert inputs["shift_labels"].shape == (1, 0)
+    assert inputs["input_ids"].shape[1] == len(samples[0].input_ids)
 
 
 def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]) -> None:
     inputs = _pack(samples, encoder)
     ends = inputs["text_cu_seqlens"][1:] - 1
-    assert (inputs["shift_labels"][0, ends.long()] == IGNORED).all()
+    assert not set(ends.tolist()) & set(inputs["scored_positions"].tolist())
+    following = inputs["input_ids"][0, inputs["scored_positions"] + 1]
+    assert torch.equal(inputs["shift_labels"][0], following)
+    assert len(following) == sum(sample.target_tokens for sample in samples)
 
 
 def test_recomputation_gives_the_same_gradients_with_dropout(
@@ -178,3 +183,19 @@ def test_recomputation_gives_the_same_gradients_with_dropout(
         _packed_losses(model, samples[:3], encoder).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any], encoder: Encoder) -> None:
+    """A rank that runs nothing but fillers in a step takes part in the reduction like any other."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = packed.get_base_model()
+    forward = base.forward
+    add_fused_lm_head(base)
+    packed.zero_grad()
+    outputs = packed(**_pack(samples[:1], encoder, masked=True), fused_lm_head=True)
+    (-outputs.log_probs.sum() / 5).backward()
+    base.forward = forward
+    gradients = [parameter.grad for parameter in packed.parameters() if parameter.requires_grad]
+    assert gradients
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -243,7 +243,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         for batch in self.get_eval_dataloader():
             inputs = self._prepare_inputs(batch)
             sums[0] += self.compute_loss(self.model, inputs)
-            sums[1] += (inputs["inputs"]["shift_labels"] >= 0).sum()
+            sums[1] += inputs["inputs"]["shift_labels"].numel()
             samples += len(batch["samples"])
         self.model.train()
         counted = torch.cat([sums, sums.new_tensor([samples])])

@@ -14,7 +14,7 @@ from launch.recipe import Recipe, dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
-from trainer.data.collate import IGNORED, Encoder, cumulative, pack
+from trainer.data.collate import Encoder, cumulative, pack
 from trainer.model.attention import Segments, _loop, _varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
 from trainer.prepare import prepare
@@ -98,12 +98,8 @@ def test_a_packed_micro_batch_in_bf16_gives_the_losses_of_its_samples_alone(reci
         labels = inputs.pop("shift_labels")[0]
         with torch.no_grad():
             logits = model(**inputs).logits[0].float()
-        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-        lengths = inputs["text_lengths"]
-        return [
-            (part.sum() / (length - 1)).item()
-            for part, length in zip(losses.split(lengths), lengths, strict=True)
-        ]
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return [part.mean().item() for part in losses.split([sample.target_tokens for sample in samples])]
 
     assert packed() == pytest.approx(stock(), rel=2e-3)
 

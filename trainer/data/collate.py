@@ -47,7 +47,8 @@ class ModelInputs(TypedDict):
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [4, 1, T]
-    shift_labels: Tensor  # [1, T]: the label of the *next* token, IGNORED at each sample's end
+    scored_positions: Tensor  # [K]: the tokens from which a target is predicted
+    shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32
     text_lengths: tuple[int, ...]
     pixel_values: Tensor  # [P, patch features]
@@ -142,18 +143,20 @@ def mrope_positions(is_image: Tensor, grid: tuple[int, int, int], merge: int) ->
 
 
 def pack(samples: Sequence[Sample], *, masked: bool, image_token_id: int, merge: int) -> ModelInputs:
-    """Lay samples end to end. `masked` hides every label: a filler, which runs and weighs nothing."""
+    """Lay samples end to end. `masked` scores no token: a filler, which runs and weighs nothing."""
     input_ids = torch.cat([sample.input_ids for sample in samples])
+    next_labels = torch.cat([_next_labels(sample.labels) for sample in samples])
+    scored = next_labels.new_empty(0) if masked else (next_labels != IGNORED).nonzero()[:, 0]
     text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
     positions = torch.cat([sample.positions for sample in samples], dim=1)
-    shift_labels = torch.cat([_shifted(sample.labels) for sample in samples])
     grids = torch.tensor([sample.grid for sample in samples])
     text_lengths = tuple(len(sample.input_ids) for sample in samples)
     vision_lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
     return ModelInputs(
         input_ids=input_ids[None],
         position_ids=torch.cat([text_positions[None], positions])[:, None],
-        shift_labels=(torch.full_like(shift_labels, IGNORED) if masked else shift_labels)[None],
+        scored_positions=scored,
+        shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
         pixel_values=torch.cat([sample.pixel_values for sample in samples]),
@@ -165,7 +168,8 @@ def pack(samples: Sequence[Sample], *, masked: bool, image_token_id: int, merge:
     )
 
 
-def _shifted(labels: Tensor) -> Tensor:
+def _next_labels(labels: Tensor) -> Tensor:
+    """The label of the token after each; none after a sample's last, whatever lies behind it in the row."""
     return torch.cat([labels[1:], labels.new_tensor([IGNORED])])
 
 

@@ -23,6 +23,7 @@ def take_packed_inputs(model: Qwen2VLForConditionalGeneration) -> None:
     packed inputs, like `generate`'s, pass through untouched.
     """
     model.model.register_forward_pre_hook(_unpack, with_kwargs=True)
+    model.model.register_forward_hook(_keep_scored, with_kwargs=True)
 
 
 def _unpack(
@@ -45,6 +46,13 @@ def _unpack(
     # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
     kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
     return args, kwargs
+
+
+def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Hand only the hidden states that predict a target to the output head: [1, K, hidden]."""
+    if "scored_positions" in kwargs:
+        output.last_hidden_state = output.last_hidden_state.index_select(1, kwargs["scored_positions"])
+    return output
 
 
 @torch.no_grad()

@@ -44,16 +44,6 @@ run: install
 	@if [ -f $(RUN)/merged/config.json ]; then echo "merged already: $(RUN)/merged"; else \
 		echo "$(BIN)/samestep merge embedded"; $(BIN)/samestep merge embedded; fi
 	$(BIN)/samestep evaluate embedded --models base,adapter,shuffled
-	@echo
-	@echo "adapter      $(RUN)/adapter"
-	@echo "merged       $(RUN)/merged"
-	@echo "answers      $(RUN)/eval.json"
-	@echo "every step   $(RUN)/metrics.jsonl"
-	@echo
-	@echo "next:"
-	@echo "  $(BIN)/samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8   # what the 7B run would do"
-	@echo "  $(BIN)/samestep run embedded --name longer --set training.num_train_epochs=5"
-	@echo "  $(BIN)/samestep evaluate embedded --split validation"
 
 test: install
 	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"

@@ -177,6 +177,16 @@ def merge(
         _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
+@app.command(epilog=_example("samestep schema > recipe.schema.json"))
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    import json
+
+    from launch.recipe import recipe_schema
+
+    _say(json.dumps(recipe_schema(), indent=1))
+
+
 def main() -> None:
     """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
     try:

@@ -242,7 +242,7 @@ def find_recipe(name: str | Path) -> Path:
         shipped = resource_folder("recipes") / (path.name if path.suffix else f"{path.name}.yaml")
         if shipped.is_file():
             return shipped
-    names = [Path(file).stem for file in resource_names("recipes")]
+    names = [Path(file).stem for file in resource_names("recipes") if file.endswith(".yaml")]
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"did you mean {near[0]}? shipped: " if near else "give the path of a YAML file, or one of "
     raise ConfigError(f"{name}: no such recipe file; {hint}{', '.join(names)}")

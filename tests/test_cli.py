@@ -370,7 +370,11 @@ def test_models_that_a_run_does_not_have_are_refused(
     started = len(launcher.commands)
     assert samestep("evaluate", "embedded", "--models", "base,adapter,merged,other") == 2
     said = capsys.readouterr().err
-    for words in ("no adapter yet", "no merged model yet", "--models: unknown other; choose of base, adapter"):
+    for words in (
+        "no adapter yet",
+        "no merged model yet",
+        "--models: unknown other; choose of base, adapter",
+    ):
         assert words in said
     assert len(launcher.commands) == started
 

@@ -37,7 +37,6 @@ from PIL import Image
 
 from launch.folders import published
 
-
 FloatArray = npt.NDArray[np.float32]
 
 Progress = Callable[[int, int], None]

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -455,7 +456,13 @@ def print_result(result: dict[str, Any], run: RunDirectory, console: Console) ->
     console.print(table)
     for pair, probability in result["mcnemar_p"].items():
         console.print(f"McNemar {pair}: p = {probability:.2g}")
-    console.print(f"answers: {run.eval_file}", f"adapter: {run.adapter}", sep="\n")
+    paths = {
+        "adapter": run.adapter,
+        "merged": run.merged,
+        "answers": run.eval_file,
+        "every step": run.metrics_file,
+    }
+    console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
     console.print("next:", *(f"  {command}" for command in next_commands(run)), sep="\n")
 
 
@@ -467,16 +474,13 @@ def _share_text(accuracy: Accuracy) -> str:
 
 def next_commands(run: RunDirectory) -> list[str]:
     """Three commands that make sense after an evaluation."""
-    folder, merged = shlex.quote(_short(run.path)), shlex.quote(_short(run.merged))
-    first = (
-        f"samestep evaluate {folder} --models adapter,merged"
-        if run.merged.is_dir()
-        else f"samestep merge {folder} --output {merged}"
-    )
+    samestep = "samestep" if shutil.which("samestep") else _short(Path(sys.executable).with_name("samestep"))
+    folder = shlex.quote(_short(run.path))
+    merged = f"evaluate {folder} --models adapter,merged" if run.merged.is_dir() else f"merge {folder}"
     return [
-        first,
-        "samestep plan recipes/qwen2vl_7b_chartqa.yaml",
-        "samestep run recipes/qwen2vl_7b_chartqa.yaml --dry-run",
+        f"{samestep} {merged}",
+        f"{samestep} run {folder}/recipe.yaml --name {run.name}-longer --set training.num_train_epochs=5",
+        f"{samestep} plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8",
     ]
 
 

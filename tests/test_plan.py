@@ -21,7 +21,7 @@ def plan_for(
 
 
 def test_the_numbers_of_a_small_run() -> None:
-    plan = plan_for(embedded_recipe(), nodes=2, gpus_per_node=2)
+    plan = plan_for(embedded_recipe("batch.micro_batch_tokens=auto"), nodes=2, gpus_per_node=2)
     assert (plan.world_size, plan.global_batch_size) == (4, 32)
     assert plan.max_steps == 30  # 990 samples of 3 epochs hold 30 whole steps of 32
     assert plan.samples_left == 30

@@ -1,6 +1,11 @@
 """The tiny Qwen2-VL: it loads like the real one, and its training path computes what transformers computes."""
 
 import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
+from launch.errors import RunError
 from trainer.data.embedded import COLOURS, build_charts
 from trainer.model import tiny
 
@@ -83,11 +89,12 @@ def test_the_training_path_computes_what_transformers_computes(charts: Path) -> 
     teacher = tiny.Teacher(processor, lessons, tiny.Training(batch=2))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in lessons.images[:2]]
     seen = processor.image_processor(images=pictures, return_tensors="pt")
-    ids, labels, _, start = teacher.batch()
+    batch = teacher.batch()
+    ids, labels, start = batch.ids, batch.labels, batch.start
     patches = teacher.patches(lessons.images[:2])
     with tiny.same_size_images(model), torch.no_grad():
         student = tiny.Student(model, teacher.grid)
-        ours = student.loss(ids, labels, patches, start)
+        ours = student.loss(ids, labels, patches, start) / (labels[:, 1:] != -100).sum()
         positions = student.positions(start, ids.shape[1])
     ids[:, start : start + teacher.visual] = model.config.image_token_id
     marks = (ids == model.config.image_token_id).int()
@@ -120,9 +127,56 @@ def test_training_lowers_the_loss(charts: Path) -> None:
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
-def test_what_was_built_loads_and_sees_a_chart_in_few_tokens(charts: Path, tmp_path: Path) -> None:
+def test_the_end_of_one_of_two_processes_is_said() -> None:
+    here, there = multiprocessing.Pipe()
+    there.close()
+    partner = tiny.Partner(0, here, torch.zeros(2, 2, 8))
+    with pytest.raises(RunError, match="two processes"):
+        partner.exchange(0, torch.ones(5))
+
+
+def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from trainer.model import tiny\n"
+        "try: tiny.build_tiny(*map(Path, sys.argv[1:]), progress=lambda *done: print(*done, flush=True))\n"
+        "except KeyboardInterrupt: sys.exit(7)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(charts)]
+    pipe = subprocess.PIPE
+    builds = [
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        for _ in range(2)
+    ]
+    for build in builds:
+        assert build.stdout is not None
+        assert build.stdout.readline() == "1 800\n"
+    os.killpg(builds[0].pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    builds[1].kill()
+    for build, status in zip(builds, (7, -signal.SIGKILL), strict=True):
+        _, complaints = build.communicate(timeout=30)  # until the second process, too, has closed its output
+        assert (complaints, build.returncode) == ("", status)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(build.pid, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_and_two_build_the_same_bytes(
+    charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tiny.Training(steps=3, batch=4, warmup_steps=1)
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        tiny.build_tiny(tmp_path / str(cores), charts, training=short)
+    one, two = (tmp_path / cores / "model.safetensors" for cores in "12")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_what_was_built_loads_and_sees_a_chart_in_few_tokens(
+    charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[tuple[int, int]] = []
     short = tiny.Training(steps=2, batch=2, warmup_steps=1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     tiny.build_tiny(tmp_path / "model", charts, training=short, progress=lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model")

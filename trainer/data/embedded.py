@@ -552,15 +552,26 @@ def _names(chart: Chart) -> Iterator[Question]:
 
 
 def caption(chart: Chart) -> str:
-    """The whole chart in words, colour by colour."""
-    lines = (f"{s.colour} {s.name} {' '.join(map(str, s.values))}" for s in chart.series)
+    """The whole chart in words, colour by colour, the largest (at the first tick) first."""
+    ranked = sorted(chart.series, key=lambda series: -series.values[0])
+    lines = (f"{s.colour} {s.name} {' '.join(map(str, s.values))}" for s in ranked)
     return f"A {chart.kind} chart: {', '.join(lines)}."
+
+
+ROUND = (
+    "count", "colour of extreme", "colour of name", "value by colour",
+    "count", "colour of extreme", "colour of name", "name of extreme", "name of colour",
+    "count", "colour of extreme", "colour of name", "comparison by colour", "value by name",
+    "count", "colour of extreme", "comparison by name", "difference",
+)  # fmt: skip
+"""The kinds of a round of questions. Three in five ask for a number of things or a colour: the tiny model can learn
+those in minutes, the others it would have to read for."""
 
 
 def choose_questions(
     charts: Sequence[Chart], count: int, per_chart: int, seed: int
 ) -> list[tuple[int, Question]]:
-    """`count` questions as (chart, question): every kind in equal number, the answers of a kind as even as they go.
+    """`count` questions as (chart, question): kinds in the ratio of ROUND, the answers of a kind as even as they go.
 
     So no answer can be had from the question alone much better than by chance. At most `per_chart` on one chart,
     and every chart is asked about when `count` allows.
@@ -577,10 +588,10 @@ def choose_questions(
     given: dict[str, Counter[str]] = defaultdict(Counter)
     chosen: list[tuple[int, Question]] = []
     while len(chosen) < count and pools:
-        for kind in sorted(pools):
+        for kind in (kind for kind in ROUND if kind in pools):
             pick = _next_question(pools[kind], given[kind], asked, per_chart)
             if pick is None:
-                del pools[kind]
+                pools.pop(kind)
             elif len(chosen) < count:
                 chosen.append(pick)
     if len(chosen) < count:

@@ -6,19 +6,24 @@
 import io
 import json
 import math
+import os
 import random
 import re
+import signal
 import string
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import permutations
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.multiprocessing
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
@@ -262,8 +267,11 @@ SYSTEM_MESSAGES = (
 )
 """The second holds the words that a chart recipe's own message uses, so that they are single tokens."""
 
-VISUAL_KINDS = {"count": 3.0, "colour of extreme": 2.0, "comparison by colour": 1.0}
+VISUAL_KINDS = {"count": 3.0, "colour of extreme": 3.0}
 """Kinds of questions that need no reading. Two minutes on 2 cores teach little more than these: they come first."""
+
+MOST_NUMBERS = 2**20
+"""Room for the gradient of the base (832,256 numbers) in the memory that two processes share."""
 
 CHANNEL_ORDERS = tuple(permutations(range(3)))
 
@@ -337,6 +345,22 @@ def colour_names(order: Sequence[int]) -> dict[str, str]:
 _COLOUR_WORD = re.compile(r"\b(?:red|green|blue|cyan|magenta|yellow)\b", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Conversations about one chart each."""
+
+    ids: torch.Tensor  # [rows, tokens]
+    labels: torch.Tensor  # [rows, tokens], -100 where nothing is asked
+    images: torch.Tensor  # uint8 [rows, 3, height, width]
+    start: int  # the first visual token of every row
+
+    def half(self, which: int) -> "Batch":
+        """The first (0) or second (1) half of the rows."""
+        middle = len(self.ids) // 2
+        rows = slice(None, middle) if which == 0 else slice(middle, None)
+        return Batch(self.ids[rows], self.labels[rows], self.images[rows], self.start)
+
+
 class Teacher:
     """Makes the training batches: conversations about random charts in random colours."""
 
@@ -366,8 +390,8 @@ class Teacher:
         self.place += 1
         return self.order[self.place - 1]
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """(input ids [batch, tokens], labels [batch, tokens], pixels [patches, 588], where the image begins)."""
+    def batch(self) -> Batch:
+        """The next batch: the same ones in the same order for every teacher of one seed."""
         system = self.random.choices(SYSTEM_MESSAGES, (3, 1))[0]
         prefix = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
         describe = self.describes()
@@ -377,17 +401,17 @@ class Teacher:
         length = len(prefix) + self.visual + told_at_most
         ids = torch.full((self.training.batch, length), self.tokenizer.pad_token_id)
         labels = torch.full((self.training.batch, length), -100)
-        pixels = []
+        images = []
         for row in range(self.training.batch):
             chart = self.next_chart()
             order = self.random.choice(CHANNEL_ORDERS)
-            pixels.append(self.lessons.images[chart][list(order)])
+            images.append(self.lessons.images[chart][list(order)])
             told, asked = self.conversation(chart, colour_names(order), describe)
             told = prefix + [self.tokenizer.pad_token_id] * self.visual + told
             asked = [-100] * (len(prefix) + self.visual) + asked
             ids[row, : len(told)] = torch.tensor(told[:length])
             labels[row, : len(asked)] = torch.tensor(asked[:length])
-        return ids, labels, self.patches(torch.stack(pixels)), len(prefix)
+        return Batch(ids, labels, torch.stack(images), len(prefix))
 
     def describes(self) -> bool:
         """Whether the next batch describes charts (in the beginning every one) or answers questions."""
@@ -401,7 +425,7 @@ class Teacher:
         """The colours alone, which must be seen before anything else can be; later also the whole caption."""
         caption = self.lessons.captions[chart]
         if self.in_the_beginning() or self.random.random() < 0.7:
-            return "Which colours are there?", f"{', '.join(_COLOUR_WORD.findall(caption))}."
+            return "Which colours are there, the largest first?", f"{', '.join(_COLOUR_WORD.findall(caption))}."
         return "Describe the chart.", caption
 
     def conversation(self, chart: int, names: dict[str, str], describe: bool) -> tuple[list[int], list[int]]:
@@ -503,7 +527,7 @@ class Student:
     def loss(
         self, ids: torch.Tensor, labels: torch.Tensor, patches: torch.Tensor, start: int
     ) -> torch.Tensor:
-        """Mean cross entropy of the labelled tokens."""
+        """Cross entropy of the labelled tokens, summed up."""
         seen = self.look(patches)
         words = self.text.embed_tokens(ids)
         embeds = torch.cat([words[:, :start], seen, words[:, start + seen.shape[1] :]], dim=1)
@@ -511,7 +535,33 @@ class Student:
         hidden = self.text(inputs_embeds=embeds, position_ids=places, use_cache=False).last_hidden_state
         asked = labels[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][asked])
-        return functional.cross_entropy(logits, labels[:, 1:][asked])
+        return functional.cross_entropy(logits, labels[:, 1:][asked], reduction="sum")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The other one of two processes that train the same base on a core each, as one of them sees it.
+
+    Each writes the gradient of its half of a batch into memory that both see and says so through a pipe. When one
+    of them ends, however it ends, the other reads the end of the pipe.
+    """
+
+    rank: int
+    pipe: Connection
+    shared: (
+        torch.Tensor
+    )  # [even and odd steps, ranks, numbers]: the other may still be reading the last step's
+
+    def exchange(self, step: int, mine: torch.Tensor) -> list[torch.Tensor]:
+        """What both ranks computed at `step`, rank 0's first."""
+        place = self.shared[step % 2, :, : len(mine)]
+        place[self.rank].copy_(mine)
+        try:
+            self.pipe.send_bytes(b"written")
+            self.pipe.recv_bytes()
+        except (EOFError, ConnectionError) as error:
+            raise RunError("tiny base: one of its two processes was ended; run again") from error
+        return list(place)
 
 
 def teach(
@@ -519,8 +569,12 @@ def teach(
     teacher: Teacher,
     training: Training,
     progress: Progress | None = None,
+    partner: Partner | None = None,
 ) -> list[float]:
-    """Train every weight of `model`, tower included, in fp32; returns the loss of each step."""
+    """Train every weight of `model`, tower included, in fp32; returns the loss of each step.
+
+    A batch goes through in halves, one after the other or one here and one at the `partner`: the same sums.
+    """
     student = Student(model, teacher.grid)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -534,21 +588,107 @@ def teach(
     model.train()
     with same_size_images(model):
         for step in range(training.steps):
-            loss = student.loss(*teacher.batch())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+            batch = teacher.batch()
+            if partner is None:
+                halves = [_gradient(student, teacher, batch.half(which)) for which in (0, 1)]
+            else:
+                halves = partner.exchange(step, _gradient(student, teacher, batch.half(partner.rank)))
+            losses.append(_set_gradient(model, halves[0] + halves[1]))
             if not math.isfinite(losses[-1]):  # also: no target token fitted into the batch
                 raise RunError(
                     f"tiny base: the loss is {losses[-1]} (step {step + 1}); report this as a defect"
                 )
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()
+            schedule.step()
             if progress is not None:
                 progress(step + 1, training.steps)
     model.eval()
     return losses
+
+
+def _gradient(student: Student, teacher: Teacher, half: Batch) -> torch.Tensor:
+    """One flat tensor: the gradients of the summed loss, parameter by parameter, that loss, its number of tokens."""
+    student.model.zero_grad()
+    loss = student.loss(half.ids, half.labels, teacher.patches(half.images), half.start)
+    loss.backward()
+    tokens = (half.labels[:, 1:] != -100).sum()
+    gradients = [p.grad.flatten() for p in student.model.parameters() if p.grad is not None]
+    return torch.cat([*gradients, loss.detach().view(1), tokens.view(1)])
+
+
+def _set_gradient(model: Qwen2VLForConditionalGeneration, flat: torch.Tensor) -> float:
+    """Give every parameter its part of what `_gradient` made, for the mean loss of a token; returns that loss."""
+    parameters = list(model.parameters())
+    parts = (flat[:-1] / flat[-1]).split([*(p.numel() for p in parameters), 1])
+    for parameter, part in zip(parameters, parts[:-1], strict=True):
+        parameter.grad = part.view_as(parameter)
+    return parts[-1].item()
+
+
+def _school(charts: Path, training: Training) -> tuple[Qwen2VLForConditionalGeneration, Any, Teacher]:
+    """(model, processor, teacher) at the start: the same in every process."""
+    lessons = read_lessons(charts)
+    tokenizer = train_tokenizer(corpus(lessons), vocab_size=1000)
+    processor = make_processor(tokenizer, CHART_SHAPE)
+    model = make_model(tokenizer, CHART_SHAPE, training.seed)
+    return model, processor, Teacher(processor, lessons, training)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads, and the base must not."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+@contextmanager
+def _second_process(charts: Path, training: Training) -> Iterator[Partner | None]:
+    """Another process that trains the same base; None where only one core may be used.
+
+    When this process ends, even killed, the other reads the end of the pipe and ends too.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        yield None
+        return
+    shared = torch.zeros(2, 2, MOST_NUMBERS).share_memory_()
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_assist, args=(there, shared, charts, training), daemon=True)
+    with _deaf_to_interrupts():
+        process.start()
+    there.close()
+    try:
+        yield Partner(0, here, shared)
+    finally:
+        here.close()
+        process.terminate()  # it has nothing left to do, or it is still starting
+        process.join()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A process started in here ignores Ctrl-C from its first instruction on: the terminal sends it to both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change this
+        return
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _assist(pipe: Connection, shared: torch.Tensor, charts: Path, training: Training) -> None:
+    """The second process: rank 1 of the training, whose model nobody needs. Ends quietly when rank 0 has ended."""
+    torch.set_num_threads(1)
+    model, _, teacher = _school(charts, training)
+    with suppress(RunError):  # rank 0 says what happened
+        teach(model, teacher, training, partner=Partner(1, pipe, shared))
 
 
 def build_tiny(
@@ -560,16 +700,9 @@ def build_tiny(
     benchmark, nor any chart of its splits.
     """
     training = training or Training()
-    lessons = read_lessons(charts)
-    tokenizer = train_tokenizer(corpus(lessons), vocab_size=1000)
-    processor = make_processor(tokenizer, CHART_SHAPE)
-    model = make_model(tokenizer, CHART_SHAPE, training.seed)
-    usual = torch.get_num_threads()
-    torch.set_num_threads(2)  # sums depend on the number of threads, and the base must not
-    try:
-        teach(model, Teacher(processor, lessons, training), training, progress)
-    finally:
-        torch.set_num_threads(usual)
+    with _one_thread(), _second_process(charts, training) as partner:
+        model, processor, teacher = _school(charts, training)
+        teach(model, teacher, training, progress, partner)
     with published(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

@@ -5,12 +5,26 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from launch.plan import Plan
+
+class Layout(Protocol):
+    """Of a plan or a topology: what the launcher has to know."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def gpus_per_node(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 def launch_command(
-    plan: Plan,
+    layout: Layout,
     *,
     config_file: Path,
     module: str,
@@ -27,7 +41,7 @@ def launch_command(
     Process counts go on the command line: accelerate 1.15 without them raises, or starts another number.
     """
     command = [python, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    command += ["--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size)]
+    command += ["--num_machines", str(layout.nodes), "--num_processes", str(layout.world_size)]
     command += ["--machine_rank", str(machine_rank), "--main_process_ip", main_process_ip]
     command += ["--main_process_port", str(port)]
     if cpu_threads is not None:
@@ -43,8 +57,8 @@ def free_port() -> int:
         return port
 
 
-def cpu_threads_of(plan: Plan) -> int | None:
+def cpu_threads_of(layout: Layout) -> int | None:
     """Threads of a process: its share of the cores on a CPU; None: GPUs work, or OMP_NUM_THREADS is set."""
-    if plan.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if layout.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // plan.gpus_per_node)
+    return max(1, len(os.sched_getaffinity(0)) // layout.gpus_per_node)

@@ -65,7 +65,7 @@ def plan(
     gpus_per_node: Processes = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Show every number derived from a recipe, a strategy and a topology. Starts nothing."""
+    """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
     from launch import start
     from launch.recipe import find_recipe, load_recipe
     from launch.rules import refuse_topology
@@ -143,9 +143,14 @@ def evaluate(
 ) -> None:
     """Answer the questions of a split on all processes and score them. Writes eval.json into the run."""
     from launch import start
+    from launch.index import SPLITS
 
     found = start.find_run(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
+    if split not in SPLITS:
+        raise ConfigError(
+            f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
+        )
     chosen = [model.strip() for model in models.split(",")]
     start.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
 

@@ -1,5 +1,6 @@
 """Folders that are either whole or absent: written aside, then renamed."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ def published(folder: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield aside
-        for path in (aside, *aside.rglob("*")):  # mkdtemp gives 0700, safetensors 0600; a cache may be shared
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        hidden = os.umask(0)
+        os.umask(hidden)
+        for path in (aside, *aside.rglob("*")):  # mkdtemp gives 0700 and safetensors 0600, whatever the umask
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
         try:
             aside.rename(folder)
         except OSError:

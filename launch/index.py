@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,15 +27,19 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 INDEX_VERSION = 1
 EMBEDDED = "embedded"
-EMBEDDED_VERSION = "1"  # of the embedded charts and the tiny base; raise it when what they contain changes
+# What the embedded charts and the tiny base come from, and what the token counts of any dataset depend on.
+EMBEDDED_SOURCES = ("trainer/data/embedded.py", "trainer/model/tiny.py")
+EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
+COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True)
 class Split:
     """Token counts of the samples of one split, in the order of the source.
 
-    Arrays of length n: `rows` (row number in the source split, after bad rows were dropped), `text_tokens`
-    (all tokens but the image's), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine`.
+    Arrays of length n: `rows` (row number in the source split, which may hold bad rows between), `text_tokens`
+    (all tokens but the image's), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine`;
+    `digests`: of each row's content, `row_digest`.
     """
 
     rows: NDArray[np.int64]
@@ -41,6 +47,7 @@ class Split:
     visual_tokens: NDArray[np.int64]
     target_tokens: NDArray[np.int64]
     human_or_machine: NDArray[np.int64]
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +78,26 @@ def cache_root() -> Path:
 
 def embedded_folder() -> Path:
     """Where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
-    return cache_root() / f"embedded-{EMBEDDED_VERSION}"
+    return cache_root() / f"embedded-{embedded_version()}"
+
+
+@cache
+def embedded_version() -> str:
+    """sha256 (hex, 12 digits) of the code and the package versions that the embedded set is made with."""
+    root = Path(__file__).resolve().parents[1]
+    parts = [(root / source).read_bytes() for source in EMBEDDED_SOURCES]
+    parts.append(json.dumps(_versions(EMBEDDED_PACKAGES)).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {package: version(package) for package in packages}
+
+
+def row_digest(image: bytes, query: str, label: list[str]) -> bytes:
+    """sha256 of a row's content: what `prepare` saw, and what a rank reads later, must be the same."""
+    texts = "\0".join([query, *label]).encode()
+    return hashlib.sha256(hashlib.sha256(image).digest() + texts).digest()
 
 
 def split_parts(split: str) -> tuple[str, str]:
@@ -125,7 +151,10 @@ def index_key(recipe: Recipe) -> str:
         data["files"] = [_file_facts(split_files(local, getattr(recipe.data, split))) for split in SPLITS]
     facts = {
         "version": INDEX_VERSION,
-        "embedded": EMBEDDED_VERSION,
+        "embedded": embedded_version()
+        if EMBEDDED in (recipe.data.dataset, recipe.model.name_or_path)
+        else None,
+        "packages": _versions(COUNTING_PACKAGES),
         "data": data,
         "processor": _processor_facts(recipe.model.name_or_path),
         "revision": recipe.model.revision,
@@ -139,15 +168,19 @@ def index_path(recipe: Recipe) -> Path:
 
 
 def read_index(recipe: Recipe) -> Index | None:
-    """The recipe's index, or None when it is missing or stale (then `samestep prepare` makes it)."""
+    """The recipe's index; None when it is missing, stale or damaged, or when the base model is gone from where it
+    was (then `samestep prepare` brings both)."""
+    from pyarrow import ArrowException
+
     folder = index_path(recipe)
     try:
         facts = json.loads((folder / "index.json").read_text())
-    except FileNotFoundError:
+        if not (Path(facts["base"]) / "config.json").is_file():
+            return None
+        splits = {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
+        return Index(folder, facts["fingerprint"], splits)
+    except (FileNotFoundError, ValueError, KeyError, ArrowException):
         return None
-    return Index(
-        folder, facts["fingerprint"], {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
-    )
 
 
 def _read_split(file: Path) -> Split:
@@ -165,4 +198,5 @@ def _read_split(file: Path) -> Split:
         column("visual_tokens"),
         column("target_tokens"),
         column("human_or_machine"),
+        tuple(table.column("digest").to_pylist()),
     )

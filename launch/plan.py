@@ -44,6 +44,7 @@ class Plan:
     mean_sample_tokens: float
     dataset_fingerprint: str
     recipe_fingerprint: str
+    load_in_4bit: bool
     quant_storage: str
     compute_dtype: str
     autocast: bool
@@ -128,6 +129,7 @@ def make_plan(
         mean_sample_tokens=float(tokens.mean()),
         dataset_fingerprint=index.fingerprint,
         recipe_fingerprint=recipe_fingerprint(recipe),
+        load_in_4bit=recipe.quantization.load_in_4bit,
         quant_storage="uint8",
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
@@ -193,11 +195,15 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("tokens a sample", f"{plan.mean_sample_tokens:,.0f} mean, {plan.longest_sample_tokens:,} longest"),
         (
             "precision",
-            f"{plan.compute_dtype} products, float32 adapters, 4-bit weights in {plan.quant_storage}",
+            f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
+
+
+def _base_of(plan: Plan) -> str:
+    return f"4-bit weights in {plan.quant_storage}" if plan.load_in_4bit else "weights as they are"
 
 
 def _versions() -> dict[str, str]:

@@ -264,6 +264,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: not a recipe (a mapping of sections is needed); see recipes/embedded.yaml"
         )
     problems = list(_apply_overrides(values, overrides))
+    _make_local_folders_absolute(values)
     try:
         recipe = recipe_from_dict(values)
     except ConfigError as error:
@@ -271,6 +272,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise ConfigError(problems)
     return recipe
+
+
+def _make_local_folders_absolute(values: dict[str, Any]) -> None:
+    """A run is resumed from any folder: what names a folder here and now goes on naming it."""
+    for section, key in (("model", "name_or_path"), ("data", "dataset")):
+        inner = values.get(section)
+        name = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(name, str) and (folder := Path(name).expanduser()).is_dir():
+            values[section][key] = str(folder.resolve())
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -312,6 +322,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} appears twice", key.start_mark

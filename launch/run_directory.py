@@ -65,9 +65,9 @@ class RunDirectory:
     def merged(self) -> Path:
         return self.path / "merged"
 
-    @property
-    def eval_file(self) -> Path:
-        return self.path / "eval.json"
+    def eval_file(self, split: str = "test") -> Path:
+        """Figures and answers of the last evaluation of a split; the test split's is `eval.json`."""
+        return self.path / ("eval.json" if split == "test" else f"eval-{split}.json")
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -150,6 +150,11 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     raise ConfigError(_in_use(path, holder)) from None
                 time.sleep(0.05)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path}: cannot be locked ({error.strerror}); the file system knows no locks, "
+                    "choose a --runs-dir on another one (on Lustre: mounted with -o flock)"
+                ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,25 @@ def refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
                 "choose another --name, or --fresh to move the old run aside",
             ]
         )
+
+
+def refuse_another_dataset(run: RunDirectory, plan: Plan) -> None:
+    """ConfigError when the run has steps on other data: the recipe's words are the same, the rows are not."""
+    old = _fingerprint_of(run)
+    if old is not None and old != plan.dataset_fingerprint and (run.checkpoints() or run.adapter.exists()):
+        raise ConfigError(
+            f"{run.path}: was begun on other data (fingerprint {old[:12]}, now {plan.dataset_fingerprint[:12]}); "
+            "choose another --name, or --fresh to move the old run aside"
+        )
+
+
+def _fingerprint_of(run: RunDirectory) -> str | None:
+    """The dataset of an older plan, of whatever version; None without one."""
+    try:
+        found = json.loads(run.plan_file.read_text(encoding="utf-8")).get("dataset_fingerprint")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:

@@ -6,12 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.accelerate import cpu_threads_of, free_port, launch_command
+from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import CPU_PROCESSES, first_visible_gpu, gpus_present
@@ -28,7 +28,7 @@ from launch.run_directory import (
     read_marker,
     refuse_if_running,
 )
-from launch.runs import refuse_another_recipe, write_request
+from launch.runs import refuse_another_dataset, refuse_another_recipe, write_request
 
 if TYPE_CHECKING:
     from launch.index import Index
@@ -49,6 +49,11 @@ class Topology:
     nodes: int
     gpus_per_node: int
     device: str
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,10 @@ def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None)
 
 
 def refuse_missing_gpus(topology: Topology) -> None:
-    """ConfigError when this machine has fewer GPUs than processes are to be started."""
+    """ConfigError when this machine has fewer GPUs than processes are to be started, or none are."""
     present = gpus_present()
+    if topology.gpus_per_node < 1:
+        raise ConfigError(f"--gpus-per-node: {topology.gpus_per_node} starts nothing; give at least 1")
     if topology.device == "cuda" and topology.gpus_per_node > present:
         raise ConfigError(
             f"--gpus-per-node: this machine shows fewer GPUs ({present} < {topology.gpus_per_node}); "
@@ -135,7 +142,10 @@ def plan_run(request: RunRequest) -> PlannedRun:
     """Check a request against everything that is known, and derive its plan. Writes to the cache only."""
     recipe_file, recipe, run, topology = check_request(request)
     index = load_index(recipe_file, recipe, request.overrides)
-    return PlannedRun(recipe, plan_of(recipe, index, topology, run.name), run)
+    plan = plan_of(recipe, index, topology, run.name)
+    if not request.fresh:
+        refuse_another_dataset(run, plan)
+    return PlannedRun(recipe, plan, run)
 
 
 @contextmanager
@@ -161,12 +171,10 @@ def plan_of(recipe: Recipe, index: Index, topology: Topology, name: str) -> Plan
 
 
 def is_done(planned: PlannedRun) -> bool:
-    """The same run on the same data has ended already, and its adapter is there."""
+    """This run, whose recipe and data were found to be the same, has ended already, and its adapter is there."""
     run, marker = planned.run, read_marker(planned.run)
-    if marker is None or marker.kind != "DONE" or not (run.adapter / "adapter_config.json").is_file():
-        return False
-    old = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
-    return old.dataset_fingerprint == planned.plan.dataset_fingerprint
+    done = marker is not None and marker.kind == "DONE"
+    return done and (run.adapter / "adapter_config.json").is_file()
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -220,23 +228,23 @@ def execute(planned: PlannedRun) -> None:
     )
 
 
-def trainer_command(plan: Plan, module: str, arguments: Sequence[str], port: int) -> list[str]:
-    """argv that starts a trainer module on all processes of a plan."""
+def trainer_command(layout: Layout, module: str, arguments: Sequence[str], port: int) -> list[str]:
+    """argv that starts a trainer module on all processes of a layout."""
     return launch_command(
-        plan,
-        config_file=resource("accelerate_configs", f"{plan.strategy}.yaml"),
+        layout,
+        config_file=resource("accelerate_configs", f"{layout.strategy}.yaml"),
         module=module,
         module_args=arguments,
         port=port,
-        cpu_threads=cpu_threads_of(plan),
+        cpu_threads=cpu_threads_of(layout),
     )
 
 
-def child_environment(plan: Plan) -> dict[str, str]:
+def child_environment(layout: Layout) -> dict[str, str]:
     """The environment of the launcher. One process sees one GPU: Trainer would spread over all it sees."""
     extra = (
         {"CUDA_VISIBLE_DEVICES": first_visible_gpu()}
-        if plan.strategy == "single" and plan.device == "cuda"
+        if layout.strategy == "single" and layout.device == "cuda"
         else {}
     )
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **extra}
@@ -274,21 +282,13 @@ def evaluate(
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
     refuse_missing_models(run, models)
-    plan = replace(
-        Plan.from_json(run.plan_file.read_text(encoding="utf-8")),
-        strategy=topology.strategy,
-        nodes=1,
-        gpus_per_node=topology.gpus_per_node,
-        world_size=topology.gpus_per_node,
-        device=topology.device,
-    )
     command = trainer_command(
-        plan,
+        topology,
         "trainer.evaluation.generate",
         ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
         free_port(),
     )
-    ended = wait_for(command, child_environment(plan))
+    ended = wait_for(command, child_environment(topology))
     if ended.interrupted:
         raise KeyboardInterrupt
     if ended.status:

@@ -33,7 +33,7 @@ def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirector
 def result(run: RunDirectory) -> dict[str, Any]:
     """eval.json of one process."""
     assert main(["--run-dir", str(run.path)]) == 0
-    written: dict[str, Any] = json.loads(run.eval_file.read_text())
+    written: dict[str, Any] = json.loads(run.eval_file().read_text())
     return written
 
 
@@ -81,12 +81,12 @@ def test_the_figures_count_every_question_once(result: dict[str, Any]) -> None:
 def test_two_ranks_give_the_same_answers_and_share_a_failure(
     run: RunDirectory, result: dict[str, Any]
 ) -> None:
-    run.eval_file.unlink()
+    run.eval_file().unlink()
     launched = accelerate_launch(2, ["tests.distributed.answer_twice", "--run-dir", str(run.path)])
     assert launched.returncode == 0, launched.stdout
     assert launched.stdout.count("failed with 1") == 2
     assert launched.stdout.count("error: rank 1: an image cannot be read") == 1
-    again = json.loads(run.eval_file.read_text())
+    again = json.loads(run.eval_file().read_text())
     assert again["world_size"] == 2
     assert again["predictions"] == result["predictions"]
     assert again["accuracy"] == result["accuracy"]
@@ -105,7 +105,7 @@ def test_the_table_names_paths_and_the_next_commands(
     assert "answers/eval.json" in shown
     assert "merge answers" in shown
     assert len(shown.partition("next:")[2].strip().splitlines()) == 3
-    assert [each["row"] for each in json.loads(run.eval_file.read_text())["predictions"]] == [0, 2, 4, 7, 9]
+    assert [each["row"] for each in json.loads(run.eval_file().read_text())["predictions"]] == [0, 2, 4, 7, 9]
 
 
 def test_what_is_missing_is_refused_with_what_to_do(

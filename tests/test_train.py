@@ -105,6 +105,64 @@ def test_evaluating_in_between_does_not_change_the_training(
     assert shas[0] == shas[1]
 
 
+def test_dropout_is_on_and_follows_the_seed(world: Path, done: RunDirectory, tmp_path: Path) -> None:
+    recipe = _write(
+        world, tmp_path / "recipe.yaml", lora={"lora_dropout": 0.0}, evaluation={"every_steps": 100}
+    )
+    assert _train(recipe, "run") == 0
+    without, with_dropout = (read_lines(run.metrics_file) for run in (RunDirectory(tmp_path / "run"), done))
+    assert without[0]["loss"] == with_dropout[0]["loss"]  # LoRA adds nothing before its first step
+    assert without[0]["grad_norm"] != with_dropout[0]["grad_norm"]
+
+
+def test_a_changed_cadence_holds_from_the_resumption_on(world: Path, tmp_path: Path) -> None:
+    every = {"training": {"max_steps": 4}, "checkpoint": {"every_steps": 2}, "evaluation": {"every_steps": 2}}
+    recipe = _write(world, tmp_path / "recipe.yaml", **every)
+    assert _train(recipe, "run") == 0
+    run = RunDirectory(tmp_path / "run")
+    shutil.rmtree(run.checkpoint(4))
+    recipe = _write(world, tmp_path / "recipe.yaml", **every | {"evaluation": {"every_steps": 1}})
+    assert _train(recipe, "run") == 0
+    assert [line["step"] for line in read_lines(run.evaluations_file)] == [2, 3, 4]
+
+
+def test_rows_that_changed_behind_the_index_stop_the_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.data.chartqa import Row, Rows
+
+    read = Rows.__getitem__
+
+    def shifted(self: Rows, number: int) -> Row:
+        return read(self, (number + 1) % len(self))
+
+    recipe = _write(world, tmp_path / "recipe.yaml")
+    monkeypatch.setattr(Rows, "__getitem__", shifted)
+    assert _train(recipe, "run") == 1
+    assert "is not what `samestep prepare` saw" in capsys.readouterr().err
+
+
+def test_a_base_that_lacks_tensors_or_is_another_model_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world / "base", tmp_path / "holes")
+    tensors = load_file(tmp_path / "holes" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
+    recipe = _write(world, tmp_path / "a.yaml", model={"name_or_path": str(tmp_path / "holes")})
+    assert _train(recipe, "a") == 2
+    assert "(3 tensors are missing, unknown or of another shape" in capsys.readouterr().err
+    shutil.copytree(world / "base", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
+    recipe = _write(world, tmp_path / "b.yaml", model={"name_or_path": str(tmp_path / "other")})
+    assert _train(recipe, "b") == 2
+    assert "is a qwen2_5_vl, not a qwen2_vl" in capsys.readouterr().err
+
+
 def test_another_recipe_in_the_same_run_is_refused_with_the_values(
     world: Path, done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from launch.errors import RunError, SamestepError
+from trainer.speech import complain
 
 T = TypeVar("T")
 
@@ -28,8 +31,13 @@ def together(action: Callable[[], T]) -> T:
         error = raised
     except OSError as raised:
         error = RunError(
-            f"{raised.filename or 'file'}: {raised.strerror or raised}; make room or give permission"
+            f"{raised.filename or 'a file'}: {raised.strerror or raised}; make room or give permission"
         )
+    except SafetensorError as raised:  # how safetensors reports a full disk
+        error = RunError(f"a safetensors file: {raised}; make room or give permission")
+    except Exception as raised:  # a bug: the other ranks must hear of it too, or they wait for ever
+        logging.getLogger("trainer").exception("unexpected")
+        error = RunError(f"{type(raised).__name__}: {raised} (see the traceback above); please report it")
     failed = _first_failure(error)
     if failed is not None:
         failed.agreed = True
@@ -53,3 +61,33 @@ def on_rank_0(action: Callable[[], None]) -> None:
     """Run `action` on rank 0 alone; every rank waits for it and fails with it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     together(action if rank == 0 else lambda: None)
+
+
+def from_rank_0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and give every rank its result (picklable); all fail with it."""
+    box: list[T | None] = [None]
+
+    def run() -> None:
+        box[0] = action()
+
+    on_rank_0(run)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def say_once(error: SamestepError) -> int:
+    """Say what went wrong: rank 0 for all when all know it, else the rank that it happened to. Returns the status."""
+    if not error.agreed:
+        return complain(error)  # the others are waiting somewhere: the launcher ends them
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        complain(error)
+    leave_processes()
+    return error.exit_status
+
+
+def leave_processes() -> None:
+    """Leave the process group, all ranks together: the launcher ends the others as soon as one has failed."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

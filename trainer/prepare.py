@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,12 +52,17 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
         ConfigError: bad rows (all of them named, unless `data.on_bad_row: drop`), no network and nothing cached,
             no room or no permission to write the cache.
     """
-    try:
-        cache_root().mkdir(parents=True, exist_ok=True)
-        with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
+    with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
+        with _writing_the_cache():
             _build_embedded(recipe, progress)
-            fetch_base(recipe)
-            return read_index(recipe) or _write_index(recipe, progress)
+        base = fetch_base(recipe)
+        return read_index(recipe) or _write_index(recipe, base, progress)
+
+
+@contextmanager
+def _writing_the_cache() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"SAMESTEP_CACHE: {cache_root()} cannot be written ({error.strerror or error}); "
@@ -67,8 +73,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold an exclusive lock; the system releases it when the process ends, however it ends."""
-    with file.open("w") as handle:
+    with _writing_the_cache():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
         fcntl.flock(handle, fcntl.LOCK_EX)
+    with handle:
         yield
 
 
@@ -107,7 +116,7 @@ class _Report:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _write_index(recipe: Recipe, progress: Progress) -> Index:
+def _write_index(recipe: Recipe, base: str, progress: Progress) -> Index:
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     measured: dict[SplitName, list[Measured]] = {}
     bad: list[BadRow] = []
@@ -124,7 +133,8 @@ def _write_index(recipe: Recipe, progress: Progress) -> Index:
         raise ConfigError(
             f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
         )
-    return _publish(recipe, measured, bad)
+    with _writing_the_cache():
+        return _publish(recipe, base, measured, bad)
 
 
 def _bad_rows_message(bad: Sequence[BadRow]) -> str:
@@ -134,10 +144,13 @@ def _bad_rows_message(bad: Sequence[BadRow]) -> str:
     return "\n".join([head, *shown, *rest])
 
 
-def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
-    """Write the index aside and move it into place whole."""
+def _publish(
+    recipe: Recipe, base: str, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]
+) -> Index:
+    """Write the index aside and move it into place whole, in the place of a damaged one."""
     facts = {
         "fingerprint": hashlib.sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
+        "base": base,
         "rows": {split: len(rows) for split, rows in measured.items()},
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
@@ -149,6 +162,7 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
             lines = [json.dumps({"split": row.split, "row": row.row, "reason": row.reason}) for row in bad]
             (aside / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n")
         (aside / "index.json").write_text(json.dumps(facts, indent=1))
+        shutil.rmtree(index_path(recipe), ignore_errors=True)
     index = read_index(recipe)
     if index is None:
         raise ConfigError(
@@ -161,6 +175,7 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
     return pa.table(
         {
             "row": [row.row for row in rows],
+            "digest": pa.array([row.digest for row in rows], pa.binary(32)),
             "text_tokens": [row.text_tokens for row in rows],
             "visual_tokens": [row.visual_tokens for row in rows],
             "target_tokens": [row.target_tokens for row in rows],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -41,20 +42,48 @@ def base_name(recipe: Recipe) -> str:
     return base_path(recipe) if name == EMBEDDED or Path(name).expanduser().is_dir() else name
 
 
+def base_identity(recipe: Recipe) -> str:
+    """What the base is, beyond its name: the commit of a hub model, else a digest of its config and file sizes."""
+    folder = Path(base_path(recipe))
+    if folder.parent.name == "snapshots":
+        return folder.name
+    sizes = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
+    config = (folder / "config.json").read_bytes()
+    return hashlib.sha256(config + json.dumps(sizes).encode()).hexdigest()[:40]
+
+
+def check_is_qwen2_vl(path: str) -> None:
+    """transformers loads a model of another kind into Qwen2-VL's layers as far as the names agree, with a warning.
+
+    Raises:
+        ConfigError: config.json names another architecture.
+    """
+    kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
+    if kind != "qwen2_vl":
+        raise ConfigError(f"model.name_or_path: {path} is a {kind}, not a qwen2_vl; give a Qwen2-VL model")
+
+
 def fetch_base(recipe: Recipe) -> str:
-    """Like `base_path`, but downloads a hub model at the recipe's revision into the shared cache when it is missing."""
+    """Like `base_path`, but downloads what is missing of a hub model, at the recipe's revision, into the shared cache.
+
+    Raises:
+        ConfigError: it cannot be had, lacks weight files, or is not a Qwen2-VL.
+    """
+    name = recipe.model.name_or_path
     try:
-        return base_path(recipe)
+        path = base_path(recipe)
     except ConfigError:
-        if recipe.model.name_or_path == EMBEDDED or recipe.model.name_or_path.count("/") != 1:
+        if name == EMBEDDED or name.count("/") != 1:
             raise
-    return _snapshot(recipe, local_files_only=False)
+        path = _snapshot(recipe, local_files_only=False)
+    check_is_qwen2_vl(path)
+    return path
 
 
 def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
     name, revision = recipe.model.name_or_path, recipe.model.revision
     try:
-        return snapshot_download(
+        path = snapshot_download(
             name, revision=revision, allow_patterns=_FILES, local_files_only=local_files_only
         )
     except RepositoryNotFoundError as error:
@@ -67,14 +96,49 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
             "HF_HOME, or set model.name_or_path to a local folder"
         ) from error
+    # The cache holds what anybody asked for, which may be the processor alone; it does not know what is missing.
+    if missing := _missing_files(Path(path)):
+        raise ConfigError(
+            f"model.name_or_path: {path} lacks {', '.join(missing[:3])} ({len(missing)} files); run "
+            "`samestep prepare RECIPE` on a machine with a network and the same HF_HOME"
+        )
+    return path
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """Weight files that the snapshot's own index names and the folder does not hold."""
+    needed = {"config.json", "model.safetensors"}
+    if (index := folder / "model.safetensors.index.json").is_file():
+        needed = {"config.json", *json.loads(index.read_text())["weight_map"].values()}
+    return sorted(file for file in needed if not (folder / file).is_file())
 
 
 def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
     """The base model's processor (tokenizer, image processor, chat template), with the recipe's pixel bounds.
 
     The texts are padded on the left, as generation wants them; training packs and does not pad.
+
+    Raises:
+        ConfigError: the folder holds no Qwen2-VL processor.
     """
-    processor = cast(Qwen2VLProcessor, AutoProcessor.from_pretrained(base_path(recipe)))
+    path = base_path(recipe)
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"model.name_or_path: no processor can be loaded from {path} "
+            f"({str(error).strip().splitlines()[0][:200]}); the folder needs the processor and tokenizer files too"
+        ) from error
+    if not isinstance(processor, Qwen2VLProcessor):
+        raise ConfigError(
+            f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a Qwen2VLProcessor; "
+            "give a Qwen2-VL model"
+        )
+    if len(processor.tokenizer(processor.image_token, add_special_tokens=False)["input_ids"]) != 1:
+        raise ConfigError(
+            f"model.name_or_path: the tokenizer in {path} does not know {processor.image_token} as one token; "
+            "its tokenizer files are missing or another model's"
+        )
     size = dict(processor.image_processor.size)
     if recipe.data.min_pixels is not None:
         size["shortest_edge"] = recipe.data.min_pixels

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +21,7 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launch.recipe import Recipe
+from launch.run_directory import RunDirectory
 
 
 class ProgressBar(TrainerCallback):
@@ -80,23 +84,32 @@ class Trackio(TrainerCallback):
     Not transformers' own callback: that one also stores the whole configuration of model and trainer, this the recipe.
     """
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self._recipe, self._name = recipe, name
+    def __init__(self, recipe: Recipe, run_directory: RunDirectory) -> None:
+        self._recipe, self._run_directory = recipe, run_directory
         self._run: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        import trackio
+        if self._recipe.tracking.space_id is None:
+            # trackio 0.43 takes these over an absent space_id: the recipe says local.
+            for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+                os.environ.pop(variable, None)
+        try:
+            import trackio
 
-        self._run = trackio.init(
-            project=self._recipe.tracking.project,
-            name=self._name,
-            space_id=self._recipe.tracking.space_id,
-            config=self._recipe.model_dump(mode="json"),
-            resume="allow",
-            embed=False,
-        )
+            self._run = trackio.init(
+                project=self._recipe.tracking.project,
+                name=tracking_name(self._run_directory),
+                space_id=self._recipe.tracking.space_id,
+                config=self._recipe.model_dump(mode="json"),
+                resume="allow",
+                embed=False,
+            )
+        except (
+            Exception
+        ) as error:  # whatever ails the tracker, the training goes on; metrics.jsonl has it all
+            logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
 
     def on_log(
         self,
@@ -114,3 +127,11 @@ class Trackio(TrainerCallback):
     ) -> None:
         if self._run is not None:
             self._run.finish()
+
+
+def tracking_name(run: RunDirectory) -> str:
+    """One name for all attempts of a run, another for a run of the same name begun afresh."""
+    file = run.path / ".trackio"
+    if not file.exists():
+        file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return file.read_text()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
+from launch.errors import RunError
 from launch.folders import published
 from launch.index import Index
-from launch.manifest import publish, rotate
+from launch.manifest import aside_folder, publish, rotate
 from launch.plan import Plan, step_plan
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
@@ -35,9 +35,10 @@ from launch.steps import cost, deal
 from trainer.agreement import on_rank_0
 from trainer.checkpoint.portable import load_adapter, load_optimizer, save_adapter, save_optimizer
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, EvaluationBatches, MicroBatches, PackedBatch, data_workers, loader
+from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
 from trainer.guards import check_adapters, check_finite, check_launch
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
+from trainer.pretrained import base_identity
 from trainer.records import append_line, samples_digest
 from trainer.reports import ProgressBar, Trackio
 
@@ -53,22 +54,6 @@ PASSED_ON = (
     "seed",
 )
 """Fields of the recipe's `training` that SFTConfig takes as they are."""
-
-
-class StepLoader:
-    """The micro-batches of the steps that are left, with the length of the whole run.
-
-    `Trainer` derives the steps of its one "epoch" from the length, also when the run is resumed in the middle.
-    """
-
-    def __init__(self, batches: Iterator[PackedBatch], length: int) -> None:
-        self._batches, self._length = batches, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        return iter(self._batches)
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -120,20 +105,23 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # --- data ---------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> StepLoader:
+    def get_train_dataloader(self) -> Loader:
         """The steps after the resumed one: the loader starts there, nothing is skipped."""
         rows = open_split(self.recipe, "train")
-        batches = MicroBatches(
-            rows, self.index.splits["train"], self.encoder, self.steps, self.args.process_index
+        split = self.index.splits["train"]
+        batches = MicroBatches(rows, split, self.encoder, self.steps, self.args.process_index)
+        return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
+
+    def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
+        return Loader(
+            batches,
+            numbers,
+            total=len(batches),
+            workers=data_workers(self.plan.gpus_per_node),
+            pin_memory=self.args.device.type == "cuda",
         )
-        numbers = range(self.resumed_at * self.plan.micro_batches, len(batches))
-        return StepLoader(cast(Any, self._loader(batches, numbers)), len(batches))
 
-    def _loader(self, batches: Any, numbers: range) -> Any:
-        workers = data_workers(self.plan.gpus_per_node)
-        return loader(batches, numbers, workers=workers, pin_memory=self.args.device.type == "cuda")
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         """This rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
         split = self.index.splits["validation"]
         count = min(self.recipe.evaluation.max_samples, len(split))
@@ -200,6 +188,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             start += parameter.numel()
         self._host_values, self._loss_sum = (loss_value, norm_value), None
         return cast(float, norm_value)
+
+    def check_reduced(self) -> None:
+        """Before the weights change: `Trainer` has called `_get_grad_norm`, where the ranks are added up."""
+        if self._loss_sum is not None:
+            raise RunError(
+                "transformers: its Trainer did not ask for the gradient norm before the optimizer step, so the "
+                "gradients were not added up; install the versions of constraints.txt"
+            )
 
     def write_step(self, learning_rate: float) -> None:
         """One line in `metrics.jsonl`, and every `logging_steps` one on the screen. Called at the end of a step."""
@@ -268,7 +264,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _publish_checkpoint(self) -> None:
         step = self.state.global_step
         final = self.run_directory.checkpoint(step)
-        aside = final.with_name(f"{final.name}.partial")
+        aside = aside_folder(self.run_directory.path, step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         save_adapter(self.model, aside)
@@ -285,6 +281,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "strategy": self.plan.strategy,
             "recipe_fingerprint": self.plan.recipe_fingerprint,
             "dataset_fingerprint": self.plan.dataset_fingerprint,
+            "base_identity": base_identity(self.recipe),
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -310,7 +307,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         def write() -> None:
             with published(self.run_directory.adapter) as aside:
                 save_adapter(self.model, aside)
-                shutil.rmtree(self.run_directory.adapter, ignore_errors=True)
+                if self.run_directory.adapter.exists():
+                    shutil.rmtree(self.run_directory.adapter)
 
         on_rank_0(write)
 
@@ -325,8 +323,12 @@ class _StepEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         check_launch(self.trainer.plan, self.trainer.accelerator, self.trainer.model_wrapped)
+        # A resumed state brings the cadence it was saved with.
+        state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.check_reduced()
         self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -357,7 +359,7 @@ def _callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[Train
         return []
     callbacks: list[TrainerCallback] = [ProgressBar(resumed_at)]
     if recipe.tracking.report_to == "trackio":
-        callbacks.append(Trackio(recipe, run.name))
+        callbacks.append(Trackio(recipe, run))
     return callbacks
 
 

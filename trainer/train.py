@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,17 +29,18 @@ from launch.manifest import newest_published, read_manifest
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, read_marker, write_marker
-from launch.runs import refuse_another_recipe, write_request
-from trainer.agreement import on_rank_0, together
+from launch.runs import refuse_another_dataset, refuse_another_recipe, write_request
+from trainer.agreement import from_rank_0, leave_processes, on_rank_0, say_once, together
 from trainer.data.collate import Encoder
 from trainer.model.base import add_lora, load_base
 from trainer.prepare import prepare
-from trainer.pretrained import load_processor
+from trainer.pretrained import base_identity, load_processor
 from trainer.records import keep_lines_until
 from trainer.sft import PlannedTrainer, build_trainer
-from trainer.speech import complain, speak_plainly
+from trainer.speech import speak_plainly
 
 logger = get_logger("trainer")
+PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed wait for each other
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
-    """Say why; one rank for all when all know it. Returns the exit status.
+    """Say why. Returns the exit status.
 
     torchrun answers every status but 0 with a traceback over the message. Where the marker decides, a refusal that
     is written there and known to all ranks ends with 0; anything else must not, or the other ranks would wait.
     """
-    if error.agreed:
-        leave_processes()
-    if not error.agreed or int(os.environ.get("RANK", "0")) == 0:
-        complain(error)
+    status = say_once(error)
     told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
-    return 0 if told else error.exit_status
-
-
-def leave_processes() -> None:
-    """Leave the process group, which all ranks do together."""
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be writing the marker that the others are about to look for
-        dist.destroy_process_group()
+    return 0 if told else status
 
 
 def train_once(options: argparse.Namespace, index: Index, state: PartialState) -> None:
@@ -149,7 +141,7 @@ def prepare_first(options: argparse.Namespace) -> Index:
 
 def start_processes() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def read_task(options: argparse.Namespace, index: Index, state: PartialState) -> Task:
@@ -174,6 +166,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         device=state.device.type,
         name=run.name,
     )
+    refuse_another_dataset(run, plan)
     return Task(recipe, plan, index, run)
 
 
@@ -187,6 +180,11 @@ def announce(task: Task, state: PartialState) -> None:
     logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
 
     def check() -> None:
+        if state.device.type != plan.device:
+            raise RunError(
+                f"rank {state.process_index}: torch works on {state.device.type}, the plan is for {plan.device}; "
+                "torch and the GPU driver do not fit each other, or the GPU is hidden (CUDA_VISIBLE_DEVICES)"
+            )
         if state.num_processes != plan.world_size:
             raise RunError(
                 f"--num_processes: the launcher started {state.num_processes} processes, the plan is for "
@@ -231,7 +229,7 @@ def environment(plan: Plan) -> dict[str, object]:
 
 def train(task: Task, state: PartialState) -> None:
     """Load, resume, train, write the adapter."""
-    checkpoint = together(lambda: resume_point(task))
+    checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     on_rank_0(lambda: forget_after(task.run, step))
     trainer = together(lambda: build(task, state, step))
@@ -254,11 +252,16 @@ def resume_point(task: Task) -> Path | None:
     if checkpoint is None:
         return None
     facts, plan = read_manifest(checkpoint, verify=True)["facts"], task.plan
-    for key in ("recipe_fingerprint", "dataset_fingerprint"):
-        if facts[key] != getattr(plan, key):
+    wanted = {
+        "recipe_fingerprint": plan.recipe_fingerprint,
+        "dataset_fingerprint": plan.dataset_fingerprint,
+        "base_identity": base_identity(task.recipe),
+    }
+    for key, value in wanted.items():
+        if facts[key] != value:
             raise CheckpointError(
                 f"{checkpoint}: was written with another {key.partition('_')[0]} ({facts[key][:12]}, this run has "
-                f"{getattr(plan, key)[:12]}); use another --name, or --fresh to move the old run aside"
+                f"{value[:12]}); use another --name, or --fresh to move the old run aside"
             )
     if facts["step"] > plan.max_steps:
         raise CheckpointError(f"{checkpoint}: lies beyond the run ({facts['step']} > {plan.max_steps} steps)")

@@ -20,6 +20,7 @@ def unreadable(image: bytes) -> Any:
 honest, end = generate.decode_image, dist.destroy_process_group
 # One launch can have one process group only: it must outlive the failed evaluation.
 generate.decode_image, dist.destroy_process_group = unreadable, lambda: None
-print("failed with", generate.main(sys.argv[1:]), flush=True)
+sys.stdout.write(f"failed with {generate.main(sys.argv[1:])}\n")  # in one piece: both ranks write
+sys.stdout.flush()
 generate.decode_image, dist.destroy_process_group = honest, end
 sys.exit(generate.main(sys.argv[1:]))

@@ -5,10 +5,8 @@ Small (30 MB for the 7B recipe), independent of strategy and world size, and mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -131,8 +129,3 @@ def _step_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> t
     """AdamW counts steps on the parameter's device when fused, else on the CPU (`torch.optim.AdamW.__init__`)."""
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return parameter.device if fused else torch.device("cpu")
-
-
-def save_state(state: Mapping[str, Any], file: Path) -> None:
-    """Write what remains: JSON."""
-    file.write_text(json.dumps(state, indent=1))

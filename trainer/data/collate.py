@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLProcessor
 from transformers.vision_utils import get_vision_position_ids
 
-from launch.errors import RunError
-from launch.index import Split
+from launch.errors import RunError, SamestepError
+from launch.index import Split, row_digest
 from launch.steps import MicroBatch, StepPlan
 from trainer.data.chartqa import Row, Rows, chat, decode_image
 
@@ -178,7 +178,22 @@ def cumulative(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-class MicroBatches(Dataset[PackedBatch]):
+class _Batches(Dataset["PackedBatch | SamestepError"]):
+    """Micro-batches by number. An error is handed over as a value: raised in a data worker, it would come out
+    with the worker's traceback for a message (`torch._utils.ExceptionWrapper`, 2.14)."""
+
+    def __getitem__(self, number: int) -> PackedBatch | SamestepError:
+        try:
+            return self.batch(number)
+        except SamestepError as error:
+            return error
+
+    def batch(self, number: int) -> PackedBatch:
+        """Micro-batch `number`."""
+        raise AssertionError("every kind of micro-batches makes its own")
+
+
+class MicroBatches(_Batches):
     """This rank's micro-batches of a step plan by number: number i is micro-batch i % M of step i // M."""
 
     def __init__(self, rows: Rows, split: Split, encoder: Encoder, plan: StepPlan, rank: int) -> None:
@@ -188,7 +203,8 @@ class MicroBatches(Dataset[PackedBatch]):
     def __len__(self) -> int:
         return self._plan.max_steps * self._plan.micro_batches
 
-    def __getitem__(self, number: int) -> PackedBatch:
+    def batch(self, number: int) -> PackedBatch:
+        """The micro-batch, packed."""
         step, position = divmod(number, self._plan.micro_batches)
         if self._step[0] != step:
             self._step = (step, self._plan.micro_batches_of(step, self._rank))
@@ -196,7 +212,7 @@ class MicroBatches(Dataset[PackedBatch]):
         return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
 
 
-class EvaluationBatches(Dataset[PackedBatch]):
+class EvaluationBatches(_Batches):
     """This rank's micro-batches of an evaluation."""
 
     def __init__(self, rows: Rows, split: Split, encoder: Encoder, batches: Sequence[MicroBatch]) -> None:
@@ -205,7 +221,8 @@ class EvaluationBatches(Dataset[PackedBatch]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, number: int) -> PackedBatch:
+    def batch(self, number: int) -> PackedBatch:
+        """The micro-batch, packed; it belongs to no step."""
         return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
 
 
@@ -215,16 +232,24 @@ def assemble(
     """Read, decode, encode and pack the samples of a micro-batch, checked against the index.
 
     Raises:
-        RunError: a sample's token counts are not the index's, so the loss would be normalized wrongly.
+        RunError: a row is not the one the index was made of, or its token counts are others, so that the loss
+            would be normalized wrongly.
     """
-    samples = [encoder(rows[int(split.rows[sample])]) for sample in batch.samples]
+    read = [rows[int(split.rows[sample])] for sample in batch.samples]
+    for number, row in zip(batch.samples, read, strict=True):
+        if row_digest(row.image, row.query, row.label) != split.digests[number]:
+            raise RunError(
+                f"data: sample {number} (row {split.rows[number]}) is not what `samestep prepare` saw; "
+                "the data changed since: prepare it again, under another run name"
+            )
+    samples = [encoder(row) for row in read]
     for number, sample in zip(batch.samples, samples, strict=True):
         found = (len(sample.input_ids), sample.target_tokens)
         indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
         if found != indexed:
             raise RunError(
                 f"data: sample {number} (row {split.rows[number]}) has {found[0]} tokens of which {found[1]} are "
-                f"targets, the index says {indexed[0]} and {indexed[1]}; the data changed since `samestep prepare`"
+                f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
     processor = encoder.processor
     return PackedBatch(
@@ -257,19 +282,35 @@ class _Numbers(torch.utils.data.Sampler[int]):
         return len(self._numbers)
 
 
-def loader(
-    batches: Dataset[PackedBatch], numbers: range, *, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
-    """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one)."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=_Numbers(numbers),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-    )
+class Loader:
+    """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one).
+
+    Its length is that of the whole run, `total`: `Trainer` derives the steps of its one "epoch" from it, also when
+    the run is resumed in the middle.
+    """
+
+    def __init__(
+        self, batches: _Batches, numbers: range, *, total: int, workers: int, pin_memory: bool
+    ) -> None:
+        self._total = total
+        self._loader: DataLoader[Any] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=_Numbers(numbers),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+        )
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for batch in self._loader:
+            if isinstance(batch, SamestepError):
+                raise batch
+            yield batch
 
 
 def _start_worker(_: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from launch.errors import ConfigError
+from launch.index import row_digest
 from trainer.data.chartqa import Row, Rows, image_bytes
 from trainer.data.collate import Encoder
 
@@ -41,7 +42,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Measured:
-    """A valid row's numbers. `digest` identifies image, query and label."""
+    """A valid row's numbers. `digest`: see `row_digest`."""
 
     row: int
     digest: bytes
@@ -130,9 +131,7 @@ def _measure(
     text_tokens, target_tokens = _count_text(encoder, row)
     images = encoder.processor.image_processor
     visual = images.get_number_of_image_patches(height, width) // images.merge_size**2
-    content = hashlib.sha256(
-        digest + query.encode() + b"\0" + b"\0".join(text.encode() for text in label)
-    ).digest()
+    content = row_digest(image_bytes(raw["image"]), query, label)
     targets = target_tokens if encoder.loss == "answer" else text_tokens + visual - 1
     return Measured(number, content, text_tokens, visual, targets, human, height, width)
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
@@ -41,7 +40,7 @@ from launch.index import SPLITS, Index, SplitName, read_index
 from launch.plan import compute_dtype_of
 from launch.recipe import Recipe, load_recipe
 from launch.run_directory import RunDirectory
-from trainer.agreement import on_rank_0, together
+from trainer.agreement import leave_processes, on_rank_0, say_once, together
 from trainer.checkpoint.portable import load_adapter
 from trainer.data.chartqa import Rows, decode_image, open_split
 from trainer.data.collate import Encoder
@@ -49,7 +48,7 @@ from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, s
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
-from trainer.speech import complain, speak_plainly
+from trainer.speech import speak_plainly
 
 ModelName = Literal["base", "adapter", "shuffled", "merged"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -459,7 +458,7 @@ def print_result(result: dict[str, Any], run: RunDirectory, console: Console) ->
     paths = {
         "adapter": run.adapter,
         "merged": run.merged,
-        "answers": run.eval_file,
+        "answers": run.eval_file(result["split"]),
         "every step": run.metrics_file,
     }
     console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
@@ -480,7 +479,7 @@ def next_commands(run: RunDirectory) -> list[str]:
     return [
         f"{samestep} {merged}",
         f"{samestep} run {folder}/recipe.yaml --name {run.name}-longer --set training.num_train_epochs=5",
-        f"{samestep} plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8",
+        f"{samestep} plan {folder}/recipe.yaml --gpus-per-node 4",
     ]
 
 
@@ -539,7 +538,7 @@ def evaluate(task: Task, state: PartialState) -> None:
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
         result = result_of(task, share[0], answers, state.num_processes)
-        write_result(result, task.request.run.eval_file)
+        write_result(result, task.request.run.eval_file(task.request.split))
         print_result(result, task.request.run, Console(highlight=False, soft_wrap=True))
 
     on_rank_0(conclude)
@@ -554,14 +553,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         evaluate(task, state)
     except SamestepError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            complain(error)
-        if dist.is_initialized():
-            dist.barrier()  # the launcher ends all ranks when the first has failed: let rank 0 speak before
-        return error.exit_status
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return say_once(error)
+    leave_processes()
     return 0
 
 

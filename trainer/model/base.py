@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
 from trainer.model.vision import take_packed_inputs
-from trainer.pretrained import base_name, base_path
+from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -29,23 +29,33 @@ def load_base(
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run.
 
     Raises:
-        ConfigError: the base is not there, or is not a Qwen2-VL.
+        ConfigError: the base is not there, is not a Qwen2-VL, or lacks tensors.
     """
     path = base_path(recipe)
+    check_is_qwen2_vl(path)
     try:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(
+        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
             path,
             dtype=DTYPES[recipe.model.dtype],
             quantization_config=_quantization(recipe, quant_storage),
             device_map={"": device},
             attn_implementation="sdpa",
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({str(error).strip().splitlines()[0][:300]}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
+    # transformers fills what a file lacks with random numbers, and only says so in a log.
+    if wrong := sorted(
+        map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
+    ):
+        raise ConfigError(
+            f"model.name_or_path: the weights in {path} are not those of a whole Qwen2-VL ({len(wrong)} tensors are "
+            f"missing, unknown or of another shape, such as {wrong[0]}); get them again"
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     _keep_cpu_weights_as_they_are(model)
@@ -137,8 +147,3 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             return forward(*args, **kwargs)
 
     model.forward = in_autocast  # type: ignore[method-assign]
-
-
-def adapter_layers(model: nn.Module) -> list[str]:
-    """Names of the modules that carry LoRA."""
-    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -377,6 +377,32 @@ def test_models_that_a_run_does_not_have_are_refused(
     ):
         assert words in said
     assert len(launcher.commands) == started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--split", "val"], "--split: 'val' is none of train, validation, test"),
+        (["--gpus-per-node", "0"], "--gpus-per-node: 0 starts nothing"),
+    ],
+)
+def test_evaluations_of_nothing_are_refused(
+    arguments: list[str], words: str, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samestep("run", *EMBEDDED)
+    assert samestep("evaluate", "embedded", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_on_other_data_is_refused_and_stays_as_it_is(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samestep("run", *EMBEDDED)
+    before = {file.name: file.read_bytes() for file in Path("runs/embedded").iterdir() if file.is_file()}
+    monkeypatch.setattr("launch.start.read_index", lambda _: replace(make_index(), fingerprint="e" * 64))
+    assert samestep("run", *EMBEDDED) == 2
+    assert "was begun on other data" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in Path("runs/embedded").iterdir() if f.is_file()} == before
 
 
 def test_merge_merges_and_then_compares(launcher: Launcher) -> None:

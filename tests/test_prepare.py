@@ -20,7 +20,7 @@ from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, wr
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
 from trainer.prepare import main, prepare
-from trainer.pretrained import base_path, load_processor
+from trainer.pretrained import base_identity, base_path, load_processor
 
 
 def _recipe(world: Path, **data: Any) -> Recipe:
@@ -203,3 +203,52 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"SAMESTEP_CACHE: .* cannot be written"):
         prepare(_recipe(world), quiet=True)
+
+
+def test_a_damaged_index_and_a_base_that_is_gone_are_made_anew(world: Path, tmp_path: Path) -> None:
+    recipe = _with_rows(world, tmp_path, lambda rows: None)
+    whole = prepare(recipe, quiet=True)
+    for damage in ("", "{}"):
+        (whole.path / "index.json").write_text(damage)
+        assert read_index(recipe) is None
+        assert prepare(recipe, quiet=True).fingerprint == whole.fingerprint
+    (whole.path / "train.parquet").write_bytes(b"PAR1")
+    assert read_index(recipe) is None
+    facts = json.loads((prepare(recipe, quiet=True).path / "index.json").read_text())
+    (whole.path / "index.json").write_text(json.dumps(facts | {"base": str(tmp_path / "gone")}))
+    assert read_index(recipe) is None
+
+
+def test_a_snapshot_with_the_processor_alone_is_not_a_base(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `AutoProcessor.from_pretrained` leaves in the hub's cache."""
+    values = recipe_values(world)
+    values["model"]["name_or_path"] = "somebody/qwen2-vl"
+    cache = tmp_path / "models--somebody--qwen2-vl"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    monkeypatch.setattr("trainer.pretrained.snapshot_download", lambda *_, **__: str(snapshot))
+    with pytest.raises(ConfigError, match=r"lacks model\.safetensors \(1 files\)"):
+        base_path(recipe_from_dict(values))
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert base_path(recipe_from_dict(values)) == str(snapshot)
+    assert base_identity(recipe_from_dict(values)) == "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("processor_config.json", "no processor"), ("tokenizer.json", "are missing or another model's")],
+)
+def test_a_base_without_its_processor_is_named(world: Path, tmp_path: Path, missing: str, words: str) -> None:
+    import shutil
+
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "base" / missing).unlink()
+    values = recipe_values(world)
+    values["model"]["name_or_path"] = str(tmp_path / "base")
+    with pytest.raises(ConfigError, match=words):
+        prepare(recipe_from_dict(values), quiet=True)

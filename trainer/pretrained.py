@@ -14,6 +14,8 @@ from launch.errors import ConfigError
 from launch.index import EMBEDDED, embedded_folder
 from launch.recipe import Recipe
 
+TOKENIZER_PROBE = "The 12,345% chart of U.S. adults: what is 3 + 4?"
+
 # What a Qwen2-VL needs of its repository; leaves out weights in other formats.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
@@ -134,16 +136,21 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
             f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a Qwen2VLProcessor; "
             "give a Qwen2-VL model"
         )
-    if len(processor.tokenizer(processor.image_token, add_special_tokens=False)["input_ids"]) != 1:
-        raise ConfigError(
-            f"model.name_or_path: the tokenizer in {path} does not know {processor.image_token} as one token; "
-            "its tokenizer files are missing or another model's"
-        )
+    tokenizer = processor.tokenizer
+    # transformers 5 makes an empty Qwen2 tokenizer where the vocabulary's file is missing, without a word.
+    probes = {processor.image_token: 1, TOKENIZER_PROBE: None}
+    for text, count in probes.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids) != text or count not in (None, len(ids)):
+            raise ConfigError(
+                f"model.name_or_path: the tokenizer in {path} turns {text!r} into {len(ids)} tokens that read "
+                f"{tokenizer.decode(ids)!r}; its files (tokenizer.json) are missing or another model's"
+            )
     size = dict(processor.image_processor.size)
     if recipe.data.min_pixels is not None:
         size["shortest_edge"] = recipe.data.min_pixels
     if recipe.data.max_pixels is not None:
         size["longest_edge"] = recipe.data.max_pixels
     processor.image_processor.size = size
-    processor.tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"
     return processor

@@ -106,6 +106,14 @@ def test_the_answer_cannot_be_had_from_the_kind_of_question() -> None:
         assert max(answers.values()) <= 1.5 * sum(answers.values()) / len(answers)
 
 
+def test_three_in_five_questions_need_no_reading() -> None:
+    charts = embedded.unique_charts(embedded.deal_sheets()["test"], 96, seed=1)
+    asked = Counter(question.kind for _, question in embedded.choose_questions(charts, 256, 5, seed=1))
+    seen = sum(asked[kind] for kind in ("count", "colour of extreme", "colour of name"))
+    assert 0.55 <= seen / asked.total() <= 0.66
+    assert min(asked[kind] for kind in KINDS) >= 12
+
+
 def test_answers_agree_with_the_table() -> None:
     series = (embedded.Series("Chad", "Red", (4,)), embedded.Series("Mali", "Blue", (9,)))
     chart = embedded.Chart("bar", "Population", "population in millions", "country", ("1952",), series)

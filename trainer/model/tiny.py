@@ -267,8 +267,12 @@ SYSTEM_MESSAGES = (
 )
 """The second holds the words that a chart recipe's own message uses, so that they are single tokens."""
 
-VISUAL_KINDS = {"count": 3.0, "colour of extreme": 3.0}
-"""Kinds of questions that need no reading. Two minutes on 2 cores teach little more than these: they come first."""
+VISUAL_KINDS = {"count": 0.4, "colour of extreme": 0.4}
+OTHER_KINDS = 0.03
+"""How often a kind of question is asked, relative to the others, however many of it a chart allows.
+
+The first two need no reading, and a minute on 2 cores teaches little more than these.
+"""
 
 MOST_NUMBERS = 2**20
 """Room for the gradient of the base (832,256 numbers) in the memory that two processes share."""
@@ -288,17 +292,17 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Training:
-    """How the tiny base is trained: numbers chosen by experiment for about 100 s on 2 free cores.
+    """How the tiny base is trained: numbers chosen by experiment for about 80 s on 2 free cores.
 
     A share `colours_first` of the steps teaches nothing but the colours of a chart: with captions and questions
     from the start, the words drown the picture and the model still answers without looking after 300 steps. Then
     a share `caption_share` of the batches describes charts, the others answer `turns` questions about each.
     """
 
-    steps: int = 800
+    steps: int = 700
     batch: int = 16
-    turns: int = 5
-    turn_tokens: int = 144
+    turns: int = 3
+    turn_tokens: int = 96
     caption_tokens: int = 64
     caption_share: float = 0.25
     colours_first: float = 0.4
@@ -324,14 +328,17 @@ def read_lessons(charts: Path) -> Lessons:
     turns = [
         list(zip(q, s, strict=True)) for q, s in zip(table["questions"], table["sentences"], strict=True)
     ]
-    weights = [[VISUAL_KINDS.get(kind, 0.1) for kind in kinds] for kinds in table["kinds"]]
+    weights = [
+        [VISUAL_KINDS.get(kind, OTHER_KINDS) / kinds.count(kind) for kind in kinds]
+        for kinds in table["kinds"]
+    ]
     return Lessons(images, table["caption"], turns, weights)
 
 
 def corpus(lessons: Lessons) -> list[str]:
-    """Every text the base learns from: what its tokenizer is trained on."""
+    """Every text the base learns from, once: what its tokenizer is trained on."""
     told = [text for turns in lessons.turns for turn in turns for text in turn]
-    return [*SYSTEM_MESSAGES, *SMALL_CORPUS, *lessons.captions, *told]
+    return list(dict.fromkeys([*SYSTEM_MESSAGES, *SMALL_CORPUS, *lessons.captions, *told]))
 
 
 def colour_names(order: Sequence[int]) -> dict[str, str]:
@@ -392,26 +399,28 @@ class Teacher:
 
     def batch(self) -> Batch:
         """The next batch: the same ones in the same order for every teacher of one seed."""
-        system = self.random.choices(SYSTEM_MESSAGES, (3, 1))[0]
+        system = self.random.choices(SYSTEM_MESSAGES, (7, 1))[0]
         prefix = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+        before = len(prefix) + self.visual
         describe = self.describes()
-        told_at_most = self.training.caption_tokens if describe else self.training.turn_tokens
-        if self.in_the_beginning():
-            told_at_most = self.training.caption_tokens // 2
-        length = len(prefix) + self.visual + told_at_most
-        ids = torch.full((self.training.batch, length), self.tokenizer.pad_token_id)
-        labels = torch.full((self.training.batch, length), -100)
+        told: list[list[int]] = []
+        asked: list[list[int]] = []
         images = []
-        for row in range(self.training.batch):
+        for _ in range(self.training.batch):
             chart = self.next_chart()
             order = self.random.choice(CHANNEL_ORDERS)
             images.append(self.lessons.images[chart][list(order)])
-            told, asked = self.conversation(chart, colour_names(order), describe)
-            told = prefix + [self.tokenizer.pad_token_id] * self.visual + told
-            asked = [-100] * (len(prefix) + self.visual) + asked
-            ids[row, : len(told)] = torch.tensor(told[:length])
-            labels[row, : len(asked)] = torch.tensor(asked[:length])
-        return Batch(ids, labels, torch.stack(images), len(prefix))
+            ids, labels = self.conversation(chart, colour_names(order), describe)
+            told.append(prefix + [self.tokenizer.pad_token_id] * self.visual + ids)
+            asked.append([-100] * before + labels)
+        room = self.training.caption_tokens if describe else self.training.turn_tokens
+        length = min(max(map(len, told)), before + room)
+        return Batch(
+            _rectangle(told, length, self.tokenizer.pad_token_id),
+            _rectangle(asked, length, -100),
+            torch.stack(images),
+            len(prefix),
+        )
 
     def describes(self) -> bool:
         """Whether the next batch describes charts (in the beginning every one) or answers questions."""
@@ -425,7 +434,10 @@ class Teacher:
         """The colours alone, which must be seen before anything else can be; later also the whole caption."""
         caption = self.lessons.captions[chart]
         if self.in_the_beginning() or self.random.random() < 0.7:
-            return "Which colours are there, the largest first?", f"{', '.join(_COLOUR_WORD.findall(caption))}."
+            return (
+                "Which colours are there, the largest first?",
+                f"{', '.join(_COLOUR_WORD.findall(caption))}.",
+            )
         return "Describe the chart.", caption
 
     def conversation(self, chart: int, names: dict[str, str], describe: bool) -> tuple[list[int], list[int]]:
@@ -433,11 +445,7 @@ class Teacher:
 
         Never both: a description gives the answers away without a look at the chart.
         """
-        if describe:
-            turns = [self.description(chart)]
-        else:
-            weights = self.lessons.weights[chart]
-            turns = self.random.choices(self.lessons.turns[chart], weights, k=self.training.turns)
+        turns = [self.description(chart)] if describe else self.questions(chart)
         ids: list[int] = []
         labels: list[int] = []
         for place, turn in enumerate(turns):
@@ -449,12 +457,26 @@ class Teacher:
             labels += [-100] * len(told) + answer + [-100]
         return ids, labels
 
+    def questions(self, chart: int) -> list[tuple[str, str]]:
+        """Some turns about `chart`, none twice (a repeated question is answered without a look), by their weights.
+
+        Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006): the largest of u^(1 / weight).
+        """
+        keys = [self.random.random() ** (1 / weight) for weight in self.lessons.weights[chart]]
+        taken = sorted(range(len(keys)), key=lambda turn: -keys[turn])[: self.training.turns]
+        return [self.lessons.turns[chart][turn] for turn in taken]
+
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """Normalized patches of one frame in the processor's order: float32 [images * patches, 588]."""
         rows, columns = self.grid
         pixels = (images.float() - self.mean) / self.deviation
         pixels = pixels.view(-1, 3, rows // 2, 2, 14, columns // 2, 2, 14)
         return pixels.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 3 * 14 * 14)
+
+
+def _rectangle(rows: Sequence[list[int]], length: int, filler: int) -> torch.Tensor:
+    """`rows` cut or filled up to `length`: int64 [rows, length]."""
+    return torch.tensor([(row + [filler] * length)[:length] for row in rows])
 
 
 def _same_size_attention(

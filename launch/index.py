@@ -28,7 +28,13 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 INDEX_VERSION = 1
 EMBEDDED = "embedded"
 # What the embedded charts and the tiny base come from, and what the token counts of any dataset depend on.
-EMBEDDED_SOURCES = ("trainer/data/embedded.py", "trainer/model/tiny.py")
+EMBEDDED_SOURCES = (
+    "trainer/data/charts.py",
+    "trainer/data/embedded.py",
+    "trainer/data/tables.py",
+    "trainer/model/tiny.py",
+    "trainer/model/tiny_base.py",
+)
 EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
 COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")
 

@@ -11,7 +11,8 @@ import pytest
 from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 from PIL import Image as Picture
 
-from trainer.data import embedded
+from trainer.data import charts as charting
+from trainer.data import embedded, tables
 
 KINDS = {
     "count",
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_files_have_exactly_chartqas_schema(folder: Path, tmp_path: Path) -> None:
-    files = {split: str(folder / f"{split}-*.parquet") for split in embedded.SPLITS}
+    files = {split: str(folder / f"{split}-*.parquet") for split in tables.SPLITS}
     splits = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))
     expected = Features(
         {
@@ -49,11 +50,11 @@ def test_the_files_have_exactly_chartqas_schema(folder: Path, tmp_path: Path) ->
     for split in splits.values():
         assert split.features == expected
     row = splits["test"][0]
-    assert row["image"].size == (embedded.WIDTH, embedded.HEIGHT)
+    assert row["image"].size == (charting.WIDTH, charting.HEIGHT)
     assert row["query"].endswith("?")
     assert len(row["label"]) == 1
     assert row["label"][0]
-    for split in embedded.SPLITS:
+    for split in tables.SPLITS:
         metadata = pq.read_schema(next(folder.glob(f"{split}-*.parquet"))).metadata
         assert Features.from_dict(json.loads(metadata[b"huggingface"])["info"]["features"]) == expected
 
@@ -68,11 +69,11 @@ def test_no_image_is_in_two_splits(folder: Path) -> None:
 
 
 def test_the_default_has_300_distinct_charts_of_four_kinds_and_200_test_questions() -> None:
-    dealt = embedded.deal_sheets()
+    dealt = tables.deal_sheets()
     charts = {
         chart
         for place, (split, size) in enumerate(embedded.SIZES.items())
-        for chart in embedded.unique_charts(dealt[split], size.charts, seed=100 + place)
+        for chart in charting.unique_charts(dealt[split], size.charts, seed=100 + place)
     }
     assert len(charts) >= 300
     assert {chart.kind for chart in charts} == {"bar", "stacked", "line", "pie"}
@@ -80,8 +81,8 @@ def test_the_default_has_300_distinct_charts_of_four_kinds_and_200_test_question
 
 
 def test_no_sheet_of_a_table_is_dealt_twice() -> None:
-    dealt = [sheet for pool in embedded.deal_sheets().values() for sheet in pool]
-    assert len(dealt) == len(embedded.sheets())
+    dealt = [sheet for pool in tables.deal_sheets().values() for sheet in pool]
+    assert len(dealt) == len(tables.sheets())
     cells = Counter(
         (s.source, s.measure, s.title, row, c) for s in dealt for row in s.values for c in s.columns
     )
@@ -98,7 +99,7 @@ def test_every_kind_of_question_is_asked_by_humans_and_machines(folder: Path) ->
 
 
 def test_the_answer_cannot_be_had_from_the_kind_of_question() -> None:
-    charts = embedded.unique_charts(embedded.deal_sheets()["train"], 120, seed=1)
+    charts = charting.unique_charts(tables.deal_sheets()["train"], 120, seed=1)
     asked = embedded.choose_questions(charts, 400, 5, seed=1)
     for kind, floor in (("colour of extreme", 6), ("comparison by colour", 2), ("count", 5)):
         answers = Counter(question.answer for _, question in asked if question.kind == kind)
@@ -107,7 +108,7 @@ def test_the_answer_cannot_be_had_from_the_kind_of_question() -> None:
 
 
 def test_three_in_five_questions_need_no_reading() -> None:
-    charts = embedded.unique_charts(embedded.deal_sheets()["test"], 96, seed=1)
+    charts = charting.unique_charts(tables.deal_sheets()["test"], 96, seed=1)
     asked = Counter(question.kind for _, question in embedded.choose_questions(charts, 256, 5, seed=1))
     seen = sum(asked[kind] for kind in ("count", "colour of extreme", "colour of name"))
     assert 0.55 <= seen / asked.total() <= 0.66
@@ -115,8 +116,8 @@ def test_three_in_five_questions_need_no_reading() -> None:
 
 
 def test_answers_agree_with_the_table() -> None:
-    series = (embedded.Series("Chad", "Red", (4,)), embedded.Series("Mali", "Blue", (9,)))
-    chart = embedded.Chart("bar", "Population", "population in millions", "country", ("1952",), series)
+    series = (charting.Series("Chad", "Red", (4,)), charting.Series("Mali", "Blue", (9,)))
+    chart = charting.Chart("bar", "Population", "population in millions", "country", ("1952",), series)
     answers = {question.query: question.answer for question in embedded.questions(chart)}
     assert answers["How many bars are there in the chart?"] == "2"
     assert answers["What is the colour of the largest bar?"] == "Blue"
@@ -128,14 +129,14 @@ def test_answers_agree_with_the_table() -> None:
 
 
 def test_a_chart_drawn_twice_gives_the_same_bytes_in_its_colours() -> None:
-    charts = embedded.unique_charts(embedded.deal_sheets()["train"], 12, seed=2)
-    first, second = embedded.Painter(), embedded.Painter()
+    charts = charting.unique_charts(tables.deal_sheets()["train"], 12, seed=2)
+    first, second = charting.Painter(), charting.Painter()
     for chart in charts:
         image = first.png(chart)
         assert image == second.png(chart)
         drawn = Picture.open(io.BytesIO(image)).convert("RGB").getcolors(1 << 16)
         shades = {colour for count, colour in drawn or [] if count > 20}
-        assert {embedded.COLOURS[series.colour] for series in chart.series} <= shades
+        assert {charting.COLOURS[series.colour] for series in chart.series} <= shades
 
 
 def test_building_twice_gives_the_same_files_and_leaves_nothing_aside(folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import RunError
-from trainer.data.embedded import COLOURS, build_charts
-from trainer.model import tiny
+from trainer.data.charts import COLOURS
+from trainer.data.embedded import build_charts
+from trainer.model import tiny, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,18 @@ def test_one_seed_gives_one_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_training_path_computes_what_transformers_computes(charts: Path) -> None:
-    lessons = tiny.read_lessons(charts)
-    tokenizer = tiny.train_tokenizer([*lessons.captions, *tiny.SYSTEM_MESSAGES], vocab_size=400)
-    processor = tiny.make_processor(tokenizer, tiny.CHART_SHAPE)
-    model = tiny.make_model(tokenizer, tiny.CHART_SHAPE, seed=0).eval()
-    teacher = tiny.Teacher(processor, lessons, tiny.Training(batch=2))
+    lessons = tiny_base.read_lessons(charts)
+    tokenizer = tiny.train_tokenizer([*lessons.captions, *tiny_base.SYSTEM_MESSAGES], vocab_size=400)
+    processor = tiny.make_processor(tokenizer, tiny_base.CHART_SHAPE)
+    model = tiny.make_model(tokenizer, tiny_base.CHART_SHAPE, seed=0).eval()
+    teacher = tiny_base.Teacher(processor, lessons, tiny_base.Training(batch=2))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in lessons.images[:2]]
     seen = processor.image_processor(images=pictures, return_tensors="pt")
     batch = teacher.batch()
     ids, labels, start = batch.ids, batch.labels, batch.start
     patches = teacher.patches(lessons.images[:2])
-    with tiny.same_size_images(model), torch.no_grad():
-        student = tiny.Student(model, teacher.grid)
+    with tiny_base.same_size_images(model), torch.no_grad():
+        student = tiny_base.Student(model, teacher.grid)
         ours = student.loss(ids, labels, patches, start) / (labels[:, 1:] != -100).sum()
         positions = student.positions(start, ids.shape[1])
     ids[:, start : start + teacher.visual] = model.config.image_token_id
@@ -106,21 +107,21 @@ def test_the_training_path_computes_what_transformers_computes(charts: Path) -> 
 
 
 def test_colours_are_renamed_as_the_channels_move() -> None:
-    for order in tiny.CHANNEL_ORDERS:
-        names = tiny.colour_names(order)
+    for order in tiny_base.CHANNEL_ORDERS:
+        names = tiny_base.colour_names(order)
         for name, value in COLOURS.items():
             moved = tuple(value[channel] for channel in order)
             assert COLOURS[names[name]] == moved
 
 
 def test_training_lowers_the_loss(charts: Path) -> None:
-    lessons = tiny.read_lessons(charts)
-    tokenizer = tiny.train_tokenizer(tiny.corpus(lessons), vocab_size=1000)
-    model = tiny.make_model(tokenizer, tiny.CHART_SHAPE, seed=0)
-    training = tiny.Training(steps=8, batch=4, warmup_steps=2)
-    teacher = tiny.Teacher(tiny.make_processor(tokenizer, tiny.CHART_SHAPE), lessons, training)
+    lessons = tiny_base.read_lessons(charts)
+    tokenizer = tiny.train_tokenizer(tiny_base.corpus(lessons), vocab_size=1000)
+    model = tiny.make_model(tokenizer, tiny_base.CHART_SHAPE, seed=0)
+    training = tiny_base.Training(steps=8, batch=4, warmup_steps=2)
+    teacher = tiny_base.Teacher(tiny.make_processor(tokenizer, tiny_base.CHART_SHAPE), lessons, training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = tiny.teach(model, teacher, training)
+    losses = tiny_base.teach(model, teacher, training)
     assert len(losses) == 8
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -130,22 +131,22 @@ def test_training_lowers_the_loss(charts: Path) -> None:
 def test_the_end_of_one_of_two_processes_is_said() -> None:
     here, there = multiprocessing.Pipe()
     there.close()
-    partner = tiny.Partner(0, here, torch.zeros(2, 2, 8))
+    partner = tiny_base.Partner(0, here, torch.zeros(2, 2, 8))
     with pytest.raises(RunError, match="two processes"):
         partner.exchange(0, torch.ones(5))
 
 
 def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from trainer.model import tiny\n"
-        "try: tiny.build_tiny(*map(Path, sys.argv[1:]), progress=lambda *done: print(*done, flush=True))\n"
+        "import sys; from pathlib import Path; from trainer.model import tiny_base\n"
+        "try: tiny_base.build_tiny(*map(Path, sys.argv[1:]), progress=lambda *done: print(*done, flush=True))\n"
         "except KeyboardInterrupt: sys.exit(7)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model"), str(charts)]
     pipe = subprocess.PIPE
     build = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     assert build.stdout is not None
-    assert build.stdout.readline() == f"1 {tiny.Training().steps}\n"
+    assert build.stdout.readline() == f"1 {tiny_base.Training().steps}\n"
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     _, complaints = build.communicate(timeout=30)  # the end of the pipes: no process holds them any more
     assert (complaints, build.returncode) == ("", 7)
@@ -155,10 +156,10 @@ def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path
 def test_one_process_and_two_build_the_same_bytes(
     charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = tiny.Training(steps=3, batch=4, warmup_steps=1)
+    short = tiny_base.Training(steps=3, batch=4, warmup_steps=1)
     for cores in (1, 2):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        tiny.build_tiny(tmp_path / str(cores), charts, training=short)
+        tiny_base.build_tiny(tmp_path / str(cores), charts, training=short)
     one, two = (tmp_path / cores / "model.safetensors" for cores in "12")
     assert one.read_bytes() == two.read_bytes()
 
@@ -167,9 +168,9 @@ def test_what_was_built_loads_and_sees_a_chart_in_few_tokens(
     charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, int]] = []
-    short = tiny.Training(steps=2, batch=2, warmup_steps=1)
+    short = tiny_base.Training(steps=2, batch=2, warmup_steps=1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    tiny.build_tiny(tmp_path / "model", charts, training=short, progress=lambda *done: told.append(done))
+    tiny_base.build_tiny(tmp_path / "model", charts, training=short, progress=lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")

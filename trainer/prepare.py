@@ -97,7 +97,7 @@ def _build_embedded(recipe: Recipe, progress: Progress) -> None:
     if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
         return
     from trainer.data.embedded import build_charts
-    from trainer.model.tiny import build_tiny
+    from trainer.model.tiny_base import build_tiny
 
     charts, model = embedded_folder() / "data", embedded_folder() / "model"
     if not charts.is_dir():

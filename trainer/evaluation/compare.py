@@ -33,7 +33,7 @@ from trainer.checkpoint.adapter import find_adapter, read_adapter
 from trainer.checkpoint.merge import find_base
 from trainer.data.chartqa import Row, decode_image, open_split
 from trainer.data.collate import Encoder
-from trainer.evaluation.generate import spread
+from trainer.evaluation.answers import spread
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor

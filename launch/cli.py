@@ -141,7 +141,7 @@ def evaluate(
     gpus_per_node: Processes = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Answer the questions of a split on all processes and score them. Writes eval.json into the run."""
+    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
     from launch import start
     from launch.index import SPLITS
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from launch.errors import ConfigError
+from launch.recipe import EMBEDDED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 INDEX_VERSION = 1
-EMBEDDED = "embedded"
 # What the embedded charts and the tiny base come from, and what the token counts of any dataset depend on.
 EMBEDDED_SOURCES = (
     "trainer/data/charts.py",
@@ -174,19 +174,28 @@ def index_path(recipe: Recipe) -> Path:
 
 
 def read_index(recipe: Recipe) -> Index | None:
-    """The recipe's index; None when it is missing, stale or damaged, or when the base model is gone from where it
-    was (then `samestep prepare` brings both)."""
+    """The recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
     from pyarrow import ArrowException
 
     folder = index_path(recipe)
     try:
         facts = json.loads((folder / "index.json").read_text())
-        if not (Path(facts["base"]) / "config.json").is_file():
-            return None
         splits = {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
         return Index(folder, facts["fingerprint"], splits)
-    except (FileNotFoundError, ValueError, KeyError, ArrowException):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, ArrowException):
         return None
+
+
+def base_is_there(recipe: Recipe) -> bool:
+    """A look for the base model's folder, without the libraries that load it: what is missing, `prepare` fetches."""
+    name = recipe.model.name_or_path
+    if name == EMBEDDED:
+        return (embedded_folder() / "model" / "config.json").is_file()
+    if (Path(name).expanduser() / "config.json").is_file():
+        return True
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*.safetensors"))
 
 
 def _read_split(file: Path) -> Split:

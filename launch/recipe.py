@@ -21,6 +21,7 @@ from launch.resources import resource_folder, resource_names
 from launch.run_directory import NAME_PATTERN
 from launch.training_fields import REFUSED_TRAINING_FIELDS
 
+EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
 SPLIT_PATTERN = r"[A-Za-z0-9_.-]+(\[:[1-9][0-9]*%?\])?"
 
 
@@ -279,7 +280,7 @@ def _make_local_folders_absolute(values: dict[str, Any]) -> None:
     for section, key in (("model", "name_or_path"), ("data", "dataset")):
         inner = values.get(section)
         name = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(name, str) and (folder := Path(name).expanduser()).is_dir():
+        if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
             values[section][key] = str(folder.resolve())
 
 

@@ -15,7 +15,7 @@ from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import CPU_PROCESSES, first_visible_gpu, gpus_present
-from launch.index import read_index
+from launch.index import base_is_there, read_index
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.resources import resource
@@ -107,9 +107,9 @@ def refuse_missing_gpus(topology: Topology) -> None:
 
 
 def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> Index:
-    """The prepared index; starts `trainer.prepare` when it is missing or stale."""
+    """The prepared index; starts `trainer.prepare` when it is missing or stale, or the base model is not there."""
     index = read_index(recipe)
-    if index is None:
+    if index is None or not base_is_there(recipe):
         prepare(recipe_file, overrides)
         index = read_index(recipe)
     if index is None:

@@ -56,6 +56,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
     monkeypatch.setattr("launch.start.wait_for", fake)
     monkeypatch.setattr("launch.children.wait_for", fake)
     monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
+    monkeypatch.setattr("launch.start.base_is_there", lambda _: True)
     set_gpus(monkeypatch, 0)
     return fake
 
@@ -344,6 +345,14 @@ def test_what_prepare_refuses_is_refused(
     launcher.status = status
     assert samestep("run", *EMBEDDED) == status
     assert not Path("runs").exists()
+
+
+def test_a_base_that_is_gone_is_fetched_before_anything_is_started(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.start.base_is_there", lambda _: False)
+    assert samestep("run", *EMBEDDED) == 0
+    assert ["trainer.prepare" in command for command in launcher.commands] == [True, False]
 
 
 def test_evaluate_starts_replicas_over_the_run(launcher: Launcher) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from launch.errors import ConfigError
-from launch.index import read_index
+from launch.index import base_is_there, read_index
 from launch.recipe import Recipe, dump_recipe, recipe_from_dict
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.chartqa import open_split
@@ -205,7 +206,7 @@ def test_a_cache_that_cannot_be_written_is_named(
         prepare(_recipe(world), quiet=True)
 
 
-def test_a_damaged_index_and_a_base_that_is_gone_are_made_anew(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_made_anew(world: Path, tmp_path: Path) -> None:
     recipe = _with_rows(world, tmp_path, lambda rows: None)
     whole = prepare(recipe, quiet=True)
     for damage in ("", "{}"):
@@ -214,9 +215,38 @@ def test_a_damaged_index_and_a_base_that_is_gone_are_made_anew(world: Path, tmp_
         assert prepare(recipe, quiet=True).fingerprint == whole.fingerprint
     (whole.path / "train.parquet").write_bytes(b"PAR1")
     assert read_index(recipe) is None
-    facts = json.loads((prepare(recipe, quiet=True).path / "index.json").read_text())
-    (whole.path / "index.json").write_text(json.dumps(facts | {"base": str(tmp_path / "gone")}))
-    assert read_index(recipe) is None
+    assert prepare(recipe, quiet=True).fingerprint == whole.fingerprint
+
+
+def test_two_bases_of_one_shape_are_two(world: Path, tmp_path: Path) -> None:
+    from trainer.model.tiny import random_tiny
+
+    values = recipe_values(world)
+    identities = []
+    for seed in (0, 1):
+        random_tiny(tmp_path / str(seed), seed=seed)
+        values["model"]["name_or_path"] = str(tmp_path / str(seed))
+        identities.append(base_identity(recipe_from_dict(values)))
+    assert identities[0] != identities[1]
+    shutil.rmtree(tmp_path / "0")
+    random_tiny(tmp_path / "0")
+    values["model"]["name_or_path"] = str(tmp_path / "0")
+    assert base_identity(recipe_from_dict(values)) == identities[0]
+
+
+def test_a_missing_base_is_seen_without_the_libraries_that_load_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = recipe_values(world)
+    assert base_is_there(recipe_from_dict(values))
+    values["model"]["name_or_path"] = "somebody/qwen2-vl"
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert not base_is_there(recipe_from_dict(values))
+    snapshot = tmp_path / "hub" / "models--somebody--qwen2-vl" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert base_is_there(recipe_from_dict(values))
 
 
 def test_a_snapshot_with_the_processor_alone_is_not_a_base(
@@ -232,9 +262,12 @@ def test_a_snapshot_with_the_processor_alone_is_not_a_base(
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     monkeypatch.setattr("trainer.pretrained.snapshot_download", lambda *_, **__: str(snapshot))
-    with pytest.raises(ConfigError, match=r"lacks model\.safetensors \(1 files\)"):
+    with pytest.raises(
+        ConfigError, match=r"lacks model\.safetensors, preprocessor_config\.json, .* \(3 files\)"
+    ):
         base_path(recipe_from_dict(values))
-    (snapshot / "model.safetensors").write_bytes(b"")
+    for name in ("model.safetensors", "preprocessor_config.json", "tokenizer_config.json"):
+        (snapshot / name).write_bytes(b"")
     assert base_path(recipe_from_dict(values)) == str(snapshot)
     assert base_identity(recipe_from_dict(values)) == "0" * 40
 
@@ -244,8 +277,6 @@ def test_a_snapshot_with_the_processor_alone_is_not_a_base(
     [("processor_config.json", "no processor"), ("tokenizer.json", "are missing or another model's")],
 )
 def test_a_base_without_its_processor_is_named(world: Path, tmp_path: Path, missing: str, words: str) -> None:
-    import shutil
-
     shutil.copytree(world / "base", tmp_path / "base")
     (tmp_path / "base" / missing).unlink()
     values = recipe_values(world)

@@ -285,3 +285,14 @@ def test_the_system_message_is_written_as_a_readable_block() -> None:
     text = dump_recipe(load_recipe(EMBEDDED))
     assert "system_message: |" in text
     assert yaml.safe_load(text)["training"]["learning_rate"] == load_recipe(EMBEDDED).training.learning_rate
+
+
+def test_a_folder_called_embedded_does_not_change_the_embedded_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "charts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(EMBEDDED, ["model.name_or_path=charts"])
+    assert recipe.data.dataset == "embedded"
+    assert recipe.model.name_or_path == str(tmp_path / "charts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -48,8 +49,7 @@ def together(action: Callable[[], T]) -> T:
 def _first_failure(error: SamestepError | None) -> SamestepError | None:
     if not dist.is_initialized():
         return error
-    gathered: list[tuple[type[SamestepError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (type(error), str(error)) if error else None)
+    gathered = gather((type(error), str(error)) if error else None)
     for rank, told in enumerate(gathered):
         if told is not None:
             kind, message = told
@@ -61,6 +61,15 @@ def on_rank_0(action: Callable[[], None]) -> None:
     """Run `action` on rank 0 alone; every rank waits for it and fails with it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     together(action if rank == 0 else lambda: None)
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, by rank (picklable)."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 def from_rank_0(action: Callable[[], T]) -> T:
@@ -78,9 +87,11 @@ def from_rank_0(action: Callable[[], T]) -> T:
 
 def say_once(error: SamestepError) -> int:
     """Say what went wrong: rank 0 for all when all know it, else the rank that it happened to. Returns the status."""
+    if not dist.is_initialized():  # before the ranks know each other, those of a node find the same
+        return complain(error) if os.environ.get("LOCAL_RANK", "0") == "0" else error.exit_status
     if not error.agreed:
         return complain(error)  # the others are waiting somewhere: the launcher ends them
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         complain(error)
     leave_processes()
     return error.exit_status

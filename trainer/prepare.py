@@ -26,7 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launch.errors import ConfigError, SamestepError
 from launch.folders import published
 from launch.index import (
-    EMBEDDED,
     SPLITS,
     Index,
     SplitName,
@@ -35,7 +34,7 @@ from launch.index import (
     index_path,
     read_index,
 )
-from launch.recipe import Recipe, load_recipe
+from launch.recipe import EMBEDDED, Recipe, load_recipe
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
@@ -55,8 +54,8 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
     with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
         with _writing_the_cache():
             _build_embedded(recipe, progress)
-        base = fetch_base(recipe)
-        return read_index(recipe) or _write_index(recipe, base, progress)
+        fetch_base(recipe)
+        return read_index(recipe) or _write_index(recipe, progress)
 
 
 @contextmanager
@@ -116,7 +115,7 @@ class _Report:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _write_index(recipe: Recipe, base: str, progress: Progress) -> Index:
+def _write_index(recipe: Recipe, progress: Progress) -> Index:
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     measured: dict[SplitName, list[Measured]] = {}
     bad: list[BadRow] = []
@@ -134,7 +133,7 @@ def _write_index(recipe: Recipe, base: str, progress: Progress) -> Index:
             f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
         )
     with _writing_the_cache():
-        return _publish(recipe, base, measured, bad)
+        return _publish(recipe, measured, bad)
 
 
 def _bad_rows_message(bad: Sequence[BadRow]) -> str:
@@ -144,13 +143,10 @@ def _bad_rows_message(bad: Sequence[BadRow]) -> str:
     return "\n".join([head, *shown, *rest])
 
 
-def _publish(
-    recipe: Recipe, base: str, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]
-) -> Index:
+def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
     """Write the index aside and move it into place whole, in the place of a damaged one."""
     facts = {
         "fingerprint": hashlib.sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
-        "base": base,
         "rows": {split: len(rows) for split, rows in measured.items()},
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
@@ -162,7 +158,8 @@ def _publish(
             lines = [json.dumps({"split": row.split, "row": row.row, "reason": row.reason}) for row in bad]
             (aside / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n")
         (aside / "index.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(index_path(recipe), ignore_errors=True)
+        if index_path(recipe).exists():
+            shutil.rmtree(index_path(recipe))
     index = read_index(recipe)
     if index is None:
         raise ConfigError(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoProcessor, Qwen2VLProcessor
 
 from launch.errors import ConfigError
-from launch.index import EMBEDDED, embedded_folder
-from launch.recipe import Recipe
+from launch.index import embedded_folder
+from launch.recipe import EMBEDDED, Recipe
 
 TOKENIZER_PROBE = "The 12,345% chart of U.S. adults: what is 3 + 4?"
+
+_PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 # What a Qwen2-VL needs of its repository; leaves out weights in other formats.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
@@ -45,24 +49,43 @@ def base_name(recipe: Recipe) -> str:
 
 
 def base_identity(recipe: Recipe) -> str:
-    """What the base is, beyond its name: the commit of a hub model, else a digest of its config and file sizes."""
+    """What the base is, beyond its name: the commit of a hub model, else a digest of its config and weight files.
+
+    Of a large file 64 blocks of 64 KiB are read, evenly spaced: another training changes them all.
+    """
     folder = Path(base_path(recipe))
     if folder.parent.name == "snapshots":
         return folder.name
-    sizes = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
-    config = (folder / "config.json").read_bytes()
-    return hashlib.sha256(config + json.dumps(sizes).encode()).hexdigest()[:40]
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for block in range(64):
+                handle.seek(block * max(0, size - 2**16) // 63)
+                digest.update(handle.read(2**16))
+    return digest.hexdigest()
 
 
 def check_is_qwen2_vl(path: str) -> None:
     """transformers loads a model of another kind into Qwen2-VL's layers as far as the names agree, with a warning.
 
     Raises:
-        ConfigError: config.json names another architecture.
+        ConfigError: config.json is damaged or names another architecture.
     """
-    kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
+    kind = _read_json(Path(path) / "config.json").get("model_type")
     if kind != "qwen2_vl":
         raise ConfigError(f"model.name_or_path: {path} is a {kind}, not a qwen2_vl; give a Qwen2-VL model")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+        return values
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name_or_path: {file} cannot be read ({error}); get the model again"
+        ) from error
 
 
 def fetch_base(recipe: Recipe) -> str:
@@ -93,12 +116,17 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             f"model.name_or_path: the hub knows no model {name}; correct the id or log in"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+            raise ConfigError(
+                f"HF_HOME: {name} cannot be stored in the hub's cache ({error.strerror}); make room, or set HF_HOME "
+                "to a folder with some"
+            ) from error
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
             f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
             "HF_HOME, or set model.name_or_path to a local folder"
         ) from error
-    # The cache holds what anybody asked for, which may be the processor alone; it does not know what is missing.
+    # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
     if missing := _missing_files(Path(path)):
         raise ConfigError(
             f"model.name_or_path: {path} lacks {', '.join(missing[:3])} ({len(missing)} files); run "
@@ -108,10 +136,12 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
 
 
 def _missing_files(folder: Path) -> list[str]:
-    """Weight files that the snapshot's own index names and the folder does not hold."""
-    needed = {"config.json", "model.safetensors"}
+    """Files that a Qwen2-VL needs and the snapshot does not hold: by its own index of weights, and the processor's."""
+    needed = {"config.json", "tokenizer_config.json", "model.safetensors"}
     if (index := folder / "model.safetensors.index.json").is_file():
-        needed = {"config.json", *json.loads(index.read_text())["weight_map"].values()}
+        needed = needed - {"model.safetensors"} | set(_read_json(index).get("weight_map", {}).values())
+    if not (folder / "processor_config.json").is_file():
+        needed.add("preprocessor_config.json")  # the older name
     return sorted(file for file in needed if not (folder / file).is_file())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -106,10 +107,8 @@ class Trackio(TrainerCallback):
                 resume="allow",
                 embed=False,
             )
-        except (
-            Exception
-        ) as error:  # whatever ails the tracker, the training goes on; metrics.jsonl has it all
-            logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
+        except Exception as error:
+            self._give_up(error)
 
     def on_log(
         self,
@@ -119,14 +118,26 @@ class Trackio(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._run is not None and logs:
-            self._run.log(dict(logs), step=state.global_step)
+        if logs:
+            self._guarded(lambda run: run.log(dict(logs), step=state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._run is not None:
-            self._run.finish()
+        self._guarded(lambda run: run.finish())
+
+    def _guarded(self, action: Callable[[Any], None]) -> None:
+        """Whatever ails the tracker, the training goes on: metrics.jsonl has it all."""
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
 
 
 def tracking_name(run: RunDirectory) -> str:

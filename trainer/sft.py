@@ -38,7 +38,6 @@ from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
 from trainer.guards import check_adapters, check_finite, check_launch
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
-from trainer.pretrained import base_identity
 from trainer.records import append_line, samples_digest
 from trainer.reports import ProgressBar, Trackio
 
@@ -57,7 +56,7 @@ PASSED_ON = (
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
-    """Runs a plan. `resumed_at`: optimizer steps done before, 0 for a new run."""
+    """Runs a plan. `resumed_at`: optimizer steps done before, 0 for a new run; `base`: identity of the base model."""
 
     loss_is_scaled_for_ga = True
     control: TrainerControl
@@ -71,6 +70,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         run: RunDirectory,
         encoder: Encoder,
         resumed_at: int,
+        base: str,
     ) -> None:
         self.recipe, self.plan, self.index, self.run_directory, self.encoder = (
             recipe,
@@ -79,7 +79,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             run,
             encoder,
         )
-        self.resumed_at = resumed_at
+        self.resumed_at, self.base = resumed_at, base
         self.steps = step_plan(recipe, index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         super().__init__(
@@ -281,7 +281,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "strategy": self.plan.strategy,
             "recipe_fingerprint": self.plan.recipe_fingerprint,
             "dataset_fingerprint": self.plan.dataset_fingerprint,
-            "base_identity": base_identity(self.recipe),
+            "base_identity": self.base,
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -344,9 +344,10 @@ def build_trainer(
     run: RunDirectory,
     encoder: Encoder,
     resumed_at: int,
+    base: str = "",
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, recipe, plan, index, run, encoder, resumed_at)
+    trainer = PlannedTrainer(model, recipe, plan, index, run, encoder, resumed_at, base)
     step_end = _StepEnd()
     step_end.trainer = trainer
     trainer.callback_handler.callbacks.insert(0, step_end)

@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
@@ -30,7 +29,7 @@ from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, read_marker, write_marker
 from launch.runs import refuse_another_dataset, refuse_another_recipe, write_request
-from trainer.agreement import from_rank_0, leave_processes, on_rank_0, say_once, together
+from trainer.agreement import from_rank_0, gather, leave_processes, on_rank_0, say_once, together
 from trainer.data.collate import Encoder
 from trainer.model.base import add_lora, load_base
 from trainer.prepare import prepare
@@ -51,6 +50,7 @@ class Task:
     plan: Plan
     index: Index
     run: RunDirectory
+    base: str  # `base_identity`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,7 +153,13 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     recipe = recipe_of(options)
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
-        return Task(recipe, Plan.from_json(run.plan_file.read_text()), index, run)
+        plan = Plan.from_json(run.plan_file.read_text())
+        if index.fingerprint != plan.dataset_fingerprint:
+            raise ConfigError(
+                f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "
+                f"{index.fingerprint[:12]}); choose another --name, or --fresh to move the old run aside"
+            )
+        return Task(recipe, plan, index, run, base_identity(recipe))
     run = open_run(options.runs_dir, options.name or recipe.name)
     refuse_another_recipe(run, recipe)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -167,14 +173,14 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         name=run.name,
     )
     refuse_another_dataset(run, plan)
-    return Task(recipe, plan, index, run)
+    return Task(recipe, plan, index, run, base_identity(recipe))
 
 
 def announce(task: Task, state: PartialState) -> None:
     """Say first what runs, and make sure that every rank runs the same.
 
     Raises:
-        RunError: the launched world is not the plan's, or a rank made another plan.
+        RunError: the launched world is not the plan's, or a rank made another plan or has another base.
     """
     plan = task.plan
     logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
@@ -192,14 +198,18 @@ def announce(task: Task, state: PartialState) -> None:
             )
 
     together(check)
-    if state.num_processes > 1:
-        digests: list[str | None] = [None] * state.num_processes
-        dist.all_gather_object(digests, plan.digest())
-        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+    everyone = gather((plan.digest(), task.base))
+    odd = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
+
+    def compare() -> None:
+        if odd:
+            what = "plan" if everyone[odd[0]][0] != everyone[0][0] else "base model"
             raise RunError(
-                f"rank {odd[0]}: its plan differs from rank 0's ({len(odd)} ranks differ); the nodes see other data, "
-                "recipes or library versions; share them"
+                f"its {what} differs from rank {odd[0]}'s ({len(odd)} ranks differ); the nodes see other data, "
+                "models, recipes or library versions; share HF_HOME and SAMESTEP_CACHE, or make them alike"
             )
+
+    on_rank_0(compare)
 
 
 def take_run(task: Task, held: ExitStack) -> None:
@@ -246,7 +256,7 @@ def resume_point(task: Task) -> Path | None:
     """The newest published checkpoint, or None for a new run.
 
     Raises:
-        CheckpointError: it belongs to another recipe, dataset, or a longer run.
+        CheckpointError: it belongs to another recipe, dataset, base model, or a longer run.
     """
     checkpoint = newest_published(task.run.path)
     if checkpoint is None:
@@ -255,13 +265,14 @@ def resume_point(task: Task) -> Path | None:
     wanted = {
         "recipe_fingerprint": plan.recipe_fingerprint,
         "dataset_fingerprint": plan.dataset_fingerprint,
-        "base_identity": base_identity(task.recipe),
+        "base_identity": task.base,
     }
     for key, value in wanted.items():
-        if facts[key] != value:
+        if facts.get(key) != value:
             raise CheckpointError(
-                f"{checkpoint}: was written with another {key.partition('_')[0]} ({facts[key][:12]}, this run has "
-                f"{value[:12]}); use another --name, or --fresh to move the old run aside"
+                f"{checkpoint}: was written with another {key.partition('_')[0]} "
+                f"({str(facts.get(key))[:12]}, this run has {value[:12]}); "
+                "use another --name, or --fresh to move the old run aside"
             )
     if facts["step"] > plan.max_steps:
         raise CheckpointError(f"{checkpoint}: lies beyond the run ({facts['step']} > {plan.max_steps} steps)")
@@ -280,7 +291,7 @@ def build(task: Task, state: PartialState, resumed_at: int) -> PlannedTrainer:
         make_deterministic()
     encoder = Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     model = add_lora(load_base(task.recipe, state.device, task.plan.quant_storage), task.recipe)
-    return build_trainer(model, task.recipe, task.plan, task.index, task.run, encoder, resumed_at)
+    return build_trainer(model, task.recipe, task.plan, task.index, task.run, encoder, resumed_at, task.base)
 
 
 def make_deterministic() -> None:

@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 
 from launch.errors import ConfigError
 from launch.index import (
-    EMBEDDED,
     SplitName,
     cache_root,
     embedded_folder,
@@ -22,7 +21,7 @@ from launch.index import (
     split_files,
     split_parts,
 )
-from launch.recipe import Recipe
+from launch.recipe import EMBEDDED, Recipe
 
 COLUMNS = ("image", "query", "label", "human_or_machine")
 

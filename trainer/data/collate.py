@@ -235,7 +235,7 @@ def assemble(
         RunError: a row is not the one the index was made of, or its token counts are others, so that the loss
             would be normalized wrongly.
     """
-    read = [rows[int(split.rows[sample])] for sample in batch.samples]
+    read = [_read(rows, split, sample) for sample in batch.samples]
     for number, row in zip(batch.samples, read, strict=True):
         if row_digest(row.image, row.query, row.label) != split.digests[number]:
             raise RunError(
@@ -263,6 +263,16 @@ def assemble(
         step_target_tokens=step_target_tokens,
         samples=() if batch.filler else tuple(batch.samples),
     )
+
+
+def _read(rows: Rows, split: Split, sample: int) -> Row:
+    try:
+        return rows[int(split.rows[sample])]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"data: sample {sample} (row {split.rows[sample]}) cannot be read ({type(error).__name__}: {error}); "
+            "the data changed or went away since `samestep prepare`"
+        ) from error
 
 
 def data_workers(processes_per_node: int) -> int:

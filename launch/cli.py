@@ -178,6 +178,8 @@ def merge(
     """Add an adapter to its unquantized base, and compare the result with base + adapter."""
     from launch import start
 
+    if dtype not in (None, "bfloat16", "float32"):
+        raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
     if not start.merge(source, output, dtype, base, runs_dir):
         _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
 

@@ -65,9 +65,13 @@ class RunDirectory:
     def merged(self) -> Path:
         return self.path / "merged"
 
-    def eval_file(self, split: str = "test") -> Path:
-        """Figures and answers of the last evaluation of a split; the test split's is `eval.json`."""
-        return self.path / ("eval.json" if split == "test" else f"eval-{split}.json")
+    def eval_file(self, split: str = "test", samples: int | None = None) -> Path:
+        """Figures and answers of the last evaluation of a split, or of so many samples of it.
+
+        `eval.json` is that of the whole test split: a look at a few samples does not replace it.
+        """
+        parts = ["eval", *([] if split == "test" else [split]), *([] if samples is None else [str(samples)])]
+        return self.path / f"{'-'.join(parts)}.json"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""

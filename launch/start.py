@@ -268,7 +268,7 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
     if {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
         problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
     if "merged" in models and not (run.merged / "config.json").is_file():
-        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.name}`")
+        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
     if unknown := [model for model in models if model not in EVALUATED_MODELS]:
         problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
     if problems:

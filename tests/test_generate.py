@@ -103,10 +103,12 @@ def test_the_table_names_paths_and_the_next_commands(
     assert main(["--run-dir", "answers", "--max-samples", "5", "--models", "adapter", "--split", "test"]) == 0
     shown = capsys.readouterr().out
     assert "5 questions of test" in shown
-    assert "answers/eval.json" in shown
+    assert "answers/eval-5.json" in shown
     assert "merge answers" in shown
     assert len(shown.partition("next:")[2].strip().splitlines()) == 3
-    assert [each["row"] for each in json.loads(run.eval_file().read_text())["predictions"]] == [0, 2, 4, 7, 9]
+    written = json.loads(run.eval_file("test", 5).read_text())
+    assert [each["row"] for each in written["predictions"]] == [0, 2, 4, 7, 9]
+    assert len(json.loads(run.eval_file().read_text())["predictions"]) > 5
 
 
 def test_what_is_missing_is_refused_with_what_to_do(

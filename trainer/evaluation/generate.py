@@ -47,6 +47,9 @@ from trainer.speech import speak_plainly
 # The result: rank 0 ----------------------------------------------------------------------
 
 
+_COMMAND = Path(sys.executable).with_name("samestep")
+
+
 def result_of(
     task: Task, questions: Sequence[Question], answers: Sequence[Answer], world_size: int
 ) -> dict[str, Any]:
@@ -125,8 +128,9 @@ def write_result(result: dict[str, Any], file: Path) -> None:
     aside.replace(file)
 
 
-def print_result(result: dict[str, Any], run: RunDirectory, console: Console) -> None:
+def print_result(result: dict[str, Any], request: Request, console: Console) -> None:
     """The accuracies as a table, then the paths and what to type next."""
+    run = request.run
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
     title = f"relaxed accuracy on {result['questions']} questions of {result['source']}"
     table = Table(title=title, title_justify="left")
@@ -141,7 +145,7 @@ def print_result(result: dict[str, Any], run: RunDirectory, console: Console) ->
     paths = {
         "adapter": run.adapter,
         "merged": run.merged,
-        "answers": run.eval_file(result["split"]),
+        "answers": run.eval_file(request.split, request.max_samples),
         "every step": run.metrics_file,
     }
     console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
@@ -156,12 +160,13 @@ def _share_text(accuracy: Accuracy) -> str:
 
 def next_commands(run: RunDirectory) -> list[str]:
     """Three commands that make sense after an evaluation."""
-    samestep = "samestep" if shutil.which("samestep") else _short(Path(sys.executable).with_name("samestep"))
-    folder = shlex.quote(_short(run.path))
-    merged = f"evaluate {folder} --models adapter,merged" if run.merged.is_dir() else f"merge {folder}"
+    samestep = "samestep" if shutil.which("samestep") else shlex.quote(_short(_COMMAND))
+    folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
+    merged = f"evaluate {folder} --models base,adapter,merged" if run.merged.is_dir() else f"merge {folder}"
+    longer = "--set training.max_steps=-1 --set training.num_train_epochs=5"
     return [
         f"{samestep} {merged}",
-        f"{samestep} run {folder}/recipe.yaml --name {run.name}-longer --set training.num_train_epochs=5",
+        f"{samestep} run {folder}/recipe.yaml --runs-dir {place} --name {run.name}-longer {longer}",
         f"{samestep} plan {folder}/recipe.yaml --gpus-per-node 4",
     ]
 
@@ -221,8 +226,8 @@ def evaluate(task: Task, state: PartialState) -> None:
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
         result = result_of(task, share[0], answers, state.num_processes)
-        write_result(result, task.request.run.eval_file(task.request.split))
-        print_result(result, task.request.run, Console(highlight=False, soft_wrap=True))
+        write_result(result, task.request.run.eval_file(task.request.split, task.request.max_samples))
+        print_result(result, task.request, Console(highlight=False, soft_wrap=True))
 
     on_rank_0(conclude)
 

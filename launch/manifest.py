@@ -20,11 +20,6 @@ MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the published checkpoint of `step` (optimizer steps done) stands."""
-    return run_dir / f"checkpoint-{step}"
-
-
 def aside_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it is published."""
     return run_dir / f"checkpoint-{step}.partial"

@@ -12,7 +12,6 @@ from launch.errors import CheckpointError
 from launch.manifest import (
     MANIFEST,
     aside_folder,
-    checkpoint_folder,
     newest_published,
     publish,
     read_manifest,
@@ -29,7 +28,7 @@ def _write_aside(run_dir: Path, step: int) -> Path:
 
 
 def _published(run_dir: Path, step: int) -> Path:
-    final = checkpoint_folder(run_dir, step)
+    final = run_dir / f"checkpoint-{step}"
     publish(_write_aside(run_dir, step), final, {"step": step})
     return final
 
@@ -128,7 +127,7 @@ def test_a_crash_at_any_write_leaves_the_old_newest_or_the_whole_new_one(
     outcomes = []
     for calls in range(12):
         run_dir = tmp_path / str(calls)
-        old, new = _published(run_dir, 20), checkpoint_folder(run_dir, 40)
+        old, new = _published(run_dir, 20), run_dir / "checkpoint-40"
         aside = _write_aside(run_dir, 40)
         with monkeypatch.context() as patch:
             _cut_power_after(calls, patch)

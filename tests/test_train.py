@@ -126,6 +126,18 @@ def test_a_changed_cadence_holds_from_the_resumption_on(world: Path, tmp_path: P
     assert [line["step"] for line in read_lines(run.evaluations_file)] == [2, 3, 4]
 
 
+def test_figures_that_find_no_room_stop_the_run_with_a_message(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, values: object) -> None:
+        raise OSError(28, "No space left on device", str(file))
+
+    recipe = _write(world, tmp_path / "recipe.yaml")
+    monkeypatch.setattr("trainer.sft.append_line", full)
+    assert _train(recipe, "run") == 1
+    assert "metrics.jsonl: No space left on device; make room" in capsys.readouterr().err
+
+
 def test_rows_that_changed_behind_the_index_stop_the_run(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

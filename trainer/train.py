@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_once(options, index, start_processes())
     except SamestepError as error:
         return end_badly(error, options)
+    except OSError as error:  # a line of the figures that found no room, say: on this rank alone
+        place = error.filename or "a file"
+        return end_badly(
+            RunError(f"{place}: {error.strerror or error}; make room or give permission"), options
+        )
     leave_processes()
     return 0
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launch.errors import RunError
 from launch.index import Index
 from launch.recipe import Recipe, recipe_from_dict
+from launch.steps import MicroBatch
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
-from trainer.data.collate import IGNORED, Encoder, mrope_positions, pack
+from trainer.data.collate import IGNORED, Encoder, assemble, mrope_positions, pack
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -79,14 +83,23 @@ def _loss_alone(model: Any, sample: Any, encoder: Encoder) -> torch.Tensor:
     )
 
 
-def _pack(samples: list[Any], encoder: Encoder, masked: bool = False) -> dict[str, Any]:
+def _pack(
+    samples: list[Any], encoder: Encoder, *, masked: bool = False, ids: list[int] | None = None, step: int = 0
+) -> dict[str, Any]:
     processor = encoder.processor
-    merge = processor.image_processor.merge_size
-    return dict(pack(samples, masked=masked, image_token_id=processor.image_token_id, merge=merge))
+    packed = pack(
+        samples,
+        sample_ids=ids or list(range(len(samples))),
+        step=step,
+        masked=masked,
+        image_token_id=processor.image_token_id,
+        merge=processor.image_processor.merge_size,
+    )
+    return dict(packed)
 
 
-def _packed_losses(model: Any, samples: list[Any], encoder: Encoder) -> torch.Tensor:
-    inputs = _pack(samples, encoder)
+def _packed_losses(model: Any, samples: list[Any], encoder: Encoder, **of: Any) -> torch.Tensor:
+    inputs = _pack(samples, encoder, **of)
     labels = inputs.pop("shift_labels")[0]
     logits = model(**inputs).logits[0]
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -159,6 +172,23 @@ def test_a_filler_scores_nothing(encoder: Encoder, samples: list[Any]) -> None:
     assert inputs["input_ids"].shape[1] == len(samples[0].input_ids)
 
 
+@pytest.mark.parametrize("filler", [False, True])
+def test_every_token_knows_its_sample_its_place_and_its_step(
+    recipe: Recipe, index: Index, encoder: Encoder, filler: bool
+) -> None:
+    chosen = (41, 7, 7, 30)
+    split = index.splits["train"]
+    batch = assemble(open_split(recipe, "train"), split, encoder, MicroBatch(chosen, filler), 12, 99)
+    inputs = batch["inputs"]
+    assert (inputs["step"], batch["step"]) == (12, 12)
+    lengths = [int(split.tokens[number]) for number in chosen]
+    assert inputs["sample_ids"].dtype == inputs["position_ids"].dtype == torch.int64
+    assert inputs["sample_ids"].tolist() == [
+        n for n, m in zip(chosen, lengths, strict=True) for _ in range(m)
+    ]
+    assert inputs["position_ids"][0, 0].tolist() == [place for m in lengths for place in range(m)]
+
+
 def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]) -> None:
     inputs = _pack(samples, encoder)
     ends = inputs["text_cu_seqlens"][1:] - 1
@@ -168,21 +198,94 @@ def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]
     assert len(following) == sum(sample.target_tokens for sample in samples)
 
 
+def _training(world: Path, *, recompute: bool) -> Any:
+    """A model in training mode with dropout 0.3 in all its layers."""
+    values = recipe_values(world)
+    values["training"]["gradient_checkpointing"] = recompute
+    values["lora"] = {"lora_dropout": 0.3, "target_modules": "all-linear"}
+    recipe = recipe_from_dict(values)
+    model = _with_lora(recipe)
+    prepare_training(model, recipe)
+    return model.train()
+
+
+def _gradients(model: Any) -> list[torch.Tensor]:
+    """The gradients since the last call."""
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return gradients
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def dropping(world: Path) -> Any:
+    return _training(world, recompute=True)
+
+
 def test_recomputation_gives_the_same_gradients_with_dropout(
-    world: Path, samples: list[Any], encoder: Encoder
+    world: Path, dropping: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    plain = _training(world, recompute=False)
+    for model in (plain, dropping):
+        _packed_losses(model, samples[:3], encoder).sum().backward()
+    assert _same(_gradients(plain), _gradients(dropping))
+
+
+def test_dropout_masks_follow_the_sample_and_not_the_packing(
+    dropping: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    """Together, apart, in another order, in other company: the same gradients, up to the order of the sums."""
+    chosen = [3, 0, 5, 2]
+
+    def gradients(*groups: list[int], step: int = 4) -> list[torch.Tensor]:
+        for ids in groups:
+            of = [samples[number] for number in ids]
+            _packed_losses(dropping, of, encoder, ids=ids, step=step).sum().backward()
+        return _gradients(dropping)
+
+    together = gradients(chosen)
+    for groups in ([[3], [0], [5], [2]], [[2, 0], [5, 3]], [[0, 2, 3, 5]]):
+        for mine, theirs in zip(gradients(*groups), together, strict=True):
+            assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+    for mine, theirs in zip(gradients(chosen, step=5), together, strict=True):
+        assert (mine - theirs).norm() > 1e-2 * theirs.norm()
+
+
+def test_recomputation_finds_its_own_masks_after_other_forwards(
+    dropping: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    _packed_losses(dropping, samples[:3], encoder).sum().backward()
+    expected = _gradients(dropping)
+    loss = _packed_losses(dropping, samples[:3], encoder).sum()
+    _packed_losses(dropping, samples[2::-1], encoder, step=9)  # as many tokens, other masks
+    with torch.no_grad():
+        _packed_losses(dropping.eval(), samples[:3], encoder, step=-1)
+    dropping.train()
+    loss.backward()
+    assert _same(_gradients(dropping), expected)
+
+
+def test_a_training_step_draws_nothing_from_generators(
+    dropping: Any, samples: list[Any], encoder: Encoder
 ) -> None:
     gradients = []
-    for recompute in (False, True):
-        values = recipe_values(world)
-        values["training"]["gradient_checkpointing"] = recompute
-        values["lora"] = {"lora_dropout": 0.3}
-        model = _with_lora(recipe_from_dict(values))
-        prepare_training(model, recipe_from_dict(values))
-        model.train()
-        torch.manual_seed(3)
-        _packed_losses(model, samples[:3], encoder).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        _packed_losses(dropping, samples[:3], encoder).sum().backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        gradients.append(_gradients(dropping))
+    assert _same(*gradients)
+
+
+def test_training_without_packed_inputs_is_refused_when_there_is_dropout(
+    dropping: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    with pytest.raises(RunError, match=r"^lora\.lora_dropout: .* without the keys of its tokens"):
+        dropping(input_ids=samples[0].input_ids[None])
 
 
 def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any], encoder: Encoder) -> None:
@@ -199,3 +302,17 @@ def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any
     gradients = [parameter.grad for parameter in packed.parameters() if parameter.requires_grad]
     assert gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers_deaf_to_sigterm() -> None:
+    program = (
+        "import time; from trainer.data import collate\n"
+        "class Slow(collate._Batches):\n"
+        "    def __len__(self): return 100\n"
+        "    def batch(self, number): time.sleep(0.01); return number\n"
+        "kept = iter(collate.Loader(Slow(), range(100), total=100, workers=2, pin_memory=False))\n"
+        "print(next(kept), flush=True)\n"
+        "raise SystemExit(7)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from tests.conftest import recipe_values
 from trainer.data.chartqa import decode_image, open_split
 from trainer.data.collate import Encoder
 from trainer.model.base import add_lora, load_base
+from trainer.preemption import Watch
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.records import read_lines
 from trainer.sft import build_trainer
+from trainer.task import Task
 
 STEPS = 3
 
@@ -63,8 +66,9 @@ def ours(
     run = RunDirectory(tmp_path_factory.mktemp("ours"))
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     seen = Gradients()
+    model = add_lora(load_base(recipe, torch.device("cpu")), recipe)
     trainer = build_trainer(
-        add_lora(load_base(recipe, torch.device("cpu")), recipe), recipe, plan, index, run, encoder, 0
+        model, Task(recipe, plan, index, run, base=""), encoder, Watch(run, 0, os.getppid()), 0
     )
     trainer.add_callback(seen)
     trainer.train()

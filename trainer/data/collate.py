@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -47,6 +50,8 @@ class ModelInputs(TypedDict):
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [4, 1, T]
+    sample_ids: Tensor  # [T] int64: the position in the split of the sample that a token belongs to
+    step: int  # the optimizer step, counted from 0; -1 in an evaluation
     scored_positions: Tensor  # [K]: the tokens from which a target is predicted
     shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32
@@ -142,8 +147,19 @@ def mrope_positions(is_image: Tensor, grid: tuple[int, int, int], merge: int) ->
     return torch.cat([head, image.reshape(3, -1) + begin, tail], dim=1)
 
 
-def pack(samples: Sequence[Sample], *, masked: bool, image_token_id: int, merge: int) -> ModelInputs:
-    """Lay samples end to end. `masked` scores no token: a filler, which runs and weighs nothing."""
+def pack(
+    samples: Sequence[Sample],
+    *,
+    sample_ids: Sequence[int],
+    step: int,
+    masked: bool,
+    image_token_id: int,
+    merge: int,
+) -> ModelInputs:
+    """Lay samples end to end. `masked` scores no token: a filler, which runs and weighs nothing.
+
+    `sample_ids`: their positions in the split, which choose their dropout masks together with `step`.
+    """
     input_ids = torch.cat([sample.input_ids for sample in samples])
     next_labels = torch.cat([_next_labels(sample.labels) for sample in samples])
     scored = next_labels.new_empty(0) if masked else (next_labels != IGNORED).nonzero()[:, 0]
@@ -155,6 +171,8 @@ def pack(samples: Sequence[Sample], *, masked: bool, image_token_id: int, merge:
     return ModelInputs(
         input_ids=input_ids[None],
         position_ids=torch.cat([text_positions[None], positions])[:, None],
+        sample_ids=torch.tensor(sample_ids).repeat_interleave(torch.tensor(text_lengths)),
+        step=step,
         scored_positions=scored,
         shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
@@ -255,6 +273,8 @@ def assemble(
     return PackedBatch(
         inputs=pack(
             samples,
+            sample_ids=batch.samples,
+            step=step,
             masked=batch.filler,
             image_token_id=processor.image_token_id,
             merge=processor.image_processor.merge_size,
@@ -303,6 +323,9 @@ class Loader:
         self, batches: _Batches, numbers: range, *, total: int, workers: int, pin_memory: bool
     ) -> None:
         self._total = total
+        if workers:
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
             batch_size=None,
@@ -325,3 +348,17 @@ class Loader:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    # A stop is agreed by the ranks, which need their data until then. A rank that dies without a word is noticed
+    # (PyTorch's watchdog looks for the parent every 5 s); one that ends calls `_end_workers`.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the end of the process: multiprocessing would send the SIGTERM that workers ignore, and wait for ever.
+
+    Registered after multiprocessing's own end, so it runs before it.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

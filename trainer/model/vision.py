@@ -7,6 +7,7 @@ are computed under `no_grad` and handed to the language model as part of the emb
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +15,23 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from trainer.model.attention import Segments
+from trainer.model.dropout import ARGUMENT, DropoutKeys
 
 
-def take_packed_inputs(model: Qwen2VLForConditionalGeneration) -> None:
-    """Teach the model's forward the packed inputs of `trainer.data.collate.ModelInputs`.
+def take_packed_inputs(model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None) -> None:
+    """Teach the model's forward the packed inputs of `trainer.data.collate.ModelInputs`; `keys` of its dropout.
 
     A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
     packed inputs, like `generate`'s, pass through untouched.
     """
-    model.model.register_forward_pre_hook(_unpack, with_kwargs=True)
+    model.model.register_forward_pre_hook(partial(_unpack, keys), with_kwargs=True)
     model.model.register_forward_hook(_keep_scored, with_kwargs=True)
 
 
 def _unpack(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    keys: DropoutKeys | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Replace pixels and token ids by embeddings, and the lengths by segments."""
+    """Replace pixels and token ids by embeddings, lengths by segments, step and samples by dropout keys."""
     if "text_cu_seqlens" not in kwargs:
         return None
     features = image_features(
@@ -43,6 +45,9 @@ def _unpack(
     embeddings = embeddings.index_copy(1, kwargs.pop("image_positions"), features[None].to(embeddings.dtype))
     kwargs["inputs_embeds"] = embeddings
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
+    if keys is not None and model.training:
+        kwargs[ARGUMENT] = keys.of(step, sample_ids, kwargs["position_ids"][0, 0])
     # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
     kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
     return args, kwargs

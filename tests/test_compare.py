@@ -1,4 +1,4 @@
-"""Comparison of logits: none where merging only rounds, plain where the wrong model lies in the folder."""
+"""Comparison: nothing but rounding where the merge is right, plain to see where the wrong model lies in the folder."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,10 @@ from launch.recipe import recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.adapters import write_run
 from tests.conftest import recipe_values
-from trainer.checkpoint.merge import merge
-from trainer.evaluation.compare import difference, main
+from tests.merging import merge
+from trainer.data.chartqa import Row
+from trainer.evaluation.compare import main
+from trainer.evaluation.comparison import Seen, answered, difference
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +34,26 @@ def compared(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
     return found
 
 
-def test_a_good_merge_differs_from_base_and_adapter_by_rounding_and_from_the_4_bit_base_by_more(
+def test_both_merges_are_set_beside_the_model_as_it_was_trained(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compared(capsys, "--source", str(run.path), "--merged", str(run.merged))
-    assert (found["samples"], found["dtype"]) == (4, "float32")
+    found = compared(capsys, "--source", str(run.path), "--merged", str(run.merged), "--both-bases")
+    assert (found["samples"], found["dtype"], found["reference"]) == (4, "float32", "4-bit base + adapter")
     assert found["positions"] > 4
-    assert found["unmerged"]["largest"] < 1e-4
-    assert found["unmerged"]["agreement"] == 1.0
-    assert found["quantized"]["largest"] > 100 * found["unmerged"]["largest"]
+    original, dequantized = found["merged"]
+    assert (original["model"], dequantized["model"]) == ("merged, original", "merged, dequantized")
+    assert original["unmerged"]["largest"] < 1e-4
+    assert original["unmerged"]["agreement"] == 1.0
+    assert original["quantized"]["largest"] > 100 * original["unmerged"]["largest"]
+    assert (
+        dequantized["quantized"]["largest"] < 1e-4
+    )  # fp32 throughout: the weights are those of the training
+    assert dequantized["unmerged"]["largest"] > 100 * dequantized["quantized"]["largest"]
+
+    answers = {each["model"]: each for each in found["answers"]}
+    assert answers["4-bit base + adapter"]["same"] == answers["merged, dequantized"]["same"] == 1.0
+    assert answers["merged, original"]["same"] == answers["base + adapter"]["same"]
+    assert not list(run.path.glob("*.other-base"))
 
 
 def test_a_folder_with_another_model_shows(
@@ -49,8 +62,9 @@ def test_a_folder_with_another_model_shows(
     found = compared(
         capsys, "--source", str(run.adapter), "--merged", str(world / "base"), "--run-dir", str(run.path)
     )
-    assert found["unmerged"]["largest"] > 0.1
-    assert found["unmerged"]["mean"] > 0.001
+    assert found["merged"][0]["model"] == "merged, base"
+    assert found["merged"][0]["unmerged"]["largest"] > 0.1
+    assert found["merged"][0]["unmerged"]["mean"] > 0.001
 
 
 def test_a_merge_in_bf16_is_compared_in_bf16(
@@ -59,7 +73,15 @@ def test_a_merge_in_bf16_is_compared_in_bf16(
     merge(run.path, tmp_path / "half", dtype="bfloat16")
     found = compared(capsys, "--source", str(run.path), "--merged", str(tmp_path / "half"))
     assert found["dtype"] == "bfloat16"
-    assert 1e-5 < found["unmerged"]["largest"] < 0.05 * found["unmerged"]["logit_range"]
+    unmerged = found["merged"][0]["unmerged"]
+    assert 1e-5 < unmerged["largest"] < 0.05 * unmerged["logit_range"]
+
+
+def test_answers_are_counted_as_same_and_as_right() -> None:
+    rows = [Row(b"", "?", ["10"], 0), Row(b"", "?", ["Asia"], 1)]
+    mine, reference = Seen(torch.zeros(1), ("10.4", "asia")), Seen(torch.zeros(1), ("10.4", "Asia"))
+    found = answered("m", mine, reference, rows)
+    assert (found.same, found.correct, found.accuracy) == (0.5, 2, 100.0)
 
 
 def test_what_is_missing_is_refused(
@@ -67,7 +89,7 @@ def test_what_is_missing_is_refused(
 ) -> None:
     for arguments, words in (
         (["--source", str(run.path), "--merged", str(tmp_path)], "no config.json"),
-        (["--source", str(tmp_path), "--merged", str(run.merged)], "no adapter_config.json"),
+        (["--source", str(tmp_path), "--merged", str(run.merged)], "no adapter, and no checkpoint"),
         (
             ["--source", str(run.path), "--merged", str(run.merged), "--run-dir", str(tmp_path)],
             "no recipe.yaml",

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
 from launch.manifest import publish
+from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging
-from trainer.checkpoint.merge import canonical_name, main, merge, plan_merge, verify
+from trainer.checkpoint.merge import main
+from trainer.checkpoint.merge_plan import MergeRequest, plan_merge
+from trainer.checkpoint.names import canonical_name
+from trainer.checkpoint.verify import verify
 from trainer.model.tiny import random_tiny
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +28,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     random_tiny(folder)
     return folder
-
-
-def make_adapter(base: Path, folder: Path, **lora: Any) -> Path:
-    """A PEFT adapter of random numbers, saved by PEFT, naming `base`."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | lora
-    adapted = get_peft_model(model, LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    adapted.save_pretrained(folder)
-    change_config(folder, base_model_name_or_path=str(base))
-    return folder
-
-
-def change_config(folder: Path, file: str = "adapter_config.json", **values: Any) -> None:
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | values))
-
-
-def rename_keys(folder: Path, rename: Callable[[str], str], file: str = WEIGHTS) -> None:
-    tensors = load_file(folder / file)
-    save_file({rename(key): tensor for key, tensor in tensors.items()}, folder / file, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +44,6 @@ def own_adapter(adapter: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def own_base(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "own_base"))
-
-
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    model = PeftModel.from_pretrained(Qwen2VLForConditionalGeneration.from_pretrained(base), adapter)
-    state: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
-    return state
 
 
 def test_a_run_directory_merges_to_what_peft_merges_and_every_other_tensor_keeps_its_bytes(
@@ -94,7 +65,8 @@ def test_a_run_directory_merges_to_what_peft_merges_and_every_other_tensor_keeps
     expected = merged_by_peft(base, adapter)
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
-    assert {file.name for file in output.iterdir()} == {file.name for file in base.iterdir()}
+    names = {file.name for file in output.iterdir()}
+    assert names == {file.name for file in base.iterdir()} | {"README.md", "merge.json"}
     assert not list(run.glob("*.partial"))
 
 
@@ -131,7 +103,7 @@ def test_a_bf16_base_in_several_files_keeps_its_files_and_is_rounded_once_from_f
     ):
         if (base / file).exists():
             shutil.copy(base / file, sharded)
-    report = merge(adapter, output, base=str(sharded))
+    report = merge(adapter, output, base_model=str(sharded))
     index = "model.safetensors.index.json"
     assert report.files > 2
     assert (output / index).read_bytes() == (sharded / index).read_bytes()
@@ -166,7 +138,7 @@ def test_names_of_other_transformers_versions_find_the_same_tensors(
         return name.replace("model.", "model.language_model.", 1)
 
     rename_keys(own_base, in_memory, "model.safetensors")
-    merge(adapter, tmp_path / "new_base", base=str(own_base))
+    merge(adapter, tmp_path / "new_base", base_model=str(own_base))
     new = load_file(tmp_path / "new_base/model.safetensors")
     assert all(torch.equal(new[in_memory(name)], expected[name]) for name in expected)
     assert canonical_name("visual.blocks.0.attn.qkv") == canonical_name("model.visual.blocks.0.attn.qkv")
@@ -202,20 +174,27 @@ def test_places_that_cannot_be_read_or_written_are_refused(
     (tmp_path / "there").mkdir()
     assert "exists already" in refused(capsys, adapter, tmp_path / "there")
     assert "no such folder" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "no adapter_config.json" in refused(capsys, tmp_path / "there", tmp_path / "out")
-    assert "no such folder" in refused(capsys, adapter, tmp_path / "out", "--base", str(tmp_path / "gone"))
-    assert "no config.json" in refused(capsys, adapter, tmp_path / "out", "--base", str(tmp_path / "there"))
+    assert "no adapter, and no checkpoint of a known form" in refused(
+        capsys, tmp_path / "there", tmp_path / "out"
+    )
+    assert "no such folder" in refused(
+        capsys, adapter, tmp_path / "out", "--base-model", str(tmp_path / "gone")
+    )
+    assert "no config.json" in refused(
+        capsys, adapter, tmp_path / "out", "--base-model", str(tmp_path / "there")
+    )
     (tmp_path / "out.partial").mkdir()
-    assert "not the rest of a merge" in refused(capsys, adapter, tmp_path / "out")
+    (tmp_path / "out.partial/something").touch()
+    assert "not the rest of our own writing" in refused(capsys, adapter, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    assert "GB free where the merged model needs" in refused(capsys, adapter, tmp_path / "out2")
+    assert "GB are needed" in refused(capsys, adapter, tmp_path / "out2")
 
 
 def test_a_hub_base_without_network_is_refused_with_what_to_do(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refused(capsys, adapter, tmp_path / "out", "--base", "nobody/no-such-model")
+    message = refused(capsys, adapter, tmp_path / "out", "--base-model", "nobody/no-such-model")
     assert "not in the cache" in message
     assert "samestep prepare" in message
 
@@ -225,35 +204,38 @@ def test_a_base_that_does_not_fit_is_refused(
 ) -> None:
     output = tmp_path / "out"
     random_tiny(tmp_path / "wide", hidden=128)
-    message = refused(capsys, adapter, output, "--base", str(tmp_path / "wide"))
+    message = refused(capsys, adapter, output, "--base-model", str(tmp_path / "wide"))
     assert "4 of 4 lora pairs do not fit" in message
     assert "[64, 64]" in message
     assert "[128, 128]" in message
 
     random_tiny(tmp_path / "short", layers=1)
-    message = refused(capsys, adapter, output, "--base", str(tmp_path / "short"))
+    message = refused(capsys, adapter, output, "--base-model", str(tmp_path / "short"))
     assert "2 of 4" in message
     assert "layers.1.self_attn.q_proj matches no tensor" in message
 
     change_config(own_base, "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantized (bitsandbytes)" in refused(capsys, adapter, output, "--base", str(own_base))
+    assert "quantized (bitsandbytes)" in refused(capsys, adapter, output, "--base-model", str(own_base))
     change_config(own_base, "config.json", quantization_config=None)
 
     weights = own_base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "where its header says" in refused(capsys, adapter, output, "--base", str(own_base))
+    assert "where its header says" in refused(capsys, adapter, output, "--base-model", str(own_base))
     weights.unlink()
-    assert "no model.safetensors" in refused(capsys, adapter, output, "--base", str(own_base))
+    assert "no model.safetensors" in refused(capsys, adapter, output, "--base-model", str(own_base))
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (own_base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "1 of 1 weight files are missing" in refused(capsys, adapter, output, "--base", str(own_base))
+    assert "1 of 1 weight files are missing" in refused(
+        capsys, adapter, output, "--base-model", str(own_base)
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "lora_magnitude_vector are needed"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, of which no tensor"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
         ({"bias": "lora_only"}, "bias: lora_only"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"target_parameters": ["weight"]}, "target_parameters"),
@@ -261,7 +243,7 @@ def test_a_base_that_does_not_fit_is_refused(
         ({"peft_type": "LOHA"}, "peft_type: LOHA"),
         ({"a_method_of_tomorrow": 3}, "a_method_of_tomorrow"),
         ({"r": 8}, "rank 8"),
-        ({"base_model_name_or_path": None}, "--base"),
+        ({"base_model_name_or_path": None}, "--base-model"),
     ],
 )
 def test_what_would_not_be_merged_exactly_is_refused_by_name(
@@ -281,14 +263,14 @@ def test_what_would_not_be_merged_exactly_is_refused_by_name(
         ),
         (
             lambda t: {k: v for k, v in t.items() if "layers.0.self_attn.q_proj.lora_B" not in k},
-            "lora_A only",
+            "has lora_A only",
         ),
-        (lambda t: {}, "holds no tensors"),
+        (lambda t: {}, "holds no tensors of an adapter"),
         (lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2)}, "lm_head.weight is neither"),
         (lambda t: {k: v * float("nan") for k, v in t.items()}, "undefined"),
         (
             lambda t: {**t, **{k.replace("language_model.", ""): v for k, v in t.items()}},
-            "both match model.layers.0",
+            "is there twice, under two names",
         ),
     ],
 )
@@ -305,7 +287,7 @@ def test_damaged_adapter_weights_are_refused(
 
 
 def test_one_flipped_byte_in_the_result_is_found_and_named(adapter: Path, tmp_path: Path) -> None:
-    plan = plan_merge(adapter, tmp_path / "merged")
+    plan = plan_merge(MergeRequest(adapter, tmp_path / "merged"))
     merge(adapter, tmp_path / "merged")
     file = tmp_path / "merged/model.safetensors"
     for name in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):

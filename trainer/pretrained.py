@@ -49,11 +49,15 @@ def base_name(recipe: Recipe) -> str:
 
 
 def base_identity(recipe: Recipe) -> str:
-    """What the base is, beyond its name: the commit of a hub model, else a digest of its config and weight files.
+    """What the base of a recipe is, beyond its name: see `folder_identity`."""
+    return folder_identity(Path(base_path(recipe)))
+
+
+def folder_identity(folder: Path) -> str:
+    """What a model is, beyond its name: the commit of a hub model, else a digest of its config and weight files.
 
     Of a large file 64 blocks of 64 KiB are read, evenly spaced: another training changes them all.
     """
-    folder = Path(base_path(recipe))
     if folder.parent.name == "snapshots":
         return folder.name
     digest = hashlib.sha256((folder / "config.json").read_bytes())

@@ -5,6 +5,7 @@ so files are written here from a stream of row blocks; the format is an eight by
 the data (https://huggingface.co/docs/safetensors#format).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -162,23 +163,30 @@ def write_shard(
     path: Path,
     shard: Shard,
     dtypes: dict[str, str],
-    block: Callable[[str, int, torch.Tensor], torch.Tensor],
+    block: Callable[[BinaryIO, str, int, int], torch.Tensor],
     advance: Callable[[int], None],
-) -> None:
+) -> dict[str, bytes]:
     """Writes `shard` again as `path`: same tensors, order and metadata, each stored as `dtypes[name]`.
 
-    `block(name, first_row, rows)` gives the rows to write; `advance` is told the bytes read.
-    The file is on disk (fsync) when this returns.
+    `block(file, name, begin, end)` gives the rows to write, `file` being the open `shard`; `advance` is told the
+    bytes of those rows in it.
+    The file is on disk (fsync) when this returns: the sha256 of every tensor's bytes as they were to be written.
     """
+    digests: dict[str, bytes] = {}
     with shard.path.open("rb") as source, path.open("wb") as target:
         target.write(_header(shard, dtypes))
         for name, entry in shard.entries.items():
+            digest = hashlib.sha256()
             for begin, end in block_rows(entry):
-                rows = read_block(source, entry, begin, end)
-                target.write(tensor_bytes(block(name, begin, rows).to(DTYPES[dtypes[name]])).numpy().data)
-                advance(rows.nbytes)
+                rows = block(source, name, begin, end).to(DTYPES[dtypes[name]])
+                data = tensor_bytes(rows).numpy().data
+                digest.update(data)
+                target.write(data)
+                advance((end - begin) * entry.width * DTYPES[entry.dtype].itemsize)
+            digests[name] = digest.digest()
         target.flush()
         os.fsync(target.fileno())
+    return digests
 
 
 def _header(shard: Shard, dtypes: dict[str, str]) -> bytes:

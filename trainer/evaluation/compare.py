@@ -1,89 +1,92 @@
-"""The logits of a merged model beside those of base + adapter: what merging changed.
+"""Merged models beside base + adapter: what merging changed, in logits, answers and accuracy.
 
-    python -m trainer.evaluation.compare --source SOURCE --merged DIR [--samples N] [--run-dir RUN] [--base BASE]
+    python -m trainer.evaluation.compare --source SOURCE --merged DIR [--merged DIR] [--both-bases] [--samples N]
 
-On samples of the validation split, at the positions that predict the answer (its true tokens are given, nothing is
-generated). The unmerged model is the unquantized base in the merged model's dtype plus the adapter: what differs is
-rounding. When the recipe trains in 4 bits, the quantized base plus the adapter is shown too: that difference is the
-price of leaving the quantized weights the adapter was trained on.
+On samples of the validation split. The logits are those at the positions that predict the true answer, whose tokens
+are given; the answers are generated. The unmerged model is the unquantized base in the merged model's dtype plus the
+adapter: what differs from it is rounding. When the recipe trains in 4 bits, the quantized base plus the adapter is
+shown too: that difference is the price of leaving the quantized weights the adapter was trained on.
 """
 
 import argparse
 import gc
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
 from launch.recipe import Recipe, load_recipe
-from trainer.checkpoint.adapter import find_adapter, read_adapter
-from trainer.checkpoint.merge import find_base
+from launch.run_directory import RunDirectory
+from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
+from trainer.checkpoint.base_model import find_base, run_of
+from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
+from trainer.checkpoint.merge import merge, print_report
+from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
 from trainer.data.chartqa import Row, decode_image, open_split
 from trainer.data.collate import Encoder
-from trainer.evaluation.answers import spread
+from trainer.evaluation.answers import Replica, spread
+from trainer.evaluation.comparison import (
+    QUANTIZED,
+    UNMERGED,
+    Compared,
+    Comparison,
+    Seen,
+    answered,
+    difference,
+    print_comparison,
+)
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.speech import complain, speak_plainly
 
+BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
 Loader = Callable[[], torch.nn.Module]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is compared: the adapter folder and its base, the merged model, on which recipe's data."""
+    """What is compared: an adapter and its base, the merged models, on which recipe's data.
 
-    adapter: Path
-    base: Path
-    merged: Path
-    recipe: Recipe
-    samples: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the merged model's logits from another's, over all answer positions and the whole vocabulary.
-
-    `largest`, `mean`: absolute; `logit_range`: largest minus smallest logit of the other model, to read them by;
-    `agreement`: share of positions at which both put the same token first.
+    `both_bases`: make the merge onto the other base too (original or dequantized), compare it, and remove it.
     """
 
-    largest: float
-    mean: float
-    logit_range: float
-    agreement: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Merged against unmerged, and against the quantized base + adapter when the recipe is quantized."""
-
+    source: Path
+    adapter: Adapter
+    base: Path
+    merged: tuple[Path, ...]
+    recipe: Recipe
     samples: int
-    positions: int
-    dtype: str
-    unmerged: Difference
-    quantized: Difference | None
+    recipe_file: Path
+    missing: Missing
+    both_bases: bool = False
 
 
 def compare(request: Request) -> Comparison:
-    """Load one model after the other, keep the logits at the answers, and compare."""
-    processor = load_processor(request.recipe)
-    rows = validation_rows(request)
-    dtype = stored_dtype(request.merged)
+    """Load one model after the other, keep logits and answers, and compare."""
+    with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
+        write_adapter(request.adapter, Path(adapter))  # as PEFT's present version reads it
+        return _compare(request, folders, Path(adapter))
+
+
+def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
+    dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
@@ -98,42 +101,103 @@ def compare(request: Request) -> Comparison:
             ),
         )
 
-    loaders: dict[str, Loader] = {
-        "merged": lambda: plain(request.merged),
-        "base + adapter": lambda: with_adapter(plain(request.base), request.adapter),
-    }
+    pairs = len(request.adapter.pairs)
+    loaders: dict[str, Loader] = {name: partial(plain, folder) for name, folder in folders.items()}
+    loaders[UNMERGED] = lambda: with_adapter(plain(request.base), adapter, pairs)
     if request.recipe.quantization.load_in_4bit:
-        loaders["4-bit base + adapter"] = lambda: with_adapter(
-            load_base(request.recipe, device), request.adapter
-        )
-    logits: dict[str, Tensor] = {}
+        loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
+    seen, rows = _look(request, loaders, dtype)
+    reference = QUANTIZED if QUANTIZED in seen else UNMERGED
+    return Comparison(
+        samples=len(rows),
+        positions=len(seen[UNMERGED].logits),
+        dtype=str(dtype).removeprefix("torch."),
+        reference=reference,
+        merged=tuple(
+            Compared(
+                name,
+                str(folder),
+                difference(seen[name].logits, seen[UNMERGED].logits),
+                difference(seen[name].logits, seen[QUANTIZED].logits) if QUANTIZED in seen else None,
+            )
+            for name, folder in folders.items()
+        ),
+        answers=tuple(answered(name, each, seen[reference], rows) for name, each in seen.items()),
+    )
+
+
+def _look(
+    request: Request, loaders: Mapping[str, Loader], dtype: torch.dtype
+) -> tuple[dict[str, Seen], list[Row]]:
+    """Every model's logits and answers, one model in memory at a time; and the rows they are of."""
+    processor = load_processor(request.recipe)
+    numbers = validation_numbers(request)
+    source = open_split(request.recipe, "validation")
+    rows = [source[number] for number in numbers]
+    encoder = Encoder(processor, request.recipe.data.system_message, request.recipe.data.loss)
+    prompts = [encoder.texts(row)[0] for row in rows]
+    seen: dict[str, Seen] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name, load in loaders.items():
-            task = progress.add_task(f"logits of {name}", total=len(rows))
+            task = progress.add_task(name, total=2 * len(rows))
             model = load().eval()
             parts = []
             for row in rows:
                 parts.append(answer_logits(model, processor, request.recipe, row, dtype))
                 progress.advance(task)
-            logits[name] = torch.cat(parts)
-            del model
+            tokens = request.recipe.evaluation.max_new_tokens
+            replica = Replica(cast(Any, model), processor, source, tokens, dtype)
+            answers: list[str] = []
+            for begin in range(0, len(rows), BATCH):
+                end = begin + BATCH
+                answers += replica.answers(prompts[begin:end], numbers[begin:end])
+                progress.advance(task, len(rows[begin:end]))
+            seen[name] = Seen(torch.cat(parts), tuple(answers))
+            del model, replica
             gc.collect()
-    merged, quantized = logits["merged"], logits.get("4-bit base + adapter")
-    return Comparison(
-        samples=len(rows),
-        positions=len(merged),
-        dtype=str(dtype).removeprefix("torch."),
-        unmerged=difference(merged, logits["base + adapter"]),
-        quantized=None if quantized is None else difference(merged, quantized),
+    return seen, rows
+
+
+@contextmanager
+def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
+    """The merged models by a name that says their base; with `both_bases` the other one is made meanwhile."""
+    folders = {f"merged, {kind_of(folder)}": folder for folder in request.merged}
+    if len(folders) < len(request.merged):
+        raise CheckpointError(
+            f"--merged: {len(request.merged)} folders of the same kind of base; give one of each kind"
+        )
+    if not request.both_bases or not request.recipe.quantization.load_in_4bit:
+        yield folders
+        return
+    first = request.merged[0]
+    other: BaseKind = "original" if kind_of(first) == "dequantized" else "dequantized"
+    twin = first.with_name(f"{first.name}.other-base")
+    if (twin / RECORD).is_file():
+        shutil.rmtree(twin)  # of a comparison that was killed
+    dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
+    print_report(
+        merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
+        Console(highlight=False, soft_wrap=True),
     )
+    try:
+        yield {**folders, f"merged, {other}": twin}
+    finally:
+        shutil.rmtree(twin)
 
 
-def with_adapter(base: Qwen2VLForConditionalGeneration, folder: Path) -> torch.nn.Module:
+def kind_of(folder: Path) -> str:
+    """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
+    try:
+        return str(json.loads((folder / RECORD).read_text())["base"])
+    except (OSError, ValueError, KeyError):
+        return folder.name
+
+
+def with_adapter(base: Qwen2VLForConditionalGeneration, folder: Path, wanted: int) -> torch.nn.Module:
     """PEFT's own loading, which says nothing about keys that match no layer: counted here."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
-    wanted = len(read_adapter(folder).pairs)
     if loaded != wanted:
         raise CheckpointError(
             f"{folder}: PEFT loaded {loaded} of {wanted} lora pairs into the base; "
@@ -142,14 +206,13 @@ def with_adapter(base: Qwen2VLForConditionalGeneration, folder: Path) -> torch.n
     return cast(torch.nn.Module, model)
 
 
-def validation_rows(request: Request) -> list[Row]:
-    """Rows of the validation split, evenly spaced over it."""
+def validation_numbers(request: Request) -> list[int]:
+    """Numbers of rows of the validation split, evenly spaced over it."""
     index = read_index(request.recipe) or prepare(request.recipe)
     numbers = index.splits["validation"].rows
     if not len(numbers):
         raise ConfigError("data.validation: has no rows to compare on; correct the split")
-    rows = open_split(request.recipe, "validation")
-    return [rows[int(numbers[position])] for position in spread(len(numbers), request.samples)]
+    return [int(numbers[position]) for position in spread(len(numbers), request.samples)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -181,46 +244,11 @@ def answer_logits(
     return logits[0, begin - 1 : -1].float().cpu()
 
 
-def difference(merged: Tensor, other: Tensor) -> Difference:
-    """Both [positions, vocabulary]."""
-    gap = (merged - other).abs()
-    return Difference(
-        largest=float(gap.max()),
-        mean=float(gap.mean()),
-        logit_range=float(other.max() - other.min()),
-        agreement=float((merged.argmax(-1) == other.argmax(-1)).float().mean()),
-    )
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """A table for people, then one line of JSON for programs."""
-    title = (
-        f"logits of the merged model ({comparison.dtype}) at {comparison.positions} answer tokens "
-        f"of {comparison.samples} validation samples"
-    )
-    table = Table(title=title, title_justify="left")
-    for column in ("against", "largest difference", "mean difference", "logit range", "same first token"):
-        table.add_column(column, justify="left" if column == "against" else "right")
-    against = {"base + adapter, unmerged": comparison.unmerged, "4-bit base + adapter": comparison.quantized}
-    for name, found in against.items():
-        if found is not None:
-            table.add_row(
-                name,
-                f"{found.largest:.3g}",
-                f"{found.mean:.3g}",
-                f"{found.logit_range:.3g}",
-                f"{100 * found.agreement:.1f} %",
-            )
-    console.print(table)
-    console.print(json.dumps(asdict(comparison)), markup=False)
-
-
-def recipe_of(source: Path, run_dir: Path | None) -> Recipe:
+def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
     """The recipe of the run that `source` is or lies in, or of `run_dir`."""
-    folders = [run_dir] if run_dir else [source, source.parent]
-    for folder in folders:
-        if (folder / "recipe.yaml").is_file():
-            return load_recipe(folder / "recipe.yaml")
+    run = RunDirectory(run_dir) if run_dir else run_of(source)
+    if run is not None and run.recipe_file.is_file():
+        return run.recipe_file
     raise ConfigError(
         f"{run_dir or source}: no recipe.yaml, which names the data to compare on; "
         "give the run's directory with --run-dir"
@@ -231,39 +259,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.evaluation.compare",
-        description="Compare the logits of a merged model with those of its base and adapter.",
+        description="Compare merged models with their base and adapter: logits, answers, accuracy.",
         epilog="example: python -m trainer.evaluation.compare --source runs/embedded --merged runs/embedded/merged",
     )
     parser.add_argument(
         "--source", type=Path, required=True, help="run directory, checkpoint or adapter folder"
     )
-    parser.add_argument("--merged", type=Path, required=True, help="folder of the merged model")
     parser.add_argument(
-        "--samples", type=int, default=DEFAULT_SAMPLES, help="validation samples (default: 32)"
+        "--merged",
+        type=Path,
+        required=True,
+        action="append",
+        help="folder of a merged model; may be repeated",
+    )
+    parser.add_argument(
+        "--both-bases",
+        action="store_true",
+        help="merge onto the other base too (original or dequantized), compare it, and remove it",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=DEFAULT_SAMPLES,
+        help=f"validation samples (default: {DEFAULT_SAMPLES})",
     )
     parser.add_argument(
         "--run-dir", type=Path, help="the run whose recipe names the data (default: the source's)"
     )
-    parser.add_argument("--base", help="folder or hub id of the unquantized base; default: the adapter's")
+    add_adapter_options(parser)
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples: {given.samples} compares nothing; give at least 1")
     speak_plainly()
     try:
-        source = given.source.expanduser().absolute()
-        adapter = find_adapter(source)
-        request = Request(
-            adapter=adapter,
-            base=find_base(read_adapter(adapter), given.base),
-            merged=given.merged.expanduser().absolute(),
-            recipe=recipe_of(source, given.run_dir),
-            samples=given.samples,
-        )
-        comparison = compare(request)
+        comparison = compare(_request(given))
     except SamestepError as error:
         return complain(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
     return 0
+
+
+def _request(given: argparse.Namespace) -> Request:
+    source, missing = given.source.expanduser().absolute(), missing_of(given)
+    adapter = read_adapter(source, missing)
+    recipe_file = recipe_file_of(source, given.run_dir)
+    return Request(
+        source=source,
+        adapter=adapter,
+        base=find_base(adapter, missing.base_model),
+        merged=tuple(folder.expanduser().absolute() for folder in given.merged),
+        recipe=load_recipe(recipe_file),
+        samples=given.samples,
+        recipe_file=recipe_file,
+        missing=missing,
+        both_bases=given.both_bases,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+"""What merging does beyond plain LoRA: DoRA, saved modules, the rounded base, its base's identity, kills, the card."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration
+
+from launch.errors import CheckpointError
+from launch.manifest import publish
+from launch.recipe import Recipe, dump_recipe, recipe_from_dict
+from tests.adapters import write_run
+from tests.conftest import recipe_values
+from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft
+from trainer.checkpoint import merge as merging
+from trainer.checkpoint.adapter import read_adapter
+from trainer.checkpoint.base_model import find_base
+from trainer.checkpoint.merge import main
+from trainer.checkpoint.merge_plan import MergePlan, MergeRequest, plan_merge
+from trainer.checkpoint.names import memory_name
+from trainer.checkpoint.verify import MergeReport, verify
+from trainer.model.base import load_base
+from trainer.model.tiny import random_tiny
+from trainer.pretrained import folder_identity
+
+
+@pytest.fixture(scope="module")
+def base(world: Path) -> Path:
+    return world / "base"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True, "target_modules": "all-linear", "rank_pattern": {"mlp.up_proj": 2}},
+        {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "merger", "norm"]},
+    ],
+)
+def test_dora_and_saved_modules_merge_as_peft_does(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    report = merge(adapter, tmp_path / "merged")
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged").state_dict()
+    expected, before = merged_by_peft(base, adapter), load_file(base / "model.safetensors")
+    assert report.changed == report.pairs + report.saved >= 4
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=2e-6)
+    changed = sum(not torch.equal(tensor, loaded[memory_name(name)]) for name, tensor in before.items())
+    assert changed == report.changed
+    assert report.unchanged == len(before) - changed
+
+
+def test_a_dora_length_that_is_wrong_on_disk_is_found(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
+    plan = plan_merge(MergeRequest(adapter, tmp_path / "merged"))
+    merge(adapter, tmp_path / "merged")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    file, entry = tmp_path / "merged/model.safetensors", plan.shards[0].entries[name]
+    content = bytearray(file.read_bytes())
+    row = torch.frombuffer(content, dtype=torch.float32, count=64, offset=entry.begin)
+    row *= 1 + 1e-4  # one row too long by a ten-thousandth
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj"):
+        verify(plan, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_a_tied_embedding_is_not_changed_on_one_side_only(
+    base: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", **lora)
+    tied = Path(shutil.copytree(base, tmp_path / "tied"))
+    change_config(tied, "config.json", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="lm_head is tied"):
+        merge(adapter, tmp_path / "merged", base_model=str(tied))
+
+
+# The rounded base ------------------------------------------------------------------------
+
+
+def quantized_recipe(world: Path, dtype: str, double: bool) -> Recipe:
+    values = recipe_values(world)
+    values["model"]["dtype"] = dtype
+    values["quantization"] |= {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
+    return recipe_from_dict(values)
+
+
+@pytest.mark.parametrize(("dtype", "double"), [("bfloat16", True), ("float32", False), ("float32", True)])
+def test_the_dequantized_base_is_the_one_that_a_4_bit_model_computes_with(
+    world: Path, tmp_path: Path, dtype: str, double: bool
+) -> None:
+    recipe = quantized_recipe(world, dtype, double)
+    run = write_run(recipe, tmp_path / "run")
+    report = merge(run.path, tmp_path / "merged", base="dequantized")
+    written = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged").state_dict()
+    layers = {
+        n: m for n, m in load_base(recipe, torch.device("cpu")).named_modules() if isinstance(m, Linear4bit)
+    }
+    pairs = {pair.module: pair for pair in read_adapter(run.adapter).pairs}
+    assert len(layers) == report.rounded + report.pairs > 12
+    for name, layer in layers.items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert weight.dtype == getattr(torch, dtype)
+        if name not in pairs:
+            assert torch.equal(written[f"{name}.weight"], weight.float()), name
+        else:
+            expected = weight.double() + pairs[name].b.double() @ pairs[name].a.double() * pairs[name].scaling
+            torch.testing.assert_close(written[f"{name}.weight"].double(), expected, rtol=1e-6, atol=1e-6)
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert (record["base"], record["rounded"], record["byte_identical"]) == (
+        "dequantized",
+        report.rounded,
+        report.tensors - report.rounded - report.changed,
+    )
+
+
+def test_a_flipped_bit_in_a_rounded_tensor_is_found(world: Path, tmp_path: Path) -> None:
+    run = write_run(quantized_recipe(world, "float32", True), tmp_path / "run")
+    plan = plan_merge(MergeRequest(run.path, tmp_path / "merged", base="dequantized"))
+    merge(run.path, tmp_path / "merged", base="dequantized")
+    file, name = tmp_path / "merged/model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    content = bytearray(file.read_bytes())
+    content[plan.shards[0].entries[name].begin + 400] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj"):
+        verify(plan, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+)
+def test_what_the_disk_makes_of_a_tensor_is_found_before_it_is_published(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = write_run(quantized_recipe(world, "float32", True), tmp_path / "run")
+
+    def damage_then_verify(plan: MergePlan, folder: Path, *rest: Any) -> MergeReport:
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[plan.shards[0].entries[name].begin + 403] ^= 1  # the high byte of a number
+        file.write_bytes(content)
+        return verify(plan, folder, *rest)
+
+    monkeypatch.setattr(merging, "verify", damage_then_verify)
+    with pytest.raises(CheckpointError, match=name):
+        merge(run.path, tmp_path / "merged", base="dequantized")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_the_rounded_base_needs_to_know_how_it_was_rounded(
+    world: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    asked = [str(adapter), "--output", str(tmp_path / "out"), "--base", "dequantized"]
+    assert main(asked) == 2
+    assert "--recipe" in capsys.readouterr().err
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(dump_recipe(recipe_from_dict(recipe_values(world))))
+    assert main([*asked, "--recipe", str(plain)]) == 2
+    assert "not quantized" in capsys.readouterr().err
+    plain.write_text(dump_recipe(quantized_recipe(world, "float32", True)))
+    assert main([*asked, "--recipe", str(plain)]) == 0
+    assert "rounded to 4 bits" in capsys.readouterr().out
+
+
+# The base of the training ----------------------------------------------------------------
+
+
+def test_a_base_of_another_revision_is_refused_where_the_run_says_its_own(
+    world: Path, tmp_path: Path
+) -> None:
+    run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
+    aside = tmp_path / "aside"
+    shutil.copytree(run.adapter, aside)
+    publish(aside, run.checkpoint(3), {"step": 3, "base_identity": folder_identity(world / "base")})
+    random_tiny(tmp_path / "other", seed=1)
+    for source in (run.path, run.adapter, run.checkpoint(3)):
+        with pytest.raises(CheckpointError, match="is not the base that the run was trained on"):
+            merge(source, tmp_path / "merged", base_model=str(tmp_path / "other"))
+    shutil.copytree(world / "base", tmp_path / "same")
+    assert find_base(read_adapter(run.path), str(tmp_path / "same")) == tmp_path / "same"
+
+
+# Kills -----------------------------------------------------------------------------------
+
+
+def test_a_merge_that_is_killed_leaves_no_half_model_and_the_next_one_completes(tmp_path: Path) -> None:
+    random_tiny(tmp_path / "base", hidden=512, layers=6)
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    output, aside = tmp_path / "merged", tmp_path / "merged.partial"
+    size = (tmp_path / "base/model.safetensors").stat().st_size
+    weights = aside / "model.safetensors"
+
+    def has(count: int) -> bool:
+        return weights.is_file() and weights.stat().st_size >= count
+
+    forks = multiprocessing.get_context("fork")
+    for moment in (
+        lambda: aside.is_dir(),
+        lambda: has(size // 2),
+        lambda: has(size),
+    ):  # the last: while it verifies
+        child = forks.Process(target=merge, args=(adapter, output))
+        child.start()
+        deadline = time.monotonic() + 60
+        while not moment() and child.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert not output.exists()
+        assert aside.is_dir()
+    (aside / "of_another_attempt.json").touch()
+    assert merge(adapter, output).changed == 12
+    assert not (output / "of_another_attempt.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+    assert ".samestep-writes" not in {path.name for path in output.iterdir()}
+
+
+# The card --------------------------------------------------------------------------------
+
+
+def test_the_card_says_base_data_recipe_figures_and_how_to_load(world: Path, tmp_path: Path) -> None:
+    values = recipe_values(world)
+    run = write_run(recipe_from_dict(values), tmp_path / "run")
+    run.metrics_file.write_text('{"step": 1, "loss": 2.5}\n{"step": 6, "loss": 1.25}\n')
+    accuracy = {"overall": {"percent": 40.0, "standard_error": 1.0, "correct": 4, "count": 10}}
+    result = {"questions": 10, "split": "test", "accuracy": {"adapter": accuracy}}
+    run.eval_file().write_text(json.dumps(result))
+    merge(run.path, run.merged)
+    card = (run.merged / "README.md").read_text()
+    for words in (
+        "library_name: transformers",
+        str(world / "base"),
+        str(world / "charts"),
+        "6 steps of 8 samples",
+        "Training loss 2.500 at step 1, 1.250 at step 6",
+        "| adapter | 40.0 % | 4 of 10 |",
+        "Qwen2VLForConditionalGeneration.from_pretrained",
+        "vllm serve",
+        "PeftModel.from_pretrained",
+    ):
+        assert words in card
+    (run.path / "eval.json").write_text("half")
+    shutil.rmtree(run.merged)
+    merge(run.path, run.merged)
+    assert "40.0" not in (run.merged / "README.md").read_text()
+
+
+def test_the_config_stays_the_bases_and_the_source_stays(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged")
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    assert (adapter / WEIGHTS).is_file()

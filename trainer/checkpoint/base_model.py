@@ -1,0 +1,138 @@
+"""The unquantized base that an adapter is merged into: found, checked, and known to be the one of the training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.errors import CheckpointError
+from launch.manifest import MANIFEST
+from launch.recipe import Recipe, load_recipe
+from launch.run_directory import RunDirectory
+from trainer.checkpoint.adapter import Adapter
+from trainer.checkpoint.shards import read_base_shards
+from trainer.pretrained import folder_identity
+
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def run_of(source: Path) -> RunDirectory | None:
+    """The run directory that `source` is, or lies in; None outside a run."""
+    source = source.expanduser().absolute()
+    for folder in (source, source.parent):
+        if RunDirectory(folder).recipe_file.is_file():
+            return RunDirectory(folder)
+    return None
+
+
+def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
+    """The recipe of the run that `source` belongs to, or `recipe_file`; None without one."""
+    if recipe_file is not None:
+        return load_recipe(recipe_file)
+    run = run_of(source)
+    return load_recipe(run.recipe_file) if run else None
+
+
+def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
+    """The folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
+
+    Raises:
+        CheckpointError: it cannot be had, or is not the base that the run was trained on.
+    """
+    folder = _find(adapter, base_model)
+    for where, identity in _trained_on(adapter.path):
+        found = folder_identity(folder)
+        # A commit of the hub and a digest of files say the same thing in two ways that cannot be compared.
+        if bool(_COMMIT.fullmatch(found)) == bool(_COMMIT.fullmatch(identity)) and found != identity:
+            raise CheckpointError(
+                f"{folder}: is not the base that the run was trained on ({found[:12]} here, {identity[:12]} in "
+                f"{where}); give the same revision with --base-model"
+            )
+    return folder
+
+
+def _find(adapter: Adapter, base_model: str | None) -> Path:
+    name = base_model or adapter.base
+    if not name:
+        raise CheckpointError(
+            f"{adapter.path}: its adapter_config.json names no base model; give it with --base-model"
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
+        return folder.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name}: no such folder; give the base model's folder or hub id with --base-model"
+        )
+    return _snapshot(name, _revision(name, adapter))
+
+
+def _trained_on(source: Path) -> Iterator[tuple[Path, str]]:
+    """What the newest checkpoint beside an adapter says of its base (`base_identity`); nothing outside a run."""
+    run = run_of(source)
+    folders = [source] if (source / MANIFEST).is_file() else list(reversed(run.checkpoints())) if run else []
+    for folder in folders:
+        try:
+            facts = json.loads((folder / MANIFEST).read_text())["facts"]
+        except (OSError, ValueError, KeyError):
+            continue  # never published: says nothing
+        if identity := facts.get("base_identity"):
+            yield folder / MANIFEST, str(identity)
+            return
+
+
+def _revision(name: str, adapter: Adapter) -> str:
+    """The revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
+    recipe = recipe_of(adapter.path)
+    if recipe is not None and recipe.model.name_or_path == name:
+        return recipe.model.revision
+    return adapter.revision if adapter.revision and adapter.base == name else "main"
+
+
+def _snapshot(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", *COPIED]
+    try:
+        cached = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+        )
+        read_base_shards(cached)
+        return cached
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not in the cache, or only a part of it
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: the hub knows no such model; correct --base-model or log in"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: the base at revision {revision} is not in the cache and the hub cannot be reached "
+            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and "
+            "the same HF_HOME, or give a local folder with --base-model"
+        ) from error
+
+
+def refuse_quantized_base(folder: Path) -> None:
+    """CheckpointError when a model's weights are stored quantized."""
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "unknown method")
+        raise CheckpointError(
+            f"{folder}: its weights are quantized ({kind}); merging would round the sum again, "
+            "give the original bf16 or fp32 model with --base-model"
+        )
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether a model's lm_head is its embedding."""
+    config = json.loads((folder / "config.json").read_text())
+    return bool(config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings"))

@@ -1,0 +1,156 @@
+"""README.md and merge.json of a merged model: where it comes from, what it scores, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.recipe import EMBEDDED, Recipe
+from launch.run_directory import RunDirectory
+from trainer.checkpoint.base_model import recipe_of, run_of
+from trainer.checkpoint.merge_plan import MergePlan, MergeRequest
+from trainer.checkpoint.verify import MergeReport
+
+
+def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> str:
+    """The text of README.md, with the front matter that the hub reads."""
+    recipe, run = recipe_of(request.source, request.recipe), run_of(request.source)
+    base = _base_name(recipe, plan)
+    name = recipe.name if recipe else plan.output.name
+    parts = [
+        _front_matter(base, recipe),
+        f"# {name}, merged\n",
+        _what(base, plan, report),
+        _training(recipe, plan),
+        _figures(run),
+        _loading(base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
+    """What programs want to know of a merge: `merge.json`."""
+    return {
+        "base": plan.base_kind,
+        "rounding": None if plan.rounding is None else str(plan.rounding),
+        "base_model": str(plan.adapter.base or plan.base),
+        "adapter": str(plan.adapter.path),
+        "form": plan.adapter.form,
+        "dtypes": sorted(set(plan.dtypes.values())),
+        "tensors": report.tensors,
+        "changed": report.changed,
+        "rounded": report.rounded,
+        "byte_identical": report.unchanged,
+        "largest_error": report.largest_error,
+    }
+
+
+def _base_name(recipe: Recipe | None, plan: MergePlan) -> str:
+    named = recipe.model.name_or_path if recipe else plan.adapter.base
+    return str(named or plan.base)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _front_matter(base: str, recipe: Recipe | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    if _is_hub_id(base):
+        lines += [f"base_model: {base}", "base_model_relation: finetune"]
+    if recipe and _is_hub_id(recipe.data.dataset):
+        lines += ["datasets:", f"- {recipe.data.dataset}"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _what(base: str, plan: MergePlan, report: MergeReport) -> str:
+    adapter = plan.adapter.config
+    kind = "DoRA" if adapter.get("use_dora") else "rsLoRA" if adapter.get("use_rslora") else "LoRA"
+    start = (
+        "the original, unquantized weights"
+        if plan.rounding is None
+        else f"the weights as the training saw them ({plan.rounding}, and back)"
+    )
+    saved = f" and {report.saved} tensors trained whole" if report.saved else ""
+    return (
+        f"{base} with a {kind} adapter (r {adapter['r']}, alpha {adapter['lora_alpha']}) merged into {start}: "
+        f"{report.pairs} lora pairs{saved}. Of {report.tensors} tensors {report.changed} were changed, "
+        f"{report.rounded} rounded only, {report.unchanged} are byte-identical to the base.\n"
+    )
+
+
+def _training(recipe: Recipe | None, plan: MergePlan) -> str:
+    if recipe is None:
+        return f"## Training\n\nThe adapter came as: {plan.adapter.form}. Nothing else is known of its training.\n"
+    data, training = recipe.data, recipe.training
+    dataset = "mini ChartQA drawn from plotly's tables" if data.dataset == EMBEDDED else data.dataset
+    steps = (
+        f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    )
+    quantized = recipe.quantization.bnb_4bit_quant_type if recipe.quantization.load_in_4bit else "none"
+    rows = {
+        "data": f"{dataset}, split `{data.train}`",
+        "loss on": f"the {data.loss}",
+        "steps": f"{steps} of {recipe.batch.global_batch_size} samples",
+        "learning rate": f"{training.learning_rate:g}",
+        "quantization of the base while training": quantized,
+        "revision of the base": recipe.model.revision,
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
+
+
+def _figures(run: RunDirectory | None) -> str:
+    """Of metrics.jsonl and eval.json, as far as they are there; what is damaged is left out."""
+    if run is None:
+        return ""
+    lines = []
+    if steps := [record for record in _records(run.metrics_file) if "loss" in record]:
+        lines.append(f"Training loss {steps[0]['loss']:.3f} at step {steps[0]['step']}, "
+                     f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']}.")  # fmt: skip
+    try:
+        result = json.loads(run.eval_file().read_text())
+        overall = {model: groups["overall"] for model, groups in result["accuracy"].items()}
+        rows = [
+            f"| {model} | {each['percent']:.1f} % | {each['correct']} of {each['count']} |"
+            for model, each in overall.items()
+            if each["percent"] is not None
+        ]
+        lines.append(
+            f"\nRelaxed accuracy on {result['questions']} questions of the {result['split']} split:\n"
+        )
+        lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not evaluated yet
+    return "## Figures\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line]
+    except (OSError, ValueError):
+        return []
+
+
+def _loading(base: str) -> str:
+    return f"""## How to load it
+
+transformers:
+
+```python
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+model = Qwen2VLForConditionalGeneration.from_pretrained("THIS_FOLDER", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+
+vLLM: `vllm serve THIS_FOLDER`
+
+The adapter alone, with PEFT (its folder is not this one):
+
+```python
+from peft import PeftModel
+base = Qwen2VLForConditionalGeneration.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, "ADAPTER_FOLDER")
+```
+"""

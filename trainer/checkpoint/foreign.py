@@ -1,0 +1,299 @@
+"""Any checkpoint that holds a LoRA, ours or another library's, read into one form on one CPU.
+
+`take_over` finds out which form it is by the files that lie there; nothing is started and nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from launch.errors import CheckpointError
+from launch.manifest import MANIFEST, read_manifest
+from trainer.checkpoint.moments import named_moments, numbered_moments
+from trainer.checkpoint.names import adapter_key, adapter_keys, is_lora, parameter_name
+from trainer.checkpoint.shards import read_shard
+from trainer.checkpoint.torch_files import distributed_keys, load_distributed, load_torch
+from trainer.checkpoint.zero import ZeroState, read_universal, read_zero, universal_folder, zero_folder
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+DISTRIBUTED, DISTRIBUTED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+FULL, FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
+NUMBERED_OPTIMIZER, TRAINER_STATE = "optimizer.pt", "trainer_state.json"
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """What a checkpoint holds of a LoRA training.
+
+    `tensors`: by the keys of PEFT's adapter file, as stored. `config`: its adapter_config.json, if one lies there.
+    `written_as`: the keys under which older versions wrote them, where they differ.
+    `moments`: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` by the names of a PeftModel's parameters, or empty.
+    `step`: optimizer steps made, if the form says it. `lost`: what a training would need and is not there, in words.
+    """
+
+    source: Path
+    form: str
+    tensors: dict[str, Tensor]
+    written_as: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    config_file: Path | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    step: int | None = None
+    lost: tuple[str, ...] = ()
+
+
+def take_over(source: Path) -> TakenOver:
+    """Read a checkpoint of any form.
+
+    Raises:
+        CheckpointError: it is of no known form, incomplete (every missing file is named), or holds no LoRA.
+    """
+    source = source.expanduser()
+    if not source.exists():
+        raise CheckpointError(
+            f"{source}: no such folder; give a run directory, a checkpoint or an adapter folder"
+        )
+    found = _read(source)
+    if not found.tensors:
+        raise CheckpointError(f"{found.source}: holds no tensors of an adapter ({found.form}); {_WHY_EMPTY}")
+    if empty := [key for key, tensor in found.tensors.items() if tensor.numel() == 0]:
+        raise CheckpointError(
+            f"{found.source}: {len(empty)} of {len(found.tensors)} tensors are empty ({empty[0]}); it was saved "
+            "without gathering what the ranks hold, give the folder with every rank's part"
+        )
+    return _with_config(_with_step(found))
+
+
+_WHY_EMPTY = (
+    "FSDP version 1 with SHARDED_STATE_DICT saves a PEFT model so, without an error: take a checkpoint of "
+    "FSDP version 2, or save with FULL_STATE_DICT"
+)
+
+
+def _read(source: Path) -> TakenOver:
+    if source.is_file():
+        return _from_weights(source, [source])
+    if (source / MANIFEST).is_file():  # one of ours: every file as it was published
+        read_manifest(source, verify=True)
+    for find, read in _FORMS:
+        if (place := find(source)) is not None:
+            return read(place)
+    if (source / "adapter" / ADAPTER_CONFIG).is_file():  # a run directory
+        return _from_adapter(source / "adapter")
+    raise CheckpointError(
+        f"{source}: no adapter, and no checkpoint of a known form in it ({ADAPTER_WEIGHTS}, {DISTRIBUTED}/, {FULL}, "
+        "DeepSpeed's global_step<N>/ or universal folder, model.safetensors of `accelerate merge-weights`); a run has "
+        "an adapter/ when it is done, until then give one of its checkpoint-<step> folders"
+    )
+
+
+# The forms: where it lies, and how it is read --------------------------------------------
+
+
+def _distributed(source: Path) -> Path | None:
+    if (source / ".metadata").is_file() or (source.name == DISTRIBUTED and any(source.glob("*.distcp"))):
+        return source
+    return source / DISTRIBUTED if (source / DISTRIBUTED).is_dir() else None
+
+
+def _from_distributed(folder: Path) -> TakenOver:
+    names = [name for name in distributed_keys(folder) if not name.startswith("optimizer.")]
+    keys = adapter_keys(names, folder)
+    tensors = load_distributed(folder, list(keys))
+    optimizer = folder.parent / DISTRIBUTED_OPTIMIZER
+    moments: dict[str, Tensor] = {}
+    if optimizer.is_dir() and tensors:
+        prefix = "optimizer.state."
+        stored = load_distributed(optimizer, [n for n in distributed_keys(optimizer) if n.startswith(prefix)])
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in stored.items():
+            parameter, _, state = name.removeprefix(prefix).rpartition(".")
+            states.setdefault(parameter, {})[state] = tensor
+        moments = named_moments(states)
+    form = f"FSDP, sharded ({len(list(folder.glob('*.distcp')))} files)"
+    return TakenOver(folder, form, *_renamed(tensors, keys), moments=moments)
+
+
+def _full(source: Path) -> Path | None:
+    return source / FULL if (source / FULL).is_file() else None
+
+
+def _from_full(file: Path) -> TakenOver:
+    stored = _adapter_of(load_torch(file), file)
+    optimizer = file.with_name(FULL_OPTIMIZER)
+    moments = named_moments(load_torch(optimizer).get("state", {})) if optimizer.is_file() else {}
+    return TakenOver(file.parent, "FSDP, in one file", *stored, moments=moments)
+
+
+def _local_shards(source: Path) -> Path | None:
+    return next(iter(sorted(source.glob("pytorch_model_fsdp*_rank*.bin"))), None)
+
+
+def _refuse_local_shards(file: Path) -> TakenOver:
+    raise CheckpointError(
+        f"{file}: holds one rank's piece without its place (LOCAL_STATE_DICT, or use_dcp=False); load it with the "
+        "same number of processes and save SHARDED_STATE_DICT"
+    )
+
+
+def _from_zero_state(source: Path, state: ZeroState) -> TakenOver:
+    keys = adapter_keys(list(state.weights), source)
+    moments = {}
+    for name, tensor in state.moments.items():
+        parameter, _, kind = name.rpartition(".")
+        moments[f"{parameter_name(adapter_key(parameter)[0])}.{kind}"] = tensor
+    return TakenOver(source, state.form, *_renamed(state.weights, keys), moments=moments, step=state.step)
+
+
+def _adapter_folder(source: Path) -> Path | None:
+    names = (ADAPTER_WEIGHTS, "adapter_model.bin", ADAPTER_CONFIG)
+    return source if any((source / name).is_file() for name in names) else None
+
+
+def _from_adapter(folder: Path) -> TakenOver:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        file = folder / "adapter_model.bin"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; copy the folder again"
+        )
+    stored = _adapter_of(_load_any(file), file)
+    if (folder / MANIFEST).is_file() and (folder / OPTIMIZER_FILE).is_file():
+        return TakenOver(
+            folder, "checkpoint of samestep", *stored, moments=load_file(folder / OPTIMIZER_FILE)
+        )
+    optimizer = folder / NUMBERED_OPTIMIZER
+    if not optimizer.is_file():
+        return TakenOver(folder, "PEFT adapter", *stored)
+    return TakenOver(
+        folder,
+        "transformers Trainer (DDP or one process)",
+        *stored,
+        moments=numbered_moments(load_torch(optimizer), stored[0]),
+    )
+
+
+def _weights(source: Path) -> Path | None:
+    return next((source / name for name in _WEIGHTS if (source / name).is_file()), None)
+
+
+def _from_weights_folder(file: Path) -> TakenOver:
+    if file.suffix != ".json":
+        return _from_weights(file.parent, [file])
+    names = sorted(set(read_json(file).get("weight_map", {}).values()))
+    if missing := [name for name in names if not (file.parent / name).is_file()]:
+        raise CheckpointError(
+            f"{file.parent}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing)}); "
+            "copy them again"
+        )
+    return _from_weights(file.parent, [file.parent / name for name in names])
+
+
+def _from_weights(source: Path, files: list[Path]) -> TakenOver:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _load_any(file)
+    found = _adapter_of(tensors, source)
+    if not any(is_lora(key) for key in found[0]):
+        raise CheckpointError(
+            f"{source}: a model without a LoRA ({len(tensors)} tensors); give an adapter or a checkpoint of one"
+        )
+    return TakenOver(source, "weights alone (`accelerate merge-weights`, `zero_to_fp32.py`)", *found)
+
+
+_FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], TakenOver]], ...] = (
+    (zero_folder, lambda folder: _from_zero_state(folder, read_zero(folder))),
+    (universal_folder, lambda folder: _from_zero_state(folder, read_universal(folder))),
+    (_distributed, _from_distributed),
+    (_full, _from_full),
+    (_local_shards, _refuse_local_shards),
+    (_adapter_folder, _from_adapter),
+    (_weights, _from_weights_folder),
+)
+
+
+# Around them -----------------------------------------------------------------------------
+
+
+def _load_any(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        loaded: dict[str, Tensor] = load_torch(file)
+        return loaded
+    read_shard(file)  # refuses a file that is cut short, with the sizes
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def _adapter_of(stored: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
+    return _renamed(tensors, adapter_keys(list(tensors), where))
+
+
+def _renamed(
+    stored: Mapping[str, Tensor], keys: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by their keys in an adapter file, and the keys they had."""
+    return {key: stored[raw].detach() for raw, key in keys.items()}, {key: raw for raw, key in keys.items()}
+
+
+def _holders(found: TakenOver) -> list[Path]:
+    """The folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
+    folder = found.source if found.source.is_dir() else found.source.parent
+    is_part = (
+        folder.name == DISTRIBUTED or folder.name.startswith("global_step") or "universal" in folder.name
+    )
+    return [folder, folder.parent] if is_part else [folder]
+
+
+def _with_step(found: TakenOver) -> TakenOver:
+    for folder in _holders(found):
+        if (folder / MANIFEST).is_file():
+            return _with_losses(replace(found, step=int(read_manifest(folder)["facts"]["step"])))
+        if (folder / TRAINER_STATE).is_file():
+            step = read_json(folder / TRAINER_STATE).get("global_step")
+            return _with_losses(replace(found, step=step if step is not None else found.step))
+    return _with_losses(found)
+
+
+def _with_losses(found: TakenOver) -> TakenOver:
+    lost = [] if found.moments else ["the optimizer's moments"]
+    lost += [] if found.step is not None else ["the number of steps"]
+    return replace(found, lost=tuple(lost))
+
+
+def _with_config(found: TakenOver) -> TakenOver:
+    for folder in _holders(found):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return replace(
+                found, config=read_json(folder / ADAPTER_CONFIG), config_file=folder / ADAPTER_CONFIG
+            )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError when it is missing or something else."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds no JSON object; copy it again")
+    return values

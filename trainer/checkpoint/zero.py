@@ -1,0 +1,251 @@
+"""DeepSpeed's checkpoints: the parts of every rank put together on one CPU, without DeepSpeed and its process group.
+
+ZeRO keeps each optimizer group as one flat fp32 vector, cut into one piece a rank. Stage 2 cuts the vector of all
+parameters; stage 3 cuts every parameter, and each rank's vector is the row of its pieces. The layout is that which
+`deepspeed/utils/zero_to_fp32.py` (0.19.8) reads; the moments lie in the same places as the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.errors import CheckpointError
+from trainer.checkpoint.torch_files import load_torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
+
+
+@dataclass(frozen=True)
+class ZeroState:
+    """What DeepSpeed trained. Keys are parameter names; `moments` has `<name>.exp_avg`, `.exp_avg_sq`, `.step`."""
+
+    form: str
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    step: int | None
+
+
+def zero_folder(source: Path) -> Path | None:
+    """The folder with every rank's files: `source`, or the one its file `latest` names; None without one."""
+    if _optimizer_files(source):
+        return source
+    latest = source / "latest"
+    if latest.is_file():
+        folder = source / latest.read_text().strip()
+        if not folder.is_dir() and universal_folder(source) is None:
+            raise CheckpointError(f"{folder}: is missing, and {latest} names it; copy the checkpoint again")
+        return folder if folder.is_dir() else None
+    steps = [folder for folder in source.glob("global_step*") if _optimizer_files(folder)]
+    return steps[0] if len(steps) == 1 else None
+
+
+def universal_folder(source: Path) -> Path | None:
+    """The folder of a universal checkpoint: `source`, or the one in it; None without one."""
+    latest = source / "latest_universal"
+    candidates = [source, *([source / latest.read_text().strip()] if latest.is_file() else [])]
+    candidates += sorted(source.glob("*universal*"))
+    for folder in candidates:
+        if (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt")):
+            return folder
+    return None
+
+
+def read_zero(folder: Path) -> ZeroState:
+    """Weights and moments of a ZeRO-1, 2 or 3 folder.
+
+    Raises:
+        CheckpointError: files of some ranks are missing (all are named), or tensor parallelism wrote it.
+    """
+    files = _optimizer_files(folder)
+    first = load_torch(files[min(files)])["optimizer_state_dict"]
+    stage, count = first.get("zero_stage"), first.get("partition_count")
+    if stage is None or count is None:
+        raise CheckpointError(
+            f"{files[min(files)]}: is of no ZeRO stage; give a checkpoint of ZeRO-1, 2 or 3"
+        )
+    ranks = max(count) if isinstance(count, list) else int(count)
+    if missing := [_named_like(files[min(files)], rank) for rank in range(ranks) if rank not in files]:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {ranks} ranks' files are missing ({', '.join(missing)}); "
+            "copy the checkpoint again, from every node"
+        )
+    shapes, step = _shapes(folder)
+    parts = [load_torch(files[rank])["optimizer_state_dict"] for rank in range(ranks)]
+    flat = {"": [_flat_weights(part, stage) for part in parts]}
+    flat |= {
+        key: states for key in MOMENTS if (states := _flat_states(parts, stage, key, flat[""])) is not None
+    }
+    take = _whole_of_stage_3 if stage == 3 else _whole_of_stage_2
+    paddings = first.get("param_alignment_paddings")
+    whole = {key: dict(take(folder, shapes, vectors, paddings)) for key, vectors in flat.items()}
+    counted = _step_count(parts[0], stage)
+    updates = step if counted is None else counted
+    moments: dict[str, Tensor] = {}
+    if updates is not None and all(key in whole for key in MOMENTS):
+        for name in whole[""]:
+            moments |= {f"{name}.{key}": whole[key][name] for key in MOMENTS}
+            moments[f"{name}.step"] = torch.tensor(float(updates))
+    return ZeroState(f"DeepSpeed ZeRO-{int(stage)} of {ranks} ranks", whole[""], moments, step)
+
+
+def read_universal(folder: Path) -> ZeroState:
+    """Weights and moments of a universal checkpoint: a folder a parameter, a file a state.
+
+    Raises:
+        CheckpointError: files of some parameters are missing (all are named).
+    """
+    shapes, step = _shapes(folder)
+    sizes = {name: size for group in shapes for name, size in group.items()}
+    wanted = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *MOMENTS)]
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(wanted)} files are missing ({', '.join(missing[:5])}); "
+            "copy the checkpoint again"
+        )
+    count = _universal_step(folder)
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, size in sizes.items():
+        here = folder / "zero" / name
+        weights[name] = _universal_tensor(here / "fp32.pt", size)
+        own = here / "step.pt"
+        steps = float(load_torch(own)) if own.is_file() else count if count is not None else step
+        if steps is not None:
+            moments |= {f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in MOMENTS}
+            moments[f"{name}.step"] = torch.tensor(float(steps))
+    return ZeroState("DeepSpeed universal checkpoint", weights, moments, step)
+
+
+def _optimizer_files(folder: Path) -> dict[int, Path]:
+    """Every rank's optimizer file by rank."""
+    found = {}
+    for file in folder.glob("*_optim_states.pt"):
+        match = _RANK.search(file.name)
+        if match is None:
+            continue
+        if int(match[2]):
+            raise CheckpointError(f"{file}: was written under tensor parallelism, which is not read here")
+        found[int(match[1])] = file
+    return found
+
+
+def _named_like(file: Path, rank: int) -> str:
+    return _RANK.sub(lambda match: f"zero_pp_rank_{rank}_mp_rank_{match[2]}", file.name)
+
+
+def _shapes(folder: Path) -> tuple[list[dict[str, tuple[int, ...]]], int | None]:
+    """Shapes of the trained parameters in the order of the flat vectors, by group; and the step."""
+    files = sorted(folder.glob("*_model_states.pt"), key=lambda file: (len(file.name), file.name))
+    if not files:
+        raise CheckpointError(
+            f"{folder}: has no *_model_states.pt, which says what the shards hold; copy the checkpoint again"
+        )
+    state: dict[str, Any] = load_torch(files[0])
+    if not state.get("param_shapes"):
+        raise CheckpointError(f"{files[0]}: names no trained parameters; take another checkpoint")
+    return [
+        {name: tuple(size) for name, size in group.items()} for group in state["param_shapes"]
+    ], state.get("global_steps")
+
+
+def _flat_weights(part: dict[str, Any], stage: int) -> list[Tensor]:
+    groups = part["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+    return [group.detach() for group in groups]
+
+
+def _base_state(part: dict[str, Any], stage: int) -> Any:
+    base = part.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
+    return base.get("state") if isinstance(base, dict) else None
+
+
+def _flat_states(
+    parts: Sequence[dict[str, Any]], stage: int, key: str, weights: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]] | None:
+    """One moment's vectors of every rank; None where the optimizer has none of the weights' sizes.
+
+    The last rank's may be longer: its weights are saved without the padding of the group, its moments with it.
+    """
+    found: list[list[Tensor]] = []
+    for part, flat in zip(parts, weights, strict=True):
+        state = _base_state(part, stage) or {}
+        vectors = [state.get(number, {}).get(key) for number in range(len(flat))]
+        is_last = part is parts[-1]
+        for vector, weight in zip(vectors, flat, strict=True):
+            if not isinstance(vector, Tensor) or (vector.shape != weight.shape and not is_last):
+                return None
+        found.append([vector for vector in vectors if vector is not None])
+    return found
+
+
+def _step_count(part: dict[str, Any], stage: int) -> float | None:
+    steps = (_base_state(part, stage) or {}).get(0, {}).get("step")
+    return None if steps is None else float(steps)
+
+
+def _whole_of_stage_2(
+    folder: Path,
+    shapes: Sequence[dict[str, tuple[int, ...]]],
+    vectors: Sequence[Sequence[Tensor]],
+    paddings: Sequence[Sequence[int]] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    for number, group in enumerate(shapes):
+        vector = torch.cat([of_rank[number] for of_rank in vectors])
+        begin = 0
+        for position, (name, size) in enumerate(group.items()):
+            yield name, _piece(folder, vector, begin, math.prod(size), name).view(size).clone()
+            begin += math.prod(size) + (paddings[number][position] if paddings else 0)
+
+
+def _whole_of_stage_3(
+    folder: Path,
+    shapes: Sequence[dict[str, tuple[int, ...]]],
+    vectors: Sequence[Sequence[Tensor]],
+    paddings: Sequence[Sequence[int]] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    rows = [
+        torch.cat(list(of_rank)) for of_rank in vectors
+    ]  # sub-groups follow each other, pieces may span two
+    begin = 0
+    for name, size in ((name, size) for group in shapes for name, size in group.items()):
+        share = math.ceil(math.prod(size) / len(rows))
+        pieces = torch.cat([_piece(folder, row, begin, share, name) for row in rows])
+        yield name, pieces[: math.prod(size)].view(size).clone()
+        begin += share
+
+
+def _piece(folder: Path, vector: Tensor, begin: int, count: int, name: str) -> Tensor:
+    if begin + count > len(vector):
+        raise CheckpointError(
+            f"{folder}: the shards end inside {name} ({len(vector)} numbers, {begin + count} needed); "
+            "they are not of one checkpoint, copy it again"
+        )
+    return vector[begin : begin + count]
+
+
+def _universal_tensor(file: Path, size: tuple[int, ...]) -> Tensor:
+    """Stage 2 gives a shaped tensor in a dictionary, stage 3 a flat one (DeepSpeed 0.19.8)."""
+    stored = load_torch(file)
+    tensor: Tensor = stored["param"] if isinstance(stored, dict) else stored
+    if tensor.numel() != math.prod(size):
+        raise CheckpointError(
+            f"{file}: holds {tensor.numel()} numbers where {list(size)} are needed; convert it again"
+        )
+    return tensor.detach().view(size).clone()
+
+
+def _universal_step(folder: Path) -> float | None:
+    file = folder / "zero" / "optimizer_state.pt"
+    if not file.is_file():
+        return None
+    state = load_torch(file).get("optimizer_state_dict")
+    steps = state.get("state", {}).get(0, {}).get("step") if isinstance(state, dict) else None
+    return None if steps is None else float(steps)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe, recipe_fingerprint
@@ -19,13 +23,31 @@ if TYPE_CHECKING:
 
 AUTO_BUDGET_IN_SAMPLES = 4  # micro_batch_tokens: auto holds this many of the longest sample
 
+_STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read back
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "samestep")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All derived numbers of one run. Tokens count text and visual tokens together."""
+class Begin:
+    """Where the plan's arithmetic begins: step `step` sees the stream from position `sample` on.
 
+    0, 0 but for a run that went on with another global batch size.
+    """
+
+    __pydantic_config__ = _STRICT
+    step: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All derived numbers of one run. Tokens count text and visual tokens together.
+
+    `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
+    run that this one began with.
+    """
+
+    __pydantic_config__ = _STRICT
     name: str
     strategy: str
     nodes: int
@@ -49,6 +71,9 @@ class Plan:
     compute_dtype: str
     autocast: bool
     versions: dict[str, str]
+    begin: Begin = field(default_factory=Begin)
+    allowed: list[str] = field(default_factory=list)
+    started_from: str = ""
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -63,16 +88,23 @@ class Plan:
     def from_json(text: str) -> Plan:
         """Read plan.json. ConfigError when it is damaged or of another version."""
         try:
-            values = json.loads(text)
-            return Plan(**values)
-        except (ValueError, TypeError) as error:
+            return _plan_reader().validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
             raise ConfigError(
-                f"plan.json: not a plan of this version ({error}); run the same `samestep run` again"
+                f"plan.json: not a plan of this version ({f'{where}: ' if where else ''}{first['msg']}); "
+                "run the same `samestep run` again"
             ) from error
 
     def digest(self) -> str:
         """sha256 of the whole plan, hexadecimal: ranks compare it before they start."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _plan_reader() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
 
 
 def make_plan(
@@ -84,6 +116,9 @@ def make_plan(
     gpus_per_node: int,
     device: str,
     name: str = "",
+    begin: Begin = Begin(),
+    allowed: Sequence[str] = (),
+    started_from: str = "",
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
@@ -93,7 +128,7 @@ def make_plan(
     tokens = train.text_tokens + train.visual_tokens
     longest = max((int(s.tokens.max()) for s in index.splits.values() if len(s.tokens)), default=0)
     size = recipe.batch.global_batch_size
-    max_steps, left = whole_steps(recipe, len(tokens))
+    max_steps, left = whole_steps(recipe, len(tokens), begin)
     asked = recipe.batch.micro_batch_tokens
     budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
     request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest)
@@ -108,6 +143,8 @@ def make_plan(
         max_steps=max_steps,
         seed=recipe.training.seed,
         fingerprint=index.fingerprint,
+        first_step=begin.step,
+        first_sample=begin.sample,
     )
     compute_dtype = compute_dtype_of(recipe)
     return Plan(
@@ -134,6 +171,9 @@ def make_plan(
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
         versions=_versions(),
+        begin=begin,
+        allowed=sorted(allowed),
+        started_from=started_from,
     )
 
 
@@ -149,19 +189,28 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
         budget=plan.micro_batch_tokens,
         seed=recipe.training.seed,
         fingerprint=plan.dataset_fingerprint,
+        first_step=plan.begin.step,
+        first_sample=plan.begin.sample,
         tokens=train.text_tokens + train.visual_tokens,
         costs=cost(train.text_tokens, train.visual_tokens),
     )
 
 
-def whole_steps(recipe: Recipe, samples: int) -> tuple[int, int]:
+def whole_steps(recipe: Recipe, samples: int, begin: Begin = Begin()) -> tuple[int, int]:
     """Optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
 
     `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.
     """
     training = recipe.training
-    steps, left = steps_of(samples, training.num_train_epochs, recipe.batch.global_batch_size)
-    return (steps, left) if training.max_steps < 1 else (training.max_steps, 0)
+    if training.max_steps >= 1:
+        return training.max_steps, 0
+    steps, left = steps_of(samples, training.num_train_epochs, recipe.batch.global_batch_size, begin.sample)
+    return begin.step + steps, left
+
+
+def samples_consumed(plan: Plan, step: int) -> int:
+    """Samples of the stream that the first `step` optimizer steps have seen."""
+    return plan.begin.sample + (step - plan.begin.step) * plan.global_batch_size
 
 
 def warmup_steps_of(recipe: Recipe, max_steps: int) -> int:
@@ -179,7 +228,7 @@ def compute_dtype_of(recipe: Recipe) -> str:
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a reader wants to know of a plan, as (name, value with unit)."""
     unit = "GPU" if plan.device == "cuda" else "CPU"
-    epochs = plan.max_steps * plan.global_batch_size / plan.samples_per_epoch
+    epochs = samples_consumed(plan, plan.max_steps) / plan.samples_per_epoch
     return [
         ("run", plan.name),
         ("strategy", plan.strategy),
@@ -197,6 +246,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "precision",
             f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
+        *([("starts from", plan.started_from)] if plan.started_from else []),
+        *([("allowed to differ", ", ".join(plan.allowed))] if plan.allowed else []),
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]

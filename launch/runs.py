@@ -1,66 +1,251 @@
-"""What stands between a request and a run directory: another recipe is refused, the request is written down."""
+"""What stands between a request and a run directory: what may differ, where the run goes on, what is written down."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from launch.errors import ConfigError
-from launch.recipe import Recipe, altering_values, dump_recipe, load_recipe
-from launch.run_directory import RunDirectory
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launch.changes import (
+    OTHER_RUN,
+    Change,
+    changes,
+    refuse_changes,
+    refuse_unknown_keys,
+    still_allowed,
+)
+from launch.errors import CheckpointError, ConfigError
+from launch.manifest import MANIFEST, aside_folder, newest_valid, publish, read_manifest
+from launch.plan import Begin, Plan
+from launch.recipe import altering_values, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
-    from launch.plan import Plan
+    from launch.recipe import Recipe
+    from launch.run_directory import RunDirectory
+
+_OTHER_SOURCE = "begin with another checkpoint, or from nothing"
 
 
-def refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
-    """ConfigError when the run was begun with a recipe that trains something else; names every differing value."""
+@dataclass(frozen=True)
+class Continuation:
+    """How a request goes on with what was begun before: nothing, the run itself, or `source`, another run's checkpoint.
+
+    `source` is None once the run has a checkpoint of its own; `started_from` says for ever where it came from.
+    """
+
+    begin: Begin = field(default_factory=Begin)
+    allowed: tuple[str, ...] = ()
+    changed: tuple[Change, ...] = ()
+    source: Path | None = None
+    started_from: str = ""
+
+
+class _Facts(BaseModel):
+    """What a plan needs to know of a checkpoint, of all that the trainer writes into its manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: int
+    samples_consumed: int
+    global_batch_size: int
+    begin: Begin
+    recipe: dict[str, Any]
+    dataset_fingerprint: str
+
+
+def continue_run(
+    run: RunDirectory, recipe: Recipe, allow: Sequence[str], source: Path | None = None
+) -> Continuation:
+    """Hold a request against the run that was begun under its name, or against `source`. Writes nothing.
+
+    What was allowed once stays so: the run may have been killed before a checkpoint of its own said it.
+
+    Raises:
+        ConfigError: the recipe differs in values that are not allowed to, all of them named.
+        CheckpointError: `source` is no published checkpoint of ours, or damaged.
+    """
+    refuse_unknown_keys(allow, list(altering_values(recipe)))
+    changed = _changed_since(run, recipe, allow)
+    size, old = recipe.batch.global_batch_size, _old_plan(run)
+    before = old.started_from if old else ""
+    now = str(source.expanduser().resolve()) if source else before  # killed before the copy was there: again
+    if now != before and _has_begun(run):
+        raise ConfigError(
+            f"--from: the run {run.name} began with {before or 'nothing'}, not with {now}; leave --from out to go "
+            f"on with it, or {OTHER_RUN}"
+        )
+    carried = still_allowed(old.allowed, allow) if old and now == before else []
+    allowed = tuple(sorted({*allow, *carried}))
+    if not now or _has_begun(run):
+        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now)
+    facts = _facts_of_source(Path(now))
+    changed = changes(facts.recipe, altering_values(recipe))
+    refuse_changes(changed, allowed, now, _OTHER_SOURCE)
+    return Continuation(_begin_at(facts, size), allowed, tuple(changed), Path(now), now)
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    """There is something that another beginning would lose."""
+    return bool(run.checkpoints()) or run.adapter.exists()
+
+
+def _changed_since(run: RunDirectory, recipe: Recipe, allow: Sequence[str]) -> list[Change]:
     if not run.recipe_file.is_file():
-        return
-    old, new = altering_values(load_recipe(run.recipe_file)), altering_values(recipe)
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if differing:
-        raise ConfigError(
-            [
-                *(
-                    f"{key}: the run {run.name} has {old.get(key)!r}, the recipe {new.get(key)!r}"
-                    for key in differing
-                ),
-                f"{run.path}: belongs to another recipe ({len(differing)} values differ); "
-                "choose another --name, or --fresh to move the old run aside",
-            ]
-        )
-
-
-def refuse_another_dataset(run: RunDirectory, plan: Plan) -> None:
-    """ConfigError when the run has steps on other data: the recipe's words are the same, the rows are not."""
-    old = _fingerprint_of(run)
-    if old is not None and old != plan.dataset_fingerprint and (run.checkpoints() or run.adapter.exists()):
-        raise ConfigError(
-            f"{run.path}: was begun on other data (fingerprint {old[:12]}, now {plan.dataset_fingerprint[:12]}); "
-            "choose another --name, or --fresh to move the old run aside"
-        )
-
-
-def _fingerprint_of(run: RunDirectory) -> str | None:
-    """The dataset of an older plan, of whatever version; None without one."""
+        return []
     try:
-        found = json.loads(run.plan_file.read_text(encoding="utf-8")).get("dataset_fingerprint")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+        before = load_recipe(run.recipe_file)
+    except ConfigError as error:
+        raise ConfigError(
+            [*error.problems, f"{run.recipe_file}: what the run was begun with cannot be read; {OTHER_RUN}"]
+        ) from None
+    found = changes(altering_values(before), altering_values(recipe))
+    refuse_changes(found, allow, str(run.path))
+    return found
+
+
+def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> Begin:
+    """Where the arithmetic of a run begins: as its newest checkpoint says, for steps of `size` samples.
+
+    That is read only where the size changed, now or before: then the plan's word is not enough, for the checkpoint
+    that the plan began with may have been damaged since.
+    """
+    same = old is not None and old.global_batch_size == size
+    if not run.checkpoints():
+        return old.begin if old and same and run.adapter.exists() else Begin()
+    if old and same and old.begin == Begin():
+        return Begin()
+    newest, _ = newest_valid(run.path)
+    return _begin_at(_read_facts(newest.folder, newest.facts), size) if newest else Begin()
+
+
+def _begin_at(facts: _Facts, size: int) -> Begin:
+    """The arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
+    return facts.begin if facts.global_batch_size == size else Begin(facts.step, facts.samples_consumed)
+
+
+def refuse_another_dataset(
+    run: RunDirectory, fingerprint: str, allow: Sequence[str], source: Path | None = None
+) -> list[Change]:
+    """Rows that differ behind the same words, unless allowed; a run without a step has nothing to lose.
+
+    `source`: the checkpoint of another run to begin with.
+    """
+    if source is not None:
+        old, place, instead = _facts_of_source(source).dataset_fingerprint, str(source), _OTHER_SOURCE
+    else:
+        plan = _old_plan(run) if _has_begun(run) else None
+        old = plan.dataset_fingerprint if plan else fingerprint
+        place, instead = str(run.path), OTHER_RUN
+    if old == fingerprint:
+        return []
+    found = [Change("data.content", old[:12], fingerprint[:12])]
+    refuse_changes(found, allow, place, instead)
+    return found
+
+
+def refuse_an_end_behind(run: RunDirectory, max_steps: int, source: Path | None = None) -> None:
+    """ConfigError when the run, or the checkpoint it is to begin with, has taken more than `max_steps` steps."""
+    if source is not None:
+        step = _facts_of_source(source).step
+    elif any(int(folder.name.partition("-")[2]) > max_steps for folder in run.checkpoints()):
+        newest, _ = newest_valid(run.path)
+        step = newest.step if newest else 0
+    else:
+        return
+    if step > max_steps:
+        raise ConfigError(
+            f"training.max_steps: {source or run.path} is beyond that end already ({max_steps:,} < {step:,} steps); "
+            f"raise it or training.num_train_epochs, or {_OTHER_SOURCE if source else OTHER_RUN}"
+        )
+
+
+def _facts_of_source(source: Path) -> _Facts:
+    if not source.is_dir():
+        raise CheckpointError(f"--from: no such folder ({source}); see `samestep checkpoints` of the old run")
+    if not (source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"--from: {source} has no {MANIFEST}, so it is no checkpoint of samestep; "
+            "`samestep run --from` takes over what other libraries wrote"
+        )
+    return _read_facts(source, read_manifest(source, verify=True)["facts"])
+
+
+def _read_facts(folder: Path, facts: dict[str, Any]) -> _Facts:
+    told = {name: facts[name] for name in _Facts.model_fields if name in facts}
+    try:
+        return _Facts.model_validate_json(json.dumps(told))
+    except ValidationError as error:
+        missing = ", ".join(sorted({str(detail["loc"][0]) for detail in error.errors()}))
+        raise CheckpointError(
+            f"{folder}: its manifest does not say what a plan needs ({missing}); it is of another version or kind, "
+            "use a checkpoint that `samestep run` wrote"
+        ) from None
+
+
+def adopt(source: Path, run: RunDirectory) -> None:
+    """Copy a checkpoint of another run into this one, unless it has checkpoints. The caller holds the run's lock.
+
+    Raises:
+        CheckpointError: the source is damaged, or the copy is not what was published.
+    """
+    if run.checkpoints():
+        return
+    manifest = read_manifest(source, verify=True)
+    step = int(manifest["facts"]["step"])
+    aside = aside_folder(run.path, step)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        for name in (*manifest["files"], MANIFEST):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, aside / name)
+        if read_manifest(aside, verify=True) != manifest:
+            raise CheckpointError(
+                f"{source}: another checkpoint took its place while it was copied; try again"
+            )
+        publish(aside, run.checkpoint(step), {**manifest["facts"], "copied_from": str(source)})
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename}: went away while it was copied; its run may be under way, take a checkpoint that stays"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
 
 
 def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
-    """Write `recipe.yaml` and `plan.json`, each in one rename."""
+    """Write `plan.json` and `recipe.yaml`, each in one rename.
+
+    The recipe last: a change is only believed to be allowed when the plan says so.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
-    _replace(run.recipe_file, dump_recipe(recipe))
     _replace(run.plan_file, plan.to_json())
+    _replace(run.recipe_file, dump_recipe(recipe))
+
+
+def started_from_of(run: RunDirectory) -> str:
+    """The checkpoint of another run that this one began with; empty without one."""
+    old = _old_plan(run)
+    return old.started_from if old else ""
+
+
+def _old_plan(run: RunDirectory) -> Plan | None:
+    """The plan of an earlier attempt; None without one, or with one that this version cannot read."""
+    try:
+        return Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ConfigError):
+        return None
 
 
 def _replace(file: Path, text: str) -> None:
+    """Write a file that is either as it was or complete, after a power cut too."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as draft:
+        draft.write(text)
+        draft.flush()
+        os.fsync(draft.fileno())
     aside.replace(file)

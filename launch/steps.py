@@ -50,21 +50,34 @@ def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
     return np.asarray(language + vision, dtype=np.float64)
 
 
-def steps_of(n: int, epochs: float, global_batch_size: int) -> tuple[int, int]:
-    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last."""
+def steps_of(n: int, epochs: float, global_batch_size: int, first_sample: int = 0) -> tuple[int, int]:
+    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last.
+
+    `first_sample`: samples of these passes that were seen before the first of the steps.
+    """
     samples = int(n * Fraction(str(epochs)))  # as written: 100 samples x 0.29 are 29, not 28.999...
-    return samples // global_batch_size, samples % global_batch_size
+    return divmod(max(0, samples - first_sample), global_batch_size)
 
 
-def step_samples(step: int, *, n: int, global_batch_size: int, seed: int, fingerprint: str) -> Ints:
+def step_samples(
+    step: int,
+    *,
+    n: int,
+    global_batch_size: int,
+    seed: int,
+    fingerprint: str,
+    first_step: int = 0,
+    first_sample: int = 0,
+) -> Ints:
     """Positions in the split of the samples of one step, in stream order; int64 [global_batch_size].
 
     Steps count from 0 and never end: the stream is one permutation per epoch after another. A step may lie
-    across an epoch boundary, and may then hold one sample twice: once for each epoch.
+    across an epoch boundary, and may then hold one sample twice: once for each epoch. `first_step` sees the
+    stream from position `first_sample` on: where a run went on with another global batch size.
     """
-    if step < 0 or n < 1 or global_batch_size < 1:
+    if step < first_step or n < 1 or global_batch_size < 1:
         raise ValueError(f"step {step}, n {n}, global_batch_size {global_batch_size}: no such step")
-    begin = step * global_batch_size
+    begin = first_sample + (step - first_step) * global_batch_size
     end = begin + global_batch_size
     parts = []
     for epoch in range(begin // n, (end - 1) // n + 1):
@@ -106,6 +119,8 @@ class StepPlan:
     fingerprint: str
     tokens: Ints = field(repr=False)
     costs: Floats = field(repr=False)
+    first_step: int = 0
+    first_sample: int = 0
 
     def samples(self, step: int) -> Ints:
         """Positions in the split of the samples of `step`, in stream order."""
@@ -115,6 +130,8 @@ class StepPlan:
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             fingerprint=self.fingerprint,
+            first_step=self.first_step,
+            first_sample=self.first_sample,
         )
 
     def ranks(self, step: int) -> list[list[MicroBatch]]:
@@ -138,8 +155,10 @@ def plan_steps(
     max_steps: int,
     seed: int,
     fingerprint: str,
+    first_step: int = 0,
+    first_sample: int = 0,
 ) -> StepPlan:
-    """Find the number of micro-batches that fits every one of the `max_steps` steps.
+    """Find the number of micro-batches that fits every step from `first_step` to `max_steps`.
 
     `tokens`, `costs`: of every sample of the split. `budget`: the most tokens of a micro-batch.
     Raises ConfigError with every reason why the run cannot be dealt.
@@ -155,17 +174,23 @@ def plan_steps(
         problems.append("data.train: the split is empty (0 rows); choose another split")
     elif int(lengths.max()) > budget:
         problems.append(too_long(int(lengths.max()), budget))
-    if max_steps < 1:
+    if max_steps <= first_step:
         problems.append(
-            f"training.max_steps: there is no whole step to train ({max_steps}); "
-            f"lower batch.global_batch_size or raise training.num_train_epochs"
+            f"training.max_steps: there is no whole step left to train ({max_steps} in all, {first_step} taken); "
+            "lower batch.global_batch_size, or raise training.num_train_epochs or training.max_steps"
         )
     if problems:
         raise ConfigError(problems)
     micro_batches = 1
-    for step in range(max_steps):
+    for step in range(first_step, max_steps):
         of_step = step_samples(
-            step, n=lengths.size, global_batch_size=global_batch_size, seed=seed, fingerprint=fingerprint
+            step,
+            n=lengths.size,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            fingerprint=fingerprint,
+            first_step=first_step,
+            first_sample=first_sample,
         )
         micro_batches = max(
             micro_batches, micro_batches_needed(lengths[of_step].tolist(), world_size, budget)
@@ -181,4 +206,6 @@ def plan_steps(
         fingerprint=fingerprint,
         tokens=lengths,
         costs=np.asarray(costs, dtype=np.float64),
+        first_step=first_step,
+        first_sample=first_sample,
     )

@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from launch.deal import micro_batches_needed
 from launch.errors import ConfigError
-from launch.plan import Plan, make_plan, plan_rows, step_plan, warmup_steps_of
+from launch.plan import Begin, Plan, make_plan, plan_rows, samples_consumed, step_plan, warmup_steps_of
 from launch.recipe import Recipe
+from launch.steps import step_samples
 from tests.indexes import embedded_recipe, make_index
 
 
@@ -104,10 +108,87 @@ def test_a_plan_survives_being_written_and_its_digest_shows_any_change() -> None
     assert replace(plan, micro_batches=plan.micro_batches + 1).digest() != plan.digest()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "x"}', "null", "[" * 100_000, "\0"])
 def test_a_damaged_plan_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"plan\.json: not a plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("begin", None),
+        ("begin", {"step": "3", "sample": 0}),
+        ("begin", {"step": 3, "sample": 96, "epoch": 1}),
+        ("allowed", None),
+        ("allowed", "training.seed"),
+        ("allowed", [1]),
+        ("started_from", 7),
+        ("global_batch_size", "32"),
+        ("global_batch_size", 32.5),
+        ("of_another_version", 1),
+    ],
+)
+def test_a_plan_with_a_value_of_another_kind_is_refused_by_its_name(key: str, value: object) -> None:
+    values = {**json.loads(plan_for(embedded_recipe()).to_json()), key: value}
+    with pytest.raises(ConfigError, match=rf"plan\.json: not a plan of this version \({key}"):
+        Plan.from_json(json.dumps(values))
+
+
+def test_a_plan_from_before_runs_could_go_on_otherwise_begins_at_the_beginning() -> None:
+    plan = plan_for(embedded_recipe())
+    values = json.loads(plan.to_json())
+    for key in ("begin", "allowed", "started_from"):
+        del values[key]
+    assert Plan.from_json(json.dumps(values)) == plan
+
+
+def test_a_plan_that_goes_on_otherwise_survives_being_written() -> None:
+    plan = replace(
+        plan_for(embedded_recipe()), begin=Begin(3, 96), allowed=["data.content"], started_from="/a/b"
+    )
+    assert Plan.from_json(plan.to_json()) == plan
+    rows = dict(plan_rows(plan))
+    assert (rows["starts from"], rows["allowed to differ"]) == ("/a/b", "data.content")
+    assert not {"starts from", "allowed to differ"} & dict(plan_rows(plan_for(embedded_recipe()))).keys()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    taken=st.integers(0, 20),
+    epochs=st.integers(1, 3),
+    world_size=st.integers(1, 4),
+)
+def test_the_plan_after_a_change_of_the_batch_size_trains_exactly_the_rest_of_the_epochs(
+    sizes: tuple[int, int], taken: int, epochs: int, world_size: int
+) -> None:
+    index, samples = make_index(50), 50 * epochs
+    taken = min(taken, (samples - sizes[1]) // sizes[0])  # at least a step is left
+    assume(taken >= 0 and world_size <= sizes[1])
+    recipe = embedded_recipe(
+        f"batch.global_batch_size={sizes[1]}",
+        f"training.num_train_epochs={epochs}",
+        "training.warmup_steps=0",
+    )
+    begin = Begin(taken, taken * sizes[0])
+    plan = make_plan(
+        recipe, index, strategy="ddp", nodes=1, gpus_per_node=world_size, device="cpu", begin=begin
+    )
+    steps = step_plan(recipe, index, plan)
+    assert samples_consumed(plan, taken) == begin.sample
+    assert samples_consumed(plan, plan.max_steps) + plan.samples_left == samples
+    assert 0 <= plan.samples_left < sizes[1]
+    seen = [sample for step in range(taken, plan.max_steps) for sample in steps.samples(step).tolist()]
+    straight = step_samples(
+        0, n=50, global_batch_size=samples, seed=recipe.training.seed, fingerprint=index.fingerprint
+    )
+    assert seen == straight[begin.sample : samples - plan.samples_left].tolist()
+    needed = [
+        micro_batches_needed(steps.tokens[steps.samples(step)].tolist(), world_size, plan.micro_batch_tokens)
+        for step in range(taken, plan.max_steps)
+    ]
+    assert plan.micro_batches == max(needed)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,47 @@ def test_every_sample_comes_once_per_epoch(n: int, global_batch_size: int, epoch
         assert np.array_equal(np.sort(stream[epoch * n : (epoch + 1) * n]), np.arange(n))
 
 
+@given(
+    n=st.integers(1, 200),
+    seed=st.integers(0, 9),
+    sizes=st.lists(st.integers(1, 60), min_size=2, max_size=4),
+    taken=st.lists(st.integers(0, 12), min_size=3, max_size=3),
+)
+@settings(deadline=None)
+def test_a_run_that_goes_on_with_another_batch_size_skips_nothing_and_repeats_nothing(
+    n: int, seed: int, sizes: list[int], taken: list[int]
+) -> None:
+    """Several sizes one after the other, each for some steps: what they see is the stream of single samples."""
+    step = sample = 0
+    seen: list[int] = []
+    for size, count in zip(sizes, [*taken, 5], strict=False):
+        for number in range(step, step + count):
+            seen += step_samples(
+                number,
+                n=n,
+                global_batch_size=size,
+                seed=seed,
+                fingerprint=FINGERPRINT,
+                first_step=step,
+                first_sample=sample,
+            ).tolist()
+        step, sample = step + count, sample + count * size
+    stream = [
+        int(step_samples(k, n=n, global_batch_size=1, seed=seed, fingerprint=FINGERPRINT)[0])
+        for k in range(sample)
+    ]
+    assert seen == stream
+    for first in range(0, len(seen) - n + 1, n):
+        assert sorted(seen[first : first + n]) == list(range(n))
+
+
+def test_there_is_no_step_before_the_change_in_a_plan_that_begins_with_it() -> None:
+    with pytest.raises(ValueError, match="no such step"):
+        step_samples(
+            4, n=9, global_batch_size=2, seed=0, fingerprint=FINGERPRINT, first_step=5, first_sample=7
+        )
+
+
 def test_every_sample_of_chartqa_comes_once_per_epoch_in_steps_of_64() -> None:
     of_run = plan(1)
     whole, left = steps_of(of_run.n, 1, GLOBAL_BATCH)
@@ -157,6 +198,14 @@ def test_what_is_left_after_the_last_whole_step_is_counted(
     n: int, epochs: float, global_batch_size: int, expected: tuple[int, int]
 ) -> None:
     assert steps_of(n, epochs, global_batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [(0, (3, 4)), (96, (0, 4)), (70, (0, 30)), (68, (1, 0)), (100, (0, 0)), (101, (0, 0))],
+)
+def test_what_was_seen_before_is_not_trained_again(seen: int, expected: tuple[int, int]) -> None:
+    assert steps_of(50, 2, 32, first_sample=seen) == expected
 
 
 # Dealing a step
@@ -224,6 +273,35 @@ def test_one_number_of_micro_batches_serves_every_step_and_fewer_do_not(world_si
                 budget,
                 of_run.micro_batches - 1,
             )
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_micro_batches_fit_every_step_from_the_first_one_and_no_step_before(world_size: int) -> None:
+    """The longest of all samples, alone worth a micro-batch, is seen just before or just after the beginning."""
+    tokens = np.full(60, 10)
+    order = step_samples(0, n=60, global_batch_size=60, seed=42, fingerprint=FINGERPRINT)
+    tokens[order[24:30]] = 40  # the fifth step of six samples, begun at sample 0
+
+    def needed(first_step: int, first_sample: int) -> StepPlan:
+        return plan_steps(
+            tokens,
+            tokens,
+            global_batch_size=6,
+            world_size=world_size,
+            budget=40,
+            max_steps=first_step + (60 - first_sample) // 6,
+            seed=42,
+            fingerprint=FINGERPRINT,
+            first_step=first_step,
+            first_sample=first_sample,
+        )
+
+    few, many = -(-60 // 40 // world_size), 6 // world_size
+    assert needed(0, 0).micro_batches == needed(1, 24).micro_batches == many
+    assert needed(2, 30).micro_batches == needed(50, 54).micro_batches == max(few, 1) < many
+    of_run = needed(7, 18)
+    for step in range(7, of_run.max_steps):
+        check_deal(of_run.ranks(step), of_run.samples(step), tokens, world_size, 40, of_run.micro_batches)
 
 
 def test_a_rank_with_too_few_samples_runs_the_shortest_as_filler() -> None:
@@ -295,6 +373,22 @@ def test_more_processes_than_samples_in_a_step_are_refused_with_everything_else_
     ]
     assert "(64 < 65)" in caught.value.problems[0]
     assert f"{LONGEST:,} tokens > {LONGEST - 1:,}" in caught.value.problems[1]
+
+
+def test_a_run_whose_steps_are_all_taken_before_the_change_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"no whole step left to train \(20 in all, 20 taken\)"):
+        plan_steps(
+            TOKENS,
+            COSTS,
+            global_batch_size=64,
+            world_size=1,
+            budget=4 * LONGEST,
+            max_steps=20,
+            seed=42,
+            fingerprint=FINGERPRINT,
+            first_step=20,
+            first_sample=640,
+        )
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -1,0 +1,70 @@
+"""What `samestep checkpoints` shows: a row for each checkpoint, and why a run cannot go on from the rest."""
+
+from collections.abc import Sequence
+
+from launch.manifest import MANIFEST, Checkpoint, printable
+
+COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
+_UNKNOWN = "?"
+
+
+def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
+    return [
+        (
+            str(checkpoint.step),
+            _fact(checkpoint, "form", "portable"),
+            _fact(checkpoint, "world_size", _UNKNOWN),
+            _fact(checkpoint, "strategy", _UNKNOWN),
+            megabytes(checkpoint.bytes),
+            _age_of(checkpoint, now),
+            _state(checkpoint),
+        )
+        for checkpoint in found
+    ]
+
+
+def reasons(found: Sequence[Checkpoint]) -> list[str]:
+    """The lines below the table: where resuming would go on, then every reason why not elsewhere."""
+    valid = [checkpoint.step for checkpoint in found if checkpoint.valid]
+    if valid:
+        where = f"go on from step {valid[-1]}"
+    elif any(checkpoint.published for checkpoint in found):
+        where = "be refused: every published checkpoint is damaged"
+    else:
+        where = "begin anew: none was published yet"
+    return [f"resuming would {where}", *(line for checkpoint in found for line in checkpoint.problems)]
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 2**20: small ones with three digits behind the point."""
+    value = size / 2**20
+    return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def age(seconds: float) -> str:
+    """A time in a unit that leaves few digits. The clock of another machine may be ahead: never below 0."""
+    for unit, length, least in (("days", 86400, 2 * 86400), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= least:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(int(seconds), 0)} s"
+
+
+def _fact(checkpoint: Checkpoint, name: str, absent: str) -> str:
+    return printable(str(checkpoint.facts.get(name, absent))) if checkpoint.facts else _UNKNOWN
+
+
+def _age_of(checkpoint: Checkpoint, now: float) -> str:
+    """Since the manifest was written; since the last change of the folder where there is none."""
+    for path in (checkpoint.folder / MANIFEST, checkpoint.folder):
+        try:
+            return age(now - path.lstat().st_mtime)
+        except OSError:
+            continue
+    return _UNKNOWN
+
+
+def _state(checkpoint: Checkpoint) -> str:
+    if checkpoint.valid:
+        return "valid"
+    return "damaged" if checkpoint.published else "unpublished"

@@ -8,11 +8,12 @@ BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
 
-.PHONY: help install run test check
+.PHONY: help install run test test-long check
 
 help:
 	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
 	@echo "make test     set up, run the default tests"
+	@echo "make test-long  the full matrices, within an hour; writes tests/long/RESULTS.md"
 	@echo "make check    set up, lint, types, imports"
 	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
 
@@ -47,6 +48,9 @@ run: install
 
 test: install
 	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
+
+test-long: install
+	$(BIN)/python -m pytest -m long
 
 check: install
 	$(BIN)/ruff check .

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+
+import psutil
 
 from launch.errors import SamestepError
 
@@ -24,32 +27,63 @@ class ChildError(SamestepError):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended."""
+    """How a child ended. `interrupted`: after a Ctrl-C; `killed`: after the Ctrl-C that ends at once."""
 
     status: int
-    interrupted: bool
+    interrupted: bool = False
+    killed: bool = False
 
 
-def wait_for(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
-    """Run a child in a process group of its own to its end; every request to stop is passed on to the group.
+def wait_for(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    ask_to_stop: Callable[[int], None] | None = None,
+) -> Ended:
+    """Run a child in a process group of its own to its end; every request to stop is passed on.
 
-    So each signal arrives once, whether a terminal sent it to all or somebody to this process alone, and no
-    worker outlives a launcher that dies of it (accelerate 1.15 with one process). The third Ctrl-C kills.
+    With `ask_to_stop` it goes there and the second Ctrl-C kills the child with all its descendants; else it goes to
+    the group and the third Ctrl-C kills. So each arrives once, whether a terminal sent it to all or somebody to this
+    process alone. A terminal that closes takes nothing down: what is still said goes nowhere.
     """
-    received: list[int] = []
+    last = 3 if ask_to_stop is None else 2
+    interrupts = 0
+    early: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if process is not None:
-            _send(process, signal.SIGKILL if received.count(signal.SIGINT) >= 3 else number)
+    def receive(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if process is None:
+            early.append(number)
+        else:
+            pass_on(process, number)
 
-    before = {number: signal.signal(number, pass_on) for number in _STOP_SIGNALS}
+    def pass_on(child: subprocess.Popen[bytes], number: int) -> None:
+        if interrupts >= last:
+            _kill_all(child)
+        elif ask_to_stop is None:
+            _send(child, number)
+        else:
+            try:
+                ask_to_stop(number)
+            except OSError:  # the place to ask is gone
+                _send(child, number)
+
+    # A hang-up that is ignored (`nohup`) stays so.
+    heeded = [
+        number
+        for number in _STOP_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, receive) for number in heeded}
     try:
         process = subprocess.Popen(command, env=environment, process_group=0)
-        if received:  # before there was a child
-            _send(process, received[-1])
-        return Ended(process.wait(), signal.SIGINT in received)
+        for number in early:
+            pass_on(process, number)
+        status = process.wait()
+        return Ended(status, interrupts > 0, interrupts >= last)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -58,6 +92,51 @@ def wait_for(command: Sequence[str], environment: Mapping[str, str] | None = Non
 def _send(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """torchrun starts its workers in sessions of their own: a signal to the group does not reach them.
+
+    Each is frozen before its children are counted, so that none is born meanwhile.
+    """
+    family: set[psutil.Process] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        root.suspend()
+        while born := {*root.children(recursive=True)} - family:
+            family |= born
+            for member in born:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.suspend()
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    _send(process, signal.SIGKILL)
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that is gone is an error (EIO), and the run is not over."""
+    for descriptor in (0, 1, 2):
+        # One that hung up says no longer that it is a terminal, only that it is a character device.
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                write_to_nowhere(descriptor)
+
+
+def write_to_nowhere(descriptor: int) -> None:
+    """What reads or writes there from now on meets /dev/null."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def processes_with(words: Sequence[str]) -> list[psutil.Process]:
+    """The live processes of this machine that were started with all these arguments, whoever their parent is."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {*words} <= {*(process.info["cmdline"] or ())}
+    ]
 
 
 def call_module(module: str, arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import typer
 from launch.errors import ConfigError, SamestepError
 
 if TYPE_CHECKING:
+    from launch.changes import Change
     from launch.plan import Plan
 
 app = typer.Typer(
@@ -50,7 +51,10 @@ Processes = Annotated[
 RunsDir = Annotated[Path, typer.Option(help="The folder that holds the runs.")]
 
 
-_PLACE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR)
+_PLACE_ERRORS = (
+    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EIO),
+)
 
 
 def _example(*lines: str) -> str:
@@ -89,7 +93,14 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa:
     start.prepare(file, overrides)
 
 
-@app.command(epilog=_example("samestep run recipes/embedded.yaml --set training.max_steps=8 --name short"))
+@app.command(
+    epilog=_example(
+        "samestep run recipes/embedded.yaml --set training.max_steps=8 --name short",
+        "samestep run recipes/embedded.yaml --set training.max_steps=16 --name short --allow training.max_steps",
+        "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-20 "
+        "--set training.learning_rate=1e-4 --allow training.learning_rate",
+    )
+)
 def run(
     recipe: RecipeArgument,
     strategy: Strategy = None,
@@ -100,16 +111,36 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an older run of this name aside first.")
     ] = False,
+    allow: Annotated[
+        list[str],
+        typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
+    ] = [],  # noqa: B006
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Begin with a checkpoint of another run, or of plain trl or DeepSpeed.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan and command; write nothing but the data's cache.")
     ] = False,
 ) -> None:
-    """Train a recipe on this machine. The same command again resumes the run."""
+    """Train a recipe on this machine. The same command again resumes the run.
+
+    Ctrl-C, or a file STOP in the run's folder, stops it at the next step boundary with a checkpoint; a file SAVE
+    writes a checkpoint there.
+    """
     from launch import start
 
-    request = start.RunRequest(recipe, tuple(overrides), strategy, gpus_per_node, name, runs_dir, fresh)
+    request = start.RunRequest(
+        recipe, tuple(overrides), strategy, gpus_per_node, name, runs_dir, fresh, tuple(allow), source
+    )
+    request = start.take_over_foreign(request)
     planned = start.plan_run(request)
     if dry_run:
+        _say_allowed(planned.changed)
         _show(planned.plan)
         _say(_shell(planned.command(port=0)))
         return
@@ -119,11 +150,45 @@ def run(
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
             )
             return
+        _say_allowed(planned.changed)
         if fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
-        start.execute(planned)
+        marker = start.execute(planned)
+        if marker.kind == "STOPPED":
+            _say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
+            return
         _say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
+
+
+@app.command(epilog=_example("samestep checkpoints embedded"))
+def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file."""
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch import start
+    from launch.checkpoints import COLUMNS, reasons, rows
+    from launch.manifest import survey
+
+    place = start.find_run(run, runs_dir)
+    console = Console(highlight=False)
+    with console.status("reading") as status:  # says nothing where nobody watches
+        found = survey(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+    if not found:
+        _say(
+            f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
+        )
+        return
+    table = Table(*COLUMNS, title=Text(f"checkpoints of {place.name}"), title_justify="left")
+    for row in rows(found, time.time()):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for line in reasons(found):
+        _say(line)
 
 
 @app.command(epilog=_example("samestep evaluate embedded --models base,adapter,shuffled"))
@@ -155,33 +220,92 @@ def evaluate(
     start.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
 
 
+AdapterConfig = Annotated[
+    Path | None,
+    typer.Option(help="adapter_config.json of a checkpoint without one.", show_default="the checkpoint's"),
+]
+LoraAlpha = Annotated[
+    float | None, typer.Option(help="Of a checkpoint without adapter_config.json, such as FSDP's.")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
+]
+
+
 @app.command(
-    epilog=_example("samestep merge embedded", "samestep merge runs/embedded/checkpoint-20 --output m20")
+    epilog=_example(
+        "samestep merge embedded",
+        "samestep merge runs/embedded/checkpoint-20 --output m20",
+        "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
+    )
 )
 def merge(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="RUN|CHECKPOINT|ADAPTER", help="Name of a run, or a folder of one of the three."
+            metavar="RUN|CHECKPOINT|ADAPTER",
+            help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
         ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
     base: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
+        str,
+        typer.Option(
+            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained."
+        ),
+    ] = "original",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare/--no-compare",
+            help="Merge onto the other base too and set both beside the unmerged model; or compare nothing.",
+            show_default="inside a run, this merge with the unmerged model",
+        ),
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The training's recipe, for --base dequantized outside a run.")
+    ] = None,
+    adapter_config: AdapterConfig = None,
+    lora_alpha: LoraAlpha = None,
+    base_model: BaseModel = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Add an adapter to its unquantized base, and compare the result with base + adapter."""
+    """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch import start
 
     if dtype not in (None, "bfloat16", "float32"):
         raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
-    if not start.merge(source, output, dtype, base, runs_dir):
+    if base not in ("original", "dequantized"):
+        raise ConfigError(
+            f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
+        )
+    options = start.MergeOptions(
+        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
+    )
+    if not start.merge(source, output, options, compare, runs_dir):
         _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
+
+
+@app.command(epilog=_example("samestep consolidate old_run/checkpoint-500 --output adapter"))
+def consolidate(
+    source: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Of ours, transformers, trl, accelerate or DeepSpeed.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    adapter_config: AdapterConfig = None,
+    lora_alpha: LoraAlpha = None,
+    base_model: BaseModel = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
+    from launch import start
+
+    options = start.MergeOptions(adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model)
+    start.consolidate(source, output, options, runs_dir)
 
 
 @app.command(epilog=_example("samestep schema > recipe.schema.json"))
@@ -225,8 +349,23 @@ def _show(plan: Plan) -> None:
     Console(highlight=False).print(table)
 
 
+def _say_allowed(changed: Sequence[Change]) -> None:
+    from launch.changes import consequences
+
+    for consequence in consequences(changed):
+        _say(f"allowed: {consequence}")
+
+
 def _say(text: str) -> None:
-    print(text, flush=True)
+    """Print a line. When nobody reads any more (`| tee` dies of the same Ctrl-C), the exit status still counts."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        from launch.children import write_to_nowhere
+
+        write_to_nowhere(sys.stdout.fileno())
 
 
 def _shell(command: Sequence[str]) -> str:

@@ -151,7 +151,11 @@ class CheckpointSection(Section):
     """When resumable state is published."""
 
     every_steps: int = Field(20, ge=1, description="the steps between checkpoints, at least 1")
-    keep: int = Field(3, ge=1, description="the number of checkpoints that stay, at least 1")
+    keep: int = Field(3, ge=2, description="the number of valid checkpoints that stay, at least 2")
+    first_step: bool = Field(
+        False,
+        description="true: save after the first step of every attempt too, to see that saving works; false",
+    )
     format: Literal["auto", "portable"] = Field("auto", description="`portable`: by parameter name; `auto`")
 
 

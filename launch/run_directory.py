@@ -2,9 +2,10 @@
 
 runs/<name>/ holds recipe.yaml, plan.json, environment.json, checkpoint-<step>/, adapter/, merged/,
 metrics.jsonl, evaluations.jsonl, eval.json, at most one marker (DONE, STOPPED or REFUSED) and the lock of the
-process that writes.
+process that writes. Whoever wants something of a run under way puts a file there: STOP, with its reason, or SAVE.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Literal, get_args
 from launch.errors import ConfigError
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
+StopReason = Literal["user", "preempted", "time", "orphaned"]
+"""Who wants the run to stop: somebody, the scheduler, the end of the allocation; or its launcher is gone."""
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -56,6 +59,16 @@ class RunDirectory:
     @property
     def evaluations_file(self) -> Path:
         return self.path / "evaluations.jsonl"
+
+    @property
+    def stop_file(self) -> Path:
+        """Asks for a stop at the next step boundary; its first word is the reason (empty: `user`)."""
+        return self.path / "STOP"
+
+    @property
+    def save_file(self) -> Path:
+        """Asks for a checkpoint at the next step boundary."""
+        return self.path / "SAVE"
 
     @property
     def adapter(self) -> Path:
@@ -131,6 +144,53 @@ def clear_markers(run: RunDirectory) -> None:
     """Forget how earlier attempts ended."""
     for kind in get_args(MarkerKind):
         (run.path / kind).unlink(missing_ok=True)
+
+
+def request_stop(run: RunDirectory, reason: StopReason) -> None:
+    """Ask the run for one agreed stop at the next step boundary; an earlier request stays, with its reason.
+
+    Raises:
+        OSError: there is no writing to the run's folder, or a folder lies where the request belongs.
+    """
+    if requested_stop(run):
+        return
+    # A name of its own: a second signal may come while the first one's request is being written.
+    aside = run.path / f".STOP.{os.getpid()}.{time.monotonic_ns()}"
+    aside.write_text(f"{reason}\n", encoding="utf-8")
+    aside.replace(run.stop_file)
+
+
+def requested_stop(run: RunDirectory) -> StopReason | None:
+    """The reason in the STOP file, `user` for one without a known word or not for us to read; None without the file.
+
+    What is no plain file is no request: a folder could not be cleared away, a pipe would be waited for.
+    """
+    try:
+        if not run.stop_file.is_file():
+            return None
+        with run.stop_file.open("rb") as file:
+            words = file.read(100).decode(errors="replace").split()
+    except PermissionError:
+        return "user"
+    except OSError:  # just taken away, or a shared disk that is out of reach: the next step looks again
+        return None
+    known = {reason: reason for reason in get_args(StopReason)}
+    return known.get(words[0].lower().rstrip(":"), "user") if words else "user"
+
+
+def requested_save(run: RunDirectory) -> bool:
+    """A plain file SAVE is there, as far as the disk says."""
+    try:
+        return run.save_file.is_file()
+    except OSError:
+        return False
+
+
+def clear_requests(run: RunDirectory) -> None:
+    """Forget what was asked of an attempt that is over."""
+    for file in (run.stop_file, run.save_file):
+        with contextlib.suppress(OSError):  # not there, or a folder, which asks for nothing
+            file.unlink()
 
 
 @contextmanager

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
-from launch.children import ChildError, call_module, wait_for
+from launch.changes import Change
+from launch.children import ChildError, call_module, processes_with, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import CPU_PROCESSES, first_visible_gpu, gpus_present
-from launch.index import base_is_there, read_index
+from launch.index import base_is_there, cache_root, read_index
+from launch.manifest import MANIFEST, newest_valid
 from launch.plan import Plan, make_plan
-from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.recipe import Recipe, find_recipe, load_recipe, recipe_fingerprint
 from launch.resources import resource
 from launch.rules import refuse_topology
 from launch.run_directory import (
+    Marker,
     RunDirectory,
     clear_markers,
+    clear_requests,
     hold_lock,
+    lock_holder,
     open_run,
     read_marker,
     refuse_if_running,
+    request_stop,
 )
-from launch.runs import refuse_another_dataset, refuse_another_recipe, write_request
+from launch.runs import (
+    Continuation,
+    adopt,
+    continue_run,
+    refuse_an_end_behind,
+    refuse_another_dataset,
+    started_from_of,
+    write_request,
+)
 
 if TYPE_CHECKING:
     from launch.index import Index
 
-NEEDED_BYTES = (
-    100 * 2**20
-)  # of a run: checkpoints of a few adapters; more is for the machine's owner to see to
-
+# Of a run: checkpoints of a few adapters; more is for the machine's owner to see to.
+NEEDED_BYTES = 100 * 2**20
+MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
+LINGERING_S = 6.0
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
@@ -67,20 +88,27 @@ class RunRequest:
     name: str | None
     runs_dir: Path
     fresh: bool
+    allow: Sequence[str] = ()
+    source: Path | None = None  # a checkpoint of another run
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A request with everything derived; nothing is written yet."""
+    """A request with everything derived; nothing is written yet.
+
+    `changed`: what differs from what was begun before, and is allowed to.
+    """
 
     recipe: Recipe
     plan: Plan
     run: RunDirectory
+    continuation: Continuation
+    changed: tuple[Change, ...]
 
     def command(self, port: int) -> list[str]:
         """argv of the launcher."""
         return trainer_command(
-            self.plan, "trainer.train", ["--run-dir", str(self.run.path), "--marker-decides"], port
+            self.plan, "trainer.train", ["--run-dir", str(self.run.path), MARKER_DECIDES], port
         )
 
 
@@ -123,7 +151,18 @@ def prepare(recipe_file: Path, overrides: Sequence[str]) -> None:
     call_module("trainer.prepare", [str(recipe_file), *flags])
 
 
-def check_request(request: RunRequest) -> tuple[Path, Recipe, RunDirectory, Topology]:
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that nothing speaks against so far."""
+
+    recipe_file: Path
+    recipe: Recipe
+    run: RunDirectory
+    topology: Topology
+    continuation: Continuation
+
+
+def check_request(request: RunRequest) -> CheckedRequest:
     """Everything that can be refused at once, before data is prepared and without writing. ConfigError."""
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
@@ -133,19 +172,61 @@ def check_request(request: RunRequest) -> tuple[Path, Recipe, RunDirectory, Topo
     refuse_missing_gpus(topology)
     refuse_unwritable(run.path.parent)
     refuse_if_running(run)
-    if not request.fresh:
-        refuse_another_recipe(run, recipe)
-    return recipe_file, recipe, run, topology
+    source = request.source.expanduser().resolve() if request.source else None
+    if request.fresh and source and source.is_relative_to(run.path.resolve()):
+        raise ConfigError(
+            f"--from: {request.source} lies in the run that --fresh moves aside ({run.path}); choose another --name"
+        )
+    continuation = continue_run(_begun(request, run), recipe, request.allow, request.source)
+    return CheckedRequest(recipe_file, recipe, run, topology, continuation)
+
+
+def _begun(request: RunRequest, run: RunDirectory) -> RunDirectory:
+    """The run that the request goes on with: none of that name with `--fresh`."""
+    return RunDirectory(run.path / ".fresh" / run.name) if request.fresh else run
+
+
+def take_over_foreign(request: RunRequest) -> RunRequest:
+    """A `--from` of another library becomes a checkpoint of ours, in the cache, and the request one of that.
+
+    Starts `trainer.takeover` unless that was done for this checkpoint and run. ChildError when it is refused.
+    """
+    source = request.source.expanduser().resolve() if request.source else None
+    ours = source is not None and any(
+        (source / name).is_file() for name in (MANIFEST, "optimizer.safetensors")
+    )
+    if source is None or not source.is_dir() or ours:
+        return request
+    recipe_file = find_recipe(request.recipe)
+    recipe = load_recipe(recipe_file, request.overrides)
+    run = open_run(request.runs_dir, request.name or recipe.name)
+    place = cache_root() / "taken-over" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    begun = Path(started_from_of(run))
+    if begun.is_relative_to(place) and run.checkpoints() and not request.fresh:
+        return replace(request, source=begun)  # whatever became of the source since
+    newest = max((file.lstat().st_mtime_ns for file in source.rglob("*")), default=0)
+    key = hashlib.sha256(f"{newest} {recipe_fingerprint(recipe)}".encode()).hexdigest()[:16]
+    output = place / key
+    if not output.is_dir() or newest_valid(output)[0] is None:
+        flags = [word for override in request.overrides for word in ("--set", override)]
+        call_module("trainer.takeover", [str(recipe_file), str(source), "--output", str(output), *flags])
+    taken, _ = newest_valid(output)
+    if taken is None:
+        raise RunError(f"{source}: was taken over, but {output} holds no valid checkpoint; try again")
+    return replace(request, source=taken.folder)
 
 
 def plan_run(request: RunRequest) -> PlannedRun:
     """Check a request against everything that is known, and derive its plan. Writes to the cache only."""
-    recipe_file, recipe, run, topology = check_request(request)
-    index = load_index(recipe_file, recipe, request.overrides)
-    plan = plan_of(recipe, index, topology, run.name)
-    if not request.fresh:
-        refuse_another_dataset(run, plan)
-    return PlannedRun(recipe, plan, run)
+    checked = check_request(request)
+    run, recipe, continuation = checked.run, checked.recipe, checked.continuation
+    index = load_index(checked.recipe_file, recipe, request.overrides)
+    begun, source = _begun(request, run), continuation.source
+    allowed = continuation.allowed if source else request.allow
+    other_data = refuse_another_dataset(begun, index.fingerprint, allowed, source)
+    plan = plan_of(recipe, index, checked.topology, run.name, continuation)
+    refuse_an_end_behind(begun, plan.max_steps, source)
+    return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *other_data))
 
 
 @contextmanager
@@ -153,12 +234,21 @@ def claim(planned: PlannedRun, request: RunRequest) -> Iterator[None]:
     """Keep the run's name from a second `samestep run`, which may have come first while data was prepared."""
     planned.run.path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(planned.run.path.parent, f".{planned.run.name}.lock"):
-        check_request(request)
+        if check_request(request).continuation != planned.continuation:
+            raise ConfigError(
+                f"{planned.run.path}: went on while this was planned; give the same command again"
+            )
         yield
 
 
-def plan_of(recipe: Recipe, index: Index, topology: Topology, name: str) -> Plan:
-    """The plan of a recipe on a topology."""
+def plan_of(
+    recipe: Recipe,
+    index: Index,
+    topology: Topology,
+    name: str,
+    continuation: Continuation = Continuation(),  # noqa: B008 - frozen
+) -> Plan:
+    """The plan of a recipe on a topology, going on with what was begun before."""
     return make_plan(
         recipe,
         index,
@@ -167,13 +257,16 @@ def plan_of(recipe: Recipe, index: Index, topology: Topology, name: str) -> Plan
         gpus_per_node=topology.gpus_per_node,
         device=topology.device,
         name=name,
+        begin=continuation.begin,
+        allowed=continuation.allowed,
+        started_from=continuation.started_from,
     )
 
 
 def is_done(planned: PlannedRun) -> bool:
-    """This run, whose recipe and data were found to be the same, has ended already, and its adapter is there."""
+    """This run, whose recipe and data may go on, has taken its last step already, and its adapter is there."""
     run, marker = planned.run, read_marker(planned.run)
-    done = marker is not None and marker.kind == "DONE"
+    done = marker is not None and marker == Marker("DONE", f"step {planned.plan.max_steps}")
     return done and (run.adapter / "adapter_config.json").is_file()
 
 
@@ -201,31 +294,80 @@ def move_aside(run: RunDirectory) -> Path | None:
     return old
 
 
-def execute(planned: PlannedRun) -> None:
+def execute(planned: PlannedRun) -> Marker:
     """Write the run directory, launch, wait, and believe the marker: DONE or STOPPED is success.
 
-    The launcher's status is no evidence: accelerate 1.15 returns 1 after workers that all ended well.
-    Raises ConfigError for REFUSED, RunError when there is no marker, KeyboardInterrupt after a Ctrl-C.
+    The launcher's status is no evidence: accelerate 1.15 returns 1 after workers that all ended well. A request to
+    stop becomes a STOP file, so that no signal has to cross the launcher; a second Ctrl-C ends all at once.
+    Returns the marker. Raises ConfigError for REFUSED or when another trainer took the run first, RunError when
+    there is no marker, KeyboardInterrupt after that second Ctrl-C.
     """
     run = planned.run
-    write_request(run, planned.recipe, planned.plan)
-    clear_markers(run)
-    ended = wait_for(planned.command(free_port()), child_environment(planned.plan))
+    run.path.mkdir(parents=True, exist_ok=True)
+    with hold_lock(run.path):  # a plain `accelerate launch` may have come first
+        clear_markers(run)
+        clear_requests(run)
+        write_request(run, planned.recipe, planned.plan)
+        if planned.continuation.source is not None:
+            adopt(planned.continuation.source, run)
+    ended = wait_for(planned.command(free_port()), child_environment(planned.plan), ask_to_stop(run))
+    if not ended.killed:
+        wait_for_trainer(run)
     marker = read_marker(run)
     if marker is not None and marker.kind in ("DONE", "STOPPED"):
-        return
-    if ended.interrupted:
+        return marker
+    if ended.killed or lock_holder(run.path) is None:
+        clear_requests(run)  # of an attempt that is over and did not answer them
+    if ended.killed:
         raise KeyboardInterrupt
-    if marker is None:
-        refuse_if_running(
-            run
-        )  # a trainer that outlived its `samestep run`: ours gave way to it without a marker
     if marker is not None:
         raise ConfigError(marker.text or f"{run.path}: refused without a reason; see the words above")
+    refuse_if_running(run)  # another trainer, to which ours gave way without a marker
     raise RunError(
         f"{run.path}: ended before it was done; see the words above, the same command goes on "
         "from the newest checkpoint"
     )
+
+
+def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:
+    """What `wait_for` does about a signal: one STOP file, and a word to whoever pressed Ctrl-C."""
+
+    def ask(number: int) -> None:
+        request_stop(run, "preempted" if number == signal.SIGTERM else "user")
+        _tell("stopping at the next step boundary; Ctrl-C again ends at once")
+
+    return ask
+
+
+def wait_for_trainer(run: RunDirectory) -> None:
+    """A launcher that is killed leaves its trainers: ask them to stop at the next step boundary, wait until they did.
+
+    They are known by their command line: one that still imports holds no lock and does not know that it is alone.
+    """
+    words, asked, began = [str(run.path), MARKER_DECIDES], False, time.monotonic()
+    try:
+        while processes_with(words):
+            # Data workers have the same command line and notice within 5 s that their trainer died.
+            if not asked and time.monotonic() - began > LINGERING_S:
+                asked = True
+                if read_marker(run) is None:
+                    with contextlib.suppress(OSError):
+                        request_stop(run, "orphaned")
+                _tell(
+                    f"{run.path}: the launcher has ended, waiting for its processes; Ctrl-C ends them at once"
+                )
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        for trainer in processes_with(words):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                trainer.kill()
+        raise
+
+
+def _tell(text: str) -> None:
+    """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def trainer_command(layout: Layout, module: str, arguments: Sequence[str], port: int) -> list[str]:
@@ -295,23 +437,76 @@ def evaluate(
         raise ChildError("evaluate", ended.status)
 
 
-def merge(source: str, output: Path | None, dtype: str | None, base: str | None, runs_dir: Path) -> bool:
+@dataclass(frozen=True)
+class MergeOptions:
+    """What `samestep merge` and `consolidate` pass on; None and empty where nothing was said."""
+
+    base: str | None = None
+    dtype: str | None = None
+    recipe: str | None = None
+    adapter_config: Path | None = None
+    lora_alpha: float | None = None
+    base_model: str | None = None
+
+    def flags(self, *names: str) -> list[str]:
+        """The command line of those named that were given."""
+        given = [(name, getattr(self, name)) for name in names]
+        return [
+            word
+            for name, value in given
+            if value is not None
+            for word in (
+                f"--{name.replace('_', '-')}",
+                f"{value:g}" if isinstance(value, float) else str(value),
+            )
+        ]
+
+
+_OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")
+
+
+def merge(
+    source: str, output: Path | None, options: MergeOptions, compare: bool | None, runs_dir: Path
+) -> bool:
     """Start `trainer.checkpoint.merge`, then the comparison of its result. ChildError when either fails.
 
+    `compare`: None compares inside a run, True compares the merge onto the other base too, False does not compare.
     Returns False when the result could not be compared: an adapter outside a run has no data.
     """
-    named = runs_dir.expanduser() / source
-    folder = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{source}: no such run or folder ({named}, {folder}); see --runs-dir")
+    folder = _find_source(source, runs_dir)
+    in_a_run = any(RunDirectory(place).recipe_file.is_file() for place in (folder, folder.parent))
+    if compare and not in_a_run:
+        raise ConfigError(
+            f"--compare: {folder} lies in no run, whose recipe would name the data; leave it out"
+        )
     if output is None:
         if not RunDirectory(folder).recipe_file.is_file():
             raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
         output = RunDirectory(folder).merged
-    named_base = [] if base is None else ["--base", base]
-    flags = [*named_base] if dtype is None else [*named_base, "--dtype", dtype]
+        if options.base == "dequantized":
+            output = output.with_name(f"{output.name}-dequantized")
+    flags = options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER)
     call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
-    if not any(RunDirectory(place).recipe_file.is_file() for place in (folder, folder.parent)):
+    if compare is False:
+        return True
+    if not in_a_run:
         return False
-    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *named_base])
+    both = ["--both-bases"] if compare else []
+    flags = [*options.flags(*_OF_THE_ADAPTER), *both]
+    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
     return True
+
+
+def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
+    """Start `trainer.checkpoint.consolidate`. ChildError when it fails."""
+    folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
+    call_module("trainer.checkpoint.consolidate", [str(folder), "--output", str(output), *flags])
+
+
+def _find_source(source: str, runs_dir: Path) -> Path:
+    """A run by name below `runs_dir`, or a folder or file by path. ConfigError when there is none."""
+    named = runs_dir.expanduser() / source
+    found = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
+    if not found.exists():
+        raise ConfigError(f"{source}: no such run or folder ({named}, {found}); see --runs-dir")
+    return found

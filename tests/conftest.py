@@ -81,6 +81,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["SAMESTEP_CACHE"] = before
 
 
+@pytest.fixture(scope="session")
+def foreign(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of three steps by plain library code, each beside the `truth` of its processes' memory."""
+    from tests.foreign.launching import write_foreign_checkpoints
+
+    folder = tmp_path_factory.mktemp("foreign")
+    write_foreign_checkpoints(world / "base", folder)
+    return folder
+
+
 def recipe_values(world: Path) -> dict[str, Any]:
     """A recipe on the small world: fp32, no quantization, global batch 8, 6 steps."""
     return {

@@ -1,85 +1,27 @@
 """The samestep command: what it refuses, what it writes, what it starts, what it returns."""
 
-import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import cli, start
-from launch.children import Ended, wait_for
+from launch import start
 from launch.index import Index
 from launch.plan import Plan
 from launch.recipe import load_recipe
-from launch.run_directory import MarkerKind, RunDirectory, hold_lock, write_marker
+from launch.run_directory import MarkerKind, RunDirectory, hold_lock
 from tests.indexes import make_index
-
-EMBEDDED = ["embedded", "--set", "batch.global_batch_size=32", "--set", "training.max_steps=6"]
-
-
-@dataclass
-class Launcher:
-    """Stands in for every child: records its command and ends as it is told."""
-
-    status: int = 0
-    marker: MarkerKind | None = "DONE"
-    text: str = ""
-    interrupted: bool = False
-    commands: list[list[str]] = field(default_factory=list)
-    environments: list[Mapping[str, str] | None] = field(default_factory=list)
-
-    def __call__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
-        self.commands.append(list(command))
-        self.environments.append(environment)
-        if "trainer.train" in command:
-            run = RunDirectory(Path(command[command.index("--run-dir") + 1]))
-            (run.adapter).mkdir(exist_ok=True)
-            (run.adapter / "adapter_config.json").write_text("{}")
-            if self.marker:
-                write_marker(run, self.marker, self.text)
-        return Ended(self.status, self.interrupted)
+from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in
 
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
     """A machine of two CPU processes with prepared data; the working folder is empty."""
-    fake = Launcher()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.start.wait_for", fake)
-    monkeypatch.setattr("launch.children.wait_for", fake)
-    monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
-    monkeypatch.setattr("launch.start.base_is_there", lambda _: True)
-    set_gpus(monkeypatch, 0)
-    return fake
-
-
-def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("launch.hardware._gpus_of_driver", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def samestep(*arguments: str) -> int:
-    """Run a command line in this process; returns its exit status."""
-    before, sys.argv = sys.argv, ["samestep", *arguments]
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    finally:
-        sys.argv = before
-    return 0
-
-
-def flag(command: list[str], name: str) -> str:
-    return command[command.index(name) + 1]
+    return stand_in(monkeypatch, tmp_path)
 
 
 def test_run_writes_recipe_and_plan_and_starts_the_trainer_with_them(
@@ -153,6 +95,7 @@ def test_a_single_process_sees_one_gpu(launcher: Launcher, monkeypatch: pytest.M
         ("DONE", 0, 0),
         ("DONE", 1, 0),  # accelerate returns 1 after workers that all ended well
         ("STOPPED", 1, 0),
+        ("DONE", -9, 0),  # somebody killed a launcher whose workers had ended
         ("REFUSED", 1, 2),
         ("REFUSED", 0, 2),
         (None, 1, 1),
@@ -312,18 +255,29 @@ def test_a_run_that_is_under_way_is_refused(
 
 
 def test_a_trainer_that_took_the_lock_meanwhile_is_a_refusal(
-    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = ExitStack()
-
-    def another_comes_first(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
-        held.enter_context(hold_lock(Path("runs/embedded")))
-        return Ended(1, False)
-
-    monkeypatch.setattr("launch.start.wait_for", another_comes_first)
+    launcher.marker, launcher.status = None, 1
+    launcher.meanwhile = lambda run, _: held.enter_context(hold_lock(run.path))
     with held:
         assert samestep("run", *EMBEDDED) == 2
     assert "under way" in capsys.readouterr().err
+
+
+def test_a_plain_trainer_that_started_just_before_keeps_its_plan_and_its_markers(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.marker = "STOPPED"
+    assert samestep("run", *EMBEDDED) == 0
+    before = {file.name: file.read_bytes() for file in Path("runs/embedded").iterdir()}
+    with hold_lock(Path("runs/embedded")):
+        monkeypatch.setattr("launch.start.refuse_if_running", lambda _: None)  # it looked a moment too early
+        assert samestep("run", *EMBEDDED, "--gpus-per-node", "3") == 2
+    assert "under way" in capsys.readouterr().err
+    after = {file.name: file.read_bytes() for file in Path("runs/embedded").iterdir()}
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+    assert len(launcher.commands) == 1
 
 
 def test_missing_data_is_prepared_once_with_the_same_overrides(
@@ -410,7 +364,7 @@ def test_a_run_on_other_data_is_refused_and_stays_as_it_is(
     before = {file.name: file.read_bytes() for file in Path("runs/embedded").iterdir() if file.is_file()}
     monkeypatch.setattr("launch.start.read_index", lambda _: replace(make_index(), fingerprint="e" * 64))
     assert samestep("run", *EMBEDDED) == 2
-    assert "was begun on other data" in capsys.readouterr().err
+    assert "data.content: the run has 'ffffffffffff', the recipe 'eeeeeeeeeeee'" in capsys.readouterr().err
     assert {f.name: f.read_bytes() for f in Path("runs/embedded").iterdir() if f.is_file()} == before
 
 
@@ -422,9 +376,53 @@ def test_merge_merges_and_then_compares(launcher: Launcher) -> None:
     output = str(Path("runs/embedded/merged"))
     assert merged[1:] == ["-m", "trainer.checkpoint.merge", folder, "--output", output, "--dtype", "float32"]
     assert compared[1:] == ["-m", "trainer.evaluation.compare", "--source", folder, "--merged", output]
-    assert samestep("merge", "runs/embedded/adapter", "--output", "elsewhere", "--base", "b") == 0
-    assert launcher.commands[-2][3:] == ["runs/embedded/adapter", "--output", "elsewhere", "--base", "b"]
-    assert launcher.commands[-1][-2:] == ["--base", "b"]
+    assert samestep("merge", "runs/embedded/adapter", "--output", "elsewhere", "--base-model", "b") == 0
+    assert launcher.commands[-2][3:] == [
+        "runs/embedded/adapter",
+        "--output",
+        "elsewhere",
+        "--base-model",
+        "b",
+    ]
+    assert launcher.commands[-1][-2:] == ["--base-model", "b"]
+
+
+def test_the_rounded_base_has_a_folder_of_its_own_and_both_are_compared_when_asked(
+    launcher: Launcher,
+) -> None:
+    samestep("run", *EMBEDDED)
+    assert samestep("merge", "embedded", "--base", "dequantized", "--compare") == 0
+    merged, compared = launcher.commands[-2:]
+    output = str(Path("runs/embedded/merged-dequantized"))
+    assert merged[4:] == ["--output", output, "--base", "dequantized"]
+    assert compared[-3:] == ["--merged", output, "--both-bases"]
+    assert samestep("merge", "embedded", "--output", "elsewhere", "--no-compare") == 0
+    assert "trainer.checkpoint.merge" in launcher.commands[-1]
+
+
+def test_consolidate_passes_on_what_a_checkpoint_does_not_say(launcher: Launcher) -> None:
+    Path("foreign").mkdir()
+    asked = ["foreign", "--output", "adapter", "--lora-alpha", "16", "--base-model", "owner/name"]
+    assert samestep("consolidate", *asked) == 0
+    assert launcher.commands[-1][1:] == ["-m", "trainer.checkpoint.consolidate", *asked]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["merge", "foreign", "--output", "x", "--base", "some/model"], "--base-model"),
+        (["merge", "foreign", "--output", "x", "--compare"], "lies in no run"),
+        (["merge", "foreign"], "--output: missing"),
+        (["consolidate", "nothing", "--output", "x"], "no such run or folder"),
+    ],
+)
+def test_merging_what_cannot_be_is_refused_before_anything_starts(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    Path("foreign").mkdir()
+    assert samestep(*arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not launcher.commands
 
 
 def test_an_adapter_outside_a_run_is_merged_without_comparison(
@@ -452,8 +450,10 @@ def test_an_unknown_run_is_refused(
     assert launcher.commands == []
 
 
-def test_ctrl_c_is_130_without_a_traceback(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    launcher.interrupted, launcher.marker, launcher.status = True, None, 1
+def test_the_ctrl_c_that_kills_is_130_without_a_traceback(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.interrupted, launcher.killed, launcher.marker, launcher.status = True, True, None, -9
     assert samestep("run", *EMBEDDED) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -468,54 +468,9 @@ def test_the_plan_shows_what_is_left_of_the_stream(
     assert "samples left after the last whole step" in capsys.readouterr().out
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
-def test_a_stop_reaches_child_and_grandchild_once_and_the_parent_waits(
-    number: signal.Signals, to_all: bool, tmp_path: Path
-) -> None:
-    child = (
-        "import os, signal, sys, time\n"
-        "def end(*_):\n"
-        "    open(f'signal-{os.getpid()}', 'a').write('x'); stop.append(1)\n"
-        "stop = []\n"
-        "for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(n, end)\n"
-        "grandchild = os.fork()\n"
-        "open(f'started-{os.getpid()}', 'w').close()\n"
-        "while not stop: time.sleep(0.02)\n"
-        "time.sleep(0.5); open(f'ended-{os.getpid()}', 'w').close()\n"
-        "if grandchild: os.waitpid(grandchild, 0)\n"
-    )
-    parent = (
-        "import sys, json; from launch.children import wait_for\n"
-        "ended = wait_for([sys.executable, '-c', sys.argv[1]]); print(json.dumps([ended.status, ended.interrupted]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", parent, child],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _until(lambda: len(list(tmp_path.glob("started-*"))) == 2)
-    (os.killpg if to_all else os.kill)(process.pid, number)
-    out, _ = process.communicate(timeout=30)
-    assert json.loads(out) == [0, number == signal.SIGINT]
-    assert len(list(tmp_path.glob("ended-*"))) == 2
-    assert [file.read_text() for file in tmp_path.glob("signal-*")] == ["x", "x"]
-
-
-def test_a_child_that_ends_is_not_waited_for() -> None:
-    assert wait_for([sys.executable, "-c", "raise SystemExit(7)"]) == Ended(7, False)
-
-
-@pytest.mark.parametrize("arguments", [["plan"], ["prepare"], ["run"], ["evaluate"], ["merge"]])
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["prepare"], ["run"], ["evaluate"], ["merge"], ["consolidate"]]
+)
 def test_every_command_shows_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert samestep(*arguments, "--help") == 0
     shown = capsys.readouterr().out

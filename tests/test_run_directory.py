@@ -1,26 +1,34 @@
-"""The run directory: names, markers, and one writer at a time."""
+"""The run directory: names, markers, what is asked of a run, and one writer at a time."""
 
+import errno
 import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from launch.errors import ConfigError
 from launch.run_directory import (
     RunDirectory,
+    StopReason,
     clear_markers,
+    clear_requests,
     hold_lock,
     lock_holder,
     open_run,
     read_marker,
     refuse_if_running,
+    request_stop,
+    requested_stop,
     write_marker,
 )
+from tests.checkpoints import as_nobody
 
 HOLD = "import sys; from pathlib import Path; from launch.run_directory import hold_lock\n"
 
@@ -71,6 +79,102 @@ def test_a_run_has_one_marker_the_last(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["DONE"]
     clear_markers(run)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", get_args(StopReason))
+def test_a_stop_is_asked_for_with_its_reason_and_answered(reason: StopReason, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert requested_stop(run) is None
+    request_stop(run, reason)
+    assert requested_stop(run) == reason
+    run.save_file.touch()
+    clear_requests(run)
+    assert requested_stop(run) is None
+    assert list(tmp_path.iterdir()) == []
+    clear_requests(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "user"),
+        (b"\n\n", "user"),
+        (b"time", "time"),
+        (b"  Preempted: node 7 goes down\n", "preempted"),
+        (b"why not\n", "user"),
+        (b"\xff\xfe\0", "user"),
+        (b"x" * 1_000_000 + b" time", "user"),
+    ],
+)
+def test_whatever_somebody_writes_into_the_stop_file_is_a_stop(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.stop_file.write_bytes(content)
+    assert requested_stop(run) == reason
+
+
+def test_an_earlier_stop_keeps_its_reason(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    request_stop(run, "time")
+    request_stop(run, "user")
+    assert requested_stop(run) == "time"
+    assert [file.name for file in tmp_path.iterdir()] == ["STOP"]
+
+
+def test_a_request_that_interrupts_the_writing_of_another_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a TERM does that arrives while the handler of a Ctrl-C is at work."""
+    run, write = RunDirectory(tmp_path), Path.write_text
+
+    def interrupted(path: Path, text: str, encoding: str) -> int:
+        monkeypatch.undo()
+        written = write(path, text, encoding)
+        request_stop(run, "preempted")
+        return written
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    request_stop(run, "user")
+    assert requested_stop(run) in ("user", "preempted")
+    assert [file.name for file in tmp_path.iterdir()] == ["STOP"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_plain_file_asks_for_nothing(make: Callable[[Path], None], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    make(run.stop_file)
+    assert requested_stop(run) is None
+
+
+def test_a_request_that_finds_its_place_taken_by_a_folder_says_so(tmp_path: Path) -> None:
+    """Then `wait_for` passes the signal itself on."""
+    run = RunDirectory(tmp_path)
+    run.stop_file.mkdir()
+    with pytest.raises(IsADirectoryError):
+        request_stop(run, "user")
+    clear_requests(run)
+    with pytest.raises(FileNotFoundError):
+        request_stop(RunDirectory(tmp_path / "gone"), "user")
+
+
+def test_a_stop_that_is_not_ours_to_read_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(Path())
+    monkeypatch.chdir(tmp_path)
+    run.stop_file.write_text("time")
+    run.stop_file.chmod(0)
+    with as_nobody():
+        assert requested_stop(run) == "user"
+
+
+def test_a_disk_that_is_out_of_reach_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "is_file", stale)
+    assert requested_stop(RunDirectory(tmp_path)) is None
 
 
 def test_a_held_run_names_its_holder_to_the_second(tmp_path: Path) -> None:

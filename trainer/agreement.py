@@ -28,22 +28,28 @@ def together(action: Callable[[], T]) -> T:
     result: T | None = None
     try:
         result = action()
-    except SamestepError as raised:
-        error = raised
-    except OSError as raised:
-        error = RunError(
-            f"{raised.filename or 'a file'}: {raised.strerror or raised}; make room or give permission"
-        )
-    except SafetensorError as raised:  # how safetensors reports a full disk
-        error = RunError(f"a safetensors file: {raised}; make room or give permission")
-    except Exception as raised:  # a bug: the other ranks must hear of it too, or they wait for ever
-        logging.getLogger("trainer").exception("unexpected")
-        error = RunError(f"{type(raised).__name__}: {raised} (see the traceback above); please report it")
+    except Exception as raised:
+        error = in_words(raised)
     failed = _first_failure(error)
     if failed is not None:
         failed.agreed = True
         raise failed
     return result  # type: ignore[return-value]
+
+
+def in_words(raised: Exception) -> SamestepError:
+    """Any exception as the error that a user reads."""
+    if isinstance(raised, SamestepError):
+        return raised
+    if isinstance(raised, OSError):
+        return RunError(
+            f"{raised.filename or 'a file'}: {raised.strerror or raised}; make room or give permission"
+        )
+    if isinstance(raised, SafetensorError):  # how safetensors reports a full disk
+        return RunError(f"a safetensors file: {raised}; make room or give permission")
+    # A bug: the other ranks must hear of it too, or they wait for ever.
+    logging.getLogger("trainer").error("unexpected", exc_info=raised)
+    return RunError(f"{type(raised).__name__}: {raised} (see the traceback above); please report it")
 
 
 def _first_failure(error: SamestepError | None) -> SamestepError | None:
@@ -83,6 +89,21 @@ def from_rank_0(action: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def lost_contact(error: RuntimeError) -> RunError | None:
+    """What a collective raises when another rank is gone, in words; None for any other error.
+
+    gloo raises a plain RuntimeError with its own name in it, NCCL a `DistBackendError` (torch 2.14).
+    """
+    text = str(error)
+    if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in text):
+        return None
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return RunError(
+        f"rank {dist.get_rank()}: lost contact with another rank ({lines[0][-160:]}); it died or its machine did: see "
+        "its words; the same command goes on from the newest checkpoint"
+    )
 
 
 def say_once(error: SamestepError) -> int:

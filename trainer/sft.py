@@ -3,60 +3,64 @@
 What is overridden, and why: the loader (the step plan decides which samples, not a sampler), the loss (a sum over
 the micro-batch divided by the target tokens of the whole step), the reduction (one flat fp32 all-reduce in name
 order, because DDP's buckets change after the first step and a resumed run would sum in another order), clipping
-(on that flat vector, with the step's one host read), and everything written to disk.
+(on that flat vector, with the step's one host read, which also brings what the ranks are asked for from outside),
+and everything written to disk.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
-from trl import SFTConfig, SFTTrainer
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTTrainer
 
 from launch.errors import RunError
 from launch.folders import published
-from launch.index import Index
-from launch.manifest import aside_folder, publish, rotate
-from launch.plan import Plan, step_plan
-from launch.recipe import Recipe
+from launch.manifest import aside_folder, publish, read_manifest, rotate
+from launch.plan import samples_consumed, step_plan
+from launch.recipe import Recipe, altering_values
 from launch.run_directory import RunDirectory
 from launch.steps import cost, deal
 from trainer.agreement import on_rank_0
-from trainer.checkpoint.portable import load_adapter, load_optimizer, save_adapter, save_optimizer
+from trainer.arguments import training_arguments
+from trainer.checkpoint.background import Publisher
+from trainer.checkpoint.portable import (
+    OPTIMIZER_FILE,
+    State,
+    load_adapter,
+    load_optimizer,
+    save_adapter,
+    save_state,
+    snapshot,
+)
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
 from trainer.guards import check_adapters, check_finite, check_launch
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
-from trainer.records import append_line, samples_digest
+from trainer.preemption import Agreed, Watch
+from trainer.records import append_line, bring_to_disk, samples_digest
 from trainer.reports import ProgressBar, Trackio
+from trainer.task import Task
 
-PASSED_ON = (
-    "learning_rate",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "seed",
-)
-"""Fields of the recipe's `training` that SFTConfig takes as they are."""
+logger = get_logger("trainer")
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
-    """Runs a plan. `resumed_at`: optimizer steps done before, 0 for a new run; `base`: identity of the base model."""
+    """Runs a task's plan. `resumed_at`: optimizer steps done before, 0 for a new run."""
 
     loss_is_scaled_for_ga = True
     control: TrainerControl
@@ -64,33 +68,27 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(
         self,
         model: PeftModel,
-        recipe: Recipe,
-        plan: Plan,
-        index: Index,
-        run: RunDirectory,
+        task: Task,
         encoder: Encoder,
+        watch: Watch,
         resumed_at: int,
-        base: str,
     ) -> None:
-        self.recipe, self.plan, self.index, self.run_directory, self.encoder = (
-            recipe,
-            plan,
-            index,
-            run,
-            encoder,
-        )
-        self.resumed_at, self.base = resumed_at, base
-        self.steps = step_plan(recipe, index, plan)
+        self.task, self.encoder, self.watch, self.resumed_at = task, encoder, watch, resumed_at
+        recipe, plan = self.recipe, self.plan = task.recipe, task.plan
+        self.index, self.run_directory = task.index, task.run
+        self.agreed, self.evaluation_given_up = Agreed(), False
+        self.publisher = Publisher(watch.fail)
+        self.steps = step_plan(recipe, task.index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         super().__init__(
             model=model,
-            args=training_arguments(recipe, plan, run.path),
+            args=training_arguments(recipe, plan, task.run.path),
             # Never read: trl wants a Dataset whose first row looks like an image row.
             train_dataset=Dataset.from_dict({"image": [0]}),
             eval_dataset=Dataset.from_dict({"image": [0]}),
             data_collator=lambda rows: rows,
             processing_class=encoder.processor,
-            callbacks=_callbacks(recipe, run, resumed_at),
+            callbacks=_callbacks(recipe, task.run, resumed_at),
         )
         self.remove_callback(PrinterCallback)
         self.parameters = trainable_parameters(self.model)
@@ -152,7 +150,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, gradients staying on this rank."""
         if self._loss_sum is None:
-            torch.manual_seed(step_seed(self.recipe.training.seed, inputs["step"], self.args.process_index))
             self._loss_sum = torch.zeros((), device=self.args.device)
         with self.accelerator.no_sync(model) if self.args.world_size > 1 else nullcontext():
             loss = cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
@@ -170,14 +167,17 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return None  # with the reduction, in `_get_grad_norm`
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Add up gradients and loss over the ranks, look at both, clip. The step's one host read is here."""
+        """Add up gradients, loss and wishes over the ranks, look at them, clip. The step's one host read is here."""
         parts = [cast(Tensor, parameter.grad).reshape(-1) for parameter in self.parameters.values()]
-        gradients = torch.cat([*parts, cast(Tensor, self._loss_sum)[None]])
+        wishes = torch.tensor(self.watch.wishes(), device=self.args.device)
+        gradients = torch.cat([*parts, cast(Tensor, self._loss_sum)[None], wishes])
         if self.args.world_size > 1:
             dist.all_reduce(gradients)
-        flat, loss = gradients[:-1], gradients[-1]
-        norm = torch.linalg.vector_norm(flat)
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        flat, told = gradients[: -1 - len(wishes)], gradients[-1 - len(wishes) :]
+        norm_value, loss_value, *wished = torch.cat([torch.linalg.vector_norm(flat)[None], told]).tolist()
+        self.agreed = Agreed.of(wished)
+        if self.agreed.fail:
+            raise self.watch.agreed_failure()
         step = self.state.global_step
         check_finite(loss_value, norm_value, step + 1, self.steps.samples(step).tolist())
         if 0 < self.recipe.training.max_grad_norm < norm_value:
@@ -203,7 +203,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         samples = self.steps.samples(step - 1)
         split = self.index.splits["train"]
         loss, norm = self._host_values
-        self.state.epoch = step * self.plan.global_batch_size / len(split)
+        self.state.epoch = samples_consumed(self.plan, step) / len(split)
         now = time.perf_counter()
         values = {
             "step": step,
@@ -216,14 +216,22 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "samples_digest": samples_digest(samples),
             "seconds": round(now - self._clock, 4),
         }
-        if self.is_world_process_zero():
-            append_line(self.run_directory.metrics_file, values)
+        self._record(self.run_directory.metrics_file, values)
         if step % self.recipe.training.logging_steps == 0 or step == self.plan.max_steps:
             shown = {key: values[key] for key in ("loss", "grad_norm", "learning_rate")}
             self.callback_handler.on_log(
                 self.args, self.state, self.control, {**shown, "epoch": self.state.epoch}
             )
         self._clock = time.perf_counter()
+
+    def _record(self, file: Path, values: dict[str, Any]) -> None:
+        """Rank 0 writes a line; where it finds no room, all ranks hear of it in the next step and end together."""
+        if not self.is_world_process_zero():
+            return
+        try:
+            append_line(file, values)
+        except OSError as error:
+            self.watch.fail(error)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Nothing: steps and evaluations are written where they happen."""
@@ -232,11 +240,25 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss per target token on the validation samples, each exactly once, into `evaluations.jsonl`."""
+        """Loss per target token on the validation samples, each exactly once, into `evaluations.jsonl`.
+
+        Given up when the run is asked to stop: the checkpoint is that of a step whose evaluation is missing, and
+        whoever resumes there evaluates first.
+        """
+        if self.agreed.stop:
+            self.evaluation_given_up = True
+            return {}
+        self.publisher.wait()  # data workers are forked
         self.model.eval()
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         samples = 0
         for batch in self.get_eval_dataloader():
+            self.agreed = self.watch.agree()
+            if self.agreed.stop:
+                self.evaluation_given_up = True
+                self.model.train()
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
             inputs = self._prepare_inputs(batch)
             sums[0] += self.compute_loss(self.model, inputs)
             sums[1] += inputs["inputs"]["shift_labels"].numel()
@@ -247,8 +269,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             dist.all_reduce(counted)
         total, tokens, seen = counted.tolist()
         values = {"step": self.state.global_step, "loss": total / tokens, "samples": int(seen)}
-        if self.is_world_process_zero():
-            append_line(self.run_directory.evaluations_file, values)
+        self._record(self.run_directory.evaluations_file, values)
         shown = {"eval_loss": values["loss"]}
         self.callback_handler.on_log(self.args, self.state, self.control, shown)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
@@ -258,30 +279,63 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        on_rank_0(self._publish_checkpoint)
+        """Rank 0 copies the state, which is small, and goes on; a thread writes and publishes it."""
+        if self.is_world_process_zero():
+            began = time.perf_counter()
+            self.publisher.wait()
+            if self.agreed.save:
+                with suppress(OSError):
+                    self.run_directory.save_file.unlink()
+            step = self.state.global_step
+            state, facts = snapshot(self.optimizer.optimizer, self.parameters), self._facts(step)
+            trainer_state = json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"
+            waited = time.perf_counter() - began
+            self.publisher.start(lambda: self._publish(step, state, trainer_state, facts, waited))
         self._clock = time.perf_counter()
 
-    def _publish_checkpoint(self) -> None:
-        step = self.state.global_step
-        final = self.run_directory.checkpoint(step)
+    def _publish(
+        self, step: int, state: State, trainer_state: str, facts: dict[str, Any], waited: float
+    ) -> None:
+        began = time.perf_counter()
         aside = aside_folder(self.run_directory.path, step)
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        save_adapter(self.model, aside)
-        save_optimizer(self.optimizer.optimizer, self.parameters, aside)
-        self.state.save_to_json(str(aside / "trainer_state.json"))
-        publish(aside, final, self._facts(step))
+        try:
+            aside.mkdir()
+            save_state(self.model, state, aside)
+            (aside / TRAINER_STATE_NAME).write_text(trainer_state)
+            bring_to_disk(self.run_directory.metrics_file)
+            bring_to_disk(self.run_directory.evaluations_file)
+            # What stands there was passed over when this attempt began: damaged, or out of reach for a moment.
+            publish(aside, self.run_directory.checkpoint(step), facts, replace=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+            raise
         rotate(self.run_directory.path, self.recipe.checkpoint.keep)
+        took = time.perf_counter() - began
+        logger.info(
+            f"checkpoint-{step}: published in {took:.2f} s, for which the training waited {waited:.3f} s"
+        )
 
     def _facts(self, step: int) -> dict[str, Any]:
+        """What a resuming run, or a reader years later, wants to know of a checkpoint."""
+        plan = self.plan
         return {
             "step": step,
-            "samples_consumed": step * self.plan.global_batch_size,
-            "world_size": self.plan.world_size,
-            "strategy": self.plan.strategy,
-            "recipe_fingerprint": self.plan.recipe_fingerprint,
-            "dataset_fingerprint": self.plan.dataset_fingerprint,
-            "base_identity": self.base,
+            "samples_consumed": samples_consumed(plan, step),
+            "epoch": samples_consumed(plan, step) / plan.samples_per_epoch,
+            "form": "portable",
+            "strategy": plan.strategy,
+            "world_size": plan.world_size,
+            "global_batch_size": plan.global_batch_size,
+            "begin": asdict(plan.begin),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "recipe": altering_values(self.recipe),
+            "recipe_fingerprint": plan.recipe_fingerprint,
+            "dataset_fingerprint": plan.dataset_fingerprint,
+            "base_identity": self.task.base,
+            "quantization": self.recipe.quantization.model_dump() | {"quant_storage": plan.quant_storage},
+            "started_from": plan.started_from,
+            "versions": plan.versions,
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -290,13 +344,30 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        load_optimizer(self.optimizer.optimizer, self.parameters, Path(checkpoint))
+        if (Path(checkpoint) / OPTIMIZER_FILE).exists():  # else taken over from a form without moments
+            load_optimizer(self.optimizer.optimizer, self.parameters, Path(checkpoint))
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.resumed_at
         scheduler._step_count = self.resumed_at + 1
         groups = self.optimizer.param_groups
         for group, rule, base in zip(groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
             group["lr"] = base * rule(self.resumed_at)
+        self._say_another_rate(Path(checkpoint), groups[0]["lr"])
+
+    def _say_another_rate(self, checkpoint: Path, rate: float) -> None:
+        """Before the first step of a run that was extended, or has another schedule."""
+        before = read_manifest(checkpoint)["facts"]["learning_rate"]
+        if rate != before:
+            known = "another schedule" if before is None else f"{before:.4g}"
+            logger.warning(
+                f"the learning rate goes on at {rate:.4g} where the checkpoint's schedule had {known}: "
+                f"{self.recipe.training.lr_scheduler_type} over {self.plan.max_steps} steps, at step {self.resumed_at}"
+            )
+
+    def load(self, checkpoint: str) -> None:
+        """Take the adapter of the checkpoint that the run is resumed at, without training on."""
+        self._load_from_checkpoint(checkpoint)
+        self.state.global_step, self.state.max_steps = self.resumed_at, self.plan.max_steps
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: every step seeds itself."""
@@ -333,21 +404,20 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        self.trainer.write_step(self._learning_rate)
+        trainer = self.trainer
+        trainer.write_step(self._learning_rate)
+        first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1
+        if trainer.agreed.stop or trainer.agreed.save or first:
+            control.should_save = True
+        if trainer.agreed.stop:
+            control.should_training_stop = True
 
 
 def build_trainer(
-    model: PeftModel,
-    recipe: Recipe,
-    plan: Plan,
-    index: Index,
-    run: RunDirectory,
-    encoder: Encoder,
-    resumed_at: int,
-    base: str = "",
+    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, recipe, plan, index, run, encoder, resumed_at, base)
+    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at)
     step_end = _StepEnd()
     step_end.trainer = trainer
     trainer.callback_handler.callbacks.insert(0, step_end)
@@ -362,42 +432,3 @@ def _callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[Train
     if recipe.tracking.report_to == "trackio":
         callbacks.append(Trackio(recipe, run))
     return callbacks
-
-
-def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
-    """The SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
-    training = recipe.training
-    arguments = SFTConfig(
-        output_dir=str(output),
-        **{name: getattr(training, name) for name in PASSED_ON},
-        lr_scheduler_kwargs=training.lr_scheduler_kwargs or {},
-        max_steps=plan.max_steps,
-        warmup_steps=plan.warmup_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=plan.micro_batches,
-        bf16=False,  # precision is ours: `compute_in`
-        activation_checkpointing=False,  # ours: `prepare_training`
-        max_length=None,
-        use_cpu=plan.device == "cpu",
-        eval_strategy="steps",
-        eval_steps=recipe.evaluation.every_steps,
-        save_strategy="steps",
-        save_steps=recipe.checkpoint.every_steps,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    # Trainer counts every GPU it sees and would spread one process over them (`nn.DataParallel`).
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's generators for one step on one rank: a resumed run draws what the straight one drew."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import stat
 import sys
 import warnings
+from typing import Any
 
 import datasets
 import torch
@@ -19,6 +23,7 @@ def speak_plainly() -> None:
 
     Every command calls it first: it also settles what the libraries read from the environment when they wake.
     """
+    _outlive_the_listeners()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed 0.19 else warns that it found none
@@ -27,6 +32,34 @@ def speak_plainly() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+class _Listener(io.FileIO):
+    """A terminal or a pipe that may end while the run goes on: what is written to it then is lost, and nothing else."""
+
+    def write(self, data: Any) -> int:
+        """As `FileIO.write`; after a terminal hung up (EIO) or a reader went (EPIPE) all is taken for written."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return memoryview(data).nbytes
+
+
+def _outlive_the_listeners() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # a program that caught our words (pytest)
+            continue
+        if isinstance(stream, io.TextIOWrapper) and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raw = _Listener(descriptor, "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
+            )
+            setattr(sys, name, text)
 
 
 def complain(error: SamestepError) -> int:

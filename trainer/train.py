@@ -14,7 +14,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,46 +22,61 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
+from launch.changes import consequences, tie_contents
 from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
 from launch.index import Index, read_index
-from launch.manifest import newest_published, read_manifest
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
-from launch.run_directory import RunDirectory, clear_markers, hold_lock, open_run, read_marker, write_marker
-from launch.runs import refuse_another_dataset, refuse_another_recipe, write_request
-from trainer.agreement import from_rank_0, gather, leave_processes, on_rank_0, say_once, together
+from launch.run_directory import (
+    RunDirectory,
+    StopReason,
+    clear_markers,
+    clear_requests,
+    hold_lock,
+    open_run,
+    read_marker,
+    write_marker,
+)
+from launch.runs import adopt, continue_run, refuse_an_end_behind, refuse_another_dataset, write_request
+from trainer.agreement import (
+    from_rank_0,
+    gather,
+    leave_processes,
+    lost_contact,
+    on_rank_0,
+    say_once,
+    together,
+)
 from trainer.data.collate import Encoder
 from trainer.model.base import add_lora, load_base
+from trainer.preemption import Watch, watching
 from trainer.prepare import prepare
 from trainer.pretrained import base_identity, load_processor
-from trainer.records import keep_lines_until
+from trainer.resume import evaluation_is_missing, forget_after, resume_point
 from trainer.sft import PlannedTrainer, build_trainer
 from trainer.speech import speak_plainly
+from trainer.task import Task
 
 logger = get_logger("trainer")
 PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed wait for each other
 
 
-@dataclass(frozen=True)
-class Task:
-    """What this process is part of."""
-
-    recipe: Recipe
-    plan: Plan
-    index: Index
-    run: RunDirectory
-    base: str  # `base_identity`
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    launcher = os.getppid()
     options = parse(arguments)
     speak_plainly()
     try:
         index = prepare_first(options)
-        train_once(options, index, start_processes())
+        train_once(options, index, start_processes(), launcher)
+    except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
+        return 130
     except SamestepError as error:
         return end_badly(error, options)
+    except RuntimeError as error:
+        if (lost := lost_contact(error)) is None:
+            raise
+        return end_badly(lost, options)
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         place = error.filename or "a file"
         return end_badly(
@@ -82,8 +97,8 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     return 0 if told else status
 
 
-def train_once(options: argparse.Namespace, index: Index, state: PartialState) -> None:
-    """From the request to the marker, inside an existing process group.
+def train_once(options: argparse.Namespace, index: Index, state: PartialState, launcher: int) -> None:
+    """From the request to the marker, inside an existing process group; `launcher`: the parent's process id.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
@@ -92,13 +107,14 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState) -
     announce(task, state)
     with ExitStack() as held:
         on_rank_0(lambda: take_run(task, held))
+        watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
-            train(task, state)
+            ended = train(task, state, watch)
         except SamestepError as error:
             if state.is_main_process:
                 leave_reason(task.run, error)
             raise
-        on_rank_0(lambda: write_marker(task.run, "DONE", f"step {task.plan.max_steps}"))
+        on_rank_0(lambda: leave_marker(task, ended))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -122,11 +138,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="KEY", help="go on although this value differs"
+    )
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="CHECKPOINT",
+        help="begin with a checkpoint of another run",
+    )
     options = parser.parse_args(arguments)
     if (options.recipe is None) == (options.run_dir is None):
         parser.error("give a recipe, or --run-dir")
-    if options.run_dir is not None and options.set:
-        parser.error("--set belongs to a recipe; the run directory holds its own")
+    if options.run_dir is not None and (options.set or options.allow or options.source):
+        parser.error("--set, --allow and --from belong to a recipe; the run directory holds its own plan")
     return options
 
 
@@ -162,11 +188,16 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         if index.fingerprint != plan.dataset_fingerprint:
             raise ConfigError(
                 f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "
-                f"{index.fingerprint[:12]}); choose another --name, or --fresh to move the old run aside"
+                f"{index.fingerprint[:12]}); run the same `samestep run` again to plan anew"
             )
-        return Task(recipe, plan, index, run, base_identity(recipe))
+        return make_task(recipe, plan, index, run)
     run = open_run(options.runs_dir, options.name or recipe.name)
-    refuse_another_recipe(run, recipe)
+    continuation = continue_run(run, recipe, options.allow, options.source)
+    source = continuation.source
+    allowed = continuation.allowed if source else options.allow
+    other_data = refuse_another_dataset(run, index.fingerprint, allowed, source)
+    for consequence in consequences([*continuation.changed, *other_data]):
+        logger.warning(f"allowed: {consequence}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = make_plan(
         recipe,
@@ -176,9 +207,21 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         gpus_per_node=local,
         device=state.device.type,
         name=run.name,
+        begin=continuation.begin,
+        allowed=continuation.allowed,
+        started_from=continuation.started_from,
     )
-    refuse_another_dataset(run, plan)
-    return Task(recipe, plan, index, run, base_identity(recipe))
+    refuse_an_end_behind(run, plan.max_steps, source)
+    return make_task(recipe, plan, index, run, source)
+
+
+def make_task(
+    recipe: Recipe, plan: Plan, index: Index, run: RunDirectory, source: Path | None = None
+) -> Task:
+    """With what is allowed about data and base tied to those of now."""
+    base = base_identity(recipe)
+    contents = {"data.content": index.fingerprint, "model.content": base}
+    return Task(recipe, replace(plan, allowed=tie_contents(plan.allowed, contents)), index, run, base, source)
 
 
 def announce(task: Task, state: PartialState) -> None:
@@ -223,6 +266,8 @@ def take_run(task: Task, held: ExitStack) -> None:
     held.enter_context(hold_lock(task.run.path))
     clear_markers(task.run)
     write_request(task.run, task.recipe, task.plan)
+    if task.source is not None:
+        adopt(task.source, task.run)
     task.run.environment_file.write_text(json.dumps(environment(task.plan), indent=1) + "\n")
 
 
@@ -242,61 +287,72 @@ def environment(plan: Plan) -> dict[str, object]:
     }
 
 
-def train(task: Task, state: PartialState) -> None:
-    """Load, resume, train, write the adapter."""
+@dataclass(frozen=True)
+class Ended:
+    """Where an attempt ended, and why when it was not at the last step."""
+
+    step: int
+    stop: StopReason | None = None
+
+
+def train(task: Task, state: PartialState, watch: Watch) -> Ended:
+    """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    step = checkpoint.step if checkpoint else 0
     on_rank_0(lambda: forget_after(task.run, step))
-    trainer = together(lambda: build(task, state, step))
-    if step:
-        logger.info(f"resuming at step {step} of {task.plan.max_steps}")
-    if step < task.plan.max_steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    elif checkpoint:
-        trainer._load_from_checkpoint(str(checkpoint))
+    if reason := watch.agree().stop:
+        return Ended(step, reason)
+    evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
+    trainer = together(lambda: build(task, state, watch, step))
+    if reason := watch.agree().stop:
+        return Ended(step, reason)
+    try:
+        take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
+    finally:
+        trainer.publisher.wait()  # while the run is still ours and signals are wishes
+    together(watch.raise_failure)
+    reached, stop = trainer.state.global_step, trainer.agreed.stop
+    if stop and (reached < task.plan.max_steps or trainer.evaluation_given_up):
+        return Ended(reached, stop)
+    if reached != task.plan.max_steps:
+        raise RunError(
+            f"transformers: its Trainer ended at step {reached} of {task.plan.max_steps} without being asked to; "
+            "install the versions of constraints.txt and run again"
+        )
     trainer.save_final_adapter()
+    return Ended(reached)
 
 
-def resume_point(task: Task) -> Path | None:
-    """The newest published checkpoint, or None for a new run.
-
-    Raises:
-        CheckpointError: it belongs to another recipe, dataset, base model, or a longer run.
-    """
-    checkpoint = newest_published(task.run.path)
-    if checkpoint is None:
-        return None
-    facts, plan = read_manifest(checkpoint, verify=True)["facts"], task.plan
-    wanted = {
-        "recipe_fingerprint": plan.recipe_fingerprint,
-        "dataset_fingerprint": plan.dataset_fingerprint,
-        "base_identity": task.base,
-    }
-    for key, value in wanted.items():
-        if facts.get(key) != value:
-            raise CheckpointError(
-                f"{checkpoint}: was written with another {key.partition('_')[0]} "
-                f"({str(facts.get(key))[:12]}, this run has {value[:12]}); "
-                "use another --name, or --fresh to move the old run aside"
-            )
-    if facts["step"] > plan.max_steps:
-        raise CheckpointError(f"{checkpoint}: lies beyond the run ({facts['step']} > {plan.max_steps} steps)")
-    return checkpoint
+def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missing: bool) -> None:
+    """From the checkpoint to the last step, beginning with an evaluation that a stop gave up."""
+    step, max_steps = trainer.resumed_at, trainer.plan.max_steps
+    if checkpoint:
+        logger.info(f"resuming at step {step} of {max_steps}")
+        trainer.load(checkpoint)
+    if evaluation_missing:
+        trainer.evaluate()
+    if step < max_steps and not trainer.agreed.stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def forget_after(run: RunDirectory, step: int) -> None:
-    """Remove the figures of steps that will be taken again."""
-    keep_lines_until(run.metrics_file, step)
-    keep_lines_until(run.evaluations_file, step)
+def leave_marker(task: Task, ended: Ended) -> None:
+    """Say how the attempt ended; what was asked of it is answered."""
+    if ended.stop:
+        text = f"{ended.stop}: at step {ended.step} of {task.plan.max_steps}"
+        logger.info(f"stopped, {text}; the same command goes on")
+        write_marker(task.run, "STOPPED", text)
+    else:
+        write_marker(task.run, "DONE", f"step {ended.step}")
+    clear_requests(task.run)
 
 
-def build(task: Task, state: PartialState, resumed_at: int) -> PlannedTrainer:
+def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> PlannedTrainer:
     """Base, LoRA and trainer on this rank's device."""
     if task.recipe.training.deterministic:
         make_deterministic()
     encoder = Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     model = add_lora(load_base(task.recipe, state.device, task.plan.quant_storage), task.recipe)
-    return build_trainer(model, task.recipe, task.plan, task.index, task.run, encoder, resumed_at, task.base)
+    return build_trainer(model, task, encoder, watch, resumed_at)
 
 
 def make_deterministic() -> None:

@@ -7,21 +7,38 @@ Starting processes costs ten times what these runs do, so one launch does as man
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
+from launch.run_directory import request_stop
 from trainer import train
+from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
+
+STOP_AT: dict[str, int] = {}
+"""Name of a run -> the step after which it is to stop, by a STOP file that comes during that step."""
+
+_training_step = PlannedTrainer.training_step
+
+
+def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) -> object:
+    if self.state.global_step + 1 == STOP_AT.get(self.run_directory.name) and self.is_world_process_zero():
+        request_stop(self.run_directory, "preempted")
+    return _training_step(self, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    """Arguments: a JSON file with a list of argument lists of `trainer.train`."""
+    """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
     speak_plainly()
-    requests = [train.parse(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    requests = [train.parse(arguments) for arguments, _ in asked]
+    STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
+    PlannedTrainer.training_step = _ask_to_stop_in_time  # type: ignore[method-assign]
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
-        train.train_once(options, index, state)
+        train.train_once(options, index, state, os.getppid())
 
 
 if __name__ == "__main__":

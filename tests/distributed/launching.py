@@ -1,66 +1,132 @@
-"""Real launches for the tests: `accelerate launch` as a user types it, and runs that are killed."""
+"""Real launches for the tests: `accelerate launch` as a user types it, and what kills it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def accelerate_launch(
-    processes: int,
-    arguments: Sequence[str],
-    *,
-    kill_when: Callable[[], bool] | None = None,
-    limit: float = 300,
-) -> subprocess.CompletedProcess[str]:
-    """Run `accelerate launch ... -m ARGUMENTS` with the shipped config; with `kill_when`, kill -9 all of it then."""
+def launch_command(processes: int, arguments: Sequence[str]) -> list[str]:
+    """`accelerate launch ... -m ARGUMENTS` with the shipped config of `single` or `ddp`."""
     config = ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "-m", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return [*command, "--num_processes", str(processes), "-m", *arguments]
+
+
+def child_environment() -> dict[str, str]:
+    """One thread a process, and this checkout before whatever else is imported from."""
+    before = [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *before])}
+
+
+@contextmanager
+def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command with its output in `log`, in a session of its own; nothing of it outlives the block."""
+    environment = child_environment()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        kill_all(family(process.pid))
+        process.wait()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants: torchrun starts workers in sessions of their own."""
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def workers(pid: int) -> list[psutil.Process]:
+    """The ranks below a launcher, rank 0 first; not their data workers."""
+    with suppress(psutil.NoSuchProcess):
+        found = [(_rank(child), child) for child in psutil.Process(pid).children()]
+        return [child for rank, child in sorted(found, key=lambda pair: pair[0]) if rank >= 0]
+    return []
+
+
+def launcher_of(pid: int) -> int:
+    """The launcher that a `samestep run` waits for."""
+    (launcher,) = psutil.Process(pid).children()
+    return int(launcher.pid)
+
+
+def _rank(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        return int(process.environ().get("RANK", "0"))
+    return -1
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL to each, and wait until they are gone."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float = 0.001) -> None:
+    """Look until it holds; fail the test after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)
+
+
+def accelerate_launch(
+    processes: int, arguments: Sequence[str], limit: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Launch and wait for the end."""
+    command = launch_command(processes, arguments)
+    environment = child_environment()
     process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    if kill_when is not None:
-        deadline = time.monotonic() + limit
-        while process.poll() is None and not kill_when() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    killed = kill_when is not None and process.poll() is None
-    if killed:
-        os.killpg(process.pid, signal.SIGKILL)
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(family(process.pid))
         raise
-    assert killed == (kill_when is not None), f"ended before it could be killed:\n{output}"
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def drive(
-    processes: int,
-    requests: Sequence[Sequence[str]],
-    folder: Path,
-    *,
-    kill_when: Callable[[], bool] | None = None,
+    processes: int, requests: Sequence[tuple[Sequence[str], int | None]], folder: Path, limit: float = 300
 ) -> str:
-    """Several runs of `trainer.train` in one launch; fails the test when one of them fails. Returns the output."""
+    """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""
     file = folder / f"requests-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(requests))
-    done = accelerate_launch(processes, ["tests.distributed.drive", str(file)], kill_when=kill_when)
-    assert kill_when is not None or done.returncode == 0, done.stdout
+    done = accelerate_launch(processes, ["tests.distributed.drive", str(file)], limit)
+    assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def published_steps(run: Path) -> list[int]:
+    """Steps of the published checkpoints, oldest first; not of those on their way out."""
+    found = (
+        re.fullmatch(r"checkpoint-(\d+)", file.parent.name) for file in run.glob("checkpoint-*/manifest.json")
+    )
+    return sorted(int(match[1]) for match in found if match)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C to one process."""
+    process.send_signal(signal.SIGINT)

@@ -1,139 +1,120 @@
-"""The promises about sameness, with real launches: world sizes 1 to 4, and runs killed in the middle."""
+"""The promises about sameness, with real launches and dropout: world sizes 1 to 4, micro-batch budgets, recomputation,
+and one run that moves from 1 to 2 to 4 to 3 to 1 processes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from launch.recipe import dump_recipe, recipe_from_dict
-from tests.conftest import recipe_values
+from launch.run_directory import read_marker
 from tests.distributed.launching import drive
+from tests.distributed.recorded import adapter_of, apart, evaluations_of, metrics_of, run_of, write_recipe
 
 WORLD_SIZES = (1, 2, 3, 4)
-RESUMED_WORLD_SIZES = (1, 2)
 KINDS = ("plain", "nf4")
-
-
-def _write_recipe(world: Path, folder: Path, kind: str, *, steps: int, dropout: float) -> Path:
-    values = recipe_values(world)
-    values["quantization"]["load_in_4bit"] = kind == "nf4"
-    values["training"]["max_steps"] = steps
-    values["lora"] = {"lora_dropout": dropout}
-    values["evaluation"] = {"every_steps": 2, "max_samples": 10}
-    file = folder / f"{kind}-{steps}-{dropout}.yaml"
-    file.write_text(dump_recipe(recipe_from_dict(values)))
-    return file
+BUDGETS = {"auto": "auto", "roomy": 100_000, "tight": 200}
+"""`tight` is a little more than the longest sample: many micro-batches; `roomy` packs a step into one."""
+MOVES = ((1, 2), (2, 4), (4, 6), (3, 8), (1, None))
+"""(processes, the step to stop at) of the run that moves."""
 
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs this module looks at, in as few launches as they need.
+    """All runs this module looks at, in one launch per world size.
 
-    `same-<kind>-<world size>`: 8 steps without dropout. `straight-...` and `cut-...`: 6 steps with dropout, the
-    second killed with SIGKILL after its checkpoint at step 3 and resumed in a new launch.
+    `same-<kind>-<world size>`: 8 steps with dropout 0.05. `budget-<name>-<world size>` and `recomputed-1`: the same,
+    packed otherwise. `straight` and `moving`: 10 steps, the second over all world sizes.
     """
     folder = tmp_path_factory.mktemp("same")
-    same = {kind: _write_recipe(world, folder, kind, steps=8, dropout=0.0) for kind in KINDS}
-    six = {kind: _write_recipe(world, folder, kind, steps=6, dropout=0.05) for kind in KINDS}
+    same = {kind: write_recipe(world, folder / f"{kind}.yaml", kind) for kind in KINDS}
+    tighter = {
+        name: write_recipe(world, folder / f"{name}.yaml", "plain", batch={"micro_batch_tokens": budget})
+        for name, budget in BUDGETS.items()
+        if name != "auto"
+    }
+    recomputed = write_recipe(
+        world, folder / "recomputed.yaml", "plain", training={"gradient_checkpointing": True}
+    )
+    ten = write_recipe(
+        world, folder / "ten.yaml", "plain", training={"max_steps": 10}, checkpoint={"keep": 9}
+    )
 
-    def request(recipe: Path, name: str) -> list[str]:
-        return [str(recipe), "--runs-dir", str(folder), "--name", name]
+    def request(recipe: Path, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
+        return [str(recipe), "--runs-dir", str(folder), "--name", name], stop
 
-    for size in WORLD_SIZES:
-        requests = [request(same[kind], f"same-{kind}-{size}") for kind in KINDS]
-        if size not in RESUMED_WORLD_SIZES:
-            drive(size, requests, folder)
-            continue
-        requests += [request(six[kind], f"straight-{kind}-{size}") for kind in KINDS]
-        for kind in KINDS:
-            cut = request(six[kind], f"cut-{kind}-{size}")
-            drive(size, [*requests, cut], folder, kill_when=_past_step_3(folder / f"cut-{kind}-{size}"))
-            requests = [cut]
+    for place, (size, stop) in enumerate(MOVES):
+        requests = [request(ten, "moving", stop)]
+        if place < 4:
+            requests += [request(same[kind], f"same-{kind}-{size}") for kind in KINDS]
+            requests += [request(tighter[name], f"budget-{name}-{size}") for name in tighter]
+        if place == 0:
+            requests += [request(recomputed, "recomputed-1"), request(ten, "straight")]
         drive(size, requests, folder)
     return folder
-
-
-def _past_step_3(run: Path) -> Callable[[], bool]:
-    """True once the checkpoint of step 3 is published and a later step is on record."""
-
-    def look() -> bool:
-        metrics = run / "metrics.jsonl"
-        return (run / "checkpoint-3" / "manifest.json").exists() and metrics.read_text().count("\n") >= 4
-
-    return look
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _evaluations(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-
-
-def _adapter(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def _sha256(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def _apart(one: Path, other: Path) -> tuple[float, float]:
-    """(largest relative difference of losses, largest absolute difference of adapter weights)."""
-    losses = [
-        abs(a["loss"] - b["loss"]) / abs(b["loss"])
-        for a, b in zip(_metrics(one), _metrics(other), strict=True)
-    ]
-    left, right = _adapter(one), _adapter(other)
-    assert left.keys() == right.keys()
-    return max(losses), max((left[name] - right[name]).abs().max().item() for name in right)
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES[1:])
 @pytest.mark.parametrize(("kind", "tolerance"), [("plain", 1e-6), ("nf4", 1e-5)])
 def test_every_world_size_takes_the_same_steps(runs: Path, kind: str, tolerance: float, size: int) -> None:
     one, several = runs / f"same-{kind}-1", runs / f"same-{kind}-{size}"
-    assert len(_metrics(one)) == 8
+    assert len(metrics_of(one)) == 8
     for key in ("samples_digest", "target_tokens", "tokens", "samples", "learning_rate", "step"):
-        assert [line[key] for line in _metrics(several)] == [line[key] for line in _metrics(one)]
-    loss, weights = _apart(several, one)
+        assert [line[key] for line in metrics_of(several)] == [line[key] for line in metrics_of(one)]
+    loss, weights = apart(several, one)
     print(f"{kind}, world size {size}: losses within {loss:.1e} relative, adapters within {weights:.1e}")
     assert loss <= tolerance
     assert weights <= tolerance
 
 
+@pytest.mark.parametrize("size", WORLD_SIZES)
+@pytest.mark.parametrize("budget", [name for name in BUDGETS if name != "auto"])
+def test_every_packing_takes_the_same_steps(runs: Path, budget: str, size: int) -> None:
+    one, packed = runs / "same-plain-1", runs / f"budget-{budget}-{size}"
+    other, expected = run_of(packed).plan, run_of(one).plan
+    assert other.micro_batch_tokens != expected.micro_batch_tokens
+    assert size > 1 or other.micro_batches != expected.micro_batches
+    loss, weights = apart(packed, one)
+    print(f"budget {budget}, world size {size}: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= 1e-6
+    assert weights <= 1e-6
+
+
+def test_recomputed_activations_give_the_same_run_to_the_bit(runs: Path) -> None:
+    assert apart(runs / "recomputed-1", runs / "same-plain-1") == (0, 0)
+
+
 def test_the_steps_train(runs: Path) -> None:
-    moved = _adapter(runs / "same-nf4-1")
+    moved = adapter_of(runs / "same-nf4-1")
     assert all(tensor.abs().max() > 0 for tensor in moved.values())
-    losses = [line["loss"] for line in _evaluations(runs / "same-nf4-1")]
+    losses = [line["loss"] for line in evaluations_of(runs / "same-nf4-1")]
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
 def test_evaluations_see_every_sample_once_and_agree(runs: Path, size: int) -> None:
-    one, several = _evaluations(runs / "same-plain-1"), _evaluations(runs / f"same-plain-{size}")
+    one, several = evaluations_of(runs / "same-plain-1"), evaluations_of(runs / f"same-plain-{size}")
     assert [line["step"] for line in several] == [2, 4, 6, 8]
     assert {line["samples"] for line in several} == {10}
     assert [line["loss"] for line in several] == pytest.approx([line["loss"] for line in one], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", RESUMED_WORLD_SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_and_resumed_run_is_the_straight_run_to_the_byte(runs: Path, kind: str, size: int) -> None:
-    straight, cut = runs / f"straight-{kind}-{size}", runs / f"cut-{kind}-{size}"
-    assert _sha256(cut) == _sha256(straight)
-    for line, expected in zip(_metrics(cut), _metrics(straight), strict=True):
-        assert {**line, "seconds": 0} == {**expected, "seconds": 0}
-    assert _evaluations(cut) == _evaluations(straight)
-
-
-def test_metrics_hold_one_line_per_step(runs: Path) -> None:
-    assert [line["step"] for line in _metrics(runs / "cut-plain-2")] == [1, 2, 3, 4, 5, 6]
+def test_a_run_that_moves_over_five_world_sizes_is_the_straight_run(runs: Path) -> None:
+    straight, moving = runs / "straight", runs / "moving"
+    assert [line["samples_digest"] for line in metrics_of(moving)] == [
+        line["samples_digest"] for line in metrics_of(straight)
+    ]
+    loss, weights = apart(moving, straight)
+    print(f"1 -> 2 -> 4 -> 3 -> 1: losses within {loss:.1e} relative, adapters within {weights:.1e}")
+    assert loss <= 1e-6
+    assert weights <= 1e-6
+    sizes = {step: run_of(moving).facts(step)["world_size"] for step in (6, 8, 10)}
+    assert sizes == {6: 4, 8: 3, 10: 1}
+    evaluated = evaluations_of(straight)
+    assert [line["step"] for line in evaluations_of(moving)] == [line["step"] for line in evaluated]
+    assert [line["loss"] for line in evaluations_of(moving)] == pytest.approx(
+        [line["loss"] for line in evaluated], rel=1e-6
+    )
+    marker = read_marker(run_of(moving).directory)
+    assert marker is not None
+    assert (marker.kind, marker.text) == ("DONE", "step 10")

@@ -17,6 +17,7 @@ from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, cumulative, pack
 from trainer.model.attention import Segments, _loop, _varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
+from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.records import read_lines
@@ -51,6 +52,44 @@ def test_the_kernel_attends_as_the_loop_does(causal: bool, heads: int, kv_heads:
         assert theirs is not None
         apart = (mine.float() - theirs).norm() / theirs.norm()
         assert apart < 1e-2, f"{name}: {apart}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_the_cpus_to_the_bit(dtype: torch.dtype) -> None:
+    """Keys, masks, values and gradients, at the width of the 7B model and at an odd one."""
+    names = [f"layers.{layer}.self_attn.{name}" for layer in range(28) for name in ("q_proj", "v_proj")]
+    samples = torch.tensor([17, 2**40, 0, 28_298]).repeat_interleave(torch.tensor(LENGTHS))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    generator = torch.Generator().manual_seed(0)
+    for channels, p in ((3584, 0.05), (333, 0.5)):
+        x = torch.randn(1, len(samples), channels, generator=generator).to(dtype)
+        found = {}
+        for device in ("cpu", "cuda"):
+            keys = DropoutKeys(42, names)
+            keys.current = keys.of(11, samples.to(device), positions.to(device))
+            module = SampleDropout(p, names[-1], len(names) - 1, keys)
+            leaf = x.detach().to(device).requires_grad_()
+            y = module(leaf)
+            (gradient,) = torch.autograd.grad(y, leaf, y.detach())
+            keep = keep_mask(keys.current[0], channels, module.dropped)
+            found[device] = [tensor.detach().cpu() for tensor in (keys.current, keep, y, gradient)]
+        for on_cpu, on_cuda in zip(*found.values(), strict=True):
+            assert torch.equal(on_cpu, on_cuda)
+
+
+def test_dropout_does_not_wait_for_the_device() -> None:
+    keys = DropoutKeys(42, ["layers.0.self_attn.q_proj"])
+    samples, positions = torch.zeros(900, dtype=torch.int64).cuda(), torch.arange(900).cuda()
+    module = SampleDropout(0.05, "layers.0.self_attn.q_proj", 0, keys)
+    x = torch.randn(900, 512, device="cuda", requires_grad=True)
+    keys.current = keys.of(0, samples, positions)
+    module(x).sum().backward()  # the constants travel to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        keys.current = keys.of(1, samples, positions)
+        module(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +131,14 @@ def test_a_packed_micro_batch_in_bf16_gives_the_losses_of_its_samples_alone(reci
         prepare_training(model, recipe)
         compute_in(model, DTYPES["bfloat16"])
         inputs: dict[str, Any] = dict(
-            pack(samples, masked=False, image_token_id=processor.image_token_id, merge=2)
+            pack(
+                samples,
+                sample_ids=range(6),
+                step=-1,
+                masked=False,
+                image_token_id=processor.image_token_id,
+                merge=2,
+            )
         )
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         labels = inputs.pop("shift_labels")[0]

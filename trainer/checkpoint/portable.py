@@ -6,6 +6,7 @@ Small (30 MB for the 7B recipe), independent of strategy and world size, and mad
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, RunError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -22,22 +23,57 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state beside its step count."""
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, and compare what was written with the model.
+@dataclass(frozen=True)
+class State:
+    """What trains, as it was at the end of a step: copies in memory, which the next steps do not touch.
+
+    `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<moment or step>`.
+    """
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def snapshot(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
+    """Copy weights, moments and step counts of every trained parameter to the CPU."""
+    moments = {
+        f"{name}.{key}": optimizer.state[parameter][key]
+        for name, parameter in parameters.items()
+        for key in (*MOMENTS, "step")
+    }
+    return State(_copied(parameters), _copied(moments))
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save_state(model: PeftModel, state: State, folder: Path) -> None:
+    """Write the adapter and the optimizer of a snapshot.
 
     Raises:
-        CheckpointError: the file read back is not the model's adapter.
+        RunError: the adapter read back is not the snapshot's.
+    """
+    save_adapter(model, folder, state.adapter)
+    save_file(state.optimizer, folder / OPTIMIZER_FILE)
+
+
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and compare what was written with what was meant.
+
+    `weights`: parameters by name to write instead of the model's own.
+
+    Raises:
+        RunError: the file read back is another adapter.
     """
     # `save_embedding_layers` would ask the hub whether the vocabulary was resized.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    written, kept = (
-        load_file(folder / ADAPTER_FILE),
-        get_peft_model_state_dict(model, save_embedding_layers=False),
-    )
-    if differing := sorted(_differing(written, kept)):
-        raise CheckpointError(
-            f"{folder / ADAPTER_FILE}: {len(differing)} of {len(kept)} tensors were not written as they are "
+    written = load_file(folder / ADAPTER_FILE)
+    meant = get_peft_model_state_dict(model, save_embedding_layers=False, state_dict=weights)
+    if differing := sorted(_differing(written, meant)):
+        raise RunError(
+            f"{folder / ADAPTER_FILE}: {len(differing)} of {len(meant)} tensors were not written as they are "
             f"({differing[0]}, ...); the disk or the adapter is damaged"
         )
 
@@ -82,18 +118,6 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); resume from another checkpoint") from error
-
-
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
-) -> None:
-    """Write the moments and step counts of every trained parameter, by its name."""
-    tensors = {
-        f"{name}.{key}": optimizer.state[parameter][key].detach().cpu().contiguous().clone()
-        for name, parameter in parameters.items()
-        for key in (*MOMENTS, "step")
-    }
-    save_file(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(

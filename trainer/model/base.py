@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 from launch.errors import ConfigError
 from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
+from trainer.model.dropout import use_sample_dropout
 from trainer.model.vision import take_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 
@@ -88,7 +89,7 @@ def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftMode
     """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
 
     Raises:
-        ConfigError: `lora.target_modules` names no module of the model.
+        ConfigError: a name in `lora.target_modules` reaches no layer, or one outside the decoder layers.
     """
     chosen = recipe.lora
     config = LoraConfig(
@@ -108,10 +109,41 @@ def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftMode
             f"lora.target_modules: {chosen.target_modules} ({str(error).splitlines()[0][:200]}); "
             "name linear layers of the language model, such as q_proj and v_proj"
         ) from error
+    _check_reach(peft_model, chosen.target_modules)
     config.base_model_name_or_path = base_name(recipe)
     for parameter in trainable_parameters(peft_model).values():
         parameter.data = parameter.data.float()
     return cast(PeftModel, peft_model)
+
+
+def _check_reach(model: PeftModel, names: list[str] | str) -> None:
+    """Every name reaches linear layers inside the decoder layers, and nothing else.
+
+    LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
+    up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
+    """
+    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    reached: list[str] = model.base_model.targeted_module_names
+    inside = set(base.model.language_model.layers.modules())
+    outside = [name for name in reached if base.get_submodule(name) not in inside]
+    idle = [] if isinstance(names, str) else [n for n in names if not any(_ends_in(r, n) for r in reached)]
+    problems = []
+    if outside:
+        problems.append(
+            f"lora.target_modules: {names} reaches outside the decoder layers of the language model ({len(outside)} "
+            f"modules: {', '.join(outside[:3])}); name linear layers inside them, or give `all-linear`"
+        )
+    if idle:
+        problems.append(
+            f"lora.target_modules: {', '.join(idle)} names no layer of the language model ({len(reached)} layers are "
+            "reached by the others); correct the name or leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -121,13 +153,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prepare_training(model: PeftModel, recipe: Recipe) -> None:
-    """Make the model take packed micro-batches: attention, image features, recomputation."""
+    """Make the model take packed micro-batches: attention, dropout, image features, recomputation."""
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     use_packed_attention(base)
-    take_packed_inputs(base)
+    take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed))
     if recipe.training.gradient_checkpointing:
-        # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's, whose
-        # FSDP form draws other dropout masks in the recomputation (`preserve_rng_state=False`, accelerate 1.15).
+        # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way
+        # for all strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
         base.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
 

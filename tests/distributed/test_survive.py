@@ -1,0 +1,33 @@
+"""`kill -9` of a rank, of all ranks and of the launcher, inside saves and between them: the same bytes in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.killing import Hit, survive
+from tests.distributed.launching import drive
+from tests.distributed.recorded import assert_the_same_to_the_byte, write_recipe
+
+HITS = (Hit("all", True, 1), Hit("all", True, 1), Hit("launcher", False, 2), Hit("rank", False, 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_again_and_again_is_the_straight_run_to_the_byte(
+    world: Path, tmp_path: Path, processes: int
+) -> None:
+    changes = {
+        "training": {"max_steps": 16},
+        "checkpoint": {"every_steps": 1},
+        "evaluation": {"every_steps": 5},
+    }
+    recipe = write_recipe(world, tmp_path / "recipe.yaml", "nf4" if processes == 1 else "plain", **changes)
+    arguments = [str(recipe), "--runs-dir", str(tmp_path), "--name"]
+    drive(processes, [([*arguments, "straight"], None)], tmp_path)
+    log = tmp_path / "log"
+    outcomes = survive(["trainer.train", *arguments, "killed"], tmp_path / "killed", processes, HITS, log)
+    inside = [folder for outcome in outcomes for folder in outcome.unpublished]
+    assert inside  # of two tries: a save is short
+    assert all(f"{folder}: removed, it was never published" in log.read_text() for folder in inside)
+    assert_the_same_to_the_byte(tmp_path / "killed", tmp_path / "straight")

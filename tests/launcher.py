@@ -1,0 +1,95 @@
+"""The samestep command in this process, with a stand-in for every child that it would start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.children import Ended
+from launch.plan import Plan
+from launch.recipe import load_recipe
+from launch.run_directory import MarkerKind, RunDirectory, write_marker
+from tests.attempts import save_step
+from tests.indexes import make_index
+
+EMBEDDED = ["embedded", "--set", "batch.global_batch_size=32", "--set", "training.max_steps=6"]
+
+
+@dataclass
+class Launcher:
+    """Stands in for every child: records its command, saves the steps it is told to, and ends as it is told.
+
+    `meanwhile`: called with the run and what a signal would call, while the trainer would run.
+    """
+
+    status: int = 0
+    marker: MarkerKind | None = "DONE"
+    text: str = ""
+    interrupted: bool = False
+    killed: bool = False
+    saves: Sequence[int] = ()
+    meanwhile: Callable[[RunDirectory, Callable[[int], None]], None] = lambda run, ask: None
+    commands: list[list[str]] = field(default_factory=list)
+    environments: list[Mapping[str, str] | None] = field(default_factory=list)
+
+    def __call__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        ask_to_stop: Callable[[int], None] | None = None,
+    ) -> Ended:
+        self.commands.append(list(command))
+        self.environments.append(environment)
+        if "trainer.train" in command:
+            assert ask_to_stop is not None
+            self._train(RunDirectory(Path(flag(self.commands[-1], "--run-dir"))), ask_to_stop)
+        return Ended(self.status, self.interrupted, self.killed)
+
+    def _train(self, run: RunDirectory, ask_to_stop: Callable[[int], None]) -> None:
+        plan, recipe = Plan.from_json(run.plan_file.read_text()), load_recipe(run.recipe_file)
+        self.meanwhile(run, ask_to_stop)
+        for step in self.saves:
+            save_step(run, recipe, plan, step)
+        if self.marker == "DONE":
+            run.adapter.mkdir(exist_ok=True)
+            (run.adapter / "adapter_config.json").write_text("{}")
+        if self.marker:
+            write_marker(run, self.marker, self.text or f"step {plan.max_steps}")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
+    """A machine of two CPU processes with prepared data; the working folder is `folder`."""
+    fake = Launcher()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("launch.start.wait_for", fake)
+    monkeypatch.setattr("launch.children.wait_for", fake)
+    monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
+    monkeypatch.setattr("launch.start.base_is_there", lambda _: True)
+    set_gpus(monkeypatch, 0)
+    return fake
+
+
+def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("launch.hardware._gpus_of_driver", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def samestep(*arguments: str) -> int:
+    """Run a command line in this process; returns its exit status."""
+    before, sys.argv = sys.argv, ["samestep", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]

@@ -1,0 +1,47 @@
+"""The table of what the long tests showed: RESULTS.md beside this file, a section for each test that passed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.distributed.launching import ROOT
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+_HEAD = """# What `make test-long` showed
+
+Real launches over gloo, a tiny Qwen2-VL with random weights, dropout 0.05, learning rate 2e-4. Losses: largest relative
+difference; adapters: largest absolute difference. Each section is written by its test when it passes.
+"""
+
+
+def record(heading: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Write the section of a test that passed, in the place of its older one; the others stay."""
+    sections = read_sections(RESULTS.read_text()) if RESULTS.exists() else {}
+    table = [f"| {what} | {found} |" for what, found in rows]
+    sections[heading] = "\n".join([_stamp(), "", "| what | found |", "|---|---|", *table])
+    write_sections(sections)
+
+
+def read_sections(text: str) -> dict[str, str]:
+    """Heading -> what stands below it."""
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:]
+    return {heading: body.strip() for heading, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def write_sections(sections: dict[str, str]) -> None:
+    """The whole file, sections in the order of their headings."""
+    body = [f"\n## {heading}\n\n{section}\n" for heading, section in sorted(sections.items())]
+    RESULTS.write_text("".join([_HEAD, *body]))
+
+
+def _stamp() -> str:
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    cores = len(os.sched_getaffinity(0))
+    return f"{date.today().isoformat()}, commit {commit}, {cores} cores, torch {version('torch')} on the CPU."

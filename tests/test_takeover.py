@@ -1,0 +1,124 @@
+"""A run that another library began goes on here: adapter, moments and step, and what is lost is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch import cli
+from launch.manifest import read_manifest
+from tests.distributed.recorded import adapter_of, metrics_of, run_of, write_recipe
+from trainer.checkpoint.names import adapter_key
+from trainer.takeover import main
+from trainer.train import main as train
+
+
+def _recipe(world: Path, foreign: Path, file: Path) -> Path:
+    """A recipe with the LoRA of the foreign runs."""
+    config = json.loads((foreign / "ddp" / "checkpoint-3" / "adapter_config.json").read_text())
+    lora = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout")}
+    return write_recipe(world, file, lora=lora | {"target_modules": sorted(config["target_modules"])})
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp_sharded", "zero2"])
+def test_adapter_moments_and_step_are_taken_over(
+    world: Path, foreign: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(world, foreign, tmp_path / "recipe.yaml")
+    source = foreign / engine / "checkpoint-3"
+    assert main([str(recipe), str(source), "--output", str(tmp_path / "taken")]) == 0
+    said = capsys.readouterr().out
+    assert "taken over: the adapter" in said
+    assert "the optimizer's moments of" in said
+    assert "not taken over: the order of its samples: this run goes on at sample 24" in said
+    taken = tmp_path / "taken" / "checkpoint-3"
+    read_manifest(taken, verify=True)
+    truth = load_file(foreign / engine / "truth.safetensors")
+    moments = load_file(taken / "optimizer.safetensors")
+    stored = load_file(taken / "adapter_model.safetensors")
+    weights = [name for name in truth if ".lora_" in name and name.endswith(".weight")]
+    assert weights
+    assert all(torch.equal(stored[adapter_key(name)[0]], truth[name].float()) for name in weights)
+    compared = [name for name in truth if name.endswith((".exp_avg", ".exp_avg_sq"))]
+    assert compared
+    assert all(torch.equal(moments[name], truth[name].float()) for name in compared)
+    assert train([str(recipe), "--runs-dir", str(tmp_path), "--name", "on", "--from", str(taken)]) == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "on")] == [4, 5, 6, 7, 8]
+    before, after = load_file(taken / "adapter_model.safetensors"), adapter_of(tmp_path / "on")
+    assert before.keys() == after.keys()
+    steps = load_file(tmp_path / "on" / "checkpoint-8" / "optimizer.safetensors")
+    assert {int(value) for name, value in steps.items() if name.endswith(".step")} == {8}
+
+
+def test_the_command_begins_a_run_with_it_and_the_same_command_goes_on(
+    world: Path,
+    foreign: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    recipe = _recipe(world, foreign, tmp_path / "recipe.yaml")
+    command = ["samestep", "run", str(recipe), "--strategy", "single", "--runs-dir", str(tmp_path / "runs")]
+    command += ["--from", str(foreign / "ddp" / "checkpoint-3")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "not taken over: the learning-rate schedule" in capfd.readouterr().out
+    assert run_of(tmp_path / "runs" / "small").facts(8)["step"] == 8
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "done already" in capfd.readouterr().out
+
+
+def test_another_lora_is_refused_with_the_values(
+    world: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(world, tmp_path / "recipe.yaml", lora={"r": 16, "lora_alpha": 99})
+    taken = tmp_path / "taken"
+    assert main([str(recipe), str(foreign / "ddp" / "checkpoint-3"), "--output", str(taken)]) == 0
+    source = str(taken / "checkpoint-3")
+    assert train([str(recipe), "--runs-dir", str(tmp_path), "--name", "on", "--from", source]) == 2
+    said = capsys.readouterr().err
+    assert "lora.r: the run has" in said
+    assert "lora.lora_alpha: the run has 12, the recipe 99" in said
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_folder_that_holds_nothing_is_refused(
+    world: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(world, foreign, tmp_path / "recipe.yaml")
+    (tmp_path / "empty").mkdir()
+    assert main([str(recipe), str(tmp_path / "empty"), "--output", str(tmp_path / "taken")]) == 2
+    assert "no checkpoint of a known form" in capsys.readouterr().err
+    assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"use_rslora": True}, "use_rslora"), ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa")],
+)
+def test_what_a_run_cannot_continue_is_refused_by_name(
+    world: Path,
+    foreign: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    named: str,
+) -> None:
+    recipe = _recipe(world, foreign, tmp_path / "recipe.yaml")
+    source = tmp_path / "source"
+    shutil.copytree(foreign / "ddp" / "checkpoint-3", source)
+    config = source / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert main([str(recipe), str(source), "--output", str(tmp_path / "taken")]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "taken").exists()

@@ -1,0 +1,114 @@
+"""What is asked of a run from outside, agreed over the ranks: stop at the next step boundary, or save there.
+
+Signals, the files STOP and SAVE in the run directory and the death of the launcher become numbers, one for each
+kind of wish. Every rank adds its own to the step's all-reduce, so all ranks read the same wishes in the same step
+and nobody is left waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import get_args
+
+from launch.errors import RunError, SamestepError
+from launch.run_directory import RunDirectory, StopReason, requested_save, requested_stop
+from trainer.agreement import gather, in_words
+
+STOP_SIGNALS: dict[signal.Signals, StopReason] = {
+    signal.SIGINT: "user",
+    signal.SIGTERM: "preempted",
+    signal.SIGHUP: "user",
+}
+REASONS: tuple[StopReason, ...] = get_args(StopReason)  # the first that anybody gives is the run's
+WISHES = (*REASONS, "save", "fail")
+"""What each number of `Watch.wishes` counts."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after they added up their wishes."""
+
+    stop: StopReason | None = None
+    save: bool = False
+    fail: bool = False
+
+    @staticmethod
+    def of(sums: Sequence[float]) -> Agreed:
+        """From the sums over all ranks, in the order of `WISHES`."""
+        wished = {wish for wish, count in zip(WISHES, sums, strict=True) if count > 0}
+        stop = next((reason for reason in REASONS if reason in wished), None)
+        return Agreed(stop, "save" in wished, "fail" in wished)
+
+
+class Watch:
+    """The wishes of one rank. Rank 0 alone looks at the files: a node may see an older state of a shared disk."""
+
+    def __init__(self, run: RunDirectory, rank: int, parent: int) -> None:
+        self._run, self._rank, self._parent = run, rank, parent
+        self._signalled: StopReason | None = None
+        self._interrupted = False
+        self.failure: SamestepError | None = None
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: the first of each kind is a wish; a second Ctrl-C ends the process at once."""
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(130)
+            self._interrupted = True
+        self._signalled = self._signalled or STOP_SIGNALS[signal.Signals(number)]
+
+    def wishes(self) -> list[float]:
+        """One number for each of `WISHES`: 1 where this rank knows of it."""
+        known: set[str] = set()
+        if self._signalled:
+            known.add(self._signalled)
+        if os.getppid() != self._parent:
+            known.add("orphaned")
+        if self.failure:
+            known.add("fail")
+        if self._rank == 0:
+            if reason := requested_stop(self._run):
+                known.add(reason)
+            if requested_save(self._run):
+                known.add("save")
+        return [float(wish in known) for wish in WISHES]
+
+    def fail(self, error: Exception) -> None:
+        """This rank cannot go on: the next step's all-reduce tells all, before the weights change."""
+        self.failure = self.failure or in_words(error)
+
+    def raise_failure(self) -> None:
+        """After the last step, when no other brings the failure to the other ranks."""
+        if self.failure:
+            raise self.failure
+
+    def agreed_failure(self) -> SamestepError:
+        """What all ranks raise once they know of a failure: rank 0 says it, and nobody else writes."""
+        error = self.failure or RunError("rank 0: could not write; see its words")
+        error.agreed = True
+        return error
+
+    def agree(self) -> Agreed:
+        """A collective of its own, for where no step's all-reduce comes by: before the first and in evaluations."""
+        return Agreed.of([sum(told) for told in zip(*gather(self.wishes()), strict=True)])
+
+
+@contextmanager
+def watching(run: RunDirectory, rank: int, parent: int) -> Iterator[Watch]:
+    """From here on signals are wishes; at the end they are again what they were.
+
+    `parent`: the launcher's process id, read when this process began. A signal that is ignored (`nohup`) stays so.
+    """
+    watch = Watch(run, rank, parent)
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, watch.receive) for number in heeded}
+    try:
+        yield watch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

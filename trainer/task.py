@@ -1,0 +1,26 @@
+"""What a process of a run is part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.index import Index
+from launch.plan import Plan
+from launch.recipe import Recipe
+from launch.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Task:
+    """Recipe, plan and place of one run; equal on all ranks.
+
+    `base`: `base_identity` of the model; `source`: the checkpoint of another run to begin with.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    index: Index
+    run: RunDirectory
+    base: str
+    source: Path | None = None

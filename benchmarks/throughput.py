@@ -15,8 +15,10 @@ import argparse
 import io
 import itertools
 import json
+import logging
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -236,6 +238,8 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark",
         *recipe_arguments(options),
     ]
+    saves = Saves()
+    logging.getLogger("trainer").addHandler(saves)
     if status := train(arguments):
         raise SystemExit(status)
     lines = read_lines(runs / "benchmark" / "metrics.jsonl")
@@ -245,7 +249,20 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
         "loss": [line["loss"] for line in lines],
         "tokens": statistics.mean(line["tokens"] for line in lines),
         "peak_gib": peak_gib(),
+        "save_seconds": saves.seconds,
     }
+
+
+class Saves(logging.Handler):
+    """The seconds that the training waited for each checkpoint, from the trainer's log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"the training waited ([\d.]+) s", record.getMessage()):
+            self.seconds.append(float(found[1]))
 
 
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:

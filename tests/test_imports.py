@@ -33,14 +33,15 @@ def test_the_command_line_loads_nothing_of_substance_before_a_command_runs() -> 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
 def test_help_costs_less_than_half_a_second_of_processor_time(arguments: list[str]) -> None:
-    """Processor time, not the clock: on an idle machine they agree, on a busy one the clock tells of others."""
+    """Processor time, not the clock, and the least of several: neighbours on the machine only ever add to both."""
+    assert min(processor_seconds([str(SAMESTEP), *arguments]) for _ in range(5)) < 0.5
+
+
+def processor_seconds(command: list[str]) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    times = 3
-    for _ in range(times):
-        subprocess.run([SAMESTEP, *arguments], capture_output=True, check=True)
+    subprocess.run(command, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / times
-    assert seconds < 0.5
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_the_import_contracts_hold() -> None:

@@ -210,6 +210,7 @@ def test_a_run_directory_that_vanishes_stops_the_run_with_a_message(
 
     def vanish_in_step_4(self: PlannedTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 3 and (tmp_path / "run").exists():
+            self.publisher.wait()  # of step 2
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return training_step(self, *args, **kwargs)
 

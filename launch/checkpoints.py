@@ -1,8 +1,11 @@
 """What `samestep checkpoints` shows: a row for each checkpoint, and why a run cannot go on from the rest."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from launch.manifest import MANIFEST, Checkpoint, printable
+from launch.plan import Plan, samples_consumed
 
 COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"
@@ -24,16 +27,30 @@ def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
     ]
 
 
-def reasons(found: Sequence[Checkpoint]) -> list[str]:
-    """The lines below the table: where resuming would go on, then every reason why not elsewhere."""
-    valid = [checkpoint.step for checkpoint in found if checkpoint.valid]
+def reasons(found: Sequence[Checkpoint], plan: Plan | None = None) -> list[str]:
+    """The lines below the table: where resuming would go on by the run's plan, then every reason why not elsewhere."""
+    valid = [checkpoint for checkpoint in found if checkpoint.valid]
     if valid:
-        where = f"go on from step {valid[-1]}"
+        where = _does_not_fit(valid[-1], plan) or f"go on from step {valid[-1].step}"
     elif any(checkpoint.published for checkpoint in found):
         where = "be refused: every published checkpoint is damaged"
     else:
         where = "begin anew: none was published yet"
     return [f"resuming would {where}", *(line for checkpoint in found for line in checkpoint.problems)]
+
+
+def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
+    if plan is None:
+        return None
+    if newest.step > plan.max_steps:
+        return f"be refused: step {newest.step} lies beyond the end of its plan ({plan.max_steps} steps)"
+    seen = newest.facts.get("samples_consumed")
+    if seen is not None and (newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)):
+        return (
+            f"be refused: step {newest.step} has seen {seen:,} samples where its plan counts "
+            f"{samples_consumed(plan, newest.step):,} (see --allow batch.global_batch_size)"
+        )
+    return None
 
 
 def megabytes(size: int) -> str:

@@ -173,11 +173,15 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     from launch import start
     from launch.checkpoints import COLUMNS, reasons, rows
     from launch.manifest import survey
+    from launch.runs import old_plan
 
-    place = start.find_run(run, runs_dir)
+    place = start.find_run(run, runs_dir, whole=False)
     console = Console(highlight=False)
     with console.status("reading") as status:  # says nothing where nobody watches
         found = survey(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+    if not found and place.adapter.exists():
+        _say(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
+        return
     if not found:
         _say(
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
@@ -187,7 +191,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     for row in rows(found, time.time()):
         table.add_row(*map(Text, row))
     console.print(table)
-    for line in reasons(found):
+    for line in reasons(found, old_plan(place)):
         _say(line)
 
 

@@ -140,8 +140,11 @@ def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 # removing ---------------------------------------------------------------------------------
 
 
-def rotate(run_dir: Path, keep: int) -> None:
+def rotate(run_dir: Path, keep: int, newest: int | None = None) -> None:
     """Remove what is older than the `keep` newest valid checkpoints, once their content has been verified.
+
+    `newest`: the step just published. What claims to be newer was passed over when the run was resumed, and must
+    not push out what the run has written since.
 
     Damaged and unpublished ones are neither counted nor removed: they are evidence. What is older is not
     read, so damage that only its content would show is not noticed there. A crash leaves each checkpoint
@@ -150,7 +153,11 @@ def rotate(run_dir: Path, keep: int) -> None:
     if keep < 2:
         raise ValueError(f"keep {keep}: two checkpoints always stay, the newest may be damaged")
     _finish_removals(run_dir)
-    published = [(step, folder) for step, published, folder in _folders(run_dir) if published]
+    published = [
+        (step, folder)
+        for step, published, folder in _folders(run_dir)
+        if published and (newest is None or step <= newest)
+    ]
     if len(published) <= keep:
         return
     wanted, older = keep, []

@@ -72,7 +72,7 @@ def continue_run(
     """
     refuse_unknown_keys(allow, list(altering_values(recipe)))
     changed = _changed_since(run, recipe, allow)
-    size, old = recipe.batch.global_batch_size, _old_plan(run)
+    size, old = recipe.batch.global_batch_size, old_plan(run)
     before = old.started_from if old else ""
     now = str(source.expanduser().resolve()) if source else before  # killed before the copy was there: again
     if now != before and _has_begun(run):
@@ -93,6 +93,15 @@ def continue_run(
 def _has_begun(run: RunDirectory) -> bool:
     """There is something that another beginning would lose."""
     return bool(run.checkpoints()) or run.adapter.exists()
+
+
+def refuse_lost_checkpoints(run: RunDirectory) -> None:
+    """CheckpointError for a result without a checkpoint to go on from: training would begin anew and replace it."""
+    if (run.adapter / "adapter_config.json").is_file() and not run.checkpoints():
+        raise CheckpointError(
+            f"{run.adapter}: the run has a result and no checkpoint to go on from (0 are left); bring one back from "
+            "a copy, or begin anew with --fresh"
+        )
 
 
 def _changed_since(run: RunDirectory, recipe: Recipe, allow: Sequence[str]) -> list[Change]:
@@ -139,7 +148,7 @@ def refuse_another_dataset(
     if source is not None:
         old, place, instead = _facts_of_source(source).dataset_fingerprint, str(source), _OTHER_SOURCE
     else:
-        plan = _old_plan(run) if _has_begun(run) else None
+        plan = old_plan(run) if _has_begun(run) else None
         old = plan.dataset_fingerprint if plan else fingerprint
         place, instead = str(run.path), OTHER_RUN
     if old == fingerprint:
@@ -229,11 +238,11 @@ def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
 
 def started_from_of(run: RunDirectory) -> str:
     """The checkpoint of another run that this one began with; empty without one."""
-    old = _old_plan(run)
+    old = old_plan(run)
     return old.started_from if old else ""
 
 
-def _old_plan(run: RunDirectory) -> Plan | None:
+def old_plan(run: RunDirectory) -> Plan | None:
     """The plan of an earlier attempt; None without one, or with one that this version cannot read."""
     try:
         return Plan.from_json(run.plan_file.read_text(encoding="utf-8"))

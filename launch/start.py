@@ -47,6 +47,7 @@ from launch.runs import (
     continue_run,
     refuse_an_end_behind,
     refuse_another_dataset,
+    refuse_lost_checkpoints,
     started_from_of,
     write_request,
 )
@@ -192,6 +193,8 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
     Starts `trainer.takeover` unless that was done for this checkpoint and run. ChildError when it is refused.
     """
     source = request.source.expanduser().resolve() if request.source else None
+    if source is not None:
+        _refuse_whole_run(source)
     ours = source is not None and any(
         (source / name).is_file() for name in (MANIFEST, "optimizer.safetensors")
     )
@@ -204,7 +207,7 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
     begun = Path(started_from_of(run))
     if begun.is_relative_to(place) and run.checkpoints() and not request.fresh:
         return replace(request, source=begun)  # whatever became of the source since
-    newest = max((file.lstat().st_mtime_ns for file in source.rglob("*")), default=0)
+    newest = _newest_change(source)
     key = hashlib.sha256(f"{newest} {recipe_fingerprint(recipe)}".encode()).hexdigest()[:16]
     output = place / key
     if not output.is_dir() or newest_valid(output)[0] is None:
@@ -214,6 +217,26 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
     if taken is None:
         raise RunError(f"{source}: was taken over, but {output} holds no valid checkpoint; try again")
     return replace(request, source=taken.folder)
+
+
+def _newest_change(folder: Path) -> int:
+    """In nanoseconds since 1970. The library that wrote the checkpoint may be taking files away meanwhile."""
+    newest = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(newest, file.lstat().st_mtime_ns)
+    return newest
+
+
+def _refuse_whole_run(source: Path) -> None:
+    """ConfigError for `--from RUN`: read as a bare adapter, it would go on without its moments and its step."""
+    folder = source.parent if source.name == "adapter" else source
+    run = RunDirectory(folder)
+    if not source.is_dir() or not (run.recipe_file.is_file() and run.plan_file.is_file()):
+        return
+    newest, _ = newest_valid(folder)
+    there = f"its newest is {newest.folder}" if newest else "it has none that is valid"
+    raise ConfigError(f"--from: {source} is a run, not one of its checkpoints; {there}")
 
 
 def plan_run(request: RunRequest) -> PlannedRun:
@@ -305,6 +328,7 @@ def execute(planned: PlannedRun) -> Marker:
     run = planned.run
     run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.path):  # a plain `accelerate launch` may have come first
+        refuse_lost_checkpoints(run)
         clear_markers(run)
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)
@@ -392,13 +416,18 @@ def child_environment(layout: Layout) -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
-def find_run(name: str, runs_dir: Path) -> RunDirectory:
-    """A run by name below `runs_dir`, or by path. ConfigError when there is none."""
+def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
+    """A run by name below `runs_dir`, or by path. ConfigError when there is none.
+
+    `whole`: with its recipe and plan; without, a folder that has a checkpoint will do.
+    """
     path = Path(name).expanduser()
     candidates = [runs_dir.expanduser() / name, path] if len(path.parts) == 1 else [path]
     for candidate in candidates:
         run = RunDirectory(candidate.absolute())
         if run.recipe_file.is_file() and run.plan_file.is_file():
+            return run
+        if not whole and any(run.path.glob("checkpoint-*")):
             return run
     places = ", ".join(str(candidate) for candidate in candidates)
     raise ConfigError(f"{name}: no such run ({places}); give the name or the folder of a run, see --runs-dir")

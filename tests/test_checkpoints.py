@@ -10,6 +10,9 @@ import pytest
 from launch import cli
 from launch.checkpoints import age, megabytes, rows
 from launch.manifest import MANIFEST, Checkpoint, aside_folder, clear_unpublished, publish
+from launch.run_directory import RunDirectory
+from launch.runs import Continuation, write_request
+from tests.attempts import planned, recipe_of
 from tests.checkpoints import ADAPTER, change_one_bit, halve, published, write_aside
 
 
@@ -106,6 +109,36 @@ def test_it_says_what_resuming_would_do_without_a_valid_one(
     (published(run, 40) / ADAPTER).unlink()
     said = shown(capsys, "mine")[1][0]
     assert said == "resuming would be refused: every published checkpoint is damaged"
+
+
+def test_it_holds_the_newest_against_the_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(8)
+    plan = planned(recipe, Continuation())
+    write_request(RunDirectory(run), recipe, plan)
+    publish_with(run, 5, samples_consumed=40)
+    assert shown(capsys, "mine")[1][0] == "resuming would go on from step 5"
+    publish_with(run, 6, samples_consumed=96)
+    assert shown(capsys, "mine")[1][0].startswith(
+        "resuming would be refused: step 6 has seen 96 samples where"
+    )
+    publish_with(run, 1000, samples_consumed=8000)
+    assert "step 1000 lies beyond the end of its plan" in shown(capsys, "mine")[1][0]
+
+
+def test_checkpoints_are_shown_without_recipe_and_plan_too(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_with(run, 5)
+    for file in ("recipe.yaml", "plan.json"):
+        (run / file).unlink()
+    assert list(shown(capsys, "mine")[0]) == ["5 valid"]
+
+
+def test_a_result_without_checkpoints_is_not_said_to_begin_anew(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "adapter").mkdir()
+    assert "to go on would be refused" in shown(capsys, "mine")[1][0]
 
 
 def test_a_run_without_checkpoints_says_what_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
 from collections import Counter
@@ -136,6 +138,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
     assert run.metrics_file.read_bytes() == figures
 
 
+def test_a_result_without_checkpoints_is_not_trained_anew(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    for folder in run.checkpoints():
+        shutil.rmtree(folder)
+    shutil.copytree(done.adapter, run.adapter, dirs_exist_ok=True)
+    figures, result = run.metrics_file.read_bytes(), sha256_of(run.path)
+    assert _again(run) == 2
+    assert "the run has a result and no checkpoint to go on from" in capsys.readouterr().err
+    assert run.metrics_file.read_bytes() == figures
+    assert sha256_of(run.path) == result
+
+
 def test_a_half_written_checkpoint_is_named_and_removed(
     done: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,7 +209,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_stops_the_run_and_leaves_th
         patched.setattr(PlannedTrainer, "_publish", save_with_little_room)
         assert _again(run) == 1
     said = capsys.readouterr().err
-    assert "make room or give permission" in said
+    assert "make room or give permission; the same command goes on" in said
     assert "Traceback" not in said
     assert read_marker(run) is None
     assert [folder.name for folder in run.path.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -221,6 +237,25 @@ def test_a_run_directory_that_vanishes_stops_the_run_with_a_message(
     assert "Traceback" not in said
     read_manifest(tmp_path / "elsewhere" / "checkpoint-2", verify=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_becomes_read_only_stops_the_run_and_leaves_the_last_good_checkpoint(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _copy(done, tmp_path, 4, 6)
+
+    def refuse(file: Path, values: dict[str, Any]) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.sft.append_line", refuse)
+        assert _again(run) == 1
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: Read-only file system; give permission to write" in said
+    assert "Traceback" not in said
+    read_manifest(run.checkpoint(2), verify=True)
+    assert _again(run) == 0
+    assert_the_same_to_the_byte(run.path, done.path)
 
 
 # stopping --------------------------------------------------------------------------------------------------
@@ -288,6 +323,15 @@ def test_a_stop_that_was_asked_for_before_the_start_trains_nothing(
     assert (marker.kind, marker.text) == ("STOPPED", "user: at step 4 of 6")
     assert not run.stop_file.exists()
     assert _again(run) == 0
+    assert_the_same_to_the_byte(run.path, done.path)
+
+
+def test_a_stop_that_an_earlier_attempt_did_not_answer_is_removed(done: RunDirectory, tmp_path: Path) -> None:
+    run = _copy(done, tmp_path, 6)
+    run.stop_file.write_text("preempted\n")
+    os.utime(run.stop_file, (0, 0))
+    assert _again(run) == 0
+    assert not run.stop_file.exists()
     assert_the_same_to_the_byte(run.path, done.path)
 
 

@@ -68,6 +68,13 @@ def test_rotation_removes_nothing_while_too_few_verify(tmp_path: Path) -> None:
         rotate(tmp_path, keep=1)
 
 
+def test_what_claims_to_be_newer_than_the_one_just_published_does_not_push_it_out(tmp_path: Path) -> None:
+    """It could not be read when the run was resumed before it, and can again."""
+    published(tmp_path, 10, 20, 30, 40, 60)
+    rotate(tmp_path, keep=2, newest=30)
+    assert [found.step for found in survey(tmp_path)] == [20, 30, 40, 60]
+
+
 def test_a_file_that_cannot_be_removed_does_not_end_a_rotation_and_is_removed_by_the_next(
     tmp_path: Path,
 ) -> None:

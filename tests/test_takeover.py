@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from launch import cli
+from launch.errors import ConfigError
 from launch.manifest import read_manifest
+from launch.start import RunRequest, take_over_foreign
 from tests.distributed.recorded import adapter_of, metrics_of, run_of, write_recipe
+from tests.launcher import EMBEDDED, samestep, stand_in
 from trainer.checkpoint.names import adapter_key
 from trainer.takeover import main
 from trainer.train import main as train
@@ -54,6 +57,22 @@ def test_adapter_moments_and_step_are_taken_over(
     assert before.keys() == after.keys()
     steps = load_file(tmp_path / "on" / "checkpoint-8" / "optimizer.safetensors")
     assert {int(value) for name, value in steps.items() if name.endswith(".step")} == {8}
+
+
+@pytest.mark.parametrize("given", ["", "adapter"])
+def test_a_whole_run_is_no_checkpoint_of_another_library(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = stand_in(monkeypatch, tmp_path)
+    fake.saves = (2, 4)
+    assert samestep("run", *EMBEDDED, "--name", "old") == 0
+    asked = [*EMBEDDED, "--name", "new", "--from", str(tmp_path / "runs" / "old" / given)]
+    with pytest.raises(
+        ConfigError, match=r"is a run, not one of its checkpoints; its newest is .*checkpoint-4"
+    ):
+        take_over_foreign(
+            RunRequest(asked[0], (), None, None, "new", tmp_path / "runs", False, (), Path(asked[-1]))
+        )
 
 
 def test_the_command_begins_a_run_with_it_and_the_same_command_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -14,6 +15,12 @@ from launch.errors import RunError, SamestepError
 from trainer.speech import complain
 
 T = TypeVar("T")
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room; the same command goes on"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "give permission to write; the same command goes on"
+    ),
+}
 
 
 def together(action: Callable[[], T]) -> T:
@@ -42,11 +49,12 @@ def in_words(raised: Exception) -> SamestepError:
     if isinstance(raised, SamestepError):
         return raised
     if isinstance(raised, OSError):
-        return RunError(
-            f"{raised.filename or 'a file'}: {raised.strerror or raised}; make room or give permission"
-        )
+        remedy = _REMEDIES.get(raised.errno or 0, "see that the disk is there; the same command goes on")
+        return RunError(f"{raised.filename or 'a file'}: {raised.strerror or raised}; {remedy}")
     if isinstance(raised, SafetensorError):  # how safetensors reports a full disk
-        return RunError(f"a safetensors file: {raised}; make room or give permission")
+        return RunError(
+            f"a safetensors file: {raised}; make room or give permission; the same command goes on"
+        )
     # A bug: the other ranks must hear of it too, or they wait for ever.
     logging.getLogger("trainer").error("unexpected", exc_info=raised)
     return RunError(f"{type(raised).__name__}: {raised} (see the traceback above); please report it")

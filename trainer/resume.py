@@ -11,6 +11,7 @@ from launch.manifest import Checkpoint, clear_unpublished, newest_valid
 from launch.plan import samples_consumed
 from launch.recipe import altering_values
 from launch.run_directory import RunDirectory
+from launch.runs import refuse_lost_checkpoints
 from trainer.records import keep_lines_until, read_lines
 from trainer.task import Task
 
@@ -29,6 +30,7 @@ def resume_point(task: Task) -> Checkpoint | None:
         for problem in checkpoint.problems:
             logger.warning("passed over: %s", problem)
     if newest is None:
+        refuse_lost_checkpoints(task.run)
         if damaged := [checkpoint.folder.name for checkpoint in passed_over if checkpoint.published]:
             raise CheckpointError(
                 f"{task.run.path}: every published checkpoint is damaged ({', '.join(damaged)}; see the lines above); "

@@ -310,7 +310,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             raise
-        rotate(self.run_directory.path, self.recipe.checkpoint.keep)
+        rotate(self.run_directory.path, self.recipe.checkpoint.keep, newest=step)
         took = time.perf_counter() - began
         logger.info(
             f"checkpoint-{step}: published in {took:.2f} s, for which the training waited {waited:.3f} s"

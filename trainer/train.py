@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -38,9 +39,11 @@ from launch.run_directory import (
     write_marker,
 )
 from launch.runs import adopt, continue_run, refuse_an_end_behind, refuse_another_dataset, write_request
+from trainer import LAUNCHER
 from trainer.agreement import (
     from_rank_0,
     gather,
+    in_words,
     leave_processes,
     lost_contact,
     on_rank_0,
@@ -63,12 +66,11 @@ PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    launcher = os.getppid()
     options = parse(arguments)
     speak_plainly()
     try:
         index = prepare_first(options)
-        train_once(options, index, start_processes(), launcher)
+        train_once(options, index, start_processes(), LAUNCHER)
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -78,10 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return end_badly(lost, options)
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
-        place = error.filename or "a file"
-        return end_badly(
-            RunError(f"{place}: {error.strerror or error}; make room or give permission"), options
-        )
+        return end_badly(in_words(error), options)
     leave_processes()
     return 0
 
@@ -106,7 +105,7 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState, l
     task = together(lambda: read_task(options, index, state))
     announce(task, state)
     with ExitStack() as held:
-        on_rank_0(lambda: take_run(task, held))
+        on_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch)
@@ -260,15 +259,28 @@ def announce(task: Task, state: PartialState) -> None:
     on_rank_0(compare)
 
 
-def take_run(task: Task, held: ExitStack) -> None:
-    """Rank 0: lock the run for this process's lifetime and write what it is about to do."""
+def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> None:
+    """Rank 0: lock the run for this process's lifetime and write what it is about to do.
+
+    `waited_for`: `samestep run` has cleared away what was asked of earlier attempts.
+    """
     task.run.path.mkdir(parents=True, exist_ok=True)
     held.enter_context(hold_lock(task.run.path))
     clear_markers(task.run)
+    if not waited_for:
+        forget_old_stop(task.run)
     write_request(task.run, task.recipe, task.plan)
     if task.source is not None:
         adopt(task.source, task.run)
     task.run.environment_file.write_text(json.dumps(environment(task.plan), indent=1) + "\n")
+
+
+def forget_old_stop(run: RunDirectory) -> None:
+    """Remove a STOP file from before this process began: an attempt that was killed did not answer it."""
+    with contextlib.suppress(OSError):
+        if run.stop_file.is_file() and run.stop_file.stat().st_mtime < psutil.Process().create_time():
+            run.stop_file.unlink()
+            logger.warning(f"{run.stop_file}: is from before this start, removed")
 
 
 def environment(plan: Plan) -> dict[str, object]:

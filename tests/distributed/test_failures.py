@@ -10,7 +10,7 @@ from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
 
 
-def test_a_nan_on_one_rank_stops_all_before_the_weights_change(world: Path, tmp_path: Path) -> None:
+def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     values = recipe_values(world)
     values["checkpoint"] = {"every_steps": 1}
@@ -24,6 +24,12 @@ def test_a_nan_on_one_rank_stops_all_before_the_weights_change(world: Path, tmp_
         "run",
     ]
     ended = accelerate_launch(2, arguments)
+    assert ended.stdout.count("rank 0 ended with: ") == 1  # whose thread failed to save
+    assert "checkpoint-2.partial: No space left on device; make room" in ended.stdout
+    assert ended.stdout.count("rank 1 ended with: rank 0: could not write; see its words") == 1
+    assert [folder.name for folder in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "full" / "adapter").exists()
+
     assert ended.returncode != 0
     assert ended.stdout.count("error: step 2: the loss is nan") == 1
     assert "the weights are unchanged; the step's samples are [" in ended.stdout

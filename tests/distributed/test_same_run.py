@@ -23,8 +23,8 @@ MOVES = ((1, 2), (2, 4), (4, 6), (3, 8), (1, None))
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs this module looks at, in one launch per world size.
 
-    `same-<kind>-<world size>`: 8 steps with dropout 0.05. `budget-<name>-<world size>` and `recomputed-1`: the same,
-    packed otherwise. `straight` and `moving`: 10 steps, the second over all world sizes.
+    `same-<kind>-<world size>`: 8 steps with dropout 0.05, `undropped-1` without. `budget-<name>-<world size>` and
+    `recomputed-1`: the same, packed otherwise. `straight` and `moving`: 10 steps, the second over all world sizes.
     """
     folder = tmp_path_factory.mktemp("same")
     same = {kind: write_recipe(world, folder / f"{kind}.yaml", kind) for kind in KINDS}
@@ -36,6 +36,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recomputed = write_recipe(
         world, folder / "recomputed.yaml", "plain", training={"gradient_checkpointing": True}
     )
+    undropped = write_recipe(world, folder / "undropped.yaml", "plain", lora={"lora_dropout": 0.0})
     ten = write_recipe(
         world, folder / "ten.yaml", "plain", training={"max_steps": 10}, checkpoint={"keep": 9}
     )
@@ -50,6 +51,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             requests += [request(tighter[name], f"budget-{name}-{size}") for name in tighter]
         if place == 0:
             requests += [request(recomputed, "recomputed-1"), request(ten, "straight")]
+            requests += [request(undropped, "undropped-1")]
         drive(size, requests, folder)
     return folder
 
@@ -82,6 +84,12 @@ def test_every_packing_takes_the_same_steps(runs: Path, budget: str, size: int) 
 
 def test_recomputed_activations_give_the_same_run_to_the_bit(runs: Path) -> None:
     assert apart(runs / "recomputed-1", runs / "same-plain-1") == (0, 0)
+
+
+def test_dropout_takes_part_in_what_is_compared(runs: Path) -> None:
+    loss, weights = apart(runs / "undropped-1", runs / "same-plain-1")
+    assert loss > 1e-5
+    assert weights > 1e-5
 
 
 def test_the_steps_train(runs: Path) -> None:

@@ -27,7 +27,9 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
     assert ended.stdout.count("rank 0 ended with: ") == 1  # whose thread failed to save
     assert "checkpoint-2.partial: No space left on device; make room" in ended.stdout
     assert ended.stdout.count("rank 1 ended with: rank 0: could not write; see its words") == 1
-    assert [folder.name for folder in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-1"]
+    left = {folder.name for folder in (tmp_path / "full").glob("checkpoint-*")}
+    # The ranks hear of it in the next step, or in the one after when the thread took that long.
+    assert {"checkpoint-1"} <= left <= {"checkpoint-1", "checkpoint-3"}
     assert not (tmp_path / "full" / "adapter").exists()
 
     assert ended.returncode != 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from launch.errors import ConfigError
 from launch.recipe import Recipe
 
-STRATEGIES = ("single", "ddp")
+STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -42,14 +42,15 @@ from trainer.checkpoint.portable import (
     OPTIMIZER_FILE,
     State,
     load_adapter,
-    load_optimizer,
+    read_moments,
     save_adapter,
     save_state,
-    snapshot,
 )
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
-from trainer.guards import check_adapters, check_finite, check_launch
+from trainer.engine.replicated import Replicated
+from trainer.engine.zero import Zero
+from trainer.guards import check_adapters, check_finite, check_launch, check_taken
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
 from trainer.preemption import Agreed, Watch
 from trainer.records import append_line, bring_to_disk, samples_digest
@@ -57,6 +58,9 @@ from trainer.reports import ProgressBar, Trackio
 from trainer.task import Task
 
 logger = get_logger("trainer")
+
+
+ZERO_STAGES = {"zero2": 2, "zero3": 3}
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -95,6 +99,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         for name, parameter in self.parameters.items():
             parameter.data = adapters[name]  # trl 1.16 rounds those of a quantized model to bf16
         check_adapters(self.parameters)
+        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        stage = ZERO_STAGES.get(plan.strategy)
+        self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
         prepare_training(self.model, recipe)
         compute_in(self.model, DTYPES[plan.compute_dtype])
         self._loss_sum: Tensor | None = None
@@ -149,45 +156,59 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, gradients staying on this rank."""
-        if self._loss_sum is None:
-            self._loss_sum = torch.zeros((), device=self.args.device)
-        with self.accelerator.no_sync(model) if self.args.world_size > 1 else nullcontext():
-            loss = cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
-        self._loss_sum += loss
-        return loss
+        with self.engine.keep_gradients(self.accelerator, model):
+            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        """The loss of a micro-batch of training, as the engine wants it for the backward.
+
+        An engine that steps in its last backward must hear before it whether all ranks can take the step.
+        """
+        loss = self._loss(model, inputs)
+        if self._loss_sum is None:
+            self._loss_sum = torch.zeros((), device=loss.device)
+        self._loss_sum += loss.detach()
+        if self.engine.steps_in_backward and self.accelerator.sync_gradients:
+            self._agree_on_step()
+        return loss * self.engine.loss_factor
+
+    def _loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """Sum over the micro-batch's target tokens, divided by the target tokens of the whole step."""
         outputs = model(**inputs["inputs"], fused_lm_head=True)
         return cast(Tensor, -outputs.log_probs.float().sum() / inputs["step_target_tokens"])
+
+    def _agree_on_step(self) -> float:
+        """Add up loss, wishes and, where they are here, gradients over the ranks; returns the gradients' norm.
+
+        The step's one host read. Raises on all ranks when one cannot go on or the numbers are not finite.
+        """
+        told = torch.tensor([0.0, *self.watch.wishes()], device=self.args.device)
+        told[0] = cast(Tensor, self._loss_sum)
+        (loss, *wished), norm = self.engine.add_up(told)
+        self.agreed = Agreed.of(wished)
+        if self.agreed.fail:
+            raise self.watch.agreed_failure()
+        step = self.state.global_step
+        known = 0.0 if self.engine.steps_in_backward else norm
+        check_finite(loss, known, step + 1, self.steps.samples(step).tolist())
+        self._host_values, self._loss_sum = (loss, norm), None
+        return norm
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         return None  # with the reduction, in `_get_grad_norm`
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Add up gradients, loss and wishes over the ranks, look at them, clip. The step's one host read is here."""
-        parts = [cast(Tensor, parameter.grad).reshape(-1) for parameter in self.parameters.values()]
-        wishes = torch.tensor(self.watch.wishes(), device=self.args.device)
-        gradients = torch.cat([*parts, cast(Tensor, self._loss_sum)[None], wishes])
-        if self.args.world_size > 1:
-            dist.all_reduce(gradients)
-        flat, told = gradients[: -1 - len(wishes)], gradients[-1 - len(wishes) :]
-        norm_value, loss_value, *wished = torch.cat([torch.linalg.vector_norm(flat)[None], told]).tolist()
-        self.agreed = Agreed.of(wished)
-        if self.agreed.fail:
-            raise self.watch.agreed_failure()
-        step = self.state.global_step
-        check_finite(loss_value, norm_value, step + 1, self.steps.samples(step).tolist())
-        if 0 < self.recipe.training.max_grad_norm < norm_value:
-            flat.mul_(self.recipe.training.max_grad_norm / (norm_value + 1e-6))  # as torch's clip_grad_norm_
-        start = 0
-        for parameter in self.parameters.values():
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
-        self._host_values, self._loss_sum = (loss_value, norm_value), None
-        return cast(float, norm_value)
+        """Take the step's agreement where the engine has not yet, and clip; `Trainer` asks before the optimizer step."""
+        if isinstance(self.engine, Zero):
+            norm = self.engine.norm()
+            self._host_values = (self._host_values[0], norm)
+            check_taken(norm, self.state.global_step + 1)
+            return norm
+        norm = self._agree_on_step()
+        self.engine.clip(self.recipe.training.max_grad_norm, norm)
+        return norm
 
     def check_reduced(self) -> None:
         """Before the weights change: `Trainer` has called `_get_grad_norm`, where the ranks are added up."""
@@ -260,7 +281,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
             inputs = self._prepare_inputs(batch)
-            sums[0] += self.compute_loss(self.model, inputs)
+            sums[0] += self._loss(self.model, inputs)
             sums[1] += inputs["inputs"]["shift_labels"].numel()
             samples += len(batch["samples"])
         self.model.train()
@@ -280,14 +301,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Rank 0 copies the state, which is small, and goes on; a thread writes and publishes it."""
-        if self.is_world_process_zero():
-            began = time.perf_counter()
-            self.publisher.wait()
+        began = time.perf_counter()
+        self.publisher.wait()
+        if (state := self.engine.state()) is not None:
             if self.agreed.save:
                 with suppress(OSError):
                     self.run_directory.save_file.unlink()
             step = self.state.global_step
-            state, facts = snapshot(self.optimizer.optimizer, self.parameters), self._facts(step)
+            facts = self._facts(step)
             trainer_state = json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"
             waited = time.perf_counter() - began
             self.publisher.start(lambda: self._publish(step, state, trainer_state, facts, waited))
@@ -339,20 +360,28 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(self.model, Path(resume_from_checkpoint))
+        """Nothing: `load` did, before anything was wrapped."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if (Path(checkpoint) / OPTIMIZER_FILE).exists():  # else taken over from a form without moments
-            load_optimizer(self.optimizer.optimizer, self.parameters, Path(checkpoint))
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
+        with self.engine.outside_training(self.model):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.engine.started(self.model_wrapped, self.optimizer.optimizer)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""
+        if (checkpoint / OPTIMIZER_FILE).exists():  # else taken over from a form without moments
+            self.engine.restore(read_moments(self._shapes, checkpoint))
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.resumed_at
         scheduler._step_count = self.resumed_at + 1
         groups = self.optimizer.param_groups
         for group, rule, base in zip(groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
             group["lr"] = base * rule(self.resumed_at)
-        self._say_another_rate(Path(checkpoint), groups[0]["lr"])
+        self._say_another_rate(checkpoint, groups[0]["lr"])
 
     def _say_another_rate(self, checkpoint: Path, rate: float) -> None:
         """Before the first step of a run that was extended, or has another schedule."""
@@ -375,9 +404,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def save_final_adapter(self) -> None:
         """Write `adapter/`, replacing an older one whole."""
 
+        weights = self.engine.weights()
+
         def write() -> None:
             with published(self.run_directory.adapter) as aside:
-                save_adapter(self.model, aside)
+                save_adapter(self.model, aside, weights)
                 if self.run_directory.adapter.exists():
                     shutil.rmtree(self.run_directory.adapter)
 

@@ -22,12 +22,15 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from peft import PeftModel
+from torch import nn
 
 from launch.changes import consequences, tie_contents
 from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
 from launch.index import Index, read_index
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.resources import resource
 from launch.run_directory import (
     RunDirectory,
     StopReason,
@@ -51,7 +54,9 @@ from trainer.agreement import (
     together,
 )
 from trainer.data.collate import Encoder
+from trainer.guards import LayerFacts, check_sharding, layer_facts
 from trainer.model.base import add_lora, load_base
+from trainer.model.sharding import close_sharding, shard_layer
 from trainer.preemption import Watch, watching
 from trainer.prepare import prepare
 from trainer.pretrained import base_identity, load_processor
@@ -171,7 +176,24 @@ def prepare_first(options: argparse.Namespace) -> Index:
 
 def start_processes() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    find_deepspeed_config()
+    if torch.cuda.is_available():
+        return PartialState(timeout=PATIENCE)
+    if uses_deepspeed():  # with `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others
+        return PartialState(backend="gloo", timeout=PATIENCE)
+    return PartialState(cpu=True, timeout=PATIENCE)
+
+
+def uses_deepspeed() -> bool:
+    """The launcher's config says so."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def find_deepspeed_config() -> None:
+    """Make the config file's path absolute: relative to where the launch was typed, or else the shipped one."""
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name and not Path(name).is_file():
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(resource("ds_configs", Path(name).name))
 
 
 def read_task(options: argparse.Namespace, index: Index, state: PartialState) -> Task:
@@ -201,7 +223,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     plan = make_plan(
         recipe,
         index,
-        strategy="ddp" if state.num_processes > 1 else "single",
+        strategy=launched_strategy(state),
         nodes=max(1, state.num_processes // local),
         gpus_per_node=local,
         device=state.device.type,
@@ -212,6 +234,17 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     )
     refuse_an_end_behind(run, plan.max_steps, source)
     return make_task(recipe, plan, index, run, source)
+
+
+def launched_strategy(state: PartialState) -> str:
+    """The strategy that the accelerate config of a plain launch stands for."""
+    if uses_deepspeed():
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+        stage = json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage") if file else None
+        return f"zero{stage}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp"
+    return "single" if "LOCAL_RANK" not in os.environ else "ddp"
 
 
 def make_task(
@@ -363,8 +396,24 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
     if task.recipe.training.deterministic:
         make_deterministic()
     encoder = Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
-    model = add_lora(load_base(task.recipe, state.device, task.plan.quant_storage), task.recipe)
-    return build_trainer(model, task, encoder, watch, resumed_at)
+    return build_trainer(load_model(task, state.device), task, encoder, watch, resumed_at)
+
+
+def load_model(task: Task, device: torch.device) -> PeftModel:
+    """Base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
+    recipe, plan = task.recipe, task.plan
+    if plan.strategy != "fsdp":
+        return add_lora(load_base(recipe, device, plan.quant_storage), recipe)
+    whole: list[LayerFacts] = []
+
+    def take(layer: nn.Module) -> None:
+        whole.append(layer_facts(layer))
+        shard_layer(layer, plan.world_size, device)
+
+    model = add_lora(load_base(recipe, device, plan.quant_storage, take), recipe)
+    close_sharding(model, plan.world_size, device)
+    check_sharding(model, whole, plan.world_size)
+    return model
 
 
 def make_deterministic() -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from launch.run_directory import request_stop
+from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
 from trainer.agreement import leave_processes
 from trainer.sft import PlannedTrainer
@@ -32,6 +33,8 @@ def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) 
 def main() -> None:
     """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
     speak_plainly()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        allow_fsdp_on_cpu()
     asked = json.loads(Path(sys.argv[1]).read_text())
     requests = [train.parse(arguments) for arguments, _ in asked]
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})

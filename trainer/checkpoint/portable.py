@@ -120,10 +120,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: cannot be read ({error}); resume from another checkpoint") from error
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
-) -> None:
-    """Put the stored moments and step counts into a fresh optimizer over the same parameters.
+def read_moments(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
+    """The stored moments and step counts of these parameters (name -> shape), as `<parameter>.<moment or step>`.
 
     Raises:
         CheckpointError: the file holds other parameters or shapes.
@@ -136,20 +134,28 @@ def load_optimizer(
             f"{folder / OPTIMIZER_FILE}: holds other parameters than the model trains ({len(odd)} differ, such as "
             f"{odd[0]}); resume with the recipe that wrote it"
         )
-    for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {"step": stored[f"{name}.step"].to(_step_device(optimizer, parameter))}
+    for name, shape in parameters.items():
         for key in MOMENTS:
-            moment = stored[f"{name}.{key}"]
-            if moment.shape != parameter.shape:
+            if stored[f"{name}.{key}"].shape != shape:
                 raise CheckpointError(
-                    f"{folder / OPTIMIZER_FILE}: {name}.{key} has shape {tuple(moment.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}; resume with the recipe that wrote it"
+                    f"{folder / OPTIMIZER_FILE}: {name}.{key} has shape {tuple(stored[f'{name}.{key}'].shape)}, the "
+                    f"parameter {tuple(shape)}; resume with the recipe that wrote it"
                 )
-            state[key] = moment.to(parameter.device, parameter.dtype)
+    return stored
+
+
+def inject(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+) -> None:
+    """Put moments and step counts, of `read_moments`, into a fresh optimizer over the same parameters."""
+    for name, parameter in parameters.items():
+        state: dict[str, Tensor] = {"step": moments[f"{name}.step"].to(step_device(optimizer, parameter))}
+        for key in MOMENTS:
+            state[key] = moments[f"{name}.{key}"].to(parameter.device, parameter.dtype)
         optimizer.state[parameter] = state
 
 
-def _step_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+def step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
     """AdamW counts steps on the parameter's device when fused, else on the CPU (`torch.optim.AdamW.__init__`)."""
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return parameter.device if fused else torch.device("cpu")

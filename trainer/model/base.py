@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
+from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.vision import take_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
@@ -23,20 +25,30 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_base(
-    recipe: Recipe, device: torch.device, quant_storage: str = "uint8"
+    recipe: Recipe,
+    device: torch.device,
+    quant_storage: str = "uint8",
+    take_layer: Callable[[nn.Module], None] | None = None,
 ) -> Qwen2VLForConditionalGeneration:
     """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
-    Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run.
+    Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
+    `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one.
 
     Raises:
         ConfigError: the base is not there, is not a Qwen2-VL, or lacks tensors.
     """
     path = base_path(recipe)
     check_is_qwen2_vl(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if take_layer is not None:
+        text.num_hidden_layers, text.layer_types = 0, []
     try:
         model, report = Qwen2VLForConditionalGeneration.from_pretrained(
             path,
+            config=config,
             dtype=DTYPES[recipe.model.dtype],
             quantization_config=_quantization(recipe, quant_storage),
             device_map={"": device},
@@ -50,16 +62,18 @@ def load_base(
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
     # transformers fills what a file lacks with random numbers, and only says so in a log.
-    if wrong := sorted(
-        map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
-    ):
+    unexpected = [key for key in report["unexpected_keys"] if take_layer is None or not is_of_layer(key)]
+    if wrong := sorted(map(str, [*report["missing_keys"], *unexpected, *report["mismatched_keys"]])):
         raise ConfigError(
             f"model.name_or_path: the weights in {path} are not those of a whole Qwen2-VL ({len(wrong)} tensors are "
             f"missing, unknown or of another shape, such as {wrong[0]}); get them again"
         )
     model.requires_grad_(False)
+    if take_layer is not None:
+        for layer in append_layers(model, Path(path), layers, _quantization(recipe, quant_storage), device):
+            take_layer(layer)
     model.config.use_cache = False
-    _keep_cpu_weights_as_they_are(model)
+    keep_cpu_weights(model)
     return cast(Qwen2VLForConditionalGeneration, model)
 
 
@@ -75,14 +89,6 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
         bnb_4bit_compute_dtype=DTYPES[chosen.bnb_4bit_compute_dtype],
         bnb_4bit_quant_storage=getattr(torch, quant_storage),
     )
-
-
-def _keep_cpu_weights_as_they_are(model: nn.Module) -> None:
-    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation forward on a CPU with avx512_bf16; training
-    after it has no gradient through them, without an error. See `Linear4bit.forward`; test: evaluate, then train."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftModel:

@@ -1,0 +1,169 @@
+"""zero2, zero3: DeepSpeed partitions the trained state; reduction, clipping and the step happen in its backward.
+
+Neither of its mixed-precision engines is used: both would cast packed 4-bit weights and fp32 adapters. What it has no
+call for, or one that does not serve before the first step (`safe_get_full_optimizer_state` of stage 2, the step count,
+sizes that the world size does not divide; DeepSpeed 0.19), is done here on its shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from trainer.checkpoint.portable import MOMENTS, State, step_device
+from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
+
+
+class Zero:
+    """The trained state in DeepSpeed's shards."""
+
+    steps_in_backward = True
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], stage: int) -> None:
+        self.parameters, self.stage = parameters, stage
+        self.loss_factor = float(dist.get_world_size())  # DeepSpeed averages gradients over the ranks
+        self._engine: Any = None
+
+    def started(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Training begins: the model as accelerate wrapped it.
+
+        The libraries forget about ZeRO-3 then: trl 1.16 would gather the output head, which is not partitioned
+        (`maybe_gather_lm_head_ctx`), and transformers would load its next model into partitions.
+        """
+        self._engine = wrapped
+        unset_hf_deepspeed_config()
+        if self.stage == 3:
+            # After each step it lets go of every parameter below this module, and asks each when it was last used.
+            layers = self._engine.module.get_base_model().model.language_model.layers
+            self._engine.optimizer.parameter_offload.module = layers
+
+    @contextmanager
+    def outside_training(self, model: PeftModel) -> Iterator[None]:
+        """While the engine is made, hide from ZeRO-3 what it must not partition: all but the decoder layers.
+
+        The tower is replicated by design; the output head's weight is read without a call of the module, so
+        nothing would gather it. Modules that are back afterwards have no hooks.
+        """
+        if self.stage < 3:
+            yield
+            return
+        base: Any = model.get_base_model()
+        inner = base.model
+        hidden = [
+            (base, "lm_head"),
+            (inner, "visual"),
+            (inner.language_model, "embed_tokens"),
+            (inner.language_model, "norm"),
+        ]
+        kept = [(parent, name, parent._modules.pop(name)) for parent, name in hidden]
+        try:
+            yield
+        finally:
+            for parent, name, module in kept:
+                parent._modules[name] = module
+
+    def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """DeepSpeed reduces in every backward."""
+        return nullcontext()
+
+    def add_up(self, told: Tensor) -> tuple[list[float], float]:
+        """Sum `told` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `norm`."""
+        dist.all_reduce(told)
+        return told.tolist(), float("nan")
+
+    def norm(self) -> float:
+        """Of the step just taken, before clipping."""
+        found = self._engine.get_global_grad_norm()
+        return float(found)
+
+    def state(self) -> State | None:
+        """Copies of adapters and moments, put together on rank 0. A collective."""
+        adapter, optimizer = self.weights(), {}
+        for key in MOMENTS:
+            gathered = self._gather({name: state[key] for name, state in self._states().items()})
+            optimizer |= {f"{name}.{key}": tensor for name, tensor in gathered.items()}
+        if adapter is None:
+            return None
+        for name, state in self._states().items():
+            optimizer[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
+        return State(adapter, optimizer)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The adapters by name, on rank 0 alone. A collective."""
+        if self._engine is None or self.stage < 3:
+            found = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+        else:
+            found = self._gather({name: shard for name, (shard, _) in self._pieces().items()})
+        return found if dist.get_rank() == 0 else None
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Put stored moments and step counts into this rank's shards, before the first step or later."""
+        inner: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        for name, (shard, piece) in self._pieces().items():
+            state = inner.state[shard]
+            if not state:
+                state["step"] = moments[f"{name}.step"].to(step_device(inner, shard)).clone()
+                state |= {key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS}
+                inner.state[shard] = state
+            for key in MOMENTS:
+                flat = moments[f"{name}.{key}"].reshape(-1)[piece.begin : piece.begin + piece.count]
+                state[key][piece.at : piece.at + piece.count].copy_(flat)
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        inner: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return {name: inner.state[shard] for name, (shard, _) in self._pieces().items()}
+
+    def _gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by name on the CPU of rank 0, put together from every rank's pieces."""
+        pieces = self._pieces()
+        sizes = [_numel(parameter) for parameter in self.parameters.values()]
+        device = next(iter(shards.values())).device
+        row = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        start = 0
+        for name, size in zip(self.parameters, sizes, strict=True):
+            piece = pieces[name][1]
+            begin = start + piece.begin
+            row[begin : begin + piece.count] = shards[name].detach()[piece.at : piece.at + piece.count]
+            start += size
+        dist.reduce(row, dst=0)  # every element comes from one rank: a sum with zeros is exact
+        parts = row.cpu().split(sizes)
+        return {
+            name: part.view(_shape(parameter)).clone()
+            for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
+        }
+
+    def _pieces(self) -> dict[str, tuple[Tensor, Piece]]:
+        """Name -> (this rank's flat fp32 shard that holds a part of it, or would, and which part)."""
+        optimizer, rank = self._engine.optimizer, dist.get_rank()
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        found: dict[str, tuple[Tensor, Piece]] = {}
+        if self.stage < 3:
+            for group, shard in enumerate(optimizer.single_partition_of_fp32_groups):
+                members = optimizer.round_robin_bit16_groups[group]
+                for parameter, offset in zip(members, optimizer.round_robin_bit16_offsets[group], strict=True):
+                    piece = piece_of_flat(offset, parameter.numel(), rank * shard.numel(), shard.numel())
+                    found[names[id(parameter)]] = (shard, piece)
+        else:
+            for group, shard in enumerate(optimizer.fp32_partitioned_groups_flat):
+                at = 0
+                for parameter in optimizer.fp16_groups[group]:
+                    share = parameter.partition_numel()
+                    found[names[id(parameter)]] = (shard, piece_of_own(parameter.ds_numel, rank, share, at))
+                    at += share
+        return {name: found[name] for name in self.parameters}
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,107 @@
+"""Decoder layers read and quantized one after another: no process need ever hold more than one of them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
+
+from launch.errors import ConfigError
+
+_LAYERS = ("model.layers.", "model.language_model.layers.")
+"""How a decoder layer's tensors begin: on the hub, and as transformers 5 writes them."""
+
+
+def keep_cpu_weights(model: nn.Module) -> None:
+    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation forward on a CPU with avx512_bf16; training
+    after it has no gradient through them, without an error. See `Linear4bit.forward`; test: evaluate, then train."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_of_layer(key: str) -> bool:
+    """Whether a tensor's name is that of a decoder layer's."""
+    return key.startswith(_LAYERS)
+
+
+def append_layers(
+    model: Qwen2VLForConditionalGeneration,
+    path: Path,
+    count: int,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+) -> Iterator[nn.Module]:
+    """Give a model without decoder layers its `count` layers from `path`; yields each while it is whole.
+
+    Whoever takes a layer shards it before asking for the next.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape.
+    """
+    config = model.config.get_text_config()
+    config.num_hidden_layers, config.layer_types = count, ["full_attention"] * count
+    files = _files_of_layers(path)
+    for number in range(count):
+        with torch.device("meta"):
+            layer = Qwen2VLDecoderLayer(config, number).to(model.dtype)
+        if quantization is not None:
+            layer = replace_with_bnb_linear(layer, [], quantization, pre_quantized=False)
+        _fill(layer, files.get(number, {}), device, model.dtype, f"{path}: decoder layer {number}")
+        layer.requires_grad_(False)
+        keep_cpu_weights(layer)
+        model.model.language_model.layers.append(layer)
+        yield layer
+
+
+def _files_of_layers(path: Path) -> dict[int, dict[str, tuple[Path, str]]]:
+    """{layer: {name within the layer: (file, name in the file)}} from the headers of all weight files."""
+    found: dict[int, dict[str, tuple[Path, str]]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - no mapping
+                prefix = next((begin for begin in _LAYERS if key.startswith(begin)), None)
+                if prefix:
+                    number, _, name = key.removeprefix(prefix).partition(".")
+                    found.setdefault(int(number), {})[name] = (file, key)
+    return found
+
+
+def _fill(
+    layer: nn.Module,
+    files: dict[str, tuple[Path, str]],
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+) -> None:
+    """Read a layer's tensors onto the device, those of 4-bit modules quantized there, as transformers does."""
+    wanted = {name: parameter for name, parameter in layer.named_parameters()}
+    if odd := sorted(wanted.keys() ^ files.keys()):
+        raise ConfigError(
+            f"model.name_or_path: {where} has not the tensors of a Qwen2-VL ({len(odd)} are missing or unknown, such as "
+            f"{odd[0]}); get the model again"
+        )
+    for name, empty in wanted.items():
+        file, key = files[name]
+        with safe_open(file, "pt", device="cpu") as opened:
+            value: Tensor = opened.get_tensor(key).to(device, dtype)
+        module_name, _, own = name.rpartition(".")
+        module = layer.get_submodule(module_name)
+        expected = (module.out_features, module.in_features) if own == "weight" and hasattr(module, "in_features") else empty.shape
+        if tuple(value.shape) != tuple(expected):
+            raise ConfigError(
+                f"model.name_or_path: {where} has {name} of shape {tuple(value.shape)} where {tuple(expected)} is needed; "
+                "get the model again"
+            )
+        if isinstance(empty, Params4bit):
+            new: nn.Parameter = Params4bit(value, requires_grad=False, **empty.__dict__).to(device)
+        else:
+            new = nn.Parameter(value, requires_grad=False)
+        setattr(module, own, new)

@@ -244,6 +244,21 @@ def test_a_base_that_does_not_fit_is_refused(
         ({"a_method_of_tomorrow": 3}, "a_method_of_tomorrow"),
         ({"r": 8}, "rank 8"),
         ({"base_model_name_or_path": None}, "--base-model"),
+        (
+            {"rank_pattern": [4]},
+            "adapter_config.json: rank_pattern is wrong (input should be a valid dictionary",
+        ),
+        ({"rank_pattern": {"q_proj": "4"}}, "adapter_config.json: rank_pattern.q_proj is wrong"),
+        ({"alpha_pattern": {"q_(proj": 3}}, "'q_(proj' is no regular expression: missing )"),
+        (
+            {"lora_alpha": "16"},
+            "adapter_config.json: lora_alpha is wrong (input should be a valid number, not '16')",
+        ),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha is wrong"),
+        ({"r": None}, "adapter_config.json: r is wrong"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save is wrong"),
+        ({"target_modules": 5}, "neither a pattern nor a list of names: 5"),
+        ({"use_dora": "yes"}, "adapter_config.json: use_dora is wrong"),
     ],
 )
 def test_what_would_not_be_merged_exactly_is_refused_by_name(

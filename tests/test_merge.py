@@ -1,5 +1,6 @@
 """Merging: equal to PEFT's own result, proven by reading back, and refused where it would ruin a model."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
 from launch.manifest import publish
+from tests.checkpoints import halve
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging
 from trainer.checkpoint.merge import main
@@ -228,6 +230,71 @@ def test_a_base_that_does_not_fit_is_refused(
     assert "1 of 1 weight files are missing" in refused(
         capsys, adapter, output, "--base-model", str(own_base)
     )
+
+
+def with_header(file: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+
+INDEX = "model.safetensors.index.json"
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "word"),
+    [
+        ("config.json", halve, "cannot be read"),
+        ("config.json", lambda file: file.write_text("[]"), "holds no JSON object"),
+        ("config.json", lambda file: file.write_text('{"text_config": [1]}'), "text_config is wrong"),
+        (INDEX, lambda file: file.write_text('{"weight_map": {'), "cannot be read"),
+        (INDEX, lambda file: file.write_text("{}"), "weight_map is wrong (field required)"),
+        (INDEX, lambda file: file.write_text('{"weight_map": ["a"]}'), "weight_map is wrong"),
+        (INDEX, lambda file: file.write_text('{"weight_map": {"a": 5}}'), "weight_map.a is wrong"),
+        ("model.safetensors", lambda file: with_header(file, [ENTRY]), "the whole is wrong"),
+        ("model.safetensors", lambda file: with_header(file, {"a": [1]}), "a is wrong"),
+        ("model.safetensors", lambda file: with_header(file, {"a": {"dtype": "F32"}}), "a.shape is wrong"),
+        (
+            "model.safetensors",
+            lambda file: with_header(file, {"a": {**ENTRY, "shape": [3]}}),
+            "a has 8 bytes for F32 [3]",
+        ),
+    ],
+)
+def test_a_damaged_file_of_the_base_is_refused_by_its_name(
+    own_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], object],
+    word: str,
+) -> None:
+    damage(own_base / name)
+    said = refused(capsys, adapter, tmp_path / "out", "--base-model", str(own_base))
+    assert f"error: {own_base / name}: {word}" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_of_the_base_that_may_not_be_read_is_refused_by_its_name(
+    own_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    opening = Path.open
+
+    def as_another_user(path: Path, *rest: Any, **more: Any) -> Any:
+        if path == own_base / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opening(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", as_another_user)
+    said = refused(capsys, adapter, tmp_path / "out", "--base-model", str(own_base))
+    assert f"error: {own_base / name}: cannot be read (" in said
+    assert "Permission denied" in said
 
 
 @pytest.mark.parametrize(

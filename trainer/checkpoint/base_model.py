@@ -6,17 +6,28 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST
 from launch.recipe import Recipe, load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter
+from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
 from trainer.checkpoint.shards import read_base_shards
 from trainer.pretrained import folder_identity
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class _Config(Layout):
+    """What is read of config.json."""
+
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
 
 
 def run_of(source: Path) -> RunDirectory | None:
@@ -36,6 +47,7 @@ def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
     return load_recipe(run.recipe_file) if run else None
 
 
+@unreadable_is_refused()
 def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
     """The folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
 
@@ -123,7 +135,7 @@ def _snapshot(name: str, revision: str) -> Path:
 
 def refuse_quantized_base(folder: Path) -> None:
     """CheckpointError when a model's weights are stored quantized."""
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    quantization = _config(folder).quantization_config
     if quantization:
         kind = quantization.get("quant_method", "unknown method")
         raise CheckpointError(
@@ -134,5 +146,15 @@ def refuse_quantized_base(folder: Path) -> None:
 
 def ties_embeddings(folder: Path) -> bool:
     """Whether a model's lm_head is its embedding."""
-    config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings"))
+    config = _config(folder)
+    return bool(config.tie_word_embeddings or (config.text_config or {}).get("tie_word_embeddings"))
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether a model sees images."""
+    return _config(folder).vision_config is not None
+
+
+def _config(folder: Path) -> _Config:
+    file = folder / "config.json"
+    return checked(_Config, read_json(file), file)

@@ -38,6 +38,7 @@ from trainer.checkpoint.merge_plan import (
     MergeRequest,
     plan_merge,
 )
+from trainer.checkpoint.reading import read_json
 from trainer.checkpoint.shards import DTYPES, FLOATS, INDEX_FILE, write_shard
 from trainer.checkpoint.verify import BaseRows, MergeReport, verify
 from trainer.speech import complain, speak_plainly
@@ -87,15 +88,15 @@ def _copy_files(plan: MergePlan, aside: Path) -> None:
     for file in plan.files:
         shutil.copyfile(file, aside / file.name)
     config_file, index_file = aside / "config.json", plan.base / INDEX_FILE
-    config: dict[str, Any] = json.loads(config_file.read_text())
+    config = read_json(config_file)
     if _set_dtype(config, plan):
         config_file.write_text(json.dumps(config, indent=2) + "\n")
     if index_file.exists():
-        index = json.loads(index_file.read_text())
+        index = read_json(index_file)
         total = sum(
             e.bytes_as(plan.dtypes[name]) for shard in plan.shards for name, e in shard.entries.items()
         )
-        if index.get("metadata", {}).get("total_size", total) == total:
+        if (index.get("metadata") or {}).get("total_size", total) == total:
             shutil.copyfile(index_file, aside / INDEX_FILE)
         else:
             index["metadata"]["total_size"] = total

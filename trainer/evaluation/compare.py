@@ -37,6 +37,7 @@ from trainer.checkpoint.base_model import find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
+from trainer.checkpoint.reading import read_json
 from trainer.data.chartqa import Row, decode_image, open_split
 from trainer.data.collate import Encoder
 from trainer.evaluation.answers import Replica, spread
@@ -217,13 +218,10 @@ def validation_numbers(request: Request) -> list[int]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json of a merged model names."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"--merged: no config.json in {folder}; give the folder of a merged model"
-        ) from None
-    name = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
+    config = read_json(folder / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return cast(torch.dtype, getattr(torch, name or "float32"))
 
 

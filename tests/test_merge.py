@@ -18,6 +18,7 @@ from launch.manifest import publish
 from tests.checkpoints import halve
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging
+from trainer.checkpoint.aside import written_aside
 from trainer.checkpoint.merge import main
 from trainer.checkpoint.merge_plan import MergeRequest, plan_merge
 from trainer.checkpoint.names import canonical_name
@@ -410,3 +411,19 @@ def test_the_rest_of_a_killed_merge_is_replaced(
     monkeypatch.undo()
     assert merge(adapter, tmp_path / "merged").changed == 4
     assert not (tmp_path / "merged.partial").exists()
+
+
+def test_the_folder_that_another_process_writes_is_left_alone(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.run_directory._LOCK_PATIENCE_S", 0.0)
+    output, theirs = tmp_path / "merged", tmp_path / "merged.partial/model.safetensors"
+    with written_aside(output):
+        theirs.write_text("half")
+        assert "writes there now; wait" in refused(capsys, adapter, output)
+        with pytest.raises(CheckpointError, match="writes there now; wait"), written_aside(output):
+            pass  # asked before the other began
+        assert theirs.read_text() == "half"
+    assert (output / "model.safetensors").read_text() == "half"
+    with pytest.raises(CheckpointError, match="exists already"), written_aside(output):
+        pass  # asked while the other wrote

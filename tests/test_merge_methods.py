@@ -230,7 +230,7 @@ def test_a_merge_that_is_killed_leaves_no_half_model_and_the_next_one_completes(
     (aside / "of_another_attempt.json").touch()
     assert merge(adapter, output).changed == 12
     assert not (output / "of_another_attempt.json").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged", ".merged.partial.lock"}
     assert ".samestep-writes" not in {path.name for path in output.iterdir()}
 
 

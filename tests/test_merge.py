@@ -119,9 +119,29 @@ def test_a_bf16_base_in_several_files_keeps_its_files_and_is_rounded_once_from_f
 
 
 def test_the_chosen_dtype_is_stored_in_weights_and_config(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    report = merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
     assert Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert (report.changed, report.converted, report.unchanged) == (4, report.tensors - 4, 0)
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert (record["converted"], record["converted_to"], record["byte_identical"]) == (
+        report.converted,
+        "bfloat16",
+        0,
+    )
+    words = f"{report.converted} only converted to bfloat16, 0 are byte-identical to the base"
+    assert words in (tmp_path / "merged/README.md").read_text()
+
+
+def test_tensors_that_have_the_chosen_dtype_already_keep_their_bytes(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        assert main([str(adapter), "--output", str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert ("converted to bfloat16" in capsys.readouterr().out) == bool(number)
+    record = json.loads((tmp_path / "float32/merge.json").read_text())
+    assert (record["converted"], record["converted_to"]) == (0, None)
+    assert record["byte_identical"] == record["tensors"] - 4
 
 
 def test_names_of_other_transformers_versions_find_the_same_tensors(

@@ -41,6 +41,8 @@ def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
         "tensors": report.tensors,
         "changed": report.changed,
         "rounded": report.rounded,
+        "converted": report.converted,
+        "converted_to": report.converted_to,
         "byte_identical": report.unchanged,
         "largest_error": report.largest_error,
     }
@@ -73,10 +75,11 @@ def _what(base: str, plan: MergePlan, report: MergeReport) -> str:
         else f"the weights as the training saw them ({plan.rounding}, and back)"
     )
     saved = f" and {report.saved} tensors trained whole" if report.saved else ""
+    converted = f"{report.converted} only converted to {report.converted_to}, " if report.converted else ""
     return (
         f"{base} with a {kind} adapter (r {adapter['r']}, alpha {adapter['lora_alpha']}) merged into {start}: "
         f"{report.pairs} lora pairs{saved}. Of {report.tensors} tensors {report.changed} were changed, "
-        f"{report.rounded} rounded only, {report.unchanged} are byte-identical to the base.\n"
+        f"{report.rounded} rounded only, {converted}{report.unchanged} are byte-identical to the base.\n"
     )
 
 

@@ -5,8 +5,8 @@
 SOURCE is a run directory, a checkpoint of any form or a PEFT adapter folder. The weights that are written are never
 quantized: merging into 4-bit weights would round the sum to 4 bits again. `--base original` adds to the unquantized
 base, `--base dequantized` to its weights rounded to 4 bits and back, against which a 4-bit run trained. Every lora
-pair must hit exactly one tensor of the base and change it; every other tensor keeps its bytes. The result has the
-base's file and tensor names.
+pair must hit exactly one tensor of the base and change it; every other tensor keeps its bytes, or is only converted to
+the type that `--dtype` asks for. The result has the base's file and tensor names.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def print_report(report: MergeReport, console: Console) -> None:
     table.add_row("changed", f"{report.changed} for {report.pairs} lora pairs{saved}")
     if report.base_kind == "dequantized":
         table.add_row("rounded to 4 bits", f"{report.rounded}")
+    if report.converted:
+        table.add_row(f"converted to {report.converted_to}", f"{report.converted}")
     table.add_row("byte-identical", f"{report.unchanged}")
     table.add_row("largest error", f"{report.largest_error:.2e} against the sum in fp64")
     console.print(table)

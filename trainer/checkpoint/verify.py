@@ -29,7 +29,9 @@ from trainer.checkpoint.shards import (
 class MergeReport:
     """What was written and read back. `largest_error`: against the sum in fp64, absolute.
 
-    `rounded`: tensors that `--base dequantized` rounded to 4 bits and back, without those that a pair changed too.
+    `rounded`: tensors that `--base dequantized` rounded to 4 bits and back, without those that a pair changed too;
+    `converted`: of the rest those stored in another type than in the base, `converted_to` (None: there are none);
+    `unchanged`: those with the base's bytes.
     """
 
     base: Path
@@ -42,6 +44,8 @@ class MergeReport:
     saved: int
     changed: int
     rounded: int
+    converted: int
+    converted_to: str | None
     unchanged: int
     bytes_written: int
     largest_error: float
@@ -107,6 +111,11 @@ def verify(
                     if digest is None or name in plan.targets
                     else _check_digest(plan, name, digest, shard.entries[name], (after, written), advance)
                 )
+    _refuse_damage(plan, folder, checks)
+    return _report(plan, checks)
+
+
+def _refuse_damage(plan: MergePlan, folder: Path, checks: Mapping[str, _Check]) -> None:
     damaged = [name for name, check in checks.items() if not check.right]
     if damaged:
         raise CheckpointError(
@@ -122,8 +131,15 @@ def verify(
             f"({', '.join(silent[:5])}): the change is smaller than the stored precision; "
             "merge with --dtype float32"
         )
-    changed = sum(checks[name].changed for name in plan.targets)
-    rounded = len(plan.rounded - plan.targets.keys())
+
+
+def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
+    stored = {name: entry.dtype for shard in plan.shards for name, entry in shard.entries.items()}
+    changed = {name for name in plan.targets if checks[name].changed}
+    rounded = plan.rounded - changed
+    kept = checks.keys() - changed - rounded
+    converted = {name for name in kept if stored[name] != plan.dtypes[name]}
+    types = {str(DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
     return MergeReport(
         base=plan.base,
         base_kind=plan.base_kind,
@@ -133,9 +149,11 @@ def verify(
         tensors=len(checks),
         pairs=len(plan.adapter.pairs),
         saved=len(plan.adapter.saved),
-        changed=changed,
-        rounded=rounded,
-        unchanged=len(checks) - changed - rounded,
+        changed=len(changed),
+        rounded=len(rounded),
+        converted=len(converted),
+        converted_to=" and ".join(sorted(types)) or None,
+        unchanged=len(kept) - len(converted),
         bytes_written=plan.bytes_written,
         largest_error=max(check.error for check in checks.values()),
     )

@@ -137,6 +137,7 @@ def print_report(report: MergeReport, console: Console) -> None:
     table.add_row("byte-identical", f"{report.unchanged}")
     table.add_row("largest error", f"{report.largest_error:.2e} against the sum in fp64")
     console.print(table)
+    console.print(str(report.base_check), markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

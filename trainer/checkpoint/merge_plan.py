@@ -13,6 +13,8 @@ from trainer.checkpoint.adapter import Adapter, Missing, Pair, Saved, read_adapt
 from trainer.checkpoint.aside import refuse_place
 from trainer.checkpoint.base_model import (
     COPIED,
+    BaseCheck,
+    check_base,
     find_base,
     has_vision,
     recipe_of,
@@ -41,6 +43,7 @@ class MergePlan:
 
     adapter: Adapter
     base: Path
+    base_check: BaseCheck
     output: Path
     shards: tuple[Shard, ...]
     targets: dict[str, Pair | Saved]  # by the tensor name in the base
@@ -91,6 +94,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     adapter = read_adapter(request.source, request.missing)
     refuse_untrained(adapter)
     folder = find_base(adapter, request.missing.base_model)
+    base_check = check_base(adapter, folder)
     refuse_quantized_base(folder)
     shards = tuple(read_base_shards(folder))
     targets = match_targets(adapter, folder, shards)
@@ -100,6 +104,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     plan = MergePlan(
         adapter,
         folder,
+        base_check,
         output,
         shards,
         targets,

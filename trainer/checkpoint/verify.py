@@ -12,6 +12,7 @@ import torch
 
 from launch.errors import CheckpointError
 from trainer.checkpoint.adapter import Pair, Saved
+from trainer.checkpoint.base_model import BaseCheck
 from trainer.checkpoint.merge_plan import MergePlan
 from trainer.checkpoint.nf4 import Rounding
 from trainer.checkpoint.shards import (
@@ -35,6 +36,7 @@ class MergeReport:
     """
 
     base: Path
+    base_check: BaseCheck
     base_kind: str
     form: str
     output: Path
@@ -142,6 +144,7 @@ def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
     types = {str(DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
     return MergeReport(
         base=plan.base,
+        base_check=plan.base_check,
         base_kind=plan.base_kind,
         form=plan.adapter.form,
         output=plan.output,

@@ -33,7 +33,7 @@ from launch.index import read_index
 from launch.recipe import Recipe, load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
-from trainer.checkpoint.base_model import find_base, run_of
+from trainer.checkpoint.base_model import check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
@@ -301,10 +301,12 @@ def _request(given: argparse.Namespace) -> Request:
     source, missing = given.source.expanduser().absolute(), missing_of(given)
     adapter = read_adapter(source, missing)
     recipe_file = recipe_file_of(source, given.run_dir)
+    base = find_base(adapter, missing.base_model)
+    check_base(adapter, base)
     return Request(
         source=source,
         adapter=adapter,
-        base=find_base(adapter, missing.base_model),
+        base=base,
         merged=tuple(folder.expanduser().absolute() for folder in given.merged),
         recipe=load_recipe(recipe_file),
         samples=given.samples,

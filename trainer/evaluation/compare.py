@@ -11,7 +11,6 @@ shown too: that difference is the price of leaving the quantized weights the ada
 import argparse
 import gc
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -173,18 +172,25 @@ def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
         return
     first = request.merged[0]
     other: BaseKind = "original" if kind_of(first) == "dequantized" else "dequantized"
-    twin = first.with_name(f"{first.name}.other-base")
-    if (twin / RECORD).is_file():
-        shutil.rmtree(twin)  # of a comparison that was killed
     dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
-    print_report(
-        merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
-        Console(highlight=False, soft_wrap=True),
-    )
-    try:
+    with _room_beside(first) as room:
+        twin = Path(room, first.name)
+        print_report(
+            merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
+            Console(highlight=False, soft_wrap=True),
+        )
         yield {**folders, f"merged, {other}": twin}
-    finally:
-        shutil.rmtree(twin)
+
+
+def _room_beside(folder: Path) -> TemporaryDirectory[str]:
+    """A folder of our own on the same disk, which no other attempt and no user has made."""
+    try:
+        return TemporaryDirectory(prefix=f"{folder.name}.other-base-", dir=folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.parent}: cannot be written to ({error.strerror}); the merge onto the other base needs a place "
+            "there, compare without it"
+        ) from error
 
 
 def kind_of(folder: Path) -> str:

@@ -37,6 +37,9 @@ def compared(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 def test_both_merges_are_set_beside_the_model_as_it_was_trained(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    users = run.path / "merged.other-base"
+    users.mkdir()
+    (users / "merge.json").write_text("{}")
     found = compared(capsys, "--source", str(run.path), "--merged", str(run.merged), "--both-bases")
     assert (found["samples"], found["dtype"], found["reference"]) == (4, "float32", "4-bit base + adapter")
     assert found["positions"] > 4
@@ -53,7 +56,8 @@ def test_both_merges_are_set_beside_the_model_as_it_was_trained(
     answers = {each["model"]: each for each in found["answers"]}
     assert answers["4-bit base + adapter"]["same"] == answers["merged, dequantized"]["same"] == 1.0
     assert answers["merged, original"]["same"] == answers["base + adapter"]["same"]
-    assert not list(run.path.glob("*.other-base"))
+    assert [path.name for path in run.path.glob("*.other-base*")] == [users.name]
+    assert (users / "merge.json").read_text() == "{}"
 
 
 def test_a_folder_with_another_model_shows(

@@ -19,6 +19,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
 from launch.manifest import publish
+from tests.merging import make_adapter
 from trainer.checkpoint.adapter import Missing, read_adapter
 from trainer.checkpoint.consolidate import consolidate, main, print_consolidated
 from trainer.checkpoint.foreign import take_over
@@ -208,6 +209,106 @@ def test_folders_without_a_lora_are_refused_with_what_is_known(world: Path, tmp_
     refused(world / "base", "a model without a LoRA")
     refused(tmp_path, "no checkpoint of a known form")
     refused(tmp_path / "nowhere", "no such folder")
+
+
+# What is of another kind -----------------------------------------------------------------
+
+
+def write_zero(folder: Path, state: object, named: object = None) -> None:
+    """Files of ZeRO-2 on one rank."""
+    folder.mkdir()
+    torch.save(state, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save(named or {"param_shapes": [{}]}, folder / "mp_rank_00_model_states.pt")
+
+
+ZERO = {"zero_stage": 2, "partition_count": 1}
+
+
+@pytest.mark.parametrize(
+    ("state", "named", "words"),
+    [
+        ({}, None, "zero_pp_rank_0_mp_rank_00_optim_states.pt: optimizer_state_dict is missing"),
+        ([1], None, "zero_pp_rank_0_mp_rank_00_optim_states.pt: the whole is a list"),
+        ({"optimizer_state_dict": [1]}, None, "optim_states.pt: optimizer_state_dict is a list"),
+        ({"optimizer_state_dict": {**ZERO, "partition_count": "2"}}, None, "is of no ZeRO stage"),
+        ({"optimizer_state_dict": ZERO}, None, "single_partition_of_fp32_groups is no list of tensors"),
+        (
+            {"optimizer_state_dict": {**ZERO, "single_partition_of_fp32_groups": []}},
+            None,
+            "holds 0 groups of weights where 1 are named",
+        ),
+        ({"optimizer_state_dict": ZERO}, [1], "mp_rank_00_model_states.pt: the whole is a list"),
+        ({"optimizer_state_dict": ZERO}, {"param_shapes": [[1]]}, "model_states.pt: param_shapes is a list"),
+        ({"optimizer_state_dict": ZERO}, {"param_shapes": [{"a": 5}]}, "param_shapes holds no shapes"),
+        (
+            {"optimizer_state_dict": ZERO},
+            {"param_shapes": [{}], "global_steps": "abc"},
+            "model_states.pt: global_steps is no whole number from 0 on ('abc')",
+        ),
+    ],
+)
+def test_deepspeeds_files_of_another_kind_are_refused_by_name(
+    tmp_path: Path, state: object, named: object, words: str
+) -> None:
+    write_zero(tmp_path / "global_step3", state, named)
+    refused(tmp_path, words)
+
+
+def test_an_empty_latest_is_refused_by_name_beside_a_good_adapter_too(world: Path, tmp_path: Path) -> None:
+    own = make_adapter(world / "base", tmp_path / "own")
+    assert read_adapter(own).pairs
+    for content, words in (
+        ("", "is empty and names no folder"),
+        ("global_step9", "global_step9, which is missing"),
+        (".", "holds no *_optim_states.pt"),
+    ):
+        (own / "latest").write_text(content)
+        refused(own, words)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt", "adapter_model.bin"]
+)
+def test_a_list_in_the_place_of_a_mapping_is_refused_by_name(world: Path, tmp_path: Path, name: str) -> None:
+    own = make_adapter(world / "base", tmp_path / "own")
+    if name == "optimizer.bin":
+        torch.save(load_file(own / "adapter_model.safetensors"), own / "pytorch_model_fsdp.bin")
+    if name == "adapter_model.bin":
+        (own / "adapter_model.safetensors").unlink()
+    torch.save([1], own / name)
+    refused(own, f"{name}: the whole is a list where a mapping is needed")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state": {0: [1]}, "param_groups": [{"params": [*range(8)]}]},
+        {"state": [1], "param_groups": [{"params": [*range(8)]}]},
+        {"state": {}, "param_groups": [[1]]},
+        {"state": {}, "param_groups": {"params": [1]}},
+    ],
+)
+def test_a_state_that_is_no_adamws_is_lost_and_the_adapter_is_not(
+    world: Path, tmp_path: Path, state: object
+) -> None:
+    own = make_adapter(world / "base", tmp_path / "own")
+    torch.save(state, own / "optimizer.pt")
+    assert "the optimizer's moments" in take_over(own).lost
+
+
+@pytest.mark.parametrize("index", [[1], {"a": 5}, None])
+def test_an_index_of_another_kind_is_refused_by_name(tmp_path: Path, index: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refused(tmp_path, "model.safetensors.index.json: weight_map")
+
+
+@pytest.mark.parametrize("step", ["abc", "3", -1, 2.5, True, [3]])
+def test_a_step_is_a_whole_number_or_refused(world: Path, tmp_path: Path, step: object) -> None:
+    own = make_adapter(world / "base", tmp_path / "own")
+    (own / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert take_over(own).step == 3
+    (own / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    refused(own, "trainer_state.json: global_step is no whole number from 0 on")
 
 
 # What must not run -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Merging: equal to PEFT's own result, proven by reading back, and refused where it would ruin a model."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
 from launch.manifest import publish
+from tests.checkpoints import halve
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging
+from trainer.checkpoint.aside import written_aside
 from trainer.checkpoint.merge import main
 from trainer.checkpoint.merge_plan import MergeRequest, plan_merge
 from trainer.checkpoint.names import canonical_name
@@ -116,9 +119,29 @@ def test_a_bf16_base_in_several_files_keeps_its_files_and_is_rounded_once_from_f
 
 
 def test_the_chosen_dtype_is_stored_in_weights_and_config(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    report = merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
     assert Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert (report.changed, report.converted, report.unchanged) == (4, report.tensors - 4, 0)
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert (record["converted"], record["converted_to"], record["byte_identical"]) == (
+        report.converted,
+        "bfloat16",
+        0,
+    )
+    words = f"{report.converted} only converted to bfloat16, 0 are byte-identical to the base"
+    assert words in (tmp_path / "merged/README.md").read_text()
+
+
+def test_tensors_that_have_the_chosen_dtype_already_keep_their_bytes(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        assert main([str(adapter), "--output", str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert ("converted to bfloat16" in capsys.readouterr().out) == bool(number)
+    record = json.loads((tmp_path / "float32/merge.json").read_text())
+    assert (record["converted"], record["converted_to"]) == (0, None)
+    assert record["byte_identical"] == record["tensors"] - 4
 
 
 def test_names_of_other_transformers_versions_find_the_same_tensors(
@@ -230,6 +253,71 @@ def test_a_base_that_does_not_fit_is_refused(
     )
 
 
+def with_header(file: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+
+INDEX = "model.safetensors.index.json"
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "word"),
+    [
+        ("config.json", halve, "cannot be read"),
+        ("config.json", lambda file: file.write_text("[]"), "holds no JSON object"),
+        ("config.json", lambda file: file.write_text('{"text_config": [1]}'), "text_config is wrong"),
+        (INDEX, lambda file: file.write_text('{"weight_map": {'), "cannot be read"),
+        (INDEX, lambda file: file.write_text("{}"), "weight_map is wrong (field required)"),
+        (INDEX, lambda file: file.write_text('{"weight_map": ["a"]}'), "weight_map is wrong"),
+        (INDEX, lambda file: file.write_text('{"weight_map": {"a": 5}}'), "weight_map.a is wrong"),
+        ("model.safetensors", lambda file: with_header(file, [ENTRY]), "the whole is wrong"),
+        ("model.safetensors", lambda file: with_header(file, {"a": [1]}), "a is wrong"),
+        ("model.safetensors", lambda file: with_header(file, {"a": {"dtype": "F32"}}), "a.shape is wrong"),
+        (
+            "model.safetensors",
+            lambda file: with_header(file, {"a": {**ENTRY, "shape": [3]}}),
+            "a has 8 bytes for F32 [3]",
+        ),
+    ],
+)
+def test_a_damaged_file_of_the_base_is_refused_by_its_name(
+    own_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], object],
+    word: str,
+) -> None:
+    damage(own_base / name)
+    said = refused(capsys, adapter, tmp_path / "out", "--base-model", str(own_base))
+    assert f"error: {own_base / name}: {word}" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_of_the_base_that_may_not_be_read_is_refused_by_its_name(
+    own_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    opening = Path.open
+
+    def as_another_user(path: Path, *rest: Any, **more: Any) -> Any:
+        if path == own_base / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opening(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", as_another_user)
+    said = refused(capsys, adapter, tmp_path / "out", "--base-model", str(own_base))
+    assert f"error: {own_base / name}: cannot be read (" in said
+    assert "Permission denied" in said
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [
@@ -244,6 +332,21 @@ def test_a_base_that_does_not_fit_is_refused(
         ({"a_method_of_tomorrow": 3}, "a_method_of_tomorrow"),
         ({"r": 8}, "rank 8"),
         ({"base_model_name_or_path": None}, "--base-model"),
+        (
+            {"rank_pattern": [4]},
+            "adapter_config.json: rank_pattern is wrong (input should be a valid dictionary",
+        ),
+        ({"rank_pattern": {"q_proj": "4"}}, "adapter_config.json: rank_pattern.q_proj is wrong"),
+        ({"alpha_pattern": {"q_(proj": 3}}, "'q_(proj' is no regular expression: missing )"),
+        (
+            {"lora_alpha": "16"},
+            "adapter_config.json: lora_alpha is wrong (input should be a valid number, not '16')",
+        ),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha is wrong"),
+        ({"r": None}, "adapter_config.json: r is wrong"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save is wrong"),
+        ({"target_modules": 5}, "neither a pattern nor a list of names: 5"),
+        ({"use_dora": "yes"}, "adapter_config.json: use_dora is wrong"),
     ],
 )
 def test_what_would_not_be_merged_exactly_is_refused_by_name(
@@ -328,3 +431,19 @@ def test_the_rest_of_a_killed_merge_is_replaced(
     monkeypatch.undo()
     assert merge(adapter, tmp_path / "merged").changed == 4
     assert not (tmp_path / "merged.partial").exists()
+
+
+def test_the_folder_that_another_process_writes_is_left_alone(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.run_directory._LOCK_PATIENCE_S", 0.0)
+    output, theirs = tmp_path / "merged", tmp_path / "merged.partial/model.safetensors"
+    with written_aside(output):
+        theirs.write_text("half")
+        assert "writes there now; wait" in refused(capsys, adapter, output)
+        with pytest.raises(CheckpointError, match="writes there now; wait"), written_aside(output):
+            pass  # asked before the other began
+        assert theirs.read_text() == "half"
+    assert (output / "model.safetensors").read_text() == "half"
+    with pytest.raises(CheckpointError, match="exists already"), written_aside(output):
+        pass  # asked while the other wrote

@@ -26,7 +26,7 @@ from tests.conftest import recipe_values
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft
 from trainer.checkpoint import merge as merging
 from trainer.checkpoint.adapter import read_adapter
-from trainer.checkpoint.base_model import find_base
+from trainer.checkpoint.base_model import check_base
 from trainer.checkpoint.merge import main
 from trainer.checkpoint.merge_plan import MergePlan, MergeRequest, plan_merge
 from trainer.checkpoint.names import memory_name
@@ -143,17 +143,23 @@ def test_a_flipped_bit_in_a_rounded_tensor_is_found(world: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    ("name", "byte"),
+    [
+        ("lm_head.weight", 403),  # the high byte of a number
+        ("model.layers.0.mlp.up_proj.weight", 403),
+        ("model.layers.1.self_attn.q_proj.weight", 403),
+        ("model.layers.1.self_attn.q_proj.weight", 400),  # the low one: what rounding could explain
+    ],
 )
 def test_what_the_disk_makes_of_a_tensor_is_found_before_it_is_published(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, byte: int
 ) -> None:
     run = write_run(quantized_recipe(world, "float32", True), tmp_path / "run")
 
     def damage_then_verify(plan: MergePlan, folder: Path, *rest: Any) -> MergeReport:
         file = folder / "model.safetensors"
         content = bytearray(file.read_bytes())
-        content[plan.shards[0].entries[name].begin + 403] ^= 1  # the high byte of a number
+        content[plan.shards[0].entries[name].begin + byte] ^= 1
         file.write_bytes(content)
         return verify(plan, folder, *rest)
 
@@ -194,7 +200,61 @@ def test_a_base_of_another_revision_is_refused_where_the_run_says_its_own(
         with pytest.raises(CheckpointError, match="is not the base that the run was trained on"):
             merge(source, tmp_path / "merged", base_model=str(tmp_path / "other"))
     shutil.copytree(world / "base", tmp_path / "same")
-    assert find_base(read_adapter(run.path), str(tmp_path / "same")) == tmp_path / "same"
+    check = check_base(read_adapter(run.path), tmp_path / "same")
+    assert check.compared
+    assert str(check).startswith("base compared with the training's: the same content (")
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        (None, "no checkpoint of the run is left"),
+        ({}, "checkpoint-3/manifest.json does not say what its base was"),
+        ({"base_identity": None}, "checkpoint-3/manifest.json does not say what its base was"),
+        ({"base_identity": "a" * 40}, "checkpoint-3/manifest.json knows its base by its commit"),
+    ],
+)
+def test_a_base_that_cannot_be_compared_with_the_trainings_is_said_to_be_so(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    facts: dict[str, Any] | None,
+    reason: str,
+) -> None:
+    run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
+    if facts is not None:
+        shutil.copytree(run.adapter, tmp_path / "aside")
+        publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, **facts})
+    random_tiny(tmp_path / "other", seed=1)
+    sources = [run.adapter] if facts is None else [run.path, run.checkpoint(3)]
+    for number, source in enumerate(sources):
+        output = tmp_path / f"merged-{number}"
+        assert main([str(source), "--output", str(output), "--base-model", str(tmp_path / "other")]) == 0
+        line = f"base not compared with the training's: {reason}"
+        assert line in capsys.readouterr().out
+        record = json.loads((output / "merge.json").read_text())
+        assert record["base_compared"] is False
+        assert record["base_comparison"].startswith(line)
+        assert f"The {line}" in (output / "README.md").read_text()
+
+
+def test_where_the_base_was_compared_that_is_said_and_of_a_bare_adapter_that_it_was_not(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
+    bare = Path(shutil.copytree(run.adapter, tmp_path / "bare"))
+    shutil.copytree(run.adapter, tmp_path / "aside")
+    identity = folder_identity(world / "base")
+    publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, "base_identity": identity})
+    for source, words, compared in (
+        (run.path, f"base compared with the training's: the same content ({identity[:12]})", True),
+        (bare, "base not compared with the training's: bare is no checkpoint of samestep", False),
+    ):
+        output = tmp_path / f"merged-{source.name}"
+        assert main([str(source), "--output", str(output)]) == 0
+        assert words in capsys.readouterr().out
+        assert json.loads((output / "merge.json").read_text())["base_compared"] is compared
+        assert f"The {words}" in (output / "README.md").read_text()
 
 
 # Kills -----------------------------------------------------------------------------------
@@ -230,7 +290,7 @@ def test_a_merge_that_is_killed_leaves_no_half_model_and_the_next_one_completes(
     (aside / "of_another_attempt.json").touch()
     assert merge(adapter, output).changed == 12
     assert not (output / "of_another_attempt.json").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged", ".merged.partial.lock"}
     assert ".samestep-writes" not in {path.name for path in output.iterdir()}
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,12 +16,21 @@ from safetensors.torch import load_file
 
 from launch import cli
 from launch.errors import ConfigError
-from launch.manifest import read_manifest
+from launch.manifest import newest_valid, read_manifest
+from launch.recipe import recipe_from_dict
+from launch.run_directory import RunDirectory
+from launch.runs import Continuation
 from launch.start import RunRequest, take_over_foreign
+from tests.attempts import planned
+from tests.conftest import recipe_values
 from tests.distributed.recorded import adapter_of, metrics_of, run_of, write_recipe
 from tests.launcher import EMBEDDED, samestep, stand_in
+from tests.merging import make_adapter
+from trainer.checkpoint.foreign import take_over
 from trainer.checkpoint.names import adapter_key
-from trainer.takeover import main
+from trainer.resume import refuse_another_run
+from trainer.takeover import main, write_checkpoint
+from trainer.task import Task
 from trainer.train import main as train
 
 
@@ -40,6 +52,7 @@ def test_adapter_moments_and_step_are_taken_over(
     assert "taken over: the adapter" in said
     assert "the optimizer's moments of" in said
     assert "not taken over: the order of its samples: this run goes on at sample 24" in said
+    assert "not taken over: which weights its base had" in said
     taken = tmp_path / "taken" / "checkpoint-3"
     read_manifest(taken, verify=True)
     truth = load_file(foreign / engine / "truth.safetensors")
@@ -109,6 +122,32 @@ def test_another_lora_is_refused_with_the_values(
     assert "lora.r: the run has" in said
     assert "lora.lora_alpha: the run has 12, the recipe 99" in said
     assert not (tmp_path / "on").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [(None, None), ({}, None), ({"revision": "main"}, None), ({"revision": "c" * 40}, "c" * 40)],
+)
+def test_a_base_of_which_only_a_name_is_known_is_not_called_the_recipes(
+    world: Path, tmp_path: Path, config: dict[str, Any] | None, known: str | None
+) -> None:
+    recipe = recipe_from_dict(recipe_values(world))
+    found = take_over(make_adapter(world / "base", tmp_path / "adapter", r=8))
+    assert found.config is not None
+    ours = {"lora_alpha": recipe.lora.lora_alpha, "lora_dropout": recipe.lora.lora_dropout}
+    found = replace(found, config=None if config is None else {**found.config, **ours, **config})
+    plan = planned(recipe, Continuation())
+    index = cast(Any, SimpleNamespace(fingerprint=plan.dataset_fingerprint))
+    taken = write_checkpoint(recipe, index, found, tmp_path / "taken")
+    assert read_manifest(taken)["facts"]["base_identity"] == known
+
+    newest, _ = newest_valid(tmp_path / "taken")
+    assert newest is not None
+    run = RunDirectory(tmp_path / "run")
+    refuse_another_run(Task(recipe, plan, index, run, known or "b" * 64), newest)
+    if known:
+        with pytest.raises(ConfigError, match=r"model\.content: the run has 'c"):
+            refuse_another_run(Task(recipe, plan, index, run, "b" * 64), newest)
 
 
 def test_a_folder_that_holds_nothing_is_refused(

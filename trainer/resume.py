@@ -61,7 +61,7 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: its manifest does not say which recipe wrote it; it is of another version, "
             "choose another --name, or --fresh to move the old run aside"
         )
-    old = {**facts["recipe"], **dict(zip(CONTENT_KEYS, _contents(facts), strict=True))}
+    old = {**facts["recipe"], **dict(zip(CONTENT_KEYS, _contents(facts, task.base), strict=True))}
     here = (plan.dataset_fingerprint, task.base)
     new = {**altering_values(task.recipe), **dict(zip(CONTENT_KEYS, here, strict=True))}
     found = changes(old, new)
@@ -82,8 +82,9 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
         )
 
 
-def _contents(facts: dict[str, Any]) -> tuple[object, object]:
-    return facts.get("dataset_fingerprint"), facts.get("base_identity")
+def _contents(facts: dict[str, Any], base: str) -> tuple[object, object]:
+    """Of data and base. What was taken over does not know its base (null), so that cannot differ from `base`."""
+    return facts.get("dataset_fingerprint"), facts.get("base_identity") or base
 
 
 def forget_after(run: RunDirectory, step: int) -> None:

@@ -23,10 +23,11 @@ from launch.manifest import MANIFEST, aside_folder, publish
 from launch.plan import Begin
 from launch.recipe import Recipe, altering_values, find_recipe, load_recipe
 from trainer.checkpoint.adapter import Missing, adapter_of
+from trainer.checkpoint.base_model import COMMIT
 from trainer.checkpoint.foreign import TakenOver, take_over
 from trainer.checkpoint.portable import ADAPTER_FILE, OPTIMIZER_FILE
 from trainer.prepare import prepare
-from trainer.pretrained import base_identity, base_name
+from trainer.pretrained import base_name
 from trainer.speech import complain, speak_plainly
 
 STATE_FILE = "trainer_state.json"
@@ -114,13 +115,19 @@ def write_checkpoint(recipe: Recipe, index: Index, found: TakenOver, output: Pat
         "learning_rate": None,
         "recipe": altering_values(recipe) | old_values(recipe, found),
         "dataset_fingerprint": index.fingerprint,
-        "base_identity": base_identity(recipe),
+        "base_identity": known_base(found),
         "taken_over_from": str(found.source.absolute()),
         "lost": list(found.lost),
     }
     final = output / f"checkpoint-{step}"
     publish(aside, final, facts, replace=True)
     return final
+
+
+def known_base(found: TakenOver) -> str | None:
+    """The commit of the old run's base; None where its adapter_config.json has but a name, which is any model's."""
+    revision = (found.config or {}).get("revision") or ""
+    return revision if COMMIT.fullmatch(revision) else None
 
 
 def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
@@ -171,6 +178,8 @@ def _lost_always(recipe: Recipe, found: TakenOver) -> Iterator[str]:
     )
     yield "the learning-rate schedule: the recipe's is entered at that step"
     yield "what its base was quantized to, and its data: the recipe's are taken for the same"
+    if known_base(found) is None:
+        yield "which weights its base had: it says no more than a name, the recipe's are taken for the same"
     if found.config is None:
         yield f"lora_alpha, which the form does not store: taken from the recipe ({recipe.lora.lora_alpha})"
 

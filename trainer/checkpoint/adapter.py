@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
-from trainer.checkpoint.foreign import ADAPTER_CONFIG, TakenOver, read_json, take_over
+from trainer.checkpoint.foreign import ADAPTER_CONFIG, TakenOver, take_over
 from trainer.checkpoint.names import PREFIX, lora_part
+from trainer.checkpoint.reading import Layout, checked, read_json
 
 # adapter_config.json: values that change nothing in the sum, and ways to begin that leave the base as it was.
 _WITHOUT_EFFECT = {
@@ -29,6 +31,44 @@ _READ = {
     "use_dora", "use_rslora",
 }  # fmt: skip
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+_Pattern = Annotated[str, AfterValidator(_regular)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Values(Layout):
+    """What adapter_config.json may say under the keys that are read, here and in `trainer.takeover`."""
+
+    r: PositiveInt
+    lora_alpha: _Number
+    lora_dropout: _Number = 0.0
+    rank_pattern: dict[_Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[_Pattern, _Number] | None = None
+    modules_to_save: list[str] | None = None
+    target_modules: Any = None
+    exclude_modules: Any = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _names_modules(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return _regular(value)
+        if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise ValueError(f"neither a pattern nor a list of names: {value!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +167,7 @@ def adapter_of(found: TakenOver, missing: Missing) -> Adapter:
     """The checked adapter of a checkpoint that was read."""
     config, file = _config_of(found, missing)
     _refuse_unknown_methods(file, config)
+    checked(_Values, config, file)
     sides: dict[str, dict[str, torch.Tensor]] = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in found.tensors.items():
@@ -243,9 +284,6 @@ def _refuse_unknown_methods(file: Path, config: Mapping[str, Any]) -> None:
         refused.append(f"bias: {config['bias']}")
     if config.get("init_lora_weights") not in _HARMLESS_STARTS:
         refused.append(f"init_lora_weights: {config['init_lora_weights']} (it changes the base)")
-    refused += [
-        f"{key} (missing)" for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)
-    ]
     if refused:
         raise CheckpointError(
             f"{file}: uses {', '.join(refused)}; LoRA, rsLoRA and DoRA of linear layers and modules_to_save "

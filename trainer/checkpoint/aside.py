@@ -8,19 +8,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, ConfigError
 from launch.run_directory import hold_lock, lock_holder
+from trainer.checkpoint.reading import unreadable_is_refused
 
-_OURS = ".samestep-writes"  # locked while we write; a folder with it is ours to throw away
+_OURS = ".samestep-writes"  # a folder with it is ours to throw away
 
 
+@unreadable_is_refused()
 def refuse_place(output: Path, needed: int) -> None:
     """CheckpointError unless `needed` bytes can be written as the new folder `output`. Writes nothing."""
-    if output.exists() or output.is_symlink():
-        raise CheckpointError(f"--output: {output} exists already; choose another folder or move it away")
+    _refuse_existing(output)
     parent = output.parent
     while not parent.is_dir():
         if parent.exists():
@@ -35,38 +36,75 @@ def refuse_place(output: Path, needed: int) -> None:
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"--output: {parent} cannot be written to; choose another place")
     aside = _aside(output)
-    if aside.exists() and any(aside.iterdir()) and not (aside / _OURS).is_file():
+    is_empty = aside.is_dir() and not any(aside.iterdir())
+    if aside.exists() and not is_empty and not (aside / _OURS).is_file():
         raise CheckpointError(f"{aside}: exists and is not the rest of our own writing; move it away")
-    if holder := lock_holder(aside, _OURS):
-        raise CheckpointError(f"{aside}: {holder} writes there now; wait, or choose another --output")
+    if holder := lock_holder(output.parent, _lock_name(output)):
+        raise CheckpointError(_busy(output, holder))
 
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
     """An empty folder to fill; on disk and renamed to `output` at the end, removed when the block fails.
 
-    A kill leaves `<output>.partial`, which the next call replaces. Call `refuse_place` first.
+    A kill leaves `<output>.partial`, which the next call replaces. Call `refuse_place` first. Only who holds the lock
+    beside it removes anything: another process may be writing there since.
     """
     aside = _aside(output)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        with hold_lock(aside, _OURS):
-            yield aside
-            for file in aside.rglob("*"):
-                _sync(file)
-            _sync(aside)
-            aside.rename(output)
-        (output / _OURS).unlink()
-        _sync(output.parent)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            _refuse_existing(output)  # another process may have been done first
+            with _removed_on_failure(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                (aside / _OURS).touch()
+                yield aside
+                for file in aside.rglob("*"):
+                    _sync(file)
+                _sync(aside)
+                aside.rename(output)
+            (output / _OURS).unlink()
+            _sync(output.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"{output}: could not be written ({error.strerror or error}); free or choose another place"
         ) from error
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise CheckpointError(f"--output: {output} exists already; choose another folder or move it away")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold_lock(output.parent, _lock_name(output)))
+        except ConfigError as error:  # in the words of a run
+            holder = lock_holder(output.parent, _lock_name(output))
+            place = f"{output.parent}: the file system knows no locks; choose another --output"
+            raise CheckpointError(_busy(output, holder) if holder else place) from error
+        yield
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _lock_name(output: Path) -> str:
+    """Beside the folder that is written, and as every lock of ours it stays: `hold_lock` says why."""
+    return f".{output.name}.partial.lock"
+
+
+def _busy(output: Path, holder: str) -> str:
+    return f"{_aside(output)}: {holder} writes there now; wait, or choose another --output"
 
 
 def _aside(output: Path) -> Path:

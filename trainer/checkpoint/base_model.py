@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST
 from launch.recipe import Recipe, load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter
+from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
 from trainer.checkpoint.shards import read_base_shards
 from trainer.pretrained import folder_identity
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class BaseCheck:
+    """Whether a base was held against the training's: `how`, or why it could not be."""
+
+    compared: bool
+    how: str
+
+    def __str__(self) -> str:
+        return f"base {'' if self.compared else 'not '}compared with the training's: {self.how}"
+
+
+class _Config(Layout):
+    """What is read of config.json."""
+
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
 
 
 def run_of(source: Path) -> RunDirectory | None:
@@ -36,25 +58,38 @@ def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
     return load_recipe(run.recipe_file) if run else None
 
 
+@unreadable_is_refused()
+def check_base(adapter: Adapter, folder: Path) -> BaseCheck:
+    """Hold a base against what the newest checkpoint of the adapter's run says of the training's.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    identity, where = _trained_on(adapter.path)
+    if identity is None:
+        return BaseCheck(False, where)
+    found = folder_identity(folder)
+    kinds = ["commit" if COMMIT.fullmatch(each) else "content" for each in (identity, found)]
+    if kinds[0] != kinds[1]:
+        return BaseCheck(
+            False,
+            f"{where} knows its base by its {kinds[0]}, and of the one given the {kinds[1]} alone is known",
+        )
+    if found != identity:
+        raise CheckpointError(
+            f"{folder}: is not the base that the run was trained on ({found[:12]} here, {identity[:12]} in "
+            f"{where}); give the same revision with --base-model"
+        )
+    return BaseCheck(True, f"the same {kinds[0]} ({identity[:12]}) as in {where}")
+
+
+@unreadable_is_refused()
 def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
     """The folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
 
     Raises:
-        CheckpointError: it cannot be had, or is not the base that the run was trained on.
+        CheckpointError: it cannot be had.
     """
-    folder = _find(adapter, base_model)
-    for where, identity in _trained_on(adapter.path):
-        found = folder_identity(folder)
-        # A commit of the hub and a digest of files say the same thing in two ways that cannot be compared.
-        if bool(_COMMIT.fullmatch(found)) == bool(_COMMIT.fullmatch(identity)) and found != identity:
-            raise CheckpointError(
-                f"{folder}: is not the base that the run was trained on ({found[:12]} here, {identity[:12]} in "
-                f"{where}); give the same revision with --base-model"
-            )
-    return folder
-
-
-def _find(adapter: Adapter, base_model: str | None) -> Path:
     name = base_model or adapter.base
     if not name:
         raise CheckpointError(
@@ -72,18 +107,26 @@ def _find(adapter: Adapter, base_model: str | None) -> Path:
     return _snapshot(name, _revision(name, adapter))
 
 
-def _trained_on(source: Path) -> Iterator[tuple[Path, str]]:
-    """What the newest checkpoint beside an adapter says of its base (`base_identity`); nothing outside a run."""
+def _trained_on(source: Path) -> tuple[str | None, str]:
+    """The `base_identity` of the newest checkpoint beside an adapter, and where it stands; else None and the reason."""
     run = run_of(source)
-    folders = [source] if (source / MANIFEST).is_file() else list(reversed(run.checkpoints())) if run else []
+    if (source / MANIFEST).is_file():
+        folders = [source]
+    elif run is not None:
+        folders = list(reversed(run.checkpoints()))
+    else:
+        return None, f"{source.name} is no checkpoint of samestep and lies in no run"
+    reason = "no checkpoint of the run is left, which would say what its base was"
     for folder in folders:
+        where = f"{folder.name}/{MANIFEST}"
         try:
-            facts = json.loads((folder / MANIFEST).read_text())["facts"]
-        except (OSError, ValueError, KeyError):
+            identity = json.loads((folder / MANIFEST).read_text())["facts"].get("base_identity")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # never published: says nothing
-        if identity := facts.get("base_identity"):
-            yield folder / MANIFEST, str(identity)
-            return
+        if identity:
+            return str(identity), where
+        reason = f"{where} does not say what its base was"
+    return None, reason
 
 
 def _revision(name: str, adapter: Adapter) -> str:
@@ -123,7 +166,7 @@ def _snapshot(name: str, revision: str) -> Path:
 
 def refuse_quantized_base(folder: Path) -> None:
     """CheckpointError when a model's weights are stored quantized."""
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    quantization = _config(folder).quantization_config
     if quantization:
         kind = quantization.get("quant_method", "unknown method")
         raise CheckpointError(
@@ -134,5 +177,15 @@ def refuse_quantized_base(folder: Path) -> None:
 
 def ties_embeddings(folder: Path) -> bool:
     """Whether a model's lm_head is its embedding."""
-    config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings"))
+    config = _config(folder)
+    return bool(config.tie_word_embeddings or (config.text_config or {}).get("tie_word_embeddings"))
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether a model sees images."""
+    return _config(folder).vision_config is not None
+
+
+def _config(folder: Path) -> _Config:
+    file = folder / "config.json"
+    return checked(_Config, read_json(file), file)

@@ -35,12 +35,16 @@ def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
         "base": plan.base_kind,
         "rounding": None if plan.rounding is None else str(plan.rounding),
         "base_model": str(plan.adapter.base or plan.base),
+        "base_compared": report.base_check.compared,
+        "base_comparison": str(report.base_check),
         "adapter": str(plan.adapter.path),
         "form": plan.adapter.form,
         "dtypes": sorted(set(plan.dtypes.values())),
         "tensors": report.tensors,
         "changed": report.changed,
         "rounded": report.rounded,
+        "converted": report.converted,
+        "converted_to": report.converted_to,
         "byte_identical": report.unchanged,
         "largest_error": report.largest_error,
     }
@@ -73,10 +77,12 @@ def _what(base: str, plan: MergePlan, report: MergeReport) -> str:
         else f"the weights as the training saw them ({plan.rounding}, and back)"
     )
     saved = f" and {report.saved} tensors trained whole" if report.saved else ""
+    converted = f"{report.converted} only converted to {report.converted_to}, " if report.converted else ""
     return (
         f"{base} with a {kind} adapter (r {adapter['r']}, alpha {adapter['lora_alpha']}) merged into {start}: "
         f"{report.pairs} lora pairs{saved}. Of {report.tensors} tensors {report.changed} were changed, "
-        f"{report.rounded} rounded only, {report.unchanged} are byte-identical to the base.\n"
+        f"{report.rounded} rounded only, {converted}{report.unchanged} are byte-identical to the base.\n\n"
+        f"The {report.base_check}.\n"
     )
 
 

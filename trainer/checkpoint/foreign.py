@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from launch.errors import CheckpointError
 from launch.manifest import MANIFEST, read_manifest
 from trainer.checkpoint.moments import named_moments, numbered_moments
 from trainer.checkpoint.names import adapter_key, adapter_keys, is_lora, parameter_name
-from trainer.checkpoint.shards import read_shard
-from trainer.checkpoint.torch_files import distributed_keys, load_distributed, load_torch
+from trainer.checkpoint.reading import read_json, unreadable_is_refused, whole_number
+from trainer.checkpoint.shards import read_shard, read_weight_map
+from trainer.checkpoint.torch_files import distributed_keys, load_distributed, load_mapping, mapping
 from trainer.checkpoint.zero import ZeroState, read_universal, read_zero, universal_folder, zero_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,6 +57,7 @@ class TakenOver:
     lost: tuple[str, ...] = ()
 
 
+@unreadable_is_refused()
 def take_over(source: Path) -> TakenOver:
     """Read a checkpoint of any form.
 
@@ -134,9 +135,11 @@ def _full(source: Path) -> Path | None:
 
 
 def _from_full(file: Path) -> TakenOver:
-    stored = _adapter_of(load_torch(file), file)
+    stored = _adapter_of(load_mapping(file), file)
     optimizer = file.with_name(FULL_OPTIMIZER)
-    moments = named_moments(load_torch(optimizer).get("state", {})) if optimizer.is_file() else {}
+    moments: dict[str, Tensor] = {}
+    if optimizer.is_file():
+        moments = named_moments(mapping(load_mapping(optimizer).get("state"), optimizer, "state"))
     return TakenOver(file.parent, "FSDP, in one file", *stored, moments=moments)
 
 
@@ -185,7 +188,7 @@ def _from_adapter(folder: Path) -> TakenOver:
         folder,
         "transformers Trainer (DDP or one process)",
         *stored,
-        moments=numbered_moments(load_torch(optimizer), stored[0]),
+        moments=numbered_moments(load_mapping(optimizer), stored[0]),
     )
 
 
@@ -196,7 +199,7 @@ def _weights(source: Path) -> Path | None:
 def _from_weights_folder(file: Path) -> TakenOver:
     if file.suffix != ".json":
         return _from_weights(file.parent, [file])
-    names = sorted(set(read_json(file).get("weight_map", {}).values()))
+    names = sorted(set(read_weight_map(file).values()))
     if missing := [name for name in names if not (file.parent / name).is_file()]:
         raise CheckpointError(
             f"{file.parent}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing)}); "
@@ -233,8 +236,7 @@ _FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], TakenOver]],
 
 def _load_any(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
-        loaded: dict[str, Tensor] = load_torch(file)
-        return loaded
+        return load_mapping(file)
     read_shard(file)  # refuses a file that is cut short, with the sizes
     try:
         return load_file(file)
@@ -243,7 +245,9 @@ def _load_any(file: Path) -> dict[str, Tensor]:
 
 
 def _adapter_of(stored: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: value for key, value in stored.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
     return _renamed(tensors, adapter_keys(list(tensors), where))
 
 
@@ -269,7 +273,11 @@ def _with_step(found: TakenOver) -> TakenOver:
             return _with_losses(replace(found, step=int(read_manifest(folder)["facts"]["step"])))
         if (folder / TRAINER_STATE).is_file():
             step = read_json(folder / TRAINER_STATE).get("global_step")
-            return _with_losses(replace(found, step=step if step is not None else found.step))
+            if step is None:
+                return _with_losses(found)
+            return _with_losses(
+                replace(found, step=whole_number(step, folder / TRAINER_STATE, "global_step"))
+            )
     return _with_losses(found)
 
 
@@ -286,14 +294,3 @@ def _with_config(found: TakenOver) -> TakenOver:
                 found, config=read_json(folder / ADAPTER_CONFIG), config_file=folder / ADAPTER_CONFIG
             )
     return found
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. CheckpointError when it is missing or something else."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: holds no JSON object; copy it again")
-    return values

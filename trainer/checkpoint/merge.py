@@ -5,8 +5,8 @@
 SOURCE is a run directory, a checkpoint of any form or a PEFT adapter folder. The weights that are written are never
 quantized: merging into 4-bit weights would round the sum to 4 bits again. `--base original` adds to the unquantized
 base, `--base dequantized` to its weights rounded to 4 bits and back, against which a 4-bit run trained. Every lora
-pair must hit exactly one tensor of the base and change it; every other tensor keeps its bytes. The result has the
-base's file and tensor names.
+pair must hit exactly one tensor of the base and change it; every other tensor keeps its bytes, or is only converted to
+the type that `--dtype` asks for. The result has the base's file and tensor names.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from trainer.checkpoint.merge_plan import (
     MergeRequest,
     plan_merge,
 )
+from trainer.checkpoint.reading import read_json
 from trainer.checkpoint.shards import DTYPES, FLOATS, INDEX_FILE, write_shard
 from trainer.checkpoint.verify import BaseRows, MergeReport, verify
 from trainer.speech import complain, speak_plainly
@@ -87,15 +88,15 @@ def _copy_files(plan: MergePlan, aside: Path) -> None:
     for file in plan.files:
         shutil.copyfile(file, aside / file.name)
     config_file, index_file = aside / "config.json", plan.base / INDEX_FILE
-    config: dict[str, Any] = json.loads(config_file.read_text())
+    config = read_json(config_file)
     if _set_dtype(config, plan):
         config_file.write_text(json.dumps(config, indent=2) + "\n")
     if index_file.exists():
-        index = json.loads(index_file.read_text())
+        index = read_json(index_file)
         total = sum(
             e.bytes_as(plan.dtypes[name]) for shard in plan.shards for name, e in shard.entries.items()
         )
-        if index.get("metadata", {}).get("total_size", total) == total:
+        if (index.get("metadata") or {}).get("total_size", total) == total:
             shutil.copyfile(index_file, aside / INDEX_FILE)
         else:
             index["metadata"]["total_size"] = total
@@ -131,9 +132,12 @@ def print_report(report: MergeReport, console: Console) -> None:
     table.add_row("changed", f"{report.changed} for {report.pairs} lora pairs{saved}")
     if report.base_kind == "dequantized":
         table.add_row("rounded to 4 bits", f"{report.rounded}")
+    if report.converted:
+        table.add_row(f"converted to {report.converted_to}", f"{report.converted}")
     table.add_row("byte-identical", f"{report.unchanged}")
     table.add_row("largest error", f"{report.largest_error:.2e} against the sum in fp64")
     console.print(table)
+    console.print(str(report.base_check), markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -12,10 +11,20 @@ from typing import Literal
 from launch.errors import CheckpointError
 from trainer.checkpoint.adapter import Adapter, Missing, Pair, Saved, read_adapter, refuse_untrained
 from trainer.checkpoint.aside import refuse_place
-from trainer.checkpoint.base_model import COPIED, find_base, recipe_of, refuse_quantized_base, ties_embeddings
+from trainer.checkpoint.base_model import (
+    COPIED,
+    BaseCheck,
+    check_base,
+    find_base,
+    has_vision,
+    recipe_of,
+    refuse_quantized_base,
+    ties_embeddings,
+)
 from trainer.checkpoint.foreign import ADAPTER_CONFIG
 from trainer.checkpoint.names import canonical_name
 from trainer.checkpoint.nf4 import Rounding, rounding_of
+from trainer.checkpoint.reading import unreadable_is_refused
 from trainer.checkpoint.shards import FLOATS, Shard, read_base_shards
 
 BaseKind = Literal["original", "dequantized"]
@@ -34,6 +43,7 @@ class MergePlan:
 
     adapter: Adapter
     base: Path
+    base_check: BaseCheck
     output: Path
     shards: tuple[Shard, ...]
     targets: dict[str, Pair | Saved]  # by the tensor name in the base
@@ -72,6 +82,7 @@ class MergeRequest:
     missing: Missing = field(default_factory=Missing)
 
 
+@unreadable_is_refused()
 def plan_merge(request: MergeRequest) -> MergePlan:
     """Read adapter and base, check that they fit and that there is room. Writes nothing.
 
@@ -83,6 +94,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     adapter = read_adapter(request.source, request.missing)
     refuse_untrained(adapter)
     folder = find_base(adapter, request.missing.base_model)
+    base_check = check_base(adapter, folder)
     refuse_quantized_base(folder)
     shards = tuple(read_base_shards(folder))
     targets = match_targets(adapter, folder, shards)
@@ -92,6 +104,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     plan = MergePlan(
         adapter,
         folder,
+        base_check,
         output,
         shards,
         targets,
@@ -178,13 +191,11 @@ def _files_to_copy(base: Path, adapter: Adapter) -> tuple[Path, ...]:
     files = chosen(base)
     if not any(name in files for name in PROCESSOR_FILES) and adapter.path.is_dir():
         files = {**chosen(adapter.path), **files}
-    if not any(name in files for name in PROCESSOR_FILES) and _has_vision(base):
+    if not any(name in files for name in PROCESSOR_FILES) and has_vision(base):
         raise CheckpointError(
             f"{base}: has no processor ({' or '.join(PROCESSOR_FILES)}); "
             "copy the processor and tokenizer files there"
         )
+    for file in files.values():
+        file.open("rb").close()  # what cannot be read is to be known before anything is written
     return tuple(files.values())
-
-
-def _has_vision(base: Path) -> bool:
-    return "vision_config" in json.loads((base / "config.json").read_text())

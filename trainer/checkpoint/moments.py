@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from trainer.checkpoint.names import PREFIX, adapter_key, lora_part, parameter_name
+from trainer.checkpoint.torch_files import as_number
 
 STATES = ("exp_avg", "exp_avg_sq")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -23,11 +24,14 @@ def named_moments(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Moments of an optimizer state whose keys are parameter names; {} unless every one has AdamW's moments."""
     found: dict[str, Tensor] = {}
     for raw, values in state.items():
+        if not isinstance(raw, str) or not isinstance(values, Mapping):
+            return {}
         name = parameter_name(adapter_key(raw)[0])
-        if any(not isinstance(values.get(key), Tensor) for key in STATES) or values.get("step") is None:
+        step = as_number(values.get("step"))
+        if any(not isinstance(values.get(key), Tensor) for key in STATES) or step is None:
             return {}
         found |= {f"{name}.{key}": values[key] for key in STATES}
-        found[f"{name}.step"] = torch.as_tensor(float(values["step"]))
+        found[f"{name}.step"] = torch.as_tensor(step)
     return found
 
 
@@ -37,16 +41,19 @@ def numbered_moments(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     `tensors`: the adapter, by its keys. Transformers' Trainer puts parameters with weight decay into the first
     group; LoRA's all are. {} where that is not so, or where a moment's shape is not its parameter's.
     """
-    groups = state.get("param_groups", [])
-    if not groups or any(group["params"] for group in groups[1:]):
+    groups, states = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(states, Mapping):
         return {}
-    order = parameter_order(tensors)
-    numbers = groups[0]["params"]
+    parameters = [group.get("params") if isinstance(group, Mapping) else None for group in groups]
+    if not parameters or not isinstance(parameters[0], list) or any(parameters[1:]):
+        return {}
+    order, numbers = parameter_order(tensors), parameters[0]
     if order is None or len(order) != len(numbers):
         return {}
-    chosen = {key: state["state"].get(number, {}) for key, number in zip(order, numbers, strict=True)}
+    chosen: dict[str, Any] = {key: states.get(number) for key, number in zip(order, numbers, strict=True)}
     for key, values in chosen.items():
-        if getattr(values.get("exp_avg"), "shape", None) != tensors[key].shape:
+        moment = values.get("exp_avg") if isinstance(values, Mapping) else None
+        if getattr(moment, "shape", None) != tensors[key].shape:
             return {}
     return named_moments(chosen)
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from pydantic import Field, NonNegativeInt, RootModel
 
 from launch.errors import CheckpointError
+from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -73,32 +75,70 @@ class Shard:
     header_bytes: int
 
 
+class _Stored(Layout):
+    """One tensor in a safetensors header; `data_offsets` count from the end of the header."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: list[NonNegativeInt] = Field(min_length=2, max_length=2)
+
+
+class _Tensors(RootModel[dict[str, _Stored]]):
+    """All tensors of a safetensors file by name."""
+
+
+class _Metadata(RootModel[dict[str, str]]):
+    """What a safetensors header says beside its tensors."""
+
+
+class _Index(Layout):
+    """What is read of `*.index.json`."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+    metadata: dict[str, Any] | None = None
+
+
 def read_shard(path: Path) -> Shard:
     """Reads a file's header. A file that is cut short or no safetensors file is a CheckpointError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with unreadable_is_refused(path), path.open("rb") as file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: unreadable safetensors header ({error}); copy it again") from None
-    metadata = header.pop("__metadata__", {})
-    ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-    unknown = {value["dtype"] for value in header.values()} - set(DTYPES)
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+    metadata = checked(_Metadata, metadata, path).root
+    tensors = checked(_Tensors, header, path).root
+    unknown = {stored.dtype for stored in tensors.values()} - set(DTYPES)
     if unknown:
         raise CheckpointError(
             f"{path}: tensors stored as {', '.join(sorted(unknown))}; use the unquantized weights"
         )
-    end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+    end = 8 + length + max((stored.data_offsets[1] for stored in tensors.values()), default=0)
     if size != end:
         raise CheckpointError(f"{path}: {size} bytes where its header says {end}; copy the file again")
-    entries = {
-        name: Entry(value["dtype"], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
-        for name, value in ordered
-    }
-    return Shard(path, metadata, entries, 8 + length)
+    return Shard(path, metadata, _entries(path, tensors, 8 + length), 8 + length)
+
+
+def _entries(path: Path, tensors: dict[str, _Stored], start: int) -> dict[str, Entry]:
+    """The tensors in the order of their bytes, which must be as many as their shapes need."""
+    entries = {}
+    for name, stored in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, end = stored.data_offsets
+        entries[name] = Entry(stored.dtype, tuple(stored.shape), start + begin)
+        if end - begin != entries[name].bytes_as(stored.dtype):
+            raise CheckpointError(
+                f"{path}: {name} has {end - begin} bytes for {stored.dtype} {stored.shape}; copy the file again"
+            )
+    return entries
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as `*.index.json` says it. CheckpointError when it says something else."""
+    return checked(_Index, read_json(index), index).weight_map
 
 
 def read_base_shards(base: Path) -> list[Shard]:
@@ -107,7 +147,7 @@ def read_base_shards(base: Path) -> list[Shard]:
     A missing file, and tensors in which index and files disagree, are a CheckpointError.
     """
     if (base / INDEX_FILE).exists():
-        weight_map: dict[str, str] = json.loads((base / INDEX_FILE).read_text())["weight_map"]
+        weight_map = read_weight_map(base / INDEX_FILE)
         names = sorted(set(weight_map.values()))
     elif (base / SINGLE_FILE).exists():
         weight_map, names = {}, [SINGLE_FILE]

@@ -7,6 +7,7 @@ is not needed, so harmless stand-ins take their place and DeepSpeed's code is ne
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -49,6 +50,13 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
+# What torch 2.14's reader of pickles raises over flipped and missing bytes.
+_DAMAGED = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError, AttributeError, TypeError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
 def load_torch(file: Path) -> Any:
     """The content of a file of `torch.save`, on the CPU.
 
@@ -60,9 +68,29 @@ def load_torch(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; copy the checkpoint again, with all its files") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{file}: cannot be read ({reason}); copy the checkpoint again") from error
+
+
+def load_mapping(file: Path) -> dict[Any, Any]:
+    """The mapping in a file of `torch.save`, on the CPU. CheckpointError as `load_torch`, or when it is none."""
+    return mapping(load_torch(file), file)
+
+
+def mapping(value: object, file: Path, key: str = "") -> dict[Any, Any]:
+    """`value`, which `file` holds (under `key`). CheckpointError when it is no mapping."""
+    if isinstance(value, dict):
+        return value
+    what = f"{key} is missing" if value is None else f"{key or 'the whole'} is a {type(value).__name__}"
+    raise CheckpointError(f"{file}: {what} where a mapping is needed; copy the checkpoint again")
+
+
+def as_number(value: object) -> float | None:
+    """A number, or a tensor of one, as a float; None for anything else."""
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    return None
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -12,6 +12,7 @@ import torch
 
 from launch.errors import CheckpointError
 from trainer.checkpoint.adapter import Pair, Saved
+from trainer.checkpoint.base_model import BaseCheck
 from trainer.checkpoint.merge_plan import MergePlan
 from trainer.checkpoint.nf4 import Rounding
 from trainer.checkpoint.shards import (
@@ -29,10 +30,13 @@ from trainer.checkpoint.shards import (
 class MergeReport:
     """What was written and read back. `largest_error`: against the sum in fp64, absolute.
 
-    `rounded`: tensors that `--base dequantized` rounded to 4 bits and back, without those that a pair changed too.
+    `rounded`: tensors that `--base dequantized` rounded to 4 bits and back, without those that a pair changed too;
+    `converted`: of the rest those stored in another type than in the base, `converted_to` (None: there are none);
+    `unchanged`: those with the base's bytes.
     """
 
     base: Path
+    base_check: BaseCheck
     base_kind: str
     form: str
     output: Path
@@ -42,6 +46,8 @@ class MergeReport:
     saved: int
     changed: int
     rounded: int
+    converted: int
+    converted_to: str | None
     unchanged: int
     bytes_written: int
     largest_error: float
@@ -87,7 +93,8 @@ def verify(
     """Read `folder` back: names, shapes, types, the sum of every merged tensor, the bytes of all others.
 
     `digests`: sha256 of what was to be written, taken from the base while it was read; with them the tensors that no
-    pair changes are compared without reading (and rounding) the base a second time.
+    pair changes are compared without reading (and rounding) the base a second time, and of those that one changes not
+    only the sum must be right, but every bit.
 
     Raises:
         CheckpointError: naming the tensors that are not what they must be.
@@ -102,10 +109,15 @@ def verify(
             for name in shard.entries:
                 digest = None if digests is None else digests[name]
                 checks[name] = (
-                    _check_tensor(plan, name, start, (before, shard), (after, written), advance)
+                    _check_tensor(plan, name, digest, start, (before, shard), (after, written), advance)
                     if digest is None or name in plan.targets
                     else _check_digest(plan, name, digest, shard.entries[name], (after, written), advance)
                 )
+    _refuse_damage(plan, folder, checks)
+    return _report(plan, checks)
+
+
+def _refuse_damage(plan: MergePlan, folder: Path, checks: Mapping[str, _Check]) -> None:
     damaged = [name for name, check in checks.items() if not check.right]
     if damaged:
         raise CheckpointError(
@@ -121,10 +133,18 @@ def verify(
             f"({', '.join(silent[:5])}): the change is smaller than the stored precision; "
             "merge with --dtype float32"
         )
-    changed = sum(checks[name].changed for name in plan.targets)
-    rounded = len(plan.rounded - plan.targets.keys())
+
+
+def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
+    stored = {name: entry.dtype for shard in plan.shards for name, entry in shard.entries.items()}
+    changed = {name for name in plan.targets if checks[name].changed}
+    rounded = plan.rounded - changed
+    kept = checks.keys() - changed - rounded
+    converted = {name for name in kept if stored[name] != plan.dtypes[name]}
+    types = {str(DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
     return MergeReport(
         base=plan.base,
+        base_check=plan.base_check,
         base_kind=plan.base_kind,
         form=plan.adapter.form,
         output=plan.output,
@@ -132,9 +152,11 @@ def verify(
         tensors=len(checks),
         pairs=len(plan.adapter.pairs),
         saved=len(plan.adapter.saved),
-        changed=changed,
-        rounded=rounded,
-        unchanged=len(checks) - changed - rounded,
+        changed=len(changed),
+        rounded=len(rounded),
+        converted=len(converted),
+        converted_to=" and ".join(sorted(types)) or None,
+        unchanged=len(kept) - len(converted),
         bytes_written=plan.bytes_written,
         largest_error=max(check.error for check in checks.values()),
     )
@@ -160,6 +182,7 @@ def _check_digest(
 def _check_tensor(
     plan: MergePlan,
     name: str,
+    digest: bytes | None,
     start: BaseRows,
     before: tuple[BinaryIO, Shard],
     after: tuple[BinaryIO, Shard],
@@ -168,10 +191,11 @@ def _check_tensor(
     entry, result, target = before[1].entries[name], after[1].entries[name], plan.targets.get(name)
     if (result.shape, result.dtype) != (entry.shape, plan.dtypes[name]):
         return _Check(right=False, changed=True)
-    right, changed, largest = True, False, 0.0
+    right, changed, largest, found = True, False, 0.0, hashlib.sha256()
     for begin, end in block_rows(entry):
         old = start.rows(before[0], before[1], name, begin, end)
         new = read_block(after[0], result, begin, end)
+        found.update(tensor_bytes(new).numpy().data)
         expected = target.merged(old, begin) if isinstance(target, Saved) else old
         same = _same_bytes(expected, new)
         changed |= not (same if expected is old else _same_bytes(old, new))
@@ -182,7 +206,7 @@ def _check_tensor(
         else:
             right &= same
         advance(_bytes_of(entry, begin, end))
-    return _Check(right, changed, largest)
+    return _Check(right and digest in (None, found.digest()), changed, largest)
 
 
 def _same_bytes(expected: torch.Tensor, new: torch.Tensor) -> bool:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from launch.errors import CheckpointError
-from trainer.checkpoint.torch_files import load_torch
+from trainer.checkpoint.reading import whole_number
+from trainer.checkpoint.torch_files import as_number, load_mapping, load_torch, mapping
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
@@ -40,10 +41,13 @@ def zero_folder(source: Path) -> Path | None:
         return source
     latest = source / "latest"
     if latest.is_file():
-        folder = source / latest.read_text().strip()
-        if not folder.is_dir() and universal_folder(source) is None:
-            raise CheckpointError(f"{folder}: is missing, and {latest} names it; copy the checkpoint again")
-        return folder if folder.is_dir() else None
+        name = _name_in(latest)
+        if name and (source / name).is_dir():
+            return source / name
+        if universal_folder(source) is None:
+            what = f"names {source / name}, which is missing" if name else "is empty and names no folder"
+            raise CheckpointError(f"{latest}: {what}; copy the checkpoint again")
+        return None
     steps = [folder for folder in source.glob("global_step*") if _optimizer_files(folder)]
     return steps[0] if len(steps) == 1 else None
 
@@ -51,12 +55,17 @@ def zero_folder(source: Path) -> Path | None:
 def universal_folder(source: Path) -> Path | None:
     """The folder of a universal checkpoint: `source`, or the one in it; None without one."""
     latest = source / "latest_universal"
-    candidates = [source, *([source / latest.read_text().strip()] if latest.is_file() else [])]
+    candidates = [source, *([source / _name_in(latest)] if latest.is_file() else [])]
     candidates += sorted(source.glob("*universal*"))
     for folder in candidates:
         if (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt")):
             return folder
     return None
+
+
+def _name_in(latest: Path) -> str:
+    """The folder that DeepSpeed's file `latest` names; empty when the file is."""
+    return latest.read_text(errors="replace").strip()
 
 
 def read_zero(folder: Path) -> ZeroState:
@@ -66,21 +75,22 @@ def read_zero(folder: Path) -> ZeroState:
         CheckpointError: files of some ranks are missing (all are named), or tensor parallelism wrote it.
     """
     files = _optimizer_files(folder)
-    first = load_torch(files[min(files)])["optimizer_state_dict"]
-    stage, count = first.get("zero_stage"), first.get("partition_count")
-    if stage is None or count is None:
-        raise CheckpointError(
-            f"{files[min(files)]}: is of no ZeRO stage; give a checkpoint of ZeRO-1, 2 or 3"
-        )
-    ranks = max(count) if isinstance(count, list) else int(count)
+    if not files:
+        raise CheckpointError(f"{folder}: holds no *_optim_states.pt of a rank; copy the checkpoint again")
+    first = _optimizer_state(files[min(files)])
+    stage, ranks = _stage_and_ranks(first, files[min(files)])
     if missing := [_named_like(files[min(files)], rank) for rank in range(ranks) if rank not in files]:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {ranks} ranks' files are missing ({', '.join(missing)}); "
             "copy the checkpoint again, from every node"
         )
     shapes, step = _shapes(folder)
-    parts = [load_torch(files[rank])["optimizer_state_dict"] for rank in range(ranks)]
-    flat = {"": [_flat_weights(part, stage) for part in parts]}
+    parts = [_optimizer_state(files[rank]) for rank in range(ranks)]
+    flat = {"": [_flat_weights(part, stage, files[rank]) for rank, part in enumerate(parts)]}
+    if stage != 3 and any(len(vectors) != len(shapes) for vectors in flat[""]):
+        raise CheckpointError(
+            f"{folder}: holds {len(flat[''][0])} groups of weights where {len(shapes)} are named; copy it again"
+        )
     flat |= {
         key: states for key in MOMENTS if (states := _flat_states(parts, stage, key, flat[""])) is not None
     }
@@ -118,7 +128,7 @@ def read_universal(folder: Path) -> ZeroState:
         here = folder / "zero" / name
         weights[name] = _universal_tensor(here / "fp32.pt", size)
         own = here / "step.pt"
-        steps = float(load_torch(own)) if own.is_file() else count if count is not None else step
+        steps = as_number(load_torch(own)) if own.is_file() else count if count is not None else step
         if steps is not None:
             moments |= {f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in MOMENTS}
             moments[f"{name}.step"] = torch.tensor(float(steps))
@@ -138,6 +148,19 @@ def _optimizer_files(folder: Path) -> dict[int, Path]:
     return found
 
 
+def _optimizer_state(file: Path) -> dict[str, Any]:
+    key = "optimizer_state_dict"
+    return mapping(load_mapping(file).get(key), file, key)
+
+
+def _stage_and_ranks(state: dict[str, Any], file: Path) -> tuple[int, int]:
+    stage, count = state.get("zero_stage"), state.get("partition_count")
+    counts = count if isinstance(count, list) and count else [count]
+    if not isinstance(stage, int) or not all(isinstance(each, int) and each > 0 for each in counts):
+        raise CheckpointError(f"{file}: is of no ZeRO stage; give a checkpoint of ZeRO-1, 2 or 3")
+    return stage, max(counts)
+
+
 def _named_like(file: Path, rank: int) -> str:
     return _RANK.sub(lambda match: f"zero_pp_rank_{rank}_mp_rank_{match[2]}", file.name)
 
@@ -149,22 +172,30 @@ def _shapes(folder: Path) -> tuple[list[dict[str, tuple[int, ...]]], int | None]
         raise CheckpointError(
             f"{folder}: has no *_model_states.pt, which says what the shards hold; copy the checkpoint again"
         )
-    state: dict[str, Any] = load_torch(files[0])
-    if not state.get("param_shapes"):
+    state = load_mapping(files[0])
+    groups, step = state.get("param_shapes"), state.get("global_steps")
+    if not isinstance(groups, list) or not groups:
         raise CheckpointError(f"{files[0]}: names no trained parameters; take another checkpoint")
-    return [
-        {name: tuple(size) for name, size in group.items()} for group in state["param_shapes"]
-    ], state.get("global_steps")
+    shapes = [mapping(group, files[0], "param_shapes") for group in groups]
+    sizes = [each for group in shapes for each in group.items()]
+    if not all(isinstance(name, str) and isinstance(size, tuple) for name, size in sizes):
+        raise CheckpointError(f"{files[0]}: param_shapes holds no shapes by name; copy the checkpoint again")
+    return shapes, None if step is None else whole_number(step, files[0], "global_steps")
 
 
-def _flat_weights(part: dict[str, Any], stage: int) -> list[Tensor]:
-    groups = part["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+def _flat_weights(part: dict[str, Any], stage: int, file: Path) -> list[Tensor]:
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    groups = part.get(key)
+    if not isinstance(groups, list) or not all(isinstance(group, Tensor) for group in groups):
+        raise CheckpointError(f"{file}: {key} is no list of tensors; copy the checkpoint again")
     return [group.detach() for group in groups]
 
 
-def _base_state(part: dict[str, Any], stage: int) -> Any:
+def _base_state(part: dict[str, Any], stage: int) -> dict[Any, dict[str, Any]]:
+    """The optimizer's own state by parameter group; empty where there is none to read."""
     base = part.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
-    return base.get("state") if isinstance(base, dict) else None
+    state = base.get("state") if isinstance(base, dict) else None
+    return {n: own for n, own in state.items() if isinstance(own, dict)} if isinstance(state, dict) else {}
 
 
 def _flat_states(
@@ -176,7 +207,7 @@ def _flat_states(
     """
     found: list[list[Tensor]] = []
     for part, flat in zip(parts, weights, strict=True):
-        state = _base_state(part, stage) or {}
+        state = _base_state(part, stage)
         vectors = [state.get(number, {}).get(key) for number in range(len(flat))]
         is_last = part is parts[-1]
         for vector, weight in zip(vectors, flat, strict=True):
@@ -187,8 +218,7 @@ def _flat_states(
 
 
 def _step_count(part: dict[str, Any], stage: int) -> float | None:
-    steps = (_base_state(part, stage) or {}).get(0, {}).get("step")
-    return None if steps is None else float(steps)
+    return as_number(_base_state(part, stage).get(0, {}).get("step"))
 
 
 def _whole_of_stage_2(
@@ -234,7 +264,9 @@ def _piece(folder: Path, vector: Tensor, begin: int, count: int, name: str) -> T
 def _universal_tensor(file: Path, size: tuple[int, ...]) -> Tensor:
     """Stage 2 gives a shaped tensor in a dictionary, stage 3 a flat one (DeepSpeed 0.19.8)."""
     stored = load_torch(file)
-    tensor: Tensor = stored["param"] if isinstance(stored, dict) else stored
+    tensor = stored.get("param") if isinstance(stored, dict) else stored
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{file}: holds no tensor; convert it again")
     if tensor.numel() != math.prod(size):
         raise CheckpointError(
             f"{file}: holds {tensor.numel()} numbers where {list(size)} are needed; convert it again"
@@ -246,6 +278,4 @@ def _universal_step(folder: Path) -> float | None:
     file = folder / "zero" / "optimizer_state.pt"
     if not file.is_file():
         return None
-    state = load_torch(file).get("optimizer_state_dict")
-    steps = state.get("state", {}).get(0, {}).get("step") if isinstance(state, dict) else None
-    return None if steps is None else float(steps)
+    return _step_count(load_mapping(file), 3)  # in the same places as ZeRO-3's

@@ -11,7 +11,6 @@ shown too: that difference is the price of leaving the quantized weights the ada
 import argparse
 import gc
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,10 +32,11 @@ from launch.index import read_index
 from launch.recipe import Recipe, load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
-from trainer.checkpoint.base_model import find_base, run_of
+from trainer.checkpoint.base_model import check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
+from trainer.checkpoint.reading import read_json
 from trainer.data.chartqa import Row, decode_image, open_split
 from trainer.data.collate import Encoder
 from trainer.evaluation.answers import Replica, spread
@@ -172,18 +172,25 @@ def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
         return
     first = request.merged[0]
     other: BaseKind = "original" if kind_of(first) == "dequantized" else "dequantized"
-    twin = first.with_name(f"{first.name}.other-base")
-    if (twin / RECORD).is_file():
-        shutil.rmtree(twin)  # of a comparison that was killed
     dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
-    print_report(
-        merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
-        Console(highlight=False, soft_wrap=True),
-    )
-    try:
+    with _room_beside(first) as room:
+        twin = Path(room, first.name)
+        print_report(
+            merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
+            Console(highlight=False, soft_wrap=True),
+        )
         yield {**folders, f"merged, {other}": twin}
-    finally:
-        shutil.rmtree(twin)
+
+
+def _room_beside(folder: Path) -> TemporaryDirectory[str]:
+    """A folder of our own on the same disk, which no other attempt and no user has made."""
+    try:
+        return TemporaryDirectory(prefix=f"{folder.name}.other-base-", dir=folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.parent}: cannot be written to ({error.strerror}); the merge onto the other base needs a place "
+            "there, compare without it"
+        ) from error
 
 
 def kind_of(folder: Path) -> str:
@@ -217,13 +224,10 @@ def validation_numbers(request: Request) -> list[int]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json of a merged model names."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"--merged: no config.json in {folder}; give the folder of a merged model"
-        ) from None
-    name = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
+    config = read_json(folder / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return cast(torch.dtype, getattr(torch, name or "float32"))
 
 
@@ -303,10 +307,12 @@ def _request(given: argparse.Namespace) -> Request:
     source, missing = given.source.expanduser().absolute(), missing_of(given)
     adapter = read_adapter(source, missing)
     recipe_file = recipe_file_of(source, given.run_dir)
+    base = find_base(adapter, missing.base_model)
+    check_base(adapter, base)
     return Request(
         source=source,
         adapter=adapter,
-        base=find_base(adapter, missing.base_model),
+        base=base,
         merged=tuple(folder.expanduser().absolute() for folder in given.merged),
         recipe=load_recipe(recipe_file),
         samples=given.samples,

@@ -167,7 +167,9 @@ def make_plan(
         dataset_fingerprint=index.fingerprint,
         recipe_fingerprint=recipe_fingerprint(recipe),
         load_in_4bit=recipe.quantization.load_in_4bit,
-        quant_storage="float16" if strategy == "fsdp" else "uint8",  # FSDP cannot shard bytes; bfloat16 changes them
+        quant_storage="float16"
+        if strategy == "fsdp"
+        else "uint8",  # FSDP cannot shard bytes; bfloat16 changes them
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
         versions=_versions(),

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
 from launch.plan import Plan
-from trainer.agreement import together
+from trainer.agreement import gather, together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOGITS_APART = {torch.float32: 0.0, torch.bfloat16: 1e-2}
 """The most that an output may differ by before and after wrapping, by dtype."""
-RESIDENT_MARGIN = 0.05  # quantization constants, 3.1 % of the packed bytes, stay whole; and padding
 
 # strategy -> (accelerate's distributed types, the class that accelerate wraps the model in)
 _EXPECTED = {
@@ -55,109 +50,6 @@ def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> No
         )
 
 
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a whole decoder layer is, to be held against its shards.
-
-    `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of weights and constants.
-    """
-
-    packed: dict[str, int]
-    output: Tensor
-    bytes: int
-
-
-@torch.no_grad()
-def layer_facts(layer: nn.Module) -> LayerFacts:
-    """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
-    packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
-    size = sum(parameter.nbytes for parameter in _frozen(layer)) + _constants(layer)
-    return LayerFacts(packed, _output(layer), size)
-
-
-def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: int) -> None:
-    """Gather every layer once: same packed bytes, same output as before it was sharded; and it is really sharded.
-
-    A collective. FSDP2 with `bfloat16` storage rewrites bytes that look like NaN on a GPU (torch 2.11), and leaves
-    `uint8` storage whole on every rank (accelerate 1.15), both without an error.
-
-    Raises:
-        RunError: on all ranks.
-    """
-    layers = cast(Any, model.get_base_model()).model.language_model.layers
-    model.eval()
-    for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
-        local = sum(_local_bytes(parameter) for parameter in _frozen(layer)) + _constants(layer)
-        layer.unshard()
-        after = layer_facts(layer)
-        layer.reshard()
-        together(partial(_compare_layer, number, before, after, local, world_size))
-    model.train()
-
-
-def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: int, world_size: int) -> None:
-    if changed := sorted(name for name, sum_ in before.packed.items() if after.packed.get(name) != sum_):
-        raise RunError(
-            f"model: sharding changed the packed 4-bit bytes of decoder layer {number} ({len(changed)} of "
-            f"{len(before.packed)} weights, such as {changed[0]}); use float16 or float32 storage, or --strategy ddp"
-        )
-    apart = (before.output.float() - after.output.float()).abs().max().item()
-    if not apart <= LOGITS_APART[before.output.dtype]:
-        raise RunError(
-            f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
-            "install the versions of constraints.txt, or use --strategy ddp"
-        )
-    limit = (1 / world_size + RESIDENT_MARGIN) * before.bytes
-    if world_size > 1 and local > limit:
-        raise RunError(
-            f"model: decoder layer {number} is not sharded: {local:,} of its {before.bytes:,} bytes are resident, at "
-            f"most {limit:,.0f} may be on {world_size} processes; use --strategy ddp"
-        )
-
-
-def _packed_weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, module in layer.named_modules():
-        if isinstance(module, Linear4bit):
-            yield name.removesuffix(".base_layer"), module.weight  # PEFT's name for what it wraps
-
-
-def _checksum(weight: Tensor) -> int:
-    # A copy: numpy would pin the storage, which FSDP frees by resizing it to nothing.
-    return zlib.crc32(weight.detach().contiguous().view(torch.uint8).to("cpu", copy=True).numpy())
-
-
-def _frozen(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in layer.parameters() if not parameter.requires_grad)
-
-
-def _constants(layer: nn.Module) -> int:
-    """Bytes of the quantization constants, which stay whole on every rank; the small code tables are not counted."""
-    states = [getattr(module, "quant_state", None) for module in layer.modules() if isinstance(module, Linear4bit)]
-    found = [state for state in states if state is not None]
-    nested = [state.state2 for state in found if getattr(state, "state2", None) is not None]
-    return sum(state.absmax.nbytes for state in (*found, *nested))
-
-
-def _local_bytes(parameter: nn.Parameter) -> int:
-    return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
-
-
-def _output(layer: nn.Module) -> Tensor:
-    """On 8 tokens of fixed random numbers without positions, on the CPU."""
-    attention: Any = layer.self_attn
-    parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
-    device, dtype = cast(Tensor, parameter).device, cast(Tensor, parameter).dtype
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, attention.hidden_size, generator=generator).to(device, dtype)
-    cos = torch.ones(1, 8, attention.head_dim, device=device, dtype=dtype)
-    was_training = layer.training
-    layer.eval()
-    # Not `layer(...)`: FSDP2's hook would take a layer that is called alone for the root of the model.
-    output: Tensor = cast(Any, layer).forward(hidden, position_embeddings=(cos, torch.zeros_like(cos)))
-    layer.train(was_training)
-    return output.cpu()
-
-
 def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
     """Adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
 
@@ -171,6 +63,111 @@ def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
             raise RunError(f"model: {name} would train; only LoRA weights may")
         if parameter.dtype != torch.float32:
             raise RunError(f"model: the adapter {name} is {parameter.dtype}, not float32")
+
+
+def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
+
+    A collective.
+
+    Raises:
+        RunError: on all ranks.
+    """
+    apart = (before.float() - after.float()).abs().max().item()
+
+    def compare() -> None:
+        if not apart <= LOGITS_APART[dtype]:
+            raise RunError(
+                f"model: it answers otherwise since it was wrapped (largest difference {apart:.3g} in log-probability, "
+                f"{LOGITS_APART[dtype]:g} allowed); install the versions of constraints.txt, or use another --strategy"
+            )
+
+    together(compare)
+
+
+def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
+    """After a resume all ranks hold the same adapter. A collective.
+
+    Raises:
+        RunError: on all ranks.
+    """
+    digest = hashlib.sha256()
+    for parameter in parameters.values():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    told = gather(digest.hexdigest())
+    odd = [rank for rank, other in enumerate(told) if other != told[0]]
+
+    def compare() -> None:
+        if odd:
+            raise RunError(
+                f"rank {odd[0]}: resumed with another adapter than rank 0 ({len(odd)} ranks differ); the nodes "
+                "see other files, share the run directory"
+            )
+
+    together(compare)
+
+
+def describe_labels(input_ids: Tensor, labels: Tensor, loss: str, tokenizer: Any) -> str:
+    """What the first micro-batch scores, in words for the log. `input_ids` [1, T], `labels` [1, K]: scored targets.
+
+    Raises:
+        RunError: nothing is scored, or with `loss: answer` everything is.
+    """
+    tokens, scored = input_ids.numel(), labels.numel()
+    if scored == 0 or (loss == "answer" and scored > tokens // 2):
+        raise RunError(
+            f"data.loss: {loss} scores {scored:,} of the {tokens:,} tokens of the first micro-batch; see the chat "
+            "template of the model and the answers of the data"
+        )
+    first, last = (tokenizer.decode([int(labels[0, place])]) for place in (0, -1))
+    return (
+        f"first micro-batch: {scored:,} of {tokens:,} tokens are targets ({scored / tokens:.1%}), "
+        f"the first {first!r}, the last {last!r}"
+    )
+
+
+class GradientWitness:
+    """Sees the gradients of the first step of an attempt, in whatever way the engine takes them away."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._largest: dict[str, Tensor] = {}
+        self._names = list(parameters)
+        self._handles = [
+            parameter.register_hook(partial(self._see, name)) for name, parameter in parameters.items()
+        ]
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        largest = gradient.detach().abs().amax()
+        known = self._largest.get(name)
+        self._largest[name] = largest if known is None else torch.maximum(known, largest)
+
+    def check(self) -> None:
+        """After the step's last backward; looks no more afterwards. A collective.
+
+        Raises:
+            RunError: on all ranks, for an adapter without gradients, or a lora_B whose are zero on all ranks.
+        """
+        for handle in self._handles:
+            handle.remove()
+        known = list(self._largest)
+        values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
+        told = gather(dict(zip(known, values, strict=True)))
+
+        def compare() -> None:
+            silent = [name for name in self._names if not any(name in seen for seen in told)]
+            zero = [
+                name
+                for name in self._names
+                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in told)
+            ]
+            if odd := silent or zero:
+                what = "no gradient" if silent else "a gradient of zero"
+                raise RunError(
+                    f"model: {len(odd)} of {len(self._names)} adapters got {what} in the first step, such as {odd[0]}; "
+                    "they would not train; install the versions of constraints.txt, or use another --strategy"
+                )
+
+        together(compare)
 
 
 def check_taken(norm: float, step: int) -> None:

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +34,8 @@ from launch.manifest import aside_folder, publish, read_manifest, rotate
 from launch.plan import samples_consumed, step_plan
 from launch.recipe import Recipe, altering_values
 from launch.run_directory import RunDirectory
-from launch.steps import cost, deal
-from trainer.agreement import on_rank_0
+from launch.steps import MicroBatch, cost, deal
+from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
 from trainer.checkpoint.background import Publisher
 from trainer.checkpoint.portable import (
@@ -47,17 +47,35 @@ from trainer.checkpoint.portable import (
     save_state,
 )
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
+from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, assemble, data_workers
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
-from trainer.guards import check_adapters, check_finite, check_launch, check_taken
+from trainer.guards import (
+    GradientWitness,
+    check_adapters,
+    check_finite,
+    check_launch,
+    check_logits,
+    check_same_adapters,
+    check_taken,
+    describe_labels,
+)
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
 from trainer.preemption import Agreed, Watch
 from trainer.records import append_line, bring_to_disk, samples_digest
 from trainer.reports import ProgressBar, Trackio
+from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 from trainer.task import Task
 
 logger = get_logger("trainer")
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A model that no engine has wrapped yet: what it answers, and its layers where they will be sharded."""
+
+    answers: Tensor
+    layers: list[LayerFacts]
 
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
@@ -106,6 +124,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         compute_in(self.model, DTYPES[plan.compute_dtype])
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
+        self._witness: GradientWitness | None = None
         self._clock = time.perf_counter()
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -155,7 +174,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # --- one step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch, gradients staying on this rank."""
+        """Forward and backward of one micro-batch, gradients staying on this rank where the engine lets them."""
+        if self._witness and self._loss_sum is None:
+            self._say_labels(inputs)
         with self.engine.keep_gradients(self.accelerator, model):
             return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
 
@@ -200,15 +221,35 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return None  # with the reduction, in `_get_grad_norm`
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Take the step's agreement where the engine has not yet, and clip; `Trainer` asks before the optimizer step."""
+        """Agree on the step where the engine has not yet, and clip; `Trainer` asks before the optimizer step."""
         if isinstance(self.engine, Zero):
             norm = self.engine.norm()
             self._host_values = (self._host_values[0], norm)
             check_taken(norm, self.state.global_step + 1)
+            self._hear_witness()
             return norm
+        self._hear_witness()
         norm = self._agree_on_step()
         self.engine.clip(self.recipe.training.max_grad_norm, norm)
         return norm
+
+    def _hear_witness(self) -> None:
+        if self._witness:
+            self._witness.check()
+            self._witness = None
+
+    def _say_labels(self, inputs: Any) -> None:
+        """Rank 0, whose first micro-batch is no filler, says for all what is scored; all fail with it."""
+        tensors = inputs["inputs"]
+        said = from_rank_0(
+            lambda: describe_labels(
+                tensors["input_ids"],
+                tensors["shift_labels"],
+                self.recipe.data.loss,
+                self.encoder.processor.tokenizer,
+            )
+        )
+        logger.info(said)
 
     def check_reduced(self) -> None:
         """Before the weights change: `Trainer` has called `_get_grad_norm`, where the ranks are added up."""
@@ -362,14 +403,48 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: `load` did, before anything was wrapped."""
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
         """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
+        whole = self._whole_before_wrapping()
         with self.engine.outside_training(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine.started(self.model_wrapped, self.optimizer.optimizer)
+        self._compare_with_whole(whole)
+        self._witness = GradientWitness(self.parameters)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         return prepared
+
+    def _whole_before_wrapping(self) -> _Whole | None:
+        """What the model is while every rank has all of it; fsdp's was checked while it was loaded."""
+        if self.plan.strategy in ("single", "fsdp"):
+            return None
+        layers = self.model.get_base_model().model.language_model.layers
+        facts = [layer_facts(layer) for layer in layers] if self.plan.strategy == "zero3" else []
+        return _Whole(self._probe(self.model), facts)
+
+    def _compare_with_whole(self, whole: _Whole | None) -> None:
+        """Guards: wrapped as it was whole, and of the strategy's kind. Collectives."""
+        check_launch(self.plan, self.accelerator, self.model_wrapped)
+        if whole is None:
+            return
+        if whole.layers:
+            check_sharding(self.model, whole.layers, self.plan.world_size)
+        check_logits(whole.answers, self._probe(self.model_wrapped), DTYPES[self.plan.compute_dtype])
+
+    @torch.no_grad()
+    def _probe(self, model: nn.Module) -> Tensor:
+        """Log-probabilities of the targets of the shortest training sample, on the CPU. All ranks at once."""
+        split = self.index.splits["train"]
+        batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
+        packed = assemble(open_split(self.recipe, "train"), split, self.encoder, batch, -1, 1)
+        was_training = model.training
+        model.eval()
+        answers: Tensor = model(**self._prepare_inputs(packed)["inputs"], fused_lm_head=True).log_probs
+        model.train(was_training)
+        return answers.float().cpu()
 
     def _restore(self, checkpoint: Path) -> None:
         """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""
@@ -394,8 +469,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def load(self, checkpoint: str) -> None:
-        """Take the adapter of the checkpoint that the run is resumed at, without training on."""
-        self._load_from_checkpoint(checkpoint)
+        """Take the adapter of the checkpoint that the run is resumed at; before anything is wrapped."""
+        together(lambda: load_adapter(self.model, Path(checkpoint)))
+        check_same_adapters(self.parameters)
         self.state.global_step, self.state.max_steps = self.resumed_at, self.plan.max_steps
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -424,7 +500,6 @@ class _StepEnd(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        check_launch(self.trainer.plan, self.trainer.accelerator, self.trainer.model_wrapped)
         # A resumed state brings the cadence it was saved with.
         state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
 

@@ -54,7 +54,6 @@ from trainer.agreement import (
     together,
 )
 from trainer.data.collate import Encoder
-from trainer.guards import LayerFacts, check_sharding, layer_facts
 from trainer.model.base import add_lora, load_base
 from trainer.model.sharding import close_sharding, shard_layer
 from trainer.preemption import Watch, watching
@@ -62,6 +61,7 @@ from trainer.prepare import prepare
 from trainer.pretrained import base_identity, load_processor
 from trainer.resume import evaluation_is_missing, forget_after, resume_point
 from trainer.sft import PlannedTrainer, build_trainer
+from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 from trainer.speech import speak_plainly
 from trainer.task import Task
 
@@ -179,7 +179,9 @@ def start_processes() -> PartialState:
     find_deepspeed_config()
     if torch.cuda.is_available():
         return PartialState(timeout=PATIENCE)
-    if uses_deepspeed():  # with `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others
+    if (
+        uses_deepspeed()
+    ):  # with `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others
         return PartialState(backend="gloo", timeout=PATIENCE)
     return PartialState(cpu=True, timeout=PATIENCE)
 

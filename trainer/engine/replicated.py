@@ -73,9 +73,11 @@ class Replicated:
 
     def weights(self) -> dict[str, Tensor] | None:
         """The adapters by name, on rank 0 alone."""
-        return None if dist.is_initialized() and dist.get_rank() != 0 else {
-            name: parameter.detach() for name, parameter in self.parameters.items()
-        }
+        return (
+            None
+            if dist.is_initialized() and dist.get_rank() != 0
+            else {name: parameter.detach() for name, parameter in self.parameters.items()}
+        )
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
         """Put stored moments and step counts (`<parameter>.<moment or step>`) into the optimizer."""

@@ -31,19 +31,24 @@ class Zero:
         self.parameters, self.stage = parameters, stage
         self.loss_factor = float(dist.get_world_size())  # DeepSpeed averages gradients over the ranks
         self._engine: Any = None
+        self._forget_zero()
 
     def started(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Training begins: the model as accelerate wrapped it.
-
-        The libraries forget about ZeRO-3 then: trl 1.16 would gather the output head, which is not partitioned
-        (`maybe_gather_lm_head_ctx`), and transformers would load its next model into partitions.
-        """
+        """Training begins: the model as accelerate wrapped it."""
         self._engine = wrapped
-        unset_hf_deepspeed_config()
+        self._forget_zero()
         if self.stage == 3:
             # After each step it lets go of every parameter below this module, and asks each when it was last used.
             layers = self._engine.module.get_base_model().model.language_model.layers
             self._engine.optimizer.parameter_offload.module = layers
+
+    def _forget_zero(self) -> None:
+        """Make the libraries forget that ZeRO-3 is on, whenever they may have been told.
+
+        trl 1.16 would gather the output head, which is not partitioned (`maybe_gather_lm_head_ctx`), and
+        transformers would load its next model into partitions.
+        """
+        unset_hf_deepspeed_config()
 
     @contextmanager
     def outside_training(self, model: PeftModel) -> Iterator[None]:
@@ -86,20 +91,25 @@ class Zero:
 
     def state(self) -> State | None:
         """Copies of adapters and moments, put together on rank 0. A collective."""
-        adapter, optimizer = self.weights(), {}
+        adapter = self.weights()
+        optimizer: dict[str, Tensor] = {}
         for key in MOMENTS:
             gathered = self._gather({name: state[key] for name, state in self._states().items()})
             optimizer |= {f"{name}.{key}": tensor for name, tensor in gathered.items()}
         if adapter is None:
             return None
         for name, state in self._states().items():
-            optimizer[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
+            optimizer[f"{name}.step"] = (
+                torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
+            )
         return State(adapter, optimizer)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The adapters by name, on rank 0 alone. A collective."""
         if self._engine is None or self.stage < 3:
-            found = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+            found = {
+                name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()
+            }
         else:
             found = self._gather({name: shard for name, (shard, _) in self._pieces().items()})
         return found if dist.get_rank() == 0 else None
@@ -148,7 +158,9 @@ class Zero:
         if self.stage < 3:
             for group, shard in enumerate(optimizer.single_partition_of_fp32_groups):
                 members = optimizer.round_robin_bit16_groups[group]
-                for parameter, offset in zip(members, optimizer.round_robin_bit16_offsets[group], strict=True):
+                for parameter, offset in zip(
+                    members, optimizer.round_robin_bit16_offsets[group], strict=True
+                ):
                     piece = piece_of_flat(offset, parameter.numel(), rank * shard.numel(), shard.numel())
                     found[names[id(parameter)]] = (shard, piece)
         else:

@@ -16,8 +16,8 @@ from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGe
 from launch.errors import ConfigError
 from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
-from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.vision import take_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 

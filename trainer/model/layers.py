@@ -82,11 +82,11 @@ def _fill(
     where: str,
 ) -> None:
     """Read a layer's tensors onto the device, those of 4-bit modules quantized there, as transformers does."""
-    wanted = {name: parameter for name, parameter in layer.named_parameters()}
+    wanted = dict(layer.named_parameters())
     if odd := sorted(wanted.keys() ^ files.keys()):
         raise ConfigError(
-            f"model.name_or_path: {where} has not the tensors of a Qwen2-VL ({len(odd)} are missing or unknown, such as "
-            f"{odd[0]}); get the model again"
+            f"model.name_or_path: {where} has not the tensors of a Qwen2-VL ({len(odd)} are missing or unknown, such "
+            f"as {odd[0]}); get the model again"
         )
     for name, empty in wanted.items():
         file, key = files[name]
@@ -94,10 +94,11 @@ def _fill(
             value: Tensor = opened.get_tensor(key).to(device, dtype)
         module_name, _, own = name.rpartition(".")
         module = layer.get_submodule(module_name)
-        expected = (module.out_features, module.in_features) if own == "weight" and hasattr(module, "in_features") else empty.shape
+        is_matrix = own == "weight" and isinstance(module, nn.Linear)  # packed, it has another shape
+        expected = (module.out_features, module.in_features) if is_matrix else empty.shape
         if tuple(value.shape) != tuple(expected):
             raise ConfigError(
-                f"model.name_or_path: {where} has {name} of shape {tuple(value.shape)} where {tuple(expected)} is needed; "
+                f"model.name_or_path: {where} has {name} of shape {tuple(value.shape)}, not {tuple(expected)}; "
                 "get the model again"
             )
         if isinstance(empty, Params4bit):

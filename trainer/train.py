@@ -41,6 +41,7 @@ from launch.run_directory import (
 from launch.runs import adopt, continue_run, refuse_an_end_behind, refuse_another_dataset, write_request
 from trainer import LAUNCHER
 from trainer.agreement import (
+    end_process,
     from_rank_0,
     gather,
     in_words,
@@ -381,4 +382,4 @@ def leave_reason(run: RunDirectory, error: SamestepError) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

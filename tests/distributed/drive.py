@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.run_directory import request_stop
 from trainer import train
-from trainer.agreement import leave_processes
+from trainer.agreement import end_process, leave_processes
 from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
 
@@ -40,7 +40,8 @@ def main() -> None:
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
         train.train_once(options, index, state, os.getppid())
-    leave_processes()  # gloo's threads abort a process that just ends
+    leave_processes()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def _variables(job: Job) -> dict[str, str]:
 
 
 def _array(words: Sequence[str]) -> str:
-    return f"({shlex.join(words)})"
+    quoted = map(shlex.quote, words)
+    # A bare comma would do no harm; a reader, and shellcheck, would take it for a slip.
+    marked = [f"'{word}'" if "," in word and "'" not in word else word for word in quoted]
+    return f"({' '.join(marked)})"
 
 
 def _fill(

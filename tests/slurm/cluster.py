@@ -24,9 +24,11 @@ EMBEDDED = {
     "evaluation.every_steps": 4,
     "evaluation.max_samples": 16,
     "tracking.report_to": "none",
+    "training.learning_rate": 2e-4,
     "training.logging_steps": 1,
 }
-"""What makes the embedded recipe short: steps of a third of a second."""
+"""What makes the embedded recipe short, steps of a third of a second; the rate is that of the 7B recipe: at its own, twenty
+times as high, the rounding of another number of processes alone moves adapters by 1.4e-5 in 8 steps."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,11 @@ EMBEDDED = {
     "training.learning_rate": 2e-4,
     "training.logging_steps": 1,
 }
-"""What makes the embedded recipe short, steps of a third of a second; the rate is that of the 7B recipe: at its own, twenty
-times as high, the rounding of another number of processes alone moves adapters by 1.4e-5 in 8 steps."""
+"""What makes the embedded recipe short: steps of a third of a second.
+
+The rate is the 7B recipe's. At its own, twenty times as high, the rounding of another number of processes alone moves
+adapters by 1.4e-5 in 8 steps.
+"""
 
 
 @dataclass(frozen=True)

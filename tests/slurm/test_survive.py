@@ -23,7 +23,7 @@ SEED, SAVE_EVERY = 5, 4  # the second as in `cluster.EMBEDDED`
 def networked(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes with cables of their own, and runs on a small disk."""
     folder: Path = tmp_path_factory.mktemp("networked")
-    mounted(folder / "runs", 64)
+    mounted(folder / "runs", 200)
     found = start(folder / "slurm", folder / "runs", 4, "netns")
     yield found
     found.control("stop")

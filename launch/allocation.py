@@ -18,6 +18,7 @@ from launch import ledger, start
 from launch.errors import ConfigError, RunError, SamestepError
 from launch.hardware import CPU_PROCESSES, gpus_present
 from launch.plan import Plan
+from launch.recipe import find_recipe, load_recipe
 from launch.resources import resource
 from launch.run_directory import (
     RunDirectory,
@@ -25,6 +26,7 @@ from launch.run_directory import (
     clear_requests,
     hold_lock,
     lock_holder,
+    open_run,
     read_marker,
     refuse_if_running,
     requested_stop,
@@ -120,6 +122,7 @@ def find_or_plan(options: argparse.Namespace, allocation: Allocation) -> tuple[R
         request = _request_of_run(target, plan, allocation)
     else:
         request = _request_of_recipe(options, allocation)
+    wait_for_the_lock(_run_of(request))
     planned = start.plan_run(request)
     if start.is_done(planned):
         return planned.run, None
@@ -160,6 +163,11 @@ def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> s
         tuple(options.allow),
         topology=topology,
     )
+
+
+def _run_of(request: start.RunRequest) -> RunDirectory:
+    name = request.name or load_recipe(find_recipe(request.recipe), request.overrides).name
+    return open_run(request.runs_dir, name)
 
 
 def _is_done(run: RunDirectory, plan: Plan) -> bool:

@@ -57,8 +57,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 GresTypes=gpu
 END
-  echo "127.0.0.1 localhost $server" >"$FOLDER/hosts"
-  [ "$MODE" != netns ] || echo "$NET.254 $server" >"$FOLDER/hosts"
+  printf '%s\n' "127.0.0.1 localhost" "$control $server" >"$FOLDER/hosts"
   for node in $(seq "$NODES"); do
     address=127.78.$ID.$node
     [ "$MODE" != netns ] || address=$NET.$node

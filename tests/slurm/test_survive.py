@@ -32,7 +32,8 @@ def networked(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def _check(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
-        assert outcome.lost == 0 if outcome.announced else 0 <= outcome.lost < SAVE_EVERY + 1, outcome
+        # A save goes on beside the next steps, and the one under way is lost with them.
+        assert outcome.lost == 0 if outcome.announced else 0 <= outcome.lost < 2 * SAVE_EVERY, outcome
 
 
 def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(networked: Cluster) -> None:

@@ -51,7 +51,7 @@ from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, data_workers
 from trainer.guards import check_adapters, check_finite, check_launch
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
-from trainer.preemption import Agreed, Watch
+from trainer.preemption import Agreed, Watch, warn_of_slow_save
 from trainer.records import append_line, bring_to_disk, samples_digest
 from trainer.reports import ProgressBar, Trackio
 from trainer.task import Task
@@ -315,6 +315,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         logger.info(
             f"checkpoint-{step}: published in {took:.2f} s, for which the training waited {waited:.3f} s"
         )
+        if slow := warn_of_slow_save(took):
+            logger.warning(f"checkpoint-{step}: {slow}")
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What a resuming run, or a reader years later, wants to know of a checkpoint."""

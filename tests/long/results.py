@@ -40,6 +40,12 @@ def write_sections(sections: dict[str, str]) -> None:
     RESULTS.write_text("".join([_HEAD, *body]))
 
 
+def write_table(file: Path, head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A file with one table: what it is, when and where it was measured, the rows."""
+    lines = [" | ".join(columns), "|".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
+    file.write_text(f"{head}\n{_stamp()}\n\n" + "".join(f"| {line} |\n" for line in lines))
+
+
 def _stamp() -> str:
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     if _git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"):

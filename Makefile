@@ -8,12 +8,14 @@ BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
 
-.PHONY: help install run test test-long check
+.PHONY: help install run test test-long test-slurm test-slurm-long slurm check
 
 help:
 	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
 	@echo "make test     set up, run the default tests"
 	@echo "make test-long  the full matrices, within an hour; writes tests/long/RESULTS.md"
+	@echo "make test-slurm  on a real Slurm cluster on this machine, in minutes; root, installs Debian's packages of Slurm"
+	@echo "make test-slurm-long  twelve events on it; writes tests/slurm/RESULTS.md"
 	@echo "make check    set up, lint, types, imports"
 	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
 
@@ -50,7 +52,23 @@ test: install
 	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
 
 test-long: install
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not slurm"
+
+test-slurm: install slurm
+	$(BIN)/python -m pytest -m "slurm and not long" tests/slurm
+
+test-slurm-long: install slurm
+	$(BIN)/python -m pytest -m "slurm and long" tests/slurm
+
+# The only target that installs anything but .venv. The daemons of the packages are not what the tests use.
+slurm:
+	@if ! PATH=$$PATH:/usr/sbin:/sbin type slurmctld slurmd sbatch munged ip shellcheck >/dev/null 2>&1; then \
+		[ "$$(id -u)" = 0 ] || { echo "test-slurm: needs root, to start Slurm and to install it" >&2; exit 2; }; \
+		echo "test-slurm: installing slurmctld slurmd slurm-client munge iproute2 shellcheck"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			slurmctld slurmd slurm-client munge iproute2 shellcheck \
+			|| { echo "test-slurm: could not; install these packages yourself, then repeat" >&2; exit 2; }; \
+	fi
 
 check: install
 	$(BIN)/ruff check .

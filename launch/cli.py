@@ -10,6 +10,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from launch.arguments import (
+    Allow,
+    Fresh,
+    Overrides,
+    RecipeArgument,
+    RunArgument,
+    RunName,
+    RunsDir,
+    Source,
+    example,
+)
+from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 
 if TYPE_CHECKING:
@@ -26,15 +38,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one by name.")
-]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name of a run below --runs-dir, or its folder.")
-]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
-]
 Strategy = Annotated[
     str | None,
     typer.Option(help="single or ddp.", show_default="single for one process, else ddp"),
@@ -48,8 +51,6 @@ Processes = Annotated[
         show_default="the GPUs present, 2 on a CPU",
     ),
 ]
-RunsDir = Annotated[Path, typer.Option(help="The folder that holds the runs.")]
-
 
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
@@ -57,11 +58,7 @@ _PLACE_ERRORS = (
 )
 
 
-def _example(*lines: str) -> str:
-    return "\n\n".join(["Example:", *lines])
-
-
-@app.command(epilog=_example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8"))
+@app.command(epilog=example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8"))
 def plan(
     recipe: RecipeArgument,
     strategy: Strategy = None,
@@ -82,7 +79,7 @@ def plan(
     _show(start.plan_of(loaded, index, topology, loaded.name))
 
 
-@app.command(epilog=_example("samestep prepare recipes/qwen2vl_7b_chartqa.yaml"))
+@app.command(epilog=example("samestep prepare recipes/qwen2vl_7b_chartqa.yaml"))
 def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate the data, count its tokens and fetch the base weights, into the cache. Needs no GPU."""
     from launch import start
@@ -94,7 +91,7 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa:
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "samestep run recipes/embedded.yaml --set training.max_steps=8 --name short",
         "samestep run recipes/embedded.yaml --set training.max_steps=16 --name short --allow training.max_steps",
         "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-20 "
@@ -105,24 +102,12 @@ def run(
     recipe: RecipeArgument,
     strategy: Strategy = None,
     gpus_per_node: Processes = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the recipe's")] = None,
+    name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
     overrides: Overrides = [],  # noqa: B006
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an older run of this name aside first.")
-    ] = False,
-    allow: Annotated[
-        list[str],
-        typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
-    ] = [],  # noqa: B006
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="CHECKPOINT",
-            help="Begin with a checkpoint of another run, or of plain trl or DeepSpeed.",
-        ),
-    ] = None,
+    fresh: Fresh = False,
+    allow: Allow = [],  # noqa: B006
+    source: Source = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan and command; write nothing but the data's cache.")
     ] = False,
@@ -161,7 +146,7 @@ def run(
         _say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
 
 
-@app.command(epilog=_example("samestep checkpoints embedded"))
+@app.command(epilog=example("samestep checkpoints embedded"))
 def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file."""
     import time
@@ -195,7 +180,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
         _say(line)
 
 
-@app.command(epilog=_example("samestep evaluate embedded --models base,adapter,shuffled"))
+@app.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
 def evaluate(
     run: RunArgument,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
@@ -238,7 +223,7 @@ BaseModel = Annotated[
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "samestep merge embedded",
         "samestep merge runs/embedded/checkpoint-20 --output m20",
         "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
@@ -294,7 +279,7 @@ def merge(
         _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
-@app.command(epilog=_example("samestep consolidate old_run/checkpoint-500 --output adapter"))
+@app.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))
 def consolidate(
     source: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Of ours, transformers, trl, accelerate or DeepSpeed.")
@@ -312,7 +297,7 @@ def consolidate(
     start.consolidate(source, output, options, runs_dir)
 
 
-@app.command(epilog=_example("samestep schema > recipe.schema.json"))
+@app.command(epilog=example("samestep schema > recipe.schema.json"))
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     import json
@@ -320,6 +305,9 @@ def schema() -> None:
     from launch.recipe import recipe_schema
 
     _say(json.dumps(recipe_schema(), indent=1))
+
+
+app.add_typer(cluster_commands)
 
 
 def main() -> None:

@@ -11,8 +11,12 @@ from pydantic import BaseModel, ValidationError
 Root = type[BaseModel]
 
 
-def explain(error: ValidationError, root: Root, refusals: Mapping[str, str]) -> list[str]:
+def explain(
+    error: ValidationError, root: Root, refusals: Mapping[str, str], whole: str = "a recipe"
+) -> list[str]:
     """One line per key. `refusals`: dotted key that is refused by name -> reason, with what to do.
+
+    `whole`: what `root` describes.
 
     The lines of a ValueError raised by a validator of `root` itself are taken as they are.
     """
@@ -23,7 +27,7 @@ def explain(error: ValidationError, root: Root, refusals: Mapping[str, str]) -> 
             continue
         key, known = _key_of(root, detail["loc"])
         if not known:
-            lines[key] = _unknown_key(root, key, refusals)
+            lines[key] = _unknown_key(root, key, refusals, whole)
         else:
             lines.setdefault(key, _wrong_value(root, key, detail["type"], detail["msg"], detail["input"]))
     return list(lines.values())
@@ -60,7 +64,7 @@ def _wrong_value(root: Root, key: str, kind: str, message: str, value: object) -
     return f"{key}: {what} (got {shown}); give {description}"
 
 
-def _unknown_key(root: Root, key: str, refusals: Mapping[str, str]) -> str:
+def _unknown_key(root: Root, key: str, refusals: Mapping[str, str], whole: str) -> str:
     if key in refusals:
         return f"{key}: refused; {refusals[key]}"
     section, _, last = key.rpartition(".")
@@ -70,7 +74,7 @@ def _unknown_key(root: Root, key: str, refusals: Mapping[str, str]) -> str:
     for candidates in (siblings, everywhere):
         if near := difflib.get_close_matches(last, list(candidates), n=1):
             return f"{key}: unknown key; did you mean {candidates[near[0]]}?"
-    return f"{key}: unknown key; {section or 'a recipe'} has {', '.join(siblings)}"
+    return f"{key}: unknown key; {section or whole} has {', '.join(siblings)}"
 
 
 def _fields(root: Root) -> dict[str, tuple[Any, str]]:

@@ -91,6 +91,7 @@ class RunRequest:
     fresh: bool
     allow: Sequence[str] = ()
     source: Path | None = None  # a checkpoint of another run
+    topology: Topology | None = None  # of other machines than this one: then all of it is said
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,10 @@ def check_request(request: RunRequest) -> CheckedRequest:
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
     run = open_run(request.runs_dir, request.name or recipe.name)
-    topology = choose_topology(request.strategy, 1, request.gpus_per_node)
+    topology = request.topology or choose_topology(request.strategy, 1, request.gpus_per_node)
     refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node)
-    refuse_missing_gpus(topology)
+    if request.topology is None:
+        refuse_missing_gpus(topology)
     refuse_unwritable(run.path.parent)
     refuse_if_running(run)
     source = request.source.expanduser().resolve() if request.source else None

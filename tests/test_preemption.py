@@ -13,7 +13,7 @@ import pytest
 
 from launch.errors import RunError
 from launch.run_directory import RunDirectory, request_stop
-from trainer.preemption import REASONS, WISHES, Agreed, Watch, watching
+from trainer.preemption import REASONS, WISHES, Agreed, Watch, warn_of_slow_save, watching
 
 
 def _wished(watch: Watch) -> set[str]:
@@ -146,3 +146,14 @@ def test_a_folder_called_stop_or_save_is_no_request(tmp_path: Path) -> None:
     run.stop_file.mkdir()
     run.save_file.mkdir()
     assert _wished(Watch(run, 0, os.getppid())) == set()
+
+
+def test_a_save_of_more_than_half_the_warning_time_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAMESTEP_STOP_LEAD", raising=False)
+    assert warn_of_slow_save(1e6) is None
+    monkeypatch.setenv("SAMESTEP_STOP_LEAD", "120")
+    assert warn_of_slow_save(60.0) is None
+    assert warn_of_slow_save(61.0) == (
+        "a save took 61.0 s, more than half of the 120 s of warning before the time limit; "
+        "submit with a longer --signal-lead"
+    )

@@ -213,6 +213,23 @@ def test_a_run_under_way_is_refused(
     assert "Traceback" not in said
 
 
+def test_what_is_refused_before_the_run_is_taken_leaves_its_reason_for_who_waits(
+    done: RunDirectory, tmp_path: Path
+) -> None:
+    run = _copy(done, tmp_path)
+    plan = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps({**plan, "dataset_fingerprint": "0" * 64}))
+    main(["--run-dir", str(run.path), "--marker-decides"])
+    marker = read_marker(run)
+    assert marker is not None
+    assert marker.kind == "REFUSED"
+    assert "was made for other data" in marker.text
+    with hold_lock(run.path):  # of somebody else's run there is nothing to say
+        (run.path / "REFUSED").unlink()
+        assert main(["--run-dir", str(run.path), "--marker-decides"]) == 2
+    assert read_marker(run) is None
+
+
 def test_a_plan_for_more_processes_than_were_launched_stops(
     done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,17 @@ class Watch:
         return Agreed.of([sum(told) for told in zip(*gather(self.wishes()), strict=True)])
 
 
+def warn_of_slow_save(seconds: float) -> str | None:
+    """What to say when a save took more than half of the scheduler's warning time (a batch job sets it)."""
+    lead = os.environ.get("SAMESTEP_STOP_LEAD", "")
+    if not lead.isdigit() or seconds <= int(lead) / 2:
+        return None
+    return (
+        f"a save took {seconds:.1f} s, more than half of the {lead} s of warning before the time limit; "
+        "submit with a longer --signal-lead"
+    )
+
+
 @contextmanager
 def watching(run: RunDirectory, rank: int, parent: int) -> Iterator[Watch]:
     """From here on signals are wishes; at the end they are again what they were.

@@ -61,7 +61,7 @@ from trainer.guards import (
     describe_labels,
 )
 from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
-from trainer.preemption import Agreed, Watch
+from trainer.preemption import Agreed, Watch, warn_of_slow_save
 from trainer.records import append_line, bring_to_disk, samples_digest
 from trainer.reports import ProgressBar, Trackio
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
@@ -377,6 +377,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         logger.info(
             f"checkpoint-{step}: published in {took:.2f} s, for which the training waited {waited:.3f} s"
         )
+        if slow := warn_of_slow_save(took):
+            logger.warning(f"checkpoint-{step}: {slow}")
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What a resuming run, or a reader years later, wants to know of a checkpoint."""

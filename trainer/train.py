@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
@@ -37,6 +38,7 @@ from launch.run_directory import (
     clear_markers,
     clear_requests,
     hold_lock,
+    lock_holder,
     open_run,
     read_marker,
     write_marker,
@@ -44,6 +46,7 @@ from launch.run_directory import (
 from launch.runs import adopt, continue_run, refuse_an_end_behind, refuse_another_dataset, write_request
 from trainer import LAUNCHER
 from trainer.agreement import (
+    end_process,
     from_rank_0,
     gather,
     in_words,
@@ -97,6 +100,10 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     is written there and known to all ranks ends with 0; anything else must not, or the other ranks would wait.
     """
     status = say_once(error)
+    alone = not dist.is_initialized() and os.environ.get("RANK", "0") == "0"
+    if options.marker_decides and alone and lock_holder(options.run_dir) is None:
+        # Nobody took the run: what is refused so early must not look like a crash either.
+        leave_reason(RunDirectory(options.run_dir), error)
     told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
     return 0 if told else status
 
@@ -432,4 +439,4 @@ def leave_reason(run: RunDirectory, error: SamestepError) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
-from trainer.agreement import leave_processes
+from trainer.agreement import end_process, leave_processes
 from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
 
@@ -43,7 +43,8 @@ def main() -> None:
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
         train.train_once(options, index, state, os.getppid())
-    leave_processes()  # gloo's threads abort a process that just ends
+    leave_processes()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.errors import SamestepError
 from trainer import sft, train
+from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
 _compute_loss, _publish = PlannedTrainer.compute_loss, sft.publish
@@ -43,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -40,8 +40,20 @@ def write_sections(sections: dict[str, str]) -> None:
     RESULTS.write_text("".join([_HEAD, *body]))
 
 
+def write_table(file: Path, head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A file with one table: what it is, when and where it was measured, the rows."""
+    lines = [" | ".join(columns), "|".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
+    file.write_text(f"{head}\n{_stamp()}\n\n" + "".join(f"| {line} |\n" for line in lines))
+
+
 def _stamp() -> str:
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"):
+        commit += " with changes"
     cores = len(os.sched_getaffinity(0))
     return f"{date.today().isoformat()}, commit {commit}, {cores} cores, torch {version('torch')} on the CPU."
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip()

@@ -27,7 +27,7 @@ from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
 from launch.recipe import load_recipe
 from launch.run_directory import RunDirectory
-from trainer.agreement import leave_processes, on_rank_0, say_once, together
+from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -247,4 +247,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,0 +1,36 @@
+"""Arguments that several commands of `samestep` share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one by name.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of a run below --runs-dir, or its folder.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
+]
+RunsDir = Annotated[Path, typer.Option(help="The folder that holds the runs.")]
+RunName = Annotated[str | None, typer.Option(help="Name of the run.", show_default="the recipe's")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside first.")]
+Allow = Annotated[
+    list[str],
+    typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
+]
+Source = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="CHECKPOINT",
+        help="Begin with a checkpoint of another run, or of plain trl or DeepSpeed.",
+    ),
+]
+
+
+def example(*lines: str) -> str:
+    """The epilog of a command's help."""
+    return "\n\n".join(["Example:", *lines])

@@ -1,0 +1,226 @@
+"""The commands of `samestep` for a cluster: submit, status, logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.arguments import (
+    Allow,
+    Fresh,
+    Overrides,
+    RecipeArgument,
+    RunArgument,
+    RunName,
+    RunsDir,
+    Source,
+    example,
+)
+from launch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.submit import Submission
+
+commands = typer.Typer()
+
+
+@commands.command(
+    epilog=example(
+        "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00",
+        "samestep submit recipes/embedded.yaml --site site.yaml --then merge,evaluate",
+        "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --dry-run > job.sbatch",
+    )
+)
+def submit(
+    recipe: RecipeArgument,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of accelerate_configs/, without .yaml.",
+            show_default="single for one process, else ddp",
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="Processes of a node, one a GPU.")] = 1,
+    site: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
+    account: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
+    qos: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="Limit of one attempt, as of sbatch: D-HH:MM:SS.", show_default="the site's"),
+    ] = None,
+    constraint: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
+    container: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="For the site's container.runtime.", show_default="the site's"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="What the nodes train on: cuda or cpu.", show_default="the site's, cuda"),
+    ] = None,
+    signal_lead: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"
+        ),
+    ] = None,
+    then: Annotated[
+        str, typer.Option(help="Jobs for when the run is done: merge, evaluate, or both with a comma.")
+    ] = "",
+    name: RunName = None,
+    runs_dir: RunsDir = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    fresh: Fresh = False,
+    allow: Allow = [],  # noqa: B006
+    source: Source = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the script, and the plan on stderr; queue and write nothing."),
+    ] = False,
+) -> None:
+    """Queue a recipe's training on a Slurm cluster, on the login node. The job goes on until the run is done.
+
+    Everything that can be refused is refused before the job is queued. `sbatch runs/NAME/submit.sbatch` queues the
+    same again.
+    """
+    from launch import start
+    from launch import submit as cluster
+    from launch.site import load_site
+
+    follow_ups = cluster.check_follow_ups(then)
+    given = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
+    given |= {"container.image": container, "device": device}
+    chosen = load_site(site, {**given, "signal_lead": signal_lead})
+    cluster.refuse_short_time(chosen)
+    if not dry_run:
+        cluster.refuse_missing_sbatch()
+    asked = start.RunRequest(
+        recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
+    )
+    asked = start.take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
+    submission = cluster.prepare(asked, chosen, follow_ups)
+    _show(submission, to_stderr=dry_run)
+    if dry_run:
+        for text in (submission.script, *submission.follow_ups.values()):
+            _say(text)
+        return
+    _queue(submission, fresh)
+
+
+def _queue(submission: Submission, fresh: bool) -> None:
+    from launch import start
+    from launch import submit as cluster
+
+    planned = submission.planned
+    cluster.refuse_if_queued(planned.run)
+    with start.claim(planned, submission.request):
+        if not fresh and start.is_done(planned):
+            _say(
+                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
+            )
+            return
+        if fresh and (old := start.move_aside(planned.run)):
+            _say(f"the older run is now {old}")
+        queued = cluster.queue(submission)
+    _say(submission.script)
+    for script, job in queued:
+        _say(f"queued as job {job}: {planned.run.path / script}")
+    _say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
+
+
+@commands.command(epilog=example("samestep status", "samestep status embedded --json"))
+def status(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN...]", help="Names of runs below --runs-dir, or their folders; none: all."
+        ),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, times in seconds.")] = False,
+) -> None:
+    """Show what runs do: state, step, speed, loss, newest valid checkpoint, expected end, restarts.
+
+    Read from the run's folder, with Slurm's word where `scontrol` is there.
+    """
+    import json
+    import time
+
+    from launch import start
+    from launch.status import COLUMNS, row, runs_below, status_of
+    from launch.submit import show_job
+
+    now = time.time()
+    chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
+    found = [status_of(run, show_job, now) for run in chosen]
+    if as_json:
+        _say(json.dumps([one.to_json() for one in found], indent=1))
+        return
+    if not found:
+        _say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*COLUMNS)
+    for one in found:
+        table.add_row(*map(Text, row(one, now)))
+    Console(highlight=False).print(table)
+
+
+@commands.command(epilog=example("samestep logs embedded --follow", "samestep logs embedded --rank 3"))
+def logs(
+    run: RunArgument,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Only this rank's words, on whichever node it is.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows, until Ctrl-C.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Print what a run's newest job said."""
+    import os
+    import shutil
+    import sys
+
+    from launch import start
+    from launch.status import log_files
+
+    files = [str(file) for file in log_files(start.find_run(run, runs_dir), rank)]
+    if not follow:
+        for file in files:
+            with Path(file).open("rb") as handle:
+                shutil.copyfileobj(handle, sys.stdout.buffer)
+        sys.stdout.flush()
+        return
+    if shutil.which("tail") is None:
+        raise ConfigError("--follow: needs the command `tail`, which is not in PATH; leave it out")
+    os.execvp("tail", ["tail", "-q", "-n", "+1", "-F", *files])
+
+
+def _show(submission: Submission, to_stderr: bool) -> None:
+    """The derived numbers, and what is allowed to differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.changes import consequences
+    from launch.plan import plan_rows
+
+    plan = submission.planned.plan
+    console = Console(highlight=False, stderr=to_stderr)
+    for consequence in consequences(submission.planned.changed):
+        console.print(f"allowed: {consequence}", markup=False)
+    table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
+    for name, value in plan_rows(plan):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,212 @@
+"""The ledger of a run on a cluster: every attempt of every job, how it ended, and when to stop trying.
+
+`ledger.jsonl` in the run directory, one line for each event, added and never changed: `submit`, `start`, `end`. An
+attempt without an `end` is under way, or its node died; the next attempt closes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from launch.manifest import MANIFEST
+from launch.run_directory import RunDirectory, read_marker, requested_stop
+from launch.slurm import JobFacts
+
+How = Literal["done", "stopped", "refused", "preempted", "time", "crashed"]
+RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed")
+"""Ends after which the job is queued again, counted apart."""
+LIMIT = 3  # crashes in a row, or attempts in a row that saved no step
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job. Steps are those of the newest published checkpoint; `how` is None without an end."""
+
+    job: str
+    restart: int
+    began: float
+    first_step: int
+    log: str = ""
+    nodes: str = ""
+    how: How | None = None
+    reason: str = ""
+    last_step: int = 0
+    ended: float = 0.0
+
+    @property
+    def saved(self) -> bool:
+        """It brought the run forward."""
+        return self.last_step > self.first_step
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the file says."""
+
+    submitted: tuple[str, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def open(self) -> Attempt | None:
+        """The attempt without an end."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].how is None else None
+
+    @property
+    def job(self) -> str | None:
+        """The job that belongs to the run now, queued, running or gone."""
+        started = self.attempts[-1].job if self.attempts else None
+        if self.submitted and all(attempt.job != self.submitted[-1] for attempt in self.attempts):
+            return self.submitted[-1]
+        return started
+
+    def restarts(self) -> dict[How, int]:
+        """How often attempts ended so that another was needed, by kind."""
+        counted = Counter(attempt.how for attempt in self.attempts)
+        return {how: counted[how] for how in RESTARTED}
+
+
+def ledger_file(run: RunDirectory) -> Path:
+    return run.path / "ledger.jsonl"
+
+
+def read_ledger(run: RunDirectory) -> Ledger:
+    """Every event of the file; a line that a kill or a full disk cut short is passed over."""
+    try:
+        lines = ledger_file(run).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return Ledger()
+    submitted: list[str] = []
+    attempts: list[Attempt] = []
+    for event in filter(None, map(_parse, lines)):
+        kind = event.pop("event")
+        if kind == "submit":
+            submitted.append(str(event["job"]))
+        elif kind == "start":
+            attempts.append(Attempt(**event))
+        elif attempts and attempts[-1].how is None:
+            attempts[-1] = Attempt(**{**vars(attempts[-1]), **event})
+    return Ledger(tuple(submitted), tuple(attempts))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    known = {"event", *Attempt.__dataclass_fields__}
+    if not isinstance(event, dict) or not {"event"} <= event.keys() <= known:
+        return None
+    needed = {"submit": {"job"}, "start": {"job", "restart", "began", "first_step"}, "end": {"how"}}
+    kind = event["event"]
+    complete = kind in needed and needed[kind] <= event.keys()
+    return event if complete and event.get("how", "done") in get_args(How) else None
+
+
+def write_event(run: RunDirectory, event: str, **facts: Any) -> None:
+    """Add one line, on its way to the disk when this returns."""
+    line = json.dumps({"event": event, **facts}) + "\n"
+    with ledger_file(run).open("ab+") as file:
+        if file.tell() and not _ends_a_line(file.name):
+            line = "\n" + line  # a line that was cut short stays alone
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_a_line(name: str) -> bool:
+    with Path(name).open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def newest_step(run: RunDirectory) -> int:
+    """Of the newest published checkpoint, without reading it; 0 without one."""
+    published = [folder for folder in run.checkpoints() if (folder / MANIFEST).is_file()]
+    return int(published[-1].name.rpartition("-")[2]) if published else 0
+
+
+# how an attempt ended -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended, and why."""
+
+    how: How
+    reason: str = ""
+
+
+def how_it_ended(run: RunDirectory) -> End:
+    """From the marker; without one it crashed, or did not get to answer a stop that was asked for."""
+    marker = read_marker(run)
+    if marker is None:
+        asked = requested_stop(run)
+        if asked in ("preempted", "time"):
+            return End(
+                cast(How, asked), "killed before the checkpoint was written; see grace_seconds, signal_lead"
+            )
+        return End("crashed", "ended without a marker; see the log")
+    if marker.kind == "DONE":
+        return End("done", marker.text)
+    if marker.kind == "REFUSED":
+        return End("refused", marker.text)
+    word = re.split(r"\W", marker.text, maxsplit=1)[0]
+    if word in ("preempted", "time"):
+        return End(cast(How, word), marker.text)
+    return End("crashed" if word == "orphaned" else "stopped", marker.text)
+
+
+def with_job(end: End, job: JobFacts | None, restart: int) -> tuple[End, bool]:
+    """What the job's state adds: (end, whether Slurm has queued the job again by itself).
+
+    A TERM means several things, and Slurm 22.05 tells them apart only here: it counts a restart as soon as it requeues,
+    names the time limit as reason, and otherwise a job that is completing was cancelled.
+    """
+    if job is None or end.how not in RESTARTED:
+        return end, False
+    if job.restarts > restart:
+        return end, True
+    if job.reason == "TimeLimit" or job.state == "TIMEOUT":
+        return End("time" if end.how == "preempted" else end.how, end.reason), False
+    if job.state in ("COMPLETING", "CANCELLED"):
+        return End("stopped", f"scancel: {end.reason}"), False
+    return end, False
+
+
+# when to stop trying ------------------------------------------------------------------------
+
+
+def reason_to_give_up(attempts: Sequence[Attempt]) -> str | None:
+    """Why the last job is not to be queued again; None while it may be. A new submission counts anew."""
+    if not attempts:
+        return None
+    own = [attempt for attempt in attempts if attempt.job == attempts[-1].job]
+    newest_first = own[::-1]
+    crashed = len(list(takewhile(lambda attempt: attempt.how == "crashed", newest_first)))
+    idle = len(list(takewhile(lambda attempt: not attempt.saved and attempt.how in RESTARTED, newest_first)))
+    last = own[-1]
+    if idle >= LIMIT:
+        kinds = ", ".join(str(attempt.how) for attempt in own[-idle:])
+        return (
+            f"job {last.job}: no step was saved in {idle} attempts in a row ({kinds}; at step {last.last_step}); "
+            "see the log, then submit again"
+        )
+    if crashed >= LIMIT:
+        return (
+            f"job {last.job}: crashed {crashed} times in a row (now at step {last.last_step}); "
+            "see the log, then submit again"
+        )
+    return None
+
+
+def counted(restarts: Mapping[How, int]) -> str:
+    """In words: `preempted 2, time 0, crashed 1`."""
+    return ", ".join(f"{how} {count}" for how, count in restarts.items())

@@ -1,0 +1,229 @@
+"""What `samestep status` and `samestep logs` show: read from the run directory, with Slurm's word where it speaks."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch import ledger
+from launch.checkpoints import age
+from launch.errors import CheckpointError, ConfigError
+from launch.ledger import Ledger
+from launch.manifest import newest_valid
+from launch.plan import Plan
+from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
+from launch.slurm import JobFacts
+
+State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
+
+COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
+RECENT = 50  # steps that the speed is taken from
+# No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
+STALLED_AFTER_S, STALLED_STEPS = 900.0, 50
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. None where nothing is known; times in seconds since 1970, ages in seconds."""
+
+    run: str
+    state: State
+    because: str
+    job: str | None
+    nodes: str
+    step: int
+    max_steps: int | None
+    samples_per_second: float | None
+    loss: float | None
+    checkpoint_step: int | None
+    checkpoint_age: float | None
+    expected_end: float | None
+    preempted: int
+    timed_out: int
+    crashed: int
+
+    @property
+    def requeued(self) -> int:
+        """Attempts that needed another."""
+        return self.preempted + self.timed_out + self.crashed
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "requeued": self.requeued}
+
+
+def runs_below(runs_dir: Path) -> list[RunDirectory]:
+    """Every run, by name."""
+    folder = runs_dir.expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"--runs-dir: no such folder ({folder}); name the folder that holds the runs")
+    return [
+        RunDirectory(path.absolute()) for path in sorted(folder.iterdir()) if (path / "plan.json").is_file()
+    ]
+
+
+def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> Status:
+    """Everything about one run. Reads its newest checkpoint whole; raises nothing for what is damaged there."""
+    try:
+        plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        plan = None
+    book = ledger.read_ledger(run)
+    job = show_job(book.job) if book.job else None
+    steps, last_change = _last_steps(run.metrics_file)
+    speed = _samples_per_second(steps)
+    step = steps[-1]["step"] if steps else 0
+    checkpoint, written = _newest_checkpoint(run)
+    marker, holder = read_marker(run), lock_holder(run.path)
+    state, because = state_of(marker, book, job, holder)
+    began = book.open.began if book.open else 0.0
+    usual = statistics.median(line["seconds"] for line in steps) if steps else 0.0
+    idle = now - max(last_change, began)
+    if state == "running" and last_change and idle > max(STALLED_AFTER_S, STALLED_STEPS * usual):
+        state, because = "stalled", f"no step for {age(idle)}"
+    left = (plan.max_steps - step) if plan else 0
+    running = state == "running" and plan is not None and speed
+    restarts = book.restarts()
+    return Status(
+        run=run.name,
+        state=state,
+        because=because,
+        job=book.job,
+        nodes=book.open.nodes if book.open else "",
+        step=step,
+        max_steps=plan.max_steps if plan else None,
+        samples_per_second=speed,
+        loss=steps[-1]["loss"] if steps else None,
+        checkpoint_step=checkpoint,
+        checkpoint_age=None if written is None else max(0.0, now - written),
+        expected_end=now + left * plan.global_batch_size / speed if running and plan and speed else None,
+        preempted=restarts["preempted"],
+        timed_out=restarts["time"],
+        crashed=restarts["crashed"],
+    )
+
+
+def state_of(
+    marker: Marker | None, book: Ledger, job: JobFacts | None, holder: str | None
+) -> tuple[State, str]:
+    """(state, why), from the marker, the ledger, the job and the holder of the run's lock."""
+    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        again = sum(book.restarts().values())
+        return "queued", f"{'requeued ' + str(again) + ' times, ' if again else ''}{job.reason}"
+    if holder and marker is None:
+        return "running", holder
+    if marker is not None and marker.kind == "DONE":
+        return "done", marker.text
+    if marker is not None and marker.kind == "REFUSED":
+        return "failed", marker.text
+    if job is not None and job.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED"):
+        return "running", f"job {book.job} ({job.state.lower()})"
+    if marker is not None:
+        return "stopped", marker.text
+    if not book.attempts:
+        return ("queued", f"job {book.job}, by the ledger alone") if book.job else ("not started", "")
+    if (last := book.attempts[-1]).how is None:
+        where = (
+            f"its job {last.job} is {job.state}"
+            if job
+            else f"job {last.job} left no word, and nobody holds it"
+        )
+        return "failed", where
+    return "failed", ledger.reason_to_give_up(book.attempts) or f"job {last.job}: {last.reason}"
+
+
+def _last_steps(file: Path) -> tuple[list[dict[str, Any]], float]:
+    """The newest lines of the metrics, and when the last one came; a line that is being written is passed over."""
+    try:
+        with file.open("rb") as handle:
+            handle.seek(max(0, file.stat().st_size - RECENT * 1000))
+            lines = handle.read().decode(errors="replace").splitlines()
+        changed = file.stat().st_mtime
+    except OSError:
+        return [], 0.0
+    steps = []
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and {"step", "loss", "samples", "seconds"} <= values.keys():
+            steps.append(values)
+    return steps[-RECENT:], changed if steps else 0.0
+
+
+def _samples_per_second(steps: Sequence[dict[str, Any]]) -> float | None:
+    """Of the median step: the first one of an attempt, or one beside a save, says little."""
+    seconds = [line["seconds"] for line in steps if line["seconds"] > 0]
+    return steps[-1]["samples"] / statistics.median(seconds) if seconds else None
+
+
+def _newest_checkpoint(run: RunDirectory) -> tuple[int | None, float | None]:
+    try:
+        checkpoint, _ = newest_valid(run.path)
+        return (checkpoint.step, checkpoint.folder.stat().st_mtime) if checkpoint else (None, None)
+    except (OSError, CheckpointError):
+        return None, None
+
+
+def row(status: Status, now: float) -> tuple[str, ...]:
+    """A row of `COLUMNS`."""
+    why = f" ({status.because.splitlines()[0]})" if status.because else ""
+    checkpoint = "-"
+    if status.checkpoint_step is not None and status.checkpoint_age is not None:
+        checkpoint = f"step {status.checkpoint_step}, {age(status.checkpoint_age)} ago"
+    return (
+        status.run,
+        f"{status.state}{why}",
+        f"{status.step:,} of {status.max_steps:,}" if status.max_steps is not None else f"{status.step:,}",
+        "-" if status.samples_per_second is None else f"{status.samples_per_second:,.2f}",
+        "-" if status.loss is None else f"{status.loss:.4g}",
+        checkpoint,
+        "-" if status.expected_end is None else f"in {age(status.expected_end - now)}",
+        f"{status.preempted} preempted, {status.timed_out} time, {status.crashed} crashed"
+        if status.requeued
+        else "-",
+    )
+
+
+# logs -------------------------------------------------------------------------------------------
+
+
+def log_files(run: RunDirectory, rank: int | None) -> list[Path]:
+    """The files with the words of the newest attempt: of its job, or of one rank. ConfigError when there are none."""
+    book = ledger.read_ledger(run)
+    files = _of_rank(run, rank) if rank is not None else _of_job(run, book)
+    if not files:
+        of = "" if rank is None else f" of rank {rank}"
+        raise ConfigError(
+            f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
+        )
+    return files
+
+
+def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
+    names = [attempt.log for attempt in book.attempts if attempt.log]
+    names += [str(run.path / "logs" / f"{job}.out") for job in book.submitted]
+    written = [path for name in names if (path := Path(name)).is_file()]
+    return sorted({*written}, key=lambda path: path.stat().st_mtime)[-1:]
+
+
+def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
+    """torchrun writes logs/<job>.<restart>/node-<n>/<id>/attempt_0/<local rank>/{stdout,stderr}.log (torch 2.14)."""
+    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    if not 0 <= rank < plan.world_size:
+        raise ConfigError(
+            f"--rank: {rank} is none of this run's ({plan.world_size} ranks); give 0 to {plan.world_size - 1}"
+        )
+    if plan.strategy == "single":  # no torchrun: the job's log is the rank's
+        return _of_job(run, ledger.read_ledger(run))
+    attempts = [path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+\.\d+", path.name)]
+    node, local = divmod(rank, plan.gpus_per_node)
+    for attempt in sorted(attempts, key=lambda path: tuple(map(int, path.name.split("."))), reverse=True):
+        if files := sorted(attempt.glob(f"node-{node}/*/attempt_*/{local}/std*.log")):
+            return files
+    return []

@@ -1,0 +1,215 @@
+"""`samestep submit`: from a request to a queued job. What can be refused is refused here, before queueing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch import ledger, start
+from launch.errors import ConfigError
+from launch.index import cache_root
+from launch.resources import resource
+from launch.run_directory import RunDirectory, clear_markers, clear_requests, hold_lock
+from launch.runs import adopt, write_request
+from launch.site import Site
+from launch.slurm import (
+    Job,
+    JobFacts,
+    follow_up_script,
+    parse_job,
+    parse_job_id,
+    seconds_of,
+    train_script,
+)
+
+FOLLOW_UPS = ("merge", "evaluate")
+SCRIPT = "submit.sbatch"
+_PATIENCE_S = 120
+# What a shell inside another allocation would pass on about that one: srun believes it over the new job's script.
+_OF_ANOTHER_JOB = ("SLURM_", "SRUN_", "PMI", "SBATCH_JOB_")
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Everything that will be queued; nothing is written yet. `follow_ups`: file name -> script, in order."""
+
+    planned: start.PlannedRun
+    request: start.RunRequest
+    script: str
+    follow_ups: Mapping[str, str]
+
+
+def check_follow_ups(then: str) -> list[str]:
+    """The words of `--then`, in the order they are done. ConfigError for others."""
+    words = [word.strip() for word in then.split(",") if word.strip()]
+    if unknown := [word for word in words if word not in FOLLOW_UPS]:
+        raise ConfigError(f"--then: unknown {', '.join(unknown)}; choose of {', '.join(FOLLOW_UPS)}")
+    return [word for word in FOLLOW_UPS if word in words]
+
+
+def choose(request: start.RunRequest, site: Site, nodes: int, gpus_per_node: int) -> start.RunRequest:
+    """The request for the site's nodes: what this machine has does not count."""
+    chosen = start.choose_topology(request.strategy, nodes, gpus_per_node)
+    return replace(request, topology=start.Topology(chosen.strategy, nodes, gpus_per_node, site.device))
+
+
+def refuse_short_time(site: Site) -> None:
+    """ConfigError when the warning would come as soon as the job starts: it would never take a step."""
+    limit = seconds_of(site.time) if site.time else None
+    if limit and limit <= site.signal_lead:
+        raise ConfigError(
+            f"--time: {site.time} is over before the warning time begins ({limit} s <= {site.signal_lead} s); "
+            "ask for more time, or lower --signal-lead"
+        )
+
+
+def refuse_missing_sbatch() -> None:
+    """ConfigError on a machine that cannot submit."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch: not found in PATH, so this machine submits nothing; run this on the cluster's login node, "
+            "or look at the script with --dry-run"
+        )
+
+
+def prepare(request: start.RunRequest, site: Site, then: Sequence[str]) -> Submission:
+    """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused."""
+    planned = start.plan_run(request)
+    job = _job(planned, site)
+    follow_ups = {}
+    for word in then:
+        command = [word, str(planned.run.path)]
+        if word == "evaluate":
+            command += ["--models", ",".join(["base", "adapter", *(["merged"] if "merge" in then else [])])]
+        template = resource("slurm", "merge_eval.sbatch").read_text(encoding="utf-8")
+        one = replace(job, name=f"{job.name}-{word}")
+        follow_ups[f"{word}.sbatch"] = follow_up_script(template, one, command)
+    template = resource("slurm", "train.sbatch").read_text(encoding="utf-8")
+    return Submission(planned, request, train_script(template, job), follow_ups)
+
+
+def _job(planned: start.PlannedRun, site: Site) -> Job:
+    plan, run = planned.plan, planned.run.path
+    # A job that is submitted again from another shell must find the same caches.
+    environment = {"SAMESTEP_CACHE": str(cache_root())}
+    environment |= {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if name in os.environ}
+    contained = site.container.runtime != "none"
+    places = [run.parent, Path.cwd(), *map(Path, environment.values())] if contained else []
+    mounts = list(dict.fromkeys(map(str, places)))
+    if odd := [mount for mount in [*mounts, *site.container.mounts] if "," in mount or mount.count(":") > 2]:
+        raise ConfigError(
+            f"container.mounts: cannot be mounted ({', '.join(odd)}); no commas, HERE:THERE:ro at most"
+        )
+    if odd := [mount for mount in mounts if ":" in mount]:
+        raise ConfigError(
+            f"container: a folder with a colon cannot be mounted ({', '.join(odd)}); use another"
+        )
+    return Job(
+        name=plan.name,
+        nodes=plan.nodes,
+        gpus_per_node=plan.gpus_per_node,
+        device=plan.device,
+        run=run,
+        work_folder=Path.cwd(),
+        python=site.container.python if contained else (site.python or sys.executable),
+        site=site,
+        mounts=mounts,
+        environment=environment,
+    )
+
+
+def refuse_if_queued(run: RunDirectory) -> None:
+    """ConfigError while a job of this run waits or runs: two of them would take turns."""
+    job = ledger.read_ledger(run).job
+    facts = show_job(job) if job else None
+    if facts and facts.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED"):
+        raise ConfigError(
+            f"{run.path}: job {job} of this run is in the queue already ({facts.state.lower()}); "
+            f"`samestep status {run.name}` shows it, `scancel {job}` ends it, or choose another --name"
+        )
+
+
+def write(submission: Submission) -> Path:
+    """Write the run directory with its scripts; returns that of the training. The caller has claimed the name."""
+    planned, run = submission.planned, submission.planned.run
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    with hold_lock(run.path):
+        clear_markers(run)
+        clear_requests(run)
+        write_request(run, planned.recipe, planned.plan)
+        if planned.continuation.source is not None:
+            adopt(planned.continuation.source, run)
+    for name, text in {SCRIPT: submission.script, **submission.follow_ups}.items():
+        (run.path / name).write_text(text, encoding="utf-8")
+    return run.path / SCRIPT
+
+
+def queue(submission: Submission) -> list[tuple[str, str]]:
+    """Write and submit all; returns (script, job id) in order. ConfigError with sbatch's own words.
+
+    When the first one is refused, a run directory that was not there before goes again.
+    """
+    run = submission.planned.run
+    new = not run.path.exists()
+    script = write(submission)
+    try:
+        first = sbatch(script)
+    except ConfigError:
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    ledger.write_event(run, "submit", job=first)
+    queued = [(SCRIPT, first)]
+    for name in submission.follow_ups:
+        # Without the second the job would wait for ever once the one before has failed.
+        options = [f"--dependency=afterok:{queued[-1][1]}", "--kill-on-invalid-dep=yes"]
+        queued.append((name, sbatch(run.path / name, *options)))
+    return queued
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a script; returns the job id. ConfigError when sbatch refuses, in its words."""
+    done = _slurm("sbatch", "--parsable", *options, str(script))
+    if done.returncode:
+        words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        said = "; ".join(word for word in words if word.strip()) or "without a word"
+        raise ConfigError(
+            f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
+            "see `sinfo` and `sacctmgr show assoc` for what you may use"
+        )
+    return parse_job_id(done.stdout)
+
+
+def show_job(job: str) -> JobFacts | None:
+    """What Slurm knows of a job; None when it knows nothing, or there is no Slurm here."""
+    if shutil.which("scontrol") is None:
+        return None
+    try:
+        done = _slurm("scontrol", "show", "job", "-o", job)
+    except ConfigError:
+        return None
+    return parse_job(done.stdout) if done.returncode == 0 else None
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or not name.startswith(_OF_ANOTHER_JOB)
+    }
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"{command[0]}: not found in PATH; run this where Slurm is installed") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"{command[0]}: gives no answer ({error}); is the controller up? see `scontrol ping`"
+        ) from None

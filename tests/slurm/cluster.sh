@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# A real Slurm cluster of several nodes on this machine, for the tests: root, Debian, no systemd, nothing under /etc.
+#   cluster.sh start FOLDER NODES [netns]   loopback addresses, or with netns an own network and cable for each node
+#   cluster.sh on FOLDER COMMAND...         a command where the cluster's login node would be
+#   cluster.sh crash FOLDER NODE            kill -9 everything that a node runs; `start` brings it back
+#   cluster.sh link FOLDER NODE up|down     netns: the node's cable
+#   cluster.sh kill-controller FOLDER       kill -9 slurmctld; `start` brings it back
+#   cluster.sh stop FOLDER
+# Partitions: batch (preemptable), high (preempts it), closed (only for the account "project").
+set -eu
+PATH=$PATH:/usr/sbin:/sbin
+COMMAND=$1 FOLDER=$(readlink -m "$2")
+shift 2
+CONF=$FOLDER/slurm.conf
+export SLURM_CONF=$CONF
+ID=$(printf %s "$FOLDER" | cksum)    # ports, addresses and namespaces of this folder's cluster
+ID=$((${ID%% *} % 200))
+PORT=$((31000 + ID * 8)) NET=10.214.$ID
+
+write_conf() {
+  local node address gpu server control=127.0.0.1
+  [ "$MODE" != netns ] || control=$NET.254
+  server=$(hostname -s)
+  cat >"$CONF" <<END
+ClusterName=test
+SlurmctldHost=$server($control)
+SlurmctldPort=$PORT
+AuthType=auth/munge
+AuthInfo=socket=$FOLDER/munge/socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation=$FOLDER/state
+SlurmctldPidFile=$FOLDER/slurmctld.pid
+SlurmctldLogFile=$FOLDER/slurmctld.log
+SlurmdSpoolDir=$FOLDER/spool.%n
+SlurmdPidFile=$FOLDER/slurmd.%n.pid
+SlurmdLogFile=$FOLDER/slurmd.%n.log
+ProctrackType=proctrack/$([ -w /sys/fs/cgroup/freezer/cgroup.procs ] && echo cgroup || echo linuxproc)
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=1,sched_min_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+EnforcePartLimits=ALL
+KillWait=30
+MinJobAge=3600
+SlurmctldTimeout=10
+SlurmdTimeout=10
+WaitTime=30
+EpilogMsgTime=10
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+GresTypes=gpu
+END
+  printf '%s\n' "127.0.0.1 localhost" "$control $server" >"$FOLDER/hosts"
+  for node in $(seq "$NODES"); do
+    address=127.78.$ID.$node
+    [ "$MODE" != netns ] || address=$NET.$node
+    echo "$address n$node" >>"$FOLDER/hosts"
+    echo "NodeName=n$node NodeAddr=$address Port=$((PORT + node)) CPUs=4 RealMemory=4096 Gres=gpu:4" >>"$CONF"
+  done
+  for gpu in 0 1 2 3; do ln -sfn /dev/null "$FOLDER/gpu$gpu"; done   # slurmd 22.05 counts none without a file
+  echo "Name=gpu Flags=nvidia_gpu_env File=$FOLDER/gpu[0-3]" >"$FOLDER/gres.conf"
+  echo "CgroupPlugin=cgroup/v1" >"$FOLDER/cgroup.conf"
+  cat >>"$CONF" <<END
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=closed Nodes=ALL MaxTime=INFINITE AllowAccounts=project
+END
+}
+
+inside() { # namespace-or-empty, host name, command: with our hosts file, and without `ip netns exec`, which hides cgroups
+  local space=$1 name=$2
+  shift 2
+  # shellcheck disable=SC2016
+  ${space:+nsenter --net=/run/netns/$space} unshare --uts --mount sh -c \
+    'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"' - "$name" "$FOLDER/hosts" "$@"
+}
+space() { [ "$MODE" != netns ] || echo "st$ID-$1"; }
+alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null && ! grep -q '^State:.*Z' "/proc/$(cat "$1")/status"; }
+until_true() { for _ in $(seq 300); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
+on() { inside "$(space c)" "$(hostname -s)" "$@"; }
+
+plug() { # a cable from a node's namespace to the switch
+  ip netns add "st$ID-$1"
+  ip -n "st$ID-c" link add "v$1" type veth peer name eth0 netns "st$ID-$1"
+  ip -n "st$ID-c" link set "v$1" master switch up
+  ip -n "st$ID-$1" link set lo up
+  ip -n "st$ID-$1" addr add "$NET.$1/24" dev eth0
+  ip -n "st$ID-$1" link set eth0 up
+}
+network() {
+  [ ! -e "/run/netns/st$ID-c" ] || return 0
+  ip netns add "st$ID-c"
+  ip -n "st$ID-c" link set lo up
+  ip -n "st$ID-c" link add switch type bridge
+  ip -n "st$ID-c" addr add "$NET.254/24" dev switch
+  ip -n "st$ID-c" link set switch up
+  for node in $(seq "$NODES"); do plug "$node"; done
+}
+all_up() { [ "$(on sinfo -h -N -p batch -o %T | grep -cE '^(idle|mixed|allocated|completing)$')" -ge "$NODES" ]; }
+processes() { # of a node: all that live under its host name
+  local uts
+  uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
+  for p in /proc/[0-9]*; do [ "$(readlink "$p/ns/uts" 2>/dev/null)" != "$uts" ] || echo "${p#/proc/}"; done
+}
+crash() {
+  local pids
+  pids=$(processes "$1")
+  [ -z "$pids" ] || echo "$pids" | xargs kill -9 2>/dev/null || true
+  rm -f "$FOLDER/slurmd.n$1.pid"
+}
+
+start() {
+  if [ ! -e "$FOLDER/shape" ]; then
+    mkdir -p "$FOLDER/state" "$FOLDER/munge"
+    echo "NODES=$1 MODE=${2:-loopback}" >"$FOLDER/shape"
+    # shellcheck disable=SC1091
+    . "$FOLDER/shape"
+    (umask 077; head -c 128 /dev/urandom >"$FOLDER/munge/key")
+    write_conf
+  fi
+  [ "$MODE" != netns ] || network
+  alive "$FOLDER/munge/pid" || munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" \
+    --pid-file="$FOLDER/munge/pid" --log-file="$FOLDER/munge/log" --seed-file="$FOLDER/munge/seed" 2>"$FOLDER/munge/err"
+  alive "$FOLDER/slurmctld.pid" || on slurmctld -f "$CONF" </dev/null
+  for node in $(seq "$NODES"); do
+    alive "$FOLDER/slurmd.n$node.pid" && continue
+    mkdir -p "$FOLDER/spool.n$node"
+    # shellcheck disable=SC2016
+    inside "$(space "$node")" "n$node" sh -c 'readlink /proc/self/ns/uts >"$1"; exec slurmd -f "$2" -N "$3"' \
+      - "$FOLDER/uts.$node" "$CONF" "n$node" </dev/null
+  done
+  until_true all_up || { on sinfo -N; exit 1; }
+}
+
+no_jobs() { [ -z "$(on squeue -h -t running,completing -o %i)" ]; }
+stop() {
+  if alive "$FOLDER/slurmctld.pid"; then
+    on scancel -Q -u root || true
+    until_true no_jobs || true
+  fi
+  for node in $(seq "$NODES"); do crash "$node"; done
+  for pid in "$FOLDER/slurmctld.pid" "$FOLDER/munge/pid"; do
+    ! alive "$pid" || kill -9 "$(cat "$pid")"
+  done
+  if [ "$MODE" = netns ]; then
+    for name in c $(seq "$NODES"); do ip netns del "st$ID-$name" 2>/dev/null || true; done
+  fi
+  rm -rf "$FOLDER/shape" "$FOLDER/state" "$FOLDER"/spool.*
+}
+
+# shellcheck disable=SC1091
+[ ! -e "$FOLDER/shape" ] || . "$FOLDER/shape"
+case $COMMAND in
+  start) start "$@" ;;
+  stop) [ ! -e "$FOLDER/shape" ] || stop ;;
+  on) on "$@" ;;
+  crash) crash "$1" ;;
+  kill-controller) kill -9 "$(cat "$FOLDER/slurmctld.pid")" ;;
+  link) ip -n "st$ID-c" link set "v$1" "$2" ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
+esac

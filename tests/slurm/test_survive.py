@@ -1,0 +1,76 @@
+"""Whatever happens to it, a run on a cluster ends by itself with the bytes of the uninterrupted one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import ledger
+from tests.distributed.recorded import assert_the_same_to_the_byte, sha256_of
+from tests.long.results import write_table
+from tests.slurm.cluster import Cluster, start, train_here
+from tests.slurm.events import ANNOUNCED, SUDDEN, Outcome, mounted, order, survive, unmounted
+
+pytestmark = pytest.mark.slurm
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+SEED, SAVE_EVERY = 5, 4  # the second as in `cluster.EMBEDDED`
+
+
+@pytest.fixture(scope="module")
+def networked(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes with cables of their own, and runs on a small disk."""
+    folder: Path = tmp_path_factory.mktemp("networked")
+    mounted(folder / "runs", 200)
+    found = start(folder / "slurm", folder / "runs", 4, "netns")
+    yield found
+    found.control("stop")
+    unmounted(folder / "runs")
+
+
+def _check(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        # A save goes on beside the next steps, and the one under way is lost with them.
+        assert outcome.lost == 0 if outcome.announced else 0 <= outcome.lost < 2 * SAVE_EVERY, outcome
+
+
+def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(networked: Cluster) -> None:
+    here = train_here("here-short", networked.runs, 2, 40)
+    run = networked.submit("short", "--nodes", "2", steps=40)
+    events = ["scontrol requeue", "kill -9 of one rank", "crash of the head node"]
+    _check(survive(networked, run, events, SEED))
+    assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
+    assert_the_same_to_the_byte(run.path, here.path)
+    book = ledger.read_ledger(run)
+    assert book.restarts() == {"preempted": 1, "time": 0, "crashed": 2}
+    assert [attempt.how for attempt in book.attempts] == ["preempted", "crashed", "crashed", "done"]
+
+
+@pytest.mark.long
+def test_twelve_events_change_nothing(networked: Cluster) -> None:
+    steps = 160
+    here = train_here("here-long", networked.runs, 2, steps)
+    run = networked.submit("long", "--nodes", "2", steps=steps)
+    outcomes = survive(networked, run, order([*ANNOUNCED], [*SUDDEN], SEED), SEED)
+    assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
+    assert_the_same_to_the_byte(run.path, here.path)
+    _check(outcomes)
+    counted = ledger.counted(ledger.read_ledger(run).restarts())
+    rows = [
+        (str(number), outcome.event, str(outcome.step), str(outcome.went_on_at), str(outcome.lost))
+        for number, outcome in enumerate(outcomes, 1)
+    ]
+    write_table(
+        RESULTS,
+        f"""# What `make test-slurm-long` showed
+
+A real Slurm 22.05 of four nodes, each in a network namespace of its own, on one machine; the embedded recipe, ddp over
+gloo on 2 nodes, {steps} steps, a checkpoint every {SAVE_EVERY}. Seed {SEED}. "Lost": steps taken again.
+The run ended DONE by itself (ledger: {counted}); adapter sha256 {sha256_of(run.path)[:16]}...
+and every figure of every step and evaluation are those of the uninterrupted run on this machine, to the byte.
+""",
+        ("", "event", "after step", "went on at", "steps lost"),
+        rows,
+    )

@@ -1,0 +1,187 @@
+"""What a job decides on its first node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import allocation, ledger
+from launch.plan import Plan
+from launch.run_directory import RunDirectory, read_marker, request_stop, write_marker
+from tests.fake_slurm import install
+from tests.launcher import EMBEDDED, samestep, stand_in
+
+RUNNING = "JobId=41 JobState=RUNNING Reason=None Requeue=1 Restarts={}"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDirectory:
+    """A submitted run of two nodes, inside its job."""
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
+    install(monkeypatch, tmp_path / "slurm")
+    assert samestep("submit", *EMBEDDED, "--nodes", "2", "--gpus-per-node", "4", "--device", "cpu") == 0
+    _attempt(monkeypatch, 0)
+    return RunDirectory(Path("runs/embedded").absolute())
+
+
+def _attempt(monkeypatch: pytest.MonkeyPatch, restart: int, nodes: int = 2) -> None:
+    values = {
+        "JOB_ID": "41",
+        "RESTART_COUNT": str(restart),
+        "JOB_NUM_NODES": str(nodes),
+        "JOB_NODELIST": "n[1-2]",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def _begin(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    capsys.readouterr()
+    status = allocation.main(["begin", str(run.path), "--device", "cpu"])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def _end(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], job: str = RUNNING.format(0)
+) -> tuple[int, str]:
+    capsys.readouterr()
+    status = allocation.main(["end", str(run.path), "--job", job])
+    return status, capsys.readouterr().out
+
+
+def test_a_submitted_run_begins_as_planned(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    request_stop(run, "preempted")  # of an attempt that could not answer it
+    write_marker(run, "STOPPED", "preempted: at step 0 of 6")
+    before = run.plan_file.read_text()
+    status, (folder, config, processes) = _begin(run, capsys)
+    assert (status, folder, Path(config).name, processes) == (0, str(run.path), "ddp.yaml", "4")
+    assert run.plan_file.read_text() == before
+    assert read_marker(run) is None
+    assert not run.stop_file.exists()
+    attempt = ledger.read_ledger(run).open
+    assert attempt is not None
+    assert (attempt.job, attempt.nodes, attempt.first_step) == ("41", "n[1-2]", 0)
+
+
+def test_another_number_of_nodes_is_planned_anew(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _attempt(monkeypatch, 0, nodes=3)
+    assert _begin(run, capsys)[0] == 0
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert (plan.nodes, plan.gpus_per_node, plan.world_size) == (3, 4, 12)
+
+
+def test_a_recipe_is_planned_for_the_allocation(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    words = ["begin", "embedded", "--set", "training.max_steps=6", "--name", "hand"]
+    assert allocation.main([*words, "--device", "cuda"]) == 0
+    plan = Plan.from_json((run.path.parent / "hand" / "plan.json").read_text())
+    assert (plan.nodes, plan.gpus_per_node, plan.device, plan.strategy) == (2, 2, "cuda", "ddp")
+    capsys.readouterr()
+    assert allocation.main([*words, "--device", "cpu", "--strategy", "single"]) == 2
+    assert "--strategy: single is one process" in capsys.readouterr().err
+
+
+def test_a_finished_run_exits_at_once(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    write_marker(run, "DONE", "step 6")
+    assert _begin(run, capsys) == (0, [])
+    assert ledger.read_ledger(run).attempts == ()
+
+
+def test_a_stop_of_the_user_holds_for_an_attempt_that_has_not_begun(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request_stop(run, "user")
+    assert _begin(run, capsys) == (1, [])
+    marker = read_marker(run)
+    assert marker is not None
+    assert (marker.kind, marker.text) == ("STOPPED", "user: at step 0 of 6")
+    assert _begin(run, capsys)[0] == 0  # answered: the next one begins
+
+
+@pytest.mark.parametrize(
+    ("marker", "text", "job", "status", "said"),
+    [
+        ("DONE", "step 6", RUNNING, 0, ""),
+        ("REFUSED", "lora.r: bad (1); mend it", RUNNING, 2, ""),
+        ("STOPPED", "user: at step 3 of 6", RUNNING, 1, ""),
+        ("STOPPED", "preempted: at step 3 of 6", RUNNING, 0, "requeue\n"),
+        ("STOPPED", "time: at step 3 of 6", RUNNING, 0, "requeue\n"),
+        ("STOPPED", "preempted: at step 3 of 6", "JobId=41 JobState=COMPLETING Restarts=1", 0, ""),
+        ("STOPPED", "preempted: at step 3 of 6", "JobId=41 JobState=COMPLETING Restarts=0", 1, ""),
+        ("STOPPED", "preempted: at step 3 of 6", "JobId=41 JobState=RUNNING Requeue=0", 1, ""),
+        (None, "", RUNNING, 0, "requeue\n"),
+        (None, "", "", 0, "requeue\n"),
+    ],
+)
+def test_the_end_decides_what_comes_next(
+    marker: str | None,
+    text: str,
+    job: str,
+    status: int,
+    said: str,
+    run: RunDirectory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _begin(run, capsys)
+    if marker:
+        write_marker(run, marker, text)  # type: ignore[arg-type]
+    assert _end(run, capsys, job.format(0)) == (status, said)
+    assert ledger.read_ledger(run).open is None
+
+
+def test_a_run_that_gets_nowhere_stops_with_the_reason(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for restart in range(2):
+        _attempt(monkeypatch, restart)
+        _begin(run, capsys)
+        assert _end(run, capsys, RUNNING.format(restart)) == (0, "requeue\n")
+    _attempt(monkeypatch, 2)
+    _begin(run, capsys)
+    assert allocation.main(["end", str(run.path), "--job", RUNNING.format(2)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "not queued again: job 41: no step was saved in 3 attempts in a row" in told.err
+
+
+def test_attempts_whose_node_died_are_closed_by_the_next_and_count(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for restart in range(3):
+        _attempt(monkeypatch, restart)
+        assert _begin(run, capsys)[0] == 0
+    _attempt(monkeypatch, 3)
+    assert allocation.main(["begin", str(run.path)]) == 1
+    assert (
+        "no step was saved in 3 attempts in a row (crashed, crashed, crashed; at step 0)"
+        in capsys.readouterr().err
+    )
+    assert "left no word" in ledger.read_ledger(run).attempts[-1].reason
+
+
+def test_a_ledger_that_cannot_be_written_does_not_keep_the_job_from_the_queue(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("launch.ledger.write_event", full)
+    assert _end(run, capsys) == (0, "requeue\n")
+
+
+def test_outside_a_job_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert allocation.main(["begin", "embedded"]) == 2
+    assert "SLURM_JOB_ID: is not set" in capsys.readouterr().err

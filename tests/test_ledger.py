@@ -1,0 +1,148 @@
+"""The ledger: what is counted, how ends are told apart, and when trying stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.ledger import (
+    Attempt,
+    End,
+    How,
+    how_it_ended,
+    ledger_file,
+    newest_step,
+    read_ledger,
+    reason_to_give_up,
+    with_job,
+    write_event,
+)
+from launch.run_directory import MarkerKind, RunDirectory, StopReason, request_stop, write_marker
+from launch.slurm import JobFacts
+from tests.attempts import attempt, recipe_of
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def _attempts(*ends: tuple[How, int], job: str = "7") -> list[Attempt]:
+    """Ends and the step that each got to, one after another."""
+    steps = [0, *(step for _, step in ends)]
+    return [
+        Attempt(job, number, 0.0, steps[number], how=how, last_step=step)
+        for number, (how, step) in enumerate(ends)
+    ]
+
+
+def test_attempts_are_counted_apart_and_one_without_an_end_is_open(run: RunDirectory) -> None:
+    assert read_ledger(run).job is None
+    write_event(run, "submit", job="7")
+    assert read_ledger(run).job == "7"
+    for restart, how in enumerate(["preempted", "time", "crashed", "preempted"]):
+        write_event(run, "start", job="7", restart=restart, began=1.0, first_step=restart)
+        write_event(run, "end", how=how, reason="x", last_step=restart + 1, ended=2.0)
+    write_event(run, "start", job="7", restart=4, began=3.0, first_step=4, log="l", nodes="n1")
+    book = read_ledger(run)
+    assert book.restarts() == {"preempted": 2, "time": 1, "crashed": 1}
+    assert book.open is not None
+    assert (book.open.restart, book.open.log) == (4, "l")
+    write_event(run, "submit", job="9")
+    assert read_ledger(run).job == "9"
+
+
+def test_a_line_cut_short_or_of_nobody_is_passed_over(run: RunDirectory) -> None:
+    write_event(run, "submit", job="7")
+    with ledger_file(run).open("a") as file:
+        file.write(
+            '[1]\n{"event": "start"}\n{"event": "other", "job": "1"}\n{"event": "end", "how": "odd"}\n{"event": "sta'
+        )
+    write_event(run, "start", job="7", restart=0, began=1.0, first_step=0)
+    book = read_ledger(run)
+    assert (book.submitted, [one.job for one in book.attempts]) == (("7",), ["7"])
+
+
+@pytest.mark.parametrize(
+    ("marker", "text", "stop", "how"),
+    [
+        ("DONE", "step 8", None, "done"),
+        ("REFUSED", "lora.r: bad", None, "refused"),
+        ("STOPPED", "user: at step 3 of 8", None, "stopped"),
+        ("STOPPED", "preempted: at step 3 of 8", None, "preempted"),
+        ("STOPPED", "time: at step 3 of 8", None, "time"),
+        ("STOPPED", "orphaned: at step 3 of 8", None, "crashed"),
+        (None, "", None, "crashed"),
+        (None, "", "preempted", "preempted"),  # KILL came before the save
+        (None, "", "user", "crashed"),
+    ],
+)
+def test_the_marker_says_how_it_ended(
+    marker: MarkerKind | None, text: str, stop: StopReason | None, how: How, run: RunDirectory
+) -> None:
+    if marker:
+        write_marker(run, marker, text)
+    if stop:
+        request_stop(run, stop)
+    assert how_it_ended(run).how == how
+
+
+def _facts(state: str, reason: str = "None", restarts: int = 1) -> JobFacts:
+    return JobFacts(state, reason, restarts, True, "", "")
+
+
+@pytest.mark.parametrize(
+    ("facts", "how", "queued"),
+    [  # as Slurm 22.05 shows them inside the TERM trap of an attempt that is restart 1
+        (None, "preempted", False),
+        (_facts("RUNNING"), "preempted", False),  # scancel --signal, or the warning
+        (_facts("COMPLETING", restarts=2), "preempted", True),  # scontrol requeue, or another partition's job
+        (_facts("COMPLETING", "TimeLimit"), "time", False),
+        (_facts("COMPLETING"), "stopped", False),  # scancel
+        (_facts("CANCELLED"), "stopped", False),
+    ],
+)
+def test_the_jobs_state_tells_what_a_term_meant(facts: JobFacts | None, how: How, queued: bool) -> None:
+    end, again = with_job(End("preempted", "x"), facts, restart=1)
+    assert (end.how, again) == (how, queued)
+    assert with_job(End("done"), facts, restart=1) == (End("done"), False)
+
+
+def test_a_run_that_gets_forward_goes_on_for_ever() -> None:
+    ends: list[tuple[How, int]] = [("preempted", 10 * number) for number in range(1, 30)]
+    assert reason_to_give_up([]) is None
+    assert reason_to_give_up(_attempts(*ends)) is None
+    assert (
+        reason_to_give_up(_attempts(("crashed", 1), ("crashed", 2), ("preempted", 3), ("crashed", 4))) is None
+    )
+
+
+def test_three_crashes_in_a_row_are_enough() -> None:
+    ends: list[tuple[How, int]] = [("preempted", 1), ("crashed", 2), ("crashed", 3)]
+    assert reason_to_give_up(_attempts(*ends)) is None
+    reason = reason_to_give_up(_attempts(*ends, ("crashed", 4)))
+    assert reason == "job 7: crashed 3 times in a row (now at step 4); see the log, then submit again"
+
+
+def test_three_attempts_in_a_row_that_save_no_step_are_enough() -> None:
+    ends: list[tuple[How, int]] = [("preempted", 5), ("preempted", 5), ("crashed", 5)]
+    assert reason_to_give_up(_attempts(*ends)) is None
+    reason = reason_to_give_up(_attempts(*ends, ("time", 5)))
+    assert reason == (
+        "job 7: no step was saved in 3 attempts in a row (preempted, crashed, time; at step 5); "
+        "see the log, then submit again"
+    )
+
+
+def test_a_new_submission_counts_anew() -> None:
+    crashes: list[tuple[How, int]] = [("crashed", 0)] * 3
+    assert reason_to_give_up([*_attempts(*crashes), *_attempts(("crashed", 0), job="8")]) is None
+
+
+def test_the_newest_step_is_a_published_one(run: RunDirectory) -> None:
+    assert newest_step(run) == 0
+    attempt(run, recipe_of(), save=2)
+    attempt(run, recipe_of(), save=11)
+    (run.path / "checkpoint-12").mkdir()
+    assert newest_step(run) == 11

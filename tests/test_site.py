@@ -1,0 +1,52 @@
+"""Site files: strict, every problem at once, never a secret."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.errors import ConfigError
+from launch.resources import resource
+from launch.site import Site, load_site
+
+
+def test_the_example_says_the_defaults() -> None:
+    assert load_site(resource("slurm", "site.example.yaml"), {}) == Site()
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("partition: gpu\ntime: '1:00:00'\ncontainer: {runtime: pyxis, image: a}\n")
+    site = load_site(file, {"partition": "long", "container.image": "b", "qos": None})
+    assert (site.partition, site.time, site.container.image, site.qos) == ("long", "1:00:00", "b", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("partion: gpu", "partion: unknown key; did you mean partition?"),
+        ("time: 90", "time: not a valid value (got 90); give a time limit"),  # YAML reads 1:30 as 90
+        (
+            "environment: {HF_TOKEN: hf_x}",
+            "environment.HF_TOKEN: would write a secret into every job's script",
+        ),
+        ("environment: {'A B': x}", "environment.'A B': not a variable's name"),
+        ("options: [exclusive]", "options: 'exclusive' is no option of sbatch"),
+        ("container: {image: x}", "container.runtime: none although there is an image"),
+        ("container: {runtime: apptainer}", "container.image: missing"),
+        ("signal_lead: 0", "signal_lead: "),
+        ("- a", "is not a mapping"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_site(file, {})
+    assert problem in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--site: .*nothing\.yaml cannot be read"):
+        load_site(tmp_path / "nothing.yaml", {})

@@ -1,0 +1,319 @@
+"""The text of a job, and what Slurm's commands print."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.accelerate import launch_command
+from launch.errors import ConfigError, RunError
+from launch.resources import resource
+from launch.site import Site
+from launch.slurm import (
+    Job,
+    follow_up_script,
+    parse_job,
+    parse_job_id,
+    seconds_of,
+    train_script,
+)
+from launch.start import Topology
+
+GOLDEN = Path(__file__).parent / "golden"
+TRAIN = resource("slurm", "train.sbatch").read_text()
+AFTER = resource("slurm", "merge_eval.sbatch").read_text()
+
+SITE = {"partition": "gpu", "account": "project", "time": "24:00:00", "modules": ["cuda/12.8"]}
+APPTAINER = {"runtime": "apptainer", "image": "/images/samestep.sif", "mounts": ["/data:/data:ro"]}
+PYXIS = {
+    "runtime": "pyxis",
+    "image": "registry.example#team/samestep:1",
+    "mounts": ["/data"],
+    "python": "python3",
+}
+
+
+def job_of(
+    nodes: int = 1, gpus: int = 1, device: str = "cuda", run: str = "/shared/runs/mine", **site: Any
+) -> Job:
+    chosen = Site.model_validate({**SITE, **site})
+    return Job(
+        "mine",
+        nodes,
+        gpus,
+        device,
+        Path(run),
+        Path("/shared/work"),
+        "/shared/venv/bin/python",
+        chosen,
+        mounts=("/shared/runs", "/shared/work"),
+        environment={"SAMESTEP_CACHE": "/shared/cache"},
+    )
+
+
+CASES = {
+    "1x1": job_of(),
+    "1x8": job_of(1, 8, scratch="/local"),
+    "4x8": job_of(4, 8, network_interface="ib0", environment={"NCCL_DEBUG": "WARN"}, gpu_type="h100"),
+    "4x8_apptainer": job_of(4, 8, container=APPTAINER),
+    "4x8_pyxis": job_of(4, 8, container=PYXIS),
+    "2x4_cpu": job_of(2, 4, "cpu", cpus_per_process=2, memory="0", options=["--exclusive"]),
+}
+
+
+def check_with_shellcheck(text: str) -> None:
+    """Where it is installed: `make test` installs nothing."""
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rendered_script_is_the_golden_file(case: str) -> None:
+    """After a wanted change: SAMESTEP_GOLDEN=1 pytest tests/test_slurm.py, then read the difference."""
+    text = train_script(TRAIN, CASES[case])
+    golden = GOLDEN / f"{case}.sbatch"
+    if os.environ.get("SAMESTEP_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    check_with_shellcheck(text)
+
+
+@pytest.mark.parametrize(
+    "words", [["merge", "/shared/runs/mine"], ["evaluate", "/shared/runs/mine", "--models", "base"]]
+)
+def test_a_follow_up_is_the_golden_file(words: list[str]) -> None:
+    text = follow_up_script(AFTER, job_of(1, 8), words)
+    golden = GOLDEN / f"{words[0]}.sbatch"
+    if os.environ.get("SAMESTEP_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    check_with_shellcheck(text)
+
+
+@pytest.mark.parametrize("template", [TRAIN, AFTER])
+def test_the_templates_are_clean_as_they_are(template: str) -> None:
+    check_with_shellcheck(template)
+    assert all(len(line) <= 120 for line in template.splitlines())
+
+
+def test_every_line_to_edit_is_filled_or_left_out() -> None:
+    for text in (train_script(TRAIN, job_of(4, 8)), follow_up_script(AFTER, job_of(), ["merge", "x"])):
+        assert "# EDIT" not in text
+    assert "--gpus-per-node" not in train_script(TRAIN, job_of(device="cpu"))
+
+
+def test_the_template_starts_processes_as_the_launcher_does() -> None:
+    """One thing is said in two places, in bash for who reads the template: they may not drift apart."""
+    command = launch_command(
+        Topology("ddp", 2, 4, "cuda"),
+        config_file=Path("ddp.yaml"),
+        module="trainer.train",
+        module_args=[],
+        port=1,
+    )
+    node = TRAIN[TRAIN.index("-m accelerate.commands.launch") : TRAIN.index("--marker-decides")]
+    flags = {word for word in command if word.startswith("--")}
+    assert flags == {*re.findall(r"--[a-z_]+\b", node)} - {"--tee", "--log", "--log_dir", "--run"}
+
+
+def test_options_reach_sbatch_as_they_are() -> None:
+    text = train_script(TRAIN, job_of(constraint="h100&nv link", qos='a "b" $HOME `id` #x'))
+    assert '#SBATCH --constraint="h100&nv link"\n' in text
+    assert '#SBATCH --qos="a \\"b\\" $HOME `id` #x"\n' in text
+    assert '#SBATCH --output="/a%%b/r s/logs/%j.out"\n' in train_script(TRAIN, job_of(run="/a%b/r s"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"partition": "a\nb"}, "--partition"),
+        ({"account": "a\\b"}, "--account"),
+        ({"time": "1\r"}, "--time"),
+        ({"options": ["--comment=a\nb"]}, "--comment"),
+        ({"run": "/shared/a\nb"}, "--runs-dir"),
+    ],
+)
+def test_what_an_sbatch_line_cannot_hold_is_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{named}: .* cannot stand in an #SBATCH line \('"):
+        train_script(TRAIN, job_of(**change))
+
+
+# what a node does with the text --------------------------------------------------------------
+
+HOSTILE = "a b'c\"d$HOME`id`;e#f\\g*"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """scontrol and srun of a cluster of one node, and a `python` that writes down how it was called."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    _program(
+        commands / "scontrol",
+        '[ "$1" != show ] || [ "$2" != hostnames ] || echo n1; echo "$*" >>"$CALLS.scontrol"',
+    )
+    # The command alone: everything from the first word after srun's own options.
+    _program(commands / "srun", 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"')
+    _program(
+        commands / "apptainer",
+        'printf "%s\\0" "$@" >"$CALLS.apptainer"; while [ "$1" != IMAGE ]; do shift; done; shift; exec "$@"',
+    )
+    _program(
+        tmp_path / "python",
+        'printf "%s\\0" "$PWD" "$@" >"$CALLS.$2.$3"; env -0 >"$CALLS.environment"\n'
+        'case "$3" in begin) printf "%s\\n" "$RUN_FOLDER" "ddp x.yaml" 4 ;; end) echo "$NEXT"; exit "${ENDS:-0}" ;;'
+        " esac",
+    )
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    for name, value in {
+        "JOB_ID": "40",
+        "JOB_NUM_NODES": "2",
+        "JOB_NODELIST": "n[1-2]",
+        "CPUS_ON_NODE": "4",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("CALLS", str(tmp_path / "call"))
+    monkeypatch.setenv("RUN_FOLDER", str(tmp_path / f"run {HOSTILE}".replace("/", "")))
+    monkeypatch.setenv("NEXT", "requeue")
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    return tmp_path
+
+
+def _program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def _calls(cluster: Path, name: str) -> list[str]:
+    return (cluster / f"call.{name}").read_text().split("\0")[:-1]
+
+
+def _play(cluster: Path, job: Job) -> subprocess.CompletedProcess[str]:
+    text = train_script(TRAIN, job)
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
+
+
+def _hostile_job(cluster: Path, **site: Any) -> Job:
+    work = cluster / f"work {HOSTILE}\nsecond line"
+    work.mkdir()
+    job = job_of(
+        2, 4, run=str(cluster / "run"), environment={"KEY": HOSTILE + "\n", "OTHER": ""}, modules=[], **site
+    )
+    return replace(job, work_folder=work, python=str(cluster / "python"))
+
+
+def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) -> None:
+    job = _hostile_job(cluster, scratch=str(cluster / f"scratch {HOSTILE}"))
+    done = _play(cluster, job)
+    assert done.returncode == 0, done.stderr
+    assert _calls(cluster, "launch.allocation.begin")[0] == str(job.work_folder)
+    assert _calls(cluster, "launch.allocation.begin")[4:] == [str(job.run), "--device", "cuda"]
+    launched = _calls(cluster, "accelerate.commands.launch.--config_file")
+    flags = dict(pairwise(launched))
+    assert flags["--config_file"] == "ddp x.yaml"
+    assert (flags["--num_machines"], flags["--num_processes"], flags["--machine_rank"]) == ("2", "8", "3")
+    assert (flags["--main_process_ip"], flags["--main_process_port"]) == ("n1", "10040")
+    assert flags["--run-dir"] == os.environ["RUN_FOLDER"]
+    environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
+    assert environment["KEY"] == HOSTILE + "\n"
+    assert environment["OTHER"] == ""
+    assert environment["SAMESTEP_CACHE"] == "/shared/cache"
+    assert (cluster / "call.scontrol").read_text().splitlines()[-1] == "requeue 40"
+    assert "verysecret" not in done.stdout + done.stderr + train_script(TRAIN, job)
+
+
+def test_an_image_gets_every_process(cluster: Path) -> None:
+    mounts = [f"/data {HOSTILE}:/data"]
+    done = _play(
+        cluster, _hostile_job(cluster, container={"runtime": "apptainer", "image": "IMAGE", "mounts": mounts})
+    )
+    assert done.returncode == 0, done.stderr
+    assert _calls(cluster, "apptainer")[:8] == [
+        *("exec", "--nv", "--bind", "/shared/runs", "--bind", "/shared/work", "--bind", mounts[0])
+    ]
+    assert (cluster / "call.accelerate.commands.launch.--config_file").exists()
+
+
+def test_an_end_that_is_final_is_the_jobs_end(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXT", "")
+    monkeypatch.setenv("ENDS", "2")
+    assert _play(cluster, _hostile_job(cluster)).returncode == 2
+    assert "requeue" not in (cluster / "call.scontrol").read_text()
+
+
+def test_without_the_nodes_names_nothing_starts(cluster: Path) -> None:
+    (cluster / "bin" / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    done = _play(cluster, _hostile_job(cluster))
+    assert done.returncode == 1
+    assert done.stderr == "scontrol: does not name the nodes\n"
+    assert not list(cluster.glob("call.*"))
+
+
+def test_a_signal_becomes_a_file(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, reason in (("USR1", "time"), ("TERM", "preempted")):
+        run = cluster / f"run of {number}"
+        run.mkdir()
+        monkeypatch.setenv("RUN_FOLDER", str(run))
+        program = (
+            'case "$3" in begin) printf "%s\\n" "$RUN_FOLDER" ddp.yaml 4 ;; end) echo ;; '
+            f'*) kill -{number} "$BATCH"; for _ in $(seq 100); do [ ! -e "$RUN_FOLDER/STOP" ] || exit 0;'
+            " sleep 0.1; done; esac"
+        )
+        _program(cluster / "python", program)
+        job = replace(job_of(run=str(run), modules=[]), work_folder=cluster, python=str(cluster / "python"))
+        text = "export BATCH=$$\n" + train_script(TRAIN, job)
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert (run / "STOP").read_text() == f"{reason}\n"
+
+
+# what Slurm prints ------------------------------------------------------------------------------
+
+
+def test_job_ids_are_read_among_warnings() -> None:
+    assert parse_job_id("12\n") == "12"
+    assert parse_job_id("sbatch: warning: slow today\n12;alps\n") == "12"
+    with pytest.raises(RunError, match="sbatch: printed no job id"):
+        parse_job_id("Submitted batch job\n")
+
+
+def test_a_jobs_facts_are_read() -> None:
+    printed = (
+        "JobId=9 JobName=a b JobState=COMPLETING Reason=TimeLimit Dependency=(null) Requeue=1 Restarts=2 "
+        "TimeLimit=00:01:00 StartTime=2026-11-25T09:57:25 StdOut=/a b/9.out"
+    )
+    facts = parse_job(printed)
+    assert facts is not None
+    assert (facts.state, facts.reason, facts.restarts, facts.requeueable) == (
+        "COMPLETING",
+        "TimeLimit",
+        2,
+        True,
+    )
+    assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("1:02:03", 3723),
+        ("2-3", 183600),
+        ("1-0:1", 86460),
+        ("1-1:1:1", 90061),
+        ("x", None),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds

@@ -1,0 +1,172 @@
+"""What `samestep status` and `samestep logs` say, from the run directory alone and with Slurm's word."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch import ledger
+from launch.run_directory import RunDirectory, hold_lock, write_marker
+from launch.slurm import JobFacts
+from launch.status import Status, status_of
+from tests.attempts import attempt, recipe_of
+from tests.launcher import samestep, stand_in
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDirectory:
+    """A run of 37 steps of 8 samples, planned and not begun."""
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without Slurm
+    found = RunDirectory(tmp_path / "runs" / "mine")
+    attempt(found, recipe_of())
+    return found
+
+
+def _steps(run: RunDirectory, count: int, at: float = NOW) -> None:
+    lines = [
+        {"step": step, "loss": 1 / step, "samples": 8, "seconds": 9.0 if step == 1 else 2.0}
+        for step in range(1, count + 1)
+    ]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+    os.utime(run.metrics_file, (at, at))
+
+
+def _started(run: RunDirectory, job: str = "7") -> None:
+    ledger.write_event(run, "submit", job=job)
+    ledger.write_event(run, "start", job=job, restart=0, began=NOW - 100, first_step=0, nodes="n1")
+
+
+def _look(run: RunDirectory, *facts: str) -> Status:
+    job = JobFacts(facts[0], facts[1], 0, True, "", "") if facts else None
+    return status_of(run, lambda _: job, NOW)
+
+
+def test_a_run_without_a_job_has_not_started(run: RunDirectory) -> None:
+    assert (_look(run).state, _look(run).step, _look(run).max_steps) == ("not started", 0, 37)
+
+
+def test_a_queued_run_says_why_it_waits_and_how_often_it_came_back(run: RunDirectory) -> None:
+    ledger.write_event(run, "submit", job="7")
+    assert _look(run).state == "queued"
+    assert _look(run, "PENDING", "Priority").because == "Priority"
+    _started(run)
+    ledger.write_event(run, "end", how="preempted", last_step=3)
+    found = _look(run, "PENDING", "BeginTime")
+    assert (found.state, found.because, found.requeued, found.preempted) == (
+        *("queued", "requeued 1 times, BeginTime", 1, 1),
+    )
+
+
+def test_a_running_run_shows_step_speed_loss_and_when_it_will_end(run: RunDirectory) -> None:
+    attempt(run, recipe_of(), save=4)
+    os.utime(run.checkpoint(4), (NOW - 60, NOW - 60))
+    _started(run)
+    _steps(run, 5)
+    with hold_lock(run.path):
+        found = _look(run)
+    assert (found.state, found.step, found.loss) == ("running", 5, 0.2)
+    assert found.samples_per_second == 4.0
+    assert (found.checkpoint_step, found.checkpoint_age) == (4, 60)
+    assert found.expected_end == NOW + 32 * 2
+    assert _look(run, "RUNNING", "None").state == "running"
+
+
+def test_a_run_without_a_step_for_long_is_stalled(run: RunDirectory) -> None:
+    _started(run)
+    _steps(run, 5, at=NOW - 3600)
+    assert _look(run, "RUNNING", "None").state == "running"  # this attempt began 100 s ago
+    file = ledger.ledger_file(run)
+    file.write_text(file.read_text().replace(str(NOW - 100), str(NOW - 3500)))
+    found = _look(run, "RUNNING", "None")
+    assert (found.state, found.because) == ("stalled", "no step for 58 min")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "state"),
+    [
+        ("DONE", "step 37", "done"),
+        ("REFUSED", "lora.r: bad", "failed"),
+        ("STOPPED", "user: at step 3 of 37", "stopped"),
+    ],
+)
+def test_the_marker_says_how_a_run_ended(kind: str, text: str, state: str, run: RunDirectory) -> None:
+    write_marker(run, kind, text)  # type: ignore[arg-type]
+    assert (_look(run).state, _look(run).because) == (state, text)
+
+
+def test_a_failed_run_says_why(run: RunDirectory) -> None:
+    _started(run)
+    assert _look(run, "NODE_FAIL", "None").because == "its job 7 is NODE_FAIL"
+    assert _look(run).because == "job 7 left no word, and nobody holds it"
+    for restart in range(3):
+        ledger.write_event(run, "end", how="crashed", last_step=0, reason="x")
+        assert _look(run).state == "failed"
+        ledger.write_event(run, "start", job="7", restart=restart + 1, began=1.0, first_step=0)
+    ledger.write_event(run, "end", how="crashed", last_step=0, reason="x")
+    assert "no step was saved in 4 attempts in a row" in _look(run).because
+
+
+def test_damaged_files_are_no_reason_to_say_nothing(run: RunDirectory) -> None:
+    _steps(run, 2)
+    run.plan_file.write_text("{")
+    run.checkpoint(3).mkdir()
+    found = _look(run)
+    assert (found.step, found.max_steps, found.checkpoint_step) == (2, None, None)
+
+
+def test_the_command_shows_all_runs_or_those_named(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    attempt(RunDirectory(run.path.with_name("other")), recipe_of())
+    write_marker(run, "DONE", "step 37")
+    assert samestep("status") == 0
+    told = capsys.readouterr().out
+    assert "done (step 37)" in told
+    assert "other" in told
+    assert samestep("status", "mine", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["state"], found["requeued"]) == ("mine", "done", 0)
+    assert samestep("status", "nobody") == 2
+
+
+def test_logs_are_those_of_the_newest_job_or_of_a_rank(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("logs", "mine") == 2
+    assert "no log yet" in capsys.readouterr().err
+    logs = run.path / "logs"
+    for number, text in (("7", "old"), ("8", "new")):
+        ledger.write_event(run, "submit", job=number)
+        logs.mkdir(exist_ok=True)
+        (logs / f"{number}.out").write_text(text)
+        os.utime(logs / f"{number}.out", (int(number), int(number)))
+    assert samestep("logs", "mine") == 0
+    assert capsys.readouterr().out == "new"
+    assert samestep("logs", "mine", "--rank", "0") == 0  # one process: the job's log is the rank's
+    assert capsys.readouterr().out == "new"
+    assert samestep("logs", "mine", "--rank", "1") == 2
+    plan = (
+        run.plan_file.read_text().replace('"single"', '"ddp"').replace('"world_size": 1', '"world_size": 4')
+    )
+    run.plan_file.write_text(
+        plan.replace('"gpus_per_node": 1', '"gpus_per_node": 2').replace('"nodes": 1', '"nodes": 2')
+    )
+    for attempt_of, text in (("8.9", "before"), ("8.10", "rank 3")):
+        place = logs / attempt_of / "node-1" / "x" / "attempt_0" / "1"
+        place.mkdir(parents=True)
+        (place / "stderr.log").write_text(text)
+    assert samestep("logs", "mine", "--rank", "3") == 0
+    assert capsys.readouterr().out == "rank 3"
+
+
+def test_a_status_is_json_with_plain_names() -> None:
+    status = Status("a", "done", "", None, "", 1, 1, None, None, None, None, None, 1, 2, 3)
+    assert replace(status, step=2).to_json()["requeued"] == 6

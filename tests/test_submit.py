@@ -1,0 +1,211 @@
+"""samestep submit: what it refuses, writes, prints and queues."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.ledger import read_ledger
+from launch.plan import Plan
+from launch.run_directory import RunDirectory, hold_lock, request_stop, write_marker
+from tests.attempts import save_step
+from tests.fake_slurm import FakeSlurm, install
+from tests.indexes import embedded_recipe
+from tests.launcher import EMBEDDED, Launcher, samestep, stand_in
+
+SUBMIT = ["submit", *EMBEDDED, "--nodes", "2", "--gpus-per-node", "4"]
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
+    return stand_in(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def slurm(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSlurm:
+    """A login node without GPUs, with prepared data."""
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
+    return install(monkeypatch, tmp_path / "slurm")
+
+
+def _run(name: str = "embedded") -> RunDirectory:
+    return RunDirectory(Path("runs").absolute() / name)
+
+
+def test_submit_writes_the_run_and_queues_its_script(
+    slurm: FakeSlurm, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep(*SUBMIT, "--partition", "gpu", "--time", "1:00:00") == 0
+    run = _run()
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert (plan.strategy, plan.nodes, plan.gpus_per_node, plan.device) == ("ddp", 2, 4, "cuda")
+    script = run.path / "submit.sbatch"
+    assert slurm.calls("sbatch") == [f"--parsable {script}"]
+    assert "#SBATCH --partition=gpu\n" in script.read_text()
+    assert f"TARGET={run.path}\n" in script.read_text()
+    assert (run.path / "logs").is_dir()
+    assert read_ledger(run).job == "41"
+    printed = capsys.readouterr().out
+    assert script.read_text() in printed
+    assert "8 (2 x 4 GPU)" in printed
+    assert f"queued as job 41: {script}" in printed
+    assert launcher.commands == []
+
+
+def test_a_dry_run_prints_a_script_and_writes_nothing(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert samestep(*SUBMIT, "--dry-run", "--then", "merge") == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("#!/bin/bash\n")
+    assert told.out.count("#!/bin/bash\n") == 2
+    assert "8 (2 x 4 GPU)" in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_follows_waits_for_a_good_end(slurm: FakeSlurm) -> None:
+    assert samestep(*SUBMIT, "--then", "evaluate,merge") == 0
+    folder = _run().path
+    assert slurm.calls("sbatch") == [
+        f"--parsable {folder / 'submit.sbatch'}",
+        f"--parsable --dependency=afterok:41 --kill-on-invalid-dep=yes {folder / 'merge.sbatch'}",
+        f"--parsable --dependency=afterok:42 --kill-on-invalid-dep=yes {folder / 'evaluate.sbatch'}",
+    ]
+    assert (
+        f"COMMAND=(evaluate {folder} --models 'base,adapter,merged')\n"
+        in (folder / "evaluate.sbatch").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--nodes", "0"], "--nodes, --gpus-per-node: at least 1"),
+        (["--nodes", "40"], "batch.global_batch_size: a step has fewer samples than there are processes"),
+        (["--strategy", "single"], "--strategy: single is one process"),
+        (["--strategy", "other"], "--strategy: 'other' is not available"),
+        (["--set", "lora.r=x"], "lora.r: "),
+        (
+            ["--set", "batch.micro_batch_tokens=20"],
+            "batch.micro_batch_tokens: the longest sample does not fit",
+        ),
+        (["--device", "tpu"], "device: must be 'cuda' or 'cpu'"),
+        (["--container", "x.sif"], "container.runtime: none although there is an image"),
+        (["--time", "1:30"], "--time: 1:30 is over before the warning time begins (90 s <= 120 s)"),
+        (["--signal-lead", "0"], "signal_lead: "),
+        (["--then", "merge,publish"], "--then: unknown publish; choose of merge, evaluate"),
+        (["--partition", "a\nb"], "--partition: 'a\\nb' cannot stand in an #SBATCH line"),
+        (["--runs-dir", "a\nb"], "--runs-dir: "),
+        (["--name", "$(id)"], "--name: '$(id)' is not a run name"),
+        (["--site", "nothing.yaml"], "--site: nothing.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_it_is_queued(
+    arguments: list[str], problem: str, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep(*SUBMIT, *arguments) == 2
+    told = capsys.readouterr().err
+    assert problem in told
+    assert "Traceback" not in told
+    assert slurm.calls("sbatch") == []
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sbatch: error: invalid partition specified: nowhere",
+        "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+    ],
+)
+def test_the_words_of_sbatch_are_passed_on(
+    words: str, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("sbatch", f"echo '{words}' >&2; exit 1")
+    assert samestep(*SUBMIT) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert words.removeprefix("sbatch: error: ") in told
+    assert not _run().path.exists()
+
+
+def test_a_refused_job_does_not_take_an_older_run_away(slurm: FakeSlurm) -> None:
+    assert samestep(*SUBMIT) == 0
+    slurm.answer("sbatch", "exit 1")
+    assert samestep(*SUBMIT) == 2
+    assert _run().plan_file.exists()
+    assert read_ledger(_run()).submitted == ("41",)
+
+
+def test_without_sbatch_nothing_is_prepared(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert samestep(*SUBMIT) == 2
+    assert capsys.readouterr().err == (
+        "sbatch: not found in PATH, so this machine submits nothing; run this on the cluster's login node, "
+        "or look at the script with --dry-run\n"
+    )
+
+
+def test_a_run_in_the_queue_is_not_queued_twice(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep(*SUBMIT) == 0
+    slurm.answer("scontrol", "echo 'JobId=41 JobState=PENDING Reason=Priority'")
+    assert samestep(*SUBMIT) == 2
+    assert "job 41 of this run is in the queue already (pending)" in capsys.readouterr().err
+    slurm.answer("scontrol", "echo 'JobId=41 JobState=FAILED Reason=NonZeroExitCode'")
+    assert samestep(*SUBMIT) == 0
+
+
+def test_a_run_under_way_here_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep(*SUBMIT) == 0
+    program = (
+        "import sys; from pathlib import Path; from launch.run_directory import hold_lock\n"
+        "with hold_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(_run().path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert samestep(*SUBMIT) == 2
+        other.communicate()
+    assert "this run is under way" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep(*SUBMIT) == 0
+    run = _run()
+    save_step(run, embedded_recipe("training.max_steps=6"), Plan.from_json(run.plan_file.read_text()), 6)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    write_marker(run, "DONE", "step 6")
+    assert samestep(*SUBMIT) == 0
+    assert "done already" in capsys.readouterr().out
+    assert len(slurm.calls("sbatch")) == 1
+    assert samestep(*SUBMIT, "--fresh") == 0
+    assert len(slurm.calls("sbatch")) == 2
+
+
+def test_submitting_forgets_what_was_asked_of_an_attempt_that_is_over(slurm: FakeSlurm) -> None:
+    assert samestep(*SUBMIT) == 0
+    request_stop(_run(), "user")
+    write_marker(_run(), "STOPPED", "user: at step 1 of 6")
+    assert samestep(*SUBMIT) == 0
+    assert not _run().stop_file.exists()
+    with hold_lock(_run().path):
+        pass
+
+
+def test_another_allocation_around_the_shell_is_not_passed_on(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    monkeypatch.setenv("SLURM_CONF", "kept")
+    slurm.answer("sbatch", f"env >'{tmp_path}/environment'; echo 41")
+    assert samestep(*SUBMIT) == 0
+    environment = (tmp_path / "environment").read_text()
+    assert "SLURM_CONF=kept" in environment
+    assert "SLURM_MEM_PER_NODE" not in environment

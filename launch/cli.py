@@ -40,7 +40,7 @@ app = typer.Typer(
 
 Strategy = Annotated[
     str | None,
-    typer.Option(help="single or ddp.", show_default="single for one process, else ddp"),
+    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
 ]
 Processes = Annotated[
     int | None,
@@ -74,7 +74,7 @@ def plan(
     file = find_recipe(recipe)
     loaded = load_recipe(file, overrides)
     topology = start.choose_topology(strategy, nodes, gpus_per_node)
-    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, topology.device)
     index = start.load_index(file, loaded, overrides)
     _show(start.plan_of(loaded, index, topology, loaded.name))
 
@@ -96,6 +96,8 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa:
         "samestep run recipes/embedded.yaml --set training.max_steps=16 --name short --allow training.max_steps",
         "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-20 "
         "--set training.learning_rate=1e-4 --allow training.learning_rate",
+        "samestep run qwen2vl_7b_chartqa --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1 "
+        "--main-process-port 29500",
     )
 )
 def run(
@@ -108,26 +110,55 @@ def run(
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
+    nodes: Annotated[
+        int,
+        typer.Option(metavar="N", help="Machines; give the same command on each, and its --machine-rank."),
+    ] = 1,
+    machine_rank: Annotated[
+        int, typer.Option(metavar="R", help="Number of this machine, from 0; the first writes the run.")
+    ] = 0,
+    main_process_ip: Annotated[
+        str | None, typer.Option(metavar="IP", help="Where machine 0 is found.", show_default="this machine")
+    ] = None,
+    main_process_port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="A free port there.", show_default="any")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan and command; write nothing but the data's cache.")
     ] = False,
 ) -> None:
-    """Train a recipe on this machine. The same command again resumes the run.
+    """Train a recipe on this machine, or on several that share the runs' folder. The same command again resumes.
 
     Ctrl-C, or a file STOP in the run's folder, stops it at the next step boundary with a checkpoint; a file SAVE
     writes a checkpoint there.
     """
     from launch import start
 
+    machine = start.Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = start.RunRequest(
-        recipe, tuple(overrides), strategy, gpus_per_node, name, runs_dir, fresh, tuple(allow), source
+        recipe,
+        tuple(overrides),
+        strategy,
+        gpus_per_node,
+        name,
+        runs_dir,
+        fresh,
+        tuple(allow),
+        source,
+        None,
+        machine,
     )
+    start.refuse_machine(machine)
+    if machine_rank > 0 and not dry_run:
+        marker = start.join(request)
+        _say(f"{marker.kind.lower()} ({marker.text})")
+        return
     request = start.take_over_foreign(request)
     planned = start.plan_run(request)
     if dry_run:
         _say_allowed(planned.changed)
         _show(planned.plan)
-        _say(_shell(planned.command(port=0)))
+        _say(_shell(planned.command(machine)))
         return
     with start.claim(planned, request):
         if not fresh and start.is_done(planned):
@@ -139,7 +170,7 @@ def run(
         if fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
-        marker = start.execute(planned)
+        marker = start.execute(planned, machine)
         if marker.kind == "STOPPED":
             _say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
@@ -295,6 +326,21 @@ def consolidate(
 
     options = start.MergeOptions(adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model)
     start.consolidate(source, output, options, runs_dir)
+
+
+@app.command(epilog=example("samestep rules"))
+def rules() -> None:
+    """Show what is refused before anything starts, and why."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.rules import rule_rows
+
+    table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
+    for name, reason in rule_rows():
+        table.add_row(Text(name), Text(reason))
+    Console(highlight=False).print(table)
 
 
 @app.command(epilog=example("samestep schema > recipe.schema.json"))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 CPU_PROCESSES = 2  # by default, where there is no GPU
@@ -25,6 +26,21 @@ def gpus_present() -> int:
 def first_visible_gpu() -> str:
     """The name of GPU 0 of a process started here, for CUDA_VISIBLE_DEVICES."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+
+
+@cache
+def compute_capability() -> tuple[int, int] | None:
+    """The lowest of the GPUs here, as the driver's tool says it; None when it says nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = [line.strip().split(".") for line in listed.stdout.splitlines()]
+    return min(((int(a), int(b)) for a, b in (x for x in found if len(x) == 2)), default=None)
 
 
 def _gpus_of_driver() -> int:

@@ -15,11 +15,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe, recipe_fingerprint
-from launch.rules import Request, violations
+from launch.rules import Request, storage_of, violations
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
 if TYPE_CHECKING:
     from launch.index import Index
+    from launch.launch_config import LaunchConfig
 
 AUTO_BUDGET_IN_SAMPLES = 4  # micro_batch_tokens: auto holds this many of the longest sample
 
@@ -119,8 +120,11 @@ def make_plan(
     begin: Begin = Begin(),
     allowed: Sequence[str] = (),
     started_from: str = "",
+    config: LaunchConfig | None = None,
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
+
+    `config`: what was launched, where that is known; else the shipped file counts.
 
     Raises ConfigError with every rule the request breaks.
     """
@@ -131,7 +135,9 @@ def make_plan(
     max_steps, left = whole_steps(recipe, len(tokens), begin)
     asked = recipe.batch.micro_batch_tokens
     budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
-    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest)
+    request = Request(
+        recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest, device, config
+    )
     if problems := list(violations(request)):
         raise ConfigError(problems)
     steps = plan_steps(
@@ -167,9 +173,7 @@ def make_plan(
         dataset_fingerprint=index.fingerprint,
         recipe_fingerprint=recipe_fingerprint(recipe),
         load_in_4bit=recipe.quantization.load_in_4bit,
-        quant_storage="float16"
-        if strategy == "fsdp"
-        else "uint8",  # FSDP cannot shard bytes; bfloat16 changes them
+        quant_storage=storage_of(strategy),
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
         versions=_versions(),
@@ -235,6 +239,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("run", plan.name),
         ("strategy", plan.strategy),
         ("processes", f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {unit})"),
+        *([("notice", notice)] if (notice := _notice(plan)) else []),
         ("global batch", f"{plan.global_batch_size:,} samples"),
         (
             "micro-batches",
@@ -253,6 +258,12 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
+
+
+def _notice(plan: Plan) -> str | None:
+    if plan.world_size == 1 and plan.strategy in ("fsdp", "zero2", "zero3"):
+        return f"{plan.strategy} on one process shards nothing; `single` does the same with less"
+    return None
 
 
 def _base_of(plan: Plan) -> str:

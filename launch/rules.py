@@ -1,12 +1,36 @@
 """What is refused before anything starts: one named rule per forbidden combination."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from packaging.version import Version
 
 from launch.errors import ConfigError
+from launch.hardware import compute_capability
+from launch.launch_config import LaunchConfig, shipped_config
 from launch.recipe import Recipe
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+SHARDING = ("fsdp", "zero3")
+FLOORS = {
+    "torch": "2.11",
+    "transformers": "5.23",
+    "trl": "1.16",
+    "peft": "0.21",
+    "accelerate": "1.15",
+    "bitsandbytes": "0.50",
+    "deepspeed": "0.19.8",
+}
+"""Versions below which something measured does not hold; accelerate below 1.15 saves one rank's share (#4206)."""
+_NUMBERS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+
+def storage_of(strategy: str) -> str:
+    """dtype in which packed 4-bit weights are stored: bytes, or what FSDP can cut without changing them."""
+    return "float16" if strategy == "fsdp" else "uint8"
 
 
 @dataclass(frozen=True)
@@ -14,7 +38,8 @@ class Request:
     """What somebody wants to run, and the facts of the prepared data that can forbid it.
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
-    `longest`: tokens of the longest sample of the training and validation splits.
+    `longest`: tokens of the longest sample of the training and validation splits; `config`: of the launch, the
+    shipped file's by default; `capability`: of the GPU here, None without one; `device`: where it will run.
     """
 
     recipe: Recipe
@@ -25,6 +50,16 @@ class Request:
     max_steps: int
     budget: int
     longest: int
+    device: str = "cpu"
+    config: LaunchConfig | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+    quant_storage: str = ""
+
+    @property
+    def launch(self) -> LaunchConfig:
+        """What accelerate will be asked for."""
+        return self.config or shipped_config(self.strategy)
 
     @property
     def world_size(self) -> int:
@@ -124,6 +159,169 @@ def upload_is_available(request: Request) -> str | None:
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
 
 
+def accelerate_casts_nothing(request: Request) -> str | None:
+    """accelerate's mixed precision casts fp32 adapters and float-stored packed weights; precision is the plan's."""
+    asked = request.launch.mixed_precision
+    if asked == "no":
+        return None
+    return f"mixed_precision: {asked} in {request.launch.where}; set it to 'no', the recipe says what is computed in"
+
+
+def fsdp_is_version_2(request: Request) -> str | None:
+    """FSDP 1 with SHARDED_STATE_DICT saves no tensor of a LoRA, without an error."""
+    found = str(request.launch.fsdp.get("fsdp_version", 2))
+    if not request.launch.fsdp or found == "2":
+        return None
+    return f"fsdp_version: {found} in {request.launch.where}; set it to 2"
+
+
+def recomputation_is_ours(request: Request) -> str | None:
+    """accelerate's FSDP recomputation forgets the random state: other masks, wrong gradients, no error."""
+    if not request.launch.fsdp_flag("fsdp_activation_checkpointing"):
+        return None
+    return (
+        f"fsdp_activation_checkpointing: true in {request.launch.where}; set it to false and use "
+        "training.gradient_checkpointing"
+    )
+
+
+def weights_stay_on_the_gpu(request: Request) -> str | None:
+    """4-bit weights that are offloaded to a CPU are refused or quantized again."""
+    zero = request.launch.deepspeed.get("zero_optimization", {})
+    asked = [key for key in ("offload_param", "offload_optimizer") if _offloads(zero.get(key))]
+    if request.launch.fsdp_flag("fsdp_offload_params"):
+        asked.append("fsdp_offload_params")
+    if not asked:
+        return None
+    return f"{', '.join(asked)}: asked for in {request.launch.where}; leave it out, and use more GPUs or a smaller base"
+
+
+def _offloads(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def deepspeed_casts_nothing(request: Request) -> str | None:
+    """DeepSpeed's bf16, fp16 and amp engines cast every float parameter, adapters and packed weights included."""
+    found = [
+        name for name in ("bf16", "fp16", "amp") if request.launch.deepspeed.get(name, {}).get("enabled")
+    ]
+    if not found:
+        return None
+    return f"{', '.join(found)}: enabled in the DeepSpeed file of {request.launch.where}; leave it out"
+
+
+def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
+    """Numbers in the DeepSpeed file win over the recipe in silence; `auto` buckets need what vision models lack."""
+    zero = request.launch.deepspeed
+    if not zero:
+        return None
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    wrong = [key for key in sizes if zero.get(key, "auto") != "auto"]
+    section = zero.get("zero_optimization", {})
+    wrong += [key for key in _NUMBERS if section.get(key) == "auto"]
+    if not wrong:
+        return None
+    return (
+        f'{", ".join(wrong)}: batch keys must be "auto" and bucket sizes numbers in the DeepSpeed file of '
+        f"{request.launch.where}; see ds_configs/"
+    )
+
+
+def deepspeed_uses_the_standard_launcher(request: Request) -> str | None:
+    """By default accelerate starts DeepSpeed on several nodes through pdsh and a hostfile."""
+    if request.launch.multinode_launcher == "standard" or request.nodes == 1:
+        return None
+    return f"deepspeed_multinode_launcher: {request.launch.multinode_launcher} ({request.launch.where}); set standard"
+
+
+def deepspeed_can_be_imported(request: Request) -> str | None:
+    """zero2 and zero3 are DeepSpeed's."""
+    if not request.strategy.startswith("zero") or find_spec("deepspeed") is not None:
+        return None
+    return f"--strategy: {request.strategy} needs DeepSpeed, which is not installed; pip install deepspeed, or use fsdp"
+
+
+def fsdp_stores_floats(request: Request) -> str | None:
+    """FSDP leaves bytes whole on every rank, and its copies rewrite bfloat16 that looks like NaN."""
+    storage = request.quant_storage or storage_of(request.strategy)
+    if request.strategy != "fsdp" or not request.recipe.quantization.load_in_4bit:
+        return None
+    if storage in ("float16", "float32"):
+        return None
+    return f"quant_storage: fsdp cannot shard 4-bit weights stored as {storage}; store them as float16 or float32"
+
+
+def versions_are_those_that_were_measured(request: Request) -> str | None:
+    """Below these versions something that this relies on does not hold."""
+    found = request.versions or _installed()
+    old = [
+        f"{name} {found[name]} < {floor}"
+        for name, floor in FLOORS.items()
+        if name in found and Version(found[name]) < Version(floor)
+    ]
+    return f"versions: too old ({', '.join(old)}); install the versions of constraints.txt" if old else None
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in FLOORS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # the login node of a cluster may lack them
+    return found
+
+
+def gpu_computes_bfloat16(request: Request) -> str | None:
+    """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
+    capability = request.capability or (compute_capability() if request.device == "cuda" else None)
+    quantization = request.recipe.quantization
+    dtype = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else request.recipe.model.dtype
+    if capability is None or capability >= (8, 0) or dtype != "bfloat16":
+        return None
+    return (
+        f"quantization.bnb_4bit_compute_dtype: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
+        "(8.0 is needed); set it and model.dtype to float32, or use a newer GPU"
+    )
+
+
+CONFIG_RULES: tuple[Rule, ...] = (
+    accelerate_casts_nothing,
+    fsdp_is_version_2,
+    recomputation_is_ours,
+    weights_stay_on_the_gpu,
+    deepspeed_casts_nothing,
+    deepspeed_counts_what_the_plan_counts,
+    deepspeed_uses_the_standard_launcher,
+)
+"""Of the accelerate configuration: of the shipped file before a launch, and of what was launched in the trainer."""
+
+MACHINE_RULES: tuple[Rule, ...] = (
+    deepspeed_can_be_imported,
+    fsdp_stores_floats,
+    versions_are_those_that_were_measured,
+    gpu_computes_bfloat16,
+)
+
+SCHEMA_RULES: tuple[tuple[str, str], ...] = (
+    (
+        "training.optim",
+        "8-bit and paged optimizers break sharded saves (bitsandbytes#89, #1381): torch's AdamW only",
+    ),
+    (
+        "training.gradient_checkpointing_kwargs",
+        "reentrant recomputation fails under ddp: it is ours, non-reentrant",
+    ),
+    ("quantization.bnb_4bit_quant_storage", "the plan's: uint8 where replicated, float16 where FSDP shards"),
+    ("batch", "no world size in a recipe: the global batch is what is trained"),
+)
+"""What a recipe cannot say at all, and why."""
+
 REQUEST_RULES: tuple[Rule, ...] = (
     strategy_is_available,
     topology_is_positive,
@@ -141,14 +339,38 @@ DATA_RULES: tuple[Rule, ...] = (
 
 def violations(request: Request) -> Iterator[str]:
     """The message of every rule the request breaks."""
-    return _broken(REQUEST_RULES + DATA_RULES, request)
+    return _broken((*_early(request), *DATA_RULES), request)
 
 
-def refuse_topology(recipe: Recipe, strategy: str, nodes: int, gpus_per_node: int) -> None:
+def refuse_topology(
+    recipe: Recipe, strategy: str, nodes: int, gpus_per_node: int, device: str = "cpu"
+) -> None:
     """ConfigError with all that can be said before the data is prepared, which may take long."""
-    request = Request(recipe, strategy, nodes, gpus_per_node, samples=0, max_steps=0, budget=0, longest=0)
-    if problems := list(_broken(REQUEST_RULES, request)):
+    request = Request(
+        recipe, strategy, nodes, gpus_per_node, samples=0, max_steps=0, budget=0, longest=0, device=device
+    )
+    if problems := list(_broken(_early(request), request)):
         raise ConfigError(problems)
+
+
+def refuse_config(recipe: Recipe, strategy: str, nodes: int, config: LaunchConfig) -> None:
+    """ConfigError with every rule that the configuration of a launch breaks."""
+    request = Request(recipe, strategy, nodes, 1, samples=0, max_steps=0, budget=0, longest=0, config=config)
+    if problems := list(_broken(CONFIG_RULES, request)):
+        raise ConfigError(problems)
+
+
+def rule_rows() -> list[tuple[str, str]]:
+    """(rule, reason) of everything that is refused, for `samestep rules`."""
+    rules = (*REQUEST_RULES, *CONFIG_RULES, *MACHINE_RULES, *DATA_RULES)
+    named = [(rule.__name__.replace("_", " "), " ".join((rule.__doc__ or "").split())) for rule in rules]
+    return [*named, *((f"{key} (by the recipe)", reason) for key, reason in SCHEMA_RULES)]
+
+
+def _early(request: Request) -> tuple[Rule, ...]:
+    """Rules before the data is known; those of a configuration only where there is one."""
+    known = request.strategy in STRATEGIES
+    return (*REQUEST_RULES, *(CONFIG_RULES if known else ()), *MACHINE_RULES)
 
 
 def _broken(rules: tuple[Rule, ...], request: Request) -> Iterator[str]:

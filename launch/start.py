@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 NEEDED_BYTES = 100 * 2**20
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
+JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
+JOIN_PAUSE_S = 2.0
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
@@ -79,6 +81,16 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Which of several machines this is, and where the first is found. Defaults: there is only this one."""
+
+    nodes: int = 1
+    rank: int = 0
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """What `samestep run` was asked for."""
 
@@ -92,6 +104,7 @@ class RunRequest:
     allow: Sequence[str] = ()
     source: Path | None = None  # a checkpoint of another run
     topology: Topology | None = None  # of other machines than this one: then all of it is said
+    machine: Machine = Machine()
 
 
 @dataclass(frozen=True)
@@ -107,11 +120,9 @@ class PlannedRun:
     continuation: Continuation
     changed: tuple[Change, ...]
 
-    def command(self, port: int) -> list[str]:
-        """argv of the launcher."""
-        return trainer_command(
-            self.plan, "trainer.train", ["--run-dir", str(self.run.path), MARKER_DECIDES], port
-        )
+    def command(self, machine: Machine) -> list[str]:
+        """argv of the launcher on a machine."""
+        return run_command(self.plan, self.run, machine)
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -169,8 +180,10 @@ def check_request(request: RunRequest) -> CheckedRequest:
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
     run = open_run(request.runs_dir, request.name or recipe.name)
-    topology = request.topology or choose_topology(request.strategy, 1, request.gpus_per_node)
-    refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node)
+    topology = request.topology or choose_topology(
+        request.strategy, request.machine.nodes, request.gpus_per_node
+    )
+    refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, topology.device)
     if request.topology is None:
         refuse_missing_gpus(topology)
     refuse_unwritable(run.path.parent)
@@ -319,7 +332,7 @@ def move_aside(run: RunDirectory) -> Path | None:
     return old
 
 
-def execute(planned: PlannedRun) -> Marker:
+def execute(planned: PlannedRun, machine: Machine = Machine()) -> Marker:
     """Write the run directory, launch, wait, and believe the marker: DONE or STOPPED is success.
 
     The launcher's status is no evidence: accelerate 1.15 returns 1 after workers that all ended well. A request to
@@ -336,7 +349,13 @@ def execute(planned: PlannedRun) -> Marker:
         write_request(run, planned.recipe, planned.plan)
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
-    ended = wait_for(planned.command(free_port()), child_environment(planned.plan), ask_to_stop(run))
+    return launch(planned.plan, run, machine)
+
+
+def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
+    """Start this machine's processes of a run that is written, wait, and believe the marker. As `execute`."""
+    command = run_command(plan, run, machine)
+    ended = wait_for(command, child_environment(plan), ask_to_stop(run))
     if not ended.killed:
         wait_for_trainer(run)
     marker = read_marker(run)
@@ -353,6 +372,61 @@ def execute(planned: PlannedRun) -> Marker:
         f"{run.path}: ended before it was done; see the words above, the same command goes on "
         "from the newest checkpoint"
     )
+
+
+def join(request: RunRequest) -> Marker:
+    """The part of a machine that is not the first: wait until that has written the run, then start processes here.
+
+    What is launched follows the first machine's plan; the ranks compare plans before they begin. Raises as `execute`,
+    and ConfigError when the first machine writes nothing.
+    """
+    recipe = load_recipe(find_recipe(request.recipe), request.overrides)
+    run = open_run(request.runs_dir, request.name or recipe.name)
+    began = time.monotonic()
+    while lock_holder(run.path.parent, f".{run.name}.lock") is None or not run.plan_file.is_file():
+        if time.monotonic() - began > JOIN_PATIENCE_S:
+            raise ConfigError(
+                f"--machine-rank: machine 0 has not begun {run.path} ({JOIN_PATIENCE_S} s waited); start the same "
+                "command there, and let all machines share --runs-dir"
+            )
+        if time.monotonic() - began < 1:
+            _tell(f"waiting for machine 0 to begin {run.path}")
+        time.sleep(0.5)
+    time.sleep(JOIN_PAUSE_S)  # the first machine writes its plan just after it has the lock
+    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    topology = choose_topology(request.strategy, request.machine.nodes, request.gpus_per_node)
+    if (plan.strategy, plan.nodes, plan.gpus_per_node) != (
+        topology.strategy,
+        topology.nodes,
+        topology.gpus_per_node,
+    ):
+        raise ConfigError(
+            f"{run.plan_file}: machine 0 runs {plan.strategy} on {plan.nodes} x {plan.gpus_per_node} processes, here "
+            f"{topology.strategy} on {topology.nodes} x {topology.gpus_per_node} were asked for; give the same command"
+        )
+    refuse_missing_gpus(topology)
+    return launch(plan, run, request.machine)
+
+
+def refuse_machine(machine: Machine) -> None:
+    """ConfigError with what is missing or odd about several machines."""
+    problems = []
+    if not 0 <= machine.rank < max(machine.nodes, 1):
+        problems.append(
+            f"--machine-rank: {machine.rank} of {machine.nodes} machines; give a number from 0 to {machine.nodes - 1}"
+        )
+    if machine.nodes > 1:
+        missing = [
+            f"--main-process-{name}"
+            for name, value in (("ip", machine.main_process_ip), ("port", machine.main_process_port))
+            if value is None
+        ]
+        if missing:
+            problems.append(
+                f"{', '.join(missing)}: missing ({machine.nodes} machines); say where machine 0 is found by all"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:
@@ -396,14 +470,27 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def trainer_command(layout: Layout, module: str, arguments: Sequence[str], port: int) -> list[str]:
-    """argv that starts a trainer module on all processes of a layout."""
+def run_command(plan: Plan, run: RunDirectory, machine: Machine) -> list[str]:
+    """argv of a machine's launcher for a run that is written."""
+    arguments = ["--run-dir", str(run.path), MARKER_DECIDES]
+    return trainer_command(plan, "trainer.train", arguments, machine)
+
+
+def trainer_command(
+    layout: Layout,
+    module: str,
+    arguments: Sequence[str],
+    machine: Machine = Machine(),
+) -> list[str]:
+    """argv that starts a trainer module on a machine's processes of a layout."""
     return launch_command(
         layout,
         config_file=resource("accelerate_configs", f"{layout.strategy}.yaml"),
         module=module,
         module_args=arguments,
-        port=port,
+        port=machine.main_process_port or free_port(),
+        machine_rank=machine.rank,
+        main_process_ip=machine.main_process_ip or "127.0.0.1",
         cpu_threads=cpu_threads_of(layout),
     )
 
@@ -459,7 +546,6 @@ def evaluate(
         topology,
         "trainer.evaluation.generate",
         ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
-        free_port(),
     )
     ended = wait_for(command, child_environment(topology))
     if ended.interrupted:

@@ -29,9 +29,11 @@ from torch import nn
 from launch.changes import consequences, tie_contents
 from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
 from launch.index import Index, read_index
+from launch.launch_config import launched_config, launched_strategy
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.resources import resource
+from launch.rules import refuse_config
 from launch.run_directory import (
     RunDirectory,
     StopReason,
@@ -211,7 +213,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     Raises:
         ConfigError: the plan does not fit what was launched, or the run belongs to another recipe.
     """
-    recipe = recipe_of(options)
+    recipe, config = recipe_of(options), launched_config(os.environ)
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
         plan = Plan.from_json(run.plan_file.read_text())
@@ -220,6 +222,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
                 f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "
                 f"{index.fingerprint[:12]}); run the same `samestep run` again to plan anew"
             )
+        refuse_config(recipe, plan.strategy, plan.nodes, config)
         return make_task(recipe, plan, index, run)
     run = open_run(options.runs_dir, options.name or recipe.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
@@ -232,7 +235,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     plan = make_plan(
         recipe,
         index,
-        strategy=launched_strategy(state),
+        strategy=launched_strategy(config, "LOCAL_RANK" in os.environ),
         nodes=max(1, state.num_processes // local),
         gpus_per_node=local,
         device=state.device.type,
@@ -240,20 +243,10 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         begin=continuation.begin,
         allowed=continuation.allowed,
         started_from=continuation.started_from,
+        config=config,
     )
     refuse_an_end_behind(run, plan.max_steps, source)
     return make_task(recipe, plan, index, run, source)
-
-
-def launched_strategy(state: PartialState) -> str:
-    """The strategy that the accelerate config of a plain launch stands for."""
-    if uses_deepspeed():
-        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-        stage = json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage") if file else None
-        return f"zero{stage}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "fsdp"
-    return "single" if "LOCAL_RANK" not in os.environ else "ddp"
 
 
 def make_task(

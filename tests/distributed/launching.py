@@ -18,9 +18,10 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch_command(processes: int, arguments: Sequence[str]) -> list[str]:
-    """`accelerate launch ... -m ARGUMENTS` with the shipped config of `single` or `ddp`."""
-    config = ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
+def launch_command(processes: int, arguments: Sequence[str], strategy: str | None = None) -> list[str]:
+    """`accelerate launch ... -m ARGUMENTS` with the shipped config of a strategy: by default `single` or `ddp`."""
+    chosen = strategy or ("ddp" if processes > 1 else "single")
+    config = ROOT / "accelerate_configs" / f"{chosen}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [*command, "--num_processes", str(processes), "-m", *arguments]
 
@@ -92,10 +93,10 @@ def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float =
 
 
 def accelerate_launch(
-    processes: int, arguments: Sequence[str], limit: float = 300
+    processes: int, arguments: Sequence[str], limit: float = 300, strategy: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Launch and wait for the end."""
-    command = launch_command(processes, arguments)
+    command = launch_command(processes, arguments, strategy)
     environment = child_environment()
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -109,12 +110,16 @@ def accelerate_launch(
 
 
 def drive(
-    processes: int, requests: Sequence[tuple[Sequence[str], int | None]], folder: Path, limit: float = 300
+    processes: int,
+    requests: Sequence[tuple[Sequence[str], int | None]],
+    folder: Path,
+    limit: float = 300,
+    strategy: str | None = None,
 ) -> str:
     """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""
     file = folder / f"requests-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(requests))
-    done = accelerate_launch(processes, ["tests.distributed.drive", str(file)], limit)
+    done = accelerate_launch(processes, ["tests.distributed.drive", str(file)], limit, strategy)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

@@ -1,0 +1,91 @@
+"""What an accelerate configuration asks for, as far as it could change what is trained: read from files or a launch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.errors import ConfigError
+from launch.resources import resource
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """`where`: the file, or the launch. `fsdp`, `deepspeed`: empty for strategies without them; values as written."""
+
+    where: str
+    mixed_precision: str = "no"
+    fsdp: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    multinode_launcher: str = "standard"
+
+    def fsdp_flag(self, key: str) -> bool:
+        """A switch of FSDP's: `true` in YAML and in the environment."""
+        return str(self.fsdp.get(key, False)).lower() in ("true", "1", "yes")
+
+
+def shipped_config(strategy: str) -> LaunchConfig:
+    """Of the file in accelerate_configs/, which somebody may have edited.
+
+    Raises ConfigError when it, or the DeepSpeed file that it names, cannot be read.
+    """
+    file = resource("accelerate_configs", f"{strategy}.yaml")
+    values = _read(file, yaml.safe_load)
+    deepspeed = values.get("deepspeed_config") or {}
+    zero: Mapping[str, Any] = {}
+    if name := deepspeed.get("deepspeed_config_file"):
+        zero = _read(resource("ds_configs", Path(name).name), json.loads)
+    return LaunchConfig(
+        str(file),
+        str(values.get("mixed_precision", "no")),
+        values.get("fsdp_config") or {},
+        zero,
+        str(deepspeed.get("deepspeed_multinode_launcher", "pdsh" if deepspeed else "standard")),
+    )
+
+
+def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
+    """Of a launch under way: what `accelerate launch` (1.15) has put into the environment of its processes.
+
+    Raises ConfigError when the DeepSpeed file cannot be read.
+    """
+    fsdp = {}
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        fsdp = {name.lower(): value for name, value in environment.items() if name.startswith("FSDP_")}
+    zero: Mapping[str, Any] = {}
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if not file:
+            raise ConfigError(
+                "deepspeed_config_file: the accelerate config names none; "
+                "use accelerate_configs/zero2.yaml or zero3.yaml"
+            )
+        zero = _read(Path(file), json.loads)
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    return LaunchConfig("the accelerate config of this launch", precision, fsdp, zero)
+
+
+def launched_strategy(config: LaunchConfig, several: bool) -> str:
+    """The strategy that a launch's configuration stands for; `several`: torchrun started it."""
+    if config.deepspeed:
+        return f"zero{config.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
+    if config.fsdp:
+        return "fsdp"
+    return "ddp" if several else "single"
+
+
+def _read(file: Path, parse: Any) -> dict[str, Any]:
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); correct it, or restore the shipped file"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: is no mapping; correct it, or restore the shipped file")
+    return values

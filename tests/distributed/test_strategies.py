@@ -1,0 +1,57 @@
+"""Every strategy takes the steps of one process, and a run may change its strategy on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import drive
+from tests.distributed.recorded import apart, metrics_of, run_of, write_recipe
+
+KINDS = {"plain": 1e-6, "nf4": 1e-5}
+"""Base -> the tolerance that is promised."""
+CHAIN = (("zero3", 2, 2), ("fsdp", 2, 4), ("zero2", 2, 6), ("single", 1, None))
+"""(strategy, processes, the step to stop at) of the run that changes its strategy."""
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<kind>-<strategy>` of each kind and strategy, and `chain`; one launch a strategy."""
+    folder = tmp_path_factory.mktemp("strategies")
+    recipes = {
+        kind: write_recipe(world, folder / f"{kind}.yaml", kind, checkpoint={"keep": 9}) for kind in KINDS
+    }
+
+    def request(kind: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
+        return [str(recipes[kind]), "--runs-dir", str(folder), "--name", name], stop
+
+    for strategy, processes, stop in CHAIN:
+        requests = [request(kind, f"{kind}-{strategy}") for kind in KINDS]
+        drive(processes, [*requests, request("nf4", "chain", stop)], folder, strategy=strategy)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS.items())
+def test_a_strategy_takes_the_steps_of_one_process(
+    runs: Path, strategy: str, kind: str, tolerance: float
+) -> None:
+    plan = run_of(runs / f"{kind}-{strategy}").plan
+    assert (plan.strategy, plan.world_size) == (strategy, 2)
+    loss, weights = apart(runs / f"{kind}-{strategy}", runs / f"{kind}-single")
+    print(f"{kind}, {strategy}: losses within {loss:.1e} relative, adapters within {weights:.1e}")
+    assert loss <= tolerance
+    assert weights <= tolerance
+    norms = [line["grad_norm"] for line in metrics_of(runs / f"{kind}-{strategy}")]
+    expected = [line["grad_norm"] for line in metrics_of(runs / f"{kind}-single")]
+    assert norms == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_that_changes_its_strategy_is_the_straight_run(runs: Path) -> None:
+    loss, weights = apart(runs / "chain", runs / "nf4-single")
+    print(f"zero3 -> fsdp -> zero2 -> single: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= 1e-6
+    assert weights <= 1e-6
+    strategies = {step: run_of(runs / "chain").facts(step)["strategy"] for step in (2, 4, 6, 8)}
+    assert strategies == {2: "zero3", 4: "fsdp", 6: "zero2", 8: "single"}

@@ -142,9 +142,7 @@ def end_process(status: int) -> NoReturn:
     Now and then gloo's groups, which DDP still holds, abort in the interpreter's teardown ("terminate called without an
     active exception", pytorch#190489, #179291; torch 2.14), and the launcher calls a run failed that has ended well.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does first: ends pools, joins threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

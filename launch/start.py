@@ -135,6 +135,14 @@ def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None)
     return Topology(chosen, nodes, count, "cuda" if present else "cpu")
 
 
+def refuse_fsdp_on_cpu(topology: Topology) -> None:
+    """ConfigError where accelerate 1.15 would make ddp of fsdp, or runs that know nothing of each other, in silence."""
+    if topology.strategy == "fsdp" and topology.device == "cpu":
+        raise ConfigError(
+            f"--strategy: fsdp needs GPUs ({topology.world_size} CPU processes asked for); use ddp, zero2 or zero3"
+        )
+
+
 def refuse_missing_gpus(topology: Topology) -> None:
     """ConfigError when this machine has fewer GPUs than processes are to be started, or none are."""
     present = gpus_present()
@@ -184,6 +192,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
     refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, topology.device)
+    refuse_fsdp_on_cpu(topology)
     if request.topology is None:
         refuse_missing_gpus(topology)
     refuse_unwritable(run.path.parent)

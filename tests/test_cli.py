@@ -178,7 +178,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "wrong type": (["--set", "lora.r=x"], "lora.r"),
     "missing folder": (["--set", "data.dataset=./nowhere"], "data.dataset"),
     "world size": (["--gpus-per-node", "33"], "32 < 33"),
-    "strategy": (["--strategy", "zero3"], "single, ddp"),
+    "strategy": (["--strategy", "zero1"], "single, ddp, fsdp, zero2, zero3"),
+    "fsdp on a CPU": (["--strategy", "fsdp"], "fsdp needs GPUs (2 CPU processes asked for)"),
     "two singles": (["--strategy", "single", "--gpus-per-node", "2"], "single is one process"),
     "name": (["--name", "../outside"], "--name"),
     "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
@@ -483,12 +484,11 @@ def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> No
         "import os, sys, pathlib\n"
         "pathlib.Path(f\"{sys.argv[1]}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}\").touch()\n"
     )
-    from launch.accelerate import free_port
     from launch.plan import make_plan
     from tests.indexes import embedded_recipe
 
     plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cpu")
-    command = start.trainer_command(plan, "probe", ["rank"], free_port())
+    command = start.trainer_command(plan, "probe", ["rank"])
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

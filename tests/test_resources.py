@@ -12,7 +12,7 @@ def test_every_strategy_has_a_configuration_without_numbers_of_a_run() -> None:
     assert {f"{strategy}.yaml" for strategy in STRATEGIES} <= set(resource_names("accelerate_configs"))
     for name in resource_names("accelerate_configs"):
         values = yaml.safe_load(resource("accelerate_configs", name).read_text())
-        assert values["mixed_precision"] == "no"
+        assert values.get("mixed_precision", "no") == "no"  # DeepSpeed's file would have to say it
         assert not values["use_cpu"]
         assert {"num_processes", "machine_rank", "gpu_ids"} & set(values) == set()
 

@@ -11,6 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+
+from launch import plan
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
@@ -30,11 +34,33 @@ def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) 
     return _training_step(self, *args, **kwargs)  # type: ignore[arg-type]
 
 
+def share_one_gpu() -> None:
+    """Ranks of a machine with one GPU: gloo carries CUDA tensors where NCCL wants a GPU for each rank.
+
+    `CAP_GIB`: the most memory that each rank may take.
+    """
+    os.environ["LOCAL_RANK"] = "0"
+    if cap := os.environ.get("CAP_GIB"):
+        torch.cuda.set_per_process_memory_fraction(
+            float(cap) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
+
+    def start() -> PartialState:
+        train.find_deepspeed_config()
+        return PartialState(backend="gloo", timeout=train.PATIENCE)
+
+    train.start_processes = start
+
+
 def main() -> None:
     """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
     speak_plainly()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if torch.cuda.is_available() and "WORLD_SIZE" in os.environ:
+        share_one_gpu()
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
+    if storage := os.environ.get("PLANTED_STORAGE"):
+        plan.storage_of = lambda _: storage
     asked = json.loads(Path(sys.argv[1]).read_text())
     requests = [train.parse(arguments) for arguments, _ in asked]
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
@@ -43,6 +69,9 @@ def main() -> None:
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
         train.train_once(options, index, state, os.getppid())
+    if torch.cuda.is_available():
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        sys.stdout.write(f"rank {state.process_index}: peak {gib:.2f} GiB\n")
     leave_processes()
     end_process(0)
 

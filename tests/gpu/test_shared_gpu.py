@@ -1,0 +1,71 @@
+"""Two ranks on one GPU over gloo, and ZeRO with one: the strategies where CPUs would hide a fault."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launching import accelerate_launch, drive
+from tests.distributed.recorded import apart, run_of, write_recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+LAYOUTS = (("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 1), ("zero3", 1))
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
+"""dtype of the products -> the largest relative difference of losses; kernels of other shapes sum in other orders."""
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<dtype>-<strategy>`, NF4, 8 steps with dropout."""
+    folder = tmp_path_factory.mktemp("shared")
+    recipes = {
+        dtype: write_recipe(
+            world,
+            folder / f"{dtype}.yaml",
+            "nf4",
+            model={"dtype": dtype},
+            quantization={"bnb_4bit_compute_dtype": dtype},
+        )
+        for dtype in TOLERANCES
+    }
+    for strategy, processes in LAYOUTS:
+        requests = [
+            ([str(recipe), "--runs-dir", str(folder), "--name", f"{dtype}-{strategy}"], None)
+            for dtype, recipe in recipes.items()
+        ]
+        drive(processes, requests, folder, strategy=strategy)
+    return folder
+
+
+@pytest.mark.parametrize(("strategy", "processes"), LAYOUTS[1:])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_strategy_takes_the_steps_of_one_process(
+    runs: Path, dtype: str, strategy: str, processes: int
+) -> None:
+    plan = run_of(runs / f"{dtype}-{strategy}").plan
+    assert (plan.strategy, plan.world_size, plan.device) == (strategy, processes, "cuda")
+    loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
+    print(f"{dtype}, {strategy} x {processes}: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= TOLERANCES[dtype]
+
+
+def test_bytes_that_sharding_changes_are_noticed_before_a_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 storage: bytes that look like NaN are rewritten when FSDP2 copies them on a GPU."""
+    monkeypatch.setenv("PLANTED_STORAGE", "bfloat16")
+    recipe = write_recipe(world, tmp_path / "recipe.yaml", "nf4")
+    requests = tmp_path / "requests.json"
+    requests.write_text(f'[[["{recipe}", "--runs-dir", "{tmp_path}", "--name", "run"], null]]')
+    ended = accelerate_launch(2, ["tests.distributed.drive", str(requests)], strategy="fsdp")
+    assert ended.returncode != 0
+    assert re.search(
+        r"sharding changed the packed 4-bit bytes of decoder layer \d+ \(\d+ of \d+", ended.stdout
+    )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

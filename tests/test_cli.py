@@ -493,3 +493,58 @@ def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
+
+
+MEETING = ["--main-process-ip", "127.0.0.1", "--main-process-port", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "2"], "--main-process-ip, --main-process-port: missing (2 machines)"),
+        (
+            ["--nodes", "2", "--machine-rank", "2", "--main-process-ip", "a", "--main-process-port", "1"],
+            "2 of 2 machines",
+        ),
+        (["--machine-rank", "1"], "--machine-rank: 1 of 1 machines"),
+    ],
+)
+def test_machines_that_could_not_find_each_other_are_refused_before_anything_is_written(
+    launcher: Launcher, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("run", *EMBEDDED, *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not launcher.commands
+    assert not Path("runs").exists()
+
+
+def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_vain(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    machine = [
+        "--nodes",
+        "2",
+        "--machine-rank",
+        "1",
+        "--main-process-ip",
+        "127.0.0.1",
+        "--main-process-port",
+        "1",
+    ]
+    assert samestep("run", *EMBEDDED, *machine) == 2
+    said = capsys.readouterr().err
+    assert "waiting for machine 0 to begin" in said
+    assert "--machine-rank: machine 0 has not begun" in said
+    assert not launcher.commands
+
+
+def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.rules import rule_rows
+
+    assert samestep("rules") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert len(rule_rows()) == 24
+    assert "offloaded to a CPU" in said
+    assert "bitsandbytes#89" in said
+    assert all(reason for _, reason in rule_rows())

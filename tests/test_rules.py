@@ -1,11 +1,14 @@
 """Each forbidden combination: refused by its own rule, with the numbers, and no other request is."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import rules
 from launch.errors import ConfigError
+from launch.launch_config import LaunchConfig, launched_config, launched_strategy
 from launch.rules import Request, violations
 from tests.indexes import embedded_recipe
 
@@ -21,6 +24,14 @@ ALLOWED = Request(
 )
 
 
+QLORA = embedded_recipe("quantization.load_in_4bit=true")
+
+
+def _asking(**asked: Any) -> Request:
+    """The allowed request, launched with a configuration of its own."""
+    return replace(ALLOWED, config=LaunchConfig("here", **asked))
+
+
 def test_an_allowed_request_breaks_no_rule() -> None:
     assert list(violations(ALLOWED)) == []
 
@@ -28,7 +39,7 @@ def test_an_allowed_request_breaks_no_rule() -> None:
 @pytest.mark.parametrize(
     ("rule", "request_", "numbers"),
     [
-        (rules.strategy_is_available, replace(ALLOWED, strategy="fsdp"), "single, ddp"),
+        (rules.strategy_is_available, replace(ALLOWED, strategy="zero1"), "single, ddp, fsdp, zero2, zero3"),
         (rules.topology_is_positive, replace(ALLOWED, nodes=0), "0 nodes, 4 processes"),
         (rules.single_is_one_process, replace(ALLOWED, strategy="single"), "8 asked for"),
         (rules.every_process_gets_a_sample, replace(ALLOWED, nodes=9), "32 < 36"),
@@ -45,6 +56,55 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, recipe=embedded_recipe("hub.push=true", "hub.repo_id=a/b")),
             "not available yet",
         ),
+        (rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
+        (rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
+        (rules.recomputation_is_ours, _asking(fsdp={"fsdp_activation_checkpointing": True}), "true in here"),
+        (
+            rules.weights_stay_on_the_gpu,
+            _asking(fsdp={"fsdp_offload_params": "true"}),
+            "fsdp_offload_params",
+        ),
+        (
+            rules.weights_stay_on_the_gpu,
+            _asking(deepspeed={"zero_optimization": {"offload_param": {"device": "cpu"}}}),
+            "offload_param",
+        ),
+        (rules.deepspeed_casts_nothing, _asking(deepspeed={"bf16": {"enabled": True}}), "bf16"),
+        (
+            rules.deepspeed_counts_what_the_plan_counts,
+            _asking(deepspeed={"gradient_accumulation_steps": 4}),
+            "gradient_accumulation_steps",
+        ),
+        (
+            rules.deepspeed_counts_what_the_plan_counts,
+            _asking(deepspeed={"zero_optimization": {"reduce_bucket_size": "auto"}}),
+            "reduce_bucket_size",
+        ),
+        (rules.deepspeed_uses_the_standard_launcher, _asking(multinode_launcher="pdsh"), "pdsh (here)"),
+        (
+            rules.fsdp_stores_floats,
+            replace(ALLOWED, strategy="fsdp", quant_storage="bfloat16", recipe=QLORA),
+            "stored as bfloat16",
+        ),
+        (
+            rules.fsdp_stores_floats,
+            replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=QLORA),
+            "stored as uint8",
+        ),
+        (
+            rules.versions_are_those_that_were_measured,
+            replace(ALLOWED, versions={"accelerate": "1.14.2", "torch": "2.11.0+cu130"}),
+            "accelerate 1.14.2 < 1.15",
+        ),
+        (
+            rules.gpu_computes_bfloat16,
+            replace(
+                ALLOWED,
+                capability=(7, 5),
+                recipe=embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16"),
+            ),
+            "7.5",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -55,8 +115,68 @@ def test_a_forbidden_request_breaks_its_rule_alone(rule: rules.Rule, request_: R
     assert ";" in message
 
 
+def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda _: None)
+    (message,) = violations(replace(ALLOWED, strategy="zero3"))
+    assert message.startswith("--strategy: zero3 needs DeepSpeed, which is not installed; ")
+    assert list(violations(ALLOWED)) == []
+
+
 def test_every_rule_has_a_case_above() -> None:
-    assert len(rules.REQUEST_RULES + rules.DATA_RULES) == 9
+    every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
+    assert len(every) == 20
+
+
+@pytest.mark.parametrize("strategy", rules.STRATEGIES)
+def test_the_shipped_configurations_break_no_rule(strategy: str) -> None:
+    nodes, gpus = (1, 1) if strategy == "single" else (2, 4)
+    assert list(violations(replace(ALLOWED, strategy=strategy, nodes=nodes, gpus_per_node=gpus))) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 1"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing: true",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "True"},
+            "fsdp_offload_params",
+        ),
+    ],
+)
+def test_another_configuration_than_the_shipped_one_is_refused_where_it_was_launched(
+    environment: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rules.refuse_config(embedded_recipe(), "fsdp", 1, launched_config(environment))
+    (problem,) = caught.value.problems
+    assert problem.startswith(words)
+    assert "the accelerate config of this launch" in problem
+
+
+def test_a_launched_deepspeed_file_is_read_and_its_engines_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    with pytest.raises(ConfigError, match=r"zero\.json: cannot be read"):
+        launched_config(environment)
+    file.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}}')
+    config = launched_config(environment)
+    assert launched_strategy(config, several=True) == "zero3"
+    with pytest.raises(ConfigError, match="bf16: enabled in the DeepSpeed file"):
+        rules.refuse_config(embedded_recipe(), "zero3", 1, config)
+    with pytest.raises(ConfigError, match="deepspeed_config_file: the accelerate config names none"):
+        launched_config({"ACCELERATE_USE_DEEPSPEED": "true"})
+
+
+def test_the_strategy_of_a_plain_launch_is_that_of_its_configuration() -> None:
+    plain = launched_config({})
+    assert [launched_strategy(plain, several) for several in (False, True)] == ["single", "ddp"]
+    fsdp = launched_config({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert launched_strategy(fsdp, several=True) == "fsdp"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +196,6 @@ def test_the_last_allowed_request_before_each_limit_is_allowed(edge: Request) ->
 
 def test_a_topology_is_refused_before_the_data_is_known() -> None:
     with pytest.raises(ConfigError) as caught:
-        rules.refuse_topology(embedded_recipe(), "zero3", 1, 64)
+        rules.refuse_topology(embedded_recipe(), "zero1", 1, 64)
     assert len(caught.value.problems) == 2
     rules.refuse_topology(embedded_recipe(), "ddp", 1, 2)

@@ -1,0 +1,80 @@
+"""Several machines by hand, as a user starts them: two on loopback with two processes each are one with four."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.accelerate import free_port
+from launch.run_directory import Marker, RunDirectory, read_marker
+from tests.distributed.launching import drive, interrupt, published_steps, started, wait_until
+from tests.distributed.recorded import apart, metrics_of, run_of, write_recipe
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and its run on four processes of one machine."""
+    folder = tmp_path_factory.mktemp("machines")
+    recipe = write_recipe(
+        world,
+        folder / "recipe.yaml",
+        "plain",
+        training={"max_steps": STEPS},
+        evaluation={"every_steps": 100},
+        checkpoint={"every_steps": 100},
+    )
+    drive(4, [([str(recipe), "--runs-dir", str(folder), "--name", "one"], None)], folder)
+    return folder
+
+
+def _command(place: Path, rank: int, port: int) -> list[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "run",
+        str(place / "recipe.yaml"),
+        "--runs-dir",
+        str(place),
+    ]
+    command += ["--name", "two", "--strategy", "ddp", "--gpus-per-node", "2", "--nodes", "2"]
+    return [
+        *command,
+        *("--machine-rank", str(rank), "--main-process-ip", "127.0.0.1", "--main-process-port", str(port)),
+    ]
+
+
+def test_two_machines_take_the_steps_of_one_and_either_can_stop_both(place: Path, tmp_path: Path) -> None:
+    run, port = RunDirectory(place / "two"), free_port()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with (
+        started(_command(place, 1, port), second) as other,
+        started(_command(place, 0, port), first) as process,
+    ):
+        wait_until(lambda: run.metrics_file.exists() and len(metrics_of(run.path)) > 0, pause=0.01)
+        interrupt(other)  # Ctrl-C on the machine that does not write the run
+        assert process.wait(timeout=90) == 0, first.read_text()
+        assert other.wait(timeout=90) == 0, second.read_text()
+    step = max(published_steps(run.path))
+    assert read_marker(run) == Marker("STOPPED", f"user: at step {step} of {STEPS}")
+    assert step < STEPS
+
+    port = free_port()
+    with (
+        started(_command(place, 0, port), first) as process,
+        started(_command(place, 1, port), second) as other,
+    ):
+        assert process.wait(timeout=120) == 0, first.read_text()
+        assert other.wait(timeout=120) == 0, second.read_text()
+    plan = run_of(run.path).plan
+    assert (plan.nodes, plan.gpus_per_node, plan.world_size) == (2, 2, 4)
+    loss, weights = apart(run.path, place / "one")
+    print(f"2 machines x 2 processes against 1 x 4: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= 1e-6
+    assert weights <= 1e-6
+    for log in (first, second):
+        assert "Traceback" not in log.read_text()

@@ -1,0 +1,179 @@
+"""Every guard fires for what it is there for, and is quiet otherwise."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from launch.errors import ConfigError, RunError
+from launch.recipe import Recipe, recipe_from_dict
+from tests.conftest import recipe_values
+from trainer import sharding_guards
+from trainer.guards import (
+    GradientWitness,
+    check_logits,
+    check_same_adapters,
+    check_taken,
+    describe_labels,
+)
+from trainer.model.base import load_base
+from trainer.sharding_guards import LayerFacts, layer_facts
+
+CPU = torch.device("cpu")
+
+
+def _recipe(world: Path, base: Path | None = None) -> Recipe:
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = True
+    values["model"]["name_or_path"] = str(base or world / "base")
+    return recipe_from_dict(values)
+
+
+# what a layer is, whole and sharded ---------------------------------------------------------------------------
+
+
+def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(world: Path) -> None:
+    seen: list[LayerFacts] = []
+    at_once = load_base(_recipe(world), CPU, "float16")
+    one_by_one = load_base(_recipe(world), CPU, "float16", lambda layer: seen.append(layer_facts(layer)))
+    expected, found = dict(at_once.named_parameters()), dict(one_by_one.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        # As bytes: packed weights stored as floats hold NaN, which equals nothing.
+        assert torch.equal(_bytes(found[name]), _bytes(parameter)), name
+        assert found[name].dtype == parameter.dtype
+    layers = at_once.model.language_model.layers
+    assert len(seen) == len(layers)
+    for before, layer in zip(seen, layers, strict=True):
+        now = layer_facts(layer)
+        assert (now.packed, now.bytes) == (before.packed, before.bytes)
+        assert torch.equal(now.output, before.output)
+        assert now.output.abs().max() > 0
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("spoilt", ["missing", "shape"])
+def test_a_layer_that_is_not_whole_is_refused(world: Path, tmp_path: Path, spoilt: str) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    (file,) = base.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("layers.1.self_attn.k_proj.weight"))
+    if spoilt == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"decoder layer 1 has .*self_attn\.k_proj\.weight"):
+        load_base(_recipe(world, base), CPU, "float16", lambda layer: None)
+
+
+FACTS = LayerFacts({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
+
+
+@pytest.mark.parametrize(
+    ("after", "local", "words"),
+    [
+        (
+            LayerFacts({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
+            500,
+            r"changed the packed .* 4 \(1 of 2 weights",
+        ),
+        (LayerFacts({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
+        (LayerFacts(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000), 500, r"computes otherwise .* 0\.001"),
+        (LayerFacts(FACTS.packed, torch.tensor([1, 1, float("nan")]), 1000), 500, r"computes otherwise"),
+        (FACTS, 560, r"not sharded: 560 of its 1,000 bytes are resident, at most 550"),
+    ],
+    ids=["bytes", "weight gone", "output", "nan", "whole"],
+)
+def test_what_sharding_does_to_a_layer_is_noticed(after: LayerFacts, local: int, words: str) -> None:
+    sharding_guards._compare_layer(4, FACTS, FACTS, 540, 2)
+    with pytest.raises(RunError, match=words):
+        sharding_guards._compare_layer(4, FACTS, after, local, 2)
+
+
+# what a wrapped model answers, scores and trains --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "too_much"), [(torch.float32, 0.0, 1e-6), (torch.bfloat16, 9e-3, 2e-2)]
+)
+def test_a_wrapped_model_that_answers_otherwise_is_noticed(
+    dtype: torch.dtype, allowed: float, too_much: float
+) -> None:
+    answers = torch.zeros(1, 4)
+    check_logits(answers, answers + allowed, dtype)
+    for other in (answers + too_much, answers + float("nan")):
+        with pytest.raises(RunError, match="answers otherwise since it was wrapped"):
+            check_logits(answers, other, dtype)
+
+
+def test_ranks_with_another_adapter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = {"lora_A": nn.Parameter(torch.ones(2))}
+    check_same_adapters(parameters)
+    monkeypatch.setattr("trainer.guards.gather", lambda mine: [mine, mine, "other", mine])
+    with pytest.raises(
+        RunError, match=r"rank 2: resumed with another adapter than rank 0 \(1 ranks differ\)"
+    ):
+        check_same_adapters(parameters)
+
+
+def test_the_first_micro_batch_says_what_is_scored_and_refuses_masks_that_cannot_be(world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    words = tokenizer("bar 17", return_tensors="pt")["input_ids"]
+    said = describe_labels(torch.zeros(1, 40), words[:, -2:], "answer", tokenizer)
+    assert said.startswith("first micro-batch: 2 of 40 tokens are targets (5.0%), the first ")
+    assert said.endswith(f"the last {tokenizer.decode(words[0, -1:])!r}")
+    everything = torch.zeros(1, 39, dtype=torch.int64)
+    assert "39 of 40" in describe_labels(torch.zeros(1, 40), everything, "sequence", tokenizer)
+    for labels in (everything, everything[:, :0]):
+        with pytest.raises(RunError, match=r"data\.loss: answer scores \d+ of the 40 tokens"):
+            describe_labels(torch.zeros(1, 40), labels, "answer", tokenizer)
+
+
+def _adapters() -> dict[str, nn.Parameter]:
+    return {f"q.{part}.default.weight": nn.Parameter(torch.ones(2)) for part in ("lora_A", "lora_B")}
+
+
+def test_an_adapter_without_a_gradient_and_a_lora_b_with_none_but_zeros_are_noticed() -> None:
+    parameters = _adapters()
+    a, b = parameters.values()
+    witness = GradientWitness(parameters)
+    (a * 0 + b).sum().backward()  # as in the first step of all: lora_B is zero, so lora_A's gradient is
+    witness.check()
+    assert not a._backward_hooks
+    witness = GradientWitness(parameters)
+    b.sum().backward()
+    with pytest.raises(
+        RunError, match=r"1 of 2 adapters got no gradient in the first step, such as q\.lora_A"
+    ):
+        witness.check()
+    witness = GradientWitness(parameters)
+    (a + b * 0).sum().backward()
+    with pytest.raises(
+        RunError, match=r"1 of 2 adapters got a gradient of zero in the first step, such as q\.lora_B"
+    ):
+        witness.check()
+
+
+def test_a_rank_of_fillers_alone_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = _adapters()
+    witness = GradientWitness(parameters)
+    sum(parameter.sum() * 0 for parameter in parameters.values()).backward()  # type: ignore[union-attr]
+    monkeypatch.setattr("trainer.guards.gather", lambda mine: [mine, dict.fromkeys(mine, 1.0)])
+    witness.check()
+
+
+def test_a_step_that_was_taken_with_gradients_that_are_no_numbers_is_an_error() -> None:
+    check_taken(1.0, 3)
+    for norm in (float("nan"), float("inf")):
+        with pytest.raises(RunError, match="step 3: the gradient norm is"):
+            check_taken(norm, 3)

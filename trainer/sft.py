@@ -239,17 +239,18 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self._witness = None
 
     def _say_labels(self, inputs: Any) -> None:
-        """Rank 0, whose first micro-batch is no filler, says for all what is scored; all fail with it."""
-        tensors = inputs["inputs"]
-        said = from_rank_0(
-            lambda: describe_labels(
-                tensors["input_ids"],
-                tensors["shift_labels"],
-                self.recipe.data.loss,
-                self.encoder.processor.tokenizer,
+        """Rank 0 says for all what its first micro-batch scores, unless that is a filler; all fail with it."""
+        tensors, tokenizer = inputs["inputs"], self.encoder.processor.tokenizer
+
+        def describe() -> str | None:
+            if not inputs["samples"]:
+                return None
+            return describe_labels(
+                tensors["input_ids"], tensors["shift_labels"], self.recipe.data.loss, tokenizer
             )
-        )
-        logger.info(said)
+
+        if said := from_rank_0(describe):
+            logger.info(said)
 
     def check_reduced(self) -> None:
         """Before the weights change: `Trainer` has called `_get_grad_norm`, where the ranks are added up."""

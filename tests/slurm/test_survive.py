@@ -39,13 +39,14 @@ def _check(outcomes: list[Outcome]) -> None:
 def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(networked: Cluster) -> None:
     here = train_here("here-short", networked.runs, 2, 40)
     run = networked.submit("short", "--nodes", "2", steps=40)
-    events = ["scontrol requeue", "kill -9 of one rank", "crash of the head node"]
+    events = ["kill -9 of one rank", "scontrol requeue", "crash of the head node"]
     _check(survive(networked, run, events, SEED))
     assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
     assert_the_same_to_the_byte(run.path, here.path)
-    book = ledger.read_ledger(run)
-    assert book.restarts() == {"preempted": 1, "time": 0, "crashed": 2}
-    assert [attempt.how for attempt in book.attempts] == ["preempted", "crashed", "crashed", "done"]
+    ways = [attempt.how for attempt in ledger.read_ledger(run).attempts]
+    # A node that is back before Slurm has missed it can lose its step once more when it registers.
+    assert ways[:3] == ["crashed", "preempted", "crashed"]
+    assert ways[3:] in (["done"], ["crashed", "done"])
 
 
 @pytest.mark.long

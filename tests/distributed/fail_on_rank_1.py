@@ -14,11 +14,11 @@ from trainer import sft, train
 from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
-_compute_loss, _publish = PlannedTrainer.compute_loss, sft.publish
+_loss, _publish = PlannedTrainer._loss, sft.publish
 
 
-def _poisoned(self: PlannedTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    loss = _compute_loss(self, model, inputs, *args, **kwargs)
+def _poisoned(self: PlannedTrainer, model: Any, inputs: Any) -> Any:
+    loss = _loss(self, model, inputs)
     return loss * float("nan") if os.environ["RANK"] == "1" and inputs["step"] == 1 else loss
 
 
@@ -39,7 +39,7 @@ def main() -> int:
         sys.stdout.write(f"rank {state.process_index} ended with: {error}\n")
         sys.stdout.flush()
     sft.publish = _publish
-    PlannedTrainer.compute_loss = _poisoned  # type: ignore[method-assign]
+    PlannedTrainer._loss = _poisoned  # type: ignore[method-assign]
     return train.main()
 
 

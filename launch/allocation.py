@@ -77,6 +77,7 @@ def begin(options: argparse.Namespace) -> int:
     if plan is None:
         _say(f"{run.path}: done already, adapter in {run.adapter}")
         return 0
+    wait_for_the_lock(run)  # before anything is written: another job of this run may be training
     close_open_attempt(run)
     reason = ledger.reason_to_give_up(ledger.read_ledger(run).attempts)
     if reason and allocation.restart:
@@ -86,7 +87,6 @@ def begin(options: argparse.Namespace) -> int:
         clear_requests(run)
         _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
         return 1
-    wait_for_the_lock(run)
     with hold_lock(run.path):
         clear_markers(run)
         clear_requests(run)
@@ -118,6 +118,7 @@ def find_or_plan(options: argparse.Namespace, allocation: Allocation) -> tuple[R
     if target.plan_file.is_file() and target.recipe_file.is_file():
         plan = Plan.from_json(target.plan_file.read_text(encoding="utf-8"))
         if plan.nodes == allocation.nodes:
+            refuse_other_gpus(target, plan, allocation)
             return target, None if _is_done(target, plan) else plan
         request = _request_of_run(target, plan, allocation)
     else:
@@ -133,6 +134,16 @@ def find_or_plan(options: argparse.Namespace, allocation: Allocation) -> tuple[R
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
     return run, planned.plan
+
+
+def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> None:
+    """ConfigError when each node has another number of GPUs than the plan starts processes."""
+    found = allocation.gpus_on_node
+    if plan.device == "cuda" and found and found != plan.gpus_per_node:
+        raise ConfigError(
+            f"--gpus-per-node: the plan of {run.path} has {plan.gpus_per_node} processes a node, the allocation "
+            f"{found} GPUs; submit with the same number, or `samestep submit` again to plan anew"
+        )
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> start.RunRequest:
@@ -186,7 +197,9 @@ def close_open_attempt(run: RunDirectory) -> None:
         if read_marker(run) or end.how != "crashed"
         else "left no word: its node died, or KILL came"
     )
-    _write_end(run, ledger.End(end.how, reason))
+    attempt = ledger.read_ledger(run).open
+    assert attempt is not None
+    _write_end(run, ledger.End(end.how, reason), attempt.job, attempt.restart)
 
 
 def wait_for_the_lock(run: RunDirectory) -> None:
@@ -214,7 +227,7 @@ def end(options: argparse.Namespace) -> int:
     run = RunDirectory(Path(options.run))
     job = parse_job(options.job)
     ended, queued = ledger.with_job(ledger.how_it_ended(run), job, allocation.restart)
-    _write_end(run, ended)
+    _write_end(run, ended, allocation.job, allocation.restart)
     step = ledger.newest_step(run)
     _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
     if ended.how not in ledger.RESTARTED:
@@ -233,9 +246,10 @@ def end(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_end(run: RunDirectory, ended: ledger.End) -> None:
+def _write_end(run: RunDirectory, ended: ledger.End, job: str, restart: int) -> None:
     """A disk that is full must not keep the job from being queued again: the next attempt closes this one."""
-    facts = {**asdict(ended), "last_step": ledger.newest_step(run), "ended": time.time()}
+    which = {"job": job, "restart": restart}
+    facts = {**asdict(ended), **which, "last_step": ledger.newest_step(run), "ended": time.time()}
     try:
         ledger.write_event(run, "end", **facts)
     except OSError as error:
@@ -284,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SamestepError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

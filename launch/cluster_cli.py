@@ -118,8 +118,8 @@ def _queue(submission: Submission, fresh: bool) -> None:
     from launch import submit as cluster
 
     planned = submission.planned
-    cluster.refuse_if_queued(planned.run)
     with start.claim(planned, submission.request):
+        cluster.refuse_if_queued(planned.run)
         if not fresh and start.is_done(planned):
             _say(
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"

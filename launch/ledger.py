@@ -23,6 +23,11 @@ from launch.slurm import JobFacts
 How = Literal["done", "stopped", "refused", "preempted", "time", "crashed"]
 RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed")
 """Ends after which the job is queued again, counted apart."""
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("job", "log", "nodes", "how", "reason"), str),
+    **dict.fromkeys(("restart", "first_step", "last_step"), int),
+    **dict.fromkeys(("began", "ended"), (int, float)),
+}
 LIMIT = 3  # crashes in a row, or attempts in a row that saved no step
 
 
@@ -91,9 +96,20 @@ def read_ledger(run: RunDirectory) -> Ledger:
             submitted.append(str(event["job"]))
         elif kind == "start":
             attempts.append(Attempt(**event))
-        elif attempts and attempts[-1].how is None:
-            attempts[-1] = Attempt(**{**vars(attempts[-1]), **event})
+        else:
+            place = _attempt_of(attempts, event)
+            if place is not None:
+                attempts[place] = Attempt(**{**vars(attempts[place]), **event})
     return Ledger(tuple(submitted), tuple(attempts))
+
+
+def _attempt_of(attempts: Sequence[Attempt], event: Mapping[str, Any]) -> int | None:
+    """Which open attempt an end belongs to: two jobs of one run may overlap."""
+    for place, attempt in reversed(list(enumerate(attempts))):
+        ours = event.get("job", attempt.job) == attempt.job
+        if attempt.how is None and ours and event.get("restart", attempt.restart) == attempt.restart:
+            return place
+    return None
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -106,8 +122,10 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
     needed = {"submit": {"job"}, "start": {"job", "restart", "began", "first_step"}, "end": {"how"}}
     kind = event["event"]
-    complete = kind in needed and needed[kind] <= event.keys()
-    return event if complete and event.get("how", "done") in get_args(How) else None
+    if not isinstance(kind, str) or kind not in needed or not needed[kind] <= event.keys():
+        return None
+    fits = all(isinstance(event[name], kinds) for name, kinds in _TYPES.items() if name in event)
+    return event if fits and event.get("how", "done") in get_args(How) else None
 
 
 def write_event(run: RunDirectory, event: str, **facts: Any) -> None:

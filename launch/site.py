@@ -15,7 +15,10 @@ from launch.explain import explain
 from launch.recipe import Section
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH|API_?KEY|ACCESS_KEY)($|_)", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(r"^hf_\w+$|://[^/@\s]*:[^/@\s]*@")  # a token of the hub; a password in an address
 
 
 class ContainerSection(Section):
@@ -67,10 +70,10 @@ class Site(Section):
 
 
 def _problems(site: Site) -> Iterator[str]:
-    for key in site.environment:
+    for key, value in site.environment.items():
         if not _NAME.fullmatch(key):
             yield f"environment.{key!r}: not a variable's name; use letters, digits and _"
-        elif _SECRET.search(key):
+        elif _SECRET.search(key) or _SECRET_VALUE.search(value):
             yield (
                 f"environment.{key}: would write a secret into every job's script; "
                 "remove it, and export it in the shell that submits"
@@ -78,6 +81,11 @@ def _problems(site: Site) -> Iterator[str]:
     for option in site.options:
         if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option, re.DOTALL):
             yield f"options: {option!r} is no option of sbatch; write --name or --name=value"
+        elif option.split("=")[0] in ("--export", "--array"):
+            yield (
+                f"options: {option.split('=')[0]} is not for a site file (it could hold secrets, or start one run many "
+                "times); export variables in the shell that submits"
+            )
     if site.container.runtime == "none" and site.container.image:
         yield "container.runtime: none although there is an image; give apptainer or pyxis"
     if site.container.runtime != "none" and not site.container.image:
@@ -108,7 +116,7 @@ def load_site(file: Path | None, changes: dict[str, object]) -> Site:
 def _read(file: Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: ~nobody
         raise ConfigError(f"--site: {file} cannot be read ({error}); see slurm/site.example.yaml") from error
     except yaml.YAMLError as error:
         raise ConfigError(

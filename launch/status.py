@@ -124,6 +124,10 @@ def state_of(
         return "running", f"job {book.job} ({job.state.lower()})"
     if marker is not None:
         return "stopped", marker.text
+    begun = any(attempt.job == book.job for attempt in book.attempts)
+    if book.job and not begun and job is not None:
+        words = f"job {book.job} is {job.state} and never began; see its log, then submit again"
+        return ("stopped" if job.state == "CANCELLED" else "failed"), words
     if not book.attempts:
         return ("queued", f"job {book.job}, by the ledger alone") if book.job else ("not started", "")
     if (last := book.attempts[-1]).how is None:

@@ -169,7 +169,13 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     for name in submission.follow_ups:
         # Without the second the job would wait for ever once the one before has failed.
         options = [f"--dependency=afterok:{queued[-1][1]}", "--kill-on-invalid-dep=yes"]
-        queued.append((name, sbatch(run.path / name, *options)))
+        try:
+            queued.append((name, sbatch(run.path / name, *options)))
+        except ConfigError as error:
+            done = ", ".join(f"{script} as job {job}" for script, job in queued)
+            raise ConfigError(
+                f"{error}; queued already: {done}; when there is room: sbatch {' '.join(options)} {run.path / name}"
+            ) from None
     return queued
 
 

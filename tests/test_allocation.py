@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,15 @@ def test_outside_a_job_it_says_so(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert allocation.main(["begin", "embedded"]) == 2
     assert "SLURM_JOB_ID: is not set" in capsys.readouterr().err
+
+
+def test_another_number_of_gpus_than_planned_is_refused_before_anything_starts(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps({**plan, "device": "cuda"}))
+    _attempt(monkeypatch, 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(plan["gpus_per_node"] + 1))
+    assert allocation.main(["begin", str(run.path), "--device", "cuda"]) == 2
+    assert "--gpus-per-node: the plan of" in capsys.readouterr().err
+    assert not ledger.read_ledger(run).attempts

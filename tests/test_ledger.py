@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,30 @@ def test_three_attempts_in_a_row_that_save_no_step_are_enough() -> None:
 def test_a_new_submission_counts_anew() -> None:
     crashes: list[tuple[How, int]] = [("crashed", 0)] * 3
     assert reason_to_give_up([*_attempts(*crashes), *_attempts(("crashed", 0), job="8")]) is None
+
+
+def test_an_end_belongs_to_its_own_job_where_two_overlap(run: RunDirectory) -> None:
+    for job in ("7", "8"):
+        write_event(run, "start", job=job, restart=0, began=1.0, first_step=0)
+    write_event(run, "end", how="done", job="7", restart=0, last_step=9)
+    assert [(found.job, found.how) for found in read_ledger(run).attempts] == [
+        ("7", "done"),
+        ("8", None),
+    ]
+    write_event(run, "end", how="crashed", job="9", restart=0)
+    assert read_ledger(run).attempts[1].how is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"event": []}, {"event": "end", "how": "crashed", "last_step": "4"}, {"event": "end", "how": ["done"]}],
+    ids=str,
+)
+def test_a_line_with_values_of_another_kind_is_passed_over(run: RunDirectory, odd: dict[str, object]) -> None:
+    write_event(run, "start", job="7", restart=0, began=1.0, first_step=0)
+    with ledger_file(run).open("a") as file:
+        file.write(json.dumps(odd) + "\n")
+    assert [found.how for found in read_ledger(run).attempts] == [None]
 
 
 def test_the_newest_step_is_a_published_one(run: RunDirectory) -> None:

@@ -29,6 +29,13 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
             "environment: {HF_TOKEN: hf_x}",
             "environment.HF_TOKEN: would write a secret into every job's script",
         ),
+        (
+            "environment: {HTTPS_PROXY: 'http://me:word@proxy:80'}",
+            "environment.HTTPS_PROXY: would write a secret",
+        ),
+        ("environment: {SOME_NAME: hf_abc}", "environment.SOME_NAME: would write a secret"),
+        ("options: ['--export=ALL,HF_TOKEN=hf_x']", "options: --export is not for a site file"),
+        ("options: ['--array=1-4']", "options: --array is not for a site file"),
         ("environment: {'A B': x}", "environment.'A B': not a variable's name"),
         ("options: [exclusive]", "options: 'exclusive' is no option of sbatch"),
         ("container: {image: x}", "container.runtime: none although there is an image"),
@@ -47,6 +54,16 @@ def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None
     assert str(file) in str(caught.value)
 
 
+def test_words_that_only_look_like_secrets_are_no_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(
+        "environment: {TOKENIZERS_PARALLELISM: 'false', MAX_TOKENS: '9', NCCL_IB_HCA: 'mlx5_0:1'}"
+    )
+    assert len(load_site(file, {}).environment) == 3
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--site: .*cannot be read"):
+        load_site(Path("~no-such-user/site.yaml"), {})
     with pytest.raises(ConfigError, match=r"^--site: .*nothing\.yaml cannot be read"):
         load_site(tmp_path / "nothing.yaml", {})

@@ -52,6 +52,20 @@ def test_a_run_without_a_job_has_not_started(run: RunDirectory) -> None:
     assert (_look(run).state, _look(run).step, _look(run).max_steps) == ("not started", 0, 37)
 
 
+@pytest.mark.parametrize(
+    ("ended", "state"), [("FAILED", "failed"), ("TIMEOUT", "failed"), ("CANCELLED", "stopped")]
+)
+def test_a_job_that_ended_before_it_began_the_run_is_not_called_queued(
+    run: RunDirectory, ended: str, state: str
+) -> None:
+    ledger.write_event(run, "submit", job="7")
+    found = _look(run, ended, "None")
+    assert (found.state, found.because) == (
+        state,
+        f"job 7 is {ended} and never began; see its log, then submit again",
+    )
+
+
 def test_a_queued_run_says_why_it_waits_and_how_often_it_came_back(run: RunDirectory) -> None:
     ledger.write_event(run, "submit", job="7")
     assert _look(run).state == "queued"

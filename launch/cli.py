@@ -74,7 +74,7 @@ def plan(
     file = find_recipe(recipe)
     loaded = load_recipe(file, overrides)
     topology = start.choose_topology(strategy, nodes, gpus_per_node)
-    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, topology.device)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
     index = start.load_index(file, loaded, overrides)
     _show(start.plan_of(loaded, index, topology, loaded.name))
 

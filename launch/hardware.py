@@ -30,11 +30,13 @@ def first_visible_gpu() -> str:
 
 @cache
 def compute_capability() -> tuple[int, int] | None:
-    """The lowest of the GPUs here, as the driver's tool says it; None when it says nothing."""
+    """The lowest of the GPUs that a process started here would see; None when the driver's tool says nothing."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = ["-i", visible] if visible else []  # another card in the machine does not count
+    command = [tool, *chosen, "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -135,9 +135,7 @@ def make_plan(
     max_steps, left = whole_steps(recipe, len(tokens), begin)
     asked = recipe.batch.micro_batch_tokens
     budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
-    request = Request(
-        recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest, device, config
-    )
+    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest, config)
     if problems := list(violations(request)):
         raise ConfigError(problems)
     steps = plan_steps(

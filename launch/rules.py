@@ -9,7 +9,6 @@ from typing import Any
 from packaging.version import Version
 
 from launch.errors import ConfigError
-from launch.hardware import compute_capability
 from launch.launch_config import LaunchConfig, shipped_config
 from launch.recipe import Recipe
 
@@ -25,6 +24,22 @@ FLOORS = {
     "deepspeed": "0.19.8",
 }
 """Versions below which something measured does not hold; accelerate below 1.15 saves one rank's share (#4206)."""
+_DEEPSPEED_KEYS = {
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
+    *("bf16", "fp16", "amp"),  # another rule's
+    *("steps_per_print", "wall_clock_breakdown", "comms_logger"),
+}
+_ZERO_KEYS = {
+    *("stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+}
 _NUMBERS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
@@ -39,7 +54,7 @@ class Request:
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
     `longest`: tokens of the longest sample of the training and validation splits; `config`: of the launch, the
-    shipped file's by default; `capability`: of the GPU here, None without one; `device`: where it will run.
+    shipped file's by default; `capability`: of the GPUs that will be used, None where that is not known.
     """
 
     recipe: Recipe
@@ -50,7 +65,6 @@ class Request:
     max_steps: int
     budget: int
     longest: int
-    device: str = "cpu"
     config: LaunchConfig | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
@@ -232,6 +246,20 @@ def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
     )
 
 
+def deepspeed_is_asked_for_what_is_known(request: Request) -> str | None:
+    """Other keys of the DeepSpeed file change what is trained: how gradients travel, a schedule, an optimizer."""
+    zero = request.launch.deepspeed
+    section = zero.get("zero_optimization", {})
+    odd = sorted({*zero} - _DEEPSPEED_KEYS) + sorted(
+        {*section} - _ZERO_KEYS - {"offload_param", "offload_optimizer"}
+    )
+    if not odd:
+        return None
+    return (
+        f"{', '.join(odd)}: in the DeepSpeed file of {request.launch.where}; leave them out, see ds_configs/"
+    )
+
+
 def deepspeed_uses_the_standard_launcher(request: Request) -> str | None:
     """By default accelerate starts DeepSpeed on several nodes through pdsh and a hostfile."""
     if request.launch.multinode_launcher == "standard" or request.nodes == 1:
@@ -262,7 +290,9 @@ def versions_are_those_that_were_measured(request: Request) -> str | None:
     old = [
         f"{name} {found[name]} < {floor}"
         for name, floor in FLOORS.items()
-        if name in found and Version(found[name]) < Version(floor)
+        if (name != "deepspeed" or request.strategy.startswith("zero"))
+        and name in found
+        and Version(found[name]) < Version(floor)
     ]
     return f"versions: too old ({', '.join(old)}); install the versions of constraints.txt" if old else None
 
@@ -279,7 +309,7 @@ def _installed() -> dict[str, str]:
 
 def gpu_computes_bfloat16(request: Request) -> str | None:
     """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
-    capability = request.capability or (compute_capability() if request.device == "cuda" else None)
+    capability = request.capability
     quantization = request.recipe.quantization
     dtype = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else request.recipe.model.dtype
     if capability is None or capability >= (8, 0) or dtype != "bfloat16":
@@ -297,6 +327,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     weights_stay_on_the_gpu,
     deepspeed_casts_nothing,
     deepspeed_counts_what_the_plan_counts,
+    deepspeed_is_asked_for_what_is_known,
     deepspeed_uses_the_standard_launcher,
 )
 """Of the accelerate configuration: of the shipped file before a launch, and of what was launched in the trainer."""
@@ -343,11 +374,26 @@ def violations(request: Request) -> Iterator[str]:
 
 
 def refuse_topology(
-    recipe: Recipe, strategy: str, nodes: int, gpus_per_node: int, device: str = "cpu"
+    recipe: Recipe,
+    strategy: str,
+    nodes: int,
+    gpus_per_node: int,
+    capability: tuple[int, int] | None = None,
 ) -> None:
-    """ConfigError with all that can be said before the data is prepared, which may take long."""
+    """ConfigError with all that can be said before the data is prepared, which may take long.
+
+    `capability`: of the GPUs that will be used, where they are those of this machine.
+    """
     request = Request(
-        recipe, strategy, nodes, gpus_per_node, samples=0, max_steps=0, budget=0, longest=0, device=device
+        recipe,
+        strategy,
+        nodes,
+        gpus_per_node,
+        samples=0,
+        max_steps=0,
+        budget=0,
+        longest=0,
+        capability=capability,
     )
     if problems := list(_broken(_early(request), request)):
         raise ConfigError(problems)

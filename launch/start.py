@@ -22,7 +22,7 @@ from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.changes import Change
 from launch.children import ChildError, call_module, processes_with, wait_for
 from launch.errors import ConfigError, RunError
-from launch.hardware import CPU_PROCESSES, first_visible_gpu, gpus_present
+from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.manifest import MANIFEST, newest_valid
 from launch.plan import Plan, make_plan
@@ -191,7 +191,8 @@ def check_request(request: RunRequest) -> CheckedRequest:
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
-    refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, topology.device)
+    here = compute_capability() if request.topology is None and topology.device == "cuda" else None
+    refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, here)
     refuse_fsdp_on_cpu(topology)
     if request.topology is None:
         refuse_missing_gpus(topology)

@@ -52,7 +52,8 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
     assert len(seen) == len(layers)
     for before, layer in zip(seen, layers, strict=True):
         now = layer_facts(layer)
-        assert (now.packed, now.bytes) == (before.packed, before.bytes)
+        assert (now.packed, now.bytes, now.constants) == (before.packed, before.bytes, before.constants)
+        assert now.constants > 0
         assert torch.equal(now.output, before.output)
         assert now.output.abs().max() > 0
 

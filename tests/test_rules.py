@@ -80,6 +80,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             _asking(deepspeed={"zero_optimization": {"reduce_bucket_size": "auto"}}),
             "reduce_bucket_size",
         ),
+        (
+            rules.deepspeed_is_asked_for_what_is_known,
+            _asking(deepspeed={"communication_data_type": "bf16", "scheduler": {}}),
+            "communication_data_type, scheduler",
+        ),
         (rules.deepspeed_uses_the_standard_launcher, _asking(multinode_launcher="pdsh"), "pdsh (here)"),
         (
             rules.fsdp_stores_floats,
@@ -124,7 +129,7 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 20
+    assert len(every) == 21
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)

@@ -171,14 +171,14 @@ class GradientWitness:
 
 
 def check_taken(norm: float, step: int) -> None:
-    """After a step that DeepSpeed took in its backward: the loss was finite, the gradients may not have been.
+    """After DeepSpeed's backward, which takes the step: the loss was finite, the gradients may not have been.
 
     Raises:
-        RunError: they were not; what is in memory is spoiled, the checkpoints are not.
+        RunError: they were not (DeepSpeed 0.19 then leaves the weights as they are).
     """
     if not math.isfinite(norm):
         error = RunError(
-            f"step {step}: the gradient norm is {norm}; the step was taken and is lost, the newest checkpoint is not; "
+            f"step {step}: the gradient norm is {norm}, so DeepSpeed took no step; the newest checkpoint is whole; "
             "lower training.learning_rate"
         )
         error.agreed = True  # the norm is of all ranks

@@ -452,7 +452,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _restore(self, checkpoint: Path) -> None:
         """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""
         if (checkpoint / OPTIMIZER_FILE).exists():  # else taken over from a form without moments
-            self.engine.restore(read_moments(self._shapes, checkpoint))
+            self.engine.restore(together(lambda: read_moments(self._shapes, checkpoint)))
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.resumed_at
         scheduler._step_count = self.resumed_at + 1

@@ -20,27 +20,29 @@ from trainer.agreement import together
 from trainer.guards import LOGITS_APART
 from trainer.model.attention import Segments
 
-RESIDENT_MARGIN = 0.05  # quantization constants, 3.1 % of the packed bytes, stay whole; and padding
+RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 
 
 @dataclass(frozen=True)
 class LayerFacts:
     """What a whole decoder layer is, to be held against its shards.
 
-    `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of weights and constants.
+    `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of the weights; `constants`:
+    bytes of the quantization constants, which stay whole on every rank.
     """
 
     packed: dict[str, int]
     output: Tensor
     bytes: int
+    constants: int = 0
 
 
 @torch.no_grad()
 def layer_facts(layer: nn.Module) -> LayerFacts:
     """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
     packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
-    size = sum(parameter.nbytes for parameter in _frozen(layer)) + _constants(layer)
-    return LayerFacts(packed, _output(layer), size)
+    size = sum(parameter.nbytes for parameter in _frozen(layer))
+    return LayerFacts(packed, _output(layer), size, _constants(layer))
 
 
 def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: int) -> None:
@@ -88,7 +90,7 @@ def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: in
             f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
             "install the versions of constraints.txt, or use --strategy ddp"
         )
-    limit = (1 / world_size + RESIDENT_MARGIN) * before.bytes
+    limit = (1 / world_size + RESIDENT_MARGIN) * before.bytes + before.constants
     if world_size > 1 and local > limit:
         raise RunError(
             f"model: decoder layer {number} is not sharded: {local:,} of its {before.bytes:,} bytes are resident, at "

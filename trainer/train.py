@@ -60,7 +60,7 @@ from trainer.agreement import (
 )
 from trainer.data.collate import Encoder
 from trainer.model.base import add_lora, load_base
-from trainer.model.sharding import close_sharding, shard_layer
+from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
 from trainer.prepare import prepare
 from trainer.pretrained import base_identity, load_processor
@@ -201,9 +201,9 @@ def uses_deepspeed() -> bool:
 
 
 def find_deepspeed_config() -> None:
-    """Make the config file's path absolute: relative to where the launch was typed, or else the shipped one."""
+    """Where a shipped accelerate config names a shipped DeepSpeed file, that is found from every folder."""
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if name and not Path(name).is_file():
+    if name in ("ds_configs/zero2.json", "ds_configs/zero3.json") and not Path(name).is_file():
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(resource("ds_configs", Path(name).name))
 
 
@@ -350,7 +350,7 @@ def train(task: Task, state: PartialState, watch: Watch) -> Ended:
     if reason := watch.agree().stop:
         return Ended(step, reason)
     evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
-    trainer = together(lambda: build(task, state, watch, step))
+    trainer = build(task, state, watch, step)
     if reason := watch.agree().stop:
         return Ended(step, reason)
     try:
@@ -394,26 +394,38 @@ def leave_marker(task: Task, ended: Ended) -> None:
 
 
 def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> PlannedTrainer:
-    """Base, LoRA and trainer on this rank's device."""
+    """Base, LoRA and trainer on this rank's device.
+
+    Raises:
+        SamestepError: on all ranks together: what one rank alone can meet is met outside the collectives of sharding.
+    """
     if task.recipe.training.deterministic:
         make_deterministic()
-    encoder = Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
-    return build_trainer(load_model(task, state.device), task, encoder, watch, resumed_at)
+    encoder = together(
+        lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
+    )
+    model = load_model(task, state.device)
+    return together(lambda: build_trainer(model, task, encoder, watch, resumed_at))
 
 
 def load_model(task: Task, device: torch.device) -> PeftModel:
     """Base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
     recipe, plan = task.recipe, task.plan
     if plan.strategy != "fsdp":
-        return add_lora(load_base(recipe, device, plan.quant_storage), recipe)
+        return together(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
     whole: list[LayerFacts] = []
+    mesh = mesh_of(plan.world_size, device)
 
     def take(layer: nn.Module) -> None:
         whole.append(layer_facts(layer))
-        shard_layer(layer, plan.world_size, device)
+        shard_layer(layer, mesh)
 
-    model = add_lora(load_base(recipe, device, plan.quant_storage, take), recipe)
-    close_sharding(model, plan.world_size, device)
+    def read() -> PeftModel:
+        model = add_lora(load_base(recipe, device, plan.quant_storage, take), recipe)
+        close_sharding(model, mesh)
+        return model
+
+    model = together(read)
     check_sharding(model, whole, plan.world_size)
     return model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -42,9 +43,11 @@ def load_base(
     check_is_qwen2_vl(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     text = config.get_text_config()
-    layers = text.num_hidden_layers
+    kinds = list(text.layer_types)
+    loud = transformers.logging.get_verbosity()
     if take_layer is not None:
         text.num_hidden_layers, text.layer_types = 0, []
+        transformers.logging.set_verbosity_error()  # its report calls every tensor of the layers unexpected
     try:
         model, report = Qwen2VLForConditionalGeneration.from_pretrained(
             path,
@@ -61,6 +64,8 @@ def load_base(
             f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({str(error).strip().splitlines()[0][:300]}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
+    finally:
+        transformers.logging.set_verbosity(loud)
     # transformers fills what a file lacks with random numbers, and only says so in a log.
     unexpected = [key for key in report["unexpected_keys"] if take_layer is None or not is_of_layer(key)]
     if wrong := sorted(map(str, [*report["missing_keys"], *unexpected, *report["mismatched_keys"]])):
@@ -70,7 +75,7 @@ def load_base(
         )
     model.requires_grad_(False)
     if take_layer is not None:
-        for layer in append_layers(model, Path(path), layers, _quantization(recipe, quant_storage), device):
+        for layer in append_layers(model, Path(path), kinds, _quantization(recipe, quant_storage), device):
             take_layer(layer)
     model.config.use_cache = False
     keep_cpu_weights(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ def is_of_layer(key: str) -> bool:
 def append_layers(
     model: Qwen2VLForConditionalGeneration,
     path: Path,
-    count: int,
+    kinds: Sequence[str],
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
 ) -> Iterator[nn.Module]:
-    """Give a model without decoder layers its `count` layers from `path`; yields each while it is whole.
+    """Give a model without decoder layers those of its `kinds` from `path`; yields each while it is whole.
 
     Whoever takes a layer shards it before asking for the next.
 
@@ -47,9 +47,9 @@ def append_layers(
         ConfigError: a tensor is missing or has another shape.
     """
     config = model.config.get_text_config()
-    config.num_hidden_layers, config.layer_types = count, ["full_attention"] * count
+    config.num_hidden_layers, config.layer_types = len(kinds), list(kinds)
     files = _files_of_layers(path)
-    for number in range(count):
+    for number in range(len(kinds)):
         with torch.device("meta"):
             layer = Qwen2VLDecoderLayer(config, number).to(model.dtype)
         if quantization is not None:

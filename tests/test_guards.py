@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -57,6 +58,26 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
         assert (now.packed, now.bytes) == (before.packed, before.bytes)
         assert torch.equal(now.output, before.output)
         assert now.output.abs().max() > 0
+
+
+def test_layers_are_found_in_several_files_and_by_their_names_on_the_hub(world: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    (file,) = base.glob("*.safetensors")
+    tensors = {
+        key.replace("model.language_model.", "model."): value for key, value in load_file(file).items()
+    }
+    assert any(key.startswith("model.layers.1.") for key in tensors)
+    file.unlink()
+    parts = {f"model-0000{part + 1}-of-00002.safetensors": list(tensors)[part::2] for part in (0, 1)}
+    for name, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, base / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = load_base(_recipe(world, base), CPU, "float16", lambda layer: None).state_dict()
+    expected = load_base(_recipe(world), CPU, "float16").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(_bytes(found[name]), _bytes(expected[name])) for name in expected)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

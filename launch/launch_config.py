@@ -65,7 +65,7 @@ def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
                 "deepspeed_config_file: the accelerate config names none; "
                 "use accelerate_configs/zero2.yaml or zero3.yaml"
             )
-        zero = _read(Path(file), json.loads)
+        zero = {"zero_optimization": {}} | _read(Path(file), json.loads)  # an empty file is DeepSpeed's too
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     return LaunchConfig("the accelerate config of this launch", precision, fsdp, zero)
 
@@ -73,7 +73,8 @@ def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
 def launched_strategy(config: LaunchConfig, several: bool) -> str:
     """The strategy that a launch's configuration stands for; `several`: torchrun started it."""
     if config.deepspeed:
-        return f"zero{config.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
+        zero = config.deepspeed.get("zero_optimization") or {}
+        return f"zero{zero.get('stage', 0) if isinstance(zero, dict) else zero}"
     if config.fsdp:
         return "fsdp"
     return "ddp" if several else "single"

@@ -183,7 +183,7 @@ def accelerate_casts_nothing(request: Request) -> str | None:
 
 def fsdp_is_version_2(request: Request) -> str | None:
     """FSDP 1 with SHARDED_STATE_DICT saves no tensor of a LoRA, without an error."""
-    found = str(request.launch.fsdp.get("fsdp_version", 2))
+    found = str(request.launch.fsdp.get("fsdp_version", 1))  # accelerate 1.15 takes 1 where none is given
     if not request.launch.fsdp or found == "2":
         return None
     return f"fsdp_version: {found} in {request.launch.where}; set it to 2"
@@ -201,8 +201,12 @@ def recomputation_is_ours(request: Request) -> str | None:
 
 def weights_stay_on_the_gpu(request: Request) -> str | None:
     """4-bit weights that are offloaded to a CPU are refused or quantized again."""
-    zero = request.launch.deepspeed.get("zero_optimization", {})
-    asked = [key for key in ("offload_param", "offload_optimizer") if _offloads(zero.get(key))]
+    zero = _section(request.launch.deepspeed, "zero_optimization")
+    asked = [
+        key
+        for key in ("offload_param", "offload_optimizer")
+        if _section(zero, key).get("device", "none") != "none"
+    ]
     if request.launch.fsdp_flag("fsdp_offload_params"):
         asked.append("fsdp_offload_params")
     if not asked:
@@ -210,14 +214,16 @@ def weights_stay_on_the_gpu(request: Request) -> str | None:
     return f"{', '.join(asked)}: asked for in {request.launch.where}; leave it out, and use more GPUs or a smaller base"
 
 
-def _offloads(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("device", "none") != "none"
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Of a DeepSpeed file; what is no section (`"bf16": null`) asks for nothing."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def deepspeed_casts_nothing(request: Request) -> str | None:
     """DeepSpeed's bf16, fp16 and amp engines cast every float parameter, adapters and packed weights included."""
     found = [
-        name for name in ("bf16", "fp16", "amp") if request.launch.deepspeed.get(name, {}).get("enabled")
+        name for name in ("bf16", "fp16", "amp") if _section(request.launch.deepspeed, name).get("enabled")
     ]
     if not found:
         return None
@@ -236,7 +242,7 @@ def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
         "gradient_clipping",
     )
     wrong = [key for key in sizes if zero.get(key, "auto") != "auto"]
-    section = zero.get("zero_optimization", {})
+    section = _section(zero, "zero_optimization")
     wrong += [key for key in _NUMBERS if section.get(key) == "auto"]
     if not wrong:
         return None

@@ -60,7 +60,6 @@ NEEDED_BYTES = 100 * 2**20
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
 JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
-JOIN_PAUSE_S = 2.0
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
@@ -377,7 +376,10 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
         raise KeyboardInterrupt
     if marker is not None:
         raise ConfigError(marker.text or f"{run.path}: refused without a reason; see the words above")
-    refuse_if_running(run)  # another trainer, to which ours gave way without a marker
+    if (
+        machine.rank == 0
+    ):  # on another machine the lock is the first one's, whose trainer may end a little later
+        refuse_if_running(run)  # another trainer, to which ours gave way without a marker
     raise RunError(
         f"{run.path}: ended before it was done; see the words above, the same command goes on "
         "from the newest checkpoint"
@@ -392,17 +394,9 @@ def join(request: RunRequest) -> Marker:
     """
     recipe = load_recipe(find_recipe(request.recipe), request.overrides)
     run = open_run(request.runs_dir, request.name or recipe.name)
-    began = time.monotonic()
-    while lock_holder(run.path.parent, f".{run.name}.lock") is None or not run.plan_file.is_file():
-        if time.monotonic() - began > JOIN_PATIENCE_S:
-            raise ConfigError(
-                f"--machine-rank: machine 0 has not begun {run.path} ({JOIN_PATIENCE_S} s waited); start the same "
-                "command there, and let all machines share --runs-dir"
-            )
-        if time.monotonic() - began < 1:
-            _tell(f"waiting for machine 0 to begin {run.path}")
-        time.sleep(0.5)
-    time.sleep(JOIN_PAUSE_S)  # the first machine writes its plan just after it has the lock
+    if not request.fresh and (done := _done_before(run, recipe)):
+        return done  # the first machine starts nothing either
+    _wait_for_request(run)
     plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
     topology = choose_topology(request.strategy, request.machine.nodes, request.gpus_per_node)
     if (plan.strategy, plan.nodes, plan.gpus_per_node) != (
@@ -418,12 +412,49 @@ def join(request: RunRequest) -> Marker:
     return launch(plan, run, request.machine)
 
 
+def _done_before(run: RunDirectory, recipe: Recipe) -> Marker | None:
+    """The marker of this recipe's run when it is done, as `is_done`; also for a machine that has no data."""
+    marker = read_marker(run)
+    if marker is None or marker.kind != "DONE" or not (run.adapter / "adapter_config.json").is_file():
+        return None
+    same = recipe_fingerprint(load_recipe(run.recipe_file)) == recipe_fingerprint(recipe)
+    return marker if same else None
+
+
+def _wait_for_request(run: RunDirectory) -> None:
+    """Until the first machine, which holds the run's name, has written what it wants; ConfigError when it does not."""
+    if not _is_requested(run):
+        _tell(f"waiting for machine 0 to begin {run.path}")
+    began = time.monotonic()
+    while not _is_requested(run):
+        if time.monotonic() - began > JOIN_PATIENCE_S:
+            raise ConfigError(
+                f"--machine-rank: machine 0 has not begun {run.path} ({JOIN_PATIENCE_S:g} s waited); start the same "
+                "command there, and let all machines share --runs-dir"
+            )
+        time.sleep(0.5)
+
+
+def _is_requested(run: RunDirectory) -> bool:
+    """The name is held, and the recipe, which is written last, is of this attempt and not of an earlier one."""
+    lock = f".{run.name}.lock"
+    if lock_holder(run.path.parent, lock) is None:
+        return False
+    try:
+        # Whoever takes the lock writes its name there; both times are the shared disk's.
+        taken = (run.path.parent / lock).stat().st_mtime_ns
+        return run.recipe_file.stat().st_mtime_ns >= taken and run.plan_file.is_file()
+    except FileNotFoundError:
+        return False
+
+
 def refuse_machine(machine: Machine) -> None:
     """ConfigError with what is missing or odd about several machines."""
     problems = []
     if not 0 <= machine.rank < max(machine.nodes, 1):
         problems.append(
-            f"--machine-rank: {machine.rank} of {machine.nodes} machines; give a number from 0 to {machine.nodes - 1}"
+            f"--machine-rank: {machine.rank} of {machine.nodes} machines; give a number from 0 to "
+            f"{max(machine.nodes, 1) - 1}"
         )
     if machine.nodes > 1:
         missing = [
@@ -434,6 +465,11 @@ def refuse_machine(machine: Machine) -> None:
         if missing:
             problems.append(
                 f"{', '.join(missing)}: missing ({machine.nodes} machines); say where machine 0 is found by all"
+            )
+        port = machine.main_process_port
+        if port is not None and not 0 < port < 2**16:  # 0 would be another free port on every machine
+            problems.append(
+                f"--main-process-port: {port} is none that machines can meet at; give a free one from 1 to 65535"
             )
     if problems:
         raise ConfigError(problems)

@@ -507,6 +507,12 @@ MEETING = ["--main-process-ip", "127.0.0.1", "--main-process-port", "1"]
             "2 of 2 machines",
         ),
         (["--machine-rank", "1"], "--machine-rank: 1 of 1 machines"),
+        (["--nodes", "0", "--machine-rank", "1"], "1 of 0 machines; give a number from 0 to 0"),
+        (
+            ["--nodes", "2", "--main-process-ip", "a", "--main-process-port", "0"],
+            "--main-process-port: 0 is none",
+        ),
+        (["--nodes", "2", "--main-process-ip", "a", "--main-process-port", "65536"], "65536 is none"),
     ],
 )
 def test_machines_that_could_not_find_each_other_are_refused_before_anything_is_written(
@@ -518,25 +524,102 @@ def test_machines_that_could_not_find_each_other_are_refused_before_anything_is_
     assert not Path("runs").exists()
 
 
+def _machine(rank: int) -> list[str]:
+    where = ["--main-process-ip", "10.0.0.1", "--main-process-port", "29500"]
+    return ["--nodes", "2", "--machine-rank", str(rank), *where]
+
+
+def test_a_machine_that_is_not_the_first_starts_its_part_of_what_the_first_has_written(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    written: list[bytes] = []
+
+    def begin_there(run: RunDirectory, _: object) -> None:
+        if len(launcher.commands) == 1:  # machine 0 trains
+            written.append(run.plan_file.read_bytes())
+            assert samestep("run", *EMBEDDED, "--set", "training.learning_rate=1", *_machine(1)) == 0
+            written.append(run.plan_file.read_bytes())
+
+    launcher.meanwhile = begin_there
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert written[0] == written[1]
+    assert [flag(command, "--machine_rank") for command in launcher.commands] == ["0", "1"]
+    first, second = launcher.commands
+    assert first == [
+        *second[: second.index("--machine_rank") + 1],
+        "0",
+        *second[second.index("--machine_rank") + 2 :],
+    ]
+    for name, value in {"num_machines": "2", "num_processes": "4", "main_process_ip": "10.0.0.1"}.items():
+        assert flag(second, f"--{name}") == value
+    assert flag(second, "--main_process_port") == "29500"
+
+
+def test_a_machine_that_is_asked_for_another_part_than_the_first_plans_is_refused(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    returned: list[int] = []
+    launcher.meanwhile = lambda *_: returned.append(
+        samestep("run", *EMBEDDED, *_machine(1), "--gpus-per-node", "3")
+    )
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert returned == [2]
+    said = capsys.readouterr().err
+    assert "machine 0 runs ddp on 2 x 2 processes, here ddp on 2 x 3 were asked for" in said
+    assert len(launcher.commands) == 1
+
+
+def test_a_machine_whose_processes_die_first_says_so_although_the_first_still_trains(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    returned: list[int] = []
+
+    def die_there(run: RunDirectory, _: object) -> None:
+        if len(launcher.commands) == 1:
+            launcher.marker, launcher.status = None, 1
+            with hold_lock(run.path):
+                returned.append(samestep("run", *EMBEDDED, *_machine(1)))
+
+    launcher.meanwhile = die_there
+    samestep("run", *EMBEDDED, *_machine(0))
+    assert returned == [1]
+    assert "under way" not in capsys.readouterr().err
+
+
 def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_vain(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
-    machine = [
-        "--nodes",
-        "2",
-        "--machine-rank",
-        "1",
-        "--main-process-ip",
-        "127.0.0.1",
-        "--main-process-port",
-        "1",
-    ]
-    assert samestep("run", *EMBEDDED, *machine) == 2
-    said = capsys.readouterr().err
-    assert "waiting for machine 0 to begin" in said
-    assert "--machine-rank: machine 0 has not begun" in said
-    assert not launcher.commands
+    in_vain = "--machine-rank: machine 0 has not begun"
+
+    def wait() -> str:
+        assert samestep("run", *EMBEDDED, *_machine(1)) == 2
+        return capsys.readouterr().err
+
+    said = wait()
+    assert said.count("waiting for machine 0 to begin") == 1
+    assert in_vain in said
+    launcher.marker = "STOPPED"
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert in_vain in wait()
+    with hold_lock(
+        Path("runs"), ".embedded.lock"
+    ):  # it has the name, and what is written is the last attempt's
+        assert in_vain in wait()
+    assert len(launcher.commands) == 1
+
+
+def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert samestep("run", *EMBEDDED, *_machine(1)) == 0
+    assert "done (step 6)" in capsys.readouterr().out
+    for other in (["--fresh"], ["--set", "training.max_steps=9"]):  # the first machine would begin
+        assert samestep("run", *EMBEDDED, *_machine(1), *other) == 2
+    assert len(launcher.commands) == 1
 
 
 def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:

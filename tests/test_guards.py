@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,8 @@ from trainer.guards import (
     check_taken,
     describe_labels,
 )
-from trainer.model.base import load_base
-from trainer.sharding_guards import LayerFacts, layer_facts
+from trainer.model.base import add_lora, load_base
+from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 
 CPU = torch.device("cpu")
 
@@ -56,6 +59,26 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
         assert now.constants > 0
         assert torch.equal(now.output, before.output)
         assert now.output.abs().max() > 0
+
+
+def test_layers_are_found_in_several_files_and_by_their_names_on_the_hub(world: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    (file,) = base.glob("*.safetensors")
+    tensors = {
+        key.replace("model.language_model.", "model."): value for key, value in load_file(file).items()
+    }
+    assert any(key.startswith("model.layers.1.") for key in tensors)
+    file.unlink()
+    parts = {f"model-0000{part + 1}-of-00002.safetensors": list(tensors)[part::2] for part in (0, 1)}
+    for name, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, base / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = load_base(_recipe(world, base), CPU, "float16", lambda layer: None).state_dict()
+    expected = load_base(_recipe(world), CPU, "float16").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(_bytes(found[name]), _bytes(expected[name])) for name in expected)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -99,6 +122,70 @@ def test_what_sharding_does_to_a_layer_is_noticed(after: LayerFacts, local: int,
     sharding_guards._compare_layer(4, FACTS, FACTS, 540, 2)
     with pytest.raises(RunError, match=words):
         sharding_guards._compare_layer(4, FACTS, after, local, 2)
+
+
+def _flip_a_byte(layer: nn.Module) -> None:
+    weight = layer.self_attn.q_proj.base_layer.weight.data  # type: ignore[union-attr]
+    weight.view(torch.uint8).view(-1)[0] ^= 1
+
+
+def _scale_a_norm(layer: nn.Module) -> None:
+    layer.input_layernorm.weight.data *= 1.01  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("happens", "processes", "words"),
+    [
+        (_flip_a_byte, 1, r"changed the packed 4-bit bytes of decoder layer 1 \(1 of \d+ weights, .*q_proj"),
+        (_scale_a_norm, 1, r"decoder layer 1 computes otherwise"),
+        (None, 2, r"decoder layer 0 is not sharded"),
+        (None, 1, None),
+    ],
+    ids=["bytes", "output", "whole", "well"],
+)
+def test_every_layer_is_held_against_what_it_was_before_it_was_sharded(
+    world: Path, happens: Callable[[nn.Module], None] | None, processes: int, words: str | None
+) -> None:
+    """On a model whose layers come together without having been taken apart."""
+    whole: list[LayerFacts] = []
+    recipe = _recipe(world)
+    model = add_lora(
+        load_base(recipe, CPU, "float16", lambda layer: whole.append(layer_facts(layer))), recipe
+    )
+    calls: list[str] = []
+    for number, layer in enumerate(model.get_base_model().model.language_model.layers):
+        layer.unshard = partial(_come_together, calls, happens if number == 1 else None, layer)
+        layer.reshard = partial(calls.append, "reshard")
+    if words is None:
+        check_sharding(model, whole, processes)
+        assert calls == ["unshard", "reshard"] * len(whole)
+    else:
+        with pytest.raises(RunError, match=words):
+            check_sharding(model, whole, processes)
+
+
+def _come_together(calls: list[str], happens: Callable[[nn.Module], None] | None, layer: nn.Module) -> None:
+    calls.append("unshard")
+    if happens:
+        happens(layer)
+
+
+def test_bytes_that_look_like_nan_keep_their_checksum_and_bfloat16_that_rewrites_them_is_noticed(
+    world: Path,
+) -> None:
+    """What FSDP2 does to bfloat16 storage on a GPU: a signalling NaN becomes a quiet one."""
+    seen: list[nn.Module] = []
+    load_base(_recipe(world), CPU, "bfloat16", seen.append)
+    layer = seen[0]
+    before = layer_facts(layer)
+    assert layer_facts(layer).packed == before.packed
+    weight = layer.self_attn.q_proj.weight.data  # type: ignore[union-attr]
+    weight.view(torch.int16).view(-1)[0] = 0x7F81
+    signalling = layer_facts(layer).packed
+    weight.view(torch.int16).view(-1)[0] = 0x7FC1
+    assert {name for name, sum_ in layer_facts(layer).packed.items() if sum_ != signalling[name]} == {
+        "self_attn.q_proj"
+    }
 
 
 # what a wrapped model answers, scores and trains --------------------------------------------------------------

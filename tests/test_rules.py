@@ -25,6 +25,10 @@ ALLOWED = Request(
 
 
 QLORA = embedded_recipe("quantization.load_in_4bit=true")
+PLAIN = embedded_recipe("quantization.load_in_4bit=false")
+BFLOAT16 = embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16")
+FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
+FSDP2 = {"fsdp_version": 2}
 
 
 def _asking(**asked: Any) -> Request:
@@ -58,10 +62,19 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         ),
         (rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
         (rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
-        (rules.recomputation_is_ours, _asking(fsdp={"fsdp_activation_checkpointing": True}), "true in here"),
+        (
+            rules.fsdp_is_version_2,
+            _asking(fsdp={"fsdp_offload_params": False}),
+            "1 in here",
+        ),  # accelerate's own
+        (
+            rules.recomputation_is_ours,
+            _asking(fsdp=FSDP2 | {"fsdp_activation_checkpointing": True}),
+            "true in here",
+        ),
         (
             rules.weights_stay_on_the_gpu,
-            _asking(fsdp={"fsdp_offload_params": "true"}),
+            _asking(fsdp=FSDP2 | {"fsdp_offload_params": "true"}),
             "fsdp_offload_params",
         ),
         (
@@ -69,7 +82,19 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             _asking(deepspeed={"zero_optimization": {"offload_param": {"device": "cpu"}}}),
             "offload_param",
         ),
-        (rules.deepspeed_casts_nothing, _asking(deepspeed={"bf16": {"enabled": True}}), "bf16"),
+        (
+            rules.weights_stay_on_the_gpu,
+            _asking(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}),
+            "offload_optimizer",
+        ),
+        *(
+            (
+                rules.deepspeed_casts_nothing,
+                _asking(deepspeed={engine: {"enabled": True}}),
+                f"{engine}: enabled",
+            )
+            for engine in ("bf16", "fp16", "amp")
+        ),
         (
             rules.deepspeed_counts_what_the_plan_counts,
             _asking(deepspeed={"gradient_accumulation_steps": 4}),
@@ -103,11 +128,7 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         ),
         (
             rules.gpu_computes_bfloat16,
-            replace(
-                ALLOWED,
-                capability=(7, 5),
-                recipe=embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16"),
-            ),
+            replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16),
             "7.5",
         ),
     ],
@@ -125,6 +146,22 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = violations(replace(ALLOWED, strategy="zero3"))
     assert message.startswith("--strategy: zero3 needs DeepSpeed, which is not installed; ")
     assert list(violations(ALLOWED)) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.optim=adamw_8bit",
+        "training.optim=paged_adamw_32bit",
+        "training.gradient_checkpointing_kwargs={use_reentrant: true}",
+        "quantization.bnb_4bit_quant_storage=bfloat16",
+        "batch.world_size=8",
+    ],
+)
+def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
+    assert any(override.startswith(key) for key, _ in rules.SCHEMA_RULES)
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        embedded_recipe(override)
 
 
 def test_every_rule_has_a_case_above() -> None:
@@ -182,6 +219,22 @@ def test_the_strategy_of_a_plain_launch_is_that_of_its_configuration() -> None:
     assert [launched_strategy(plain, several) for several in (False, True)] == ["single", "ddp"]
     fsdp = launched_config({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
     assert launched_strategy(fsdp, several=True) == "fsdp"
+    left_over = {"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}  # of a shell, not of this launch
+    assert launched_config(left_over) == plain
+
+
+def test_a_deepspeed_file_that_shards_nothing_is_no_strategy(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    for text in ("{}", '{"zero_optimization": null}', '{"zero_optimization": {"stage": 0}}'):
+        file.write_text(text)
+        strategy = launched_strategy(launched_config(environment), several=True)
+        (message,) = violations(replace(ALLOWED, strategy=strategy))
+        assert message.startswith("--strategy: 'zero0' is not available")
+    for text in ("[]", "{"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"zero\.json: .*; correct it, or restore the shipped file"):
+            launched_config(environment)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +246,16 @@ def test_the_strategy_of_a_plain_launch_is_that_of_its_configuration() -> None:
         replace(ALLOWED, strategy="single", nodes=1, gpus_per_node=1),
         replace(ALLOWED, strategy="ddp", nodes=1, gpus_per_node=1),
         replace(ALLOWED, recipe=embedded_recipe("training.warmup_steps=29")),
+        _asking(fsdp={"fsdp_version": "2", "fsdp_offload_params": "false"}),
+        _asking(deepspeed={"zero_optimization": {"offload_param": {"device": "none"}}, "bf16": None}),
+        _asking(deepspeed={"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": 1}}),
+        replace(_asking(multinode_launcher="pdsh"), nodes=1),
+        replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=PLAIN),  # nothing is packed
+        replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
+        replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
+        replace(ALLOWED, versions=dict(rules.FLOORS)),
+        replace(ALLOWED, capability=(8, 0), recipe=BFLOAT16),
+        replace(ALLOWED, capability=(7, 5), recipe=FLOAT32),
     ],
 )
 def test_the_last_allowed_request_before_each_limit_is_allowed(edge: Request) -> None:

@@ -65,8 +65,8 @@ def test_two_machines_take_the_steps_of_one_and_either_can_stop_both(place: Path
 
     port = free_port()
     with (
+        started(_command(place, 1, port), second) as other,  # finds the plan of the attempt before
         started(_command(place, 0, port), first) as process,
-        started(_command(place, 1, port), second) as other,
     ):
         assert process.wait(timeout=120) == 0, first.read_text()
         assert other.wait(timeout=120) == 0, second.read_text()
@@ -78,3 +78,6 @@ def test_two_machines_take_the_steps_of_one_and_either_can_stop_both(place: Path
     assert weights <= 1e-6
     for log in (first, second):
         assert "Traceback" not in log.read_text()
+    with started(_command(place, 1, free_port()), second) as other:  # done: machine 0 would start nothing
+        assert other.wait(timeout=30) == 0
+    assert f"done (step {STEPS})" in second.read_text()

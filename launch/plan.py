@@ -44,6 +44,8 @@ class Begin:
 class Plan:
     """All derived numbers of one run. Tokens count text and visual tokens together.
 
+    `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
+    in the backward pass (0: none).
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.
     """
@@ -71,6 +73,8 @@ class Plan:
     quant_storage: str
     compute_dtype: str
     autocast: bool
+    resident_weights: bool
+    recompute_every: int
     versions: dict[str, str]
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
@@ -151,6 +155,7 @@ def make_plan(
         first_sample=begin.sample,
     )
     compute_dtype = compute_dtype_of(recipe)
+    settings = choose_settings(recipe)
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -174,11 +179,28 @@ def make_plan(
         quant_storage=storage_of(strategy),
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
+        resident_weights=settings.resident_weights,
+        recompute_every=settings.recompute_every,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
         started_from=started_from,
     )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What trades memory for time and alters no number; see `Plan`."""
+
+    resident_weights: bool
+    recompute_every: int
+
+
+def choose_settings(recipe: Recipe) -> Settings:
+    """What the recipe asks for; `auto` takes what needs the least memory."""
+    resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
+    asked = recipe.training.gradient_checkpointing
+    return Settings(resident, 1 if asked == "auto" else int(asked))
 
 
 def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
@@ -251,6 +273,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "precision",
             f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
+        ("recomputation", _recomputation(plan)),
         *([("starts from", plan.started_from)] if plan.started_from else []),
         *([("allowed to differ", ", ".join(plan.allowed))] if plan.allowed else []),
         ("dataset", plan.dataset_fingerprint[:12]),
@@ -265,7 +288,16 @@ def _notice(plan: Plan) -> str | None:
 
 
 def _base_of(plan: Plan) -> str:
-    return f"4-bit weights in {plan.quant_storage}" if plan.load_in_4bit else "weights as they are"
+    if not plan.load_in_4bit:
+        return "weights as they are"
+    return f"4-bit weights {'held dequantized' if plan.resident_weights else f'in {plan.quant_storage}'}"
+
+
+def _recomputation(plan: Plan) -> str:
+    """Which decoder layers' activations the backward pass computes again."""
+    return {0: "none", 1: "all decoder layers"}.get(
+        plan.recompute_every, f"every {plan.recompute_every}th layer"
+    )
 
 
 def _versions() -> dict[str, str]:

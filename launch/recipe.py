@@ -52,6 +52,10 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="the dtype of weights not quantized"
     )
+    resident_weights: bool | Literal["auto"] = Field(
+        "auto",
+        description="true: 4-bit weights are held dequantized, for speed; false; `auto`: where memory allows",
+    )
 
 
 class QuantizationSection(Section):
@@ -143,7 +147,10 @@ class TrainingSection(Section):
     max_grad_norm: Real = Field(0.3, ge=0, description="a norm that gradients are scaled down to (0: never)")
     seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 2**32 - 1")
     logging_steps: int = Field(10, ge=1, description="the steps between two lines of progress, at least 1")
-    gradient_checkpointing: bool = Field(True, description="true: recompute activations; false: keep them")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto",
+        description="true: recompute every decoder layer; n: every n-th (at least 2); false: none; `auto`: by memory",
+    )
     deterministic: bool = Field(False, description="true: bit-exact repetition on a GPU; false: faster")
 
 
@@ -374,6 +381,7 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
     }
     harmless = {
         "data.on_bad_row",
+        "model.resident_weights",
         "batch.micro_batch_tokens",
         "training.logging_steps",
         "training.gradient_checkpointing",

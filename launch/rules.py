@@ -220,6 +220,16 @@ def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def sharded_weights_stay_packed(request: Request) -> str | None:
+    """Weights held dequantized on every GPU are what sharding is there to avoid."""
+    if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
+        return None
+    return (
+        f"model.resident_weights: true with --strategy {request.strategy}, which shares the 4-bit weights out; "
+        "set it to auto or false, or use --strategy ddp"
+    )
+
+
 def deepspeed_casts_nothing(request: Request) -> str | None:
     """DeepSpeed's bf16, fp16 and amp engines cast every float parameter, adapters and packed weights included."""
     found = [
@@ -364,6 +374,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     topology_is_positive,
     single_is_one_process,
     every_process_gets_a_sample,
+    sharded_weights_stay_packed,
     upload_is_available,
 )
 DATA_RULES: tuple[Rule, ...] = (

@@ -22,7 +22,7 @@ _BY_REASON: dict[str, str] = {
         max_length truncation_mode""",
     "only torch's AdamW has state that moves between world sizes; set training.optim, training.adam_*": """
         optim_args optim_target_modules""",
-    "write training.gradient_checkpointing: true or false; how it recomputes is ours": """
+    "write training.gradient_checkpointing: auto, true, false or every n-th layer; how it recomputes is ours": """
         activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs
         activation_offloading""",
     "the trainer chooses kernels itself, with the same numbers; remove it": """

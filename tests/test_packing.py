@@ -201,11 +201,10 @@ def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]
 def _training(world: Path, *, recompute: bool) -> Any:
     """A model in training mode with dropout 0.3 in all its layers."""
     values = recipe_values(world)
-    values["training"]["gradient_checkpointing"] = recompute
     values["lora"] = {"lora_dropout": 0.3, "target_modules": "all-linear"}
     recipe = recipe_from_dict(values)
     model = _with_lora(recipe)
-    prepare_training(model, recipe)
+    prepare_training(model, recipe, recompute_every=int(recompute))
     return model.train()
 
 

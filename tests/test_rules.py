@@ -28,6 +28,7 @@ QLORA = embedded_recipe("quantization.load_in_4bit=true")
 PLAIN = embedded_recipe("quantization.load_in_4bit=false")
 BFLOAT16 = embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16")
 FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
+RESIDENT = embedded_recipe("model.resident_weights=true")
 FSDP2 = {"fsdp_version": 2}
 
 
@@ -112,6 +113,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         ),
         (rules.deepspeed_uses_the_standard_launcher, _asking(multinode_launcher="pdsh"), "pdsh (here)"),
         (
+            rules.sharded_weights_stay_packed,
+            replace(ALLOWED, strategy="zero3", recipe=RESIDENT),
+            "model.resident_weights",
+        ),
+        (
             rules.fsdp_stores_floats,
             replace(ALLOWED, strategy="fsdp", quant_storage="bfloat16", recipe=QLORA),
             "stored as bfloat16",
@@ -166,7 +172,7 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 21
+    assert len(every) == 22
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)

@@ -163,15 +163,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-def prepare_training(model: PeftModel, recipe: Recipe) -> None:
-    """Make the model take packed micro-batches: attention, dropout, image features, recomputation."""
+def prepare_training(model: PeftModel, recipe: Recipe, recompute_every: int = 0) -> None:
+    """Make the model take packed micro-batches: attention, dropout, image features, recomputation.
+
+    `recompute_every`: every n-th decoder layer is computed again in the backward pass; 0: none.
+    """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     use_packed_attention(base)
     take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed))
-    if recipe.training.gradient_checkpointing:
+    if recompute_every:
         # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way
         # for all strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
-        base.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        base.model.language_model.activation_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=recompute_every
+        )
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -18,6 +18,10 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # Triton reads it when it is imported: kernels run on the CPU
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell without job control starts `make test &` so, and every child would be deaf to the tests' Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

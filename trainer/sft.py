@@ -120,7 +120,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         stage = ZERO_STAGES.get(plan.strategy)
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
-        prepare_training(self.model, recipe, plan.recompute_every)
+        way = prepare_training(
+            self.model,
+            recipe,
+            compute_dtype=DTYPES[plan.compute_dtype],
+            recompute_every=plan.recompute_every,
+            resident_weights=plan.resident_weights,
+        )
+        logger.info(way)
         compute_in(self.model, DTYPES[plan.compute_dtype])
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))

@@ -15,7 +15,7 @@ from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, cumulative, pack
-from trainer.model.attention import Segments, _loop, _varlen
+from trainer.model.attention import Segments, _loop, varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
 from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask
 from trainer.prepare import prepare
@@ -41,7 +41,7 @@ def test_the_kernel_attends_as_the_loop_does(causal: bool, heads: int, kv_heads:
     half = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in exact]
     weight = torch.randn(total, heads, head_dim, device="cuda")
     expected = _loop(exact[0], exact[1], exact[2], segments, causal, head_dim**-0.5)
-    found = _varlen(half[0], half[1], half[2], segments, causal, head_dim**-0.5)
+    found = varlen(half[0], half[1], half[2], segments, causal, head_dim**-0.5)
     (expected * weight).sum().backward()
     (found.float() * weight).sum().backward()
     for name, mine, theirs in [

@@ -59,7 +59,7 @@ def packed_attention(
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    attend = _varlen if _has_varlen(query.device, query.dtype) else _loop
+    attend = varlen if _has_varlen(query.device, query.dtype) else _loop
     return attend(q, k, v, segments, causal, scaling)[None], None
 
 
@@ -75,7 +75,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sca
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
     """[T, heads, head_dim] each; one kernel for all segments.
 
     The signature of `varlen_attn` changed: torch 2.14 takes `enable_gqa`, 2.11 does not. What is missing is done here.

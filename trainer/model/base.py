@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
+from trainer.model.resident import hold_dequantized
 from trainer.model.vision import take_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 
@@ -163,12 +165,25 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-def prepare_training(model: PeftModel, recipe: Recipe, recompute_every: int = 0) -> None:
-    """Make the model take packed micro-batches: attention, dropout, image features, recomputation.
+def prepare_training(
+    model: PeftModel,
+    recipe: Recipe,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    recompute_every: int = 0,
+    resident_weights: bool = False,
+) -> str:
+    """Make the model take packed micro-batches: attention, dropout, image features, recomputation, kernels.
 
-    `recompute_every`: every n-th decoder layer is computed again in the backward pass; 0: none.
+    `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
+    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized. Returns in words which way it runs.
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    said = []
+    if resident_weights:
+        said.append(
+            f"4-bit weights held dequantized ({hold_dequantized(base, compute_dtype) / 2**30:.1f} GiB)"
+        )
     use_packed_attention(base)
     take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed))
     if recompute_every:
@@ -177,6 +192,22 @@ def prepare_training(model: PeftModel, recipe: Recipe, recompute_every: int = 0)
         base.model.language_model.activation_checkpointing_enable(
             {"use_reentrant": False}, every_n_layers=recompute_every
         )
+    if why_not := _no_kernels(base, compute_dtype):
+        return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
+    from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
+
+    use_fused_kernels(base)
+    return "; ".join([*said, "fused kernels (Liger's, and LoRA with dropout)"])
+
+
+def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:
+    """Why a model cannot use the fused kernels, or None."""
+    if model.device.type != "cuda":
+        return f"they need a GPU, this is a {model.device.type}"
+    if {model.dtype, compute_dtype} != {torch.bfloat16}:
+        return "they are for bfloat16"
+    missing = [name for name in ("triton", "liger_kernel") if find_spec(name) is None]
+    return f"{missing[0]} is not installed" if missing else None
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

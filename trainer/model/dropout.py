@@ -60,7 +60,7 @@ def row_keys(tokens: Tensor, modules: Tensor) -> Tensor:
 
 def keep_mask(rows: Tensor, channels: int, dropped: int) -> Tensor:
     """What is kept, bool [T, channels], of row keys int32 [T, 2]: `dropped` of 65536 draws are not."""
-    words = torch.addcmul(rows[:, 1:], rows[:, :1], _channel_words((channels + 1) // 2, rows.device))
+    words = torch.addcmul(rows[:, 1:], rows[:, :1], channel_words((channels + 1) // 2, rows.device))
     draws = words.view(torch.int16)  # the low half of a word is the even channel
     low, high = draws.unflatten(-1, (-1, 2)).unbind(-1)
     low.bitwise_xor_(high)  # a logical xorshift by 16: int32 has only the arithmetic one
@@ -101,27 +101,32 @@ class SampleDropout(nn.Module):
         self.dropped = min(max(round(p * DRAWS), 1), DRAWS - 1) if p > 0 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, channels] or [T, channels], with zeros where dropped and the rest scaled to the same expectation.
+        """x [1, T, channels] or [T, channels], with zeros where dropped and the rest scaled to the same expectation."""
+        if not self.training or self.dropped == 0:
+            return x
+        rows = self.rows_of(x)
+        keep = keep_mask(rows, x.shape[-1], self.dropped).view(x.shape)
+        return cast(Tensor, _Drop.apply(x, keep, DRAWS / (DRAWS - self.dropped)))
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The row keys int32 [T, 2] of the T tokens of x [1, T, channels] or [T, channels] in this module.
 
         Raises:
             RunError: there are no keys, or they are not of these tokens: the mask would be wrong.
         """
-        if not self.training or self.dropped == 0:
-            return x
         if self.keys.current is None:
             raise RunError(
                 f"lora.lora_dropout: {self.name} runs in training mode without the keys of its tokens; "
                 "call the model with a packed micro-batch, or in evaluation mode"
             )
         rows = self.keys.current[self.index]
-        tokens, channels = x.shape[:-1].numel(), x.shape[-1]
+        tokens = x.shape[:-1].numel()
         if tokens != len(rows):
             raise RunError(
                 f"lora.lora_dropout: {self.name} is given {tokens} tokens, and keys for {len(rows)}; "
                 "give a layer the whole packed micro-batch"
             )
-        keep = keep_mask(rows, channels, self.dropped).view(x.shape)
-        return cast(Tensor, _Drop.apply(x, keep, DRAWS / (DRAWS - self.dropped)))
+        return rows
 
     def extra_repr(self) -> str:
         """The module's name and share, as `print(model)` shows them."""
@@ -193,7 +198,7 @@ def _signed(number: int) -> int:
 
 
 @cache
-def _channel_words(words: int, device: torch.device) -> Tensor:
+def channel_words(words: int, device: torch.device) -> Tensor:
     """The constants of the channel pairs, int32 [words]: lowbias32 of their numbers, so all are different."""
     x = torch.arange(1, words + 1, dtype=torch.int64)
     for shift, factor in _ROUNDS_32:

@@ -1,0 +1,102 @@
+"""Fused kernels and resident weights against the plain path, on a GPU in bfloat16. Skips itself without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.recipe import Recipe, recipe_from_dict
+from tests.conftest import recipe_values
+from trainer.data.chartqa import open_split
+from trainer.data.collate import Encoder, pack
+from trainer.model import base
+from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training, trainable_parameters
+from trainer.prepare import prepare
+from trainer.pretrained import load_processor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+BFLOAT16 = DTYPES["bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def recipe(world: Path) -> Recipe:
+    values = recipe_values(world)
+    values["model"]["dtype"] = "bfloat16"
+    values["quantization"] = {"load_in_4bit": True}
+    values["lora"] = {"lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    return recipe_from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def inputs(recipe: Recipe) -> dict[str, Any]:
+    """A packed micro-batch of step 3 on the GPU."""
+    prepare(recipe, quiet=True)
+    processor = load_processor(recipe)
+    encoder = Encoder(processor, recipe.data.system_message, "sequence")
+    rows = open_split(recipe, "train")
+    packed = pack(
+        [encoder(rows[number]) for number in range(6)],
+        sample_ids=range(6),
+        step=3,
+        masked=False,
+        image_token_id=processor.image_token_id,
+        merge=2,
+    )
+    return {key: v.cuda() if isinstance(v, torch.Tensor) else v for key, v in packed.items()}
+
+
+def _run(recipe: Recipe, inputs: dict[str, Any], **settings: Any) -> tuple[float, torch.Tensor, str]:
+    """Loss and all adapter gradients, one after another, of a model with random adapters."""
+    model = add_lora(load_base(recipe, torch.device("cuda", 0)), recipe).train()
+    draw = torch.Generator("cuda").manual_seed(1)
+    parameters = trainable_parameters(model)
+    for parameter in parameters.values():
+        parameter.data.normal_(0, 0.02, generator=draw)
+    way = prepare_training(model, recipe, compute_dtype=BFLOAT16, **settings)
+    compute_in(model, BFLOAT16)
+    given = dict(inputs)
+    labels = given.pop("shift_labels")[0]
+    loss = torch.nn.functional.cross_entropy(model(**given).logits[0].float(), labels)
+    loss.backward()
+    gradients = []
+    for parameter in parameters.values():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        gradients.append(parameter.grad.flatten())
+    return loss.item(), torch.cat(gradients), way
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"resident_weights": True}, {"recompute_every": 1}, {"resident_weights": True, "recompute_every": 2}],
+)
+def test_fused_kernels_give_the_losses_and_gradients_of_plain_ones(
+    recipe: Recipe, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    loss, gradients, way = _run(recipe, inputs, **settings)
+    assert "fused" in way
+    monkeypatch.setattr(base, "_no_kernels", lambda *_: "asked for")
+    plain_loss, plain_gradients, way = _run(recipe, inputs)
+    assert "plain" in way
+    assert loss == pytest.approx(plain_loss, rel=2e-3)
+    apart = (gradients - plain_gradients).norm() / plain_gradients.norm()
+    assert apart < 3e-2
+
+
+def test_a_step_reads_nothing_back_from_the_device(recipe: Recipe, inputs: dict[str, Any]) -> None:
+    model = add_lora(load_base(recipe, torch.device("cuda", 0)), recipe).train()
+    prepare_training(model, recipe, compute_dtype=BFLOAT16, resident_weights=True)
+    compute_in(model, BFLOAT16)
+    given = {key: value for key, value in inputs.items() if key != "shift_labels"}
+    model(**given).logits.sum().backward()  # constants travel to the device once, kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**given).logits.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

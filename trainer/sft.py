@@ -126,6 +126,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             compute_dtype=DTYPES[plan.compute_dtype],
             recompute_every=plan.recompute_every,
             resident_weights=plan.resident_weights,
+            partitioned=plan.strategy == "zero3",
         )
         logger.info(way)
         compute_in(self.model, DTYPES[plan.compute_dtype])
@@ -204,8 +205,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """Sum over the micro-batch's target tokens, divided by the target tokens of the whole step."""
-        outputs = model(**inputs["inputs"], fused_lm_head=True)
-        return cast(Tensor, -outputs.log_probs.float().sum() / inputs["step_target_tokens"])
+        outputs = model(**inputs["inputs"])
+        return cast(Tensor, -outputs.log_probs.sum() / inputs["step_target_tokens"])
 
     def _agree_on_step(self) -> float:
         """Add up loss, wishes and, where they are here, gradients over the ranks; returns the gradients' norm.
@@ -452,9 +453,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         packed = assemble(open_split(self.recipe, "train"), split, self.encoder, batch, -1, 1)
         was_training = model.training
         model.eval()
-        answers: Tensor = model(**self._prepare_inputs(packed)["inputs"], fused_lm_head=True).log_probs
+        answers: Tensor = model(**self._prepare_inputs(packed)["inputs"]).log_probs
         model.train(was_training)
-        return answers.float().cpu()
+        return answers.cpu()
 
     def _restore(self, checkpoint: Path) -> None:
         """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""

@@ -74,7 +74,12 @@ def _run(recipe: Recipe, inputs: dict[str, Any], **settings: Any) -> tuple[float
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"resident_weights": True}, {"recompute_every": 1}, {"resident_weights": True, "recompute_every": 2}],
+    [
+        {},
+        {"resident_weights": True},
+        {"recompute_every": 1},
+        {"resident_weights": True, "recompute_every": 2},
+    ],
 )
 def test_fused_kernels_give_the_losses_and_gradients_of_plain_ones(
     recipe: Recipe, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

@@ -78,7 +78,8 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sca
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
     """[T, heads, head_dim] each; one kernel for all segments.
 
-    The signature of `varlen_attn` changed: torch 2.14 takes `enable_gqa`, 2.11 does not. What is missing is done here.
+    The signature of `varlen_attn` changed: torch 2.14 wants `enable_gqa` for fewer key than query heads; 2.11 has no
+    such argument and takes them as they are, which its kernel has always understood.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -92,11 +93,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sc
         options["scale"] = scale
     elif scale is not None and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    if q.shape[1] != k.shape[1] and "enable_gqa" in known:
+        options["enable_gqa"] = True
     longest = max(segments.lengths)
     bounds = segments.cu_seqlens
     output = varlen_attn(

@@ -19,6 +19,7 @@ from launch.errors import ConfigError
 from launch.recipe import Recipe
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.head import score_targets
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import hold_dequantized
 from trainer.model.vision import take_packed_inputs
@@ -172,11 +173,13 @@ def prepare_training(
     compute_dtype: torch.dtype = torch.float32,
     recompute_every: int = 0,
     resident_weights: bool = False,
+    partitioned: bool = False,
 ) -> str:
     """Make the model take packed micro-batches: attention, dropout, image features, recomputation, kernels.
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
-    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized. Returns in words which way it runs.
+    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `partitioned`: ZeRO-3 will gather each linear layer
+    when it is called. Returns in words which way it runs.
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     said = []
@@ -185,6 +188,7 @@ def prepare_training(
             f"4-bit weights held dequantized ({hold_dequantized(base, compute_dtype) / 2**30:.1f} GiB)"
         )
     use_packed_attention(base)
+    score_targets(base)
     take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed))
     if recompute_every:
         # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way
@@ -196,8 +200,8 @@ def prepare_training(
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
-    use_fused_kernels(base)
-    return "; ".join([*said, "fused kernels (Liger's, and LoRA with dropout)"])
+    use_fused_kernels(base, lora=not partitioned)
+    return "; ".join([*said, f"fused kernels (Liger's{'' if partitioned else ', and LoRA with dropout'})"])
 
 
 def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:

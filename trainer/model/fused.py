@@ -29,8 +29,11 @@ from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 Forward = Callable[..., Any]
 
 
-def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
-    """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it."""
+def use_fused_kernels(model: Qwen2VLForConditionalGeneration, lora: bool) -> None:
+    """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
+
+    `lora`: its LoRA layers too; not where the weights of a linear layer come together only when it is called (ZeRO-3).
+    """
     language, visual = model.model.language_model, model.model.visual
     _replace(language.norm, rms_norm)
     for layer in language.layers:
@@ -38,12 +41,13 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
         _replace(layer.post_attention_layernorm, rms_norm)
         _replace(layer.mlp, swiglu_mlp)
         _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
+    _replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
         if type(block.mlp.act).__name__ == "QuickGELUActivation":
             _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
     for module in language.modules():
-        if isinstance(module, LoraLayer) and _takes_lora(module):
+        if lora and isinstance(module, LoraLayer) and _takes_lora(module):
             _replace(module, _or_stock(module.forward, lora_linear))
 
 
@@ -128,6 +132,11 @@ def vision_attention(
     return module.proj(output.reshape(len(hidden_states), -1))
 
 
+def embed_patches(module: Any, pixels: Tensor) -> Tensor:
+    """`PatchEmbed.forward`: kernel and stride of its convolution are a whole patch, so it is a matrix product."""
+    return linear(pixels.to(module.proj.weight.dtype), module.proj.weight.view(module.embed_dim, -1))
+
+
 def quick_gelu(_: nn.Module, x: Tensor) -> Any:
     """`QuickGELUActivation.forward`, in one pass; the tower has no graph."""
     if torch.is_grad_enabled():
@@ -151,7 +160,9 @@ def lora_linear(module: Any, x: Tensor) -> Any:
     if module.disable_adapters or module.merged or module.active_adapters != [adapter]:
         return NotImplemented
     base = module.base_layer
-    packed = base.weight.quant_state if isinstance(base, Linear4bit) else None
+    packed = None
+    if isinstance(base, Linear4bit):  # FSDP2's gathered weight has lost it, the module has it
+        packed = getattr(base.weight, "quant_state", None) or base.quant_state
     rows, dropped = None, 0
     dropout = module.lora_dropout[adapter]
     if isinstance(dropout, SampleDropout) and module.training and dropout.dropped:

@@ -178,8 +178,8 @@ def prepare_training(
     """Make the model take packed micro-batches: attention, dropout, image features, recomputation, kernels.
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
-    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `partitioned`: ZeRO-3 will gather each linear layer
-    when it is called. Returns in words which way it runs.
+    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `partitioned`: ZeRO-3 will gather each linear
+    layer when it is called. Returns in words which way it runs.
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     said = []

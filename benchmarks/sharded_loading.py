@@ -73,7 +73,12 @@ def recipe_values(options: argparse.Namespace) -> dict[str, object]:
             "system_message": "Answer with a single word or number.",
         },
         "batch": {"global_batch_size": 4, "micro_batch_tokens": 2000},
-        "training": {"max_steps": options.steps, "warmup_steps": 0, "logging_steps": 1},
+        "training": {
+            "max_steps": options.steps,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "gradient_checkpointing": True,
+        },
         "evaluation": {"every_steps": 1000, "max_samples": 2},
         "tracking": {"report_to": "none"},
     }

@@ -200,7 +200,7 @@ def prepare_training(
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
-    use_fused_kernels(base, lora=not partitioned)
+    use_fused_kernels(base, partitioned)
     return "; ".join([*said, f"fused kernels (Liger's{'' if partitioned else ', and LoRA with dropout'})"])
 
 

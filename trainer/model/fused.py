@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.rope import LigerRopeFunction, rope_forward
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -29,10 +30,11 @@ from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 Forward = Callable[..., Any]
 
 
-def use_fused_kernels(model: Qwen2VLForConditionalGeneration, lora: bool) -> None:
+def use_fused_kernels(model: Qwen2VLForConditionalGeneration, partitioned: bool) -> None:
     """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
 
-    `lora`: its LoRA layers too; not where the weights of a linear layer come together only when it is called (ZeRO-3).
+    `partitioned`: a module's weights come together only when it is called itself (ZeRO-3), so that no kernel may
+    reach over several modules.
     """
     language, visual = model.model.language_model, model.model.visual
     _replace(language.norm, rms_norm)
@@ -40,6 +42,8 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration, lora: bool) -> Non
         _replace(layer.input_layernorm, rms_norm)
         _replace(layer.post_attention_layernorm, rms_norm)
         _replace(layer.mlp, swiglu_mlp)
+        if not partitioned:
+            _replace(layer, decoder_layer)
         _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
     _replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
@@ -47,7 +51,7 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration, lora: bool) -> Non
         if type(block.mlp.act).__name__ == "QuickGELUActivation":
             _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
     for module in language.modules():
-        if lora and isinstance(module, LoraLayer) and _takes_lora(module):
+        if not partitioned and isinstance(module, LoraLayer) and _takes_lora(module):
             _replace(module, _or_stock(module.forward, lora_linear))
 
 
@@ -74,6 +78,16 @@ def rms_norm(module: Any, hidden: Tensor) -> Tensor:
         Tensor,
         LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", True),
     )
+
+
+def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """`Qwen2VLDecoderLayer.forward`: the attention's residual is added in the kernel of the norm after it."""
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    norm = module.post_attention_layernorm
+    normed, residual = LigerFusedAddRMSNormFunction.apply(
+        attended, hidden_states, norm.weight, norm.variance_epsilon, 0.0, "llama", True
+    )
+    return cast(Tensor, residual + module.mlp(normed))
 
 
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe value, both sides"
     )
+    parser.add_argument("--build-only", action="store_true", help="weights and charts, then end")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["SAMESTEP_CACHE"] = str(options.folder / "cache")
@@ -58,6 +59,8 @@ def main() -> None:
         )
         return
     build(options)
+    if options.build_only:
+        return
     results = [run_side(options, side) for side in options.sides.split(",")]
     report(options, results)
 
@@ -166,17 +169,21 @@ def write_charts(folder: Path, count: int) -> None:
             )
 
 
-def chart_row(draw: random.Random) -> dict[str, Any]:
-    """One bar chart and a question; sizes as ChartQA's three sources have them (60, 20 and 20 %)."""
-    from PIL import Image, ImageDraw
-
+def chart_size(draw: random.Random) -> tuple[int, int]:
+    """(width, height) in pixels, as ChartQA's three sources have them (60, 20 and 20 %)."""
     kind = draw.random()
     if kind < 0.6:
-        width, height = 800, draw.randint(500, 1000)
-    elif kind < 0.8:
-        width, height = draw.randint(309, 640), draw.randint(300, 900)
-    else:
-        width, height = 850, 600
+        return 800, draw.randint(500, 1000)
+    if kind < 0.8:
+        return draw.randint(309, 640), draw.randint(300, 900)
+    return 850, 600
+
+
+def chart_row(draw: random.Random) -> dict[str, Any]:
+    """One bar chart and a question."""
+    from PIL import Image, ImageDraw
+
+    width, height = chart_size(draw)
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image)
     for bar in range(8):

@@ -59,10 +59,15 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
         _gathered_by_zero if hasattr(next(iter(layers[0].parameters())), "ds_tensor") else _gathered_by_fsdp
     )
     for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
-        local = sum(_local_bytes(parameter) for parameter in _frozen(layer)) + _constants(layer)
+        local = resident_bytes(layer)
         with gathered(layer):
             after = layer_facts(layer)
         together(partial(_compare_layer, number, before, after, local, world_size))
+
+
+def resident_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's frozen weights on this rank: its share where they are sharded, constants included."""
+    return sum(_local_bytes(parameter) for parameter in _frozen(layer)) + _constants(layer)
 
 
 @contextmanager

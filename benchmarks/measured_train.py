@@ -1,0 +1,181 @@
+"""Started by `accelerate launch` in the place of `trainer.train`: the same training, with a clock on every rank.
+
+    -m benchmarks.measured_train FOLDER PROFILED_STEP ASSIGNMENT arguments of trainer.train ...
+
+Every rank writes `FOLDER/rank-<rank>.jsonl`: a line a step with the moments (seconds of the machine's monotonic clock,
+which all ranks of a machine share) of its first micro-batch, of the end of its computation before the ranks add up,
+and of the end of that addition; then a line of facts (peak memory, an all-reduce by itself, one profiled step).
+`ASSIGNMENT`: `balanced`, or `random` for a step's samples given out as a shuffling sampler would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import gpu_trace
+from benchmarks.scaling import random_deal
+from launch import steps
+from trainer import train
+from trainer.agreement import end_process, leave_processes
+from trainer.engine.replicated import Replicated
+from trainer.engine.zero import Zero
+from trainer.sft import PlannedTrainer
+from trainer.sharding_guards import resident_bytes
+
+REPEATS = 20
+
+
+def synchronize() -> None:
+    """Wait for this rank's GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """The moments of this rank's steps, and what is known at the end."""
+
+    def __init__(self, folder: Path, profiled_step: int) -> None:
+        rank = int(os.environ.get("RANK", "0"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trace_file = folder / f"rank-{rank}.trace.json"
+        self.output: TextIO = (folder / f"rank-{rank}.jsonl").open("w")
+        self.profiled_step = profiled_step
+        self.profiler: Any = None
+        self.moments: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self.reduced = 0
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.output.write(json.dumps(values) + "\n")
+        self.output.flush()
+
+    def begin_step(self, trainer: PlannedTrainer) -> None:
+        """Its data is there."""
+        if not self.facts:
+            layers = trainer.model.get_base_model().model.language_model.layers
+            self.facts = {
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                "layers_gib": sum(resident_bytes(layer) for layer in layers) / 2**30,
+                "loading_gib": peak_gib(),
+            }
+            sizes = [getattr(each, "ds_numel", each.numel()) for each in trainer.parameters.values()]
+            self.reduced = sum(sizes)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+        self.moments = {"begin": time.perf_counter()}
+
+    def end_step(self, step: int) -> None:
+        self.write({"step": step, **self.moments, "end": time.perf_counter()})
+        if not torch.cuda.is_available():
+            return
+        try:  # a profiler that fails costs one figure, not the run
+            if step == self.profiled_step and self.profiler is not None:
+                gpu_trace.stop_recording(self.profiler)
+            if step + 1 == self.profiled_step:
+                self.profiler = gpu_trace.start_recording()
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        sys.stderr.write(f"no profile: {type(error).__name__}: {error}\n")
+        self.profiler = None
+
+    def finish(self) -> None:
+        """The last line, while the ranks are still together."""
+        self.facts |= {"training_gib": peak_gib(), "all_reduce_s": all_reduce_alone(self.reduced)}
+        self.write(self.facts)  # before what might fail
+        if self.profiler is None:
+            return
+        try:
+            events = gpu_trace.events_of(self.profiler, self.trace_file)
+        except Exception as error:
+            self.give_up(error)
+            return
+        self.facts |= {
+            "profiled_busy_s": gpu_trace.busy_seconds(events),
+            "profiled_exposed_s": gpu_trace.exposed_seconds(events),
+            "profiled_syncs": gpu_trace.host_syncs(events),
+        }
+        self.write(self.facts)
+
+
+def peak_gib() -> float | None:
+    """Of the memory that tensors took on this rank's GPU since the last look, GiB."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def all_reduce_alone(elements: int) -> float | None:
+    """Median seconds of adding up `elements` fp32 numbers over the ranks, which come together."""
+    if not dist.is_initialized() or not elements:
+        return None
+    values = torch.zeros(elements, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def watch(clock: Clock) -> None:
+    """Put the clock around the trainer's own functions."""
+    training_step, write_step = PlannedTrainer.training_step, PlannedTrainer.write_step
+
+    def begin(self: PlannedTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self._loss_sum is None:
+            clock.begin_step(self)
+        return training_step(self, *args, **kwargs)
+
+    def end(self: PlannedTrainer, learning_rate: float) -> None:
+        write_step(self, learning_rate)
+        clock.end_step(self.state.global_step)
+        self._clock = time.perf_counter()  # what the clock did between two steps belongs to none
+
+    PlannedTrainer.training_step, PlannedTrainer.write_step = begin, end  # type: ignore[method-assign]
+    for engine in (Replicated, Zero):
+        engine.add_up = timed(engine.add_up, clock)  # type: ignore[method-assign]
+
+
+def timed(add_up: Any, clock: Clock) -> Any:
+    """`add_up` with the moments before and after it. It ends with a host read, so one wait more changes little."""
+
+    def measured(self: Any, told: Any) -> Any:
+        synchronize()
+        clock.moments["ready"] = time.perf_counter()
+        found = add_up(self, told)
+        clock.moments["done"] = time.perf_counter()
+        return found
+
+    return measured
+
+
+def main() -> int:
+    """As `trainer.train`; returns its exit status."""
+    folder, profiled_step, assignment, *arguments = sys.argv[1:]
+    if assignment == "random":
+        steps.deal = random_deal
+    clock = Clock(Path(folder), int(profiled_step))
+    watch(clock)
+
+    def leave() -> None:
+        clock.finish()
+        leave_processes()
+
+    train.leave_processes = leave
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    end_process(main())

@@ -35,7 +35,7 @@ def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) 
 
 
 def share_one_gpu() -> None:
-    """Ranks of a machine with one GPU: gloo carries CUDA tensors where NCCL wants a GPU for each rank.
+    """Ranks without `OWN_GPUS`: gloo carries CUDA tensors where NCCL wants a GPU for each rank.
 
     `CAP_GIB`: the most memory that each rank may take.
     """
@@ -55,8 +55,9 @@ def share_one_gpu() -> None:
 def main() -> None:
     """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
     speak_plainly()
-    if torch.cuda.is_available() and "WORLD_SIZE" in os.environ:
-        share_one_gpu()
+    if torch.cuda.is_available():
+        if "WORLD_SIZE" in os.environ and "OWN_GPUS" not in os.environ:
+            share_one_gpu()
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
     if storage := os.environ.get("PLANTED_STORAGE"):

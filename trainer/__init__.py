@@ -4,3 +4,8 @@ import os
 
 LAUNCHER = os.getppid()
 """The parent's process id, read before the imports of substance: a launcher may die in the seconds that they take."""
+
+# Packed micro-batches differ in size; segments of GPU memory that grow leave no holes between them. PyTorch reads this
+# while it is imported. Whoever set something else keeps it.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

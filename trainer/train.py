@@ -78,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
     speak_plainly()
-    let_segments_grow()
     try:
         index = prepare_first(options)
         train_once(options, index, start_processes(), LAUNCHER)
@@ -94,15 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end_badly(in_words(error), options)
     leave_processes()
     return 0
-
-
-def let_segments_grow() -> None:
-    """Packed micro-batches differ in size; segments of GPU memory that grow leave no holes between them.
-
-    PyTorch reads this when a process first asks for GPU memory. Whoever set something else keeps it.
-    """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def end_badly(error: SamestepError, options: argparse.Namespace) -> int:

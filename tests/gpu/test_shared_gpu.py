@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.launching import accelerate_launch, drive
 from tests.distributed.recorded import apart, run_of, write_recipe
@@ -60,7 +62,14 @@ def test_bytes_that_sharding_changes_are_noticed_before_a_step(
 ) -> None:
     """bfloat16 storage: bytes that look like NaN are rewritten when FSDP2 copies them on a GPU."""
     monkeypatch.setenv("PLANTED_STORAGE", "bfloat16")
-    recipe = write_recipe(world, tmp_path / "recipe.yaml", "nf4")
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    (file,) = base.glob("*.safetensors")
+    weights = load_file(file)
+    (name,) = [name for name in weights if name.endswith("layers.0.self_attn.q_proj.weight")]
+    weights[name].fill_(0.02)  # all of them the largest of their block: nothing but bytes 0xFF
+    save_file(weights, file, {"format": "pt"})
+    recipe = write_recipe(world, tmp_path / "recipe.yaml", "nf4", model={"name_or_path": str(base)})
     requests = tmp_path / "requests.json"
     requests.write_text(f'[[["{recipe}", "--runs-dir", "{tmp_path}", "--name", "run"], null]]')
     ended = accelerate_launch(2, ["tests.distributed.drive", str(requests)], strategy="fsdp")

@@ -60,6 +60,7 @@ class Zero:
         if self.stage < 3:
             yield
             return
+        _put_a_float_first(model)
         base: Any = model.get_base_model()
         inner = base.model
         hidden = [
@@ -179,3 +180,16 @@ def _numel(parameter: nn.Parameter) -> int:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _put_a_float_first(model: nn.Module) -> None:
+    """Let the first parameter of the decoder layers be a bias, not its packed weight.
+
+    DeepSpeed 0.19.8 takes the dtype of the first parameter for the model's (`DeepSpeedZeRoOffload`), and refuses
+    uint8 where the accelerator knows fp16 (`_set_dtype`): on a GPU, not on a CPU. No other meaning has the order.
+    """
+    layers: Any = cast(Any, model).get_base_model().model.language_model.layers
+    for module in layers.modules():
+        if "weight" in module._parameters:
+            module._parameters["weight"] = module._parameters.pop("weight")
+            return

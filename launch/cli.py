@@ -79,15 +79,31 @@ def plan(
     _show(start.plan_of(loaded, index, topology, loaded.name))
 
 
-@app.command(epilog=example("samestep prepare recipes/qwen2vl_7b_chartqa.yaml"))
-def prepare(recipe: RecipeArgument, overrides: Overrides = []) -> None:  # noqa: B006
+@app.command(
+    epilog=example(
+        "samestep prepare qwen2vl_7b_chartqa",
+        "samestep prepare qwen2vl_7b_chartqa --vision --set data.vision_cache=disk",
+    )
+)
+def prepare(
+    recipe: RecipeArgument,
+    vision: Annotated[
+        bool,
+        typer.Option(
+            "--vision",
+            help="Also run the vision tower over every image, on a GPU if there is one, and keep the features on "
+            "disk (7B: about 5 MB an image). Started again, it goes on.",
+        ),
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
     """Validate the data, count its tokens and fetch the base weights, into the cache. Needs no GPU."""
     from launch import start
     from launch.recipe import find_recipe, load_recipe
 
     file = find_recipe(recipe)
     load_recipe(file, overrides)
-    start.prepare(file, overrides)
+    start.prepare(file, overrides, vision=vision)
 
 
 @app.command(

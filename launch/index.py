@@ -151,7 +151,7 @@ def _processor_facts(name_or_path: str) -> object:
 
 def index_key(recipe: Recipe) -> str:
     """sha256 (hex, 20 digits) of everything the index depends on; another key is another index."""
-    data: dict[str, Any] = recipe.data.model_dump(mode="json")
+    data: dict[str, Any] = recipe.data.model_dump(mode="json", exclude={"vision_cache"})
     local = local_dataset(recipe)
     if local is not None:
         data["files"] = [_file_facts(split_files(local, getattr(recipe.data, split))) for split in SPLITS]

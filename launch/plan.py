@@ -19,6 +19,9 @@ from launch.rules import Request, storage_of, violations
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from launch.index import Index
     from launch.launch_config import LaunchConfig
 
@@ -220,6 +223,15 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
         tokens=train.text_tokens + train.visual_tokens,
         costs=cost(train.text_tokens, train.visual_tokens),
     )
+
+
+def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
+    """Positions in the validation split of what an evaluation sees: at most `max_samples`, evenly over the split."""
+    import numpy as np
+
+    count = len(index.splits["validation"])
+    chosen = min(recipe.evaluation.max_samples, count)
+    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def whole_steps(recipe: Recipe, samples: int, begin: Begin = Begin()) -> tuple[int, int]:

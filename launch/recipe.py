@@ -102,6 +102,10 @@ class DataSection(Section):
     min_pixels: int | None = Field(
         None, ge=784, description="an area of at least 784 pixels, or null: the processor's"
     )
+    vision_cache: Literal["off", "memory", "disk"] = Field(
+        "off",
+        description="where the vision tower's features are kept: `off`, `memory` until the run ends, or `disk`",
+    )
 
 
 class BatchSection(Section):
@@ -381,6 +385,7 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
     }
     harmless = {
         "data.on_bad_row",
+        "data.vision_cache",
         "model.resident_weights",
         "batch.micro_batch_tokens",
         "training.logging_steps",

@@ -165,10 +165,10 @@ def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> I
     return index
 
 
-def prepare(recipe_file: Path, overrides: Sequence[str]) -> None:
-    """Run `trainer.prepare` in a child, so that this process stays without torch."""
+def prepare(recipe_file: Path, overrides: Sequence[str], *, vision: bool = False) -> None:
+    """Run `trainer.prepare` in a child, so that this process stays without torch; `vision`: its features too."""
     flags = [word for override in overrides for word in ("--set", override)]
-    call_module("trainer.prepare", [str(recipe_file), *flags])
+    call_module("trainer.prepare", [str(recipe_file), *flags, *(["--vision"] if vision else [])])
 
 
 @dataclass(frozen=True)

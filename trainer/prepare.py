@@ -38,6 +38,7 @@ from launch.recipe import EMBEDDED, Recipe, load_recipe
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
+from trainer.prefill import fill
 from trainer.pretrained import fetch_base, load_processor
 from trainer.speech import complain, speak_plainly
 
@@ -183,6 +184,24 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
     )
 
 
+def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> list[str]:
+    """Compute the features of every image that a run will want, and keep them on disk; returns what there is to say.
+
+    Raises:
+        ConfigError: the recipe keeps them in memory, or they find no room.
+    """
+    if recipe.data.vision_cache == "memory":
+        raise ConfigError(
+            "--vision: the recipe keeps features in memory, where they end with a run (data.vision_cache); give --set "
+            "data.vision_cache=disk"
+        )
+    with _progress(quiet) as progress:
+        said = fill(recipe, index, _Report(progress, "computing vision features"))
+    if recipe.data.vision_cache == "off":
+        said.append("a run uses them with --set data.vision_cache=disk")
+    return said
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -193,11 +212,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="a recipe file, e.g. recipes/embedded.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--vision",
+        action="store_true",
+        help="fill the cache of vision features too (data.vision_cache: disk)",
+    )
     options = parser.parse_args(arguments)
     speak_plainly()
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         index = prepare(recipe, quiet=options.quiet)
+        said = prepare_vision(recipe, index, quiet=options.quiet) if options.vision else []
     except SamestepError as error:
         return complain(error)
     counts = ", ".join(f"{len(index.splits[split])} {split}" for split in SPLITS)
@@ -208,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if (dropped := index.path / "dropped_rows.jsonl").is_file():
         print(f"dropped rows are listed in {dropped}")
+    for line in said:
+        print(line)
     return 0
 
 

@@ -13,11 +13,10 @@ import json
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.logging import get_logger
@@ -31,7 +30,7 @@ from trl import SFTTrainer
 from launch.errors import RunError
 from launch.folders import published
 from launch.manifest import aside_folder, publish, read_manifest, rotate
-from launch.plan import samples_consumed, step_plan
+from launch.plan import samples_consumed, step_plan, validation_samples
 from launch.recipe import Recipe, altering_values
 from launch.run_directory import RunDirectory
 from launch.steps import MicroBatch, cost, deal
@@ -50,6 +49,7 @@ from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, assemble, data_workers
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
+from trainer.features.writer import FeatureWriter
 from trainer.guards import (
     GradientWitness,
     check_adapters,
@@ -120,6 +120,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         stage = ZERO_STAGES.get(plan.strategy)
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
+        self.features = FeatureWriter(encoder.features, logger.warning) if encoder.features else None
+        self._images = [0, 0]  # that this rank needed, and that the tower ran for
         way = prepare_training(
             self.model,
             recipe,
@@ -127,6 +129,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             recompute_every=plan.recompute_every,
             resident_weights=plan.resident_weights,
             partitioned=plan.strategy == "zero3",
+            keep=self.features.keep if self.features else None,
         )
         logger.info(way)
         compute_in(self.model, DTYPES[plan.compute_dtype])
@@ -156,8 +159,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         """This rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
         split = self.index.splits["validation"]
-        count = min(self.recipe.evaluation.max_samples, len(split))
-        chosen = np.linspace(0, len(split) - 1, count).round().astype(np.int64)
+        chosen = validation_samples(self.recipe, self.index)
         costs = cost(split.text_tokens, split.visual_tokens)
         budget = max(self.plan.micro_batch_tokens, int(split.tokens.max()))
         mine = deal(chosen, split.tokens, costs, self.args.world_size, budget)[self.args.process_index]
@@ -205,6 +207,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """Sum over the micro-batch's target tokens, divided by the target tokens of the whole step."""
+        self._images[0] += len(inputs["inputs"]["text_lengths"])
+        self._images[1] += len(inputs["inputs"]["fresh_grids"])
         outputs = model(**inputs["inputs"])
         return cast(Tensor, -outputs.log_probs.sum() / inputs["step_target_tokens"])
 
@@ -319,7 +323,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.agreed.stop:
             self.evaluation_given_up = True
             return {}
-        self.publisher.wait()  # data workers are forked
+        self.wait_for_threads()  # data workers are forked
         self.model.eval()
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         samples = 0
@@ -450,7 +454,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Log-probabilities of the targets of the shortest training sample, on the CPU. All ranks at once."""
         split = self.index.splits["train"]
         batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
-        packed = assemble(open_split(self.recipe, "train"), split, self.encoder, batch, -1, 1)
+        whole = replace(self.encoder, features=None)  # the tower too is what it was
+        packed = assemble(open_split(self.recipe, "train"), split, whole, batch, -1, 1)
         was_training = model.training
         model.eval()
         answers: Tensor = model(**self._prepare_inputs(packed)["inputs"]).log_probs
@@ -487,6 +492,28 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: every step seeds itself."""
+
+    def wait_for_threads(self) -> None:
+        """Until nothing is being written to disk beside this thread."""
+        self.publisher.wait()
+        if self.features:
+            self.features.wait()
+
+    def finish(self) -> None:
+        """At the end of an attempt, while the run is still ours and signals are wishes."""
+        self.publisher.wait()
+        if not self.features:
+            return
+        self.features.close()
+        seen, computed = self._images
+        if seen:
+            dropped = f", {self.features.dropped} dropped for want of time" if self.features.dropped else ""
+            logger.info(
+                f"vision features: {seen - computed} of {seen} images of rank 0 were there; "
+                f"{self.features.kept} added{dropped}"
+            )
+        assert self.encoder.features is not None
+        self.encoder.features.close()
 
     def save_final_adapter(self) -> None:
         """Write `adapter/`, replacing an older one whole."""

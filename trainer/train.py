@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import nn
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.changes import consequences, tie_contents
 from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
@@ -59,6 +61,8 @@ from trainer.agreement import (
     together,
 )
 from trainer.data.collate import Encoder
+from trainer.features.identity import facts_of, kind_of
+from trainer.features.store import FeatureCache, describe, open_cache
 from trainer.model.base import add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
@@ -351,12 +355,12 @@ def train(task: Task, state: PartialState, watch: Watch) -> Ended:
         return Ended(step, reason)
     evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
     trainer = build(task, state, watch, step)
-    if reason := watch.agree().stop:
-        return Ended(step, reason)
     try:
+        if reason := watch.agree().stop:
+            return Ended(step, reason)
         take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
     finally:
-        trainer.publisher.wait()  # while the run is still ours and signals are wishes
+        trainer.finish()  # while the run is still ours and signals are wishes
     together(watch.raise_failure)
     reached, stop = trainer.state.global_step, trainer.agreed.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_given_up):
@@ -405,7 +409,25 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
     model = load_model(task, state.device)
-    return together(lambda: build_trainer(model, task, encoder, watch, resumed_at))
+
+    def finish() -> PlannedTrainer:
+        kept = open_features(task.recipe, model, encoder.processor)
+        return build_trainer(model, task, replace(encoder, features=kept), watch, resumed_at)
+
+    return together(finish)
+
+
+def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:
+    """The cache of vision features that the recipe asks for; `model` is as it was loaded."""
+    place = recipe.data.vision_cache
+    if place == "off":
+        return None
+    tower = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.visual
+    facts = facts_of(recipe, tower, processor.image_processor)
+    found = open_cache(place, kind_of(tower, facts), facts)
+    for line in describe(found, facts):
+        logger.info(line)
+    return found
 
 
 def load_model(task: Task, device: torch.device) -> PeftModel:

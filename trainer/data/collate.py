@@ -24,6 +24,7 @@ from launch.errors import RunError, SamestepError
 from launch.index import Split, row_digest
 from launch.steps import MicroBatch, StepPlan
 from trainer.data.chartqa import Row, Rows, chat, decode_image
+from trainer.features.store import FeatureCache, name_of
 
 IGNORED = -100
 """The label of a token that the loss does not count (PyTorch's `ignore_index`)."""
@@ -36,8 +37,12 @@ class Sample:
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64, IGNORED where the loss does not count
     positions: Tensor  # [3, T] int64, M-RoPE
-    pixel_values: Tensor  # [P, channels * temporal_patch * patch * patch]
+    pixel_values: (
+        Tensor | None
+    )  # [P, channels * temporal_patch * patch * patch]; None where features are cached
     grid: tuple[int, int, int]  # patches in time, height, width
+    features: Tensor | None = None  # [V, hidden], where they are cached
+    image: str = ""  # its name in the cache of features, where there is one
 
     @property
     def target_tokens(self) -> int:
@@ -46,7 +51,11 @@ class Sample:
 
 
 class ModelInputs(TypedDict):
-    """What the packed forward takes, for N samples of T tokens, P patches, V visual tokens together."""
+    """What the packed forward takes, for N samples of T tokens together.
+
+    Images come in two kinds: C whose features are cached (Vc visual tokens), and F fresh ones (P patches, Vf visual
+    tokens), for which the tower runs.
+    """
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [4, 1, T]
@@ -57,11 +66,15 @@ class ModelInputs(TypedDict):
     text_cu_seqlens: Tensor  # [N + 1] int32
     text_lengths: tuple[int, ...]
     pixel_values: Tensor  # [P, patch features]
-    image_grid_thw: Tensor  # [N, 3]
-    image_positions: Tensor  # [V]: where the visual tokens lie in the row
+    image_grid_thw: Tensor  # [F, 3]
+    fresh_positions: Tensor  # [Vf]: where their visual tokens lie in the row
+    fresh_images: tuple[str, ...]  # F names in the cache of features; empty without one
+    fresh_grids: tuple[tuple[int, int, int], ...]  # `image_grid_thw` once more, for the host
     vision_positions: Tensor  # [P, 2]: height and width of each patch, in merge order
-    vision_cu_seqlens: Tensor  # [N + 1] int32
+    vision_cu_seqlens: Tensor  # [F + 1] int32
     vision_lengths: tuple[int, ...]
+    cached_features: Tensor  # [Vc, hidden]
+    cached_positions: Tensor  # [Vc]
 
 
 class PackedBatch(TypedDict):
@@ -75,11 +88,15 @@ class PackedBatch(TypedDict):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into samples with the base model's processor."""
+    """Turns rows into samples with the base model's processor.
+
+    `features`: an image that is there is neither decoded nor processed.
+    """
 
     processor: Qwen2VLProcessor
     system_message: str
     loss: str
+    features: FeatureCache | None = None
 
     def __call__(self, row: Row) -> Sample:
         """Encode one row.
@@ -88,11 +105,16 @@ class Encoder:
             RunError: the answer's first token merges with the prompt's last, so that no mask could part them.
         """
         prompt, text = self.texts(row)
-        encoded = self.processor(
-            text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
-        )
-        input_ids: Tensor = encoded["input_ids"][0]
-        grid = tuple(encoded["image_grid_thw"][0].tolist())
+        image = name_of(row.image) if self.features else ""
+        cached = self.features.read(image) if self.features else None
+        if cached is not None:
+            input_ids, grid, pixels = self._ids(text, len(cached.values)), cached.grid, None
+        else:
+            encoded = self.processor(
+                text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
+            )
+            input_ids, pixels = encoded["input_ids"][0], encoded["pixel_values"]
+            grid = tuple(encoded["image_grid_thw"][0].tolist())
         labels = input_ids.clone()
         if self.loss == "answer":
             labels[: self.prompt_length(prompt, input_ids)] = IGNORED
@@ -101,9 +123,17 @@ class Encoder:
             input_ids=input_ids,
             labels=labels,
             positions=mrope_positions(input_ids == self.processor.image_token_id, grid, merge),
-            pixel_values=encoded["pixel_values"],
+            pixel_values=pixels,
             grid=grid,
+            features=cached.values if cached else None,
+            image=image,
         )
+
+    def _ids(self, text: str, visual_tokens: int) -> Tensor:
+        """Token ids [T] of a conversation with one image, as the processor makes them of text and pixels."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        place = ids.index(self.processor.image_token_id)
+        return torch.tensor([*ids[:place], *[ids[place]] * visual_tokens, *ids[place + 1 :]])
 
     def texts(self, row: Row) -> tuple[str, str]:
         """The prompt up to where the answer begins, and the whole conversation, through the chat template."""
@@ -165,9 +195,10 @@ def pack(
     scored = next_labels.new_empty(0) if masked else (next_labels != IGNORED).nonzero()[:, 0]
     text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
     positions = torch.cat([sample.positions for sample in samples], dim=1)
-    grids = torch.tensor([sample.grid for sample in samples])
     text_lengths = tuple(len(sample.input_ids) for sample in samples)
-    vision_lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
+    is_visual = input_ids == image_token_id
+    is_cached = torch.tensor([sample.features is not None for sample in samples])
+    is_cached = is_cached.repeat_interleave(torch.tensor(text_lengths))
     return ModelInputs(
         input_ids=input_ids[None],
         position_ids=torch.cat([text_positions[None], positions])[:, None],
@@ -177,13 +208,44 @@ def pack(
         shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
-        pixel_values=torch.cat([sample.pixel_values for sample in samples]),
-        image_grid_thw=grids,
-        image_positions=(input_ids == image_token_id).nonzero()[:, 0],
-        vision_positions=get_vision_position_ids(grids, merge),
-        vision_cu_seqlens=cumulative(vision_lengths),
-        vision_lengths=vision_lengths,
+        fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
+        cached_positions=(is_visual & is_cached).nonzero()[:, 0],
+        cached_features=_joined([sample.features for sample in samples]),
+        **_pack_fresh([sample for sample in samples if sample.features is None], merge),
     )
+
+
+class _FreshImages(TypedDict):
+    """The part of `ModelInputs` that the tower takes."""
+
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    fresh_images: tuple[str, ...]
+    fresh_grids: tuple[tuple[int, int, int], ...]
+    vision_positions: Tensor
+    vision_cu_seqlens: Tensor
+    vision_lengths: tuple[int, ...]
+
+
+def _pack_fresh(samples: Sequence[Sample], merge: int) -> _FreshImages:
+    """The images of samples without cached features, end to end; empty tensors for none."""
+    grids = torch.tensor([sample.grid for sample in samples], dtype=torch.int64).view(-1, 3)
+    lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
+    return _FreshImages(
+        pixel_values=_joined([sample.pixel_values for sample in samples]),
+        image_grid_thw=grids,
+        fresh_images=tuple(sample.image for sample in samples if sample.image),
+        fresh_grids=tuple(sample.grid for sample in samples),
+        vision_positions=get_vision_position_ids(grids, merge) if samples else grids.new_empty(0, 2),
+        vision_cu_seqlens=cumulative(lengths),
+        vision_lengths=lengths,
+    )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor:
+    """The tensors among `parts` end to end, an empty one for none."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else torch.empty(0)
 
 
 def _next_labels(labels: Tensor) -> Tensor:

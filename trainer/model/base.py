@@ -22,7 +22,7 @@ from trainer.model.dropout import use_sample_dropout
 from trainer.model.head import score_targets
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import hold_dequantized
-from trainer.model.vision import take_packed_inputs
+from trainer.model.vision import Keep, take_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,11 +33,13 @@ def load_base(
     device: torch.device,
     quant_storage: str = "uint8",
     take_layer: Callable[[nn.Module], None] | None = None,
+    layers: bool = True,
 ) -> Qwen2VLForConditionalGeneration:
     """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
-    `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one.
+    `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one;
+    without `layers` they are left out.
 
     Raises:
         ConfigError: the base is not there, is not a Qwen2-VL, or lacks tensors.
@@ -48,7 +50,8 @@ def load_base(
     text = config.get_text_config()
     kinds = list(text.layer_types)
     loud = transformers.logging.get_verbosity()
-    if take_layer is not None:
+    without = take_layer is not None or not layers
+    if without:
         text.num_hidden_layers, text.layer_types = 0, []
         transformers.logging.set_verbosity_error()  # its report calls every tensor of the layers unexpected
     try:
@@ -70,7 +73,7 @@ def load_base(
     finally:
         transformers.logging.set_verbosity(loud)
     # transformers fills what a file lacks with random numbers, and only says so in a log.
-    unexpected = [key for key in report["unexpected_keys"] if take_layer is None or not is_of_layer(key)]
+    unexpected = [key for key in report["unexpected_keys"] if not (without and is_of_layer(key))]
     if wrong := sorted(map(str, [*report["missing_keys"], *unexpected, *report["mismatched_keys"]])):
         raise ConfigError(
             f"model.name_or_path: the weights in {path} are not those of a whole Qwen2-VL ({len(wrong)} tensors are "
@@ -174,12 +177,13 @@ def prepare_training(
     recompute_every: int = 0,
     resident_weights: bool = False,
     partitioned: bool = False,
+    keep: Keep | None = None,
 ) -> str:
     """Make the model take packed micro-batches: attention, dropout, image features, recomputation, kernels.
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
     pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `partitioned`: ZeRO-3 will gather each linear
-    layer when it is called. Returns in words which way it runs.
+    layer when it is called; `keep`: hears of computed image features. Returns in words which way it runs.
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     said = []
@@ -189,7 +193,7 @@ def prepare_training(
         )
     use_packed_attention(base)
     score_targets(base)
-    take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed))
+    take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
     if recompute_every:
         # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way
         # for all strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
@@ -202,6 +206,15 @@ def prepare_training(
 
     use_fused_kernels(base, partitioned)
     return "; ".join([*said, f"fused kernels (Liger's{'' if partitioned else ', and LoRA with dropout'})"])
+
+
+def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> None:
+    """Make the vision tower of a model that does not train compute as it does in training."""
+    use_packed_attention(model)
+    if not _no_kernels(model, compute_dtype):
+        from trainer.model.fused import use_fused_kernels
+
+        use_fused_kernels(model)
 
 
 def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:

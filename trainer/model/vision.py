@@ -7,6 +7,7 @@ are computed under `no_grad` and handed to the language model as part of the emb
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,32 +18,44 @@ from transformers import Qwen2VLForConditionalGeneration
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT, DropoutKeys
 
+Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
+"""Told the names of images, their grids and their features [V, hidden] when the tower has computed them."""
 
-def take_packed_inputs(model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None) -> None:
+
+def take_packed_inputs(
+    model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None, keep: Keep | None = None
+) -> None:
     """Teach the model's forward the packed inputs of `trainer.data.collate.ModelInputs`; `keys` of its dropout.
 
     A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
     packed inputs, like `generate`'s, pass through untouched.
     """
-    model.model.register_forward_pre_hook(partial(_unpack, keys), with_kwargs=True)
+    model.model.register_forward_pre_hook(partial(_unpack, keys, keep), with_kwargs=True)
     model.model.register_forward_hook(_keep_scored, with_kwargs=True)
 
 
 def _unpack(
-    keys: DropoutKeys | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    keys: DropoutKeys | None,
+    keep: Keep | None,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Replace pixels and token ids by embeddings, lengths by segments, step and samples by dropout keys."""
+    """Replace pixels and token ids by embeddings, lengths by segments, step and samples by dropout keys.
+
+    The tower runs for fresh images alone, and not at all where every image is cached: it is whole on every rank, so
+    no other rank waits for it.
+    """
     if "text_cu_seqlens" not in kwargs:
         return None
-    features = image_features(
-        model,
-        kwargs.pop("pixel_values"),
-        kwargs.pop("image_grid_thw"),
-        kwargs.pop("vision_positions"),
-        Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths")),
-    )
     embeddings: Tensor = model.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
-    embeddings = embeddings.index_copy(1, kwargs.pop("image_positions"), features[None].to(embeddings.dtype))
+    fresh = _fresh_features(keep, model, kwargs)
+    for positions, features in (
+        (kwargs.pop("fresh_positions"), fresh),
+        (kwargs.pop("cached_positions"), kwargs.pop("cached_features")),
+    ):
+        if len(positions):
+            embeddings = embeddings.index_copy(1, positions, features[None].to(embeddings.dtype))
     kwargs["inputs_embeds"] = embeddings
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
     step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
@@ -51,6 +64,21 @@ def _unpack(
     # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
     kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
     return args, kwargs
+
+
+def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """Features [Vf, hidden] of the images that are not cached; `keep` hears of them."""
+    pixels, grids, positions = (
+        kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
+    )
+    segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
+    names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
+    if not segments.lengths:
+        return pixels
+    features = image_features(model, pixels, grids, positions, segments)
+    if keep is not None and names:
+        keep(names, sizes, features)
+    return features
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -1,0 +1,175 @@
+"""`samestep prepare --vision`: the features of every image of a recipe, computed once before any run wants them.
+
+What is there already is left as it is, so a fill that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
+
+from launch.errors import ConfigError, RunError
+from launch.index import Index, SplitName
+from launch.plan import compute_dtype_of, validation_samples
+from launch.recipe import Recipe
+from trainer.data.chartqa import Rows, decode_image, open_split
+from trainer.data.collate import cumulative, data_workers
+from trainer.features.file import Features
+from trainer.features.identity import facts_of, kind_of
+from trainer.features.store import SPARED, FeatureCache, FullError, gigabytes, name_of, open_cache
+from trainer.model.attention import Segments
+from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.vision import image_features
+from trainer.pretrained import load_processor
+
+PASS_TOKENS = 4096
+"""Visual tokens that the tower takes together, but for a larger single image."""
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One distinct image: a row that has it, and its visual tokens."""
+
+    split: SplitName
+    row: int
+    name: str
+    visual_tokens: int
+
+
+def fill(recipe: Recipe, index: Index, report: Report) -> list[str]:
+    """Compute and keep the features that training and its evaluations will want; `report` is told the images.
+
+    Returns what there is to say.
+
+    Raises:
+        ConfigError: they would not fit, before anything is computed.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(recipe)
+    model = load_base(recipe, device, layers=False)
+    facts = facts_of(recipe, model.model.visual, processor.image_processor)
+    cache = open_cache("disk", kind_of(model.model.visual, facts), facts)
+    cache.recount()
+    rows = {split: open_split(recipe, split) for split in ("train", "validation")}
+    images = list(_wanted(recipe, index, rows))
+    missing = [image for image in images if not cache.holds(image.name)]
+    needed = sum(cache.kind.bytes_of(image.visual_tokens) for image in missing)
+    print(
+        f"vision features: {len(images)} images, {len(images) - len(missing)} of them are in {cache.folder}; "
+        f"{len(missing)} to compute on {device.type}, {gigabytes(needed)}",
+        flush=True,
+    )
+    _refuse_want_of_room(cache, needed)
+    prepare_tower(model, DTYPES[compute_dtype_of(recipe)])
+    _compute(model, cache, missing, _Pixels(rows, missing, processor.image_processor), report)
+    return [
+        f"vision features of {len(images)} images are in {cache.folder} ({gigabytes(cache.used_bytes())} there)"
+    ]
+
+
+def _wanted(recipe: Recipe, index: Index, rows: dict[str, Rows]) -> Iterator[Wanted]:
+    """Every distinct image of the training split and of the samples that evaluations see."""
+    chosen: dict[SplitName, Sequence[int]] = {
+        "train": range(len(index.splits["train"])),
+        "validation": validation_samples(recipe, index).tolist(),
+    }
+    seen: set[str] = set()
+    for split, samples in chosen.items():
+        facts = index.splits[split]
+        for sample in samples:
+            row = int(facts.rows[sample])
+            name = name_of(rows[split][row].image)
+            if name not in seen:
+                seen.add(name)
+                yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+
+
+def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
+    used, disk = cache.used_bytes(), shutil.disk_usage(cache.folder)
+    free = int(disk.free - SPARED * disk.total)
+    problems = []
+    if used + needed > cache.bound:
+        problems.append(
+            f"SAMESTEP_VISION_CACHE_GB: {gigabytes(needed)} more are needed, {gigabytes(used)} of "
+            f"{gigabytes(cache.bound)} are used ({gigabytes(cache.others_bytes())} by other towers or settings in "
+            f"{cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
+        )
+    if needed > free:
+        problems.append(
+            f"SAMESTEP_VISION_CACHE: {gigabytes(needed)} more are needed, {gigabytes(max(0, free))} can be used on "
+            f"the disk of {cache.root}; make room, or name a folder on another disk"
+        )
+    if needed and problems:
+        raise ConfigError(problems)
+
+
+class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
+    """The processed pixels [P, patch features] and grid of each wanted image."""
+
+    def __init__(self, rows: dict[str, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
+        self._rows, self._wanted, self._processor = rows, wanted, processor
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, tuple[int, int, int]]:
+        wanted = self._wanted[number]
+        image = decode_image(self._rows[wanted.split][wanted.row].image)
+        encoded = self._processor(images=[image], return_tensors="pt")
+        time, height, width = encoded["image_grid_thw"][0].tolist()
+        return encoded["pixel_values"], (time, height, width)
+
+
+def _compute(
+    model: Qwen2VLForConditionalGeneration,
+    cache: FeatureCache,
+    missing: Sequence[Wanted],
+    pixels: _Pixels,
+    report: Report,
+) -> None:
+    """The tower over all missing images, some at a time; an image's file is there before it is reported."""
+    loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
+    together: list[tuple[Wanted, Tensor, tuple[int, int, int]]] = []
+    tokens = 0
+    for number, (wanted, (values, grid)) in enumerate(zip(missing, loader, strict=True), 1):
+        together.append((wanted, values, grid))
+        tokens += wanted.visual_tokens
+        if tokens >= PASS_TOKENS or number == len(missing):
+            _keep(model, cache, together)
+            report(number, len(missing))
+            together, tokens = [], 0
+
+
+def _keep(
+    model: Qwen2VLForConditionalGeneration,
+    cache: FeatureCache,
+    together: Sequence[tuple[Wanted, Tensor, tuple[int, int, int]]],
+) -> None:
+    grids = torch.tensor([grid for _, _, grid in together])
+    lengths = tuple(height * width for time, height, width in grids.tolist() for _ in range(time))
+    features = image_features(
+        model.model,
+        torch.cat([values for _, values, _ in together]).to(model.device),
+        grids.to(model.device),
+        get_vision_position_ids(grids, cache.kind.merge).to(model.device),
+        Segments(cumulative(lengths).to(model.device), lengths),
+    ).cpu()
+    for (wanted, _, grid), part in zip(
+        together, features.split([wanted.visual_tokens for wanted, _, _ in together]), strict=True
+    ):
+        try:
+            cache.write(wanted.name, Features(part, grid))
+        except (FullError, OSError) as error:
+            raise RunError(
+                f"{cache.folder}: cannot be filled further ({error}); make room and give the same command again"
+            ) from error

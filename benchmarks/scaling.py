@@ -164,8 +164,8 @@ def simulate(
 
 
 def chart_lengths(count: int, seed: int = 0) -> Lengths:
-    """Lengths as the charts of `benchmarks/throughput.py` have them: ChartQA's image sizes, its short questions."""
-    from benchmarks.throughput import chart_size
+    """Lengths as the charts of `benchmarks/random_base.py` have them: ChartQA's image sizes, its short questions."""
+    from benchmarks.random_base import chart_size
 
     draw = random.Random(seed)
     sizes = [chart_size(draw) for _ in range(count)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe, recipe_fingerprint
-from launch.rules import Request, storage_of, violations
+from launch.rules import STRATEGIES, Request, storage_of, violations
+from launch.settings import Choice, Machine, batches_of, choose, gib, recomputation
+from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
 if TYPE_CHECKING:
     from launch.index import Index
     from launch.launch_config import LaunchConfig
-
-AUTO_BUDGET_IN_SAMPLES = 4  # micro_batch_tokens: auto holds this many of the longest sample
 
 _STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read back
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "samestep")
@@ -45,7 +45,8 @@ class Plan:
     """All derived numbers of one run. Tokens count text and visual tokens together.
 
     `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
-    in the backward pass (0: none).
+    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `gpu_memory`, `planned_memory`:
+    bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known).
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.
     """
@@ -75,6 +76,9 @@ class Plan:
     autocast: bool
     resident_weights: bool
     recompute_every: int
+    settings_reason: str
+    gpu_memory: int
+    planned_memory: int
     versions: dict[str, str]
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
@@ -125,37 +129,29 @@ def make_plan(
     allowed: Sequence[str] = (),
     started_from: str = "",
     config: LaunchConfig | None = None,
+    gpu_memory: int | None = None,
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
-    `config`: what was launched, where that is known; else the shipped file counts.
+    `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
+    GPU; without it, settings that are `auto` are those that need little.
 
     Raises ConfigError with every rule the request breaks.
     """
     train = index.splits["train"]
     tokens = train.text_tokens + train.visual_tokens
-    longest = max((int(s.tokens.max()) for s in index.splits.values() if len(s.tokens)), default=0)
+    longest = longest_of(index)
     size = recipe.batch.global_batch_size
     max_steps, left = whole_steps(recipe, len(tokens), begin)
     asked = recipe.batch.micro_batch_tokens
-    budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
-    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest, config)
+    least = longest if asked == "auto" else asked
+    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, least, longest, config)
     if problems := list(violations(request)):
         raise ConfigError(problems)
-    steps = plan_steps(
-        tokens,
-        cost(train.text_tokens, train.visual_tokens),
-        global_batch_size=size,
-        world_size=request.world_size,
-        budget=budget,
-        max_steps=max_steps,
-        seed=recipe.training.seed,
-        fingerprint=index.fingerprint,
-        first_step=begin.step,
-        first_sample=begin.sample,
-    )
+    where = Where(strategy, request.world_size, device, gpu_memory)
+    chosen = choose_settings(recipe, index, where, begin)
+    steps = _dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
     compute_dtype = compute_dtype_of(recipe)
-    settings = choose_settings(recipe)
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -164,7 +160,7 @@ def make_plan(
         world_size=request.world_size,
         device=device,
         global_batch_size=size,
-        micro_batch_tokens=budget,
+        micro_batch_tokens=chosen.micro_batch_tokens,
         micro_batches=steps.micro_batches,
         max_steps=max_steps,
         warmup_steps=warmup_steps_of(recipe, max_steps),
@@ -179,8 +175,11 @@ def make_plan(
         quant_storage=storage_of(strategy),
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
-        resident_weights=settings.resident_weights,
-        recompute_every=settings.recompute_every,
+        resident_weights=chosen.settings.resident_weights,
+        recompute_every=chosen.settings.recompute_every,
+        settings_reason=chosen.reason,
+        gpu_memory=gpu_memory or 0,
+        planned_memory=chosen.memory.peak if chosen.memory else 0,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
@@ -189,18 +188,52 @@ def make_plan(
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What trades memory for time and alters no number; see `Plan`."""
+class Where:
+    """What a run's settings are chosen for. `gpu_memory`: bytes of the smallest GPU, None: not known."""
 
-    resident_weights: bool
-    recompute_every: int
+    strategy: str
+    world_size: int
+    device: str
+    gpu_memory: int | None = None
 
 
-def choose_settings(recipe: Recipe) -> Settings:
-    """What the recipe asks for; `auto` takes what needs the least memory."""
-    resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
-    asked = recipe.training.gradient_checkpointing
-    return Settings(resident, 1 if asked == "auto" else int(asked))
+def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = Begin()) -> Choice:
+    """The settings that are `auto`, for a strategy and its GPUs. Tries some deals of the whole run: a second or two."""
+    train = index.splits["train"]
+    size = recipe.batch.global_batch_size
+    max_steps, _ = whole_steps(recipe, len(train), begin)
+    batches = batches_of(
+        train,
+        longest_of(index),
+        size,
+        where.world_size,
+        lambda budget: _dealt(recipe, index, where.world_size, budget, max_steps, begin).micro_batches,
+    )
+    machine = Machine(where.device, where.gpu_memory)
+    return choose(recipe, machine, read_shape(recipe), where.strategy, where.world_size, batches)
+
+
+def longest_of(index: Index) -> int:
+    """Tokens of the longest sample of all splits."""
+    return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
+
+
+def _dealt(
+    recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: Begin
+) -> StepPlan:
+    train = index.splits["train"]
+    return plan_steps(
+        train.tokens,
+        cost(train.text_tokens, train.visual_tokens),
+        global_batch_size=recipe.batch.global_batch_size,
+        world_size=world_size,
+        budget=budget,
+        max_steps=max_steps,
+        seed=recipe.training.seed,
+        fingerprint=index.fingerprint,
+        first_step=begin.step,
+        first_sample=begin.sample,
+    )
 
 
 def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
@@ -273,12 +306,35 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "precision",
             f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
-        ("recomputation", _recomputation(plan)),
+        ("recomputed", recomputation(plan.recompute_every)),
+        ("memory a GPU", _memory_of(plan)),
         *([("starts from", plan.started_from)] if plan.started_from else []),
         *([("allowed to differ", ", ".join(plan.allowed))] if plan.allowed else []),
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
+
+
+def memory_rows(recipe: Recipe, index: Index, where: Where) -> list[tuple[str, ...]]:
+    """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
+    rows: list[tuple[str, ...]] = []
+    for strategy in STRATEGIES:
+        if (strategy == "single") != (where.world_size == 1):
+            continue
+        chosen = choose_settings(recipe, index, replace(where, strategy=strategy))
+        if (memory := chosen.memory) is None:
+            return []
+        needs = f"needs {gib(memory.reserved)}"
+        fits = {True: "yes", False: f"no, {needs}", None: needs}[chosen.fits]
+        settings = ", ".join(
+            [
+                f"{chosen.micro_batch_tokens:,} tokens",
+                f"recomputed: {recomputation(chosen.settings.recompute_every)}",
+                *(["held dequantized"] if chosen.settings.resident_weights else []),
+            ]
+        )
+        rows.append((strategy, gib(memory.loading), gib(memory.training), settings, fits))
+    return rows
 
 
 def _notice(plan: Plan) -> str | None:
@@ -293,11 +349,10 @@ def _base_of(plan: Plan) -> str:
     return f"4-bit weights {'held dequantized' if plan.resident_weights else f'in {plan.quant_storage}'}"
 
 
-def _recomputation(plan: Plan) -> str:
-    """Which decoder layers' activations the backward pass computes again."""
-    return {0: "none", 1: "all decoder layers"}.get(
-        plan.recompute_every, f"every {plan.recompute_every}th layer"
-    )
+def _memory_of(plan: Plan) -> str:
+    """What a GPU is planned to need, and why the settings are what they are."""
+    needed = f"{gib(plan.planned_memory)} planned; " if plan.planned_memory and plan.device == "cuda" else ""
+    return needed + plan.settings_reason
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.changes import Change
 from launch.children import ChildError, call_module, processes_with, wait_for
 from launch.errors import ConfigError, RunError
-from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpus_present
+from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpu_memory, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.manifest import MANIFEST, newest_valid
 from launch.plan import Plan, make_plan
@@ -51,6 +51,7 @@ from launch.runs import (
     started_from_of,
     write_request,
 )
+from launch.settings import parse_gpu_memory
 
 if TYPE_CHECKING:
     from launch.index import Index
@@ -66,12 +67,13 @@ EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
 @dataclass(frozen=True)
 class Topology:
-    """How many processes of which strategy."""
+    """How many processes of which strategy; `gpu_memory`: bytes of the smallest GPU, None where not known."""
 
     strategy: str
     nodes: int
     gpus_per_node: int
     device: str
+    gpu_memory: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -104,6 +106,7 @@ class RunRequest:
     source: Path | None = None  # a checkpoint of another run
     topology: Topology | None = None  # of other machines than this one: then all of it is said
     machine: Machine = Machine()
+    gpu_memory: str | None = None  # of each GPU, as the command line says it
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,14 @@ def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None)
     if strategy == "single" and gpus_per_node is None:
         count = 1
     chosen = strategy or ("single" if nodes * count == 1 else "ddp")
-    return Topology(chosen, nodes, count, "cuda" if present else "cpu")
+    return Topology(chosen, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)
+
+
+def for_gpus_of(topology: Topology, memory: str | None) -> Topology:
+    """The topology with GPUs of a memory that the command line says, whatever this machine has. ConfigError."""
+    if memory is None:
+        return topology
+    return replace(topology, device="cuda", gpu_memory=parse_gpu_memory(memory))
 
 
 def refuse_fsdp_on_cpu(topology: Topology) -> None:
@@ -190,6 +200,8 @@ def check_request(request: RunRequest) -> CheckedRequest:
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
+    if request.gpu_memory is not None and topology.device == "cuda":
+        topology = for_gpus_of(topology, request.gpu_memory)
     here = compute_capability() if request.topology is None and topology.device == "cuda" else None
     refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, here)
     refuse_fsdp_on_cpu(topology)
@@ -307,6 +319,7 @@ def plan_of(
         begin=continuation.begin,
         allowed=continuation.allowed,
         started_from=continuation.started_from,
+        gpu_memory=topology.gpu_memory,
     )
 
 

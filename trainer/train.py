@@ -126,7 +126,8 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState, l
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
     """
-    task = together(lambda: read_task(options, index, state))
+    memory = smallest_gpu(state.device)
+    task = together(lambda: read_task(options, index, state, memory))
     announce(task, state)
     with ExitStack() as held:
         on_rank_0(lambda: take_run(task, held, options.marker_decides))
@@ -217,7 +218,14 @@ def find_deepspeed_config() -> None:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(resource("ds_configs", Path(name).name))
 
 
-def read_task(options: argparse.Namespace, index: Index, state: PartialState) -> Task:
+def smallest_gpu(device: torch.device) -> int | None:
+    """Bytes of the smallest GPU of all ranks, None on CPUs. A collective."""
+    mine = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    found = [memory for memory in gather(mine) if memory is not None]
+    return min(found, default=None)
+
+
+def read_task(options: argparse.Namespace, index: Index, state: PartialState, gpu_memory: int | None) -> Task:
     """Recipe, plan and run directory; a plain launch plans here.
 
     Raises:
@@ -254,6 +262,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
         allowed=continuation.allowed,
         started_from=continuation.started_from,
         config=config,
+        gpu_memory=gpu_memory,
     )
     refuse_an_end_behind(run, plan.max_steps, source)
     return make_task(recipe, plan, index, run, source)

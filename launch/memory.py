@@ -3,12 +3,12 @@
 Counted is what PyTorch's allocator hands out at its peak (`torch.cuda.max_memory_allocated`): the base, what is
 trained, the activations that the backward pass needs, and the largest temporary. `reserved` adds what a card must have
 beyond that. Activations follow the tensors that autograd saves in transformers 5.23, bitsandbytes 0.50, PEFT 0.21 and
-our dropout; a test counts those of a real layer. `benchmarks/memory.py` sets the whole against a GPU.
+our dropout, or in `trainer.model.fused`; a test counts those of a layer. `benchmarks/memory.py` measures the whole.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ _BLOCK, _BLOCKS_OF_CONSTANTS = (
 )  # weights to a constant, constants to a constant of theirs (bitsandbytes)
 _ZERO_BUCKET_BYTES = 4 * 50_000_000  # ds_configs: one flat buffer, allocated whole
 _HEAD_ROWS, _HEAD_COLUMNS = 4096, 32768  # a tile of logits in trl 1.16's fused head
-_TOWER_BYTES_PER_CHANNEL = {
-    2: 34,
-    4: 44,
-}  # of a patch: q and k in fp32, their products with cos and sin, q, k, v
+# Bytes of a patch and channel of the tower at its peak. Plain: q and k in fp32, their products with cos and sin, beside
+# q, k and v. Fused: a block's input and its norm, the MLP's inner values before and after GELU.
+_TOWER_BYTES, _FUSED_TOWER_BYTES = {2: 34, 4: 44}, 20
+_LEAST_RANK, _LARGEST_FUSED_RANK = 16, 128  # `trainer.model.kernels` pads to the one and stops at the other
 _SHARDING = ("fsdp", "zero3")
 _ZERO = ("zero2", "zero3")
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a decoder layer is computed. `fused`: norm, SwiGLU and RoPE in one kernel each, which keep their inputs
-    alone; `repeats_keys`: the attention wants a key and a value for every query head."""
+    """How a decoder layer is computed. `fused`: through `trainer.model.fused`, whose kernels keep their inputs alone;
+    `repeats_keys`: the attention wants a key and a value for every query head."""
 
     fused: bool = False
     repeats_keys: bool = False
@@ -87,11 +87,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. `base`: the frozen weights; `resident`: their dequantized copies; `trained`: adapters,
-    gradients, moments; `activations`, `temporary`: of the largest micro-batch; `loading`: the peak before training."""
+    """Bytes of one GPU. `base`: the frozen weights; `trained`: adapters, gradients, moments; `activations`,
+    `temporary`: of the largest micro-batch; `loading`: the peak before training."""
 
     base: int
-    resident: int
     trained: int
     activations: int
     temporary: int
@@ -101,7 +100,7 @@ class Memory:
     @property
     def training(self) -> int:
         """The allocator's peak while training."""
-        return self.base + self.resident + self.trained + self.activations + self.temporary
+        return self.base + self.trained + self.activations + self.temporary
 
     @property
     def peak(self) -> int:
@@ -140,12 +139,9 @@ def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, k
 
 def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
-    shape = load.shape
-    resident = shape.layers * shape.layer_weights * load.activation_bytes if settings.resident_weights else 0
     kept, temporary = _training_peak(load, packed, settings)
     return Memory(
-        base=_base_bytes(load),
-        resident=resident,
+        base=_base_bytes(replace(load, load_in_4bit=False) if settings.resident_weights else load),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -233,10 +229,11 @@ def layer_bytes(load: Load) -> int:
 
 def _lora_bytes(load: Load) -> int:
     shape, size = load.shape, load.activation_bytes
-    thin = size * load.lora_rank * len(load.targets)
-    if load.dropout:
+    rank, fused = load.lora_rank, load.kernels.fused and load.lora_rank <= _LARGEST_FUSED_RANK
+    thin = size * len(load.targets) * (max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if fused else rank)
+    if load.dropout and not fused:
         return thin + (1 + size) * sum(shape.layer_linears[name][1] for name in load.targets)
-    # Undropped, layers that are fed alike save one input; o_proj's the attention has saved already.
+    # Undropped, or dropped within the kernel: layers that are fed alike save one input, o_proj's is the attention's.
     fed = {
         ("q_proj", "k_proj", "v_proj"): shape.hidden,
         ("gate_proj", "up_proj"): shape.hidden,
@@ -258,7 +255,7 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
         before += own_input if recomputed else one
     head_rows = min(packed.scored_tokens, _HEAD_ROWS)
     head = head_rows * _HEAD_COLUMNS * size + packed.scored_tokens * shape.hidden * (4 + size) + own_input
-    tower = patches * shape.vision_width * _TOWER_BYTES_PER_CHANNEL[size]
+    tower = patches * shape.vision_width * (_FUSED_TOWER_BYTES if load.kernels.fused else _TOWER_BYTES[size])
     moments = (
         (held + peak, _layer_temporaries(load, tokens, settings)),
         (held + before, head),

@@ -8,9 +8,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
+from packaging.version import Version
 
 from launch.errors import ConfigError
 from launch.memory import GIB, Kernels, Load, Memory, Packed, Settings, load_of, memory_of
@@ -102,7 +105,7 @@ def choose(
     """
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
-    load = load_of(recipe, shape, strategy, world_size, kernels_of(machine))
+    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine))
     if machine.device != "cuda":
         return _cautious(recipe, batches, load, "no GPU: activations are recomputed")
     if machine.memory is None:
@@ -123,17 +126,19 @@ def choose(
     return Choice(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
 
 
-def kernels_of(machine: Machine) -> Kernels:
-    """How decoder layers will be computed there."""
-    return Kernels(fused=False, repeats_keys=machine.device == "cuda" and not _attention_shares_keys())
+def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
+    """How decoder layers will be computed there, as `trainer.model.base.prepare_training` decides it."""
+    quantization = recipe.quantization
+    dtypes = {recipe.model.dtype}
+    if quantization.load_in_4bit:
+        dtypes.add(quantization.bnb_4bit_compute_dtype)
+    cuda = machine.device == "cuda"
+    installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
+    return Kernels(cuda and installed and dtypes == {"bfloat16"}, cuda and not _attention_shares_keys())
 
 
 def _attention_shares_keys() -> bool:
     """Whether PyTorch's variable-length attention takes fewer key heads than query heads: 2.14 does, 2.11 does not."""
-    from importlib.metadata import version
-
-    from packaging.version import Version
-
     return Version(version("torch")) >= Version("2.14")
 
 

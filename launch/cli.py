@@ -411,7 +411,7 @@ def _show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
         return
     known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"
     table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
-    table.title = f"memory of {known}, {topology.world_size} processes"
+    table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

@@ -36,10 +36,11 @@ _ZERO = ("zero2", "zero3")
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a decoder layer is computed. `fused`: through `trainer.model.fused`, whose kernels keep their inputs alone;
-    `repeats_keys`: the attention wants a key and a value for every query head."""
+    """How a decoder layer is computed. `fused`, `fused_lora`: through `trainer.model.fused`, whose kernels keep their
+    inputs alone; `repeats_keys`: the attention wants a key and a value for every query head."""
 
     fused: bool = False
+    fused_lora: bool = False
     repeats_keys: bool = False
 
 
@@ -229,7 +230,7 @@ def layer_bytes(load: Load) -> int:
 
 def _lora_bytes(load: Load) -> int:
     shape, size = load.shape, load.activation_bytes
-    rank, fused = load.lora_rank, load.kernels.fused and load.lora_rank <= _LARGEST_FUSED_RANK
+    rank, fused = load.lora_rank, load.kernels.fused_lora and load.lora_rank <= _LARGEST_FUSED_RANK
     thin = size * len(load.targets) * (max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if fused else rank)
     if load.dropout and not fused:
         return thin + (1 + size) * sum(shape.layer_linears[name][1] for name in load.targets)

@@ -105,12 +105,12 @@ def choose(
     """
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
-    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine))
+    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine, strategy))
     if machine.device != "cuda":
-        return _cautious(recipe, batches, load, "no GPU: activations are recomputed")
+        return _cautious(recipe, batches, load, "no GPU here, little memory (--gpu-memory 24GB: for such GPUs)")
     if machine.memory is None:
         return _cautious(
-            recipe, batches, load, "the GPU's memory is not known (--gpu-memory): the least of it"
+            recipe, batches, load, "the GPU's memory is not known, so little of it (--gpu-memory 24GB)"
         )
     found = [
         (_tokens_of_work(batches, tokens, settings, load), tokens, settings)
@@ -126,7 +126,7 @@ def choose(
     return Choice(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
 
 
-def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
+def kernels_of(recipe: Recipe, machine: Machine, strategy: str) -> Kernels:
     """How decoder layers will be computed there, as `trainer.model.base.prepare_training` decides it."""
     quantization = recipe.quantization
     dtypes = {recipe.model.dtype}
@@ -134,7 +134,8 @@ def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
         dtypes.add(quantization.bnb_4bit_compute_dtype)
     cuda = machine.device == "cuda"
     installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
-    return Kernels(cuda and installed and dtypes == {"bfloat16"}, cuda and not _attention_shares_keys())
+    fused = cuda and installed and dtypes == {"bfloat16"}
+    return Kernels(fused, fused and strategy != "zero3", cuda and not _attention_shares_keys())
 
 
 def _attention_shares_keys() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ HUB_7B: dict[str, Any] = {
     },
 }
 SHAPE = shape_of(HUB_7B)
-FUSED = Kernels(fused=True, repeats_keys=True)  # torch 2.11 on a GPU
+FUSED = Kernels(fused=True, fused_lora=True, repeats_keys=True)  # torch 2.11 on a GPU
 EIGHT_SAMPLES = Packed(tokens=7000, visual_tokens=5950, scored_tokens=40)
 
 
@@ -138,14 +137,15 @@ def test_the_7b_base_takes_what_was_measured() -> None:
 @pytest.mark.parametrize(
     ("kernels", "settings", "measured"),
     [
-        (replace(FUSED, fused=False), Settings(False, 1), 9.1),
-        (replace(FUSED, fused=False), Settings(False, 0), 41.6),
+        (Kernels(repeats_keys=True), Settings(False, 1), 9.1),
+        (Kernels(repeats_keys=True), Settings(False, 0), 41.6),
+        (Kernels(fused=True, repeats_keys=True), Settings(False, 0), 31.8),
     ],
 )
 def test_peaks_of_eight_samples_a_pack_are_those_of_an_h100(
     kernels: Kernels, settings: Settings, measured: float
 ) -> None:
-    """Of a throwaway loop on random weights, without our fused LoRA."""
+    """Of a throwaway loop on random weights, without our fused LoRA; its packs' tokens are not known exactly."""
     assert of_7b(settings, kernels=kernels).training / GIB == pytest.approx(measured, rel=0.05)
 
 

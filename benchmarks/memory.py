@@ -70,7 +70,6 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     One model for all: the cases with 4-bit weights come first, then its weights are dequantized.
     """
     import torch
-    from trl.trainer.utils import add_fused_lm_head
 
     from launch.recipe import find_recipe, load_recipe
     from trainer.model.base import (
@@ -90,7 +89,6 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     clear(device)
     base = load_base(recipe, device)
     loading = peak(device)
-    add_fused_lm_head(base)
     model = add_lora(base, recipe)
     compute_dtype = DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
     way = prepare_training(model, recipe, compute_dtype=compute_dtype)
@@ -147,7 +145,7 @@ def run_case(
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in inputs.items()
         }
-        loss = -model(**moved, fused_lm_head=True).log_probs.float().sum() / 100
+        loss = -model(**moved).log_probs.float().sum() / 100
         loss.backward()
         losses.append(loss.item())
         del moved, loss

@@ -25,7 +25,7 @@ _BLOCK, _BLOCKS_OF_CONSTANTS = (
     256,
 )  # weights to a constant, constants to a constant of theirs (bitsandbytes)
 _ZERO_BUCKET_BYTES = 4 * 50_000_000  # ds_configs: one flat buffer, allocated whole
-_HEAD_ROWS, _HEAD_COLUMNS = 4096, 32768  # a tile of logits in trl 1.16's fused head
+_HEAD_ROWS = 1024  # of logits at once (`trainer.model.head`)
 # Bytes of a patch and channel of the tower at its peak. Plain: q and k in fp32, their products with cos and sin, beside
 # q, k and v. Fused: a block's input and its norm, the MLP's inner values before and after GELU.
 _TOWER_BYTES, _FUSED_TOWER_BYTES = {2: 34, 4: 44}, 20
@@ -255,7 +255,8 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
         peak = max(peak, before + one + (own_input if recomputed else 0))
         before += own_input if recomputed else one
     head_rows = min(packed.scored_tokens, _HEAD_ROWS)
-    head = head_rows * _HEAD_COLUMNS * size + packed.scored_tokens * shape.hidden * (4 + size) + own_input
+    logits = 8 * head_rows * shape.vocabulary  # in fp32, and what is made of them
+    head = logits + packed.scored_tokens * shape.hidden * (4 + size) + own_input
     tower = patches * shape.vision_width * (_FUSED_TOWER_BYTES if load.kernels.fused else _TOWER_BYTES[size])
     moments = (
         (held + peak, _layer_temporaries(load, tokens, settings)),

@@ -107,7 +107,9 @@ def choose(
         return _cautious(recipe, batches, None, shape)
     load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine, strategy))
     if machine.device != "cuda":
-        return _cautious(recipe, batches, load, "no GPU here, little memory (--gpu-memory 24GB: for such GPUs)")
+        return _cautious(
+            recipe, batches, load, "no GPU here, little memory (--gpu-memory 24GB: for such GPUs)"
+        )
     if machine.memory is None:
         return _cautious(
             recipe, batches, load, "the GPU's memory is not known, so little of it (--gpu-memory 24GB)"

@@ -180,7 +180,7 @@ def run(
         if fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
-        marker = start.execute(planned, machine)
+        marker = start.execute_twice(planned, request)
         if marker.kind == "STOPPED":
             _say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return

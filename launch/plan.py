@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
+from launch.memory import Settings
 from launch.recipe import Recipe, recipe_fingerprint
 from launch.rules import STRATEGIES, Request, storage_of, violations
-from launch.settings import Choice, Machine, batches_of, choose, gib, recomputation
+from launch.settings import Choice, Machine, batches_of, choose, gib, less_than, recomputation
 from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
@@ -45,8 +46,9 @@ class Plan:
     """All derived numbers of one run. Tokens count text and visual tokens together.
 
     `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
-    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `gpu_memory`, `planned_memory`:
-    bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known).
+    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `settings_tried`: on the GPUs, with
+    the largest micro-batch; `out_of_memory`: attempts that ran out of memory with larger ones; `gpu_memory`,
+    `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known).
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.
     """
@@ -79,6 +81,8 @@ class Plan:
     settings_reason: str
     gpu_memory: int
     planned_memory: int
+    settings_tried: bool
+    out_of_memory: int
     versions: dict[str, str]
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
@@ -130,11 +134,13 @@ def make_plan(
     started_from: str = "",
     config: LaunchConfig | None = None,
     gpu_memory: int | None = None,
+    before: Plan | None = None,
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
     `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
-    GPU; without it, settings that are `auto` are those that need little.
+    GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
+    hardware, whose settings stay (`launch.runs.plan_to_keep`).
 
     Raises ConfigError with every rule the request breaks.
     """
@@ -149,7 +155,7 @@ def make_plan(
     if problems := list(violations(request)):
         raise ConfigError(problems)
     where = Where(strategy, request.world_size, device, gpu_memory)
-    chosen = choose_settings(recipe, index, where, begin)
+    chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
     steps = _dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
     compute_dtype = compute_dtype_of(recipe)
     return Plan(
@@ -179,7 +185,9 @@ def make_plan(
         recompute_every=chosen.settings.recompute_every,
         settings_reason=chosen.reason,
         gpu_memory=gpu_memory or 0,
-        planned_memory=chosen.memory.peak if chosen.memory else 0,
+        planned_memory=before.planned_memory if before else _peak_of(chosen),
+        settings_tried=before is not None and before.settings_tried,
+        out_of_memory=before.out_of_memory if before else 0,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
@@ -211,6 +219,62 @@ def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = B
     )
     machine = Machine(where.device, where.gpu_memory)
     return choose(recipe, machine, read_shape(recipe), where.strategy, where.world_size, batches)
+
+
+def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
+    """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
+    where = Where(plan.strategy, plan.world_size, plan.device, gpu_memory)
+    chosen = choose_settings(recipe, index, where, plan.begin)
+    return replace(_with_choice(recipe, index, plan, chosen), gpu_memory=gpu_memory)
+
+
+def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool) -> Plan | None:
+    """After a GPU ran out of memory: the plan with settings that need less of it; None when the recipe allows none.
+
+    `reloading`: the weights will be loaded again, so that they may be held otherwise.
+    """
+    if not reloading:
+        held = recipe.model.model_copy(update={"resident_weights": plan.resident_weights})
+        recipe = recipe.model_copy(update={"model": held})
+    fixed = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"resident_weights": plan.resident_weights}),
+            "batch": recipe.batch.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
+            "training": recipe.training.model_copy(update={"gradient_checkpointing": plan.recompute_every}),
+        }
+    )
+    where = Where(plan.strategy, plan.world_size, plan.device)
+    now = choose_settings(fixed, index, where, plan.begin).memory
+    if now is None:
+        return None
+    chosen = choose_settings(recipe, index, replace(where, gpu_memory=less_than(now)), plan.begin)
+    if not chosen.fits:
+        return None
+    chosen = replace(chosen, reason=f"after a GPU ran out of memory: {chosen.reason}")
+    return replace(_with_choice(recipe, index, plan, chosen), settings_tried=False)
+
+
+def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: Choice) -> Plan:
+    tokens = chosen.micro_batch_tokens
+    dealt = _dealt(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
+    return replace(
+        plan,
+        micro_batch_tokens=tokens,
+        micro_batches=dealt.micro_batches,
+        resident_weights=chosen.settings.resident_weights,
+        recompute_every=chosen.settings.recompute_every,
+        settings_reason=chosen.reason,
+        planned_memory=_peak_of(chosen),
+    )
+
+
+def _choice_of(plan: Plan) -> Choice:
+    settings = Settings(plan.resident_weights, plan.recompute_every)
+    return Choice(plan.micro_batch_tokens, settings, None, plan.settings_reason)
+
+
+def _peak_of(chosen: Choice) -> int:
+    return chosen.memory.peak if chosen.memory else 0
 
 
 def longest_of(index: Index) -> int:

@@ -106,13 +106,10 @@ def choose(
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
     load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine, strategy))
-    if machine.device != "cuda":
-        return _cautious(
-            recipe, batches, load, "no GPU here, little memory (--gpu-memory 24GB: for such GPUs)"
-        )
     if machine.memory is None:
+        what = "the GPU's memory is not known" if machine.device == "cuda" else "no GPU here"
         return _cautious(
-            recipe, batches, load, "the GPU's memory is not known, so little of it (--gpu-memory 24GB)"
+            recipe, batches, load, f"{what}, so little memory (--gpu-memory 24GB: for such GPUs)"
         )
     found = [
         (_tokens_of_work(batches, tokens, settings, load), tokens, settings)
@@ -126,6 +123,11 @@ def choose(
         tokens = _evened_out(tokens, batches)
     memory = memory_of(load, batches.packed(tokens), settings)
     return Choice(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
+
+
+def less_than(memory: Memory) -> int:
+    """Bytes of a GPU that what needs `memory` does not fit: a tenth of its activations less. For after it ran out."""
+    return memory.reserved - (memory.activations + memory.temporary) // 10 - 1
 
 
 def kernels_of(recipe: Recipe, machine: Machine, strategy: str) -> Kernels:

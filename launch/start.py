@@ -45,6 +45,8 @@ from launch.runs import (
     Continuation,
     adopt,
     continue_run,
+    old_plan,
+    plan_to_keep,
     refuse_an_end_behind,
     refuse_another_dataset,
     refuse_lost_checkpoints,
@@ -283,7 +285,12 @@ def plan_run(request: RunRequest) -> PlannedRun:
     begun, source = _begun(request, run), continuation.source
     allowed = continuation.allowed if source else request.allow
     other_data = refuse_another_dataset(begun, index.fingerprint, allowed, source)
-    plan = plan_of(recipe, index, checked.topology, run.name, continuation)
+    topology = checked.topology
+    hardware = {name: getattr(topology, name) for name in ("strategy", "nodes", "gpus_per_node", "device")}
+    before = plan_to_keep(
+        begun, recipe, {**hardware, "gpu_memory": topology.gpu_memory or 0}, index.fingerprint
+    )
+    plan = plan_of(recipe, index, topology, run.name, continuation, before)
     refuse_an_end_behind(begun, plan.max_steps, source)
     return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *other_data))
 
@@ -306,8 +313,9 @@ def plan_of(
     topology: Topology,
     name: str,
     continuation: Continuation = Continuation(),  # noqa: B008 - frozen
+    before: Plan | None = None,
 ) -> Plan:
-    """The plan of a recipe on a topology, going on with what was begun before."""
+    """The plan of a recipe on a topology, going on with what was begun before, with the settings of `before`."""
     return make_plan(
         recipe,
         index,
@@ -320,6 +328,7 @@ def plan_of(
         allowed=continuation.allowed,
         started_from=continuation.started_from,
         gpu_memory=topology.gpu_memory,
+        before=before,
     )
 
 
@@ -372,6 +381,25 @@ def execute(planned: PlannedRun, machine: Machine = Machine()) -> Marker:
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
     return launch(planned.plan, run, machine)
+
+
+def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:
+    """As `execute`; once more, from the newest checkpoint, when a GPU ran out of memory and smaller settings are known.
+
+    With several machines there is no second time: the others would have to be told.
+    """
+    try:
+        return execute(planned, request.machine)
+    except RunError:
+        smaller = old_plan(planned.run)
+        if (
+            request.machine.nodes > 1
+            or smaller is None
+            or smaller.out_of_memory <= planned.plan.out_of_memory
+        ):
+            raise
+    _tell("a GPU ran out of memory; once more, with settings that need less of it")
+    return execute(plan_run(replace(request, fresh=False)), request.machine)
 
 
 def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:

@@ -46,8 +46,8 @@ class Plan:
     """All derived numbers of one run. Tokens count text and visual tokens together.
 
     `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
-    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `settings_tried`: on the GPUs, with
-    the largest micro-batch; `out_of_memory`: attempts that ran out of memory with larger ones; `gpu_memory`,
+    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `settings_tried`: on the GPUs,
+    with the largest micro-batch; `out_of_memory`: attempts that ran out of memory with larger ones; `gpu_memory`,
     `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known).
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.

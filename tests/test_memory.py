@@ -13,31 +13,12 @@ from launch.memory import trained_parameters as planned_parameters
 from launch.recipe import Recipe, recipe_from_dict
 from launch.shape import ModelShape, read_shape, shape_of
 from tests.conftest import recipe_values
+from tests.indexes import HUB_7B, SHAPE
 from tests.saved import saved_bytes
 from trainer.model.attention import use_packed_attention
 from trainer.model.base import add_lora, load_base, trainable_parameters
 from trainer.model.dropout import use_sample_dropout
 
-HUB_7B: dict[str, Any] = {
-    "model_type": "qwen2_vl",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "mlp_ratio": 4,
-        "in_chans": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-}
-SHAPE = shape_of(HUB_7B)
 FUSED = Kernels(fused=True, fused_lora=True, repeats_keys=True)  # torch 2.11 on a GPU
 EIGHT_SAMPLES = Packed(tokens=7000, visual_tokens=5950, scored_tokens=40)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from launch import hardware
 from launch.errors import ConfigError
 from launch.memory import GIB, Settings
 from launch.settings import Batches, Choice, Machine, choose, parse_gpu_memory, recomputation
-from tests.indexes import embedded_recipe
-from tests.test_memory import SHAPE
+from tests.indexes import SHAPE, embedded_recipe
 
 SAMPLES, EACH = 32, 800
 DEFAULTS = (
@@ -134,3 +136,31 @@ def test_numbers_of_layers_read_as_words() -> None:
         "12th",
         "22nd",
     ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "memory", "capability"),
+    [
+        ("9.0, 81559, Disabled\n9.0, 81559, Disabled\n", 81559 * 2**20, (9, 0)),
+        ("8.9, 24564, [N/A]\n7.5, 15360, [N/A]\n", 15360 * 2**20, (7, 5)),
+        ("9.0, 81559, Enabled\n", None, (9, 0)),  # how much a part has, the tool does not say
+        ("9.0, [N/A], Disabled\n", None, (9, 0)),
+        ("No devices were found\n", None, None),
+    ],
+)
+def test_the_smallest_gpu_that_a_process_sees_counts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listed: str,
+    memory: int | None,
+    capability: tuple[int, int] | None,
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    hardware._visible_gpus.cache_clear()
+    try:
+        assert (hardware.gpu_memory(), hardware.compute_capability()) == (memory, capability)
+    finally:
+        hardware._visible_gpus.cache_clear()

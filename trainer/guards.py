@@ -153,17 +153,17 @@ class GradientWitness:
             handle.remove()
         known = list(self._largest)
         values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
-        told = gather({} if self.excused else dict(zip(known, values, strict=True)))
-        excused = any(gather(self.excused))
+        told = gather(None if self.excused else dict(zip(known, values, strict=True)))
+        seen_by_rank = [seen for seen in told if seen is not None]
 
         def compare() -> None:
-            if excused:
+            if len(seen_by_rank) < len(told):
                 return
-            silent = [name for name in self._names if not any(name in seen for seen in told)]
+            silent = [name for name in self._names if not any(name in seen for seen in seen_by_rank)]
             zero = [
                 name
                 for name in self._names
-                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in told)
+                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in seen_by_rank)
             ]
             if odd := silent or zero:
                 what = "no gradient" if silent else "a gradient of zero"

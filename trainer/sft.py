@@ -138,6 +138,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
         self._witness: GradientWitness | None = None
+        self._out_of_memory = False
         self._clock = time.perf_counter()
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -191,8 +192,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Forward and backward of one micro-batch, gradients staying on this rank where the engine lets them."""
         if self._witness and self._loss_sum is None:
             self._say_labels(inputs)
-        if self.watch.failure:  # known to all in this step's reduction
-            return torch.zeros((), device=self.args.device)
+        if self._out_of_memory:  # known to all in this step's reduction
+            return self._give_up_step()
         try:
             with self.engine.keep_gradients(self.accelerator, model):
                 return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
@@ -200,6 +201,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             if not holds_all_weights(self.plan):
                 raise  # in the middle of a collective
             self.watch.fail(error)
+        self._out_of_memory = True
         return self._give_up_step()
 
     def _give_up_step(self) -> Tensor:

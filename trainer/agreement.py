@@ -72,8 +72,8 @@ def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
     found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(raised))
     wanted = f" ({found[1]} more wanted)" if found else ""
     return GpuMemoryError(
-        f"GPU: out of memory{wanted}; lower batch.micro_batch_tokens or set it and training.gradient_checkpointing to "
-        "auto; `samestep plan` shows what fits"
+        f"GPU: out of memory{wanted}; the same command goes on, with less where batch.micro_batch_tokens, "
+        "training.gradient_checkpointing or model.resident_weights is auto; `samestep plan` shows what fits"
     )
 
 

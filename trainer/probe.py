@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from launch.errors import GpuMemoryError
 from launch.plan import Plan, plan_with_less
 from launch.runs import keep_plan
+from launch.settings import recomputation
 from launch.steps import MicroBatch
 from trainer.agreement import from_rank_0, gather, on_rank_0, together
 from trainer.data.chartqa import open_split
@@ -46,7 +47,7 @@ def settle(trainer: PlannedTrainer) -> None:
         trainer.take_plan(smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
-            f"{smaller.micro_batches} micro-batches a step, every n-th layer recomputed: {smaller.recompute_every}"
+            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
         )
     trainer.take_plan(replace(trainer.plan, settings_tried=True))
     on_rank_0(lambda: keep_plan(trainer.run_directory, trainer.plan))

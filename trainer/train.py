@@ -489,7 +489,7 @@ def leave_smaller_plan(task: Task) -> None:
         keep_plan(task.run, replace(smaller, out_of_memory=plan.out_of_memory + 1))
         logger.warning(
             f"{task.run.plan_file}: the next attempt takes {smaller.micro_batch_tokens:,} tokens a micro-batch, "
-            f"recomputes {recomputation(smaller.recompute_every)}"
+            f"recomputed: {recomputation(smaller.recompute_every)}"
         )
 
 

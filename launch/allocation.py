@@ -151,7 +151,7 @@ def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> st
     if strategy == "single" and allocation.nodes > 1:
         strategy = start.choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
     topology = start.Topology(
-        strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or gpu_memory()
+        strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None
     )
     place = run.path.parent
     return start.RunRequest(

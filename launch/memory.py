@@ -252,7 +252,9 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
     one, own_input = layer_bytes(load) * tokens, size * shape.hidden * tokens
     before, peak = 0, 0
     for recomputed in kept:
-        peak = max(peak, before + one + (own_input if recomputed else 0))
+        # The fused norm saves the layer's input itself, which recomputation has kept.
+        again = own_input if recomputed and not load.kernels.fused else 0
+        peak = max(peak, before + one + again)
         before += own_input if recomputed else one
     head_rows = min(packed.scored_tokens, _HEAD_ROWS)
     logits = 8 * head_rows * shape.vocabulary  # in fp32, and what is made of them

@@ -54,12 +54,18 @@ def settle(trainer: PlannedTrainer) -> None:
 
 
 def _smaller(trainer: PlannedTrainer) -> Plan:
-    found = plan_with_less(trainer.recipe, trainer.index, trainer.plan, reloading=False)
+    asked = trainer.recipe, trainer.index, trainer.plan
+    found = plan_with_less(*asked, reloading=False)
     if found is None:
+        after = plan_with_less(*asked, reloading=True)
         raise GpuMemoryError(
-            f"GPU: out of memory with the largest micro-batch ({trainer.plan.micro_batch_tokens:,} tokens), and the "
-            "recipe allows nothing that needs less; set batch.micro_batch_tokens, training.gradient_checkpointing and "
-            "model.resident_weights to auto, or use --strategy fsdp"
+            f"GPU: out of memory with the largest micro-batch ({trainer.plan.micro_batch_tokens:,} tokens); "
+            + (
+                "the same command goes on with 4-bit weights that are not held dequantized"
+                if after
+                else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
+                "training.gradient_checkpointing and model.resident_weights to auto, or use --strategy fsdp"
+            )
         )
     return found
 

@@ -2,7 +2,9 @@
 
 Random weights, chart-sized images, our packed forward and backward with the kernels of the machine; no optimizer
 step, whose moments are allocated at the start instead. `python benchmarks/memory.py --folder F` needs one GPU, 17 GB
-of disk below F (weights and charts are those of `throughput.py`, made when they are not there) and about 3 minutes.
+of disk below F (weights and charts are those of `throughput.py`, made when they are not there) and about 2 minutes.
+With `--cap-gib 24` the default recipe is planned for the whole GPU and may take 24 GiB of it: its settings come down
+before the first of three steps.
 """
 
 from __future__ import annotations
@@ -56,12 +58,48 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe value, all cases"
     )
+    parser.add_argument("--cap-gib", type=float, help="instead: train with so much of the GPU's memory")
     options = parser.parse_args()
-    options.steps = 20
+    options.steps = 3 if options.cap_gib else 20
     os.environ["SAMESTEP_CACHE"] = str(options.folder / "cache")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     build(options)
+    if options.cap_gib:
+        come_down(options)
+        return
     report(options, measure(options, [Case.of(text) for text in options.cases.split()]))
+
+
+def come_down(options: argparse.Namespace) -> None:
+    """Three steps of the default recipe on a GPU that has less than its plan was told."""
+    import shutil
+
+    import torch
+
+    from trainer.records import read_lines
+    from trainer.train import main as train
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / total)
+    run = options.folder / "runs" / "capped"
+    shutil.rmtree(run, ignore_errors=True)
+    arguments = ["qwen2vl_7b_chartqa", "--runs-dir", str(run.parent), "--name", run.name]
+    status = train([*arguments, *recipe_arguments(options)])
+    plan = json.loads((run / "plan.json").read_text())
+    shown = ("micro_batch_tokens", "micro_batches", "resident_weights", "recompute_every", "settings_reason")
+    figures = {name: plan[name] for name in (*shown, "settings_tried", "planned_memory")} | {
+        "cap_gib": options.cap_gib,
+        "status": status,
+        "peak": peak(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "steps": [(line["loss"], line["seconds"]) for line in read_lines(run / "metrics.jsonl")]
+        if not status
+        else [],
+        "weights": f"random, {options.shape}",
+    }
+    for name, value in figures.items():
+        print(f"  {name}: {value}")
+    print(json.dumps(figures))
 
 
 def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, Any]]:

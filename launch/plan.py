@@ -48,7 +48,8 @@ class Plan:
     `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
     in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `settings_tried`: on the GPUs,
     with the largest micro-batch; `out_of_memory`: attempts that ran out of memory with larger ones; `gpu_memory`,
-    `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known).
+    `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known);
+    `data_workers`: of each process, None: by the cores of its node.
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.
     """
@@ -83,6 +84,7 @@ class Plan:
     planned_memory: int
     settings_tried: bool
     out_of_memory: int
+    data_workers: int | None
     versions: dict[str, str]
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
@@ -157,7 +159,7 @@ def make_plan(
     where = Where(strategy, request.world_size, device, gpu_memory)
     chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
     steps = _dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
-    compute_dtype = compute_dtype_of(recipe)
+    compute_dtype, asked_workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -188,6 +190,7 @@ def make_plan(
         planned_memory=before.planned_memory if before else _peak_of(chosen),
         settings_tried=before is not None and before.settings_tried,
         out_of_memory=before.out_of_memory if before else 0,
+        data_workers=None if asked_workers == "auto" else asked_workers,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
@@ -372,6 +375,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("recomputed", recomputation(plan.recompute_every)),
         ("memory a GPU", _memory_of(plan)),
+        ("data workers", _workers_of(plan)),
         *([("starts from", plan.started_from)] if plan.started_from else []),
         *([("allowed to differ", ", ".join(plan.allowed))] if plan.allowed else []),
         ("dataset", plan.dataset_fingerprint[:12]),
@@ -411,6 +415,12 @@ def _base_of(plan: Plan) -> str:
     if not plan.load_in_4bit:
         return "weights as they are"
     return f"4-bit weights {'held dequantized' if plan.resident_weights else f'in {plan.quant_storage}'}"
+
+
+def _workers_of(plan: Plan) -> str:
+    if plan.data_workers is not None:
+        return f"{plan.data_workers} a process"
+    return "8 a process at most, one core left to each: by the cores of its node"
 
 
 def _memory_of(plan: Plan) -> str:

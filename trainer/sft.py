@@ -151,12 +151,12 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
-        asked = self.recipe.training.dataloader_num_workers
+        asked = self.plan.data_workers
         return Loader(
             batches,
             numbers,
             total=len(batches),
-            workers=data_workers(self.plan.gpus_per_node) if asked == "auto" else asked,
+            workers=data_workers(self.plan.gpus_per_node) if asked is None else asked,
             pin_memory=self.args.device.type == "cuda",
         )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch import ledger, start
 from launch.errors import ConfigError, RunError, SamestepError
-from launch.hardware import CPU_PROCESSES, gpus_present
+from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.plan import Plan
 from launch.recipe import find_recipe, load_recipe
 from launch.resources import resource
@@ -150,7 +150,9 @@ def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> st
     strategy = plan.strategy
     if strategy == "single" and allocation.nodes > 1:
         strategy = start.choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
-    topology = start.Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device)
+    topology = start.Topology(
+        strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None
+    )
     place = run.path.parent
     return start.RunRequest(
         str(run.recipe_file), (), None, None, run.name, place, False, tuple(plan.allowed), topology=topology
@@ -162,7 +164,9 @@ def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> s
     present = allocation.gpus_on_node or gpus_present()
     processes = options.processes or (present if device == "cuda" else CPU_PROCESSES)
     chosen = start.choose_topology(options.strategy, allocation.nodes, processes)
-    topology = start.Topology(chosen.strategy, allocation.nodes, processes, device)
+    topology = start.Topology(
+        chosen.strategy, allocation.nodes, processes, device, gpu_memory() if device == "cuda" else None
+    )
     return start.RunRequest(
         options.target,
         tuple(options.set),

@@ -21,6 +21,10 @@ Allow = Annotated[
     list[str],
     typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
 ]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Plan for GPUs of this memory: 24GB.", show_default="the GPUs' here"),
+]
 Source = Annotated[
     Path | None,
     typer.Option(

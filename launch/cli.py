@@ -13,6 +13,7 @@ import typer
 from launch.arguments import (
     Allow,
     Fresh,
+    GpuMemory,
     Overrides,
     RecipeArgument,
     RunArgument,
@@ -26,7 +27,10 @@ from launch.errors import ConfigError, SamestepError
 
 if TYPE_CHECKING:
     from launch.changes import Change
+    from launch.index import Index
     from launch.plan import Plan
+    from launch.recipe import Recipe
+    from launch.start import Topology
 
 app = typer.Typer(
     help="One QLoRA fine-tuning recipe, the same training run on one GPU, several GPUs or several nodes.",
@@ -58,12 +62,15 @@ _PLACE_ERRORS = (
 )
 
 
-@app.command(epilog=example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8"))
+@app.command(
+    epilog=example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8 --gpu-memory 24GB")
+)
 def plan(
     recipe: RecipeArgument,
     strategy: Strategy = None,
     nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
     gpus_per_node: Processes = None,
+    gpu_memory: GpuMemory = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
@@ -73,10 +80,11 @@ def plan(
 
     file = find_recipe(recipe)
     loaded = load_recipe(file, overrides)
-    topology = start.choose_topology(strategy, nodes, gpus_per_node)
+    topology = start.for_gpus_of(start.choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
     index = start.load_index(file, loaded, overrides)
     _show(start.plan_of(loaded, index, topology, loaded.name))
+    _show_memory(loaded, index, topology)
 
 
 @app.command(
@@ -120,6 +128,7 @@ def run(
     recipe: RecipeArgument,
     strategy: Strategy = None,
     gpus_per_node: Processes = None,
+    gpu_memory: GpuMemory = None,
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
     overrides: Overrides = [],  # noqa: B006
@@ -163,6 +172,7 @@ def run(
         source,
         None,
         machine,
+        gpu_memory,
     )
     start.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:
@@ -186,7 +196,7 @@ def run(
         if fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
-        marker = start.execute(planned, machine)
+        marker = start.execute_twice(planned, request)
         if marker.kind == "STOPPED":
             _say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
@@ -400,6 +410,26 @@ def _show(plan: Plan) -> None:
     table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
     for name, value in plan_rows(plan):
         table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
+    """Print what each strategy needs on these GPUs; `reserved` counts what is not PyTorch's as well."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.plan import Where, memory_rows
+    from launch.settings import gib
+
+    where = Where(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
+    rows = memory_rows(recipe, index, where)
+    if not rows:
+        return
+    known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"
+    table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
+    table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
+    for row in rows:
+        table.add_row(*row)
     Console(highlight=False).print(table)
 
 

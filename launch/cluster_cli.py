@@ -48,6 +48,10 @@ def submit(
         Path | None,
         typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
     ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of one GPU: 80GB.", show_default="the site's"),
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
     account: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
     qos: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
@@ -95,7 +99,7 @@ def submit(
 
     follow_ups = cluster.check_follow_ups(then)
     given = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
-    given |= {"container.image": container, "device": device}
+    given |= {"container.image": container, "device": device, "gpu_memory": gpu_memory}
     chosen = load_site(site, {**given, "signal_lead": signal_lead})
     cluster.refuse_short_time(chosen)
     if not dry_run:

@@ -32,3 +32,7 @@ class CheckpointError(SamestepError):
 
 class RunError(SamestepError):
     """A run that started and could not go on."""
+
+
+class GpuMemoryError(RunError):
+    """The GPU's memory did not suffice: smaller settings may."""

@@ -1,8 +1,10 @@
 """What this machine has, without importing torch."""
 
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -28,21 +30,42 @@ def first_visible_gpu() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
 
 
-@cache
 def compute_capability() -> tuple[int, int] | None:
     """The lowest of the GPUs that a process started here would see; None when the driver's tool says nothing."""
+    return min((gpu.capability for gpu in _visible_gpus()), default=None)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest of these GPUs; None when the driver's tool does not say, or GPUs are divided (MIG)."""
+    found = [gpu.memory for gpu in _visible_gpus()]
+    return min((memory for memory in found if memory), default=None) if all(found) else None
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    capability: tuple[int, int]
+    memory: int | None  # bytes
+
+
+@cache
+def _visible_gpus() -> tuple[_Gpu, ...]:
+    """The GPUs that a process started here would see, by the driver's tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = ["-i", visible] if visible else []  # another card in the machine does not count
-    command = [tool, *chosen, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    query = "--query-gpu=compute_cap,memory.total,mig.mode.current"
+    command = [tool, *chosen, query, "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = [line.strip().split(".") for line in listed.stdout.splitlines()]
-    return min(((int(a), int(b)) for a, b in (x for x in found if len(x) == 2)), default=None)
+        return ()
+    found = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
+    return tuple(
+        _Gpu((int(major), int(minor)), int(mib) * 2**20 if mib.isdigit() and mig != "Enabled" else None)
+        for major, minor, mib, mig in found
+    )
 
 
 def _gpus_of_driver() -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
+from launch.memory import Settings
 from launch.recipe import Recipe, recipe_fingerprint
-from launch.rules import Request, storage_of, violations
+from launch.rules import STRATEGIES, Request, storage_of, violations
+from launch.settings import Choice, Machine, batches_of, choose, gib, less_than, recomputation
+from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
 if TYPE_CHECKING:
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
 
     from launch.index import Index
     from launch.launch_config import LaunchConfig
-
-AUTO_BUDGET_IN_SAMPLES = 4  # micro_batch_tokens: auto holds this many of the longest sample
 
 _STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read back
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "samestep")
@@ -48,7 +49,10 @@ class Plan:
     """All derived numbers of one run. Tokens count text and visual tokens together.
 
     `resident_weights`: 4-bit weights are held dequantized; `recompute_every`: every n-th decoder layer is recomputed
-    in the backward pass (0: none).
+    in the backward pass (0: none); `settings_reason`: why these and the micro-batches; `settings_tried`: on the GPUs,
+    with the largest micro-batch; `out_of_memory`: attempts that ran out of memory with larger ones; `gpu_memory`,
+    `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known);
+    `data_workers`: of each process, None: by the cores of its node.
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
     run that this one began with.
     """
@@ -78,6 +82,12 @@ class Plan:
     autocast: bool
     resident_weights: bool
     recompute_every: int
+    settings_reason: str
+    gpu_memory: int
+    planned_memory: int
+    settings_tried: bool
+    out_of_memory: int
+    data_workers: int | None
     versions: dict[str, str]
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
@@ -128,37 +138,31 @@ def make_plan(
     allowed: Sequence[str] = (),
     started_from: str = "",
     config: LaunchConfig | None = None,
+    gpu_memory: int | None = None,
+    before: Plan | None = None,
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
-    `config`: what was launched, where that is known; else the shipped file counts.
+    `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
+    GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
+    hardware, whose settings stay (`launch.runs.plan_to_keep`).
 
     Raises ConfigError with every rule the request breaks.
     """
     train = index.splits["train"]
     tokens = train.text_tokens + train.visual_tokens
-    longest = max((int(s.tokens.max()) for s in index.splits.values() if len(s.tokens)), default=0)
+    longest = longest_of(index)
     size = recipe.batch.global_batch_size
     max_steps, left = whole_steps(recipe, len(tokens), begin)
     asked = recipe.batch.micro_batch_tokens
-    budget = AUTO_BUDGET_IN_SAMPLES * longest if asked == "auto" else asked
-    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, budget, longest, config)
+    least = longest if asked == "auto" else asked
+    request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, least, longest, config)
     if problems := list(violations(request)):
         raise ConfigError(problems)
-    steps = plan_steps(
-        tokens,
-        cost(train.text_tokens, train.visual_tokens),
-        global_batch_size=size,
-        world_size=request.world_size,
-        budget=budget,
-        max_steps=max_steps,
-        seed=recipe.training.seed,
-        fingerprint=index.fingerprint,
-        first_step=begin.step,
-        first_sample=begin.sample,
-    )
-    compute_dtype = compute_dtype_of(recipe)
-    settings = choose_settings(recipe)
+    where = Where(strategy, request.world_size, device, gpu_memory)
+    chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
+    steps = _dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
+    compute_dtype, asked_workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -167,7 +171,7 @@ def make_plan(
         world_size=request.world_size,
         device=device,
         global_batch_size=size,
-        micro_batch_tokens=budget,
+        micro_batch_tokens=chosen.micro_batch_tokens,
         micro_batches=steps.micro_batches,
         max_steps=max_steps,
         warmup_steps=warmup_steps_of(recipe, max_steps),
@@ -182,8 +186,14 @@ def make_plan(
         quant_storage=storage_of(strategy),
         compute_dtype=compute_dtype,
         autocast=compute_dtype == "bfloat16",
-        resident_weights=settings.resident_weights,
-        recompute_every=settings.recompute_every,
+        resident_weights=chosen.settings.resident_weights,
+        recompute_every=chosen.settings.recompute_every,
+        settings_reason=chosen.reason,
+        gpu_memory=gpu_memory or 0,
+        planned_memory=before.planned_memory if before else _peak_of(chosen),
+        settings_tried=before is not None and before.settings_tried,
+        out_of_memory=before.out_of_memory if before else 0,
+        data_workers=None if asked_workers == "auto" else asked_workers,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
@@ -192,18 +202,108 @@ def make_plan(
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What trades memory for time and alters no number; see `Plan`."""
+class Where:
+    """What a run's settings are chosen for. `gpu_memory`: bytes of the smallest GPU, None: not known."""
 
-    resident_weights: bool
-    recompute_every: int
+    strategy: str
+    world_size: int
+    device: str
+    gpu_memory: int | None = None
 
 
-def choose_settings(recipe: Recipe) -> Settings:
-    """What the recipe asks for; `auto` takes what needs the least memory."""
-    resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
-    asked = recipe.training.gradient_checkpointing
-    return Settings(resident, 1 if asked == "auto" else int(asked))
+def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = Begin()) -> Choice:
+    """The settings that are `auto`, for a strategy and its GPUs. Tries some deals of the whole run: a second or two."""
+    train = index.splits["train"]
+    size = recipe.batch.global_batch_size
+    max_steps, _ = whole_steps(recipe, len(train), begin)
+    batches = batches_of(
+        train,
+        longest_of(index),
+        size,
+        where.world_size,
+        lambda budget: _dealt(recipe, index, where.world_size, budget, max_steps, begin).micro_batches,
+    )
+    machine = Machine(where.device, where.gpu_memory)
+    return choose(recipe, machine, read_shape(recipe), where.strategy, where.world_size, batches)
+
+
+def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
+    """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
+    where = Where(plan.strategy, plan.world_size, plan.device, gpu_memory)
+    chosen = choose_settings(recipe, index, where, plan.begin)
+    return replace(_with_choice(recipe, index, plan, chosen), gpu_memory=gpu_memory)
+
+
+def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool) -> Plan | None:
+    """After a GPU ran out of memory: the plan with settings that need less of it; None when the recipe allows none.
+
+    `reloading`: the weights will be loaded again, so that they may be held otherwise.
+    """
+    if not reloading:
+        held = recipe.model.model_copy(update={"resident_weights": plan.resident_weights})
+        recipe = recipe.model_copy(update={"model": held})
+    fixed = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"resident_weights": plan.resident_weights}),
+            "batch": recipe.batch.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
+            "training": recipe.training.model_copy(update={"gradient_checkpointing": plan.recompute_every}),
+        }
+    )
+    where = Where(plan.strategy, plan.world_size, plan.device)
+    now = choose_settings(fixed, index, where, plan.begin).memory
+    if now is None:
+        return None
+    chosen = choose_settings(recipe, index, replace(where, gpu_memory=less_than(now)), plan.begin)
+    if not chosen.fits:
+        return None
+    chosen = replace(chosen, reason=f"after a GPU ran out of memory: {chosen.reason}")
+    return replace(_with_choice(recipe, index, plan, chosen), settings_tried=False)
+
+
+def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: Choice) -> Plan:
+    tokens = chosen.micro_batch_tokens
+    dealt = _dealt(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
+    return replace(
+        plan,
+        micro_batch_tokens=tokens,
+        micro_batches=dealt.micro_batches,
+        resident_weights=chosen.settings.resident_weights,
+        recompute_every=chosen.settings.recompute_every,
+        settings_reason=chosen.reason,
+        planned_memory=_peak_of(chosen),
+    )
+
+
+def _choice_of(plan: Plan) -> Choice:
+    settings = Settings(plan.resident_weights, plan.recompute_every)
+    return Choice(plan.micro_batch_tokens, settings, None, plan.settings_reason)
+
+
+def _peak_of(chosen: Choice) -> int:
+    return chosen.memory.peak if chosen.memory else 0
+
+
+def longest_of(index: Index) -> int:
+    """Tokens of the longest sample of all splits."""
+    return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
+
+
+def _dealt(
+    recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: Begin
+) -> StepPlan:
+    train = index.splits["train"]
+    return plan_steps(
+        train.tokens,
+        cost(train.text_tokens, train.visual_tokens),
+        global_batch_size=recipe.batch.global_batch_size,
+        world_size=world_size,
+        budget=budget,
+        max_steps=max_steps,
+        seed=recipe.training.seed,
+        fingerprint=index.fingerprint,
+        first_step=begin.step,
+        first_sample=begin.sample,
+    )
 
 
 def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
@@ -285,12 +385,36 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "precision",
             f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
-        ("recomputation", _recomputation(plan)),
+        ("recomputed", recomputation(plan.recompute_every)),
+        ("memory a GPU", _memory_of(plan)),
+        ("data workers", _workers_of(plan)),
         *([("starts from", plan.started_from)] if plan.started_from else []),
         *([("allowed to differ", ", ".join(plan.allowed))] if plan.allowed else []),
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
+
+
+def memory_rows(recipe: Recipe, index: Index, where: Where) -> list[tuple[str, ...]]:
+    """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
+    rows: list[tuple[str, ...]] = []
+    for strategy in STRATEGIES:
+        if (strategy == "single") != (where.world_size == 1):
+            continue
+        chosen = choose_settings(recipe, index, replace(where, strategy=strategy))
+        if (memory := chosen.memory) is None:
+            return []
+        needs = f"needs {gib(memory.reserved)}"
+        fits = {True: "yes", False: f"no, {needs}", None: needs}[chosen.fits]
+        settings = ", ".join(
+            [
+                f"{chosen.micro_batch_tokens:,} tokens",
+                f"recomputed: {recomputation(chosen.settings.recompute_every)}",
+                *(["held dequantized"] if chosen.settings.resident_weights else []),
+            ]
+        )
+        rows.append((strategy, gib(memory.loading), gib(memory.training), settings, fits))
+    return rows
 
 
 def _notice(plan: Plan) -> str | None:
@@ -305,11 +429,16 @@ def _base_of(plan: Plan) -> str:
     return f"4-bit weights {'held dequantized' if plan.resident_weights else f'in {plan.quant_storage}'}"
 
 
-def _recomputation(plan: Plan) -> str:
-    """Which decoder layers' activations the backward pass computes again."""
-    return {0: "none", 1: "all decoder layers"}.get(
-        plan.recompute_every, f"every {plan.recompute_every}th layer"
-    )
+def _workers_of(plan: Plan) -> str:
+    if plan.data_workers is not None:
+        return f"{plan.data_workers} a process"
+    return "8 a process at most, one core left to each: by the cores of its node"
+
+
+def _memory_of(plan: Plan) -> str:
+    """What a GPU is planned to need, and why the settings are what they are."""
+    needed = f"{gib(plan.planned_memory)} planned; " if plan.planned_memory and plan.device == "cuda" else ""
+    return needed + plan.settings_reason
 
 
 def _versions() -> dict[str, str]:

@@ -155,6 +155,9 @@ class TrainingSection(Section):
         "auto",
         description="true: recompute every decoder layer; n: every n-th (at least 2); false: none; `auto`: by memory",
     )
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = Field(
+        "auto", description="data workers of each process (0: none), or `auto`: by the cores it may use"
+    )
     deterministic: bool = Field(False, description="true: bit-exact repetition on a GPU; false: faster")
 
 
@@ -390,6 +393,7 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
         "batch.micro_batch_tokens",
         "training.logging_steps",
         "training.gradient_checkpointing",
+        "training.dataloader_num_workers",
     }
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
     return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,6 +248,46 @@ def old_plan(run: RunDirectory) -> Plan | None:
         return Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, ConfigError):
         return None
+
+
+_ASKED = (
+    ("model", "resident_weights"),
+    ("training", "gradient_checkpointing"),
+    ("batch", "micro_batch_tokens"),
+    ("batch", "global_batch_size"),
+    ("lora", "r"),
+    ("lora", "target_modules"),
+)
+"""What the settings of a plan depend on, of what may change between two attempts at a run."""
+
+
+def plan_to_keep(
+    run: RunDirectory, recipe: Recipe, hardware: Mapping[str, Any], fingerprint: str
+) -> Plan | None:
+    """The plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
+
+    `hardware`: fields of the plan to be made (strategy, nodes, gpus_per_node, device, gpu_memory). So a run that goes
+    on takes the settings that it was tried with, or that it came down to when it ran out of memory.
+    """
+    old = old_plan(run)
+    if old is None or old.dataset_fingerprint != fingerprint:
+        return None
+    if any(getattr(old, name) != value for name, value in hardware.items()):
+        return None
+    try:
+        asked = load_recipe(run.recipe_file)
+    except ConfigError:
+        return None
+    same = all(
+        getattr(getattr(asked, section), key) == getattr(getattr(recipe, section), key)
+        for section, key in _ASKED
+    )
+    return old if same else None
+
+
+def keep_plan(run: RunDirectory, plan: Plan) -> None:
+    """Write another plan for a run under way or over, in one rename. The caller holds the run's lock."""
+    _replace(run.plan_file, plan.to_json())
 
 
 def _replace(file: Path, text: str) -> None:

@@ -42,6 +42,11 @@ class Site(Section):
     gpu_type: str | None = Field(
         None, min_length=1, description="a type of GPU, as of sbatch --gpus-per-node"
     )
+    gpu_memory: str | None = Field(
+        None,
+        pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([Gg]([Ii]?[Bb])?)?\s*$",
+        description="the memory of one GPU, for example 80GB",
+    )
     cpus_per_process: int = Field(8, ge=1, description="CPUs for each process, at least 1")
     memory: str | None = Field(
         None, min_length=1, description="memory of a node as of sbatch --mem: 0 is all"

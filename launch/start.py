@@ -22,7 +22,7 @@ from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.changes import Change
 from launch.children import ChildError, call_module, processes_with, wait_for
 from launch.errors import ConfigError, RunError
-from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpus_present
+from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpu_memory, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.manifest import MANIFEST, newest_valid
 from launch.plan import Plan, make_plan
@@ -45,12 +45,15 @@ from launch.runs import (
     Continuation,
     adopt,
     continue_run,
+    old_plan,
+    plan_to_keep,
     refuse_an_end_behind,
     refuse_another_dataset,
     refuse_lost_checkpoints,
     started_from_of,
     write_request,
 )
+from launch.settings import parse_gpu_memory
 
 if TYPE_CHECKING:
     from launch.index import Index
@@ -66,12 +69,13 @@ EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
 @dataclass(frozen=True)
 class Topology:
-    """How many processes of which strategy."""
+    """How many processes of which strategy; `gpu_memory`: bytes of the smallest GPU, None where not known."""
 
     strategy: str
     nodes: int
     gpus_per_node: int
     device: str
+    gpu_memory: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -104,6 +108,7 @@ class RunRequest:
     source: Path | None = None  # a checkpoint of another run
     topology: Topology | None = None  # of other machines than this one: then all of it is said
     machine: Machine = Machine()
+    gpu_memory: str | None = None  # of each GPU, as the command line says it
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,14 @@ def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None)
     if strategy == "single" and gpus_per_node is None:
         count = 1
     chosen = strategy or ("single" if nodes * count == 1 else "ddp")
-    return Topology(chosen, nodes, count, "cuda" if present else "cpu")
+    return Topology(chosen, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)
+
+
+def for_gpus_of(topology: Topology, memory: str | None) -> Topology:
+    """The topology with GPUs of a memory that the command line says, whatever this machine has. ConfigError."""
+    if memory is None:
+        return topology
+    return replace(topology, device="cuda", gpu_memory=parse_gpu_memory(memory))
 
 
 def refuse_fsdp_on_cpu(topology: Topology) -> None:
@@ -190,6 +202,8 @@ def check_request(request: RunRequest) -> CheckedRequest:
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
+    if request.gpu_memory is not None and topology.device == "cuda":
+        topology = for_gpus_of(topology, request.gpu_memory)
     here = compute_capability() if request.topology is None and topology.device == "cuda" else None
     refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, here)
     refuse_fsdp_on_cpu(topology)
@@ -271,7 +285,12 @@ def plan_run(request: RunRequest) -> PlannedRun:
     begun, source = _begun(request, run), continuation.source
     allowed = continuation.allowed if source else request.allow
     other_data = refuse_another_dataset(begun, index.fingerprint, allowed, source)
-    plan = plan_of(recipe, index, checked.topology, run.name, continuation)
+    topology = checked.topology
+    hardware = {name: getattr(topology, name) for name in ("strategy", "nodes", "gpus_per_node", "device")}
+    before = plan_to_keep(
+        begun, recipe, {**hardware, "gpu_memory": topology.gpu_memory or 0}, index.fingerprint
+    )
+    plan = plan_of(recipe, index, topology, run.name, continuation, before)
     refuse_an_end_behind(begun, plan.max_steps, source)
     return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *other_data))
 
@@ -294,8 +313,9 @@ def plan_of(
     topology: Topology,
     name: str,
     continuation: Continuation = Continuation(),  # noqa: B008 - frozen
+    before: Plan | None = None,
 ) -> Plan:
-    """The plan of a recipe on a topology, going on with what was begun before."""
+    """The plan of a recipe on a topology, going on with what was begun before, with the settings of `before`."""
     return make_plan(
         recipe,
         index,
@@ -307,6 +327,8 @@ def plan_of(
         begin=continuation.begin,
         allowed=continuation.allowed,
         started_from=continuation.started_from,
+        gpu_memory=topology.gpu_memory,
+        before=before,
     )
 
 
@@ -359,6 +381,25 @@ def execute(planned: PlannedRun, machine: Machine = Machine()) -> Marker:
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
     return launch(planned.plan, run, machine)
+
+
+def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:
+    """As `execute`; once more, from the newest checkpoint, when a GPU ran out of memory and smaller settings are known.
+
+    With several machines there is no second time: the others would have to be told.
+    """
+    try:
+        return execute(planned, request.machine)
+    except RunError:
+        smaller = old_plan(planned.run)
+        if (
+            request.machine.nodes > 1
+            or smaller is None
+            or smaller.out_of_memory <= planned.plan.out_of_memory
+        ):
+            raise
+    _tell("a GPU ran out of memory; once more, with settings that need less of it")
+    return execute(plan_run(replace(request, fresh=False)), request.machine)
 
 
 def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:

@@ -16,6 +16,7 @@ from launch.index import cache_root
 from launch.resources import resource
 from launch.run_directory import RunDirectory, clear_markers, clear_requests, hold_lock
 from launch.runs import adopt, write_request
+from launch.settings import parse_gpu_memory
 from launch.site import Site
 from launch.slurm import (
     Job,
@@ -56,7 +57,10 @@ def check_follow_ups(then: str) -> list[str]:
 def choose(request: start.RunRequest, site: Site, nodes: int, gpus_per_node: int) -> start.RunRequest:
     """The request for the site's nodes: what this machine has does not count."""
     chosen = start.choose_topology(request.strategy, nodes, gpus_per_node)
-    return replace(request, topology=start.Topology(chosen.strategy, nodes, gpus_per_node, site.device))
+    memory = parse_gpu_memory(site.gpu_memory) if site.gpu_memory and site.device == "cuda" else None
+    return replace(
+        request, topology=start.Topology(chosen.strategy, nodes, gpus_per_node, site.device, memory)
+    )
 
 
 def refuse_short_time(site: Site) -> None:

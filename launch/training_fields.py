@@ -12,8 +12,8 @@ _BY_REASON: dict[str, str] = {
     "our loss is the sum over all target tokens of the step divided by their global count; see data.loss": """
         average_tokens_across_devices label_smoothing_factor completion_only_loss assistant_only_loss
         loss_type neftune_noise_alpha router_aux_loss_coef""",
-    "our data loader owns order, packing and workers, so that every world size sees the same; remove it": """
-        data_seed dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    "our data loader owns order, and packing, so that every world size sees the same; remove it": """
+        data_seed dataloader_drop_last dataloader_pin_memory
         dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
         dataloader_in_order remove_unused_columns label_names train_sampling_strategy length_column_name
         dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset packing packing_strategy

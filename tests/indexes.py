@@ -1,10 +1,36 @@
-"""Prepared data without preparing: an index of made-up token counts, and a recipe to go with it."""
+"""Prepared data without preparing: an index of made-up token counts, a recipe and a model's shape to go with it."""
+
+from typing import Any
 
 import numpy as np
 
 from launch.index import Index, Split
 from launch.recipe import Recipe, load_recipe
 from launch.resources import resource
+from launch.shape import shape_of
+
+HUB_7B: dict[str, Any] = {
+    "model_type": "qwen2_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+"""config.json of Qwen2-VL-7B-Instruct, as on the hub."""
+
+SHAPE = shape_of(HUB_7B)
 
 
 def make_split(count: int, seed: int = 0, longest: int = 90) -> Split:

@@ -70,6 +70,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
     monkeypatch.setattr("launch.children.wait_for", fake)
     monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
     monkeypatch.setattr("launch.start.base_is_there", lambda _: True)
+    monkeypatch.setattr("launch.plan.read_shape", lambda _: "no base here")
     set_gpus(monkeypatch, 0)
     return fake
 

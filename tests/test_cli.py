@@ -14,7 +14,7 @@ from launch.index import Index
 from launch.plan import Plan
 from launch.recipe import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
-from tests.indexes import make_index
+from tests.indexes import SHAPE, make_index
 from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in
 
 
@@ -627,7 +627,58 @@ def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[s
 
     assert samestep("rules") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert len(rule_rows()) == 25
+    assert len(rule_rows()) == 26
     assert "offloaded to a CPU" in said
     assert "bitsandbytes#89" in said
     assert all(reason for _, reason in rule_rows())
+
+
+def run_out_of_memory(run: RunDirectory, _: object) -> None:
+    """As a trainer that leaves no marker: plan.json says what the next attempt takes."""
+    plan = Plan.from_json(run.plan_file.read_text())
+    smaller = replace(plan, micro_batch_tokens=100, out_of_memory=plan.out_of_memory + 1)
+    run.plan_file.write_text(smaller.to_json())
+
+
+def test_a_run_that_ran_out_of_memory_is_started_once_more_with_less(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.marker, launcher.meanwhile = None, run_out_of_memory
+    auto = ("--set", "batch.micro_batch_tokens=auto")
+    assert samestep("run", *EMBEDDED, *auto) == 1
+    assert "once more" in capsys.readouterr().err
+    assert len(launcher.commands) == 2
+    plan = Plan.from_json(Path("runs/embedded/plan.json").read_text())
+    assert (plan.micro_batch_tokens, plan.out_of_memory) == (100, 2)
+    # What it came down to holds for the same hardware and wishes, and for no other.
+    launcher.marker, launcher.meanwhile = "STOPPED", lambda run, ask: None
+    assert samestep("run", *EMBEDDED, *auto) == 0
+    assert Plan.from_json(Path("runs/embedded/plan.json").read_text()) == plan
+    assert samestep("run", *EMBEDDED, *auto, "--gpus-per-node", "3") == 0
+    assert Plan.from_json(Path("runs/embedded/plan.json").read_text()).micro_batch_tokens == 360
+    assert samestep("run", *EMBEDDED, "--set", "batch.micro_batch_tokens=200") == 0
+    assert Plan.from_json(Path("runs/embedded/plan.json").read_text()).micro_batch_tokens == 200
+
+
+def test_a_run_that_fails_otherwise_is_not_started_again(launcher: Launcher) -> None:
+    launcher.marker = None
+    assert samestep("run", *EMBEDDED) == 1
+    assert len(launcher.commands) == 1
+
+
+def test_a_plan_shows_what_fits_gpus_that_are_not_here(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.plan.read_shape", lambda _: SHAPE)
+    auto = [
+        word
+        for key in ("model.dtype=bfloat16", "training.gradient_checkpointing=auto")
+        for word in ("--set", key)
+    ]
+    assert samestep("plan", *EMBEDDED, *auto, "--gpus-per-node", "2", "--gpu-memory", "24GB") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "2 (1 x 2 GPU)" in said
+    assert "memory of GPUs of 24.0 GiB, 2 processes" in said
+    assert "zero3" in said
+    assert samestep("plan", *EMBEDDED, "--gpu-memory", "much") == 2
+    assert "24GB" in capsys.readouterr().err

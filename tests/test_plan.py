@@ -10,10 +10,25 @@ from hypothesis import strategies as st
 
 from launch.deal import micro_batches_needed
 from launch.errors import ConfigError
-from launch.plan import Begin, Plan, make_plan, plan_rows, samples_consumed, step_plan, warmup_steps_of
+from launch.memory import GIB
+from launch.plan import (
+    Begin,
+    Plan,
+    Where,
+    make_plan,
+    memory_rows,
+    plan_on,
+    plan_rows,
+    plan_with_less,
+    samples_consumed,
+    step_plan,
+    warmup_steps_of,
+)
 from launch.recipe import Recipe
 from launch.steps import step_samples
-from tests.indexes import embedded_recipe, make_index
+from tests.indexes import SHAPE, embedded_recipe, make_index
+
+CHARTS = make_index(330, longest=1200)
 
 
 def plan_for(
@@ -211,3 +226,95 @@ def test_the_table_says_what_is_left_of_the_stream() -> None:
     rows = dict(plan_rows(plan_for(embedded_recipe())))
     assert rows["left of the stream"] == "30 samples left after the last whole step"
     assert rows["steps"] == "30 (2.91 epochs), 1 of them warm-up"
+
+
+AUTO = (
+    "model.dtype=bfloat16",
+    "quantization.load_in_4bit=true",
+    "quantization.bnb_4bit_compute_dtype=bfloat16",
+    "training.gradient_checkpointing=auto",
+    "batch.micro_batch_tokens=auto",
+    "lora.target_modules=[q_proj, v_proj]",
+)
+
+
+def seven_b(monkeypatch: pytest.MonkeyPatch, gigabytes: float | None, *overrides: str) -> Plan:
+    """A plan for the 7B shape and chart-sized samples on one GPU."""
+    monkeypatch.setattr("launch.plan.read_shape", lambda _: SHAPE)
+    return make_plan(
+        embedded_recipe(*AUTO, *overrides),
+        CHARTS,
+        strategy="single",
+        nodes=1,
+        gpus_per_node=1,
+        device="cuda",
+        gpu_memory=None if gigabytes is None else int(gigabytes * GIB),
+    )
+
+
+def test_settings_of_a_plan_follow_the_gpu_and_alter_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small, unknown = (seven_b(monkeypatch, gigabytes) for gigabytes in (79.6, 10, None))
+    assert (large.resident_weights, large.recompute_every) == (True, 0)
+    assert (small.resident_weights, small.recompute_every) == (False, 1)
+    assert (unknown.resident_weights, unknown.recompute_every, unknown.gpu_memory) == (False, 1, 0)
+    assert large.micro_batches < small.micro_batches
+    assert small.planned_memory < 10 * GIB < large.planned_memory < 79.6 * GIB
+    assert large.recipe_fingerprint == small.recipe_fingerprint == unknown.recipe_fingerprint
+    rows = dict(plan_rows(large))
+    assert rows["recomputed"] == "none"
+    assert "the fastest that fits 79.6 GiB" in rows["memory a GPU"]
+    assert "held dequantized" in rows["precision"]
+    assert "--gpu-memory" in dict(plan_rows(unknown))["memory a GPU"]
+
+
+def test_a_plan_comes_down_until_nothing_smaller_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(seven_b(monkeypatch, 79.6), settings_tried=True)
+    recipe, peaks = embedded_recipe(*AUTO), [plan.planned_memory]
+    while smaller := plan_with_less(recipe, CHARTS, plan, reloading=True):
+        assert not smaller.settings_tried
+        assert smaller.gpu_memory == plan.gpu_memory
+        plan = smaller
+        peaks.append(plan.planned_memory)
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert (plan.resident_weights, plan.recompute_every) == (False, 1)
+    assert plan.micro_batch_tokens < 1.2 * plan.longest_sample_tokens
+    assert len(peaks) < 40
+
+
+def test_weights_that_are_held_dequantized_stay_so_until_they_are_loaded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = seven_b(monkeypatch, 79.6)
+    while smaller := plan_with_less(embedded_recipe(*AUTO), CHARTS, plan, reloading=False):
+        plan = smaller
+    assert plan.resident_weights
+    assert plan_with_less(embedded_recipe(*AUTO), CHARTS, plan, reloading=True) is not None
+
+
+def test_what_the_recipe_fixes_does_not_come_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = (
+        "training.gradient_checkpointing=false",
+        "batch.micro_batch_tokens=9000",
+        "model.resident_weights=true",
+    )
+    plan = seven_b(monkeypatch, 79.6, *fixed)
+    assert plan_with_less(embedded_recipe(*AUTO, *fixed), CHARTS, plan, reloading=True) is None
+
+
+def test_a_plan_made_without_the_gpu_is_completed_where_the_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, unknown = seven_b(monkeypatch, 79.6), seven_b(monkeypatch, None)
+    assert plan_on(embedded_recipe(*AUTO), CHARTS, unknown, int(79.6 * GIB)) == known
+
+
+def test_each_strategy_is_shown_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.plan.read_shape", lambda _: SHAPE)
+    rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Where("ddp", 8, "cuda", 6 * GIB))
+    fits = {row[0]: row[-1] for row in rows}
+    assert [*fits] == ["ddp", "fsdp", "zero2", "zero3"]
+    assert fits["fsdp"] == "yes"
+    assert fits["ddp"].startswith("no, needs ")
+    assert [row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Where("single", 1, "cuda"))] == [
+        "single"
+    ]
+    monkeypatch.setattr("launch.plan.read_shape", lambda _: "config.json is not here")
+    assert memory_rows(embedded_recipe(*AUTO), CHARTS, Where("ddp", 8, "cuda", 6 * GIB)) == []

@@ -128,7 +128,7 @@ def test_a_failure_is_said_with_its_file_and_known_to_be_common(tmp_path: Path) 
         watch.raise_failure()
     assert not raised.value.agreed
     assert watch.agreed_failure().agreed
-    assert "rank 0" in str(Watch(RunDirectory(tmp_path), 1, os.getppid()).agreed_failure())
+    assert "metrics.jsonl" in str(watch.agreed_failure())
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:

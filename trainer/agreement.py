@@ -6,15 +6,17 @@ import atexit
 import errno
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from launch.errors import RunError, SamestepError
+from launch.errors import GpuMemoryError, RunError, SamestepError
 from trainer.speech import complain
 
 T = TypeVar("T")
@@ -51,6 +53,8 @@ def in_words(raised: Exception) -> SamestepError:
     """Any exception as the error that a user reads."""
     if isinstance(raised, SamestepError):
         return raised
+    if isinstance(raised, torch.OutOfMemoryError):
+        return out_of_memory(raised)
     if isinstance(raised, OSError):
         remedy = _REMEDIES.get(raised.errno or 0, "see that the disk is there; the same command goes on")
         return RunError(f"{raised.filename or 'a file'}: {raised.strerror or raised}; {remedy}")
@@ -61,6 +65,16 @@ def in_words(raised: Exception) -> SamestepError:
     # A bug: the other ranks must hear of it too, or they wait for ever.
     logging.getLogger("trainer").error("unexpected", exc_info=raised)
     return RunError(f"{type(raised).__name__}: {raised} (see the traceback above); please report it")
+
+
+def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
+    """What PyTorch says when a GPU is full, in words."""
+    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(raised))
+    wanted = f" ({found[1]} more wanted)" if found else ""
+    return GpuMemoryError(
+        f"GPU: out of memory{wanted}; the same command goes on, with less where batch.micro_batch_tokens, "
+        "training.gradient_checkpointing or model.resident_weights is auto; `samestep plan` shows what fits"
+    )
 
 
 def _first_failure(error: SamestepError | None) -> SamestepError | None:

@@ -131,6 +131,8 @@ class GradientWitness:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._largest: dict[str, Tensor] = {}
+        self.excused = False
+        """This rank did not get to its gradients; then nobody's are judged."""
         self._names = list(parameters)
         self._handles = [
             parameter.register_hook(partial(self._see, name)) for name, parameter in parameters.items()
@@ -151,14 +153,17 @@ class GradientWitness:
             handle.remove()
         known = list(self._largest)
         values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
-        told = gather(dict(zip(known, values, strict=True)))
+        told = gather(None if self.excused else dict(zip(known, values, strict=True)))
+        seen_by_rank = [seen for seen in told if seen is not None]
 
         def compare() -> None:
-            silent = [name for name in self._names if not any(name in seen for seen in told)]
+            if len(seen_by_rank) < len(told):
+                return
+            silent = [name for name in self._names if not any(name in seen for seen in seen_by_rank)]
             zero = [
                 name
                 for name in self._names
-                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in told)
+                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in seen_by_rank)
             ]
             if odd := silent or zero:
                 what = "no gradient" if silent else "a gradient of zero"

@@ -17,7 +17,7 @@ from typing import get_args
 
 from launch.errors import RunError, SamestepError
 from launch.run_directory import RunDirectory, StopReason, requested_save, requested_stop
-from trainer.agreement import gather, in_words
+from trainer.agreement import gather, in_words, together
 
 STOP_SIGNALS: dict[signal.Signals, StopReason] = {
     signal.SIGINT: "user",
@@ -88,10 +88,12 @@ class Watch:
             raise self.failure
 
     def agreed_failure(self) -> SamestepError:
-        """What all ranks raise once they know of a failure: rank 0 says it, and nobody else writes."""
-        error = self.failure or RunError("rank 0: could not write; see its words")
-        error.agreed = True
-        return error
+        """What all ranks raise once they know of a failure: that of the first rank that has one. A collective."""
+        try:
+            together(self.raise_failure)
+        except SamestepError as error:
+            return error
+        return RunError("a rank could not go on and did not say why; see the words above")
 
     def agree(self) -> Agreed:
         """A collective of its own, for where no step's all-reduce comes by: before the first and in evaluations."""

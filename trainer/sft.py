@@ -30,7 +30,7 @@ from trl import SFTTrainer
 from launch.errors import RunError
 from launch.folders import published
 from launch.manifest import aside_folder, publish, read_manifest, rotate
-from launch.plan import samples_consumed, step_plan, validation_samples
+from launch.plan import Plan, samples_consumed, step_plan, validation_samples
 from launch.recipe import Recipe, altering_values
 from launch.run_directory import RunDirectory
 from launch.steps import MicroBatch, cost, deal
@@ -60,7 +60,7 @@ from trainer.guards import (
     check_taken,
     describe_labels,
 )
-from trainer.model.base import DTYPES, compute_in, prepare_training, trainable_parameters
+from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
 from trainer.preemption import Agreed, Watch, warn_of_slow_save
 from trainer.records import append_line, bring_to_disk, samples_digest
 from trainer.reports import ProgressBar, Trackio
@@ -79,6 +79,11 @@ class _Whole:
 
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+
+
+def holds_all_weights(plan: Plan) -> bool:
+    """Every rank computes a micro-batch by itself: nobody waits for it before the step's reduction."""
+    return plan.strategy in ("single", "ddp")
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -136,6 +141,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
         self._witness: GradientWitness | None = None
+        self._out_of_memory = False
         self._clock = time.perf_counter()
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -148,11 +154,12 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
+        asked = self.plan.data_workers
         return Loader(
             batches,
             numbers,
             total=len(batches),
-            workers=data_workers(self.plan.gpus_per_node),
+            workers=data_workers(self.plan.gpus_per_node) if asked is None else asked,
             pin_memory=self.args.device.type == "cuda",
         )
 
@@ -187,8 +194,34 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Forward and backward of one micro-batch, gradients staying on this rank where the engine lets them."""
         if self._witness and self._loss_sum is None:
             self._say_labels(inputs)
-        with self.engine.keep_gradients(self.accelerator, model):
-            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        if self._out_of_memory:  # known to all in this step's reduction
+            return self._give_up_step()
+        try:
+            with self.engine.keep_gradients(self.accelerator, model):
+                return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        except torch.OutOfMemoryError as error:
+            if not holds_all_weights(self.plan):
+                raise  # in the middle of a collective
+            self.watch.fail(error)
+        self._out_of_memory = True
+        return self._give_up_step()
+
+    def _give_up_step(self) -> Tensor:
+        """Free what a failed micro-batch left; take part in the step's reduction, which tells the other ranks."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        if self._witness:
+            self._witness.excused = True
+        if self._loss_sum is None:
+            self._loss_sum = torch.zeros((), device=self.args.device)
+        return torch.zeros((), device=self.args.device)
+
+    def take_plan(self, plan: Plan) -> None:
+        """Train by a plan with other micro-batches and recomputation; before the first step."""
+        self.plan, self.task = plan, replace(self.task, plan=plan)
+        self.steps = step_plan(self.recipe, self.index, plan)
+        self.args.gradient_accumulation_steps = plan.micro_batches
+        recompute_layers(self.model, plan.recompute_every)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -29,10 +29,10 @@ from torch import nn
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.changes import consequences, tie_contents
-from launch.errors import CheckpointError, ConfigError, RunError, SamestepError
+from launch.errors import CheckpointError, ConfigError, GpuMemoryError, RunError, SamestepError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
-from launch.plan import Plan, make_plan
+from launch.plan import Plan, make_plan, plan_on, plan_with_less
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.resources import resource
 from launch.rules import refuse_config
@@ -47,7 +47,16 @@ from launch.run_directory import (
     read_marker,
     write_marker,
 )
-from launch.runs import adopt, continue_run, refuse_an_end_behind, refuse_another_dataset, write_request
+from launch.runs import (
+    adopt,
+    continue_run,
+    keep_plan,
+    plan_to_keep,
+    refuse_an_end_behind,
+    refuse_another_dataset,
+    write_request,
+)
+from launch.settings import recomputation
 from trainer import LAUNCHER
 from trainer.agreement import (
     end_process,
@@ -57,6 +66,7 @@ from trainer.agreement import (
     leave_processes,
     lost_contact,
     on_rank_0,
+    out_of_memory,
     say_once,
     together,
 )
@@ -68,6 +78,7 @@ from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
 from trainer.prepare import prepare
 from trainer.pretrained import base_identity, load_processor
+from trainer.probe import settle
 from trainer.resume import evaluation_is_missing, forget_after, resume_point
 from trainer.sft import PlannedTrainer, build_trainer
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
@@ -120,16 +131,22 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState, l
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
     """
-    task = together(lambda: read_task(options, index, state))
+    memory = smallest_gpu(state.device)
+    task = together(lambda: read_task(options, index, state, memory))
     announce(task, state)
     with ExitStack() as held:
         on_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch)
+        except torch.OutOfMemoryError as error:  # where others wait for this rank: the launcher will end them
+            leave_smaller_plan(task)
+            raise out_of_memory(error) from None
         except SamestepError as error:
             if state.is_main_process:
                 leave_reason(task.run, error)
+                if isinstance(error, GpuMemoryError):
+                    leave_smaller_plan(task)
             raise
         on_rank_0(lambda: leave_marker(task, ended))
 
@@ -211,7 +228,14 @@ def find_deepspeed_config() -> None:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(resource("ds_configs", Path(name).name))
 
 
-def read_task(options: argparse.Namespace, index: Index, state: PartialState) -> Task:
+def smallest_gpu(device: torch.device) -> int | None:
+    """Bytes of the smallest GPU of all ranks, None on CPUs. A collective."""
+    mine = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    found = [memory for memory in gather(mine) if memory is not None]
+    return min(found, default=None)
+
+
+def read_task(options: argparse.Namespace, index: Index, state: PartialState, gpu_memory: int | None) -> Task:
     """Recipe, plan and run directory; a plain launch plans here.
 
     Raises:
@@ -227,6 +251,8 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
                 f"{index.fingerprint[:12]}); run the same `samestep run` again to plan anew"
             )
         refuse_config(recipe, plan.strategy, plan.nodes, config)
+        if gpu_memory is not None and not plan.gpu_memory:  # planned on a machine that did not know it
+            plan = plan_on(recipe, index, plan, gpu_memory)
         return make_task(recipe, plan, index, run)
     run = open_run(options.runs_dir, options.name or recipe.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
@@ -236,18 +262,23 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState) ->
     for consequence in consequences([*continuation.changed, *other_data]):
         logger.warning(f"allowed: {consequence}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hardware: dict[str, Any] = {
+        "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),
+        "nodes": max(1, state.num_processes // local),
+        "gpus_per_node": local,
+        "device": state.device.type,
+    }
     plan = make_plan(
         recipe,
         index,
-        strategy=launched_strategy(config, "LOCAL_RANK" in os.environ),
-        nodes=max(1, state.num_processes // local),
-        gpus_per_node=local,
-        device=state.device.type,
+        **hardware,
+        before=plan_to_keep(run, recipe, {**hardware, "gpu_memory": gpu_memory or 0}, index.fingerprint),
         name=run.name,
         begin=continuation.begin,
         allowed=continuation.allowed,
         started_from=continuation.started_from,
         config=config,
+        gpu_memory=gpu_memory,
     )
     refuse_an_end_behind(run, plan.max_steps, source)
     return make_task(recipe, plan, index, run, source)
@@ -356,6 +387,7 @@ def train(task: Task, state: PartialState, watch: Watch) -> Ended:
     evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
     trainer = build(task, state, watch, step)
     try:
+        settle(trainer)
         if reason := watch.agree().stop:
             return Ended(step, reason)
         take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
@@ -456,6 +488,20 @@ def make_deterministic() -> None:
     """The same bits on every repetition on the same GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def leave_smaller_plan(task: Task) -> None:
+    """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
+    with contextlib.suppress(OSError):
+        plan = Plan.from_json(task.run.plan_file.read_text(encoding="utf-8"))
+        smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)
+        if smaller is None:
+            return
+        keep_plan(task.run, replace(smaller, out_of_memory=plan.out_of_memory + 1))
+        logger.warning(
+            f"{task.run.plan_file}: the next attempt takes {smaller.micro_batch_tokens:,} tokens a micro-batch, "
+            f"recomputed: {recomputation(smaller.recompute_every)}"
+        )
 
 
 def leave_reason(run: RunDirectory, error: SamestepError) -> None:

@@ -1,25 +1,46 @@
-"""Started by `accelerate launch`: a run whose disk is full in the save of step 2, which rank 0 alone sees, then one
-whose loss becomes NaN on rank 1 alone in step 2."""
+"""Started by `accelerate launch`: runs with which something is wrong on one rank alone.
+
+`full`: the disk is full in the save of step 2, which rank 0 sees. `later`: rank 1 runs out of memory in step 3, once;
+`tried`: it does with all its samples in one micro-batch, tried before the first step; `fixed` is planned as that ended.
+The last one's loss becomes NaN on rank 1 in step 2.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+
 from launch.errors import SamestepError
-from trainer import sft, train
+from launch.plan import Plan
+from trainer import probe, sft, train
 from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
 _loss, _publish = PlannedTrainer._loss, sft.publish
+_full_once = {"later"}
 
 
 def _poisoned(self: PlannedTrainer, model: Any, inputs: Any) -> Any:
     loss = _loss(self, model, inputs)
     return loss * float("nan") if os.environ["RANK"] == "1" and inputs["step"] == 1 else loss
+
+
+def _out_of_memory(self: PlannedTrainer, model: Any, inputs: Any) -> Any:
+    """As PyTorch raises it, in the middle of the forward."""
+    loss, name = _loss(self, model, inputs), self.run_directory.name
+    if os.environ["RANK"] == "1" and torch.is_grad_enabled():
+        later = inputs["step"] == 2 and name in _full_once
+        if later or (name == "tried" and self.plan.micro_batches == 1):
+            _full_once.discard(name)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+    return loss
 
 
 def _full(aside: Path, final: Path, *args: Any, **kwargs: Any) -> None:
@@ -28,17 +49,32 @@ def _full(aside: Path, final: Path, *args: Any, **kwargs: Any) -> None:
     _publish(aside, final, *args, **kwargs)
 
 
-def main() -> int:
-    """Arguments: those of `trainer.train`; the first run is called `full`."""
-    options = train.parse([*sys.argv[1:], "--name", "full"])
-    index, state = train.prepare_first(options), train.start_processes()
-    sft.publish = _full
+def train_named(name: str, state: PartialState, *more: str) -> argparse.Namespace:
+    """One attempt at a run; says how it ended badly."""
+    options = train.parse([*sys.argv[1:], "--name", name, *more])
     try:
-        train.train_once(options, index, state, os.getppid())
+        train.train_once(options, train.prepare_first(options), state, os.getppid())
     except SamestepError as error:
-        sys.stdout.write(f"rank {state.process_index} ended with: {error}\n")
+        sys.stdout.write(f"{name}: rank {state.process_index} ended with: {error}\n")
         sys.stdout.flush()
+    return options
+
+
+def main() -> int:
+    """Arguments: those of `trainer.train`."""
+    train.prepare_first(train.parse(sys.argv[1:]))
+    state = train.start_processes()
+    sft.publish = _full
+    train_named("full", state)
     sft.publish = _publish
+    PlannedTrainer._loss = _out_of_memory  # type: ignore[method-assign]
+    train_named("later", state)
+    train_named("later", state)
+    probe.DEVICES = ("cpu",)
+    runs = train_named("tried", state).runs_dir
+    probe.DEVICES = ()
+    plan = Plan.from_json((runs / "tried" / "plan.json").read_text())
+    train_named("fixed", state, "--set", f"batch.micro_batch_tokens={plan.micro_batch_tokens}")
     PlannedTrainer._loss = _poisoned  # type: ignore[method-assign]
     return train.main()
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from launch.recipe import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
+from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of
 
 
 def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     values = recipe_values(world)
     values["checkpoint"] = {"every_steps": 1}
+    values["lora"] = {"lora_dropout": 0.05}
     recipe.write_text(dump_recipe(recipe_from_dict(values)))
     arguments = [
         "tests.distributed.fail_on_rank_1",
@@ -24,14 +27,15 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
         "run",
     ]
     ended = accelerate_launch(2, arguments)
-    assert ended.stdout.count("rank 0 ended with: ") == 1  # whose thread failed to save
-    assert "checkpoint-2.partial: No space left on device; make room" in ended.stdout
-    assert ended.stdout.count("rank 1 ended with: rank 0: could not write; see its words") == 1
+    full = re.findall(r"full: rank (\d) ended with: (.*)", ended.stdout)
+    assert {rank for rank, _ in full} == {"0", "1"}  # rank 0's thread failed to save, rank 1 knows why too
+    assert all("checkpoint-2.partial: No space left on device; make room" in words for _, words in full)
     left = {folder.name for folder in (tmp_path / "full").glob("checkpoint-*")}
     # The ranks hear of it in the next step, or in the one after when the thread took that long.
     assert {"checkpoint-1"} <= left <= {"checkpoint-1", "checkpoint-3"}
     assert not (tmp_path / "full" / "adapter").exists()
 
+    _check_memory(tmp_path, ended.stdout)
     assert ended.returncode != 0
     assert ended.stdout.count("error: step 2: the loss is nan") == 1
     assert "the weights are unchanged; the step's samples are [" in ended.stdout
@@ -40,3 +44,20 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
     assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").exists()
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+def _check_memory(runs: Path, printed: str) -> None:
+    """Rank 1 ran out of memory in step 3, and in another run before its first step, with all of a rank in one pack."""
+    words = dict(re.findall(r"later: rank (\d) ended with: (.*)", printed))
+    assert words == dict.fromkeys("01", words["0"])  # and the attempt that went on ended without any
+    assert words["0"].startswith("rank 1: GPU: out of memory (9.00 GiB more wanted)")
+    assert [line["step"] for line in metrics_of(runs / "later")] == [1, 2, 3, 4, 5, 6]
+    assert (runs / "later" / "DONE").exists()
+    later, tried, fixed = (run_of(runs / name).plan for name in ("later", "tried", "fixed"))
+    assert later.out_of_memory == 1
+    assert later.micro_batch_tokens < run_of(runs / "full").plan.micro_batch_tokens
+    assert "after a GPU ran out of memory" in later.settings_reason
+    # The other run came down before its first step, and is the run that is planned so from the beginning.
+    assert (tried.settings_tried, tried.out_of_memory) == (True, 0)
+    assert tried.micro_batches == fixed.micro_batches > 1
+    assert_the_same_to_the_byte(runs / "tried", runs / "fixed")

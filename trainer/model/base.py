@@ -194,12 +194,7 @@ def prepare_training(
     use_packed_attention(base)
     score_targets(base)
     take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
-    if recompute_every:
-        # The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way
-        # for all strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
-        base.model.language_model.activation_checkpointing_enable(
-            {"use_reentrant": False}, every_n_layers=recompute_every
-        )
+    recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
@@ -208,13 +203,25 @@ def prepare_training(
     return "; ".join([*said, f"fused kernels (Liger's{'' if partitioned else ', and LoRA with dropout'})"])
 
 
+def recompute_layers(model: PeftModel, every: int) -> None:
+    """Compute every n-th decoder layer again in the backward pass; 0: none.
+
+    The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way for all
+    strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
+    """
+    language = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.language_model
+    language.activation_checkpointing_disable()
+    if every:
+        language.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+
+
 def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> None:
     """Make the vision tower of a model that does not train compute as it does in training."""
     use_packed_attention(model)
     if not _no_kernels(model, compute_dtype):
         from trainer.model.fused import use_fused_kernels
 
-        use_fused_kernels(model)
+        use_fused_kernels(model, partitioned=False)
 
 
 def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:

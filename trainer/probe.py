@@ -1,0 +1,116 @@
+"""The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
+
+Only where every rank holds all weights (single, ddp): there a rank that runs out of memory leaves nobody waiting.
+What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
+moves.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from numpy.typing import NDArray
+
+from launch.errors import GpuMemoryError
+from launch.plan import Plan, plan_with_less
+from launch.runs import keep_plan
+from launch.settings import recomputation
+from launch.steps import MicroBatch
+from trainer.agreement import from_rank_0, gather, on_rank_0, together
+from trainer.data.chartqa import open_split
+from trainer.data.collate import PackedBatch, assemble
+from trainer.sft import PlannedTrainer, holds_all_weights
+
+logger = get_logger("trainer")
+DEVICES = ("cuda",)
+SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
+
+
+def settle(trainer: PlannedTrainer) -> None:
+    """Come down from the plan's settings to some that all ranks can hold, and write them into plan.json. A collective.
+
+    Raises:
+        GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
+    """
+    if (
+        trainer.plan.settings_tried
+        or trainer.args.device.type not in DEVICES
+        or not holds_all_weights(trainer.plan)
+    ):
+        return
+    while not all(gather(holds_largest(trainer))):
+        smaller = from_rank_0(lambda: _smaller(trainer))
+        trainer.take_plan(smaller)
+        logger.warning(
+            f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
+            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
+        )
+    trainer.take_plan(replace(trainer.plan, settings_tried=True))
+    on_rank_0(lambda: keep_plan(trainer.run_directory, trainer.plan))
+
+
+def _smaller(trainer: PlannedTrainer) -> Plan:
+    asked = trainer.recipe, trainer.index, trainer.plan
+    found = plan_with_less(*asked, reloading=False)
+    if found is None:
+        after = plan_with_less(*asked, reloading=True)
+        raise GpuMemoryError(
+            f"GPU: out of memory with the largest micro-batch ({trainer.plan.micro_batch_tokens:,} tokens); "
+            + (
+                "the same command goes on with 4-bit weights that are not held dequantized"
+                if after
+                else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
+                "training.gradient_checkpointing and model.resident_weights to auto, or use --strategy fsdp"
+            )
+        )
+    return found
+
+
+def holds_largest(trainer: PlannedTrainer) -> bool:
+    """Forward and backward of a micro-batch as full as any of the run, on this rank: whether its memory suffices."""
+    split = trainer.index.splits["train"]
+    chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
+    packed = together(
+        lambda: assemble(open_split(trainer.recipe, "train"), split, trainer.encoder, chosen, 0, 1)
+    )
+    device = trainer.args.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _forward_and_backward(trainer, packed)
+        held = True
+    except torch.OutOfMemoryError:
+        held = False
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    gc.collect()  # the frames of the error held activations
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return held
+
+
+def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
+    device = trainer.args.device
+    spare = None
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        spare = torch.empty(int(SPARE_SHARE * total), dtype=torch.uint8, device=device)
+    trainer.model.train()
+    loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
+    loss.backward()
+    del spare
+
+
+def largest_micro_batch(tokens: NDArray[np.int64], budget: int) -> MicroBatch:
+    """Samples that together come as near to the budget as the longest ones first do; positions in the split."""
+    chosen, left = [], budget
+    for sample in np.argsort(-tokens, kind="stable").tolist():
+        if tokens[sample] <= left:
+            chosen.append(sample)
+            left -= int(tokens[sample])
+        if left < int(tokens.min()):
+            break
+    return MicroBatch(tuple(sorted(chosen)), filler=False)

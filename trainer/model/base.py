@@ -214,7 +214,7 @@ def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.d
     if not _no_kernels(model, compute_dtype):
         from trainer.model.fused import use_fused_kernels
 
-        use_fused_kernels(model)
+        use_fused_kernels(model, partitioned=False)
 
 
 def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:

@@ -8,12 +8,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
-from packaging.version import Version
 
 from launch.errors import ConfigError
 from launch.memory import GIB, Kernels, Load, Memory, Packed, Settings, load_of, memory_of
@@ -139,12 +137,7 @@ def kernels_of(recipe: Recipe, machine: Machine, strategy: str) -> Kernels:
     cuda = machine.device == "cuda"
     installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
     fused = cuda and installed and dtypes == {"bfloat16"}
-    return Kernels(fused, fused and strategy != "zero3", cuda and not _attention_shares_keys())
-
-
-def _attention_shares_keys() -> bool:
-    """Whether PyTorch's variable-length attention takes fewer key heads than query heads: 2.14 does, 2.11 does not."""
-    return Version(version("torch")) >= Version("2.14")
+    return Kernels(fused, fused and strategy != "zero3")
 
 
 def _open_settings(recipe: Recipe, strategy: str, shape: ModelShape) -> Iterator[Settings]:

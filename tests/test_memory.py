@@ -57,7 +57,11 @@ def test_a_layer_is_planned_to_keep_the_bytes_that_autograd_saves(
     use_packed_attention(base)
     keys = use_sample_dropout(base.model.language_model, 1)
     load = load_of(recipe, shape_in(recipe), "single", 1, Kernels())
-    assert saved_bytes(model, keys, torch.device("cpu")) == pytest.approx(layer_bytes(load), abs=1)
+    try:
+        saved = saved_bytes(model, keys, torch.device("cpu"))
+    finally:
+        torch.set_autocast_enabled("cpu", False)  # autocast leaves behind what it was told it found
+    assert saved == pytest.approx(layer_bytes(load), abs=1)
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     assert planned_parameters(load) == count
 

@@ -73,7 +73,7 @@ from trainer.agreement import (
 from trainer.data.collate import Encoder
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import FeatureCache, describe, open_cache
-from trainer.model.base import add_lora, load_base
+from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
 from trainer.prepare import prepare
@@ -444,7 +444,13 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
 
     def finish() -> PlannedTrainer:
         kept = open_features(task.recipe, model, encoder.processor)
-        return build_trainer(model, task, replace(encoder, features=kept), watch, resumed_at)
+        return build_trainer(
+            model,
+            task,
+            replace(encoder, features=kept, pixels=DTYPES[task.recipe.model.dtype]),
+            watch,
+            resumed_at,
+        )
 
     return together(finish)
 

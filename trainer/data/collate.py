@@ -90,13 +90,15 @@ class PackedBatch(TypedDict):
 class Encoder:
     """Turns rows into samples with the base model's processor.
 
-    `features`: an image that is there is neither decoded nor processed.
+    `features`: an image that is there is neither decoded nor processed; `pixels`: dtype of the others' patches, the
+    tower's own, to which it would round them anyway.
     """
 
     processor: Qwen2VLProcessor
     system_message: str
     loss: str
     features: FeatureCache | None = None
+    pixels: torch.dtype = torch.float32
 
     def __call__(self, row: Row) -> Sample:
         """Encode one row.
@@ -113,7 +115,7 @@ class Encoder:
             encoded = self.processor(
                 text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
             )
-            input_ids, pixels = encoded["input_ids"][0], encoded["pixel_values"]
+            input_ids, pixels = encoded["input_ids"][0], encoded["pixel_values"].to(self.pixels)
             grid = tuple(encoded["image_grid_thw"][0].tolist())
         labels = input_ids.clone()
         if self.loss == "answer":

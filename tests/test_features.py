@@ -21,7 +21,16 @@ from launch.recipe import Recipe, altering_values, recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.features.file import HEADER_BYTES, Features, Kind
 from trainer.features.identity import MEANING, differences, facts_of, tower_digest
-from trainer.features.store import FeatureCache, FullError, bound_of, describe, name_of, open_cache, root_of
+from trainer.features.store import (
+    FeatureCache,
+    FullError,
+    bound_of,
+    describe,
+    name_of,
+    open_cache,
+    remove_unused,
+    root_of,
+)
 from trainer.features.writer import QUEUED, FeatureWriter
 
 KIND = Kind(b"k" * 16, torch.bfloat16, hidden=24, merge=2)
@@ -271,8 +280,12 @@ def test_features_in_memory_live_as_long_as_their_users(
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert mine.folder.is_dir()
+    remove_unused(mine=mine.folder)
+    assert mine.folder.is_dir()
     later = open_cache("memory", replace(KIND, key=b"o" * 16), {})
     assert not mine.folder.exists()  # nobody was left to remove it
+    remove_unused()
+    assert later.folder.is_dir()
     later.close()
     assert list(tmp_path.iterdir()) == []
 

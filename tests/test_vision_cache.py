@@ -26,6 +26,7 @@ from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
 STEPS = 9  # of 8 samples: a little more than an epoch of 60
+DISTINCT = SPLIT_SIZES["train"] + SPLIT_SIZES["val"]
 NEEDED = STEPS * 8 + 3 * SPLIT_SIZES["val"]
 
 
@@ -68,47 +69,30 @@ def _of_images(caplog: pytest.LogCaptureFixture) -> tuple[int, int, int]:
     return there, needed, added
 
 
-def test_runs_with_kept_features_are_the_run_without(
-    world: Path,
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.fixture(scope="module")
+def off(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.train.open_cache", lambda *_: pytest.fail("a cache was opened"))
+        return _train(world, tmp_path_factory.mktemp("off"), "off", "off")
+
+
+def _assert_same(run: Path, off: Path) -> None:
+    loss, weights = apart(run, off)
+    print(f"{run.name}: losses within {loss:.1e} relative, adapters within {weights:.1e}")
+    assert max(loss, weights) <= 1e-6
+    for line, expected in zip(evaluations_of(run), evaluations_of(off), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_a_run_that_fills_features_in_memory_is_the_run_without_and_leaves_none(
+    world: Path, off: Path, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing kept, everything kept, half of it kept, and in memory."""
     caplog.set_level(logging.INFO, "trainer")
-    off = _train(world, tmp_path, "off", "off")
-    assert not place.exists()
-    distinct = SPLIT_SIZES["train"] + SPLIT_SIZES["val"]
-
-    def same(name: str, vision_cache: str) -> tuple[int, int, int]:
-        run = _train(world, tmp_path, name, vision_cache)
-        loss, weights = apart(run, off)
-        print(f"{name}: losses within {loss:.1e} relative, adapters within {weights:.1e}")
-        assert max(loss, weights) <= 1e-6
-        for line, expected in zip(evaluations_of(run), evaluations_of(off), strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        return _of_images(caplog)
-
-    there, needed, added = same("misses", "disk")
-    assert (needed, added) == (NEEDED, distinct)
+    _assert_same(_train(world, tmp_path, "memory", "memory"), off)
+    there, needed, added = _of_images(caplog)
+    assert (needed, added) == (NEEDED, DISTINCT)
     assert there >= 2 * SPLIT_SIZES["val"]  # the second and third evaluation's
-    assert len(_files(place)) == distinct
-
-    with monkeypatch.context() as forbidding:
-        _forbid(forbidding)
-        assert same("hits", "disk") == (NEEDED, NEEDED, 0)
-
-    for file in sorted(_files(place))[::2]:
-        file.unlink()
-    there, needed, added = same("mixed", "disk")
-    assert distinct / 2 <= there < needed
-    assert added == distinct // 2
-
-    shutil.rmtree(place)
-    there, needed, added = same("memory", "memory")
-    assert added == distinct
-    assert there > 0
     assert not list(place.rglob("*"))
 
 
@@ -164,44 +148,62 @@ def _prepared(recipe: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_prepare_fills_the_cache_and_goes_on_where_it_was(
+def test_prepare_fills_the_cache_for_runs_and_goes_on_where_it_was(
     world: Path,
+    off: Path,
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Then a run that finds every image, and one that finds half of them."""
     recipe = _write(world, tmp_path / "disk.yaml", "disk")
-    distinct = SPLIT_SIZES["train"] + SPLIT_SIZES["val"]
     said = _prepared(recipe, capsys)
-    assert f"{distinct} images, 0 of them are in {place}/disk/" in said
-    assert f"{distinct} to compute on cpu, " in said
-    files = _files(place)
-    assert len(files) == distinct
-    needed = sum(file.stat().st_size for file in files)
+    assert f"{DISTINCT} images, {DISTINCT} of them to compute on cpu: 0.2 MB" in said
+    assert f"images are in {place}/disk/" in said
+    files = sorted(_files(place))
+    assert len(files) == DISTINCT
     for file in files[:5]:
         file.unlink()
     stamps = {file: file.stat().st_mtime_ns for file in files[5:]}
-    assert "5 to compute on cpu" in _prepared(recipe, capsys)
+    assert "5 of them to compute on cpu" in _prepared(recipe, capsys)
     assert {file: file.stat().st_mtime_ns for file in files[5:]} == stamps
-    assert len(_files(place)) == distinct
+    assert sorted(_files(place)) == files
 
     caplog.set_level(logging.INFO, "trainer")
     with monkeypatch.context() as forbidding:
         _forbid(forbidding)
-        run = _train(world, tmp_path, "filled", "disk")
+        _assert_same(_train(world, tmp_path, "hits", "disk"), off)
     assert _of_images(caplog) == (NEEDED, NEEDED, 0)
-    assert max(apart(run, _train(world, tmp_path, "off", "off"))) <= 1e-6
 
+    for file in files[::2]:
+        file.unlink()
+    _assert_same(_train(world, tmp_path, "mixed", "disk"), off)
+    there, needed, added = _of_images(caplog)
+    assert DISTINCT / 2 <= there < needed
+    assert added == DISTINCT // 2
+    assert sorted(_files(place)) == files
+
+
+def test_prepare_states_what_it_needs_and_refuses_what_does_not_fit(
+    world: Path,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = _write(world, tmp_path / "off.yaml", "off")
+    assert "; a run uses them with --set data.vision_cache=disk" in _prepared(recipe, capsys)
+    needed = sum(file.stat().st_size for file in _files(place))
     shutil.rmtree(place)
     monkeypatch.setenv("SAMESTEP_VISION_CACHE_GB", str((needed - 1) / 1e9))
     assert prepare_main([str(recipe), "--vision", "--quiet"]) == 2
-    assert "SAMESTEP_VISION_CACHE_GB: " in capsys.readouterr().err
+    assert "SAMESTEP_VISION_CACHE_GB: 0.2 MB more are needed" in capsys.readouterr().err
     assert _files(place) == []
     monkeypatch.setenv("SAMESTEP_VISION_CACHE_GB", str(needed / 1e9))
-    _prepared(_write(world, tmp_path / "off.yaml", "off"), capsys)
-    assert len(_files(place)) == distinct
+    _prepared(recipe, capsys)
+    assert len(_files(place)) == DISTINCT
 
 
 def test_prepare_refuses_to_fill_what_ends_with_the_run(

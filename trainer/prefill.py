@@ -24,7 +24,7 @@ from trainer.data.chartqa import Rows, decode_image, open_split
 from trainer.data.collate import cumulative, data_workers
 from trainer.features.file import Features
 from trainer.features.identity import facts_of, kind_of
-from trainer.features.store import SPARED, FeatureCache, FullError, gigabytes, name_of, open_cache
+from trainer.features.store import SPARED, FeatureCache, FullError, describe, gigabytes, name_of, open_cache
 from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.vision import image_features
@@ -34,6 +34,7 @@ PASS_TOKENS = 4096
 """Visual tokens that the tower takes together, but for a larger single image."""
 
 Report = Callable[[int, int], None]
+"""Told how many are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -46,44 +47,85 @@ class Wanted:
     visual_tokens: int
 
 
-def fill(recipe: Recipe, index: Index, report: Report) -> list[str]:
-    """Compute and keep the features that training and its evaluations will want; `report` is told the images.
+_Encoded = tuple[Wanted, Tensor, tuple[int, int, int]]
+"""An image with its pixels and its patches in time, height and width."""
 
-    Returns what there is to say.
+
+@dataclass(frozen=True)
+class Filling:
+    """What is to be done: the images without features, and what computes and keeps them."""
+
+    recipe: Recipe
+    model: Qwen2VLForConditionalGeneration
+    cache: FeatureCache
+    rows: dict[SplitName, Rows]
+    processor: Any
+    images: int
+    missing: list[Wanted]
+    said: list[str]
+
+
+def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
+    """Which images training and its evaluations will want that have no features yet; `report` is told the samples.
 
     Raises:
-        ConfigError: they would not fit, before anything is computed.
+        ConfigError: they would not fit.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(recipe)
+    processor = load_processor(recipe).image_processor
     model = load_base(recipe, device, layers=False)
-    facts = facts_of(recipe, model.model.visual, processor.image_processor)
+    facts = facts_of(recipe, model.model.visual, processor)
     cache = open_cache("disk", kind_of(model.model.visual, facts), facts)
-    cache.recount()
-    rows = {split: open_split(recipe, split) for split in ("train", "validation")}
-    images = list(_wanted(recipe, index, rows))
+    try:
+        cache.recount()
+    except OSError as error:
+        raise ConfigError(
+            f"SAMESTEP_VISION_CACHE: {cache.folder} cannot be written ({error.strerror or error}); give permission, "
+            "or name another folder"
+        ) from error
+    rows: dict[SplitName, Rows] = {
+        "train": open_split(recipe, "train"),
+        "validation": open_split(recipe, "validation"),
+    }
+    images = list(_wanted(recipe, index, rows, report))
     missing = [image for image in images if not cache.holds(image.name)]
     needed = sum(cache.kind.bytes_of(image.visual_tokens) for image in missing)
-    print(
-        f"vision features: {len(images)} images, {len(images) - len(missing)} of them are in {cache.folder}; "
-        f"{len(missing)} to compute on {device.type}, {gigabytes(needed)}",
-        flush=True,
-    )
     _refuse_want_of_room(cache, needed)
-    prepare_tower(model, DTYPES[compute_dtype_of(recipe)])
-    _compute(model, cache, missing, _Pixels(rows, missing, processor.image_processor), report)
-    return [
-        f"vision features of {len(images)} images are in {cache.folder} ({gigabytes(cache.used_bytes())} there)"
+    said = [
+        *describe(cache, facts),
+        f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
+        f"{gigabytes(needed)}",
     ]
+    return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
 
 
-def _wanted(recipe: Recipe, index: Index, rows: dict[str, Rows]) -> Iterator[Wanted]:
+def fill(filling: Filling, report: Report) -> None:
+    """Compute and keep what is missing; `report` is told the images whose files are there.
+
+    Raises:
+        RunError: the disk does not take them.
+    """
+    prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
+    pixels = _Pixels(filling.rows, filling.missing, filling.processor)
+    loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
+    together: list[_Encoded] = []
+    count = len(filling.missing)
+    for number, (wanted, (values, grid)) in enumerate(zip(filling.missing, loader, strict=True), 1):
+        together.append((wanted, values, grid))
+        if number == count or sum(wanted.visual_tokens for wanted, _, _ in together) >= PASS_TOKENS:
+            _keep(filling.model, filling.cache, together)
+            report(number, count)
+            together = []
+
+
+def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: Report) -> Iterator[Wanted]:
     """Every distinct image of the training split and of the samples that evaluations see."""
     chosen: dict[SplitName, Sequence[int]] = {
         "train": range(len(index.splits["train"])),
         "validation": validation_samples(recipe, index).tolist(),
     }
     seen: set[str] = set()
+    total, done = sum(map(len, chosen.values())), 0
     for split, samples in chosen.items():
         facts = index.splits[split]
         for sample in samples:
@@ -92,6 +134,9 @@ def _wanted(recipe: Recipe, index: Index, rows: dict[str, Rows]) -> Iterator[Wan
             if name not in seen:
                 seen.add(name)
                 yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+            done += 1
+            if done % 256 == 0 or done == total:
+                report(done, total)
 
 
 def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
@@ -116,7 +161,7 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
 class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
     """The processed pixels [P, patch features] and grid of each wanted image."""
 
-    def __init__(self, rows: dict[str, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
+    def __init__(self, rows: dict[SplitName, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
         self._rows, self._wanted, self._processor = rows, wanted, processor
 
     def __len__(self) -> int:
@@ -130,31 +175,12 @@ class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
         return encoded["pixel_values"], (time, height, width)
 
 
-def _compute(
-    model: Qwen2VLForConditionalGeneration,
-    cache: FeatureCache,
-    missing: Sequence[Wanted],
-    pixels: _Pixels,
-    report: Report,
-) -> None:
-    """The tower over all missing images, some at a time; an image's file is there before it is reported."""
-    loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
-    together: list[tuple[Wanted, Tensor, tuple[int, int, int]]] = []
-    tokens = 0
-    for number, (wanted, (values, grid)) in enumerate(zip(missing, loader, strict=True), 1):
-        together.append((wanted, values, grid))
-        tokens += wanted.visual_tokens
-        if tokens >= PASS_TOKENS or number == len(missing):
-            _keep(model, cache, together)
-            report(number, len(missing))
-            together, tokens = [], 0
-
-
 def _keep(
     model: Qwen2VLForConditionalGeneration,
     cache: FeatureCache,
-    together: Sequence[tuple[Wanted, Tensor, tuple[int, int, int]]],
+    together: Sequence[_Encoded],
 ) -> None:
+    """The tower over some images at once, and a file for each."""
     grids = torch.tensor([grid for _, _, grid in together])
     lengths = tuple(height * width for time, height, width in grids.tolist() for _ in range(time))
     features = image_features(

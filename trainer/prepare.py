@@ -38,7 +38,7 @@ from launch.recipe import EMBEDDED, Recipe, load_recipe
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
-from trainer.prefill import fill
+from trainer.prefill import fill, survey
 from trainer.pretrained import fetch_base, load_processor
 from trainer.speech import complain, speak_plainly
 
@@ -184,8 +184,8 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
     )
 
 
-def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> list[str]:
-    """Compute the features of every image that a run will want, and keep them on disk; returns what there is to say.
+def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None:
+    """Compute the features of every image that a run will want, and keep them on disk.
 
     Raises:
         ConfigError: the recipe keeps them in memory, or they find no room.
@@ -196,10 +196,15 @@ def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> list
             "data.vision_cache=disk"
         )
     with _progress(quiet) as progress:
-        said = fill(recipe, index, _Report(progress, "computing vision features"))
-    if recipe.data.vision_cache == "off":
-        said.append("a run uses them with --set data.vision_cache=disk")
-    return said
+        filling = survey(recipe, index, _Report(progress, "looking at the images"))
+    print("\n".join(filling.said), flush=True)
+    if filling.missing:
+        with _progress(quiet) as progress:
+            fill(filling, _Report(progress, "computing vision features"))
+    advice = (
+        "; a run uses them with --set data.vision_cache=disk" if recipe.data.vision_cache == "off" else ""
+    )
+    print(f"vision features of {filling.images} images are in {filling.cache.folder}{advice}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,9 +227,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         index = prepare(recipe, quiet=options.quiet)
-        said = prepare_vision(recipe, index, quiet=options.quiet) if options.vision else []
+        _say_prepared(recipe, index)
+        if options.vision:
+            prepare_vision(recipe, index, quiet=options.quiet)
     except SamestepError as error:
         return complain(error)
+    except KeyboardInterrupt:  # what is there stays; started again, it goes on
+        return 130
+    return 0
+
+
+def _say_prepared(recipe: Recipe, index: Index) -> None:
     counts = ", ".join(f"{len(index.splits[split])} {split}" for split in SPLITS)
     tokens = index.splits["train"].tokens
     print(
@@ -233,9 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if (dropped := index.path / "dropped_rows.jsonl").is_file():
         print(f"dropped rows are listed in {dropped}")
-    for line in said:
-        print(line)
-    return 0
 
 
 if __name__ == "__main__":

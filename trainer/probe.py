@@ -75,7 +75,7 @@ def holds_largest(trainer: PlannedTrainer) -> bool:
     split = trainer.index.splits["train"]
     chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
     packed = together(
-        lambda: assemble(open_split(trainer.recipe, "train"), split, trainer.encoder, chosen, 0, 1)
+        lambda: assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
     )
     device = trainer.args.device
     try:

@@ -154,6 +154,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
+        self._wait_for_threads()  # data workers are forked, and must not inherit a lock
         asked = self.plan.data_workers
         return Loader(
             batches,
@@ -172,6 +173,17 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         mine = deal(chosen, split.tokens, costs, self.args.world_size, budget)[self.args.process_index]
         batches = EvaluationBatches(open_split(self.recipe, "validation"), split, self.encoder, mine)
         return self._loader(batches, range(len(batches)))
+
+    @property
+    def computing_encoder(self) -> Encoder:
+        """Every image through the tower, kept or not: the tower is guarded too, and the largest need is with it."""
+        return replace(self.encoder, features=None)
+
+    def _wait_for_threads(self) -> None:
+        """Until nothing is being written beside this thread."""
+        self.publisher.wait()
+        if self.features:
+            self.features.wait()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         device = self.args.device
@@ -196,6 +208,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self._say_labels(inputs)
         if self._out_of_memory:  # known to all in this step's reduction
             return self._give_up_step()
+        self._count_images(inputs)
         try:
             with self.engine.keep_gradients(self.accelerator, model):
                 return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
@@ -205,6 +218,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.watch.fail(error)
         self._out_of_memory = True
         return self._give_up_step()
+
+    def _count_images(self, inputs: Any) -> None:
+        self._images[0] += len(inputs["inputs"]["text_lengths"])
+        self._images[1] += len(inputs["inputs"]["fresh_grids"])
 
     def _give_up_step(self) -> Tensor:
         """Free what a failed micro-batch left; take part in the step's reduction, which tells the other ranks."""
@@ -240,8 +257,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """Sum over the micro-batch's target tokens, divided by the target tokens of the whole step."""
-        self._images[0] += len(inputs["inputs"]["text_lengths"])
-        self._images[1] += len(inputs["inputs"]["fresh_grids"])
         outputs = model(**inputs["inputs"])
         return cast(Tensor, -outputs.log_probs.sum() / inputs["step_target_tokens"])
 
@@ -356,7 +371,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.agreed.stop:
             self.evaluation_given_up = True
             return {}
-        self.wait_for_threads()  # data workers are forked
         self.model.eval()
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         samples = 0
@@ -368,6 +382,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
             inputs = self._prepare_inputs(batch)
+            self._count_images(inputs)
             sums[0] += self._loss(self.model, inputs)
             sums[1] += inputs["inputs"]["shift_labels"].numel()
             samples += len(batch["samples"])
@@ -487,8 +502,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Log-probabilities of the targets of the shortest training sample, on the CPU. All ranks at once."""
         split = self.index.splits["train"]
         batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
-        whole = replace(self.encoder, features=None)  # the tower too is what it was
-        packed = assemble(open_split(self.recipe, "train"), split, whole, batch, -1, 1)
+        packed = assemble(open_split(self.recipe, "train"), split, self.computing_encoder, batch, -1, 1)
         was_training = model.training
         model.eval()
         answers: Tensor = model(**self._prepare_inputs(packed)["inputs"]).log_probs
@@ -525,12 +539,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: every step seeds itself."""
-
-    def wait_for_threads(self) -> None:
-        """Until nothing is being written to disk beside this thread."""
-        self.publisher.wait()
-        if self.features:
-            self.features.wait()
 
     def finish(self) -> None:
         """At the end of an attempt, while the run is still ours and signals are wishes."""

@@ -72,7 +72,7 @@ from trainer.agreement import (
 )
 from trainer.data.collate import Encoder
 from trainer.features.identity import facts_of, kind_of
-from trainer.features.store import FeatureCache, describe, open_cache
+from trainer.features.store import FeatureCache, describe, open_cache, remove_unused
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
@@ -458,6 +458,8 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
 def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:
     """The cache of vision features that the recipe asks for; `model` is as it was loaded."""
     place = recipe.data.vision_cache
+    if place != "memory":
+        remove_unused()
     if place == "off":
         return None
     tower = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.visual

@@ -6,8 +6,8 @@
     ROOT/KEY/ab/ab12...     one image's features (`trainer.features.file`)
 
 `disk`: ROOT is `vision` in SAMESTEP_CACHE. `memory`: a folder in /dev/shm, of which the last user removes what it used;
-what a killed one left goes when the next run begins, because the system has let go of its lock. Both:
-SAMESTEP_VISION_CACHE names another folder, SAMESTEP_VISION_CACHE_GB another bound.
+what a killed one left goes when the next run begins, whatever that keeps, because the system has let go of its lock.
+Both: SAMESTEP_VISION_CACHE names another folder, SAMESTEP_VISION_CACHE_GB another bound.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
             aside.write_text(json.dumps(facts, indent=1, sort_keys=True))
             aside.rename(about)
     if place == "memory":
-        _remove_unused(root, folder)
+        remove_unused(mine=folder)
     return found
 
 
@@ -308,14 +308,16 @@ def _join(folder: Path) -> IO[bytes]:
         users.close()
 
 
-def _remove_unused(root: Path, mine: Path) -> None:
-    """Remove features in memory whose users have all died."""
-    for folder in _folders(root):
+def remove_unused(mine: Path | None = None) -> None:
+    """Remove features in memory whose users have all died, but for those in `mine`."""
+    for folder in _folders(root := root_of("memory")):
         if folder == mine:
             continue
         with contextlib.suppress(OSError), (folder / "users").open("ab") as users:
             if _lock_now(users, fcntl.LOCK_EX) and _is_still(users, folder / "users"):
                 shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 def _lock_now(file: IO[bytes], kind: int) -> bool:

@@ -74,9 +74,8 @@ def holds_largest(trainer: PlannedTrainer) -> bool:
     """Forward and backward of a micro-batch as full as any of the run, on this rank: whether its memory suffices."""
     split = trainer.index.splits["train"]
     chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    packed = together(
-        lambda: assemble(open_split(trainer.recipe, "train"), split, trainer.encoder, chosen, 0, 1)
-    )
+    fresh = replace(trainer.encoder, features=None)  # a cache may have nothing of these images
+    packed = together(lambda: assemble(open_split(trainer.recipe, "train"), split, fresh, chosen, 0, 1))
     device = trainer.args.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -192,7 +192,7 @@ def run_case(
         (
             Packed(
                 inputs["input_ids"].numel(),
-                inputs["image_positions"].numel(),
+                inputs["fresh_positions"].numel(),
                 inputs["scored_positions"].numel(),
             )
             for inputs in batches

@@ -155,13 +155,16 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
         self._wait_for_threads()  # data workers are forked, and must not inherit a lock
-        asked = self.plan.data_workers
+        asked, plan = self.plan.data_workers, self.plan
+        samples = plan.global_batch_size / plan.world_size / plan.micro_batches
         return Loader(
             batches,
             numbers,
             total=len(batches),
             workers=data_workers(self.plan.gpus_per_node) if asked is None else asked,
             pin_memory=self.args.device.type == "cuda",
+            # Pixels of 16 samples are 0.2 GB of shared memory.
+            ahead=max(1, min(4, round(16 / samples))),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:

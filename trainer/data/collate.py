@@ -380,11 +380,18 @@ class Loader:
     """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one).
 
     Its length is that of the whole run, `total`: `Trainer` derives the steps of its one "epoch" from it, also when
-    the run is resumed in the middle.
+    the run is resumed in the middle. `ahead`: micro-batches that each worker has ready or in work.
     """
 
     def __init__(
-        self, batches: _Batches, numbers: range, *, total: int, workers: int, pin_memory: bool
+        self,
+        batches: _Batches,
+        numbers: range,
+        *,
+        total: int,
+        workers: int,
+        pin_memory: bool,
+        ahead: int = 4,
     ) -> None:
         self._total = total
         if workers:
@@ -395,7 +402,7 @@ class Loader:
             batch_size=None,
             sampler=_Numbers(numbers),
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=ahead if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
         )

@@ -94,6 +94,20 @@ def test_fused_kernels_give_the_losses_and_gradients_of_plain_ones(
     assert apart < 3e-2
 
 
+def test_recomputed_layers_keep_nothing_but_their_input(recipe: Recipe, inputs: dict[str, Any]) -> None:
+    kept = {}
+    for every in (0, 1):
+        model = add_lora(load_base(recipe, torch.device("cuda", 0)), recipe).train()
+        prepare_training(model, recipe, compute_dtype=BFLOAT16, recompute_every=every)
+        compute_in(model, BFLOAT16)
+        given = {key: value for key, value in inputs.items() if key != "shift_labels"}
+        before = torch.cuda.memory_allocated()
+        output = model(**given).logits
+        kept[every] = torch.cuda.memory_allocated() - before
+        del output
+    assert kept[1] < kept[0] / 2
+
+
 def test_a_step_reads_nothing_back_from_the_device(recipe: Recipe, inputs: dict[str, Any]) -> None:
     model = add_lora(load_base(recipe, torch.device("cuda", 0)), recipe).train()
     prepare_training(model, recipe, compute_dtype=BFLOAT16, resident_weights=True)

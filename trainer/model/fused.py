@@ -8,12 +8,13 @@ replaces the `forward` of single modules of one model: other models in the proce
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.rope import LigerRopeFunction, rope_forward
@@ -81,7 +82,18 @@ def rms_norm(module: Any, hidden: Tensor) -> Tensor:
 
 
 def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """`Qwen2VLDecoderLayer.forward`: the attention's residual is added in the kernel of the norm after it."""
+    """`Qwen2VLDecoderLayer.forward`: computed again in the backward pass where the layer is asked to.
+
+    transformers 5.23 recomputes in the class's own `forward` (`GradientCheckpointingLayer`), which this replaces.
+    """
+    if module.gradient_checkpointing and module.training:
+        again = partial(_decoder_layer, module, **kwargs)
+        return cast(Tensor, module._gradient_checkpointing_func(again, hidden_states))
+    return _decoder_layer(module, hidden_states, **kwargs)
+
+
+def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The attention's residual is added in the kernel of the norm after it."""
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
     norm = module.post_attention_layernorm
     normed, residual = LigerFusedAddRMSNormFunction.apply(
@@ -92,10 +104,8 @@ def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
-    return cast(
-        Tensor,
-        module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden))),
-    )
+    gate, up = linears(hidden, (module.gate_proj, module.up_proj))
+    return cast(Tensor, module.down_proj(LigerSiLUMulFunction.apply(gate, up)))
 
 
 def text_attention(
@@ -109,9 +119,8 @@ def text_attention(
     if segments is None:
         return NotImplemented
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
-    query, key, value = (
-        projection(hidden_states).view(heads) for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = (tensor.view(heads) for tensor in projected)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     output = varlen(
         query[0].transpose(0, 1),
@@ -158,33 +167,67 @@ def quick_gelu(_: nn.Module, x: Tensor) -> Any:
     return kernels.quick_gelu(x)
 
 
-# --- LoRA ------------------------------------------------------------------------------------------------------------
+# --- linear layers and their LoRA ---------------------------------------------------------------------------------
 
 
-def _takes_lora(module: LoraLayer) -> bool:
+@dataclass(frozen=True)
+class _Layer:
+    """What a linear layer and its adapter are besides tensors; `rank` 0: it has none.
+
+    `packed`: the quantization state of a 4-bit weight, else None; of 65536 draws `dropped` are not kept.
+    """
+
+    packed: Any = None
+    rank: int = 0
+    scaling: float = 0.0
+    dropped: int = 0
+
+
+def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
+    read = [_read(module, x) for module in modules]
+    if any(each is None for each in read):
+        return tuple(module(x) for module in modules)
+    layers, tensors = zip(*cast(Any, read), strict=True)
+    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *(each for group in tensors for each in group)))
+
+
+def lora_linear(module: Any, x: Tensor) -> Any:
+    """PEFT's forward of a linear layer with one adapter: base(x) + scaling * up(down(dropout(x)))."""
+    return NotImplemented if _read(module, x) is None else linears(x, (module,))[0]
+
+
+def _takes_lora(module: Any) -> bool:
     """One plain adapter on a linear layer, of a rank whose tiles fit."""
     plain = len(module.lora_A) == 1 and not module.lora_variant
     rank = max(module.r.values(), default=0)
     return plain and rank <= kernels.LARGEST_RANK and isinstance(module.base_layer, nn.Linear)
 
 
-def lora_linear(module: Any, x: Tensor) -> Any:
-    """PEFT's forward of a linear layer with one adapter: base(x) + scaling * up(down(dropout(x)))."""
-    (adapter,) = module.lora_A
-    if module.disable_adapters or module.merged or module.active_adapters != [adapter]:
-        return NotImplemented
-    base = module.base_layer
-    packed = None
-    if isinstance(base, Linear4bit):  # FSDP2's gathered weight has lost it, the module has it
-        packed = getattr(base.weight, "quant_state", None) or base.quant_state
+def _read(module: Any, x: Tensor) -> tuple[_Layer, tuple[Tensor | None, ...]] | None:
+    """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
+    if hasattr(module.weight, "ds_id"):
+        return None  # ZeRO-3 brings the weights together when the module itself is called
+    if not isinstance(module, LoraLayer):
+        return _Layer(_quantization_of(module)), (module.weight, module.bias, None, None, None)
+    if not _takes_lora(module):
+        return None
+    layer: Any = module
+    (adapter,) = layer.lora_A
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
+        return None
     rows, dropped = None, 0
-    dropout = module.lora_dropout[adapter]
-    if isinstance(dropout, SampleDropout) and module.training and dropout.dropped:
+    dropout = layer.lora_dropout[adapter]
+    if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
-    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return _LoraLinear.apply(
-        x, base.weight, base.bias, down, up, module.scaling[adapter], packed, rows, dropped
-    )
+    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    facts = _Layer(_quantization_of(base), len(down), layer.scaling[adapter], dropped)
+    return facts, (base.weight, base.bias, down, up, rows)
+
+
+def _quantization_of(base: Any) -> Any:
+    """FSDP2's gathered weight has lost its quantization state, the module has it."""
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
 
 
 def _matrix(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
@@ -194,57 +237,67 @@ def _matrix(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """One frozen linear layer and its adapter. Saves x, the adapter and `down(dropout(x))`, and no mask.
+_TENSORS = 5  # of each layer: weight, bias, down, up, row keys
+
+
+class _Linears(torch.autograd.Function):
+    """Frozen linear layers of one input, and their adapters. Saves x, adapters and `down(dropout(x))`, and no mask.
 
     Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
-        packed: Any,
-        rows: Tensor | None,
-        dropped: int,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: Sequence[_Layer], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).contiguous()
-            rank, channels = down.shape
-            down_padded = flat.new_zeros(kernels.padded_rank(rank), channels)
-            down_padded[:rank] = down
-            mask = _mask_of(flat, rows, dropped)
-            inner = kernels.project(flat, down_padded, *mask)
-            output = linear(
-                flat, _matrix(weight, packed, x.dtype), None if bias is None else bias.to(x.dtype)
-            )
-            output.addmm_(inner[:, :rank], up.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, weight, down_padded, up, inner, rows)
-        ctx.facts = (scaling, packed, dropped, rank)
-        return output.view(*x.shape[:-1], -1)
+            for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
+                matrix = _matrix(weight, layer.packed, x.dtype)
+                output = linear(flat, matrix, None if bias is None else bias.to(x.dtype))
+                padded = inner = None
+                if layer.rank:
+                    padded = flat.new_zeros(kernels.padded_rank(layer.rank), flat.shape[1])
+                    padded[: layer.rank] = down
+                    inner = kernels.project(flat, padded, *_mask_of(flat, rows, layer.dropped))
+                    output.addmm_(inner[:, : layer.rank], up.to(x.dtype).t(), alpha=layer.scaling)
+                outputs.append(output.view(*x.shape[:-1], -1))
+                saved += [weight, padded, up, rows, inner]
+        ctx.save_for_backward(flat if any(layer.rank for layer in layers) else None, *saved)
+        ctx.layers = layers
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, down_padded, up, inner, rows = ctx.saved_tensors
-        scaling, packed, dropped, rank = ctx.facts
-        with torch.autocast(flat.device.type, enabled=False):
-            gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-            mask = _mask_of(flat, rows, dropped)
-            of_up = gradient.t().mm(inner[:, :rank]).float().mul_(scaling)
-            of_inner = flat.new_zeros(len(flat), len(down_padded))
-            of_inner[:, :rank] = gradient.mm(up.to(gradient.dtype)).mul_(scaling)
-            of_down = kernels.adapter_gradient(flat, of_inner, *mask)[:rank]
-            of_x = None
-            if ctx.needs_input_grad[0]:
-                of_x = gradient.mm(_matrix(weight, packed, gradient.dtype))
-                kernels.add_back(of_x, of_inner, down_padded, *mask)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        flat, *saved = ctx.saved_tensors
+        of_x: Tensor | None = None
+        of_inners: list[tuple[Any, ...]] = []
+        of_adapters: list[Tensor | None] = []
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            for layer, group, each in zip(ctx.layers, _groups(saved), gradients, strict=True):
+                weight, padded, up, rows, inner = group
+                gradient = each.reshape(-1, each.shape[-1])
+                of_down = of_up = None
+                if layer.rank:
+                    mask = _mask_of(flat, rows, layer.dropped)
+                    of_up = gradient.t().mm(inner[:, : layer.rank]).float().mul_(layer.scaling)
+                    of_inner = flat.new_zeros(len(flat), len(padded))
+                    of_inner[:, : layer.rank] = gradient.mm(up.to(gradient.dtype)).mul_(layer.scaling)
+                    of_down = kernels.adapter_gradient(flat, of_inner, *mask)[: layer.rank]
+                    of_inners.append((of_inner, padded, *mask))
+                of_adapters += [None, None, of_down, of_up, None]
+                if ctx.needs_input_grad[0]:
+                    matrix = _matrix(weight, layer.packed, gradient.dtype)
+                    of_x = gradient.mm(matrix) if of_x is None else of_x.addmm_(gradient, matrix)
+            if of_x is not None:
+                for part in of_inners:
+                    kernels.add_back(of_x, *part)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
-        return of_x, None, None, of_down, of_up, None, None, None, None
+        return of_x, None, *of_adapters
+
+
+def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    return [tensors[at : at + _TENSORS] for at in range(0, len(tensors), _TENSORS)]
 
 
 def _mask_of(flat: Tensor, rows: Tensor | None, dropped: int) -> tuple[Tensor, Tensor, int, float]:

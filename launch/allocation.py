@@ -16,10 +16,11 @@ from pathlib import Path
 
 from launch import ledger, start
 from launch.errors import ConfigError, RunError, SamestepError
-from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
+from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.plan import Plan
 from launch.recipe import find_recipe, load_recipe
 from launch.resources import resource
+from launch.rules import refuse_machine
 from launch.run_directory import (
     RunDirectory,
     clear_markers,
@@ -77,6 +78,9 @@ def begin(options: argparse.Namespace) -> int:
     if plan is None:
         _say(f"{run.path}: done already, adapter in {run.adapter}")
         return 0
+    refuse_machine(
+        load_recipe(run.recipe_file), plan.strategy, compute_capability() if plan.device == "cuda" else None
+    )  # where it was submitted, other packages and GPUs may have been
     wait_for_the_lock(run)  # before anything is written: another job of this run may be training
     close_open_attempt(run)
     reason = ledger.reason_to_give_up(ledger.read_ledger(run).attempts)

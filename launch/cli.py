@@ -26,6 +26,7 @@ from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 
 if TYPE_CHECKING:
+    from launch import start
     from launch.changes import Change
     from launch.index import Index
     from launch.plan import Plan
@@ -81,7 +82,7 @@ def plan(
     file = find_recipe(recipe)
     loaded = load_recipe(file, overrides)
     topology = start.for_gpus_of(start.choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
-    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = start.load_index(file, loaded, overrides)
     _show(start.plan_of(loaded, index, topology, loaded.name))
     _show_memory(loaded, index, topology)
@@ -179,21 +180,30 @@ def run(
         marker = start.join(request)
         _say(f"{marker.kind.lower()} ({marker.text})")
         return
-    request = start.take_over_foreign(request)
-    planned = start.plan_run(request)
     if dry_run:
+        planned = start.plan_run(start.take_over_foreign(request))
         _say_allowed(planned.changed)
         _show(planned.plan)
         _say(_shell(planned.command(machine)))
         return
+    with start.telling_others(request):
+        _run_here(request)
+
+
+def _run_here(request: start.RunRequest) -> None:
+    """Plan and train, on this machine or as the first of several."""
+    from launch import start
+
+    request = start.take_over_foreign(request)
+    planned = start.plan_run(request)
     with start.claim(planned, request):
-        if not fresh and start.is_done(planned):
+        if not request.fresh and start.is_done(planned):
             _say(
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
             )
             return
         _say_allowed(planned.changed)
-        if fresh and (old := start.move_aside(planned.run)):
+        if request.fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
         marker = start.execute_twice(planned, request)

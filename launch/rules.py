@@ -54,7 +54,8 @@ class Request:
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
     `longest`: tokens of the longest sample of the training and validation splits; `config`: of the launch, the
-    shipped file's by default; `capability`: of the GPUs that will be used, None where that is not known.
+    shipped file's by default; `capability`: of the GPUs that will be used, None where that is not known; `device`:
+    `cuda` or `cpu`, empty where that is not known; `packages_here`: what will run are this Python's packages.
     """
 
     recipe: Recipe
@@ -69,6 +70,8 @@ class Request:
     versions: Mapping[str, str] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     quant_storage: str = ""
+    device: str = ""
+    packages_here: bool = True
 
     @property
     def launch(self) -> LaunchConfig:
@@ -108,6 +111,16 @@ def single_is_one_process(request: Request) -> str | None:
     return (
         f"--strategy: single is one process ({request.world_size} asked for); "
         "use --strategy ddp, or --nodes 1 --gpus-per-node 1"
+    )
+
+
+def fsdp_has_gpus(request: Request) -> str | None:
+    """On CPUs accelerate makes ddp of fsdp, or runs that know nothing of each other, without an error."""
+    if request.strategy != "fsdp" or request.device != "cpu":
+        return None
+    return (
+        f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
+        "or look at a plan for GPUs elsewhere with `samestep submit --dry-run`"
     )
 
 
@@ -285,7 +298,9 @@ def deepspeed_uses_the_standard_launcher(request: Request) -> str | None:
 
 def deepspeed_can_be_imported(request: Request) -> str | None:
     """zero2 and zero3 are DeepSpeed's."""
-    if not request.strategy.startswith("zero") or find_spec("deepspeed") is not None:
+    if not request.packages_here or not request.strategy.startswith("zero"):
+        return None
+    if find_spec("deepspeed") is not None:
         return None
     return f"--strategy: {request.strategy} needs DeepSpeed, which is not installed; pip install deepspeed, or use fsdp"
 
@@ -302,6 +317,8 @@ def fsdp_stores_floats(request: Request) -> str | None:
 
 def versions_are_those_that_were_measured(request: Request) -> str | None:
     """Below these versions something that this relies on does not hold."""
+    if not request.packages_here:
+        return None
     found = request.versions or _installed()
     old = [
         f"{name} {found[name]} < {floor}"
@@ -325,14 +342,19 @@ def _installed() -> dict[str, str]:
 
 def gpu_computes_bfloat16(request: Request) -> str | None:
     """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
-    capability = request.capability
-    quantization = request.recipe.quantization
-    dtype = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else request.recipe.model.dtype
-    if capability is None or capability >= (8, 0) or dtype != "bfloat16":
+    capability, recipe = request.capability, request.recipe
+    if capability is None or capability >= (8, 0):
+        return None
+    # Also of a quantized base: embeddings, norms, output head and vision tower are not in 4 bits.
+    asked = {"model.dtype": recipe.model.dtype}
+    if recipe.quantization.load_in_4bit:
+        asked = {"quantization.bnb_4bit_compute_dtype": recipe.quantization.bnb_4bit_compute_dtype, **asked}
+    wrong = [key for key, dtype in asked.items() if dtype == "bfloat16"]
+    if not wrong:
         return None
     return (
-        f"quantization.bnb_4bit_compute_dtype: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
-        "(8.0 is needed); set it and model.dtype to float32, or use a newer GPU"
+        f"{', '.join(wrong)}: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
+        "(8.0 is needed); set to float32, or use a newer GPU"
     )
 
 
@@ -373,6 +395,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     strategy_is_available,
     topology_is_positive,
     single_is_one_process,
+    fsdp_has_gpus,
     every_process_gets_a_sample,
     sharded_weights_stay_packed,
     upload_is_available,
@@ -396,10 +419,13 @@ def refuse_topology(
     nodes: int,
     gpus_per_node: int,
     capability: tuple[int, int] | None = None,
+    device: str = "",
+    packages_here: bool = True,
 ) -> None:
     """ConfigError with all that can be said before the data is prepared, which may take long.
 
-    `capability`: of the GPUs that will be used, where they are those of this machine.
+    `capability`: of the GPUs that will be used, where they are those of this machine. `device`, `packages_here`: as
+    of `Request`.
     """
     request = Request(
         recipe,
@@ -411,6 +437,8 @@ def refuse_topology(
         budget=0,
         longest=0,
         capability=capability,
+        device=device,
+        packages_here=packages_here,
     )
     if problems := list(_broken(_early(request), request)):
         raise ConfigError(problems)
@@ -420,6 +448,15 @@ def refuse_config(recipe: Recipe, strategy: str, nodes: int, config: LaunchConfi
     """ConfigError with every rule that the configuration of a launch breaks."""
     request = Request(recipe, strategy, nodes, 1, samples=0, max_steps=0, budget=0, longest=0, config=config)
     if problems := list(_broken(CONFIG_RULES, request)):
+        raise ConfigError(problems)
+
+
+def refuse_machine(recipe: Recipe, strategy: str, capability: tuple[int, int] | None) -> None:
+    """ConfigError with what speaks against this machine's packages and GPUs, for a plan that another one made."""
+    request = Request(
+        recipe, strategy, 1, 1, samples=0, max_steps=0, budget=0, longest=0, capability=capability
+    )
+    if problems := list(_broken(MACHINE_RULES, request)):
         raise ConfigError(problems)
 
 

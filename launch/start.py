@@ -21,7 +21,7 @@ import psutil
 from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.changes import Change
 from launch.children import ChildError, call_module, processes_with, wait_for
-from launch.errors import ConfigError, RunError
+from launch.errors import ConfigError, RunError, SamestepError
 from launch.hardware import CPU_PROCESSES, compute_capability, first_visible_gpu, gpu_memory, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.manifest import MANIFEST, newest_valid
@@ -63,19 +63,24 @@ NEEDED_BYTES = 100 * 2**20
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
 JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
+OLD_REFUSAL_PATIENCE_S = 20.0  # for the first machine to begin anew, which takes its last refusal away
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How many processes of which strategy; `gpu_memory`: bytes of the smallest GPU, None where not known."""
+    """How many processes of which strategy.
+
+    `gpu_memory`: bytes of the smallest GPU, None where not known. `packages_here`: they run with this Python's packages.
+    """
 
     strategy: str
     nodes: int
     gpus_per_node: int
     device: str
     gpu_memory: int | None = None
+    packages_here: bool = True
 
     @property
     def world_size(self) -> int:
@@ -146,14 +151,6 @@ def for_gpus_of(topology: Topology, memory: str | None) -> Topology:
     return replace(topology, device="cuda", gpu_memory=parse_gpu_memory(memory))
 
 
-def refuse_fsdp_on_cpu(topology: Topology) -> None:
-    """ConfigError where accelerate 1.15 would make ddp of fsdp, or runs that know nothing of each other, in silence."""
-    if topology.strategy == "fsdp" and topology.device == "cpu":
-        raise ConfigError(
-            f"--strategy: fsdp needs GPUs ({topology.world_size} CPU processes asked for); use ddp, zero2 or zero3"
-        )
-
-
 def refuse_missing_gpus(topology: Topology) -> None:
     """ConfigError when this machine has fewer GPUs than processes are to be started, or none are."""
     present = gpus_present()
@@ -205,8 +202,15 @@ def check_request(request: RunRequest) -> CheckedRequest:
     if request.gpu_memory is not None and topology.device == "cuda":
         topology = for_gpus_of(topology, request.gpu_memory)
     here = compute_capability() if request.topology is None and topology.device == "cuda" else None
-    refuse_topology(recipe, topology.strategy, topology.nodes, topology.gpus_per_node, here)
-    refuse_fsdp_on_cpu(topology)
+    refuse_topology(
+        recipe,
+        topology.strategy,
+        topology.nodes,
+        topology.gpus_per_node,
+        here,
+        topology.device,
+        topology.packages_here,
+    )
     if request.topology is None:
         refuse_missing_gpus(topology)
     refuse_unwritable(run.path.parent)
@@ -329,6 +333,7 @@ def plan_of(
         started_from=continuation.started_from,
         gpu_memory=topology.gpu_memory,
         before=before,
+        packages_here=topology.packages_here,
     )
 
 
@@ -431,7 +436,7 @@ def join(request: RunRequest) -> Marker:
     """The part of a machine that is not the first: wait until that has written the run, then start processes here.
 
     What is launched follows the first machine's plan; the ranks compare plans before they begin. Raises as `execute`,
-    and ConfigError when the first machine writes nothing.
+    and ConfigError when the first machine is refused or writes nothing.
     """
     recipe = load_recipe(find_recipe(request.recipe), request.overrides)
     run = open_run(request.runs_dir, request.name or recipe.name)
@@ -466,14 +471,64 @@ def _wait_for_request(run: RunDirectory) -> None:
     """Until the first machine, which holds the run's name, has written what it wants; ConfigError when it does not."""
     if not _is_requested(run):
         _tell(f"waiting for machine 0 to begin {run.path}")
-    began = time.monotonic()
+    began, old = time.monotonic(), _refusal(run)
     while not _is_requested(run):
-        if time.monotonic() - began > JOIN_PATIENCE_S:
+        waited = time.monotonic() - began
+        refusal = _refusal(run)
+        if refusal is not None and (refusal != old or waited > OLD_REFUSAL_PATIENCE_S):
+            raise ConfigError(f"machine 0 did not begin {run.path}: {refusal.reason}")
+        if waited > JOIN_PATIENCE_S:
             raise ConfigError(
                 f"--machine-rank: machine 0 has not begun {run.path} ({JOIN_PATIENCE_S:g} s waited); start the same "
                 "command there, and let all machines share --runs-dir"
             )
         time.sleep(0.5)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why the first machine did not begin, and which of its refusals this is."""
+
+    reason: str
+    when: int
+
+
+def _refusal_file(run: RunDirectory) -> Path:
+    return run.path.parent / f".{run.name}.refused"
+
+
+def _refusal(run: RunDirectory) -> _Refusal | None:
+    try:
+        file = _refusal_file(run)
+        return _Refusal(file.read_text(encoding="utf-8"), file.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@contextmanager
+def telling_others(request: RunRequest) -> Iterator[None]:
+    """On the first of several machines: whatever ends it in here is told to the others, which wait for the run.
+
+    A file beside the run, which may not exist; an older one is taken away first.
+    """
+    if request.machine.nodes <= 1:
+        yield
+        return
+    recipe = load_recipe(find_recipe(request.recipe), request.overrides)
+    run = open_run(request.runs_dir, request.name or recipe.name)
+    file = _refusal_file(run)
+    with contextlib.suppress(OSError):
+        file.unlink()
+    try:
+        yield
+    except BaseException as error:
+        reason = str(error) if isinstance(error, SamestepError) else f"it ended with {type(error).__name__}"
+        with contextlib.suppress(OSError):  # then the others wait in vain
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_name(f"{file.name}.{os.getpid()}")
+            aside.write_text(reason, encoding="utf-8")
+            aside.replace(file)
+        raise
 
 
 def _is_requested(run: RunDirectory) -> bool:

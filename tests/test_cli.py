@@ -610,6 +610,42 @@ def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_
     assert len(launcher.commands) == 1
 
 
+def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 0.0)
+    asked = ["run", *EMBEDDED, "--strategy", "zero1"]
+    reason = (
+        f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is not available"
+    )
+    assert samestep(*asked, *_machine(0)) == 2
+    capsys.readouterr()
+    assert samestep(*asked, *_machine(1)) == 2  # the first was refused before this one began
+    assert reason in capsys.readouterr().err
+
+    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 60.0)
+    monkeypatch.setattr(start.time, "sleep", lambda _: samestep(*asked, *_machine(0)))
+    assert samestep(*asked, *_machine(1)) == 2  # and this time meanwhile
+    assert reason in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert {file.name for file in Path("runs").iterdir()} == {".embedded.lock", "embedded"}
+
+
+def test_a_machine_hears_of_a_first_one_that_was_ended_while_it_prepared(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 0.0)
+
+    def end(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.start.read_index", end)
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 130
+    assert samestep("run", *EMBEDDED, *_machine(1)) == 2
+    assert "machine 0 did not begin" in (said := capsys.readouterr().err)
+    assert "it ended with KeyboardInterrupt" in said
+
+
 def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -622,12 +658,22 @@ def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
     assert len(launcher.commands) == 1
 
 
+def test_fsdp_on_cpus_is_refused_by_plan_too(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", *EMBEDDED, "--strategy", "fsdp", "--gpus-per-node", "2"]
+    assert samestep(*words) == 2
+    assert "--strategy: fsdp needs GPUs (2 CPU processes asked for)" in capsys.readouterr().err
+    set_gpus(monkeypatch, 2)
+    assert samestep(*words) == 0
+
+
 def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     from launch.rules import rule_rows
 
     assert samestep("rules") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert len(rule_rows()) == 26
+    assert len(rule_rows()) == 27
     assert "offloaded to a CPU" in said
     assert "bitsandbytes#89" in said
     assert all(reason for _, reason in rule_rows())

@@ -27,6 +27,11 @@ ALLOWED = Request(
 QLORA = embedded_recipe("quantization.load_in_4bit=true")
 PLAIN = embedded_recipe("quantization.load_in_4bit=false")
 BFLOAT16 = embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16")
+BFLOAT16_BASE = embedded_recipe(
+    "quantization.load_in_4bit=true",
+    "quantization.bnb_4bit_compute_dtype=float32",
+    "model.dtype=bfloat16",
+)
 FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
 RESIDENT = embedded_recipe("model.resident_weights=true")
 FSDP2 = {"fsdp_version": 2}
@@ -47,6 +52,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         (rules.strategy_is_available, replace(ALLOWED, strategy="zero1"), "single, ddp, fsdp, zero2, zero3"),
         (rules.topology_is_positive, replace(ALLOWED, nodes=0), "0 nodes, 4 processes"),
         (rules.single_is_one_process, replace(ALLOWED, strategy="single"), "8 asked for"),
+        (
+            rules.fsdp_has_gpus,
+            replace(ALLOWED, strategy="fsdp", device="cpu"),
+            "fsdp needs GPUs (8 CPU processes asked for)",
+        ),
         (rules.every_process_gets_a_sample, replace(ALLOWED, nodes=9), "32 < 36"),
         (rules.data_fills_one_step, replace(ALLOWED, samples=31, max_steps=0), "31 < 32"),
         (rules.run_has_a_step, replace(ALLOWED, max_steps=0), "330 samples"),
@@ -137,6 +147,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16),
             "7.5",
         ),
+        (
+            rules.gpu_computes_bfloat16,  # what is not in 4 bits
+            replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16_BASE),
+            "model.dtype: bfloat16 on a GPU of compute capability 7.5",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -152,6 +167,7 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = violations(replace(ALLOWED, strategy="zero3"))
     assert message.startswith("--strategy: zero3 needs DeepSpeed, which is not installed; ")
     assert list(violations(ALLOWED)) == []
+    assert list(violations(replace(ALLOWED, strategy="zero3", packages_here=False))) == []
 
 
 @pytest.mark.parametrize(
@@ -172,7 +188,7 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 22
+    assert len(every) == 23
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)
@@ -260,6 +276,11 @@ def test_a_deepspeed_file_that_shards_nothing_is_no_strategy(tmp_path: Path) -> 
         replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
         replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
         replace(ALLOWED, versions=dict(rules.FLOORS)),
+        replace(
+            ALLOWED, versions={"accelerate": "1.14.2"}, packages_here=False
+        ),  # the job's own are judged there
+        replace(ALLOWED, strategy="fsdp", device="cuda"),
+        replace(ALLOWED, strategy="zero3", device="cpu"),
         replace(ALLOWED, capability=(8, 0), recipe=BFLOAT16),
         replace(ALLOWED, capability=(7, 5), recipe=FLOAT32),
     ],

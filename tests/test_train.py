@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from launch.errors import RunError
+from launch.launch_config import LaunchConfig
 from launch.plan import Plan
 from launch.recipe import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory, hold_lock, read_marker
@@ -238,6 +239,22 @@ def test_a_plan_for_more_processes_than_were_launched_stops(
     run.plan_file.write_text(json.dumps(plan | {"world_size": 2, "strategy": "ddp", "gpus_per_node": 2}))
     assert main(["--run-dir", str(run.path)]) == 1
     assert "the launcher started 1 processes, the plan is for 2" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_strategy_than_was_launched_stops_before_anything_is_loaded(
+    done: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    monkeypatch.setattr("trainer.train.train", lambda *_: pytest.fail("went on"))
+    run.plan_file.write_text(json.dumps(json.loads(run.plan_file.read_text()) | {"strategy": "zero3"}))
+    assert main(["--run-dir", str(run.path)]) == 1
+    assert "--config_file: it launches single, the plan is for zero3; take " in capsys.readouterr().err
+    monkeypatch.setattr(
+        "trainer.train.launched_config",
+        lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),
+    )
+    assert main(["--run-dir", str(run.path)]) == 1
+    assert "it launches zero2, the plan is for zero3" in capsys.readouterr().err
 
 
 def test_adapters_stay_in_fp32_in_memory_and_on_disk(done: RunDirectory) -> None:

@@ -297,9 +297,9 @@ def announce(task: Task, state: PartialState) -> None:
     """Say first what runs, and make sure that every rank runs the same.
 
     Raises:
-        RunError: the launched world is not the plan's, or a rank made another plan or has another base.
+        RunError: the launched strategy or world is not the plan's, or a rank made another plan or has another base.
     """
-    plan = task.plan
+    plan, launched = task.plan, launched_strategy(launched_config(os.environ), "LOCAL_RANK" in os.environ)
     logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
 
     def check() -> None:
@@ -312,6 +312,11 @@ def announce(task: Task, state: PartialState) -> None:
             raise RunError(
                 f"--num_processes: the launcher started {state.num_processes} processes, the plan is for "
                 f"{plan.world_size}; start as many, or let `samestep run` start them"
+            )
+        if launched != plan.strategy:
+            raise RunError(
+                f"--config_file: it launches {launched}, the plan is for {plan.strategy}; take accelerate_configs/"
+                f"{plan.strategy}.yaml, or let `samestep run` start the processes"
             )
 
     together(check)

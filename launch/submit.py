@@ -59,7 +59,7 @@ def check_follow_ups(then: str) -> list[str]:
 
 
 def choose(request: start.RunRequest, site: Site, nodes: int, gpus_per_node: int) -> start.RunRequest:
-    """The request for the site's nodes: this machine's GPUs do not count, nor its packages where another Python runs."""
+    """The request for the site's nodes: this machine does not count, nor its packages if another Python runs."""
     chosen = start.choose_topology(request.strategy, nodes, gpus_per_node)
     memory = parse_gpu_memory(site.gpu_memory) if site.gpu_memory and site.device == "cuda" else None
     topology = start.Topology(

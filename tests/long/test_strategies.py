@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_directory import Marker, RunDirectory, read_marker
 from launch.rules import STRATEGIES
+from launch.run_directory import Marker, RunDirectory, read_marker
 from tests.distributed.launching import drive
 from tests.distributed.recorded import apart, evaluations_of, run_of, write_recipe
 from tests.long.results import record

@@ -451,7 +451,7 @@ def refuse_config(recipe: Recipe, strategy: str, nodes: int, config: LaunchConfi
         raise ConfigError(problems)
 
 
-def refuse_machine(recipe: Recipe, strategy: str, capability: tuple[int, int] | None) -> None:
+def refuse_unfit_machine(recipe: Recipe, strategy: str, capability: tuple[int, int] | None) -> None:
     """ConfigError with what speaks against this machine's packages and GPUs, for a plan that another one made."""
     request = Request(
         recipe, strategy, 1, 1, samples=0, max_steps=0, budget=0, longest=0, capability=capability

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import start
+from launch import machines
 from launch.index import Index
+from launch.launching import trainer_command
 from launch.plan import Plan
 from launch.recipe import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
@@ -488,7 +489,7 @@ def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> No
     from tests.indexes import embedded_recipe
 
     plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cpu")
-    command = start.trainer_command(plan, "probe", ["rank"])
+    command = trainer_command(plan, "probe", ["rank"])
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -532,7 +533,7 @@ def _machine(rank: int) -> list[str]:
 def test_a_machine_that_is_not_the_first_starts_its_part_of_what_the_first_has_written(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     written: list[bytes] = []
 
     def begin_there(run: RunDirectory, _: object) -> None:
@@ -590,7 +591,7 @@ def test_a_machine_whose_processes_die_first_says_so_although_the_first_still_tr
 def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_vain(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     in_vain = "--machine-rank: machine 0 has not begun"
 
     def wait() -> str:
@@ -613,7 +614,7 @@ def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_
 def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
     asked = ["run", *EMBEDDED, "--strategy", "zero1"]
     reason = (
         f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is not available"
@@ -623,8 +624,8 @@ def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
     assert samestep(*asked, *_machine(1)) == 2  # the first was refused before this one began
     assert reason in capsys.readouterr().err
 
-    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 60.0)
-    monkeypatch.setattr(start.time, "sleep", lambda _: samestep(*asked, *_machine(0)))
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 60.0)
+    monkeypatch.setattr(machines.time, "sleep", lambda _: samestep(*asked, *_machine(0)))
     assert samestep(*asked, *_machine(1)) == 2  # and this time meanwhile
     assert reason in capsys.readouterr().err
     assert samestep("run", *EMBEDDED, *_machine(0)) == 0
@@ -634,7 +635,7 @@ def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
 def test_a_machine_hears_of_a_first_one_that_was_ended_while_it_prepared(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "OLD_REFUSAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
 
     def end(_: object) -> None:
         raise KeyboardInterrupt
@@ -649,7 +650,7 @@ def test_a_machine_hears_of_a_first_one_that_was_ended_while_it_prepared(
 def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     assert samestep("run", *EMBEDDED, *_machine(0)) == 0
     assert samestep("run", *EMBEDDED, *_machine(1)) == 0
     assert "done (step 6)" in capsys.readouterr().out

@@ -46,7 +46,7 @@ ALONE = Machine()
 
 
 def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
-    """Start this machine's processes of a run that is written, wait, and believe the marker: DONE or STOPPED is success.
+    """Start this machine's processes of a run that is written, wait, and believe the marker: DONE, STOPPED are success.
 
     The launcher's status is no evidence: accelerate 1.15 returns 1 after workers that all ended well. A request to
     stop becomes a STOP file, so that no signal has to cross the launcher; a second Ctrl-C ends all at once.

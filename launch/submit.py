@@ -72,7 +72,7 @@ def other_packages(site: Site) -> str:
     """Whose packages the job runs with, where they are not this Python's; else empty."""
     if site.container.runtime != "none":
         return f"the container {site.container.image}"
-    same = site.python is None or Path(site.python) == Path(sys.executable)
+    same = site.python is None or Path(site.python).absolute() == Path(sys.executable)
     return "" if same else str(site.python)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch import rules
+from launch import config_rules, rules
 from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, launched_config, launched_strategy
 from launch.rules import Request, violations
@@ -71,57 +71,61 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, recipe=embedded_recipe("hub.push=true", "hub.repo_id=a/b")),
             "not available yet",
         ),
-        (rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
-        (rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
+        (config_rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
+        (config_rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
         (
-            rules.fsdp_is_version_2,
+            config_rules.fsdp_is_version_2,
             _asking(fsdp={"fsdp_offload_params": False}),
             "1 in here",
         ),  # accelerate's own
         (
-            rules.recomputation_is_ours,
+            config_rules.recomputation_is_ours,
             _asking(fsdp=FSDP2 | {"fsdp_activation_checkpointing": True}),
             "true in here",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(fsdp=FSDP2 | {"fsdp_offload_params": "true"}),
             "fsdp_offload_params",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(deepspeed={"zero_optimization": {"offload_param": {"device": "cpu"}}}),
             "offload_param",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}),
             "offload_optimizer",
         ),
         *(
             (
-                rules.deepspeed_casts_nothing,
+                config_rules.deepspeed_casts_nothing,
                 _asking(deepspeed={engine: {"enabled": True}}),
                 f"{engine}: enabled",
             )
             for engine in ("bf16", "fp16", "amp")
         ),
         (
-            rules.deepspeed_counts_what_the_plan_counts,
+            config_rules.deepspeed_counts_what_the_plan_counts,
             _asking(deepspeed={"gradient_accumulation_steps": 4}),
             "gradient_accumulation_steps",
         ),
         (
-            rules.deepspeed_counts_what_the_plan_counts,
+            config_rules.deepspeed_counts_what_the_plan_counts,
             _asking(deepspeed={"zero_optimization": {"reduce_bucket_size": "auto"}}),
             "reduce_bucket_size",
         ),
         (
-            rules.deepspeed_is_asked_for_what_is_known,
+            config_rules.deepspeed_is_asked_for_what_is_known,
             _asking(deepspeed={"communication_data_type": "bf16", "scheduler": {}}),
             "communication_data_type, scheduler",
         ),
-        (rules.deepspeed_uses_the_standard_launcher, _asking(multinode_launcher="pdsh"), "pdsh (here)"),
+        (
+            config_rules.deepspeed_uses_the_standard_launcher,
+            _asking(multinode_launcher="pdsh"),
+            "pdsh (here)",
+        ),
         (
             rules.sharded_weights_stay_packed,
             replace(ALLOWED, strategy="zero3", recipe=RESIDENT),
@@ -187,7 +191,7 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 
 def test_every_rule_has_a_case_above() -> None:
-    every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
+    every = rules.REQUEST_RULES + config_rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
     assert len(every) == 23
 
 

@@ -51,7 +51,7 @@ def refuse_machine(machine: Machine) -> None:
 def join(request: RunRequest) -> Marker:
     """The part of a machine that is not the first: wait until that has written the run, then start processes here.
 
-    What is launched follows the first machine's plan; the ranks compare plans before they begin. Raises as `execute`,
+    What is launched follows the first machine's plan; the ranks compare plans before they begin. Raises as `launch`,
     and ConfigError when the first machine is refused or writes nothing.
     """
     recipe = load_recipe(find_recipe(request.recipe), request.overrides)

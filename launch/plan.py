@@ -146,7 +146,7 @@ def make_plan(
 
     `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
     GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
-    hardware, whose settings stay (`launch.runs.plan_to_keep`). `packages_here`: it will run with this Python's packages.
+    hardware, whose settings stay (`launch.runs.plan_to_keep`). `packages_here`: it runs with this Python's packages.
 
     Raises ConfigError with every rule the request breaks.
     """

@@ -103,7 +103,7 @@ def fsdp_has_gpus(request: Request) -> str | None:
         return None
     return (
         f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
-        "or look at a plan for GPUs elsewhere with `samestep submit --dry-run`"
+        "or say of GPUs elsewhere how much memory they have (`samestep plan --gpu-memory`)"
     )
 
 

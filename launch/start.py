@@ -58,7 +58,7 @@ NEEDED_BYTES = 100 * 2**20
 class Topology:
     """How many processes of which strategy.
 
-    `gpu_memory`: bytes of the smallest GPU, None where not known. `packages_here`: they run with this Python's packages.
+    `gpu_memory`: bytes of the smallest GPU, None where not known; `packages_here`: they use this Python's packages.
     """
 
     strategy: str

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from launch import ledger, start
 from launch.errors import ConfigError, RunError, SamestepError
-from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
+from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.plan import Plan
 from launch.recipe import find_recipe, load_recipe
 from launch.resources import resource
+from launch.rules import refuse_unfit_machine
 from launch.run_directory import (
     RunDirectory,
     clear_markers,
@@ -77,6 +78,7 @@ def begin(options: argparse.Namespace) -> int:
     if plan is None:
         _say(f"{run.path}: done already, adapter in {run.adapter}")
         return 0
+    refuse_this_node(run, plan)
     wait_for_the_lock(run)  # before anything is written: another job of this run may be training
     close_open_attempt(run)
     reason = ledger.reason_to_give_up(ledger.read_ledger(run).attempts)
@@ -144,6 +146,12 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
             f"--gpus-per-node: the plan of {run.path} has {plan.gpus_per_node} processes a node, the allocation "
             f"{found} GPUs; submit with the same number, or `samestep submit` again to plan anew"
         )
+
+
+def refuse_this_node(run: RunDirectory, plan: Plan) -> None:
+    """ConfigError for packages and GPUs that do not fit the plan: where it was made, there may be others."""
+    capability = compute_capability() if plan.device == "cuda" else None
+    refuse_unfit_machine(load_recipe(run.recipe_file), plan.strategy, capability)
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> start.RunRequest:

@@ -26,6 +26,7 @@ from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 
 if TYPE_CHECKING:
+    from launch import start
     from launch.changes import Change
     from launch.index import Index
     from launch.plan import Plan
@@ -81,7 +82,7 @@ def plan(
     file = find_recipe(recipe)
     loaded = load_recipe(file, overrides)
     topology = start.for_gpus_of(start.choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
-    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = start.load_index(file, loaded, overrides)
     _show(start.plan_of(loaded, index, topology, loaded.name))
     _show_memory(loaded, index, topology)
@@ -157,9 +158,10 @@ def run(
     Ctrl-C, or a file STOP in the run's folder, stops it at the next step boundary with a checkpoint; a file SAVE
     writes a checkpoint there.
     """
-    from launch import start
+    from launch import machines, start
+    from launch.launching import Machine, run_command
 
-    machine = start.Machine(nodes, machine_rank, main_process_ip, main_process_port)
+    machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = start.RunRequest(
         recipe,
         tuple(overrides),
@@ -174,26 +176,35 @@ def run(
         machine,
         gpu_memory,
     )
-    start.refuse_machine(machine)
+    machines.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:
-        marker = start.join(request)
+        marker = machines.join(request)
         _say(f"{marker.kind.lower()} ({marker.text})")
         return
-    request = start.take_over_foreign(request)
-    planned = start.plan_run(request)
     if dry_run:
+        planned = start.plan_run(start.take_over_foreign(request))
         _say_allowed(planned.changed)
         _show(planned.plan)
-        _say(_shell(planned.command(machine)))
+        _say(_shell(run_command(planned.plan, planned.run, machine)))
         return
+    with machines.telling_others(request):
+        _run_here(request)
+
+
+def _run_here(request: start.RunRequest) -> None:
+    """Plan and train, on this machine or as the first of several."""
+    from launch import start
+
+    request = start.take_over_foreign(request)
+    planned = start.plan_run(request)
     with start.claim(planned, request):
-        if not fresh and start.is_done(planned):
+        if not request.fresh and start.is_done(planned):
             _say(
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
             )
             return
         _say_allowed(planned.changed)
-        if fresh and (old := start.move_aside(planned.run)):
+        if request.fresh and (old := start.move_aside(planned.run)):
             _say(f"the older run is now {old}")
         _show(planned.plan)
         marker = start.execute_twice(planned, request)
@@ -253,7 +264,7 @@ def evaluate(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
-    from launch import start
+    from launch import results, start
     from launch.index import SPLITS
 
     found = start.find_run(run, runs_dir)
@@ -263,7 +274,7 @@ def evaluate(
             f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
         )
     chosen = [model.strip() for model in models.split(",")]
-    start.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
 
 
 AdapterConfig = Annotated[
@@ -321,7 +332,7 @@ def merge(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
-    from launch import start
+    from launch import results
 
     if dtype not in (None, "bfloat16", "float32"):
         raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
@@ -329,10 +340,10 @@ def merge(
         raise ConfigError(
             f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
         )
-    options = start.MergeOptions(
+    options = results.MergeOptions(
         None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
     )
-    if not start.merge(source, output, options, compare, runs_dir):
+    if not results.merge(source, output, options, compare, runs_dir):
         _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
@@ -348,10 +359,12 @@ def consolidate(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
-    from launch import start
+    from launch import results
 
-    options = start.MergeOptions(adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model)
-    start.consolidate(source, output, options, runs_dir)
+    options = results.MergeOptions(
+        adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model
+    )
+    results.consolidate(source, output, options, runs_dir)
 
 
 @app.command(epilog=example("samestep rules"))

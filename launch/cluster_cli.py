@@ -224,6 +224,11 @@ def _show(submission: Submission, to_stderr: bool) -> None:
     for name, value in plan_rows(plan):
         table.add_row(name, value)
     console.print(table)
+    if other := submission.other_packages:
+        console.print(
+            f"versions and DeepSpeed: not judged here, the job runs with {other}; its first node judges them",
+            markup=False,
+        )
 
 
 def _say(text: str) -> None:

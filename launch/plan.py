@@ -140,12 +140,13 @@ def make_plan(
     config: LaunchConfig | None = None,
     gpu_memory: int | None = None,
     before: Plan | None = None,
+    packages_here: bool = True,
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
     `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
     GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
-    hardware, whose settings stay (`launch.runs.plan_to_keep`).
+    hardware, whose settings stay (`launch.runs.plan_to_keep`). `packages_here`: it runs with this Python's packages.
 
     Raises ConfigError with every rule the request breaks.
     """
@@ -157,6 +158,7 @@ def make_plan(
     asked = recipe.batch.micro_batch_tokens
     least = longest if asked == "auto" else asked
     request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, least, longest, config)
+    request = replace(request, device=device, packages_here=packages_here)
     if problems := list(violations(request)):
         raise ConfigError(problems)
     where = Where(strategy, request.world_size, device, gpu_memory)

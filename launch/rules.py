@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
 
 from packaging.version import Version
 
+from launch.config_rules import CONFIG_RULES
 from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, shipped_config
 from launch.recipe import Recipe
@@ -24,23 +24,6 @@ FLOORS = {
     "deepspeed": "0.19.8",
 }
 """Versions below which something measured does not hold; accelerate below 1.15 saves one rank's share (#4206)."""
-_DEEPSPEED_KEYS = {
-    *(
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
-    *("bf16", "fp16", "amp"),  # another rule's
-    *("steps_per_print", "wall_clock_breakdown", "comms_logger"),
-}
-_ZERO_KEYS = {
-    *("stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
-    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
-    *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
-}
-_NUMBERS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
 def storage_of(strategy: str) -> str:
@@ -54,7 +37,8 @@ class Request:
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
     `longest`: tokens of the longest sample of the training and validation splits; `config`: of the launch, the
-    shipped file's by default; `capability`: of the GPUs that will be used, None where that is not known.
+    shipped file's by default; `capability`: of the GPUs that will be used, None where that is not known; `device`:
+    `cuda` or `cpu`, empty where that is not known; `packages_here`: what will run are this Python's packages.
     """
 
     recipe: Recipe
@@ -69,6 +53,8 @@ class Request:
     versions: Mapping[str, str] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     quant_storage: str = ""
+    device: str = ""
+    packages_here: bool = True
 
     @property
     def launch(self) -> LaunchConfig:
@@ -108,6 +94,16 @@ def single_is_one_process(request: Request) -> str | None:
     return (
         f"--strategy: single is one process ({request.world_size} asked for); "
         "use --strategy ddp, or --nodes 1 --gpus-per-node 1"
+    )
+
+
+def fsdp_has_gpus(request: Request) -> str | None:
+    """On CPUs accelerate makes ddp of fsdp, or runs that know nothing of each other, without an error."""
+    if request.strategy != "fsdp" or request.device != "cpu":
+        return None
+    return (
+        f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
+        "or say of GPUs elsewhere how much memory they have (`samestep plan --gpu-memory`)"
     )
 
 
@@ -173,53 +169,6 @@ def upload_is_available(request: Request) -> str | None:
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
 
 
-def accelerate_casts_nothing(request: Request) -> str | None:
-    """accelerate's mixed precision casts fp32 adapters and float-stored packed weights; precision is the plan's."""
-    asked = request.launch.mixed_precision
-    if asked == "no":
-        return None
-    return f"mixed_precision: {asked} in {request.launch.where}; set it to 'no', the recipe says what is computed in"
-
-
-def fsdp_is_version_2(request: Request) -> str | None:
-    """FSDP 1 with SHARDED_STATE_DICT saves no tensor of a LoRA, without an error."""
-    found = str(request.launch.fsdp.get("fsdp_version", 1))  # accelerate 1.15 takes 1 where none is given
-    if not request.launch.fsdp or found == "2":
-        return None
-    return f"fsdp_version: {found} in {request.launch.where}; set it to 2"
-
-
-def recomputation_is_ours(request: Request) -> str | None:
-    """accelerate's FSDP recomputation forgets the random state: other masks, wrong gradients, no error."""
-    if not request.launch.fsdp_flag("fsdp_activation_checkpointing"):
-        return None
-    return (
-        f"fsdp_activation_checkpointing: true in {request.launch.where}; set it to false and use "
-        "training.gradient_checkpointing"
-    )
-
-
-def weights_stay_on_the_gpu(request: Request) -> str | None:
-    """4-bit weights that are offloaded to a CPU are refused or quantized again."""
-    zero = _section(request.launch.deepspeed, "zero_optimization")
-    asked = [
-        key
-        for key in ("offload_param", "offload_optimizer")
-        if _section(zero, key).get("device", "none") != "none"
-    ]
-    if request.launch.fsdp_flag("fsdp_offload_params"):
-        asked.append("fsdp_offload_params")
-    if not asked:
-        return None
-    return f"{', '.join(asked)}: asked for in {request.launch.where}; leave it out, and use more GPUs or a smaller base"
-
-
-def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Of a DeepSpeed file; what is no section (`"bf16": null`) asks for nothing."""
-    found = values.get(key)
-    return found if isinstance(found, dict) else {}
-
-
 def sharded_weights_stay_packed(request: Request) -> str | None:
     """Weights held dequantized on every GPU are what sharding is there to avoid."""
     if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
@@ -230,62 +179,11 @@ def sharded_weights_stay_packed(request: Request) -> str | None:
     )
 
 
-def deepspeed_casts_nothing(request: Request) -> str | None:
-    """DeepSpeed's bf16, fp16 and amp engines cast every float parameter, adapters and packed weights included."""
-    found = [
-        name for name in ("bf16", "fp16", "amp") if _section(request.launch.deepspeed, name).get("enabled")
-    ]
-    if not found:
-        return None
-    return f"{', '.join(found)}: enabled in the DeepSpeed file of {request.launch.where}; leave it out"
-
-
-def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
-    """Numbers in the DeepSpeed file win over the recipe in silence; `auto` buckets need what vision models lack."""
-    zero = request.launch.deepspeed
-    if not zero:
-        return None
-    sizes = (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    )
-    wrong = [key for key in sizes if zero.get(key, "auto") != "auto"]
-    section = _section(zero, "zero_optimization")
-    wrong += [key for key in _NUMBERS if section.get(key) == "auto"]
-    if not wrong:
-        return None
-    return (
-        f'{", ".join(wrong)}: batch keys must be "auto" and bucket sizes numbers in the DeepSpeed file of '
-        f"{request.launch.where}; see ds_configs/"
-    )
-
-
-def deepspeed_is_asked_for_what_is_known(request: Request) -> str | None:
-    """Other keys of the DeepSpeed file change what is trained: how gradients travel, a schedule, an optimizer."""
-    zero = request.launch.deepspeed
-    section = zero.get("zero_optimization", {})
-    odd = sorted({*zero} - _DEEPSPEED_KEYS) + sorted(
-        {*section} - _ZERO_KEYS - {"offload_param", "offload_optimizer"}
-    )
-    if not odd:
-        return None
-    return (
-        f"{', '.join(odd)}: in the DeepSpeed file of {request.launch.where}; leave them out, see ds_configs/"
-    )
-
-
-def deepspeed_uses_the_standard_launcher(request: Request) -> str | None:
-    """By default accelerate starts DeepSpeed on several nodes through pdsh and a hostfile."""
-    if request.launch.multinode_launcher == "standard" or request.nodes == 1:
-        return None
-    return f"deepspeed_multinode_launcher: {request.launch.multinode_launcher} ({request.launch.where}); set standard"
-
-
 def deepspeed_can_be_imported(request: Request) -> str | None:
     """zero2 and zero3 are DeepSpeed's."""
-    if not request.strategy.startswith("zero") or find_spec("deepspeed") is not None:
+    if not request.packages_here or not request.strategy.startswith("zero"):
+        return None
+    if find_spec("deepspeed") is not None:
         return None
     return f"--strategy: {request.strategy} needs DeepSpeed, which is not installed; pip install deepspeed, or use fsdp"
 
@@ -302,6 +200,8 @@ def fsdp_stores_floats(request: Request) -> str | None:
 
 def versions_are_those_that_were_measured(request: Request) -> str | None:
     """Below these versions something that this relies on does not hold."""
+    if not request.packages_here:
+        return None
     found = request.versions or _installed()
     old = [
         f"{name} {found[name]} < {floor}"
@@ -325,28 +225,21 @@ def _installed() -> dict[str, str]:
 
 def gpu_computes_bfloat16(request: Request) -> str | None:
     """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
-    capability = request.capability
-    quantization = request.recipe.quantization
-    dtype = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else request.recipe.model.dtype
-    if capability is None or capability >= (8, 0) or dtype != "bfloat16":
+    capability, recipe = request.capability, request.recipe
+    if capability is None or capability >= (8, 0):
+        return None
+    # Also of a quantized base: embeddings, norms, output head and vision tower are not in 4 bits.
+    asked = {"model.dtype": recipe.model.dtype}
+    if recipe.quantization.load_in_4bit:
+        asked = {"quantization.bnb_4bit_compute_dtype": recipe.quantization.bnb_4bit_compute_dtype, **asked}
+    wrong = [key for key, dtype in asked.items() if dtype == "bfloat16"]
+    if not wrong:
         return None
     return (
-        f"quantization.bnb_4bit_compute_dtype: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
-        "(8.0 is needed); set it and model.dtype to float32, or use a newer GPU"
+        f"{', '.join(wrong)}: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
+        "(8.0 is needed); set to float32, or use a newer GPU"
     )
 
-
-CONFIG_RULES: tuple[Rule, ...] = (
-    accelerate_casts_nothing,
-    fsdp_is_version_2,
-    recomputation_is_ours,
-    weights_stay_on_the_gpu,
-    deepspeed_casts_nothing,
-    deepspeed_counts_what_the_plan_counts,
-    deepspeed_is_asked_for_what_is_known,
-    deepspeed_uses_the_standard_launcher,
-)
-"""Of the accelerate configuration: of the shipped file before a launch, and of what was launched in the trainer."""
 
 MACHINE_RULES: tuple[Rule, ...] = (
     deepspeed_can_be_imported,
@@ -373,6 +266,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     strategy_is_available,
     topology_is_positive,
     single_is_one_process,
+    fsdp_has_gpus,
     every_process_gets_a_sample,
     sharded_weights_stay_packed,
     upload_is_available,
@@ -396,10 +290,13 @@ def refuse_topology(
     nodes: int,
     gpus_per_node: int,
     capability: tuple[int, int] | None = None,
+    device: str = "",
+    packages_here: bool = True,
 ) -> None:
     """ConfigError with all that can be said before the data is prepared, which may take long.
 
-    `capability`: of the GPUs that will be used, where they are those of this machine.
+    `capability`: of the GPUs that will be used, where they are those of this machine. `device`, `packages_here`: as
+    of `Request`.
     """
     request = Request(
         recipe,
@@ -411,6 +308,8 @@ def refuse_topology(
         budget=0,
         longest=0,
         capability=capability,
+        device=device,
+        packages_here=packages_here,
     )
     if problems := list(_broken(_early(request), request)):
         raise ConfigError(problems)
@@ -420,6 +319,15 @@ def refuse_config(recipe: Recipe, strategy: str, nodes: int, config: LaunchConfi
     """ConfigError with every rule that the configuration of a launch breaks."""
     request = Request(recipe, strategy, nodes, 1, samples=0, max_steps=0, budget=0, longest=0, config=config)
     if problems := list(_broken(CONFIG_RULES, request)):
+        raise ConfigError(problems)
+
+
+def refuse_unfit_machine(recipe: Recipe, strategy: str, capability: tuple[int, int] | None) -> None:
+    """ConfigError with what speaks against this machine's packages and GPUs, for a plan that another one made."""
+    request = Request(
+        recipe, strategy, 1, 1, samples=0, max_steps=0, budget=0, longest=0, capability=capability
+    )
+    if problems := list(_broken(MACHINE_RULES, request)):
         raise ConfigError(problems)
 
 

@@ -38,12 +38,16 @@ _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 @dataclass(frozen=True)
 class Submission:
-    """Everything that will be queued; nothing is written yet. `follow_ups`: file name -> script, in order."""
+    """Everything that will be queued; nothing is written yet. `follow_ups`: file name -> script, in order.
+
+    `other_packages`: whose the job runs with, where they are not this Python's.
+    """
 
     planned: start.PlannedRun
     request: start.RunRequest
     script: str
     follow_ups: Mapping[str, str]
+    other_packages: str = ""
 
 
 def check_follow_ups(then: str) -> list[str]:
@@ -55,12 +59,21 @@ def check_follow_ups(then: str) -> list[str]:
 
 
 def choose(request: start.RunRequest, site: Site, nodes: int, gpus_per_node: int) -> start.RunRequest:
-    """The request for the site's nodes: what this machine has does not count."""
+    """The request for the site's nodes: this machine does not count, nor its packages if another Python runs."""
     chosen = start.choose_topology(request.strategy, nodes, gpus_per_node)
     memory = parse_gpu_memory(site.gpu_memory) if site.gpu_memory and site.device == "cuda" else None
-    return replace(
-        request, topology=start.Topology(chosen.strategy, nodes, gpus_per_node, site.device, memory)
+    topology = start.Topology(
+        chosen.strategy, nodes, gpus_per_node, site.device, memory, packages_here=not other_packages(site)
     )
+    return replace(request, topology=topology)
+
+
+def other_packages(site: Site) -> str:
+    """Whose packages the job runs with, where they are not this Python's; else empty."""
+    if site.container.runtime != "none":
+        return f"the container {site.container.image}"
+    same = site.python is None or Path(site.python).absolute() == Path(sys.executable)
+    return "" if same else str(site.python)
 
 
 def refuse_short_time(site: Site) -> None:
@@ -95,7 +108,7 @@ def prepare(request: start.RunRequest, site: Site, then: Sequence[str]) -> Submi
         one = replace(job, name=f"{job.name}-{word}")
         follow_ups[f"{word}.sbatch"] = follow_up_script(template, one, command)
     template = resource("slurm", "train.sbatch").read_text(encoding="utf-8")
-    return Submission(planned, request, train_script(template, job), follow_ups)
+    return Submission(planned, request, train_script(template, job), follow_ups, other_packages(site))
 
 
 def _job(planned: start.PlannedRun, site: Site) -> Job:

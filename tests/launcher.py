@@ -66,7 +66,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
     """A machine of two CPU processes with prepared data; the working folder is `folder`."""
     fake = Launcher()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("launch.start.wait_for", fake)
+    for module in ("launching", "results"):
+        monkeypatch.setattr(f"launch.{module}.wait_for", fake)
     monkeypatch.setattr("launch.children.wait_for", fake)
     monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
     monkeypatch.setattr("launch.start.base_is_there", lambda _: True)

@@ -66,6 +66,27 @@ def test_a_submitted_run_begins_as_planned(run: RunDirectory, capsys: pytest.Cap
     assert (attempt.job, attempt.nodes, attempt.first_step) == ("41", "n[1-2]", 0)
 
 
+def test_the_first_nodes_packages_and_gpus_are_judged_before_its_processes_start(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.rules._installed", lambda: {"accelerate": "1.14.2"})
+    assert allocation.main(["begin", str(run.path)]) == 2
+    told = capsys.readouterr()
+    assert "error: versions: too old (accelerate 1.14.2 < 1.15)" in told.err
+    assert told.out == ""
+    monkeypatch.undo()
+
+    monkeypatch.chdir(run.path.parent.parent)
+    _attempt(monkeypatch, 0)
+    monkeypatch.setattr("launch.allocation.compute_capability", lambda: (7, 5))
+    values = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps({**values, "device": "cuda"}))
+    recipe = run.recipe_file.read_text()
+    run.recipe_file.write_text(recipe.replace("dtype: float32", "dtype: bfloat16"))
+    assert allocation.main(["begin", str(run.path)]) == 2
+    assert "compute capability 7.5" in capsys.readouterr().err
+
+
 def test_another_number_of_nodes_is_planned_anew(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

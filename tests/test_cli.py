@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import start
+from launch import machines
 from launch.index import Index
+from launch.launching import trainer_command
 from launch.plan import Plan
 from launch.recipe import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
@@ -488,7 +489,7 @@ def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> No
     from tests.indexes import embedded_recipe
 
     plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cpu")
-    command = start.trainer_command(plan, "probe", ["rank"])
+    command = trainer_command(plan, "probe", ["rank"])
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -532,7 +533,7 @@ def _machine(rank: int) -> list[str]:
 def test_a_machine_that_is_not_the_first_starts_its_part_of_what_the_first_has_written(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     written: list[bytes] = []
 
     def begin_there(run: RunDirectory, _: object) -> None:
@@ -590,7 +591,7 @@ def test_a_machine_whose_processes_die_first_says_so_although_the_first_still_tr
 def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_vain(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     in_vain = "--machine-rank: machine 0 has not begun"
 
     def wait() -> str:
@@ -610,10 +611,46 @@ def test_a_machine_that_is_not_the_first_waits_for_it_and_says_when_it_waits_in_
     assert len(launcher.commands) == 1
 
 
+def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
+    asked = ["run", *EMBEDDED, "--strategy", "zero1"]
+    reason = (
+        f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is not available"
+    )
+    assert samestep(*asked, *_machine(0)) == 2
+    capsys.readouterr()
+    assert samestep(*asked, *_machine(1)) == 2  # the first was refused before this one began
+    assert reason in capsys.readouterr().err
+
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 60.0)
+    monkeypatch.setattr(machines.time, "sleep", lambda _: samestep(*asked, *_machine(0)))
+    assert samestep(*asked, *_machine(1)) == 2  # and this time meanwhile
+    assert reason in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 0
+    assert {file.name for file in Path("runs").iterdir()} == {".embedded.lock", "embedded"}
+
+
+def test_a_machine_hears_of_a_first_one_that_was_ended_while_it_prepared(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
+
+    def end(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.start.read_index", end)
+    assert samestep("run", *EMBEDDED, *_machine(0)) == 130
+    assert samestep("run", *EMBEDDED, *_machine(1)) == 2
+    assert "machine 0 did not begin" in (said := capsys.readouterr().err)
+    assert "it ended with KeyboardInterrupt" in said
+
+
 def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "JOIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(machines, "JOIN_PATIENCE_S", 0.3)
     assert samestep("run", *EMBEDDED, *_machine(0)) == 0
     assert samestep("run", *EMBEDDED, *_machine(1)) == 0
     assert "done (step 6)" in capsys.readouterr().out
@@ -622,12 +659,22 @@ def test_a_machine_that_is_not_the_first_does_not_wait_for_a_run_that_is_done(
     assert len(launcher.commands) == 1
 
 
+def test_fsdp_on_cpus_is_refused_by_plan_too(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", *EMBEDDED, "--strategy", "fsdp", "--gpus-per-node", "2"]
+    assert samestep(*words) == 2
+    assert "--strategy: fsdp needs GPUs (2 CPU processes asked for)" in capsys.readouterr().err
+    set_gpus(monkeypatch, 2)
+    assert samestep(*words) == 0
+
+
 def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     from launch.rules import rule_rows
 
     assert samestep("rules") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert len(rule_rows()) == 26
+    assert len(rule_rows()) == 27
     assert "offloaded to a CPU" in said
     assert "bitsandbytes#89" in said
     assert all(reason for _, reason in rule_rows())

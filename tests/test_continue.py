@@ -437,7 +437,7 @@ def test_a_trainer_that_outlives_its_launcher_is_stopped_and_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("launch.start.LINGERING_S", 0.3)
+    monkeypatch.setattr("launch.launching.LINGERING_S", 0.3)
     left = _orphan(how, launcher)
     assert samestep("run", *EMBEDDED) == 0
     printed = capsys.readouterr()
@@ -450,7 +450,7 @@ def test_a_trainer_that_outlives_its_launcher_is_stopped_and_waited_for(
 def test_ctrl_c_ends_a_trainer_that_outlived_its_launcher(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.start.LINGERING_S", 0.3)
+    monkeypatch.setattr("launch.launching.LINGERING_S", 0.3)
     left = _orphan("hanging", launcher)
     assert samestep("run", *EMBEDDED) == 130
     assert left[0].wait(timeout=20) == -signal.SIGKILL

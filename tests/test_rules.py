@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch import rules
+from launch import config_rules, rules
 from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, launched_config, launched_strategy
 from launch.rules import Request, violations
@@ -27,6 +27,11 @@ ALLOWED = Request(
 QLORA = embedded_recipe("quantization.load_in_4bit=true")
 PLAIN = embedded_recipe("quantization.load_in_4bit=false")
 BFLOAT16 = embedded_recipe("quantization.bnb_4bit_compute_dtype=bfloat16")
+BFLOAT16_BASE = embedded_recipe(
+    "quantization.load_in_4bit=true",
+    "quantization.bnb_4bit_compute_dtype=float32",
+    "model.dtype=bfloat16",
+)
 FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
 RESIDENT = embedded_recipe("model.resident_weights=true")
 FSDP2 = {"fsdp_version": 2}
@@ -47,6 +52,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         (rules.strategy_is_available, replace(ALLOWED, strategy="zero1"), "single, ddp, fsdp, zero2, zero3"),
         (rules.topology_is_positive, replace(ALLOWED, nodes=0), "0 nodes, 4 processes"),
         (rules.single_is_one_process, replace(ALLOWED, strategy="single"), "8 asked for"),
+        (
+            rules.fsdp_has_gpus,
+            replace(ALLOWED, strategy="fsdp", device="cpu"),
+            "fsdp needs GPUs (8 CPU processes asked for)",
+        ),
         (rules.every_process_gets_a_sample, replace(ALLOWED, nodes=9), "32 < 36"),
         (rules.data_fills_one_step, replace(ALLOWED, samples=31, max_steps=0), "31 < 32"),
         (rules.run_has_a_step, replace(ALLOWED, max_steps=0), "330 samples"),
@@ -61,57 +71,61 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, recipe=embedded_recipe("hub.push=true", "hub.repo_id=a/b")),
             "not available yet",
         ),
-        (rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
-        (rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
+        (config_rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
+        (config_rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
         (
-            rules.fsdp_is_version_2,
+            config_rules.fsdp_is_version_2,
             _asking(fsdp={"fsdp_offload_params": False}),
             "1 in here",
         ),  # accelerate's own
         (
-            rules.recomputation_is_ours,
+            config_rules.recomputation_is_ours,
             _asking(fsdp=FSDP2 | {"fsdp_activation_checkpointing": True}),
             "true in here",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(fsdp=FSDP2 | {"fsdp_offload_params": "true"}),
             "fsdp_offload_params",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(deepspeed={"zero_optimization": {"offload_param": {"device": "cpu"}}}),
             "offload_param",
         ),
         (
-            rules.weights_stay_on_the_gpu,
+            config_rules.weights_stay_on_the_gpu,
             _asking(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}),
             "offload_optimizer",
         ),
         *(
             (
-                rules.deepspeed_casts_nothing,
+                config_rules.deepspeed_casts_nothing,
                 _asking(deepspeed={engine: {"enabled": True}}),
                 f"{engine}: enabled",
             )
             for engine in ("bf16", "fp16", "amp")
         ),
         (
-            rules.deepspeed_counts_what_the_plan_counts,
+            config_rules.deepspeed_counts_what_the_plan_counts,
             _asking(deepspeed={"gradient_accumulation_steps": 4}),
             "gradient_accumulation_steps",
         ),
         (
-            rules.deepspeed_counts_what_the_plan_counts,
+            config_rules.deepspeed_counts_what_the_plan_counts,
             _asking(deepspeed={"zero_optimization": {"reduce_bucket_size": "auto"}}),
             "reduce_bucket_size",
         ),
         (
-            rules.deepspeed_is_asked_for_what_is_known,
+            config_rules.deepspeed_is_asked_for_what_is_known,
             _asking(deepspeed={"communication_data_type": "bf16", "scheduler": {}}),
             "communication_data_type, scheduler",
         ),
-        (rules.deepspeed_uses_the_standard_launcher, _asking(multinode_launcher="pdsh"), "pdsh (here)"),
+        (
+            config_rules.deepspeed_uses_the_standard_launcher,
+            _asking(multinode_launcher="pdsh"),
+            "pdsh (here)",
+        ),
         (
             rules.sharded_weights_stay_packed,
             replace(ALLOWED, strategy="zero3", recipe=RESIDENT),
@@ -137,6 +151,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16),
             "7.5",
         ),
+        (
+            rules.gpu_computes_bfloat16,  # what is not in 4 bits
+            replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16_BASE),
+            "model.dtype: bfloat16 on a GPU of compute capability 7.5",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -152,6 +171,7 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = violations(replace(ALLOWED, strategy="zero3"))
     assert message.startswith("--strategy: zero3 needs DeepSpeed, which is not installed; ")
     assert list(violations(ALLOWED)) == []
+    assert list(violations(replace(ALLOWED, strategy="zero3", packages_here=False))) == []
 
 
 @pytest.mark.parametrize(
@@ -171,8 +191,8 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 
 def test_every_rule_has_a_case_above() -> None:
-    every = rules.REQUEST_RULES + rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 22
+    every = rules.REQUEST_RULES + config_rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
+    assert len(every) == 23
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)
@@ -260,6 +280,11 @@ def test_a_deepspeed_file_that_shards_nothing_is_no_strategy(tmp_path: Path) -> 
         replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
         replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
         replace(ALLOWED, versions=dict(rules.FLOORS)),
+        replace(
+            ALLOWED, versions={"accelerate": "1.14.2"}, packages_here=False
+        ),  # the job's own are judged there
+        replace(ALLOWED, strategy="fsdp", device="cuda"),
+        replace(ALLOWED, strategy="zero3", device="cpu"),
         replace(ALLOWED, capability=(8, 0), recipe=BFLOAT16),
         replace(ALLOWED, capability=(7, 5), recipe=FLOAT32),
     ],

@@ -209,3 +209,31 @@ def test_another_allocation_around_the_shell_is_not_passed_on(
     environment = (tmp_path / "environment").read_text()
     assert "SLURM_CONF=kept" in environment
     assert "SLURM_MEM_PER_NODE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("site", "whose"),
+    [
+        ("container: {runtime: apptainer, image: a.sif}\n", "the container a.sif"),
+        ("python: /opt/other/bin/python\n", "/opt/other/bin/python"),
+    ],
+)
+def test_packages_that_are_not_this_pythons_are_left_to_the_job_to_judge(
+    site: str,
+    whose: str,
+    slurm: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("launch.rules.find_spec", lambda _: None)
+    monkeypatch.setattr("launch.rules._installed", lambda: {"accelerate": "1.14.2"})
+    words = [*SUBMIT, "--strategy", "zero3"]
+    assert samestep(*words) == 2
+    refused = capsys.readouterr().err
+    assert "zero3 needs DeepSpeed" in refused
+    assert "accelerate 1.14.2 < 1.15" in refused
+    (tmp_path / "site.yaml").write_text(site)
+    assert samestep(*words, "--site", "site.yaml") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"not judged here, the job runs with {whose}; its first node judges them" in said

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 from launch.errors import RunError
-from launch.plan import Plan
+from launch.launch_config import LaunchConfig
+from launch.plan import Plan, make_plan
 from launch.recipe import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory, hold_lock, read_marker
 from tests.conftest import recipe_values
@@ -238,6 +241,41 @@ def test_a_plan_for_more_processes_than_were_launched_stops(
     run.plan_file.write_text(json.dumps(plan | {"world_size": 2, "strategy": "ddp", "gpus_per_node": 2}))
     assert main(["--run-dir", str(run.path)]) == 1
     assert "the launcher started 1 processes, the plan is for 2" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_strategy_than_was_launched_stops_before_anything_is_loaded(
+    done: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path)
+    monkeypatch.setattr("trainer.train.train", lambda *_: pytest.fail("went on"))
+    run.plan_file.write_text(json.dumps(json.loads(run.plan_file.read_text()) | {"strategy": "zero3"}))
+    assert main(["--run-dir", str(run.path)]) == 1
+    assert "--config_file: it launches single, the plan is for zero3; take " in capsys.readouterr().err
+    monkeypatch.setattr(
+        "trainer.train.launched_config",
+        lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),
+    )
+    assert main(["--run-dir", str(run.path)]) == 1
+    assert "it launches zero2, the plan is for zero3" in capsys.readouterr().err
+
+
+def test_packages_and_gpus_that_the_plan_did_not_know_are_judged_where_it_trains(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _write(world, tmp_path / "recipe.yaml", model={"dtype": "bfloat16"})
+    monkeypatch.setattr("trainer.train.train", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr("trainer.train.capability_of", lambda _: (7, 5))
+    assert _train(recipe, "run") == 2
+    assert "model.dtype: bfloat16 on a GPU of compute capability 7.5" in capsys.readouterr().err
+    monkeypatch.setattr("trainer.train.capability_of", lambda _: None)
+    monkeypatch.setattr("trainer.train.make_plan", partial(_plan_elsewhere, make_plan))
+    monkeypatch.setattr("launch.rules._installed", lambda: {"accelerate": "1.14.2"})
+    assert _train(recipe, "run") == 2
+    assert "versions: too old (accelerate 1.14.2 < 1.15)" in capsys.readouterr().err
+
+
+def _plan_elsewhere(make: Callable[..., Plan], *arguments: Any, **named: Any) -> Plan:
+    return make(*arguments, **named, packages_here=False)
 
 
 def test_adapters_stay_in_fp32_in_memory_and_on_disk(done: RunDirectory) -> None:

@@ -72,8 +72,9 @@ logger = get_logger("trainer")
 
 @dataclass(frozen=True)
 class _Whole:
-    """A model that no engine has wrapped yet: what it answers, and its layers where they will be sharded."""
+    """A model that no engine has wrapped yet: its answers to a sample, and its layers where they will be sharded."""
 
+    sample: dict[str, Any]
     answers: Tensor
     layers: list[LayerFacts]
 
@@ -289,7 +290,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             norm = self.engine.norm()
             self._host_values = (self._host_values[0], norm)
             check_taken(norm, self.state.global_step + 1)
-            self._hear_witness()
             return norm
         self._hear_witness()
         norm = self._agree_on_step()
@@ -297,6 +297,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return norm
 
     def _hear_witness(self) -> None:
+        """Of the first step's gradients, before the weights change. A collective."""
         if self._witness:
             self._witness.check()
             self._witness = None
@@ -473,42 +474,51 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
         """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
-        whole = self._whole_before_wrapping()
+        whole = together(self._whole_before_wrapping)
         with self.engine.outside_training(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine.started(self.model_wrapped, self.optimizer.optimizer)
         self._compare_with_whole(whole)
         self._witness = GradientWitness(self.parameters)
+        if isinstance(self.engine, Zero):
+            self.engine.before_next_step(self._hear_witness)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         return prepared
 
     def _whole_before_wrapping(self) -> _Whole | None:
-        """What the model is while every rank has all of it; fsdp's was checked while it was loaded."""
+        """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
         if self.plan.strategy in ("single", "fsdp"):
             return None
         layers = self.model.get_base_model().model.language_model.layers
         facts = [layer_facts(layer) for layer in layers] if self.plan.strategy == "zero3" else []
-        return _Whole(self._probe(self.model), facts)
+        sample = self._shortest_sample()
+        return _Whole(sample, self._answers(self.model, sample), facts)
 
     def _compare_with_whole(self, whole: _Whole | None) -> None:
         """Guards: wrapped as it was whole, and of the strategy's kind. Collectives."""
-        check_launch(self.plan, self.accelerator, self.model_wrapped)
+        together(lambda: check_launch(self.plan, self.accelerator, self.model_wrapped))
         if whole is None:
             return
         if whole.layers:
             check_sharding(self.model, whole.layers, self.plan.world_size)
-        check_logits(whole.answers, self._probe(self.model_wrapped), DTYPES[self.plan.compute_dtype])
+        answers = self._answers(self.model_wrapped, whole.sample)
+        check_logits(whole.answers, answers, DTYPES[self.plan.compute_dtype])
 
-    @torch.no_grad()
-    def _probe(self, model: nn.Module) -> Tensor:
-        """Log-probabilities of the targets of the shortest training sample, on the CPU. All ranks at once."""
+    def _shortest_sample(self) -> dict[str, Any]:
+        """Of the training split, as the model takes it."""
         split = self.index.splits["train"]
         batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
         packed = assemble(open_split(self.recipe, "train"), split, self.computing_encoder, batch, -1, 1)
+        inputs: dict[str, Any] = self._prepare_inputs(packed)["inputs"]
+        return inputs
+
+    @torch.no_grad()
+    def _answers(self, model: nn.Module, sample: dict[str, Any]) -> Tensor:
+        """Log-probabilities of the sample's targets, on the CPU. A wrapped model: all ranks at once."""
         was_training = model.training
         model.eval()
-        answers: Tensor = model(**self._prepare_inputs(packed)["inputs"]).log_probs
+        answers: Tensor = model(**sample).log_probs
         model.train(was_training)
         return answers.cpu()
 

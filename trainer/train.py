@@ -35,7 +35,7 @@ from launch.launch_config import launched_config, launched_strategy
 from launch.plan import Plan, make_plan, plan_on, plan_with_less
 from launch.recipe import Recipe, find_recipe, load_recipe
 from launch.resources import resource
-from launch.rules import refuse_config
+from launch.rules import refuse_config, refuse_unfit_machine
 from launch.run_directory import (
     RunDirectory,
     StopReason,
@@ -297,9 +297,10 @@ def announce(task: Task, state: PartialState) -> None:
     """Say first what runs, and make sure that every rank runs the same.
 
     Raises:
-        RunError: the launched world is not the plan's, or a rank made another plan or has another base.
+        ConfigError: a rank's packages or GPU are too old for the plan.
+        RunError: the launched strategy or world is not the plan's, or a rank made another plan or has another base.
     """
-    plan = task.plan
+    plan, launched = task.plan, launched_strategy(launched_config(os.environ), "LOCAL_RANK" in os.environ)
     logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
 
     def check() -> None:
@@ -308,10 +309,17 @@ def announce(task: Task, state: PartialState) -> None:
                 f"rank {state.process_index}: torch works on {state.device.type}, the plan is for {plan.device}; "
                 "torch and the GPU driver do not fit each other, or the GPU is hidden (CUDA_VISIBLE_DEVICES)"
             )
+        # A plan that was made elsewhere knows neither these packages nor these GPUs.
+        refuse_unfit_machine(task.recipe, plan.strategy, capability_of(state.device))
         if state.num_processes != plan.world_size:
             raise RunError(
                 f"--num_processes: the launcher started {state.num_processes} processes, the plan is for "
                 f"{plan.world_size}; start as many, or let `samestep run` start them"
+            )
+        if launched != plan.strategy:
+            raise RunError(
+                f"--config_file: it launches {launched}, the plan is for {plan.strategy}; take accelerate_configs/"
+                f"{plan.strategy}.yaml, or let `samestep run` start the processes"
             )
 
     together(check)
@@ -327,6 +335,11 @@ def announce(task: Task, state: PartialState) -> None:
             )
 
     on_rank_0(compare)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> None:

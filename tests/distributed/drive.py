@@ -6,6 +6,7 @@ Starting processes costs ten times what these runs do, so one launch does as man
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -13,17 +14,24 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
-from launch import plan
+from launch import plan, rules
+from launch.errors import SamestepError
+from launch.index import Index
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from trainer import train
+from trainer import sft, train
 from trainer.agreement import end_process, leave_processes
+from trainer.guards import GradientWitness
 from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
 
 STOP_AT: dict[str, int] = {}
 """Name of a run -> the step after which it is to stop, by a STOP file that comes during that step."""
+
+SILENT = "silent"
+"""Name of a run, the last of its launch, one of whose adapters gets no gradient but zeros."""
 
 _training_step = PlannedTrainer.training_step
 
@@ -32,6 +40,27 @@ def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) 
     if self.state.global_step + 1 == STOP_AT.get(self.run_directory.name) and self.is_world_process_zero():
         request_stop(self.run_directory, "preempted")
     return _training_step(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def silence_an_adapter(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """Train without the gradient of one lora_B; write down what that ends with, and whether any weight has changed."""
+    seen: dict[str, nn.Parameter] = {}
+
+    def silence(parameters: dict[str, nn.Parameter]) -> GradientWitness:
+        seen.update(parameters)
+        next(value for name, value in parameters.items() if ".lora_B." in name).register_hook(
+            torch.zeros_like
+        )
+        return GradientWitness(parameters)
+
+    sft.GradientWitness = silence  # type: ignore[assignment, misc]
+    try:
+        train.train_once(options, index, state, os.getppid())
+    except SamestepError as error:
+        trained = any(value.any() for name, value in seen.items() if ".lora_B." in name)
+        if state.is_main_process:
+            told = {"agreed": error.agreed, "words": str(error), "trained": bool(trained)}
+            (options.runs_dir / f"{options.name}.json").write_text(json.dumps(told))
 
 
 def share_one_gpu() -> None:
@@ -52,6 +81,10 @@ def share_one_gpu() -> None:
     train.start_processes = start
 
 
+def _train(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    train.train_once(options, index, state, os.getppid())
+
+
 def main() -> None:
     """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
     speak_plainly()
@@ -60,6 +93,7 @@ def main() -> None:
             share_one_gpu()
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
+        rules.REQUEST_RULES = tuple(rule for rule in rules.REQUEST_RULES if rule is not rules.fsdp_has_gpus)
     if storage := os.environ.get("PLANTED_STORAGE"):
         plan.storage_of = lambda _: storage
     asked = json.loads(Path(sys.argv[1]).read_text())
@@ -69,7 +103,8 @@ def main() -> None:
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
-        train.train_once(options, index, state, os.getppid())
+        run = silence_an_adapter if options.name == SILENT else _train
+        run(options, index, state)
     if torch.cuda.is_available():
         gib = torch.cuda.max_memory_allocated() / 2**30
         sys.stdout.write(f"rank {state.process_index}: peak {gib:.2f} GiB\n")

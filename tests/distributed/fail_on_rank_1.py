@@ -1,8 +1,9 @@
 """Started by `accelerate launch`: runs with which something is wrong on one rank alone.
 
-`full`: the disk is full in the save of step 2, which rank 0 sees. `later`: rank 1 runs out of memory in step 3, once;
-`tried`: it does with all its samples in one micro-batch, tried before the first step; `fixed` is planned as that ended.
-The last one's loss becomes NaN on rank 1 in step 2.
+`unreadable`: rank 1 cannot read the data before the model is wrapped. `full`: the disk is full in the save of step 2,
+which rank 0 sees. `later`: rank 1 runs out of memory in step 3, once; `tried`: it does with all its samples in one
+micro-batch, tried before the first step; `fixed` is planned as that ended. The last one's loss becomes NaN on rank 1
+in step 2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trainer import probe, sft, train
 from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
-_loss, _publish = PlannedTrainer._loss, sft.publish
+_loss, _publish, _assemble = PlannedTrainer._loss, sft.publish, sft.assemble
 _full_once = {"later"}
 
 
@@ -49,6 +50,12 @@ def _full(aside: Path, final: Path, *args: Any, **kwargs: Any) -> None:
     _publish(aside, final, *args, **kwargs)
 
 
+def _unreadable(*args: Any, **kwargs: Any) -> Any:
+    if os.environ["RANK"] == "1":
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "charts.parquet")
+    return _assemble(*args, **kwargs)
+
+
 def train_named(name: str, state: PartialState, *more: str) -> argparse.Namespace:
     """One attempt at a run; says how it ended badly."""
     options = train.parse([*sys.argv[1:], "--name", name, *more])
@@ -64,6 +71,9 @@ def main() -> int:
     """Arguments: those of `trainer.train`."""
     train.prepare_first(train.parse(sys.argv[1:]))
     state = train.start_processes()
+    sft.assemble = _unreadable
+    train_named("unreadable", state)
+    sft.assemble = _assemble
     sft.publish = _full
     train_named("full", state)
     sft.publish = _publish

@@ -54,22 +54,28 @@ def choose_hits(count: int, in_saves: int, seed: int) -> list[Hit]:
 
 
 def survive(
-    arguments: Sequence[str], run: Path, processes: int, hits: Sequence[Hit], log: Path
+    arguments: Sequence[str],
+    run: Path,
+    processes: int,
+    hits: Sequence[Hit],
+    log: Path,
+    strategy: str | None = None,
 ) -> list[Outcome]:
     """Start the run again and again, with each hit in turn; then let it end. Fails the test when it does not."""
     draw = random.Random(len(hits))
-    outcomes = [_strike(arguments, run, processes, hit, log, draw) for hit in hits]
-    with started(launch_command(processes, arguments), log) as process:
+    command = launch_command(processes, arguments, strategy)
+    outcomes = [_strike(command, run, processes, hit, log, draw) for hit in hits]
+    with started(command, log) as process:
         status = process.wait(timeout=300)
     assert status == 0, log.read_text()
     return outcomes
 
 
 def _strike(
-    arguments: Sequence[str], run: Path, processes: int, hit: Hit, log: Path, draw: random.Random
+    command: Sequence[str], run: Path, processes: int, hit: Hit, log: Path, draw: random.Random
 ) -> Outcome:
     target = max(published_steps(run), default=0) + hit.after
-    with started(launch_command(processes, arguments), log) as process:
+    with started(command, log) as process:
 
         def reached() -> bool:
             assert process.poll() is None, f"ended before it could be killed:\n{log.read_text()}"

@@ -26,6 +26,13 @@ def launch_command(processes: int, arguments: Sequence[str], strategy: str | Non
     return [*command, "--num_processes", str(processes), "-m", *arguments]
 
 
+def machine_command(recipe: Path, options: Sequence[str], *, rank: int, nodes: int, port: int) -> list[str]:
+    """`samestep run` on one of several machines, all of them on loopback; the run lies beside its recipe."""
+    command = [sys.executable, "-m", "launch.cli", "run", str(recipe), "--runs-dir", str(recipe.parent)]
+    command += [*options, "--nodes", str(nodes), "--machine-rank", str(rank)]
+    return [*command, "--main-process-ip", "127.0.0.1", "--main-process-port", str(port)]
+
+
 def child_environment() -> dict[str, str]:
     """One thread a process, and this checkout before whatever else is imported from."""
     before = [path for path in [os.environ.get("PYTHONPATH", "")] if path]

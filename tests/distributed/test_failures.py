@@ -27,6 +27,10 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
         "run",
     ]
     ended = accelerate_launch(2, arguments)
+    for rank in (0, 1):
+        said = f"unreadable: rank {rank} ended with: rank 1: charts.parquet: Input/output error; see that the disk"
+        assert ended.stdout.count(said) == 1
+
     full = re.findall(r"full: rank (\d) ended with: (.*)", ended.stdout)
     assert {rank for rank, _ in full} == {"0", "1"}  # rank 0's thread failed to save, rank 1 knows why too
     assert all("checkpoint-2.partial: No space left on device; make room" in words for _, words in full)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from launch.accelerate import free_port
 from launch.run_directory import Marker, RunDirectory, read_marker
-from tests.distributed.launching import drive, interrupt, published_steps, started, wait_until
+from tests.distributed.launching import (
+    drive,
+    interrupt,
+    machine_command,
+    published_steps,
+    started,
+    wait_until,
+)
 from tests.distributed.recorded import apart, metrics_of, run_of, write_recipe
 
 STEPS = 40
@@ -32,20 +38,8 @@ def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(place: Path, rank: int, port: int) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "launch.cli",
-        "run",
-        str(place / "recipe.yaml"),
-        "--runs-dir",
-        str(place),
-    ]
-    command += ["--name", "two", "--strategy", "ddp", "--gpus-per-node", "2", "--nodes", "2"]
-    return [
-        *command,
-        *("--machine-rank", str(rank), "--main-process-ip", "127.0.0.1", "--main-process-port", str(port)),
-    ]
+    options = ["--name", "two", "--strategy", "ddp", "--gpus-per-node", "2"]
+    return machine_command(place / "recipe.yaml", options, rank=rank, nodes=2, port=port)
 
 
 def test_two_machines_take_the_steps_of_one_and_either_can_stop_both(place: Path, tmp_path: Path) -> None:

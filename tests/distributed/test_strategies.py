@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.drive import SILENT
 from tests.distributed.launching import drive
-from tests.distributed.recorded import apart, metrics_of, run_of, write_recipe
+from tests.distributed.recorded import apart, evaluations_of, metrics_of, run_of, write_recipe
 
 KINDS = {"plain": 1e-6, "nf4": 1e-5}
 """Base -> the tolerance that is promised."""
@@ -22,13 +24,18 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipes = {
         kind: write_recipe(world, folder / f"{kind}.yaml", kind, checkpoint={"keep": 9}) for kind in KINDS
     }
+    # With a warm-up the first step would leave the weights as they are.
+    recipes[SILENT] = write_recipe(
+        world, folder / "silent.yaml", "plain", training={"warmup_steps": 0}, checkpoint={"every_steps": 100}
+    )
 
     def request(kind: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
         return [str(recipes[kind]), "--runs-dir", str(folder), "--name", name], stop
 
     for strategy, processes, stop in CHAIN:
         requests = [request(kind, f"{kind}-{strategy}") for kind in KINDS]
-        drive(processes, [*requests, request("nf4", "chain", stop)], folder, strategy=strategy)
+        last = [request(SILENT, SILENT)] if strategy == "zero2" else []
+        drive(processes, [*requests, request("nf4", "chain", stop), *last], folder, strategy=strategy)
     return folder
 
 
@@ -46,6 +53,18 @@ def test_a_strategy_takes_the_steps_of_one_process(
     norms = [line["grad_norm"] for line in metrics_of(runs / f"{kind}-{strategy}")]
     expected = [line["grad_norm"] for line in metrics_of(runs / f"{kind}-single")]
     assert norms == pytest.approx(expected, rel=1e-5)
+    evaluations, straight = (evaluations_of(runs / f"{kind}-{other}") for other in (strategy, "single"))
+    for key in ("step", "samples"):
+        assert [line[key] for line in evaluations] == [line[key] for line in straight]
+    losses = [line["loss"] for line in evaluations]
+    assert losses == pytest.approx([line["loss"] for line in straight], rel=tolerance)
+
+
+def test_an_adapter_without_gradients_is_noticed_before_deepspeed_takes_its_step(runs: Path) -> None:
+    told = json.loads((runs / f"{SILENT}.json").read_text())
+    assert "1 of 8 adapters got a gradient of zero in the first step, such as " in told["words"]
+    assert told["agreed"]
+    assert not told["trained"]
 
 
 def test_a_run_that_changes_its_strategy_is_the_straight_run(runs: Path) -> None:

@@ -7,7 +7,7 @@ sizes that the world size does not divide; DeepSpeed 0.19), is done here on its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -84,6 +84,21 @@ class Zero:
         """Sum `told` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `norm`."""
         dist.all_reduce(told)
         return told.tolist(), float("nan")
+
+    def before_next_step(self, action: Callable[[], None]) -> None:
+        """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step.
+
+        accelerate 1.15 calls the engine's `step` in the last backward of a step (`DeepSpeedEngineWrapper.backward`),
+        and DeepSpeed 0.19 has no hook there; what stands in its place calls it.
+        """
+        take = self._engine.step
+
+        def ask_first(*args: Any, **kwargs: Any) -> Any:
+            del self._engine.step  # from now on the class's own again
+            action()
+            return take(*args, **kwargs)
+
+        self._engine.step = ask_first
 
     def norm(self) -> float:
         """Of the step just taken, before clipping."""

@@ -1,0 +1,122 @@
+"""What is made of a run that has trained: evaluated, merged, consolidated; each by a child of the trainer's side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.children import ChildError, call_module, wait_for
+from launch.errors import ConfigError
+from launch.launching import child_environment, trainer_command
+from launch.run_directory import RunDirectory
+from launch.start import choose_topology, refuse_missing_gpus
+
+EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
+
+
+def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
+    """ConfigError for every model that the run does not have (yet)."""
+    problems = []
+    if {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
+        problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
+    if "merged" in models and not (run.merged / "config.json").is_file():
+        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
+    if unknown := [model for model in models if model not in EVALUATED_MODELS]:
+        problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def evaluate(
+    run: RunDirectory, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
+) -> None:
+    """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
+    topology = choose_topology(None, 1, gpus_per_node)
+    refuse_missing_gpus(topology)
+    refuse_missing_models(run, models)
+    command = trainer_command(
+        topology,
+        "trainer.evaluation.generate",
+        ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
+    )
+    ended = wait_for(command, child_environment(topology))
+    if ended.interrupted:
+        raise KeyboardInterrupt
+    if ended.status:
+        raise ChildError("evaluate", ended.status)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What `samestep merge` and `consolidate` pass on; None and empty where nothing was said."""
+
+    base: str | None = None
+    dtype: str | None = None
+    recipe: str | None = None
+    adapter_config: Path | None = None
+    lora_alpha: float | None = None
+    base_model: str | None = None
+
+    def flags(self, *names: str) -> list[str]:
+        """The command line of those named that were given."""
+        given = [(name, getattr(self, name)) for name in names]
+        return [
+            word
+            for name, value in given
+            if value is not None
+            for word in (
+                f"--{name.replace('_', '-')}",
+                f"{value:g}" if isinstance(value, float) else str(value),
+            )
+        ]
+
+
+_OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")
+
+
+def merge(
+    source: str, output: Path | None, options: MergeOptions, compare: bool | None, runs_dir: Path
+) -> bool:
+    """Start `trainer.checkpoint.merge`, then the comparison of its result. ChildError when either fails.
+
+    `compare`: None compares inside a run, True compares the merge onto the other base too, False does not compare.
+    Returns False when the result could not be compared: an adapter outside a run has no data.
+    """
+    folder = _find_source(source, runs_dir)
+    in_a_run = any(RunDirectory(place).recipe_file.is_file() for place in (folder, folder.parent))
+    if compare and not in_a_run:
+        raise ConfigError(
+            f"--compare: {folder} lies in no run, whose recipe would name the data; leave it out"
+        )
+    if output is None:
+        if not RunDirectory(folder).recipe_file.is_file():
+            raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
+        output = RunDirectory(folder).merged
+        if options.base == "dequantized":
+            output = output.with_name(f"{output.name}-dequantized")
+    flags = options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER)
+    call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
+    if compare is False:
+        return True
+    if not in_a_run:
+        return False
+    both = ["--both-bases"] if compare else []
+    flags = [*options.flags(*_OF_THE_ADAPTER), *both]
+    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
+    return True
+
+
+def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
+    """Start `trainer.checkpoint.consolidate`. ChildError when it fails."""
+    folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
+    call_module("trainer.checkpoint.consolidate", [str(folder), "--output", str(output), *flags])
+
+
+def _find_source(source: str, runs_dir: Path) -> Path:
+    """A run by name below `runs_dir`, or a folder or file by path. ConfigError when there is none."""
+    named = runs_dir.expanduser() / source
+    found = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
+    if not found.exists():
+        raise ConfigError(f"{source}: no such run or folder ({named}, {found}); see --runs-dir")
+    return found

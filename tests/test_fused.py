@@ -15,6 +15,9 @@ from trainer.model.dropout import use_sample_dropout
 
 fused = pytest.importorskip("trainer.model.fused")  # needs Triton and Liger
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CLOSE = (
+    {"rtol": 1e-3, "atol": 1e-4} if DEVICE.type == "cpu" else {"rtol": 5e-2, "atol": 5e-2}
+)  # TensorFloat32
 TOKENS = 21
 
 
@@ -59,7 +62,7 @@ def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone
     theirs = run(lambda leaf, group: [module(leaf) for module in group])
     assert len(mine) == len(theirs) == 6 + 1 + 6
     for found, expected in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(

@@ -18,8 +18,16 @@ from trainer.agreement import gather, together
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOGITS_APART = {torch.float32: 0.0, torch.bfloat16: 1e-2}
-"""The most that an output may differ by before and after wrapping, by dtype."""
+
+def may_differ_by(dtype: torch.dtype) -> float:
+    """The most that an output may differ by before and after wrapping.
+
+    0 in fp32 on a CPU; a GPU's libraries choose another kernel when weights lie elsewhere in memory (4.8e-7 seen).
+    """
+    if dtype == torch.float32:
+        return 1e-4 if torch.cuda.is_available() else 0.0
+    return 1e-2
+
 
 # strategy -> (accelerate's distributed types, the class that accelerate wraps the model in)
 _EXPECTED = {
@@ -76,10 +84,10 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
     apart = (before.float() - after.float()).abs().max().item()
 
     def compare() -> None:
-        if not apart <= LOGITS_APART[dtype]:
+        if not apart <= may_differ_by(dtype):
             raise RunError(
                 f"model: it answers otherwise since it was wrapped (largest difference {apart:.3g} in log-probability, "
-                f"{LOGITS_APART[dtype]:g} allowed); install the versions of constraints.txt, or use another --strategy"
+                f"{may_differ_by(dtype):g} allowed); install the versions of constraints.txt, or use another --strategy"
             )
 
     together(compare)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
 from trainer.agreement import together
-from trainer.guards import LOGITS_APART
+from trainer.guards import may_differ_by
 from trainer.model.attention import Segments
 
 RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
@@ -90,7 +90,7 @@ def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: in
             f"{len(before.packed)} weights, such as {changed[0]}); use float16 or float32 storage, or --strategy ddp"
         )
     apart = (before.output.float() - after.output.float()).abs().max().item()
-    if not apart <= LOGITS_APART[before.output.dtype]:
+    if not apart <= may_differ_by(before.output.dtype):
         raise RunError(
             f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
             "install the versions of constraints.txt, or use --strategy ddp"

@@ -60,7 +60,10 @@ def test_a_strategy_takes_the_steps_of_one_process(
 def test_bytes_that_sharding_changes_are_noticed_before_a_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 storage: bytes that look like NaN are rewritten when FSDP2 copies them on a GPU."""
+    """bfloat16 storage in a bfloat16 model: FSDP2 copies a layer as numbers, and rewrites what looks like NaN.
+
+    (A layer of several dtypes it copies as bytes.)
+    """
     monkeypatch.setenv("PLANTED_STORAGE", "bfloat16")
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
@@ -69,7 +72,13 @@ def test_bytes_that_sharding_changes_are_noticed_before_a_step(
     (name,) = [name for name in weights if name.endswith("layers.0.self_attn.q_proj.weight")]
     weights[name].fill_(0.02)  # all of them the largest of their block: nothing but bytes 0xFF
     save_file(weights, file, {"format": "pt"})
-    recipe = write_recipe(world, tmp_path / "recipe.yaml", "nf4", model={"name_or_path": str(base)})
+    recipe = write_recipe(
+        world,
+        tmp_path / "recipe.yaml",
+        "nf4",
+        model={"name_or_path": str(base), "dtype": "bfloat16"},
+        quantization={"bnb_4bit_compute_dtype": "bfloat16"},
+    )
     requests = tmp_path / "requests.json"
     requests.write_text(f'[[["{recipe}", "--runs-dir", "{tmp_path}", "--name", "run"], null]]')
     ended = accelerate_launch(2, ["tests.distributed.drive", str(requests)], strategy="fsdp")

@@ -54,9 +54,8 @@ def report(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
 
     console = Console(width=150, highlight=False)
     facts = facts | {"machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
-    plain = next((result for result in results if result["side"] in ("notebook", "tuned")), None)
-    notebook = next((result for result in results if result["side"] == "notebook"), None)
-    reference = notebook or plain
+    sides = {result["side"]: result for result in results}
+    reference = sides.get("notebook") or sides.get("tuned") or (results[0] if results else None)
     console.print(speed_table(facts, results, reference))
     if results:
         console.print(loss_table(results))

@@ -164,7 +164,7 @@ class Recording:
             "busy_share": gpu_trace.busy_seconds(events) / self._seconds,
             "host_syncs": gpu_trace.host_syncs(events) / PROFILED,
             "kernels": [
-                {"name": name, "seconds": seconds / PROFILED, "calls": calls / PROFILED}
+                {"name": name[:100], "seconds": seconds / PROFILED, "calls": calls / PROFILED}
                 for name, seconds, calls in kernels
             ],
         }

@@ -53,6 +53,7 @@ class Clock:
         self.moments: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self.reduced = 0
+        self.loading_gib: float | None = None
 
     def write(self, values: dict[str, Any]) -> None:
         self.output.write(json.dumps(values) + "\n")
@@ -65,7 +66,7 @@ class Clock:
             self.facts = {
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
                 "layers_gib": sum(resident_bytes(layer) for layer in layers) / 2**30,
-                "loading_gib": peak_gib(),
+                "loading_gib": self.loading_gib,
             }
             sizes = [getattr(each, "ds_numel", each.numel()) for each in trainer.parameters.values()]
             self.reduced = sum(sizes)
@@ -169,11 +170,17 @@ def main() -> int:
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 
+    settle = train.settle
+
+    def settle_after(trainer: PlannedTrainer) -> None:
+        clock.loading_gib = peak_gib()  # before the largest micro-batch is tried
+        settle(trainer)
+
     def leave() -> None:
         clock.finish()
         leave_processes()
 
-    train.leave_processes = leave
+    train.settle, train.leave_processes = settle_after, leave
     return train.main(arguments)
 
 

@@ -91,20 +91,30 @@ def random_deal(
 ) -> list[list[MicroBatch]]:
     """As `launch.deal.deal` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
 
-    Deterministic in the samples, so that all ranks find the same. The budget is not kept: micro-batches are equal in
-    samples.
+    Deterministic in the samples, so that all ranks find the same. The budget is not kept: a rank's micro-batches are
+    level in tokens, and as many as are asked for.
     """
-    positions = np.asarray(samples, dtype=np.int64)
+    positions, lengths = np.asarray(samples, dtype=np.int64), np.asarray(tokens)
     order = np.random.default_rng(int(positions.sum())).permutation(positions)
-    shortest = int(positions[np.asarray(tokens)[positions].argmin()])
-    filler = MicroBatch((shortest,), filler=True)
+    filler = MicroBatch((int(positions[lengths[positions].argmin()]),), filler=True)
     return [
         [
-            MicroBatch(tuple(part.tolist()), filler=False) if len(part) else filler
-            for part in np.array_split(mine, micro_batches or 1)
+            MicroBatch(tuple(sorted(part)), filler=False) if part else filler
+            for part in _level(mine.tolist(), lengths, micro_batches or 1)
         ]
         for mine in np.array_split(order, world_size)
     ]
+
+
+def _level(samples: list[int], tokens: Ints, count: int) -> list[list[int]]:
+    """`count` groups: the longest sample first, each into the shortest group."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for sample in sorted(samples, key=lambda each: (-int(tokens[each]), each)):
+        shortest = sizes.index(min(sizes))
+        groups[shortest].append(sample)
+        sizes[shortest] += int(tokens[sample])
+    return groups
 
 
 def rank_costs(ranks: Sequence[Sequence[MicroBatch]], costs: Floats) -> Floats:

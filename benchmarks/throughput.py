@@ -56,7 +56,6 @@ def main() -> None:
     """Build, run the sides, print."""
     options = parse()
     os.environ["SAMESTEP_CACHE"] = str(options.folder / "cache")
-    os.environ.setdefault("SAMESTEP_VISION_CACHE", str(options.folder / "features"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.side:
         print("RESULT " + json.dumps(measure(options)), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks.random_base import GLOBAL_BATCH
@@ -54,9 +54,8 @@ def report(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
 
     console = Console(width=150, highlight=False)
     facts = facts | {"machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
-    plain = next((result for result in results if result["side"] in ("notebook", "tuned")), None)
-    notebook = next((result for result in results if result["side"] == "notebook"), None)
-    reference = notebook or plain
+    sides = {result["side"]: result for result in results}
+    reference = sides.get("notebook") or sides.get("tuned") or (results[0] if results else None)
     console.print(speed_table(facts, results, reference))
     if results:
         console.print(loss_table(results))
@@ -64,7 +63,14 @@ def report(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
         if result.get("profile"):
             console.print(profile_table(result))
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "liger-kernel")
-    print(json.dumps({**facts, "versions": {name: version(name) for name in names}, "results": results}))
+    print(json.dumps({**facts, "versions": {name: _version(name) for name in names}, "results": results}))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # carried in without its metadata
+        return "not known"
 
 
 def speed_table(

@@ -165,9 +165,15 @@ def run_case(
     from launch.steps import MicroBatch
     from trainer.data.chartqa import open_split
     from trainer.data.collate import Encoder, assemble
+    from trainer.model.base import DTYPES
     from trainer.pretrained import load_processor
 
-    encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
+    encoder = Encoder(
+        load_processor(recipe),
+        recipe.data.system_message,
+        recipe.data.loss,
+        pixels=DTYPES[recipe.model.dtype],
+    )
     rows, split = open_split(recipe, "train"), index.splits["train"]
     numbers = [tuple(range(first, first + case.samples)) for first in (0, case.samples)]
     batches = [

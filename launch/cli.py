@@ -431,7 +431,8 @@ def _show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.plan import Where, memory_rows
+    from launch.plan import Where
+    from launch.replan import memory_rows
     from launch.settings import gib
 
     where = Where(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)

@@ -274,13 +274,15 @@ def _is_recomputed(number: int, every: int) -> bool:
 
 
 def _held_bytes(load: Load, packed: Packed, patches: int) -> int:
-    """What a whole micro-batch holds beside its layers: pixels in fp32, positions, dropout keys, cos and sin, the
+    """What a whole micro-batch holds beside its layers: pixels, positions, dropout keys, cos and sin, the
     last norm."""
     shape = load.shape
     keys = 8 * len(load.targets) * shape.layers if load.dropout else 0
     rotation = 2 * load.activation_bytes * shape.head_width
     last_norm = shape.hidden * (load.activation_bytes if load.kernels.fused else 4)
-    return patches * (4 * shape.patch_values + 16) + packed.tokens * (keys + rotation + last_norm + 6 * 8)
+    return patches * (load.weight_bytes * shape.patch_values + 16) + packed.tokens * (
+        keys + rotation + last_norm + 6 * 8
+    )
 
 
 def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:

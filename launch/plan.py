@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from launch.errors import ConfigError
 from launch.memory import Settings
 from launch.recipe import Recipe, recipe_fingerprint
-from launch.rules import STRATEGIES, Request, storage_of, violations
-from launch.settings import Choice, Machine, batches_of, choose, gib, less_than, recomputation
+from launch.rules import Request, storage_of, violations
+from launch.settings import Choice, Machine, batches_of, choose, gib, recomputation
 from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
 
@@ -163,7 +163,7 @@ def make_plan(
         raise ConfigError(problems)
     where = Where(strategy, request.world_size, device, gpu_memory)
     chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
-    steps = _dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
+    steps = dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
     compute_dtype, asked_workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
@@ -192,7 +192,7 @@ def make_plan(
         recompute_every=chosen.settings.recompute_every,
         settings_reason=chosen.reason,
         gpu_memory=gpu_memory or 0,
-        planned_memory=before.planned_memory if before else _peak_of(chosen),
+        planned_memory=before.planned_memory if before else peak_of(chosen),
         settings_tried=before is not None and before.settings_tried,
         out_of_memory=before.out_of_memory if before else 0,
         data_workers=None if asked_workers == "auto" else asked_workers,
@@ -223,57 +223,10 @@ def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = B
         longest_of(index),
         size,
         where.world_size,
-        lambda budget: _dealt(recipe, index, where.world_size, budget, max_steps, begin).micro_batches,
+        lambda budget: dealt(recipe, index, where.world_size, budget, max_steps, begin).micro_batches,
     )
     machine = Machine(where.device, where.gpu_memory)
     return choose(recipe, machine, read_shape(recipe), where.strategy, where.world_size, batches)
-
-
-def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
-    """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
-    where = Where(plan.strategy, plan.world_size, plan.device, gpu_memory)
-    chosen = choose_settings(recipe, index, where, plan.begin)
-    return replace(_with_choice(recipe, index, plan, chosen), gpu_memory=gpu_memory)
-
-
-def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool) -> Plan | None:
-    """After a GPU ran out of memory: the plan with settings that need less of it; None when the recipe allows none.
-
-    `reloading`: the weights will be loaded again, so that they may be held otherwise.
-    """
-    if not reloading:
-        held = recipe.model.model_copy(update={"resident_weights": plan.resident_weights})
-        recipe = recipe.model_copy(update={"model": held})
-    fixed = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"resident_weights": plan.resident_weights}),
-            "batch": recipe.batch.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
-            "training": recipe.training.model_copy(update={"gradient_checkpointing": plan.recompute_every}),
-        }
-    )
-    where = Where(plan.strategy, plan.world_size, plan.device)
-    now = choose_settings(fixed, index, where, plan.begin).memory
-    if now is None:
-        return None
-    chosen = choose_settings(recipe, index, replace(where, gpu_memory=less_than(now)), plan.begin)
-    if not chosen.fits:
-        return None
-    chosen = replace(chosen, reason=f"after a GPU ran out of memory: {chosen.reason}")
-    return replace(_with_choice(recipe, index, plan, chosen), settings_tried=False)
-
-
-def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: Choice) -> Plan:
-    tokens = chosen.micro_batch_tokens
-    dealt = _dealt(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
-    return replace(
-        plan,
-        micro_batch_tokens=tokens,
-        micro_batches=dealt.micro_batches,
-        resident_weights=chosen.settings.resident_weights,
-        recompute_every=chosen.settings.recompute_every,
-        settings_reason=chosen.reason,
-        planned_memory=_peak_of(chosen),
-    )
 
 
 def _choice_of(plan: Plan) -> Choice:
@@ -281,7 +234,8 @@ def _choice_of(plan: Plan) -> Choice:
     return Choice(plan.micro_batch_tokens, settings, None, plan.settings_reason)
 
 
-def _peak_of(chosen: Choice) -> int:
+def peak_of(chosen: Choice) -> int:
+    """Bytes that PyTorch's allocator is planned to reach, 0: not known."""
     return chosen.memory.peak if chosen.memory else 0
 
 
@@ -290,9 +244,10 @@ def longest_of(index: Index) -> int:
     return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
 
 
-def _dealt(
+def dealt(
     recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: Begin
 ) -> StepPlan:
+    """The step plan with the fewest micro-batches of a budget in tokens. ConfigError as `plan_steps`."""
     train = index.splits["train"]
     return plan_steps(
         train.tokens,
@@ -395,28 +350,6 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
-
-
-def memory_rows(recipe: Recipe, index: Index, where: Where) -> list[tuple[str, ...]]:
-    """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
-    rows: list[tuple[str, ...]] = []
-    for strategy in STRATEGIES:
-        if (strategy == "single") != (where.world_size == 1):
-            continue
-        chosen = choose_settings(recipe, index, replace(where, strategy=strategy))
-        if (memory := chosen.memory) is None:
-            return []
-        needs = f"needs {gib(memory.reserved)}"
-        fits = {True: "yes", False: f"no, {needs}", None: needs}[chosen.fits]
-        settings = ", ".join(
-            [
-                f"{chosen.micro_batch_tokens:,} tokens",
-                f"recomputed: {recomputation(chosen.settings.recompute_every)}",
-                *(["held dequantized"] if chosen.settings.resident_weights else []),
-            ]
-        )
-        rows.append((strategy, gib(memory.loading), gib(memory.training), settings, fits))
-    return rows
 
 
 def _notice(plan: Plan) -> str | None:

@@ -16,15 +16,13 @@ from launch.plan import (
     Plan,
     Where,
     make_plan,
-    memory_rows,
-    plan_on,
     plan_rows,
-    plan_with_less,
     samples_consumed,
     step_plan,
     warmup_steps_of,
 )
 from launch.recipe import Recipe
+from launch.replan import memory_rows, plan_on, plan_with_less
 from launch.steps import step_samples
 from tests.indexes import SHAPE, embedded_recipe, make_index
 

@@ -16,7 +16,8 @@ from accelerate.logging import get_logger
 from numpy.typing import NDArray
 
 from launch.errors import GpuMemoryError
-from launch.plan import Plan, plan_with_less
+from launch.plan import Plan
+from launch.replan import plan_with_less
 from launch.runs import keep_plan
 from launch.settings import recomputation
 from launch.steps import MicroBatch

@@ -32,8 +32,9 @@ from launch.changes import consequences, tie_contents
 from launch.errors import CheckpointError, ConfigError, GpuMemoryError, RunError, SamestepError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
-from launch.plan import Plan, make_plan, plan_on, plan_with_less
+from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.replan import plan_on, plan_with_less
 from launch.resources import resource
 from launch.rules import refuse_config, refuse_unfit_machine
 from launch.run_directory import (
@@ -515,6 +516,8 @@ def leave_smaller_plan(task: Task) -> None:
     """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
     with contextlib.suppress(OSError):
         plan = Plan.from_json(task.run.plan_file.read_text(encoding="utf-8"))
+        if plan.out_of_memory > task.plan.out_of_memory:
+            return  # another rank was faster
         smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)
         if smaller is None:
             return

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from launch.memory import layer_bytes, load_of
+from launch.recipe import recipe_from_dict
+from launch.settings import Machine, kernels_of
+from launch.shape import ModelShape, read_shape
+from tests.conftest import recipe_values
+from tests.saved import saved_bytes
+from trainer.model.base import DTYPES, add_lora, load_base, prepare_training
+from trainer.model.dropout import SampleDropout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,3 +34,20 @@ def test_segments_of_gpu_memory_can_grow_in_a_training_process() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ended.stdout.split() == ["True"], ended.stderr
+
+
+def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_saves(world: Path) -> None:
+    values = recipe_values(world)
+    values["model"]["dtype"] = "bfloat16"
+    values["quantization"] = {"load_in_4bit": True}
+    values["lora"] = {"lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    recipe = recipe_from_dict(values)
+    device = torch.device("cuda", 0)
+    model = add_lora(load_base(recipe, device), recipe).train()
+    way = prepare_training(model, recipe, compute_dtype=DTYPES["bfloat16"])
+    keys = next(module.keys for module in model.modules() if isinstance(module, SampleDropout))
+    shape, kernels = read_shape(recipe), kernels_of(recipe, Machine("cuda"), "single")
+    assert isinstance(shape, ModelShape)
+    assert kernels.fused == ("fused kernels" in way)
+    planned = layer_bytes(load_of(recipe, shape, "single", 1, kernels))
+    assert saved_bytes(model, keys, device) == pytest.approx(planned, rel=0.02)

@@ -40,6 +40,14 @@ def test_run_writes_recipe_and_plan_and_starts_the_trainer_with_them(
     assert int(flag(command, "--main_process_port")) > 0
 
 
+def test_prepare_fills_the_vision_cache_when_it_is_asked_to(launcher: Launcher) -> None:
+    assert samestep("prepare", "embedded") == 0
+    assert samestep("prepare", "embedded", "--vision", "--set", "data.vision_cache=disk") == 0
+    plain, vision = launcher.commands
+    assert "--vision" not in plain
+    assert vision[-3:] == ["--set", "data.vision_cache=disk", "--vision"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "asked", "strategy", "processes"),
     [

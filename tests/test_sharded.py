@@ -137,11 +137,11 @@ def test_a_model_takes_the_adapter_and_gets_the_moments(
         load_checkpoint(other, dict(list(shapes.items())[1:]), checkpoint)
 
 
-def test_what_deepspeed_is_kept_from_writing_is_copied_without_the_base(tmp_path: Path) -> None:
+def test_what_deepspeed_would_write_is_copied_before_the_next_step(tmp_path: Path) -> None:
     kept, weight = Kept(), torch.ones(3)
-    kept.save({"module": {"base": weight}, "param_shapes": [{"w": torch.Size([3])}]}, "./step/model.pt")
+    kept.save({"module": {}, "param_shapes": [{"w": torch.Size([3])}]}, "./step/model.pt")
     kept.save({"groups": [weight], "count": 2}, "./step/optimizer.pt")
-    weight.zero_()  # the next step
+    weight.zero_()
     assert kept.files["step/model.pt"] == {"module": {}, "param_shapes": [{"w": torch.Size([3])}]}
     names = ZeroPart({**kept.files, "latest": "step"}).write(tmp_path, None)
     assert set(names) == {"step/model.pt", "step/optimizer.pt", "latest"}

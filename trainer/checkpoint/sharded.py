@@ -27,8 +27,6 @@ from trainer.checkpoint.foreign import OPTIMIZER_PREFIX
 from trainer.checkpoint.portable import State
 from trainer.checkpoint.torch_files import load_distributed, load_torch
 
-_MODULE = "module"  # the weights in DeepSpeed's *_model_states.pt
-
 
 def dealt(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     """The names for each rank to write, the sums of their sizes balanced: the largest first, each to who has least."""
@@ -128,9 +126,7 @@ class Kept:
         self.files: dict[str, Any] = {}
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        # Without the weights of the module: the frozen base, and what the shards hold once more.
-        module: dict[str, Any] = {_MODULE: {}} if _MODULE in state_dict else {}
-        self.files[Path(path).as_posix()] = copied({**state_dict, **module})
+        self.files[Path(path).as_posix()] = copied(state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing: who writes the files makes their folders."""

@@ -131,11 +131,12 @@ class Zero:
         own = engine.checkpoint_engine
         engine.checkpoint_engine = kept
         engine._copy_recovery_script = lambda _: None  # into the folder that is not there yet
+        engine.module_state_dict = lambda **_: {}  # the frozen base, and once more what the shards hold
         try:
             engine.save_checkpoint(".", tag, save_latest=False, exclude_frozen_parameters=True)
         finally:
             engine.checkpoint_engine = own
-            del engine._copy_recovery_script
+            del engine._copy_recovery_script, engine.module_state_dict
         latest = {"latest": tag} if dist.get_rank() == 0 else {}
         return ZeroPart(kept.files | latest)
 

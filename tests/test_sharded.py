@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 from launch.errors import CheckpointError, ConfigError, RunError
 from launch.manifest import aside_folder, bring_to_disk, newest_valid, publish, read_manifest
 from launch.recipe import recipe_from_dict
+from launch.run_directory import RunDirectory
+from launch.runs import adopt
 from tests.adapters import random_adapter
 from tests.checkpoints import change_one_bit, halve
 from tests.conftest import recipe_values
+from tests.merging import merge
 from trainer.checkpoint.consolidate import consolidate
 from trainer.checkpoint.foreign import SHARDS, read_sharded, take_over
 from trainer.checkpoint.portable import save_adapter, save_adapter_config
@@ -147,6 +150,26 @@ def test_what_deepspeed_would_write_is_copied_before_the_next_step(tmp_path: Pat
     assert set(names) == {"step/model.pt", "step/optimizer.pt", "latest"}
     assert torch.load(tmp_path / "step" / "optimizer.pt")["groups"][0].tolist() == [1, 1, 1]
     assert (tmp_path / "latest").read_text() == "step"
+
+
+def test_it_merges_and_begins_another_run_like_a_portable_one(
+    trained: Trained, world: Path, tmp_path: Path
+) -> None:
+    checkpoint, base = _publish(trained, tmp_path), str(world / "base")
+    save_adapter(trained.model, tmp_path / "adapter")
+    for source in (checkpoint, tmp_path / "adapter"):
+        merge(source, tmp_path / "merged" / source.name, base_model=base)
+    one, other = (load_file(file) for file in sorted((tmp_path / "merged").glob("*/model.safetensors")))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    run = RunDirectory(tmp_path / "other")
+    run.path.mkdir()
+    adopt(checkpoint, run)
+    assert read_manifest(run.checkpoint(7), verify=True)["facts"]["copied_from"] == str(checkpoint)
+    copy, original = (read_sharded(folder) for folder in (run.checkpoint(7), checkpoint))
+    assert copy is not None
+    assert original is not None
+    assert all(torch.equal(copy.moments[name], tensor) for name, tensor in original.moments.items())
 
 
 # what goes wrong -------------------------------------------------------------------------

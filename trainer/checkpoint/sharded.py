@@ -59,10 +59,10 @@ class DistributedPart:
         moments = {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()}
         tensors = {**self.state.adapter, **moments}
         single, rank = not dist.is_initialized(), dist.get_rank() if dist.is_initialized() else 0
+        # 0: nothing is left to be copied from a GPU, where torch would wait in this thread for the first one.
+        writer = _Writer(folder, per_thread_copy_ahead=0)
         try:
-            state_dict_saver.save(
-                dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=single
-            )
+            state_dict_saver.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=single)
         except CheckpointException as error:
             raise _first_failure(error) from None
         _compare(folder, tensors.values(), load_distributed(folder, list(tensors)).values())

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # not: they cannot be told from the rest of another checkpoint.
 _NFS_LEFTOVER = re.compile(r"\.nfs[0-9a-f]{24}")
 _OLDER = "use an older checkpoint"
+
+Entries = dict[str, dict[str, Any]]
+"""Name of a file in a checkpoint -> its {bytes, sha256}."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,23 @@ def aside_folder(run_dir: Path, step: int) -> Path:
 # publishing and reading -------------------------------------------------------------------
 
 
-def publish(aside: Path, final: Path, facts: dict[str, Any], replace: bool = False) -> None:
+def bring_to_disk(aside: Path, names: Iterable[str]) -> Entries:
+    """Flush files of an unpublished checkpoint; what the manifest will say of them. Every rank does it for its own."""
+    return {name: _bring_to_disk(aside / name) for name in names}
+
+
+def publish(
+    aside: Path, final: Path, facts: dict[str, Any], replace: bool = False, known: Entries | None = None
+) -> None:
     """Make the complete folder `aside` the checkpoint `final`, at once or not at all.
 
     Every file reaches the disk before the manifest names it, and the manifest before the folder gets its
     name: a crash at any moment leaves either no checkpoint of that name or a whole one. A damaged folder in
     the place of `final` is replaced. `facts`: what the trainer wants to know on resuming (JSON); its `step`
-    is the one in the name of `final`.
-    Raises CheckpointError when a valid checkpoint stands there already (its whole content is read) and is not
-    to be replaced, or when `aside` holds what is no plain file.
+    is the one in the name of `final`. `known`: of `bring_to_disk` on the ranks that wrote these files.
+    Raises CheckpointError when a file is known and not seen here (its rank writes to another disk), when a valid
+    checkpoint stands there already (its whole content is read) and is not to be replaced, or when `aside` holds
+    what is no plain file.
     """
     named = _NAME.fullmatch(final.name)
     if not named or named[2] or facts.get("step") != int(named[1]):
@@ -78,9 +89,17 @@ def publish(aside: Path, final: Path, facts: dict[str, Any], replace: bool = Fal
         (aside / leftover).unlink(missing_ok=True)
     found, problems = _entries(aside)
     problems += filter(None, (_not_plain(aside / name, status.st_mode) for name, status in found.items()))
+    known = known or {}
+    sizes = {name: status.st_size for name, status in found.items()}
+    problems += (
+        f"{printable(str(aside / name))}: another rank wrote it ({entry['bytes']:,} bytes) and it is not seen here "
+        f"({sizes.get(name, 0):,} bytes); put the run directory on a disk that all nodes share"
+        for name, entry in known.items()
+        if sizes.get(name) != entry["bytes"]
+    )
     if problems:
         raise CheckpointError("\n".join(problems))
-    files = {name: _bring_to_disk(aside / name) for name in found}
+    files = {name: known.get(name) or _bring_to_disk(aside / name) for name in found}
     # What JSON makes of the facts (text keys, lists) is what will be read back and sealed again.
     content = json.loads(json.dumps({"facts": facts, "files": files}))
     sealed = {**content, "sha256": _seal(content["facts"], content["files"])}

@@ -170,7 +170,10 @@ class CheckpointSection(Section):
         False,
         description="true: save after the first step of every attempt too, to see that saving works; false",
     )
-    format: Literal["auto", "portable"] = Field("auto", description="`portable`: by parameter name; `auto`")
+    format: Literal["auto", "portable", "sharded"] = Field(
+        "auto",
+        description="`portable`: one small file; `sharded`: every rank writes its part; `auto`: sharded from 1 GB on",
+    )
 
 
 class EvaluationSection(Section):

@@ -210,7 +210,7 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
     if source is not None:
         _refuse_whole_run(source)
     ours = source is not None and any(
-        (source / name).is_file() for name in (MANIFEST, "optimizer.safetensors")
+        (source / name).exists() for name in (MANIFEST, "optimizer.safetensors", "shards")
     )
     if source is None or not source.is_dir() or ours:
         return request

@@ -24,6 +24,7 @@ from tests.distributed.recorded import (
     sha256_of,
     write_recipe,
 )
+from trainer.saving import Saver
 from trainer.sft import PlannedTrainer
 from trainer.train import main
 
@@ -195,9 +196,9 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_stops_the_run_and_leaves_th
     """Really refused by the kernel: while a save goes on, no file may grow beyond what the adapter needs."""
     run = _copy(done, tmp_path, 4, 6)
     size = (run.checkpoint(2) / "adapter_model.safetensors").stat().st_size + 1000
-    save = PlannedTrainer._publish
+    save = Saver._write
 
-    def save_with_little_room(self: PlannedTrainer, *args: Any) -> None:
+    def save_with_little_room(self: Saver, *args: Any) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
         try:
@@ -206,7 +207,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_stops_the_run_and_leaves_th
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as patched:
-        patched.setattr(PlannedTrainer, "_publish", save_with_little_room)
+        patched.setattr(Saver, "_write", save_with_little_room)
         assert _again(run) == 1
     said = capsys.readouterr().err
     assert "make room or give permission; the same command goes on" in said

@@ -28,10 +28,11 @@ _REMEDIES = {
 }
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank and return its result; raise on every rank when it failed on any.
 
     A collective: all ranks call it at the same point. The message names the rank when there are several.
+    `group`: of all ranks, for a thread beside the one that trains.
 
     Raises:
         SamestepError: the failing rank's error (of its class, with its exit status).
@@ -42,7 +43,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = in_words(raised)
-    failed = _first_failure(error)
+    failed = _first_failure(error, group)
     if failed is not None:
         failed.agreed = True
         raise failed
@@ -77,10 +78,10 @@ def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
     )
 
 
-def _first_failure(error: SamestepError | None) -> SamestepError | None:
+def _first_failure(error: SamestepError | None, group: dist.ProcessGroup | None) -> SamestepError | None:
     if not dist.is_initialized():
         return error
-    gathered = gather((type(error), str(error)) if error else None)
+    gathered = gather((type(error), str(error)) if error else None, group)
     for rank, told in enumerate(gathered):
         if told is not None:
             kind, message = told
@@ -94,12 +95,12 @@ def on_rank_0(action: Callable[[], None]) -> None:
     together(action if rank == 0 else lambda: None)
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of every rank, by rank (picklable)."""
     if not dist.is_initialized():
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 

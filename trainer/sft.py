@@ -9,11 +9,9 @@ and everything written to disk.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,27 +22,18 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from launch.errors import RunError
 from launch.folders import published
-from launch.manifest import aside_folder, publish, read_manifest, rotate
+from launch.manifest import read_manifest
 from launch.plan import Plan, samples_consumed, step_plan, validation_samples
-from launch.recipe import Recipe, altering_values
+from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
 from launch.steps import MicroBatch, cost, deal
 from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
-from trainer.checkpoint.background import Publisher
-from trainer.checkpoint.portable import (
-    OPTIMIZER_FILE,
-    State,
-    load_adapter,
-    read_moments,
-    save_adapter,
-    save_state,
-)
+from trainer.checkpoint.portable import save_adapter
 from trainer.data.chartqa import open_split
 from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, assemble, data_workers
 from trainer.engine.replicated import Replicated
@@ -61,9 +50,10 @@ from trainer.guards import (
     describe_labels,
 )
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
-from trainer.preemption import Agreed, Watch, warn_of_slow_save
-from trainer.records import append_line, bring_to_disk, samples_digest
+from trainer.preemption import Agreed, Watch
+from trainer.records import append_line, samples_digest
 from trainer.reports import ProgressBar, Trackio
+from trainer.saving import Saver, load_checkpoint
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 from trainer.task import Task
 
@@ -105,7 +95,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         recipe, plan = self.recipe, self.plan = task.recipe, task.plan
         self.index, self.run_directory = task.index, task.run
         self.agreed, self.evaluation_given_up = Agreed(), False
-        self.publisher = Publisher(watch.fail)
         self.steps = step_plan(recipe, task.index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         super().__init__(
@@ -139,6 +128,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         )
         logger.info(way)
         compute_in(self.model, DTYPES[plan.compute_dtype])
+        self.saver = Saver(recipe.checkpoint.format, self.model, self.engine, watch)
+        self.publisher = self.saver.publisher
+        self._moments: dict[str, Tensor] | None = None
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
         self._witness: GradientWitness | None = None
@@ -274,6 +266,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         (loss, *wished), norm = self.engine.add_up(told)
         self.agreed = Agreed.of(wished)
         if self.agreed.fail:
+            self.publisher.wait()  # the rank that could not write, and why, is known to all in a moment
             raise self.watch.agreed_failure()
         step = self.state.global_step
         known = 0.0 if self.engine.steps_in_backward else norm
@@ -406,66 +399,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Rank 0 copies the state, which is small, and goes on; a thread writes and publishes it."""
-        began = time.perf_counter()
-        self.publisher.wait()
-        if (state := self.engine.state()) is not None:
-            if self.agreed.save:
-                with suppress(OSError):
-                    self.run_directory.save_file.unlink()
-            step = self.state.global_step
-            facts = self._facts(step)
-            trainer_state = json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"
-            waited = time.perf_counter() - began
-            self.publisher.start(lambda: self._publish(step, state, trainer_state, facts, waited))
+        """The state is copied; threads write and publish it while the training goes on."""
+        self.saver.save(self.task, self.state, self.optimizer.param_groups[0]["lr"], self.agreed.save)
         self._clock = time.perf_counter()
-
-    def _publish(
-        self, step: int, state: State, trainer_state: str, facts: dict[str, Any], waited: float
-    ) -> None:
-        began = time.perf_counter()
-        aside = aside_folder(self.run_directory.path, step)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir()
-            save_state(self.model, state, aside)
-            (aside / TRAINER_STATE_NAME).write_text(trainer_state)
-            bring_to_disk(self.run_directory.metrics_file)
-            bring_to_disk(self.run_directory.evaluations_file)
-            # What stands there was passed over when this attempt began: damaged, or out of reach for a moment.
-            publish(aside, self.run_directory.checkpoint(step), facts, replace=True)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-            raise
-        rotate(self.run_directory.path, self.recipe.checkpoint.keep, newest=step)
-        took = time.perf_counter() - began
-        logger.info(
-            f"checkpoint-{step}: published in {took:.2f} s, for which the training waited {waited:.3f} s"
-        )
-        if slow := warn_of_slow_save(took):
-            logger.warning(f"checkpoint-{step}: {slow}")
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        """What a resuming run, or a reader years later, wants to know of a checkpoint."""
-        plan = self.plan
-        return {
-            "step": step,
-            "samples_consumed": samples_consumed(plan, step),
-            "epoch": samples_consumed(plan, step) / plan.samples_per_epoch,
-            "form": "portable",
-            "strategy": plan.strategy,
-            "world_size": plan.world_size,
-            "global_batch_size": plan.global_batch_size,
-            "begin": asdict(plan.begin),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "recipe": altering_values(self.recipe),
-            "recipe_fingerprint": plan.recipe_fingerprint,
-            "dataset_fingerprint": plan.dataset_fingerprint,
-            "base_identity": self.task.base,
-            "quantization": self.recipe.quantization.model_dump() | {"quant_storage": plan.quant_storage},
-            "started_from": plan.started_from,
-            "versions": plan.versions,
-        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: `load` did, before anything was wrapped."""
@@ -524,8 +460,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _restore(self, checkpoint: Path) -> None:
         """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""
-        if (checkpoint / OPTIMIZER_FILE).exists():  # else taken over from a form without moments
-            self.engine.restore(together(lambda: read_moments(self._shapes, checkpoint)))
+        if self._moments is not None:  # else taken over from a form without them
+            self.engine.restore(self._moments)
+            self._moments = None
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.resumed_at
         scheduler._step_count = self.resumed_at + 1
@@ -545,8 +482,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def load(self, checkpoint: str) -> None:
-        """Take the adapter of the checkpoint that the run is resumed at; before anything is wrapped."""
-        together(lambda: load_adapter(self.model, Path(checkpoint)))
+        """Take the adapter of the checkpoint that the run is resumed at; before anything is wrapped.
+
+        The moments are kept until there is an optimizer for them.
+        """
+        self._moments = together(lambda: load_checkpoint(self.model, self._shapes, Path(checkpoint)))
         check_same_adapters(self.parameters)
         self.state.global_step, self.state.max_steps = self.resumed_at, self.plan.max_steps
 

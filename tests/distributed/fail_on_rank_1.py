@@ -20,11 +20,11 @@ from accelerate import PartialState
 
 from launch.errors import SamestepError
 from launch.plan import Plan
-from trainer import probe, sft, train
+from trainer import probe, saving, sft, train
 from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
-_loss, _publish, _assemble = PlannedTrainer._loss, sft.publish, sft.assemble
+_loss, _publish, _assemble = PlannedTrainer._loss, saving.publish, sft.assemble
 _full_once = {"later"}
 
 
@@ -74,9 +74,9 @@ def main() -> int:
     sft.assemble = _unreadable
     train_named("unreadable", state)
     sft.assemble = _assemble
-    sft.publish = _full
+    saving.publish = _full
     train_named("full", state)
-    sft.publish = _publish
+    saving.publish = _publish
     PlannedTrainer._loss = _out_of_memory  # type: ignore[method-assign]
     train_named("later", state)
     train_named("later", state)

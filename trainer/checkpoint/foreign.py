@@ -26,7 +26,9 @@ from trainer.checkpoint.zero import ZeroState, read_universal, read_zero, univer
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 DISTRIBUTED, DISTRIBUTED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+SHARDS = "shards"  # in a sharded checkpoint of ours
 FULL, FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
+OPTIMIZER_PREFIX = "optimizer.state."
 NUMBERED_OPTIMIZER, TRAINER_STATE = "optimizer.pt", "trainer_state.json"
 _WEIGHTS = (
     "model.safetensors",
@@ -103,7 +105,28 @@ def _read(source: Path) -> TakenOver:
     )
 
 
+@unreadable_is_refused()
+def read_sharded(checkpoint: Path) -> TakenOver | None:
+    """A sharded checkpoint of ours, of any number of ranks, whose files were verified before; None for another form."""
+    shards = _shards(checkpoint)
+    return None if shards is None else _from_shards(shards)
+
+
 # The forms: where it lies, and how it is read --------------------------------------------
+
+
+def _shards(source: Path) -> Path | None:
+    return source / SHARDS if (source / SHARDS).is_dir() else None
+
+
+def _from_shards(folder: Path) -> TakenOver:
+    zero = zero_folder(folder)
+    if zero is None:
+        form = f"torch DCP, {len(list(folder.glob('*.distcp')))} files"
+        found = _read_distributed(folder, folder, form)
+    else:
+        found = _from_zero_state(zero, read_zero(zero))
+    return replace(found, source=folder.parent, form=f"sharded checkpoint of samestep ({found.form})")
 
 
 def _distributed(source: Path) -> Path | None:
@@ -113,20 +136,23 @@ def _distributed(source: Path) -> Path | None:
 
 
 def _from_distributed(folder: Path) -> TakenOver:
+    form = f"FSDP, sharded ({len(list(folder.glob('*.distcp')))} files)"
+    return _read_distributed(folder, folder.parent / DISTRIBUTED_OPTIMIZER, form)
+
+
+def _read_distributed(folder: Path, optimizer: Path, form: str) -> TakenOver:
+    """`optimizer`: the folder with the moments, which may be the same one."""
     names = [name for name in distributed_keys(folder) if not name.startswith("optimizer.")]
     keys = adapter_keys(names, folder)
     tensors = load_distributed(folder, list(keys))
-    optimizer = folder.parent / DISTRIBUTED_OPTIMIZER
     moments: dict[str, Tensor] = {}
     if optimizer.is_dir() and tensors:
-        prefix = "optimizer.state."
-        stored = load_distributed(optimizer, [n for n in distributed_keys(optimizer) if n.startswith(prefix)])
+        names = [name for name in distributed_keys(optimizer) if name.startswith(OPTIMIZER_PREFIX)]
         states: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in stored.items():
-            parameter, _, state = name.removeprefix(prefix).rpartition(".")
+        for name, tensor in load_distributed(optimizer, names).items():
+            parameter, _, state = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
             states.setdefault(parameter, {})[state] = tensor
         moments = named_moments(states)
-    form = f"FSDP, sharded ({len(list(folder.glob('*.distcp')))} files)"
     return TakenOver(folder, form, *_renamed(tensors, keys), moments=moments)
 
 
@@ -221,6 +247,7 @@ def _from_weights(source: Path, files: list[Path]) -> TakenOver:
 
 
 _FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], TakenOver]], ...] = (
+    (_shards, _from_shards),
     (zero_folder, lambda folder: _from_zero_state(folder, read_zero(folder))),
     (universal_folder, lambda folder: _from_zero_state(folder, read_universal(folder))),
     (_distributed, _from_distributed),
@@ -262,7 +289,9 @@ def _holders(found: TakenOver) -> list[Path]:
     """The folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
     folder = found.source if found.source.is_dir() else found.source.parent
     is_part = (
-        folder.name == DISTRIBUTED or folder.name.startswith("global_step") or "universal" in folder.name
+        folder.name in (DISTRIBUTED, SHARDS)
+        or folder.name.startswith("global_step")
+        or "universal" in folder.name
     )
     return [folder, folder.parent] if is_part else [folder]
 

@@ -6,6 +6,7 @@ Small (30 MB for the 7B recipe), independent of strategy and world size, and mad
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +79,26 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
         )
 
 
+def save_adapter_config(model: PeftModel, folder: Path) -> None:
+    """Write `adapter_config.json` alone, as `save_adapter` does."""
+    config = copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = model.get_base_model().config._name_or_path
+    config.save_pretrained(str(folder))
+
+
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load an adapter into a model that has the same LoRA layers, in fp32.
 
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape.
     """
-    stored = _read(folder / ADAPTER_FILE)
+    put_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+
+
+def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> None:
+    """As `load_adapter`, of tensors by their keys in an adapter file; `where` they were read."""
     present = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = [
         *(f"{name} is missing" for name in sorted(present.keys() - stored.keys())),
@@ -97,13 +111,13 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder / ADAPTER_FILE}: does not fit the model ({len(wrong)} tensors: {wrong[0]}); "
+            f"{where}: does not fit the model ({len(wrong)} tensors: {wrong[0]}); "
             "resume with the recipe that wrote it"
         )
-    set_peft_model_state_dict(model, stored)
+    set_peft_model_state_dict(model, dict(stored))
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if differing := sorted(_differing(stored, loaded)):
-        raise CheckpointError(f"{folder / ADAPTER_FILE}: {differing[0]} was not loaded as it was stored")
+        raise CheckpointError(f"{where}: {differing[0]} was not loaded as it was stored")
 
 
 def _differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Iterator[str]:
@@ -126,19 +140,25 @@ def read_moments(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str
     Raises:
         CheckpointError: the file holds other parameters or shapes.
     """
-    stored = _read(folder / OPTIMIZER_FILE)
+    return matching_moments(_read(folder / OPTIMIZER_FILE), parameters, folder / OPTIMIZER_FILE)
+
+
+def matching_moments(
+    stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
+) -> dict[str, Tensor]:
+    """`stored`, once it holds the moments and step counts of these parameters. CheckpointError as `read_moments`."""
     wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
     if wanted != stored.keys():
         odd = sorted(wanted ^ stored.keys())
         raise CheckpointError(
-            f"{folder / OPTIMIZER_FILE}: holds other parameters than the model trains ({len(odd)} differ, such as "
+            f"{where}: holds other parameters than the model trains ({len(odd)} differ, such as "
             f"{odd[0]}); resume with the recipe that wrote it"
         )
     for name, shape in parameters.items():
         for key in MOMENTS:
             if stored[f"{name}.{key}"].shape != shape:
                 raise CheckpointError(
-                    f"{folder / OPTIMIZER_FILE}: {name}.{key} has shape {tuple(stored[f'{name}.{key}'].shape)}, the "
+                    f"{where}: {name}.{key} has shape {tuple(stored[f'{name}.{key}'].shape)}, the "
                     f"parameter {tuple(shape)}; resume with the recipe that wrote it"
                 )
     return stored

@@ -9,12 +9,14 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
+import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.errors import CheckpointError
@@ -65,7 +67,9 @@ def load_torch(file: Path) -> Any:
     """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            # DeepSpeed's own writer makes no archive; of one, only what is looked at is read.
+            mapped = zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; copy the checkpoint again, with all its files") from None
     except _DAMAGED as error:
@@ -163,7 +167,7 @@ def load_distributed(folder: Path, names: list[str]) -> dict[str, Tensor]:
                     "ignore", message="torch.distributed is disabled"
                 )  # which is what is meant
                 state_dict_loader.load(state, storage_reader=reader, no_dist=True)
-        except (OSError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError) as error:
+        except (*_DAMAGED, CheckpointException) as error:  # the latter is no Exception
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"{folder}: cannot be read ({reason}); copy the checkpoint again"

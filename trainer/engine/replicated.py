@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.checkpoint.portable import State, inject, snapshot
+from trainer.checkpoint.sharded import DistributedPart, dealt
 
 
 class Replicated:
@@ -70,6 +71,14 @@ class Replicated:
             return None
         assert self._optimizer is not None
         return snapshot(self._optimizer, self.parameters)
+
+    def part(self, step: int) -> DistributedPart:
+        """Copies of this rank's share of adapters and moments: all ranks have the same, each writes other ones."""
+        assert self._optimizer is not None
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        mine = {name: self.parameters[name] for name in dealt(sizes, ranks)[rank]}
+        return DistributedPart(snapshot(self._optimizer, mine))
 
     def weights(self) -> dict[str, Tensor] | None:
         """The adapters by name, on rank 0 alone."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trainer.checkpoint.portable import MOMENTS, State, step_device
+from trainer.checkpoint.sharded import Kept, ZeroPart
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
 
 
@@ -119,6 +120,25 @@ class Zero:
                 torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
             )
         return State(adapter, optimizer)
+
+    def part(self, step: int) -> ZeroPart:
+        """Copies of what DeepSpeed saves on this rank, under its own names. A collective.
+
+        It writes in the middle of its collectives, where a rank with a full disk would leave the others waiting;
+        so it is handed what only keeps the files.
+        """
+        engine, kept, tag = self._engine, Kept(), f"global_step{step}"
+        own = engine.checkpoint_engine
+        engine.checkpoint_engine = kept
+        engine._copy_recovery_script = lambda _: None  # into the folder that is not there yet
+        engine.module_state_dict = lambda **_: {}  # the frozen base, and once more what the shards hold
+        try:
+            engine.save_checkpoint(".", tag, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            engine.checkpoint_engine = own
+            del engine._copy_recovery_script, engine.module_state_dict
+        latest = {"latest": tag} if dist.get_rank() == 0 else {}
+        return ZeroPart(kept.files | latest)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The adapters by name, on rank 0 alone. A collective."""

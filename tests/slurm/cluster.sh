@@ -6,7 +6,8 @@
 #   cluster.sh link FOLDER NODE up|down     netns: the node's cable
 #   cluster.sh kill-controller FOLDER       kill -9 slurmctld; `start` brings it back
 #   cluster.sh stop FOLDER
-# Partitions: batch (preemptable), high (preempts it), closed (only for the account "project").
+# Partitions: batch (preemptable), scavenge (preemptable: cancelled, 60 s after a warning), high (preempts both),
+# closed (only for the account "project").
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 COMMAND=$1 FOLDER=$(readlink -m "$2")
@@ -69,6 +70,7 @@ END
   echo "CgroupPlugin=cgroup/v1" >"$FOLDER/cgroup.conf"
   cat >>"$CONF" <<END
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=scavenge Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=closed Nodes=ALL MaxTime=INFINITE AllowAccounts=project
 END
@@ -83,7 +85,7 @@ inside() { # namespace-or-empty, host name, command: with our hosts file, and wi
 }
 space() { [ "$MODE" != netns ] || echo "st$ID-$1"; }
 alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null && ! grep -q '^State:.*Z' "/proc/$(cat "$1")/status"; }
-until_true() { for _ in $(seq 300); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
+until_true() { for _ in $(seq 900); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
 on() { inside "$(space c)" "$(hostname -s)" "$@"; }
 
 plug() { # a cable from a node's namespace to the switch

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch import ledger
-from launch.errors import CheckpointError, ConfigError, InUseError, RunError, SamestepError
+from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
 from launch.job_plan import Allocation, JobPlan, plan_job, run_of
 from launch.ledger import End
 from launch.resources import resource
@@ -53,7 +53,7 @@ def begin(options: argparse.Namespace) -> int:
     run = run_of(options)
     try:
         return _begin(options, allocation, queue, run)
-    except (InUseError, OSError) as error:
+    except (InUseError, NoSpaceError, OSError) as error:
         return try_later(run, allocation, queue, error)
     except SamestepError as error:
         _write_unstarted(run, allocation, End("refused", str(error)))

@@ -265,6 +265,16 @@ def test_a_full_disk_is_tried_again_and_not_for_ever(
     assert "ledger.jsonl: No space left on device; job 41 is not queued again: no step was saved" in told.err
 
 
+def test_a_disk_without_room_for_a_new_plan_is_tried_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _attempt(monkeypatch, 0, nodes=3)
+    monkeypatch.setattr("launch.start.NEEDED_BYTES", 2**60)
+    assert _begin(run, capsys) == (0, ["requeue"])
+    (attempt,) = ledger.read_ledger(run).attempts
+    assert "no space left for a run" in attempt.reason
+
+
 def test_a_lock_that_is_held_on_is_tried_again_and_counts(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

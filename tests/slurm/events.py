@@ -245,7 +245,10 @@ def _until_another_attempt(scene: Scene, restart: int, after: After) -> tuple[in
             return True
         reached = step  # read before the next attempt forgets the steps that it will take again
         if left and cluster.job(scene.job).state not in ("RUNNING", "COMPLETING"):
+            # However long the repair takes: on a fast machine the run would be done by then.
+            cluster.on("scontrol", "hold", scene.job)
             left()
+            cluster.on("scontrol", "release", scene.job)
             left = None
         return False
 

@@ -10,15 +10,17 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
-from launch import ledger, start
-from launch.errors import ConfigError, RunError, SamestepError
-from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
-from launch.plan import Plan
-from launch.recipe import find_recipe, load_recipe
+from launch import ledger
+from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
+from launch.hardware import compute_capability
+from launch.job_plan import Allocation, JobPlan, plan_job, run_of
+from launch.ledger import End
+from launch.recipe import load_recipe
 from launch.resources import resource
 from launch.rules import refuse_unfit_machine
 from launch.run_directory import (
@@ -27,41 +29,15 @@ from launch.run_directory import (
     clear_requests,
     hold_lock,
     lock_holder,
-    open_run,
     read_marker,
     refuse_if_running,
     requested_stop,
     write_marker,
 )
 from launch.runs import adopt, write_request
-from launch.slurm import parse_job
+from launch.slurm import ENDING, RUNNING, QueuedJob, parse_job, parse_nodes, parse_queue
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What Slurm gave this job."""
-
-    job: str
-    restart: int
-    nodes: int
-    gpus_on_node: int
-    node_list: str
-
-    @staticmethod
-    def of(environment: Mapping[str, str]) -> Allocation:
-        """From the variables of the batch script. ConfigError outside a job."""
-        if "SLURM_JOB_ID" not in environment:
-            raise ConfigError("SLURM_JOB_ID: is not set, so this is no Slurm job; start it with sbatch")
-        gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
-        return Allocation(
-            environment["SLURM_JOB_ID"],
-            int(environment.get("SLURM_RESTART_COUNT", "0")),
-            int(environment.get("SLURM_JOB_NUM_NODES", "1")),
-            int(gpus) if gpus.isdigit() else 0,
-            environment.get("SLURM_JOB_NODELIST", ""),
-        )
 
 
 # before ---------------------------------------------------------------------------------------
@@ -70,155 +46,142 @@ class Allocation:
 def begin(options: argparse.Namespace) -> int:
     """Print what to start: run directory, accelerate's configuration, processes a node; nothing when all is done.
 
+    Prints `requeue` instead when something is in the way that may be gone later; the attempt counts.
+
     Raises:
-        SamestepError: the request is refused, or the run gets nowhere.
+        SamestepError: the request is refused, or the run gets nowhere. The ledger says why.
     """
     allocation = Allocation.of(os.environ)
-    run, plan = find_or_plan(options, allocation)
-    if plan is None:
+    queue = parse_queue(options.queue)
+    run = run_of(options)
+    try:
+        return _begin(options, allocation, queue, run)
+    except (InUseError, NoSpaceError, OSError) as error:
+        return try_later(run, allocation, queue, error)
+    except SamestepError as error:
+        _write_unstarted(run, allocation, End("refused", str(error)))
+        if isinstance(error, ConfigError | CheckpointError) and not lock_holder(run.path):
+            with suppress(OSError):
+                write_marker(run, "REFUSED", str(error))
+        raise
+
+
+def _begin(
+    options: argparse.Namespace, allocation: Allocation, queue: Sequence[QueuedJob], run: RunDirectory
+) -> int:
+    now = time.time()
+    refuse_another_job(run, allocation, queue, now)
+    wait_for_the_lock(run)  # before anything is read or written: somebody may be training
+    job = plan_job(options, allocation)
+    if job.done:
         _say(f"{run.path}: done already, adapter in {run.adapter}")
         return 0
-    refuse_this_node(run, plan)
-    wait_for_the_lock(run)  # before anything is written: another job of this run may be training
-    close_open_attempt(run)
-    reason = ledger.reason_to_give_up(ledger.read_ledger(run).attempts)
-    if reason and allocation.restart:
-        raise RunError(f"{run.path}: {reason}")
-    if requested_stop(run) == "user":
-        write_marker(run, "STOPPED", f"user: at step {ledger.newest_step(run)} of {plan.max_steps}")
-        clear_requests(run)
-        _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
-        return 1
-    with hold_lock(run.path):
-        clear_markers(run)
-        clear_requests(run)
-    ledger.write_event(
-        run,
-        "start",
-        job=allocation.job,
-        restart=allocation.restart,
-        began=time.time(),
-        first_step=ledger.newest_step(run),
-        log=_log_file(),
-        nodes=allocation.node_list,
-    )
+    refuse_this_node(run, job)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
+        refuse_another_job(run, allocation, queue, now)
+        close_open_attempts(run)
+        before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart)
+        if reason := ledger.reason_to_give_up(before):
+            raise RunError(f"{run.path}: job {allocation.job}: {reason}")
+        if requested_stop(run) == "user":
+            _answer_stop(run, allocation, job)
+            return 1
+        _take(run, allocation, job)
     restarts = ledger.counted(ledger.read_ledger(run).restarts())
-    _say(
-        f"{run.path}: attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list} ({restarts})"
-    )
-    print(run.path, resource("accelerate_configs", f"{plan.strategy}.yaml"), plan.gpus_per_node, sep="\n")
+    which = f"attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list}"
+    _say(f"{run.path}: {which} ({restarts})")
+    config = resource("accelerate_configs", f"{job.plan.strategy}.yaml")
+    print(run.path, config, job.plan.gpus_per_node, sep="\n")
     return 0
 
 
-def find_or_plan(options: argparse.Namespace, allocation: Allocation) -> tuple[RunDirectory, Plan | None]:
-    """The run and its plan for this allocation; no plan when the run is done.
-
-    A run that `samestep submit` wrote has its plan, which holds unless the job got another number of nodes
-    (`sbatch --nodes=N runs/NAME/submit.sbatch`); a recipe is planned here.
-    """
-    target = RunDirectory(Path(options.target).absolute())
-    if target.plan_file.is_file() and target.recipe_file.is_file():
-        plan = Plan.from_json(target.plan_file.read_text(encoding="utf-8"))
-        if plan.nodes == allocation.nodes:
-            refuse_other_gpus(target, plan, allocation)
-            return target, None if _is_done(target, plan) else plan
-        request = _request_of_run(target, plan, allocation)
-    else:
-        request = _request_of_recipe(options, allocation)
-    wait_for_the_lock(_run_of(request))
-    planned = start.plan_run(request)
-    if start.is_done(planned):
-        return planned.run, None
-    run = planned.run
-    run.path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(run.path):
-        write_request(run, planned.recipe, planned.plan)
-        if planned.continuation.source is not None:
-            adopt(planned.continuation.source, run)
-    return run, planned.plan
-
-
-def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> None:
-    """ConfigError when each node has another number of GPUs than the plan starts processes."""
-    found = allocation.gpus_on_node
-    if plan.device == "cuda" and found and found != plan.gpus_per_node:
-        raise ConfigError(
-            f"--gpus-per-node: the plan of {run.path} has {plan.gpus_per_node} processes a node, the allocation "
-            f"{found} GPUs; submit with the same number, or `samestep submit` again to plan anew"
-        )
-
-
-def refuse_this_node(run: RunDirectory, plan: Plan) -> None:
+def refuse_this_node(run: RunDirectory, job: JobPlan) -> None:
     """ConfigError for packages and GPUs that do not fit the plan: where it was made, there may be others."""
-    capability = compute_capability() if plan.device == "cuda" else None
-    refuse_unfit_machine(load_recipe(run.recipe_file), plan.strategy, capability)
+    capability = compute_capability() if job.plan.device == "cuda" else None
+    recipe = job.planned.recipe if job.planned else load_recipe(run.recipe_file)
+    refuse_unfit_machine(recipe, job.plan.strategy, capability)
 
 
-def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> start.RunRequest:
-    strategy = plan.strategy
-    if strategy == "single" and allocation.nodes > 1:
-        strategy = start.choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
-    topology = start.Topology(
-        strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None
-    )
-    place = run.path.parent
-    return start.RunRequest(
-        str(run.recipe_file), (), None, None, run.name, place, False, tuple(plan.allowed), topology=topology
-    )
+def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
+    """From here on the run is this attempt's: its trainer takes the lock a minute later, and no job comes between."""
+    if job.planned is not None:
+        write_request(run, job.planned.recipe, job.planned.plan)
+        if job.planned.continuation.source is not None:
+            adopt(job.planned.continuation.source, run)
+    ledger.attempt_file(run).write_text(
+        f"{allocation.job}.{allocation.restart}\n"
+    )  # from now on no other one asks
+    clear_markers(run)
+    clear_requests(run)
+    ledger.write_event(run, "start", **_begun(run, allocation))
 
 
-def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> start.RunRequest:
-    device = options.device or ("cuda" if gpus_present() else "cpu")
-    present = allocation.gpus_on_node or gpus_present()
-    processes = options.processes or (present if device == "cuda" else CPU_PROCESSES)
-    chosen = start.choose_topology(options.strategy, allocation.nodes, processes)
-    topology = start.Topology(
-        chosen.strategy, allocation.nodes, processes, device, gpu_memory() if device == "cuda" else None
-    )
-    return start.RunRequest(
-        options.target,
-        tuple(options.set),
-        None,
-        None,
-        options.name,
-        options.runs_dir,
-        False,
-        tuple(options.allow),
-        topology=topology,
-    )
+def _answer_stop(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
+    text = f"user: at step {ledger.newest_step(run)} of {job.plan.max_steps}"
+    write_marker(run, "STOPPED", text)
+    clear_requests(run)
+    _write_unstarted(run, allocation, End("stopped", text))
+    _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
 
 
-def _run_of(request: start.RunRequest) -> RunDirectory:
-    name = request.name or load_recipe(find_recipe(request.recipe), request.overrides).name
-    return open_run(request.runs_dir, name)
+def refuse_another_job(
+    run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], now: float
+) -> None:
+    """One job at a time: also between the start of an attempt and the minute when its trainer takes the lock.
 
-
-def _is_done(run: RunDirectory, plan: Plan) -> bool:
-    marker = read_marker(run)
-    done = marker is not None and marker.kind == "DONE" and marker.text == f"step {plan.max_steps}"
-    return done and (run.adapter / "adapter_config.json").is_file()
-
-
-def close_open_attempt(run: RunDirectory) -> None:
-    """Write down how an attempt ended that could not do it itself: its node died, or KILL came first."""
-    if ledger.read_ledger(run).open is None:
-        return
-    end = ledger.how_it_ended(run)
-    reason = (
-        end.reason
-        if read_marker(run) or end.how != "crashed"
-        else "left no word: its node died, or KILL came"
-    )
+    Raises:
+        RunError: another job of the run is running: it will bring the run to its end.
+        InUseError: another one is ending, or began while `queue` was asked for.
+    """
     attempt = ledger.read_ledger(run).open
-    assert attempt is not None
-    _write_end(run, ledger.End(end.how, reason), attempt.job, attempt.restart)
+    if attempt is None or attempt.job == allocation.job:
+        return
+    state = {job.job: job.state for job in queue}.get(attempt.job, "")
+    if state in RUNNING:
+        raise RunError(
+            f"{run.path}: job {attempt.job} of this run is under way ({state.lower()}) and goes on by itself; "
+            f"`scancel {attempt.job}` ends it"
+        )
+    if state in ENDING or attempt.began > now:
+        raise InUseError(f"{run.path}: job {attempt.job} of this run is {state.lower() or 'just beginning'}")
+
+
+def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], error: Exception) -> int:
+    """Print `requeue` for an attempt that could not begin, which counts as one that crashed.
+
+    Raises:
+        RunError: that happened too often, or the job may not be queued again.
+    """
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{error.filename or run.path}: {error.strerror or error}"
+    _write_unstarted(run, allocation, End("crashed", reason))
+    attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
+    if told := ledger.reason_to_give_up(attempts):
+        raise RunError(f"{reason}; job {allocation.job} is not queued again: {told}")
+    if any(job.job == allocation.job and not job.requeueable for job in queue):
+        raise RunError(f"{reason}; job {allocation.job} may not be queued again (--no-requeue)")
+    _say(f"{reason}; job {allocation.job} is queued again")
+    print("requeue")
+    return 0
+
+
+def close_open_attempts(run: RunDirectory) -> None:
+    """Write down how attempts ended that could not do it themselves: their node died, or KILL came first."""
+    for attempt in ledger.read_ledger(run).attempts:
+        if attempt.how is None:
+            ended = ledger.how_it_ended(run)
+            gone = read_marker(run) is None
+            reason = "left no word: its node died, or KILL came" if gone else ended.reason
+            _write_end(run, End(ended.how, reason), attempt.job, attempt.restart)
 
 
 def wait_for_the_lock(run: RunDirectory) -> None:
     """Processes of an earlier attempt of this run may still be dying, or hang on a node that lost its network.
 
     Raises:
-        ConfigError: they do not end.
+        InUseError: they do not end.
     """
     deadline = time.monotonic() + PATIENCE_S
     while (holder := lock_holder(run.path)) and time.monotonic() < deadline:
@@ -238,14 +201,16 @@ def end(options: argparse.Namespace) -> int:
     allocation = Allocation.of(os.environ)
     run = RunDirectory(Path(options.run))
     job = parse_job(options.job)
-    ended, queued = ledger.with_job(ledger.how_it_ended(run), job, allocation.restart)
+    found = ledger.how_it_ended(run, options.asked, parse_nodes(options.nodes))
+    ended, queued = ledger.with_job(found, job, allocation.restart)
     _write_end(run, ended, allocation.job, allocation.restart)
     step = ledger.newest_step(run)
     _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
     if ended.how not in ledger.RESTARTED:
         return {"done": 0, "refused": 2}.get(ended.how, 1)
-    if reason := ledger.reason_to_give_up(ledger.read_ledger(run).attempts):
-        raise RunError(f"{run.path}: not queued again: {reason}")
+    attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
+    if reason := ledger.reason_to_give_up(attempts):
+        raise RunError(f"{run.path}: job {allocation.job} is not queued again: {reason}")
     if queued:
         _say("Slurm has queued the job again")
         return 0
@@ -258,7 +223,27 @@ def end(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_end(run: RunDirectory, ended: ledger.End, job: str, restart: int) -> None:
+def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
+    """The facts of an attempt that begins now."""
+    return {
+        "job": allocation.job,
+        "restart": allocation.restart,
+        "began": time.time(),
+        "first_step": ledger.newest_step(run),
+        "log": _log_file(),
+        "nodes": allocation.node_list,
+    }
+
+
+def _write_unstarted(run: RunDirectory, allocation: Allocation, ended: End) -> None:
+    """One line for an attempt that never began; none where there is no run yet, or no room."""
+    begun = _begun(run, allocation)
+    facts = {**begun, **asdict(ended), "last_step": begun["first_step"], "ended": begun["began"]}
+    with suppress(OSError):
+        ledger.write_event(run, "unstarted", **facts)
+
+
+def _write_end(run: RunDirectory, ended: End, job: str, restart: int) -> None:
     """A disk that is full must not keep the job from being queued again: the next attempt closes this one."""
     which = {"job": job, "restart": restart}
     facts = {**asdict(ended), **which, "last_step": ledger.newest_step(run), "ended": time.time()}
@@ -294,10 +279,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
     first.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     first.add_argument("--allow", action="append", default=[], metavar="KEY")
+    first.add_argument("--queue", default="", help="this user's jobs: squeue --Format=JobID,State,Requeue")
     first.set_defaults(act=begin)
     last = commands.add_parser("end", help="after the processes ended")
     last.add_argument("run", help="the folder of the run")
     last.add_argument("--job", default="", help="what `scontrol show job -o` prints of this job")
+    last.add_argument("--asked", default="", help="what the script was asked to stop for: preempted or time")
+    last.add_argument("--nodes", default="", help="the job's nodes: sinfo --Node --format='%%N %%T'")
     last.set_defaults(act=end)
     return parser.parse_args(arguments)
 

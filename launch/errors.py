@@ -24,6 +24,14 @@ class ConfigError(SamestepError):
         super().__init__("\n".join(self.problems))
 
 
+class InUseError(ConfigError):
+    """Somebody else trains the run now."""
+
+
+class NoSpaceError(ConfigError):
+    """The disk has no room for a run now."""
+
+
 class CheckpointError(SamestepError):
     """A checkpoint, adapter or merge that cannot be used as asked."""
 

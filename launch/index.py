@@ -77,9 +77,13 @@ def cache_root() -> Path:
     """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
     if chosen := os.environ.get("SAMESTEP_CACHE"):
         return Path(chosen).expanduser().resolve()
+    return hugging_face_home().parent / "samestep"
+
+
+def hugging_face_home() -> Path:
+    """`$HF_HOME`, or its default as huggingface_hub has it."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    hugging_face = os.environ.get("HF_HOME") or f"{caches}/huggingface"
-    return Path(hugging_face).expanduser().resolve().parent / "samestep"
+    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser().resolve()
 
 
 def embedded_folder() -> Path:
@@ -193,8 +197,7 @@ def base_is_there(recipe: Recipe) -> bool:
         return (embedded_folder() / "model" / "config.json").is_file()
     if (Path(name).expanduser() / "config.json").is_file():
         return True
-    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
     return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*.safetensors"))
 
 

@@ -1,7 +1,8 @@
 """The ledger of a run on a cluster: every attempt of every job, how it ended, and when to stop trying.
 
-`ledger.jsonl` in the run directory, one line for each event, added and never changed: `submit`, `start`, `end`. An
-attempt without an `end` is under way, or its node died; the next attempt closes it.
+`ledger.jsonl` in the run directory, one line for each event, added and never changed: `submit`, `start`, `end`, and
+`unstarted` for an attempt that ended before it could begin. An attempt without an `end` is under way, or its node
+died; the next attempt closes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from launch.manifest import MANIFEST
-from launch.run_directory import RunDirectory, read_marker, requested_stop
+from launch.run_directory import RunDirectory, read_marker
 from launch.slurm import JobFacts
 
 How = Literal["done", "stopped", "refused", "preempted", "time", "crashed"]
@@ -61,16 +62,32 @@ class Ledger:
 
     @property
     def open(self) -> Attempt | None:
-        """The attempt without an end."""
-        return self.attempts[-1] if self.attempts and self.attempts[-1].how is None else None
+        """The newest attempt without an end. Another job may have been turned away since."""
+        return next((attempt for attempt in reversed(self.attempts) if attempt.how is None), None)
+
+    @property
+    def last(self) -> Attempt | None:
+        """The attempt under way, or else the one that ended last: it may have begun before one that was turned away."""
+        by_end = sorted(self.attempts, key=lambda attempt: attempt.ended)
+        return self.open or (by_end[-1] if by_end else None)
 
     @property
     def job(self) -> str | None:
         """The job that belongs to the run now, queued, running or gone."""
-        started = self.attempts[-1].job if self.attempts else None
         if self.submitted and all(attempt.job != self.submitted[-1] for attempt in self.attempts):
             return self.submitted[-1]
-        return started
+        return self.last.job if self.last else None
+
+    def attempts_of(self, job: str, before: int) -> list[Attempt]:
+        """Attempts of one job, restarts 0 to `before` - 1. What is not written down saved no step: the disk was full,
+        or it was over before it could begin."""
+        known = {attempt.restart: attempt for attempt in self.attempts if attempt.job == job}
+        found: list[Attempt] = []
+        for restart in range(before):
+            step = found[-1].last_step if found else 0
+            unknown = Attempt(job, restart, 0.0, step, how="crashed", reason="left no word", last_step=step)
+            found.append(known.get(restart, unknown))
+        return found
 
     def restarts(self) -> dict[How, int]:
         """How often attempts ended so that another was needed, by kind."""
@@ -80,6 +97,12 @@ class Ledger:
 
 def ledger_file(run: RunDirectory) -> Path:
     return run.path / "ledger.jsonl"
+
+
+def attempt_file(run: RunDirectory) -> Path:
+    """`JOB.RESTART` of the attempt that has the run. The script of one that was given up, on a node that was out of
+    reach and came back, must not stop its successor."""
+    return run.path / ".attempt"
 
 
 def read_ledger(run: RunDirectory) -> Ledger:
@@ -94,7 +117,7 @@ def read_ledger(run: RunDirectory) -> Ledger:
         kind = event.pop("event")
         if kind == "submit":
             submitted.append(str(event["job"]))
-        elif kind == "start":
+        elif kind in ("start", "unstarted"):
             attempts.append(Attempt(**event))
         else:
             place = _attempt_of(attempts, event)
@@ -120,7 +143,8 @@ def _parse(line: str) -> dict[str, Any] | None:
     known = {"event", *Attempt.__dataclass_fields__}
     if not isinstance(event, dict) or not {"event"} <= event.keys() <= known:
         return None
-    needed = {"submit": {"job"}, "start": {"job", "restart", "began", "first_step"}, "end": {"how"}}
+    begun = {"job", "restart", "began", "first_step"}
+    needed = {"submit": {"job"}, "start": begun, "unstarted": {*begun, "how"}, "end": {"how"}}
     kind = event["event"]
     if not isinstance(kind, str) or kind not in needed or not needed[kind] <= event.keys():
         return None
@@ -162,11 +186,16 @@ class End:
     reason: str = ""
 
 
-def how_it_ended(run: RunDirectory) -> End:
-    """From the marker; without one it crashed, or did not get to answer a stop that was asked for."""
+def how_it_ended(run: RunDirectory, asked: str = "", down: Sequence[str] = ()) -> End:
+    """From the marker. Without one it crashed, unless it was asked to stop and nothing else happened to it.
+
+    `asked`: what Slurm asked the job's script for (`preempted`, `time`, or nothing); a dead node is followed by that,
+    too. `down`: nodes of the job that are dead.
+    """
     marker = read_marker(run)
     if marker is None:
-        asked = requested_stop(run)
+        if down:
+            return End("crashed", f"node failure: {', '.join(down)}")
         if asked in ("preempted", "time"):
             return End(
                 cast(How, asked), "killed before the checkpoint was written; see grace_seconds, signal_lead"
@@ -194,7 +223,8 @@ def with_job(end: End, job: JobFacts | None, restart: int) -> tuple[End, bool]:
         return end, True
     if job.reason == "TimeLimit" or job.state == "TIMEOUT":
         return End("time" if end.how == "preempted" else end.how, end.reason), False
-    if job.state in ("COMPLETING", "CANCELLED"):
+    # (What crashed may not be queued again when it may never be: that is no scancel.)
+    if job.state in ("COMPLETING", "CANCELLED") and (job.requeueable or end.how != "crashed"):
         return End("stopped", f"scancel: {end.reason}"), False
     return end, False
 
@@ -214,13 +244,12 @@ def reason_to_give_up(attempts: Sequence[Attempt]) -> str | None:
     if idle >= LIMIT:
         kinds = ", ".join(str(attempt.how) for attempt in own[-idle:])
         return (
-            f"job {last.job}: no step was saved in {idle} attempts in a row ({kinds}; at step {last.last_step}); "
+            f"no step was saved in {idle} attempts in a row ({kinds}; at step {last.last_step}); "
             "see the log, then submit again"
         )
     if crashed >= LIMIT:
         return (
-            f"job {last.job}: crashed {crashed} times in a row (now at step {last.last_step}); "
-            "see the log, then submit again"
+            f"crashed {crashed} times in a row (now at step {last.last_step}); see the log, then submit again"
         )
     return None
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, InUseError
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
 StopReason = Literal["user", "preempted", "time", "orphaned"]
@@ -195,7 +195,7 @@ def clear_requests(run: RunDirectory) -> None:
 
 @contextmanager
 def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
-    """Hold the one lock of `folder` (rank 0 of the trainer, for its lifetime). ConfigError: who holds it.
+    """Hold the one lock of `folder` (rank 0 of the trainer, for its lifetime). InUseError: who holds it.
 
     The kernel lets go when the process dies, however it dies. The file stays: removing it would let two
     processes lock two different files of one name.
@@ -212,7 +212,7 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                    raise ConfigError(_in_use(path, holder)) from None
+                    raise InUseError(_in_use(path, holder)) from None
                 time.sleep(0.05)
             except OSError as error:
                 raise ConfigError(
@@ -243,9 +243,9 @@ def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
 
 
 def refuse_if_running(run: RunDirectory) -> None:
-    """ConfigError while a trainer holds this run's lock."""
+    """InUseError while a trainer holds this run's lock."""
     if holder := lock_holder(run.path):
-        raise ConfigError(_in_use(run.path, holder))
+        raise InUseError(_in_use(run.path, holder))
 
 
 def _in_use(path: Path, holder: str) -> str:

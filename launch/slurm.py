@@ -11,6 +11,10 @@ from pathlib import Path
 from launch.errors import ConfigError, RunError
 from launch.site import Site
 
+RUNNING = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")
+ENDING = ("COMPLETING", "STAGE_OUT")
+"""States of a job that has its nodes, and of one that gives them back."""
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _EDIT = re.compile(r"(?:##?SBATCH --(?P<option>[a-z-]+)|(?P<variable>[A-Z_]+))=?.*?# EDIT.*")
 _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 
@@ -41,6 +45,15 @@ class JobFacts:
     requeueable: bool
     start: str
     time_limit: str
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A line of squeue."""
+
+    job: str
+    state: str
+    requeueable: bool
 
 
 # scripts ----------------------------------------------------------------------------------
@@ -186,6 +199,19 @@ def parse_job(printed: str) -> JobFacts | None:
         start=facts.get("StartTime", "Unknown"),
         time_limit=facts.get("TimeLimit", "UNLIMITED"),
     )
+
+
+def parse_queue(printed: str) -> list[QueuedJob]:
+    """The jobs in the output of `squeue --noheader --Format=JobID,State,Requeue`."""
+    lines = [line.split() for line in printed.splitlines()]
+    return [QueuedJob(words[0], words[1], words[2] != "0") for words in lines if len(words) == 3]
+
+
+def parse_nodes(printed: str) -> list[str]:
+    """The nodes that are dead or out of reach, in the output of `sinfo --noheader --Node --format='%N %T'`."""
+    found = [line.split() for line in printed.splitlines()]
+    dead = {words[0] for words in found if len(words) == 2 and re.match(r"down|fail|.*\*$", words[1])}
+    return sorted(dead)
 
 
 def seconds_of(time: str) -> int | None:

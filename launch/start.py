@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from launch.changes import Change
 from launch.children import call_module
-from launch.errors import ConfigError, RunError
+from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.launching import ALONE, Machine, launch, tell
@@ -325,7 +325,7 @@ def refuse_unwritable(folder: Path) -> None:
         raise ConfigError(f"{folder}: cannot be written; give permission, or choose another --runs-dir")
     free = shutil.disk_usage(place).free
     if free < NEEDED_BYTES:
-        raise ConfigError(
+        raise NoSpaceError(
             f"{folder}: no space left for a run ({free / 2**20:,.0f} MB free, "
             f"{NEEDED_BYTES / 2**20:,.0f} MB needed); make room, or choose another --runs-dir"
         )

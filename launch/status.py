@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from launch.ledger import Ledger
 from launch.manifest import newest_valid
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
-from launch.slurm import JobFacts
+from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
 
 State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
 
@@ -25,6 +27,9 @@ COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected 
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
 STALLED_AFTER_S, STALLED_STEPS = 900.0, 50
+STARTING_S = (
+    300.0  # from the start of an attempt until its trainer takes the lock: imports on a slow shared disk
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,10 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
     step = steps[-1]["step"] if steps else 0
     checkpoint, written = _newest_checkpoint(run)
     marker, holder = read_marker(run), lock_holder(run.path)
-    state, because = state_of(marker, book, job, holder)
-    began = book.open.began if book.open else 0.0
+    state, because = state_of(marker, book, job, holder, now)
     usual = statistics.median(line["seconds"] for line in steps) if steps else 0.0
-    idle = now - max(last_change, began)
-    if state == "running" and last_change and idle > max(STALLED_AFTER_S, STALLED_STEPS * usual):
+    idle = now - max(last_change, _began(run, book, holder))
+    if state == "running" and idle > max(STALLED_AFTER_S, STALLED_STEPS * usual):
         state, because = "stalled", f"no step for {age(idle)}"
     left = (plan.max_steps - step) if plan else 0
     running = state == "running" and plan is not None and speed
@@ -108,10 +112,10 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
 
 
 def state_of(
-    marker: Marker | None, book: Ledger, job: JobFacts | None, holder: str | None
+    marker: Marker | None, book: Ledger, job: JobFacts | None, holder: str | None, now: float
 ) -> tuple[State, str]:
     """(state, why), from the marker, the ledger, the job and the holder of the run's lock."""
-    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+    if job is not None and job.state in WAITING:
         again = sum(book.restarts().values())
         return "queued", f"{'requeued ' + str(again) + ' times, ' if again else ''}{job.reason}"
     if holder and marker is None:
@@ -120,24 +124,51 @@ def state_of(
         return "done", marker.text
     if marker is not None and marker.kind == "REFUSED":
         return "failed", marker.text
-    if job is not None and job.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED"):
+    if job is not None and job.state in (*RUNNING, *ENDING):
         return "running", f"job {book.job} ({job.state.lower()})"
+    if gave_up := _gave_up(book):
+        return "failed", gave_up
     if marker is not None:
         return "stopped", marker.text
+    return _without_a_word(book, job, now)
+
+
+def _gave_up(book: Ledger) -> str | None:
+    """Why the last job's attempts ended for good, whatever marker the last one that trained has left."""
+    last = book.last
+    if last is None or last.job != book.job or last.how is None:
+        return None
+    if last.how == "refused":
+        return f"job {last.job}: {last.reason}"
+    reason = ledger.reason_to_give_up([attempt for attempt in book.attempts if attempt.job == last.job])
+    return f"job {last.job}: {reason}" if reason else None
+
+
+def _without_a_word(book: Ledger, job: JobFacts | None, now: float) -> tuple[State, str]:
+    """The state of a run that has no marker, and that nobody trains."""
     begun = any(attempt.job == book.job for attempt in book.attempts)
     if book.job and not begun and job is not None:
         words = f"job {book.job} is {job.state} and never began; see its log, then submit again"
         return ("stopped" if job.state == "CANCELLED" else "failed"), words
-    if not book.attempts:
+    last = book.last
+    if last is None:
         return ("queued", f"job {book.job}, by the ledger alone") if book.job else ("not started", "")
-    if (last := book.attempts[-1]).how is None:
-        where = (
-            f"its job {last.job} is {job.state}"
-            if job
-            else f"job {last.job} left no word, and nobody holds it"
-        )
-        return "failed", where
-    return "failed", ledger.reason_to_give_up(book.attempts) or f"job {last.job}: {last.reason}"
+    if last.how is not None:
+        return "failed", f"job {last.job}: {last.reason}"
+    if job is not None:
+        return "failed", f"its job {last.job} is {job.state}"
+    if now - last.began < STARTING_S:
+        return "running", f"job {last.job} began {age(now - last.began)} ago, by the ledger alone"
+    return "failed", f"job {last.job} left no word, and nobody holds it"
+
+
+def _began(run: RunDirectory, book: Ledger, holder: str | None) -> float:
+    """When the attempt under way began, as the ledger or the trainer's first file says; infinity: not yet."""
+    times = [book.open.began] if book.open else []
+    if holder:
+        with contextlib.suppress(OSError):
+            times.append(run.environment_file.stat().st_mtime)
+    return max(times, default=math.inf)
 
 
 def _last_steps(file: Path) -> tuple[list[dict[str, Any]], float]:

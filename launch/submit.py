@@ -12,13 +12,16 @@ from pathlib import Path
 
 from launch import ledger, start
 from launch.errors import ConfigError
-from launch.index import cache_root
+from launch.index import cache_root, hugging_face_home
 from launch.resources import resource
 from launch.run_directory import RunDirectory, clear_markers, clear_requests, hold_lock
 from launch.runs import adopt, write_request
 from launch.settings import parse_gpu_memory
 from launch.site import Site
 from launch.slurm import (
+    ENDING,
+    RUNNING,
+    WAITING,
     Job,
     JobFacts,
     follow_up_script,
@@ -113,20 +116,9 @@ def prepare(request: start.RunRequest, site: Site, then: Sequence[str]) -> Submi
 
 def _job(planned: start.PlannedRun, site: Site) -> Job:
     plan, run = planned.plan, planned.run.path
-    # A job that is submitted again from another shell must find the same caches.
-    environment = {"SAMESTEP_CACHE": str(cache_root())}
-    environment |= {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if name in os.environ}
     contained = site.container.runtime != "none"
-    places = [run.parent, Path.cwd(), *map(Path, environment.values())] if contained else []
-    mounts = list(dict.fromkeys(map(str, places)))
-    if odd := [mount for mount in [*mounts, *site.container.mounts] if "," in mount or mount.count(":") > 2]:
-        raise ConfigError(
-            f"container.mounts: cannot be mounted ({', '.join(odd)}); no commas, HERE:THERE:ro at most"
-        )
-    if odd := [mount for mount in mounts if ":" in mount]:
-        raise ConfigError(
-            f"container: a folder with a colon cannot be mounted ({', '.join(odd)}); use another"
-        )
+    environment = _caches()
+    mounts = _mounts(run, {**environment, **site.environment}, site) if contained else []
     return Job(
         name=plan.name,
         nodes=plan.nodes,
@@ -141,11 +133,38 @@ def _job(planned: start.PlannedRun, site: Site) -> Job:
     )
 
 
+def _caches() -> dict[str, str]:
+    """Where this shell has its caches: a job must find the same in a container, and submitted from another shell."""
+    found = {name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ}
+    return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **found}
+
+
+def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
+    """Folders that a container must see at their place. ConfigError for one that its runtime cannot be told.
+
+    A cache that is not there (nothing came from the hub) is left out: runtimes fail over it. The scratch disk is
+    there on the nodes.
+    """
+    names = ("SAMESTEP_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+    caches = [environment[name] for name in names if Path(environment.get(name, "/nowhere")).is_dir()]
+    places = [str(run.parent), str(Path.cwd()), *caches, *([site.scratch] if site.scratch else [])]
+    mounts = list(dict.fromkeys(places))
+    if odd := [mount for mount in [*mounts, *site.container.mounts] if "," in mount or mount.count(":") > 2]:
+        raise ConfigError(
+            f"container.mounts: cannot be mounted ({', '.join(odd)}); no commas, HERE:THERE:ro at most"
+        )
+    if odd := [mount for mount in mounts if ":" in mount]:
+        raise ConfigError(
+            f"container: a folder with a colon cannot be mounted ({', '.join(odd)}); use another"
+        )
+    return mounts
+
+
 def refuse_if_queued(run: RunDirectory) -> None:
     """ConfigError while a job of this run waits or runs: two of them would take turns."""
     job = ledger.read_ledger(run).job
     facts = show_job(job) if job else None
-    if facts and facts.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED"):
+    if facts and facts.state in (*WAITING, *RUNNING, *ENDING):
         raise ConfigError(
             f"{run.path}: job {job} of this run is in the queue already ({facts.state.lower()}); "
             f"`samestep status {run.name}` shows it, `scancel {job}` ends it, or choose another --name"

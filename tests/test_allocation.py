@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from launch import allocation, ledger
 from launch.plan import Plan
-from launch.run_directory import RunDirectory, read_marker, request_stop, write_marker
+from launch.run_directory import RunDirectory, hold_lock, read_marker, request_stop, write_marker
 from tests.fake_slurm import install
 from tests.launcher import EMBEDDED, samestep, stand_in
 
@@ -38,9 +40,11 @@ def _attempt(monkeypatch: pytest.MonkeyPatch, restart: int, nodes: int = 2) -> N
         monkeypatch.setenv(f"SLURM_{name}", value)
 
 
-def _begin(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def _begin(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], queue: str = "41 RUNNING 1"
+) -> tuple[int, list[str]]:
     capsys.readouterr()
-    status = allocation.main(["begin", str(run.path), "--device", "cpu"])
+    status = allocation.main(["begin", str(run.path), "--device", "cpu", "--queue", queue])
     return status, capsys.readouterr().out.splitlines()
 
 
@@ -125,6 +129,7 @@ def test_a_stop_of_the_user_holds_for_an_attempt_that_has_not_begun(
     marker = read_marker(run)
     assert marker is not None
     assert (marker.kind, marker.text) == ("STOPPED", "user: at step 0 of 6")
+    assert [attempt.how for attempt in ledger.read_ledger(run).attempts] == ["stopped"]
     assert _begin(run, capsys)[0] == 0  # answered: the next one begins
 
 
@@ -171,7 +176,7 @@ def test_a_run_that_gets_nowhere_stops_with_the_reason(
     assert allocation.main(["end", str(run.path), "--job", RUNNING.format(2)]) == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert "not queued again: job 41: no step was saved in 3 attempts in a row" in told.err
+    assert "job 41 is not queued again: no step was saved in 3 attempts in a row" in told.err
 
 
 def test_attempts_whose_node_died_are_closed_by_the_next_and_count(
@@ -186,19 +191,137 @@ def test_attempts_whose_node_died_are_closed_by_the_next_and_count(
         "no step was saved in 3 attempts in a row (crashed, crashed, crashed; at step 0)"
         in capsys.readouterr().err
     )
-    assert "left no word" in ledger.read_ledger(run).attempts[-1].reason
+    attempts = ledger.read_ledger(run).attempts
+    assert "left no word" in attempts[2].reason
+    assert (attempts[3].how, attempts[3].restart) == ("refused", 3)
+    assert "job 41: no step was saved in 3 attempts in a row" in attempts[3].reason
 
 
 def test_a_ledger_that_cannot_be_written_does_not_keep_the_job_from_the_queue(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _begin(run, capsys)
+    _fill_the_disk(monkeypatch)
+    assert _end(run, capsys) == (0, "requeue\n")
 
+
+# two jobs of one run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "printed", "how"),
+    [
+        ("RUNNING", 1, [], "refused"),
+        ("SUSPENDED", 1, [], "refused"),
+        ("COMPLETING", 0, ["requeue"], "crashed"),
+    ],
+)
+def test_a_second_job_does_not_begin_before_the_trainer_of_the_first_has_the_lock(
+    state: str,
+    status: int,
+    printed: list[str],
+    how: str,
+    run: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _begin(run, capsys)[0] == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(run, capsys, f"41 {state} 1\n42 RUNNING 1") == (status, printed)
+    book = ledger.read_ledger(run)
+    assert [(attempt.job, attempt.how) for attempt in book.attempts] == [("41", None), ("42", how)]
+    assert f"job 41 of this run is {'under way' if status else 'completing'}" in book.attempts[1].reason
+    assert book.job == "41"
+    assert read_marker(run) is None
+    assert ledger.attempt_file(run).read_text() == "41.0\n"
+
+
+@pytest.mark.parametrize("queue", ["42 RUNNING 1", "41 PENDING 1\n42 RUNNING 1", ""])
+def test_a_job_that_is_gone_or_waits_is_not_in_the_way(
+    queue: str, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _begin(run, capsys)[0] == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(run, capsys, queue)[0] == 0
+    ends = [(attempt.job, attempt.how) for attempt in ledger.read_ledger(run).attempts]
+    assert ends == [("41", "crashed"), ("42", None)]
+
+
+def test_of_two_jobs_that_begin_at_once_the_later_one_gives_way(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_job = allocation.plan_job
+
+    def meanwhile(options: argparse.Namespace, given: allocation.Allocation) -> allocation.JobPlan:
+        facts = {"job": "40", "restart": 0, "began": time.time(), "first_step": 0}
+        ledger.write_event(run, "start", **facts)
+        return plan_job(options, given)
+
+    monkeypatch.setattr(allocation, "plan_job", meanwhile)
+    assert _begin(run, capsys, "40 PENDING 1\n41 RUNNING 1") == (0, ["requeue"])
+    assert ledger.read_ledger(run).job == "40"
+
+
+# what is in the way for a while -----------------------------------------------------------------
+
+
+def _fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", "ledger.jsonl")
 
     monkeypatch.setattr("launch.ledger.write_event", full)
-    assert _end(run, capsys) == (0, "requeue\n")
+
+
+def test_a_full_disk_is_tried_again_and_not_for_ever(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _fill_the_disk(monkeypatch)
+    for restart in range(2):
+        _attempt(monkeypatch, restart)
+        assert _begin(run, capsys) == (0, ["requeue"])
+    _attempt(monkeypatch, 2)
+    assert allocation.main(["begin", str(run.path)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "ledger.jsonl: No space left on device; job 41 is not queued again: no step was saved" in told.err
+
+
+def test_a_disk_without_room_for_a_new_plan_is_tried_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _attempt(monkeypatch, 0, nodes=3)
+    monkeypatch.setattr("launch.start.NEEDED_BYTES", 2**60)
+    assert _begin(run, capsys) == (0, ["requeue"])
+    (attempt,) = ledger.read_ledger(run).attempts
+    assert "no space left for a run" in attempt.reason
+
+
+def test_a_lock_that_is_held_on_is_tried_again_and_counts(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(allocation, "PATIENCE_S", 0.0)
+    with hold_lock(run.path):
+        assert _begin(run, capsys) == (0, ["requeue"])
+        (attempt,) = ledger.read_ledger(run).attempts
+        assert (attempt.how, attempt.saved) == ("crashed", False)
+        assert "this run is under way (process" in attempt.reason
+        _attempt(monkeypatch, 1)
+        assert _begin(run, capsys, "41 RUNNING 0") == (1, [])  # --no-requeue
+        _attempt(monkeypatch, 2)
+        assert _begin(run, capsys) == (1, [])
+    assert len(ledger.read_ledger(run).attempts) == 3
+    assert ledger.reason_to_give_up(ledger.read_ledger(run).attempts) is not None
+
+
+def test_a_job_taken_away_for_a_dead_node_has_crashed(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    request_stop(run, "preempted")
+    words = ["--asked", "preempted", "--nodes", "n1 mixed\nn2 down*", "--job", RUNNING.format(1)]
+    assert allocation.main(["end", str(run.path), *words]) == 0
+    last = ledger.read_ledger(run).attempts[-1]
+    assert (last.how, last.reason) == ("crashed", "node failure: n2")
 
 
 def test_outside_a_job_it_says_so(
@@ -218,4 +341,9 @@ def test_another_number_of_gpus_than_planned_is_refused_before_anything_starts(
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(plan["gpus_per_node"] + 1))
     assert allocation.main(["begin", str(run.path), "--device", "cuda"]) == 2
     assert "--gpus-per-node: the plan of" in capsys.readouterr().err
-    assert not ledger.read_ledger(run).attempts
+    (refused,) = ledger.read_ledger(run).attempts
+    assert refused.how == "refused"
+    assert "--gpus-per-node: the plan of" in refused.reason
+    marker = read_marker(run)
+    assert marker is not None
+    assert marker.kind == "REFUSED"

@@ -19,7 +19,7 @@ from launch.ledger import (
     with_job,
     write_event,
 )
-from launch.run_directory import MarkerKind, RunDirectory, StopReason, request_stop, write_marker
+from launch.run_directory import MarkerKind, RunDirectory, request_stop, write_marker
 from launch.slurm import JobFacts
 from tests.attempts import attempt, recipe_of
 
@@ -66,27 +66,30 @@ def test_a_line_cut_short_or_of_nobody_is_passed_over(run: RunDirectory) -> None
 
 
 @pytest.mark.parametrize(
-    ("marker", "text", "stop", "how"),
+    ("marker", "text", "asked", "down", "how"),
     [
-        ("DONE", "step 8", None, "done"),
-        ("REFUSED", "lora.r: bad", None, "refused"),
-        ("STOPPED", "user: at step 3 of 8", None, "stopped"),
-        ("STOPPED", "preempted: at step 3 of 8", None, "preempted"),
-        ("STOPPED", "time: at step 3 of 8", None, "time"),
-        ("STOPPED", "orphaned: at step 3 of 8", None, "crashed"),
-        (None, "", None, "crashed"),
-        (None, "", "preempted", "preempted"),  # KILL came before the save
-        (None, "", "user", "crashed"),
+        ("DONE", "step 8", "", [], "done"),
+        ("REFUSED", "lora.r: bad", "", [], "refused"),
+        ("STOPPED", "user: at step 3 of 8", "preempted", [], "stopped"),
+        ("STOPPED", "preempted: at step 3 of 8", "preempted", ["n2"], "preempted"),
+        ("STOPPED", "time: at step 3 of 8", "time", [], "time"),
+        ("STOPPED", "orphaned: at step 3 of 8", "", [], "crashed"),
+        (None, "", "", [], "crashed"),
+        (None, "", "preempted", [], "preempted"),  # KILL came before the save
+        (None, "", "time", [], "time"),
+        (None, "", "preempted", ["n2"], "crashed"),  # Slurm takes the job away because a node died
     ],
 )
 def test_the_marker_says_how_it_ended(
-    marker: MarkerKind | None, text: str, stop: StopReason | None, how: How, run: RunDirectory
+    marker: MarkerKind | None, text: str, asked: str, down: list[str], how: How, run: RunDirectory
 ) -> None:
     if marker:
         write_marker(run, marker, text)
-    if stop:
-        request_stop(run, stop)
-    assert how_it_ended(run).how == how
+    # Nodes write it as well when a rank has died: it tells nothing.
+    request_stop(run, "preempted")
+    end = how_it_ended(run, asked, down)
+    assert end.how == how
+    assert ("node failure: n2" in end.reason) == (bool(down) and marker is None)
 
 
 def _facts(state: str, reason: str = "None", restarts: int = 1) -> JobFacts:
@@ -110,6 +113,50 @@ def test_the_jobs_state_tells_what_a_term_meant(facts: JobFacts | None, how: How
     assert with_job(End("done"), facts, restart=1) == (End("done"), False)
 
 
+def test_a_dead_node_of_a_job_that_is_not_to_be_queued_again_is_no_scancel() -> None:
+    facts = JobFacts("COMPLETING", "None", 1, False, "", "")
+    assert with_job(End("crashed", "node failure: n2"), facts, 1) == (
+        End("crashed", "node failure: n2"),
+        False,
+    )
+    assert with_job(End("preempted", "x"), facts, 1)[0].how == "stopped"
+
+
+def test_the_attempt_under_way_is_not_the_one_that_was_turned_away(run: RunDirectory) -> None:
+    write_event(run, "start", job="7", restart=0, began=1.0, first_step=0)
+    write_event(
+        run,
+        "unstarted",
+        job="8",
+        restart=0,
+        began=2.0,
+        first_step=0,
+        how="refused",
+        reason="job 7",
+        ended=2.0,
+    )
+    book = read_ledger(run)
+    assert (book.job, book.open and book.open.job, book.attempts[-1].how) == ("7", "7", "refused")
+    write_event(run, "end", job="7", restart=0, how="done", ended=9.0)
+    book = read_ledger(run)
+    assert (book.job, book.last and book.last.how, book.open) == ("7", "done", None)
+
+
+def test_attempts_that_nobody_wrote_down_count_as_ones_that_saved_nothing(run: RunDirectory) -> None:
+    write_event(run, "start", job="7", restart=1, began=1.0, first_step=0)
+    write_event(run, "end", how="preempted", last_step=5)
+    attempts = read_ledger(run).attempts_of("7", 4)
+    assert [(one.restart, one.how, one.saved) for one in attempts] == [
+        (0, "crashed", False),
+        (1, "preempted", True),
+        (2, "crashed", False),
+        (3, "crashed", False),
+    ]
+    assert reason_to_give_up(attempts) is None
+    assert reason_to_give_up(read_ledger(run).attempts_of("7", 5)) is not None
+    assert read_ledger(run).attempts_of("9", 0) == []
+
+
 def test_a_run_that_gets_forward_goes_on_for_ever() -> None:
     ends: list[tuple[How, int]] = [("preempted", 10 * number) for number in range(1, 30)]
     assert reason_to_give_up([]) is None
@@ -123,7 +170,7 @@ def test_three_crashes_in_a_row_are_enough() -> None:
     ends: list[tuple[How, int]] = [("preempted", 1), ("crashed", 2), ("crashed", 3)]
     assert reason_to_give_up(_attempts(*ends)) is None
     reason = reason_to_give_up(_attempts(*ends, ("crashed", 4)))
-    assert reason == "job 7: crashed 3 times in a row (now at step 4); see the log, then submit again"
+    assert reason == "crashed 3 times in a row (now at step 4); see the log, then submit again"
 
 
 def test_three_attempts_in_a_row_that_save_no_step_are_enough() -> None:
@@ -131,7 +178,7 @@ def test_three_attempts_in_a_row_that_save_no_step_are_enough() -> None:
     assert reason_to_give_up(_attempts(*ends)) is None
     reason = reason_to_give_up(_attempts(*ends, ("time", 5)))
     assert reason == (
-        "job 7: no step was saved in 3 attempts in a row (preempted, crashed, time; at step 5); "
+        "no step was saved in 3 attempts in a row (preempted, crashed, time; at step 5); "
         "see the log, then submit again"
     )
 

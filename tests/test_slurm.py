@@ -16,12 +16,16 @@ import pytest
 from launch.accelerate import launch_command
 from launch.errors import ConfigError, RunError
 from launch.resources import resource
+from launch.run_directory import RunDirectory
 from launch.site import Site
 from launch.slurm import (
     Job,
+    QueuedJob,
     follow_up_script,
     parse_job,
     parse_job_id,
+    parse_nodes,
+    parse_queue,
     seconds_of,
     train_script,
 )
@@ -63,7 +67,7 @@ CASES = {
     "1x1": job_of(),
     "1x8": job_of(1, 8, scratch="/local"),
     "4x8": job_of(4, 8, network_interface="ib0", environment={"NCCL_DEBUG": "WARN"}, gpu_type="h100"),
-    "4x8_apptainer": job_of(4, 8, container=APPTAINER),
+    "4x8_apptainer": job_of(4, 8, container=APPTAINER, scratch="/local"),
     "4x8_pyxis": job_of(4, 8, container=PYXIS),
     "2x4_cpu": job_of(2, 4, "cpu", cpus_per_process=2, memory="0", options=["--exclusive"]),
 }
@@ -162,6 +166,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         commands / "scontrol",
         '[ "$1" != show ] || [ "$2" != hostnames ] || echo n1; echo "$*" >>"$CALLS.scontrol"',
     )
+    _program(commands / "squeue", "echo '40 RUNNING 1'")
+    _program(commands / "sinfo", "echo 'n2 down*'")
     # The command alone: everything from the first word after srun's own options.
     _program(commands / "srun", 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"')
     _program(
@@ -180,6 +186,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "JOB_NUM_NODES": "2",
         "JOB_NODELIST": "n[1-2]",
         "CPUS_ON_NODE": "4",
+        "NODEID": "0",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("CALLS", str(tmp_path / "call"))
@@ -217,7 +224,10 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     done = _play(cluster, job)
     assert done.returncode == 0, done.stderr
     assert _calls(cluster, "launch.allocation.begin")[0] == str(job.work_folder)
-    assert _calls(cluster, "launch.allocation.begin")[4:] == [str(job.run), "--device", "cuda"]
+    begin = _calls(cluster, "launch.allocation.begin")[4:]
+    assert begin == [str(job.run), "--device", "cuda", "--queue", "40 RUNNING 1"]
+    end = _calls(cluster, "launch.allocation.end")[4:]
+    assert end == [os.environ["RUN_FOLDER"], "--asked", "", "--job", "", "--nodes", "n2 down*"]
     launched = _calls(cluster, "accelerate.commands.launch.--config_file")
     flags = dict(pairwise(launched))
     assert flags["--config_file"] == "ddp x.yaml"
@@ -251,6 +261,15 @@ def test_an_end_that_is_final_is_the_jobs_end(cluster: Path, monkeypatch: pytest
     assert "requeue" not in (cluster / "call.scontrol").read_text()
 
 
+def test_what_may_be_gone_later_puts_the_job_back_into_the_queue(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _program(cluster / "python", 'echo "$3" >>"$CALLS"; echo requeue')
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    assert (cluster / "call").read_text() == "begin\n"
+    assert (cluster / "call.scontrol").read_text().splitlines()[-1] == "requeue 40"
+
+
 def test_without_the_nodes_names_nothing_starts(cluster: Path) -> None:
     (cluster / "bin" / "scontrol").write_text("#!/bin/bash\nexit 1\n")
     done = _play(cluster, _hostile_job(cluster))
@@ -259,22 +278,42 @@ def test_without_the_nodes_names_nothing_starts(cluster: Path) -> None:
     assert not list(cluster.glob("call.*"))
 
 
-def test_a_signal_becomes_a_file(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, reason in (("USR1", "time"), ("TERM", "preempted")):
-        run = cluster / f"run of {number}"
-        run.mkdir()
-        monkeypatch.setenv("RUN_FOLDER", str(run))
-        program = (
-            'case "$3" in begin) printf "%s\\n" "$RUN_FOLDER" ddp.yaml 4 ;; end) echo ;; '
-            f'*) kill -{number} "$BATCH"; for _ in $(seq 100); do [ ! -e "$RUN_FOLDER/STOP" ] || exit 0;'
-            " sleep 0.1; done; esac"
-        )
-        _program(cluster / "python", program)
-        job = replace(job_of(run=str(run), modules=[]), work_folder=cluster, python=str(cluster / "python"))
-        text = "export BATCH=$$\n" + train_script(TRAIN, job)
-        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert (run / "STOP").read_text() == f"{reason}\n"
+def _signal(cluster: Path, name: str, kill: str, attempt: str = "40.0") -> tuple[RunDirectory, str]:
+    """Play the script with a launcher that sends a signal, then waits for the file; (the run, what `end` was told)."""
+    run = cluster / name
+    run.mkdir()
+    program = (
+        'case "$3" in '
+        f'begin) echo {attempt} >"{run}/.attempt"; printf "%s\\n" "{run}" ddp.yaml 4 ;; '
+        f'end) echo "$6" >"{run}/asked" ;; '
+        f'*) kill {kill}; for _ in 1 2 3 4 5 6 7 8 9 10; do [ ! -e "{run}/STOP" ] || exit 0; sleep 0.1; done; esac'
+    )
+    _program(cluster / "python", program)
+    job = replace(job_of(run=str(run), modules=[]), work_folder=cluster, python=str(cluster / "python"))
+    text = "export BATCH=$$\n" + train_script(TRAIN, job)
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return RunDirectory(run), (run / "asked").read_text().strip()
+
+
+@pytest.mark.parametrize(("number", "reason"), [("USR1", "time"), ("TERM", "preempted")])
+def test_a_signal_becomes_a_file(number: str, reason: str, cluster: Path) -> None:
+    run, asked = _signal(cluster, "run", f'-{number} "$BATCH"')
+    assert (run.stop_file.read_text(), asked) == (f"{reason}\n", reason)
+
+
+def test_a_term_to_a_nodes_first_process_alone_becomes_a_file_too(cluster: Path) -> None:
+    """All that a preemption with a GraceTime sends. It is no word of the job's script: a rank that died sends it."""
+    run, asked = _signal(cluster, "run", '-TERM "$PPID"')
+    assert (run.stop_file.read_text(), asked) == ("preempted\n", "")
+
+
+@pytest.mark.parametrize("kill", ['-TERM "$BATCH"', '-TERM "$PPID"'])
+def test_a_term_that_comes_after_another_attempt_has_begun_does_not_stop_that(
+    kill: str, cluster: Path
+) -> None:
+    run, _ = _signal(cluster, "run", kill, attempt="40.1")
+    assert not run.stop_file.exists()
 
 
 # what Slurm prints ------------------------------------------------------------------------------
@@ -301,6 +340,16 @@ def test_a_jobs_facts_are_read() -> None:
         True,
     )
     assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+
+
+def test_queue_and_nodes_are_read() -> None:
+    queue = "7                   RUNNING             1                   \n8   PENDING  0\nslurm_load_jobs error\n"
+    assert parse_queue(queue) == [QueuedJob("7", "RUNNING", True), QueuedJob("8", "PENDING", False)]
+    assert parse_nodes("n1 mixed\nn2 down*\nn2 down*\nn3 allocated*\nn4 draining\nn5 failing\n") == [
+        "n2",
+        "n3",
+        "n5",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,42 @@ def test_a_run_without_a_step_for_long_is_stalled(run: RunDirectory) -> None:
     assert (found.state, found.because) == ("stalled", "no step for 58 min")
 
 
+def test_a_run_that_hangs_before_its_first_step_is_stalled_too(run: RunDirectory) -> None:
+    _started(run)
+    assert _look(run, "RUNNING", "None").state == "running"
+    file = ledger.ledger_file(run)
+    file.write_text(file.read_text().replace(str(NOW - 100), str(NOW - 3500)))
+    assert _look(run, "RUNNING", "None").because == "no step for 58 min"
+    ledger.write_event(run, "end", how="preempted", last_step=1)
+    assert _look(run, "RUNNING", "None").state == "running"  # the next attempt has not begun
+
+
+def test_a_run_without_a_job_that_hangs_is_stalled_as_well(run: RunDirectory) -> None:
+    run.environment_file.write_text("{}")
+    for at, state in ((NOW - 60, "running"), (NOW - 3600, "stalled")):
+        os.utime(run.environment_file, (at, at))
+        with hold_lock(run.path):
+            assert _look(run).state == state
+
+
+def test_an_attempt_that_has_just_begun_is_running_without_slurms_word(run: RunDirectory) -> None:
+    _started(run)
+    assert (_look(run).state, _look(run).because) == ("running", "job 7 began 1 min ago, by the ledger alone")
+
+
+def test_what_the_ledger_gave_up_is_failed_whatever_the_last_trainer_said(run: RunDirectory) -> None:
+    write_marker(run, "STOPPED", "preempted: at step 0 of 37")
+    for restart in range(3):
+        ledger.write_event(run, "start", job="7", restart=restart, began=NOW, first_step=0)
+        assert _look(run, "RUNNING", "None").state == "running"
+        ledger.write_event(run, "end", how="preempted", last_step=0)
+    assert _look(run, "FAILED", "None").state == "failed"
+    assert _look(run).because.startswith("job 7: no step was saved in 3 attempts in a row")
+    facts = {"job": "7", "restart": 3, "began": 2.0, "first_step": 0, "how": "refused", "ended": 2.0}
+    ledger.write_event(run, "unstarted", reason="no room", **facts)
+    assert (_look(run).state, _look(run).because) == ("failed", "job 7: no room")
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "state"),
     [
@@ -118,6 +154,8 @@ def test_the_marker_says_how_a_run_ended(kind: str, text: str, state: str, run: 
 def test_a_failed_run_says_why(run: RunDirectory) -> None:
     _started(run)
     assert _look(run, "NODE_FAIL", "None").because == "its job 7 is NODE_FAIL"
+    file = ledger.ledger_file(run)
+    file.write_text(file.read_text().replace(str(NOW - 100), str(NOW - 400)))
     assert _look(run).because == "job 7 left no word, and nobody holds it"
     for restart in range(3):
         ledger.write_event(run, "end", how="crashed", last_step=0, reason="x")

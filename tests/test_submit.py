@@ -237,3 +237,26 @@ def test_packages_that_are_not_this_pythons_are_left_to_the_job_to_judge(
     assert samestep(*words, "--site", "site.yaml") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"not judged here, the job runs with {whose}; its first node judges them" in said
+
+
+def test_a_container_sees_the_caches_and_the_scratch_disk(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without HF_HOME the default is meant; what is not there is not mounted: runtimes fail over that."""
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "xdg" / "huggingface").mkdir(parents=True)
+    site = tmp_path / "site.yaml"
+    site.write_text("{scratch: /local, container: {runtime: pyxis, image: x}}")
+    assert samestep(*SUBMIT, "--site", str(site), "--then", "merge") == 0
+    home = tmp_path.resolve() / "xdg" / "huggingface"
+    places = [_run().path.parent, tmp_path, home, "/local"]
+    mounts = ",".join(f"{place}:{place}" for place in places)
+    for script in ("submit.sbatch", "merge.sbatch"):
+        text = (_run().path / script).read_text()
+        assert f"'--container-mounts={mounts}'" in text
+        assert f"HF_HOME={home}" in text
+    (tmp_path / "cache").mkdir()
+    assert samestep(*SUBMIT, "--site", str(site), "--name", "other") == 0
+    assert f"{tmp_path / 'cache'}:" in (_run("other").path / "submit.sbatch").read_text()

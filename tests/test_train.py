@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from launch.errors import RunError
+from launch.errors import RunError, SamestepError
 from launch.launch_config import LaunchConfig
 from launch.plan import Plan, make_plan
 from launch.recipe import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory, hold_lock, read_marker
 from tests.conftest import recipe_values
+from trainer.agreement import say_once
 from trainer.guards import check_adapters, check_finite
 from trainer.records import append_line, keep_lines_until, read_lines, samples_digest
 from trainer.train import main
@@ -217,13 +218,20 @@ def test_a_run_under_way_is_refused(
 
 
 def test_what_is_refused_before_the_run_is_taken_leaves_its_reason_for_who_waits(
-    done: RunDirectory, tmp_path: Path
+    done: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _copy(done, tmp_path)
     plan = json.loads(run.plan_file.read_text())
     run.plan_file.write_text(json.dumps({**plan, "dataset_fingerprint": "0" * 64}))
-    main(["--run-dir", str(run.path), "--marker-decides"])
-    marker = read_marker(run)
+    found = []
+
+    def part(error: SamestepError) -> int:  # from here on the other ranks look for the reason
+        found.append(read_marker(run))
+        return say_once(error)
+
+    monkeypatch.setattr("trainer.train.say_once", part)
+    assert main(["--run-dir", str(run.path), "--marker-decides"]) == 0
+    (marker,) = found
     assert marker is not None
     assert marker.kind == "REFUSED"
     assert "was made for other data" in marker.text

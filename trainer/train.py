@@ -117,11 +117,12 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     torchrun answers every status but 0 with a traceback over the message. Where the marker decides, a refusal that
     is written there and known to all ranks ends with 0; anything else must not, or the other ranks would wait.
     """
-    status = say_once(error)
-    alone = not dist.is_initialized() and os.environ.get("RANK", "0") == "0"
-    if options.marker_decides and alone and lock_holder(options.run_dir) is None:
-        # Nobody took the run: what is refused so early must not look like a crash either.
+    first = os.environ.get("RANK", "0") == "0" and (error.agreed or not dist.is_initialized())
+    if options.marker_decides and first and lock_holder(options.run_dir) is None:
+        # Nobody took the run: what is refused so early must not look like a crash either. Before the ranks part: the
+        # others look for it then.
         leave_reason(RunDirectory(options.run_dir), error)
+    status = say_once(error)
     told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
     return 0 if told else status
 

@@ -91,7 +91,7 @@ class Cluster:
             found.extend([facts] if facts else [])
             return facts is not None
 
-        wait(answered, 60, lambda: f"no answer about job {job}")
+        wait(answered, 200, lambda: f"no answer about job {job}")
         return found[0]
 
     def until_gone(self, run: RunDirectory, limit: float = 400) -> str:
@@ -107,6 +107,10 @@ class Cluster:
         logs = "".join(file.read_text() for file in sorted((run.path / "logs").glob("*.out")))
         book = ledger.ledger_file(run)
         return f"{logs}\n{book.read_text() if book.exists() else 'no ledger'}\n{self.on('squeue').stdout}"
+
+    def is_down(self, node: str) -> bool:
+        """Slurm has missed a node."""
+        return "down" in self.on("sinfo", "-h", "-N", "-n", f"n{node}", "-o", "%T").stdout
 
     def nodes_of(self, run: RunDirectory) -> list[str]:
         """Numbers of the nodes of the attempt under way, the head first."""
@@ -162,7 +166,7 @@ def until_it_steps(cluster: Cluster, run: RunDirectory, restart: int, steps: int
         of_now = run.metrics_file.stat().st_mtime > attempt.began + 2
         return of_now and last_step(run) >= attempt.first_step + steps
 
-    wait(stepped, 240, lambda: cluster.words_of(run), pause=0.05)
+    wait(stepped, 400, lambda: cluster.words_of(run), pause=0.05)
 
 
 def train_here(name: str, runs: Path, processes: int, steps: int) -> RunDirectory:

@@ -6,7 +6,8 @@
 #   cluster.sh link FOLDER NODE up|down     netns: the node's cable
 #   cluster.sh kill-controller FOLDER       kill -9 slurmctld; `start` brings it back
 #   cluster.sh stop FOLDER
-# Partitions: batch (preemptable), high (preempts it), closed (only for the account "project").
+# Partitions: batch (preemptable), scavenge (preemptable: cancelled, 60 s after a warning), high (preempts both),
+# closed (only for the account "project").
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 COMMAND=$1 FOLDER=$(readlink -m "$2")
@@ -69,6 +70,7 @@ END
   echo "CgroupPlugin=cgroup/v1" >"$FOLDER/cgroup.conf"
   cat >>"$CONF" <<END
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=scavenge Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=closed Nodes=ALL MaxTime=INFINITE AllowAccounts=project
 END
@@ -83,7 +85,7 @@ inside() { # namespace-or-empty, host name, command: with our hosts file, and wi
 }
 space() { [ "$MODE" != netns ] || echo "st$ID-$1"; }
 alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null && ! grep -q '^State:.*Z' "/proc/$(cat "$1")/status"; }
-until_true() { for _ in $(seq 300); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
+until_true() { for _ in $(seq 100); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
 on() { inside "$(space c)" "$(hostname -s)" "$@"; }
 
 plug() { # a cable from a node's namespace to the switch
@@ -103,7 +105,9 @@ network() {
   ip -n "st$ID-c" link set switch up
   for node in $(seq "$NODES"); do plug "$node"; done
 }
-all_up() { [ "$(on sinfo -h -N -p batch -o %T | grep -cE '^(idle|mixed|allocated|completing)$')" -ge "$NODES" ]; }
+is_up() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -qE '^(idle|mixed|allocated|completing)$'; }
+is_down() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -q '^down'; }
+all_up() { for node in $(seq "$NODES"); do is_up "$node" || return 1; done; }
 processes() { # of a node: all that live under its host name
   local uts
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
@@ -116,6 +120,12 @@ crash() {
   rm -f "$FOLDER/slurmd.n$1.pid"
 }
 
+boot() {
+  mkdir -p "$FOLDER/spool.n$1"
+  # shellcheck disable=SC2016
+  inside "$(space "$1")" "n$1" sh -c 'readlink /proc/self/ns/uts >"$1"; exec slurmd -f "$2" -N "$3"' \
+    - "$FOLDER/uts.$1" "$CONF" "n$1" </dev/null
+}
 start() {
   if [ ! -e "$FOLDER/shape" ]; then
     mkdir -p "$FOLDER/state" "$FOLDER/munge"
@@ -130,13 +140,16 @@ start() {
     --pid-file="$FOLDER/munge/pid" --log-file="$FOLDER/munge/log" --seed-file="$FOLDER/munge/seed" 2>"$FOLDER/munge/err"
   alive "$FOLDER/slurmctld.pid" || on slurmctld -f "$CONF" </dev/null
   for node in $(seq "$NODES"); do
-    alive "$FOLDER/slurmd.n$node.pid" && continue
-    mkdir -p "$FOLDER/spool.n$node"
-    # shellcheck disable=SC2016
-    inside "$(space "$node")" "n$node" sh -c 'readlink /proc/self/ns/uts >"$1"; exec slurmd -f "$2" -N "$3"' \
-      - "$FOLDER/uts.$node" "$CONF" "n$node" </dev/null
+    alive "$FOLDER/slurmd.n$node.pid" || boot "$node"
   done
-  until_true all_up || { on sinfo -N; exit 1; }
+  for _ in 1 2 3 4 5 6; do
+    ! until_true all_up || return 0
+    for node in $(seq "$NODES"); do   # its word of being back was lost: once more (Slurm has given up its jobs)
+      ! is_down "$node" || { crash "$node"; boot "$node"; }
+    done
+  done
+  on sinfo -N
+  exit 1
 }
 
 no_jobs() { [ -z "$(on squeue -h -t running,completing -o %i)" ]; }

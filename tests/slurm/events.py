@@ -15,6 +15,7 @@ import psutil
 
 from launch import ledger
 from launch.children import processes_with
+from launch.ledger import How
 from launch.run_directory import RunDirectory, request_stop
 from tests.slurm.cluster import Cluster, last_step, until_it_steps, wait
 
@@ -41,6 +42,7 @@ class Outcome:
     step: int
     reached: int
     went_on_at: int
+    how: How | None  # the ledger's word; None: the run went on
 
     @property
     def lost(self) -> int:
@@ -80,8 +82,17 @@ def stop_file(scene: Scene) -> After:
 
 
 def time_limit(scene: Scene) -> After:
-    """The limit itself, without a warning: Slurm looks every 30 s, then sends TERM."""
+    """The limit itself, without a warning: Slurm looks every 30 s, then sends TERM.
+
+    Until then rank 0 is held: on a fast machine the run would be done by that time.
+    """
+    rank_0 = _trainers(scene)[0]
     scene.scontrol("update", f"JobId={scene.job}", "TimeLimit=1")
+    rank_0.send_signal(signal.SIGSTOP)
+    try:
+        wait(scene.run.stop_file.exists, 200, lambda: scene.cluster.words_of(scene.run), pause=0.05)
+    finally:
+        rank_0.send_signal(signal.SIGCONT)
     return lambda: scene.scontrol("update", f"JobId={scene.job}", "TimeLimit=60")
 
 
@@ -102,13 +113,16 @@ def rank(scene: Scene) -> After:
 
 def head_node(scene: Scene) -> After:
     """The node of rank 0 and of the batch script."""
-    scene.cluster.control("crash", scene.cluster.nodes_of(scene.run)[0])
-    return lambda: _heal(scene)
+    return _crash(scene, scene.cluster.nodes_of(scene.run)[0])
 
 
 def other_node(scene: Scene) -> After:
-    scene.cluster.control("crash", scene.cluster.nodes_of(scene.run)[-1])
-    return lambda: _heal(scene)
+    return _crash(scene, scene.cluster.nodes_of(scene.run)[-1])
+
+
+def _crash(scene: Scene, node: str) -> After:
+    scene.cluster.control("crash", node)
+    return lambda: _heal(scene, node)
 
 
 def cable(scene: Scene) -> After:
@@ -117,8 +131,9 @@ def cable(scene: Scene) -> After:
     scene.cluster.control("link", node, "down")
 
     def plug() -> None:
+        _until_missed(scene, node)
         scene.cluster.control("link", node, "up")
-        _heal(scene)
+        scene.cluster.control("start")
 
     return plug
 
@@ -150,8 +165,14 @@ def _trainers(scene: Scene) -> list[psutil.Process]:
     return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
-def _heal(scene: Scene) -> None:
+def _heal(scene: Scene, node: str) -> None:
+    _until_missed(scene, node)
     scene.cluster.control("start")
+
+
+def _until_missed(scene: Scene, node: str) -> None:
+    """A node that is back before Slurm has missed it loses its next step too, when it registers."""
+    wait(lambda: scene.cluster.is_down(node), 200, lambda: scene.cluster.on("sinfo", "-N").stdout)
 
 
 ANNOUNCED: dict[str, Callable[[Scene], After]] = {
@@ -170,6 +191,14 @@ SUDDEN: dict[str, Callable[[Scene], After]] = {
     "full disk during a save": full_disk,
     "two at once: requeue, and kill -9 of rank 0": two_at_once,
 }
+COUNTED: dict[str, tuple[How, ...]] = {
+    **dict.fromkeys(SUDDEN, ("crashed",)),
+    **dict.fromkeys(ANNOUNCED, ("preempted",)),
+    "USR1 to the batch script (scancel --signal)": ("time",),
+    "time limit": ("time",),
+    "two at once: requeue, and kill -9 of rank 0": ("crashed", "preempted"),
+}
+"""As what the ledger counts each."""
 
 
 def order(announced: Sequence[str], sudden: Sequence[str], seed: int) -> list[str]:
@@ -188,38 +217,46 @@ def survive(cluster: Cluster, run: RunDirectory, events: Sequence[str], seed: in
     outcomes = []
     for event in events:
         until_it_steps(cluster, run, restart, draw.randint(2, 5))
-        step = last_step(run)
+        attempt, step = ledger.read_ledger(run).open, last_step(run)
+        assert attempt is not None, cluster.words_of(run)
         act = ANNOUNCED.get(event) or SUDDEN[event]
         after = act(scene)
         if act is controller:
-            assert ledger.read_ledger(run).open is not None, cluster.words_of(run)
-            outcomes.append(Outcome(event, True, step, step, step))
+            assert ledger.read_ledger(run).open == attempt, cluster.words_of(run)
+            outcomes.append(Outcome(event, True, step, step, step, None))
             continue
-        restart += 1
+        restart = attempt.restart + 1
         reached, went_on = _until_another_attempt(scene, restart, after)
-        outcomes.append(Outcome(event, event in ANNOUNCED, step, reached, went_on))
+        (how,) = [found.how for found in ledger.read_ledger(run).attempts if found.restart == attempt.restart]
+        outcomes.append(Outcome(event, event in ANNOUNCED, step, reached, went_on, how))
         print(outcomes[-1], flush=True)
     return outcomes
 
 
 def _until_another_attempt(scene: Scene, restart: int, after: After) -> tuple[int, int]:
     """(last step of the attempt that ended, step that the next one goes on at)."""
-    cluster, run, done = scene.cluster, scene.run, False
+    cluster, run, left, reached = scene.cluster, scene.run, after, 0
 
     def started() -> bool:
-        nonlocal done
-        if after and not done and cluster.job(scene.job).state not in ("RUNNING", "COMPLETING"):
-            after()
-            done = True
+        nonlocal left, reached
+        step = last_step(run)
         attempts = ledger.read_ledger(run).attempts
-        return bool(attempts) and attempts[-1].restart >= restart
+        if attempts and attempts[-1].restart >= restart:
+            return True
+        reached = step  # read before the next attempt forgets the steps that it will take again
+        if left and cluster.job(scene.job).state not in ("RUNNING", "COMPLETING"):
+            # However long the repair takes: on a fast machine the run would be done by then.
+            cluster.on("scontrol", "hold", scene.job)
+            left()
+            cluster.on("scontrol", "release", scene.job)
+            left = None
+        return False
 
-    wait(started, 240, lambda: cluster.words_of(run))
-    # The trainer forgets the steps that it will take again as soon as it has loaded; that takes seconds.
-    reached = last_step(run)
-    if after and not done:
-        after()
-    return reached, ledger.read_ledger(run).attempts[-1].first_step
+    wait(started, 400, lambda: cluster.words_of(run))
+    if left:
+        left()
+    (attempt,) = [found for found in ledger.read_ledger(run).attempts if found.restart == restart]
+    return reached, attempt.first_step
 
 
 def mounted(folder: Path, megabytes: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import ledger
-from launch.run_directory import request_stop
+from launch.run_directory import RunDirectory, request_stop
 from tests.slurm.cluster import Cluster, until_it_steps, wait
 
 pytestmark = pytest.mark.slurm
@@ -41,19 +41,14 @@ def test_a_folder_of_odd_characters_gets_its_log(cluster: Cluster) -> None:
     done = cluster.try_to_submit("odd", "--runs-dir", str(place), python="/bin/false")
     assert done.returncode == 0, done.stderr
     logs = place / "odd" / "logs"
-    wait(lambda: any(logs.glob("*.out")), 30, lambda: cluster.on("squeue").stdout)
+    wait(lambda: any(logs.glob("*.out")), 200, lambda: cluster.on("squeue").stdout)
 
 
 def test_a_run_that_is_refused_on_the_nodes_is_not_queued_again(cluster: Cluster) -> None:
-    run = cluster.submit("other-data", "--nodes", "2")
-    job = ledger.read_ledger(run).job or ""
-    cluster.on("scontrol", "requeuehold", job)
+    run = cluster.submit("other-data", "--nodes", "2", options=["--hold"])
     plan = json.loads(run.plan_file.read_text())
     run.plan_file.write_text(json.dumps({**plan, "dataset_fingerprint": "0" * 64}))
-    # Held in time, it starts anew with the changed plan; else its first attempt has read that already.
-    wait(lambda: cluster.job(job).state in ("PENDING", "FAILED"), 60, lambda: cluster.words_of(run))
-    if cluster.job(job).state == "PENDING":
-        cluster.on("scontrol", "release", job)
+    cluster.on("scontrol", "release", ledger.read_ledger(run).job or "")
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
     assert ledger.read_ledger(run).attempts[-1].how == "refused"
     assert "was made for other data" in ledger.read_ledger(run).attempts[-1].reason
@@ -79,19 +74,32 @@ def test_a_run_that_gets_nowhere_stops_after_three_attempts(cluster: Cluster, tm
 def test_a_run_that_the_user_stops_is_not_queued_again_and_what_follows_does_not_start(
     cluster: Cluster,
 ) -> None:
-    run = cluster.submit("stopped", "--nodes", "2", "--then", "evaluate", steps=200)
+    run = cluster.submit("stopped", "--nodes", "2", "--then", "evaluate", steps=400)
+    first = ledger.read_ledger(run).job or ""
+    wait(lambda: ledger.read_ledger(run).open is not None, 200, lambda: cluster.words_of(run))
+    # A second job, when the first has begun and its trainer has not taken the lock: turned away.
+    second = _submit_again(cluster, run)
+    _until(cluster, run, second, "FAILED")
     until_it_steps(cluster, run, 0, 2)
     request_stop(run, "user")
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
-    book = ledger.read_ledger(run)
-    assert [attempt.how for attempt in book.attempts] == ["stopped"]
-    follow_up = str(int(book.job or 0) + 1)
-    wait(lambda: cluster.job(follow_up).state == "CANCELLED", 60, lambda: cluster.on("squeue").stdout)
+    ends = [(attempt.job, attempt.how) for attempt in ledger.read_ledger(run).attempts]
+    assert ends == [(first, "stopped"), (second, "refused")], cluster.words_of(run)
+    assert f"job {first} of this run is under way" in ledger.read_ledger(run).attempts[1].reason
+    _until(cluster, run, str(int(first) + 1), "CANCELLED")  # the evaluation
     # The same script goes on; and a job that is cancelled stays cancelled.
-    again = cluster.on("sbatch", "--parsable", str(run.path / "submit.sbatch")).stdout.strip()
+    again = _submit_again(cluster, run)
     until_it_steps(cluster, run, 0, 2)
     cluster.on("scancel", again)
-    wait(lambda: cluster.job(again).state == "CANCELLED", 60, lambda: cluster.words_of(run))
+    _until(cluster, run, again, "CANCELLED")
     last = ledger.read_ledger(run).attempts[-1]
     assert (last.how, last.job) == ("stopped", again)
     assert last.last_step > last.first_step > 0
+
+
+def _submit_again(cluster: Cluster, run: RunDirectory) -> str:
+    return cluster.on("sbatch", "--parsable", str(run.path / "submit.sbatch")).stdout.strip()
+
+
+def _until(cluster: Cluster, run: RunDirectory, job: str, state: str) -> None:
+    wait(lambda: cluster.job(job).state == state, 200, lambda: cluster.words_of(run))

@@ -56,7 +56,7 @@ def test_one_two_and_four_nodes_are_the_run_of_this_machine(
     for run in submitted.values():
         assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     hand = RunDirectory(cluster.runs / "hand")
-    wait(lambda: ledger.read_ledger(hand).job is not None, 60, lambda: cluster.on("squeue").stdout)
+    wait(lambda: ledger.read_ledger(hand).job is not None, 200, lambda: cluster.on("squeue").stdout)
     assert cluster.until_gone(hand) == "COMPLETED", cluster.words_of(hand)
     assert ledger.read_ledger(hand).job == by_hand.stdout.strip()
     for nodes, run in {**submitted, 0: hand}.items():
@@ -82,7 +82,7 @@ def _look_at(cluster: Cluster, run: RunDirectory) -> None:
     assert f"step {STEPS}/{STEPS}" in logs
     assert cluster.samestep("logs", run.name, "--rank", "1", "--runs-dir", str(cluster.runs)).returncode == 0
     again = cluster.on("sbatch", "--parsable", str(run.path / "submit.sbatch")).stdout.strip()
-    wait(lambda: cluster.job(again).state == "COMPLETED", 60, lambda: cluster.words_of(run))
+    wait(lambda: cluster.job(again).state == "COMPLETED", 200, lambda: cluster.words_of(run))
     marker = read_marker(run)
     assert marker is not None
     assert marker.kind == "DONE"
@@ -94,5 +94,5 @@ def test_what_follows_runs_after_a_good_end(cluster: Cluster) -> None:
     run = cluster.submit("then", "--then", "merge", steps=2)
     assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     merge = str(int(ledger.read_ledger(run).job or 0) + 1)
-    wait(lambda: cluster.job(merge).state == "COMPLETED", 200, lambda: cluster.words_of(run), pause=1)
+    wait(lambda: cluster.job(merge).state == "COMPLETED", 400, lambda: cluster.words_of(run), pause=1)
     assert (run.merged / "config.json").is_file()

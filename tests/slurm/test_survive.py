@@ -11,7 +11,7 @@ from launch import ledger
 from tests.distributed.recorded import assert_the_same_to_the_byte, sha256_of
 from tests.long.results import write_table
 from tests.slurm.cluster import Cluster, start, train_here
-from tests.slurm.events import ANNOUNCED, SUDDEN, Outcome, mounted, order, survive, unmounted
+from tests.slurm.events import ANNOUNCED, COUNTED, SUDDEN, Outcome, mounted, order, survive, unmounted
 
 pytestmark = pytest.mark.slurm
 
@@ -34,33 +34,49 @@ def _check(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         # A save goes on beside the next steps, and the one under way is lost with them.
         assert outcome.lost == 0 if outcome.announced else 0 <= outcome.lost < 2 * SAVE_EVERY, outcome
+        assert outcome.how is None or outcome.how in COUNTED[outcome.event], outcome
 
 
 def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(networked: Cluster) -> None:
-    here = train_here("here-short", networked.runs, 2, 40)
-    run = networked.submit("short", "--nodes", "2", steps=40)
+    here = train_here("here-short", networked.runs, 2, 60)
+    run = networked.submit("short", "--nodes", "2", steps=60)
     events = ["kill -9 of one rank", "scontrol requeue", "crash of the head node"]
     _check(survive(networked, run, events, SEED))
     assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
     assert_the_same_to_the_byte(run.path, here.path)
     ways = [attempt.how for attempt in ledger.read_ledger(run).attempts]
-    # A node that is back before Slurm has missed it can lose its step once more when it registers.
-    assert ways[:3] == ["crashed", "preempted", "crashed"]
-    assert ways[3:] in (["done"], ["crashed", "done"])
+    assert ways == ["crashed", "preempted", "crashed", "done"], networked.words_of(run)
+
+
+@pytest.mark.long
+def test_a_job_that_is_preempted_by_cancelling_with_a_grace_time_goes_on(networked: Cluster) -> None:
+    """Slurm then sends TERM to the tasks alone, and says nothing to the job's script."""
+    run = networked.submit("scavenger", "--nodes", "2", "--partition", "scavenge", steps=60)
+    (outcome,) = survive(networked, run, ["preemption by the partition `high`"], SEED)
+    assert (outcome.lost, outcome.how) == (0, "preempted")
+    assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
 
 
 @pytest.mark.long
 def test_twelve_events_change_nothing(networked: Cluster) -> None:
-    steps = 160
+    steps = 240
     here = train_here("here-long", networked.runs, 2, steps)
     run = networked.submit("long", "--nodes", "2", steps=steps)
     outcomes = survive(networked, run, order([*ANNOUNCED], [*SUDDEN], SEED), SEED)
     assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
     assert_the_same_to_the_byte(run.path, here.path)
+    assert sorted(outcome.event for outcome in outcomes) == sorted([*ANNOUNCED, *SUDDEN])
     _check(outcomes)
     counted = ledger.counted(ledger.read_ledger(run).restarts())
     rows = [
-        (str(number), outcome.event, str(outcome.step), str(outcome.went_on_at), str(outcome.lost))
+        (
+            str(number),
+            outcome.event,
+            str(outcome.step),
+            str(outcome.went_on_at),
+            str(outcome.lost),
+            outcome.how or "-",
+        )
         for number, outcome in enumerate(outcomes, 1)
     ]
     write_table(
@@ -72,6 +88,6 @@ gloo on 2 nodes, {steps} steps, a checkpoint every {SAVE_EVERY}. Seed {SEED}. "L
 The run ended DONE by itself (ledger: {counted}); adapter sha256 {sha256_of(run.path)[:16]}...
 and every figure of every step and evaluation are those of the uninterrupted run on this machine, to the byte.
 """,
-        ("", "event", "after step", "went on at", "steps lost"),
+        ("", "event", "after step", "went on at", "steps lost", "counted as"),
         rows,
     )

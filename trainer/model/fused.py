@@ -29,6 +29,8 @@ from trainer.model.attention import Segments, varlen
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 
 Forward = Callable[..., Any]
+Feed = Callable[[Tensor, Sequence[Any]], tuple[Tensor, ...]]
+"""How linear layers of one input are computed."""
 
 
 def use_fused_kernels(model: Qwen2VLForConditionalGeneration, partitioned: bool) -> None:
@@ -38,14 +40,15 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration, partitioned: bool)
     reach over several modules.
     """
     language, visual = model.model.language_model, model.model.visual
+    feed = each_alone if partitioned else linears
     _replace(language.norm, rms_norm)
     for layer in language.layers:
         _replace(layer.input_layernorm, rms_norm)
         _replace(layer.post_attention_layernorm, rms_norm)
-        _replace(layer.mlp, swiglu_mlp)
+        _replace(layer.mlp, partial(swiglu_mlp, feed=feed))
         if not partitioned:
             _replace(layer, decoder_layer)
-        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
+        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, partial(text_attention, feed=feed)))
     _replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
@@ -102,9 +105,9 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return cast(Tensor, residual + module.mlp(normed))
 
 
-def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
+def swiglu_mlp(module: Any, hidden: Tensor, *, feed: Feed) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
-    gate, up = linears(hidden, (module.gate_proj, module.up_proj))
+    gate, up = feed(hidden, (module.gate_proj, module.up_proj))
     return cast(Tensor, module.down_proj(LigerSiLUMulFunction.apply(gate, up)))
 
 
@@ -113,13 +116,15 @@ def text_attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     segments: Segments | None = None,
+    *,
+    feed: Feed,
     **_: Any,
 ) -> Any:
     """`Qwen2VLAttention.forward` on a packed row, [1, T, hidden]."""
     if segments is None:
         return NotImplemented
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
-    projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
+    projected = feed(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     query, key, value = (tensor.view(heads) for tensor in projected)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     output = varlen(
@@ -183,11 +188,16 @@ class _Layer:
     dropped: int = 0
 
 
+def each_alone(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The outputs of linear layers by a call of each."""
+    return tuple(module(x) for module in modules)
+
+
 def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
     read = [_read(module, x) for module in modules]
     if any(each is None for each in read):
-        return tuple(module(x) for module in modules)
+        return each_alone(x, modules)
     layers, tensors = zip(*cast(Any, read), strict=True)
     return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *(each for group in tensors for each in group)))
 
@@ -206,8 +216,6 @@ def _takes_lora(module: Any) -> bool:
 
 def _read(module: Any, x: Tensor) -> tuple[_Layer, tuple[Tensor | None, ...]] | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
-    if hasattr(module.weight, "ds_id"):
-        return None  # ZeRO-3 brings the weights together when the module itself is called
     if not isinstance(module, LoraLayer):
         return _Layer(_quantization_of(module)), (module.weight, module.bias, None, None, None)
     if not _takes_lora(module):

@@ -60,6 +60,14 @@ class Cluster:
             words, capture_output=True, text=True, check=False, env=self._environment(), cwd=ROOT
         )
 
+    def ask(self, *command: str) -> str:
+        """What Slurm answers to a question that can be asked again: nothing when that takes longer than 30 s."""
+        words = ["timeout", "30", str(SCRIPT), "on", str(self.folder), *command]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env=self._environment(), cwd=ROOT
+        )
+        return done.stdout
+
     def _environment(self) -> dict[str, str]:
         return {**child_environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -87,7 +95,7 @@ class Cluster:
         found: list[JobFacts] = []
 
         def answered() -> bool:
-            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout)
+            facts = parse_job(self.ask("scontrol", "show", "job", "-o", job))
             found.extend([facts] if facts else [])
             return facts is not None
 
@@ -110,7 +118,7 @@ class Cluster:
 
     def is_down(self, node: str) -> bool:
         """Slurm has missed a node."""
-        return "down" in self.on("sinfo", "-h", "-N", "-n", f"n{node}", "-o", "%T").stdout
+        return "down" in self.ask("sinfo", "-h", "-N", "-n", f"n{node}", "-o", "%T")
 
     def nodes_of(self, run: RunDirectory) -> list[str]:
         """Numbers of the nodes of the attempt under way, the head first."""

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.multi_gpu_figures import Measured, judge, report, summarize
+from benchmarks.random_base import recipe_settings
 from tests.distributed.launching import child_environment, family, kill_all, launch_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,19 +164,8 @@ def build(options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace, run: Run) -> list[str]:
-    """The default recipe on the built weights and charts; nothing is evaluated, and saved at the end alone."""
-    values = {
-        "model.name_or_path": options.folder / "base",
-        "data.dataset": options.folder / "charts",
-        "batch.global_batch_size": run.global_batch,
-        "training.max_steps": run.steps,
-        "training.logging_steps": 5,
-        "evaluation.every_steps": 10 * run.steps,
-        "checkpoint.every_steps": 10 * run.steps,
-        "tracking.report_to": "none",
-    }
-    words = [f"{key}={value}" for key, value in values.items()] + options.set
-    return [argument for word in words for argument in ("--set", word)]
+    """What a run changes in the default recipe."""
+    return recipe_settings(options.folder, run.steps, options.set, batch__global_batch_size=run.global_batch)
 
 
 def launch(options: argparse.Namespace, run: Run, results: dict[str, Measured]) -> None:

@@ -12,6 +12,25 @@ from typing import Any
 GLOBAL_BATCH = 32
 
 
+def recipe_settings(folder: Path, steps: int, asked: list[str], **changes: int) -> list[str]:
+    """The recipe on what `build` wrote, nothing evaluated, saved at the end alone: `--set` arguments.
+
+    `changes`: section__key; `asked`: settings of the user, which win.
+    """
+    values = {
+        "model.name_or_path": folder / "base",
+        "data.dataset": folder / "charts",
+        "training.max_steps": steps,
+        "training.logging_steps": 5,
+        "evaluation.every_steps": 10 * steps,
+        "checkpoint.every_steps": 10 * steps,
+        "tracking.report_to": "none",
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    settings = [f"{key}={value}" for key, value in values.items()] + asked
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
 def build(options: argparse.Namespace) -> None:
     """Random weights, a processor and charts, unless they are there."""
     begun = time.perf_counter()

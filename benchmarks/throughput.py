@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.random_base import build
+from benchmarks.random_base import build, recipe_settings
 from benchmarks.throughput_report import finished, report
 from tests.distributed.launching import family, kill_all
 
@@ -144,19 +144,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_arguments(options: argparse.Namespace) -> list[str]:
-    """The default recipe on the built weights and charts, nothing saved or evaluated in between."""
-    values = {
-        "model.name_or_path": options.folder / "base",
-        "data.dataset": options.folder / "charts",
-        "training.max_steps": options.steps,
-        "training.warmup_steps": 1,
-        "training.logging_steps": 5,
-        "evaluation.every_steps": 10 * options.steps,
-        "checkpoint.every_steps": 10 * options.steps,
-        "tracking.report_to": "none",
-    }
-    settings = [f"{key}={value}" for key, value in values.items()] + options.set
-    return [argument for setting in settings for argument in ("--set", setting)]
+    """What all sides change in the default recipe."""
+    return recipe_settings(options.folder, options.steps, options.set, training__warmup_steps=1)
 
 
 def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:

@@ -109,9 +109,8 @@ def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
         write_request(run, job.planned.recipe, job.planned.plan)
         if job.planned.continuation.source is not None:
             adopt(job.planned.continuation.source, run)
-    ledger.attempt_file(run).write_text(
-        f"{allocation.job}.{allocation.restart}\n"
-    )  # from now on no other one asks
+    # From now on no other attempt asks for a stop.
+    ledger.attempt_file(run).write_text(f"{allocation.job}.{allocation.restart}\n")
     clear_markers(run)
     clear_requests(run)
     ledger.write_event(run, "start", **_begun(run, allocation))

@@ -20,10 +20,8 @@ CONTEXT_BYTES = 5 * GIB // 4  # the driver's share, CUDA's context, its librarie
 NCCL_BYTES = GIB // 2  # channels and buffers of a process group
 FRAGMENTED_SHARE = 0.06  # of activations and temporaries, whose sizes change from one micro-batch to the next
 
-_BLOCK, _BLOCKS_OF_CONSTANTS = (
-    64,
-    256,
-)  # weights to a constant, constants to a constant of theirs (bitsandbytes)
+_BLOCK = 64  # weights to a constant (bitsandbytes)
+_BLOCKS_OF_CONSTANTS = 256  # constants to a constant of theirs
 _ZERO_BUCKET_BYTES = 4 * 50_000_000  # ds_configs: one flat buffer, allocated whole
 _HEAD_ROWS = 1024  # of logits at once (`trainer.model.head`)
 # Bytes of a patch and channel of the tower at its peak. Plain: q and k in fp32, their products with cos and sin, beside
@@ -37,11 +35,10 @@ _ZERO = ("zero2", "zero3")
 @dataclass(frozen=True)
 class Kernels:
     """How a decoder layer is computed. `fused`, `fused_lora`: through `trainer.model.fused`, whose kernels keep their
-    inputs alone; `repeats_keys`: the attention wants a key and a value for every query head."""
+    inputs alone."""
 
     fused: bool = False
     fused_lora: bool = False
-    repeats_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +219,7 @@ def layer_bytes(load: Load) -> int:
     """
     shape, size = load.shape, load.activation_bytes
     norms = 2 * shape.hidden * (size if load.kernels.fused else 4)
-    keys = shape.hidden if load.kernels.repeats_keys else shape.kv_width
-    attention = size * (2 * shape.hidden + 2 * keys) + 4 * shape.heads
+    attention = size * (2 * shape.hidden + 2 * shape.kv_width) + 4 * shape.heads
     product = size * shape.intermediate * (2 if load.kernels.fused else 3)
     return norms + attention + product + _lora_bytes(load) + 2 * 4
 

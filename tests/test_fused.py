@@ -10,10 +10,10 @@ import torch
 
 from launch.recipe import recipe_from_dict
 from tests.conftest import recipe_values
+from trainer.model import fused
 from trainer.model.base import add_lora, load_base, trainable_parameters
 from trainer.model.dropout import use_sample_dropout
 
-fused = pytest.importorskip("trainer.model.fused")  # needs Triton and Liger
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLOSE = (
     {"rtol": 1e-3, "atol": 1e-4} if DEVICE.type == "cpu" else {"rtol": 5e-2, "atol": 5e-2}

@@ -19,8 +19,10 @@ from trainer.model.attention import use_packed_attention
 from trainer.model.base import add_lora, load_base, trainable_parameters
 from trainer.model.dropout import use_sample_dropout
 
-FUSED = Kernels(fused=True, fused_lora=True, repeats_keys=True)  # torch 2.11 on a GPU
+FUSED = Kernels(fused=True, fused_lora=True)
 EIGHT_SAMPLES = Packed(tokens=7000, visual_tokens=5950, scored_tokens=40)
+REPEATED_KEYS_GIB = 28 * 7000 * 2 * 2 * (3584 - 512) / GIB
+"""What the throwaway loop kept besides, a key and a value for every query head: layers, tokens, two tensors of bf16."""
 
 
 def recipe_of(world: Path, dropout: float, targets: list[str] | str, *, load_in_4bit: bool = True) -> Recipe:
@@ -122,9 +124,9 @@ def test_the_7b_base_takes_what_was_measured() -> None:
 @pytest.mark.parametrize(
     ("kernels", "settings", "measured"),
     [
-        (Kernels(repeats_keys=True), Settings(False, 1), 9.1),
-        (Kernels(repeats_keys=True), Settings(False, 0), 41.6),
-        (Kernels(fused=True, repeats_keys=True), Settings(False, 0), 31.8),
+        (Kernels(), Settings(False, 1), 9.1),
+        (Kernels(), Settings(False, 0), 41.6 - REPEATED_KEYS_GIB),
+        (Kernels(fused=True), Settings(False, 0), 31.8 - REPEATED_KEYS_GIB),
     ],
 )
 def test_peaks_of_eight_samples_a_pack_are_those_of_an_h100(

@@ -43,7 +43,7 @@ def settle(trainer: PlannedTrainer) -> None:
         or not holds_all_weights(trainer.plan)
     ):
         return
-    while not all(gather(holds_largest(trainer))):
+    while not all(gather(together(lambda: holds_largest(trainer)))):
         smaller = from_rank_0(lambda: _smaller(trainer))
         trainer.take_plan(smaller)
         logger.warning(
@@ -72,12 +72,10 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
 
 
 def holds_largest(trainer: PlannedTrainer) -> bool:
-    """Forward and backward of a micro-batch as full as any of the run, on this rank: whether its memory suffices."""
+    """Whether this rank has memory for the forward and backward of the fullest micro-batch. No collectives."""
     split = trainer.index.splits["train"]
     chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    packed = together(
-        lambda: assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
-    )
+    packed = assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
     device = trainer.args.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -2,8 +2,8 @@
 
 `unreadable`: rank 1 cannot read the data before the model is wrapped. `full`: the disk is full in the save of step 2,
 which rank 0 sees. `later`: rank 1 runs out of memory in step 3, once; `tried`: it does with all its samples in one
-micro-batch, tried before the first step; `fixed` is planned as that ended. The last one's loss becomes NaN on rank 1
-in step 2.
+micro-batch, tried before the first step; `fixed` is planned as that ended; `broken` fails otherwise when that is tried.
+The last one's loss becomes NaN on rank 1 in step 2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from launch.errors import SamestepError
+from launch.errors import RunError, SamestepError
 from launch.plan import Plan
 from trainer import probe, saving, sft, train
 from trainer.agreement import end_process
@@ -37,6 +37,8 @@ def _out_of_memory(self: PlannedTrainer, model: Any, inputs: Any) -> Any:
     """As PyTorch raises it, in the middle of the forward."""
     loss, name = _loss(self, model, inputs), self.run_directory.name
     if os.environ["RANK"] == "1" and torch.is_grad_enabled():
+        if name == "broken":
+            raise RunError("the trial fails")
         later = inputs["step"] == 2 and name in _full_once
         if later or (name == "tried" and self.plan.micro_batches == 1):
             _full_once.discard(name)
@@ -82,6 +84,7 @@ def main() -> int:
     train_named("later", state)
     probe.DEVICES = ("cpu",)
     runs = train_named("tried", state).runs_dir
+    train_named("broken", state)
     probe.DEVICES = ()
     plan = Plan.from_json((runs / "tried" / "plan.json").read_text())
     train_named("fixed", state, "--set", f"batch.micro_batch_tokens={plan.micro_batch_tokens}")

@@ -35,6 +35,25 @@ def write_recipe(world: Path, file: Path, kind: str = "plain", **changes: dict[s
     return file
 
 
+GPU_TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
+"""dtype of the products -> the largest relative difference of losses; kernels of other shapes sum in other orders."""
+
+
+def write_recipes_of_dtypes(world: Path, folder: Path, **changes: dict[str, Any]) -> dict[str, Path]:
+    """NF4 recipes `<dtype>.yaml`, one for each dtype of `GPU_TOLERANCES`, for the base and its products."""
+    return {
+        dtype: write_recipe(
+            world,
+            folder / f"{dtype}.yaml",
+            "nf4",
+            model={"dtype": dtype},
+            quantization={"bnb_4bit_compute_dtype": dtype},
+            **changes,
+        )
+        for dtype in GPU_TOLERANCES
+    }
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A run directory, read."""

@@ -39,6 +39,8 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
     assert {"checkpoint-1"} <= left <= {"checkpoint-1", "checkpoint-3"}
     assert not (tmp_path / "full" / "adapter").exists()
 
+    broken = re.findall(r"broken: rank (\d) ended with: (.*)", ended.stdout)
+    assert sorted(broken) == [("0", "rank 1: the trial fails"), ("1", "rank 1: the trial fails")]
     _check_memory(tmp_path, ended.stdout)
     assert ended.returncode != 0
     assert ended.stdout.count("error: step 2: the loss is nan") == 1

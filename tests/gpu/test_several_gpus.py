@@ -28,11 +28,13 @@ from tests.distributed.launching import (
     workers,
 )
 from tests.distributed.recorded import (
+    GPU_TOLERANCES,
     apart,
     assert_the_same_to_the_byte,
     metrics_of,
     run_of,
     write_recipe,
+    write_recipes_of_dtypes,
 )
 from trainer.checkpoint import consolidate, merge
 
@@ -42,8 +44,6 @@ pytestmark = [
     pytest.mark.multigpu,
     pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA GPUs or more, here are {GPUS}"),
 ]
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
-"""dtype of the products -> the largest relative difference of losses; kernels of other shapes sum in other orders."""
 CHAIN = (
     *(("ddp", GPUS, 2), ("fsdp", max(2, GPUS // 4), 4), ("zero3", max(2, GPUS // 2), 6)),
     *(("zero2", GPUS, 7), ("single", 1, None)),
@@ -66,17 +66,7 @@ def nccl() -> Iterator[None]:
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`<dtype>-<strategy>` on all GPUs, `<dtype>-single` on one, 8 steps with dropout; `chain`, which moves."""
     folder = tmp_path_factory.mktemp("several")
-    recipes = {
-        dtype: write_recipe(
-            world,
-            folder / f"{dtype}.yaml",
-            "nf4",
-            model={"dtype": dtype},
-            quantization={"bnb_4bit_compute_dtype": dtype},
-            checkpoint={"keep": 9},
-        )
-        for dtype in TOLERANCES
-    }
+    recipes = write_recipes_of_dtypes(world, folder, checkpoint={"keep": 9})
 
     def request(dtype: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
         return [str(recipes[dtype]), "--runs-dir", str(folder), "--name", name], stop
@@ -84,28 +74,28 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for strategy, processes, stop in CHAIN:
         requests = [request("float32", "chain", stop)]
         if processes in (1, GPUS):
-            requests += [request(dtype, f"{dtype}-{strategy}") for dtype in TOLERANCES]
+            requests += [request(dtype, f"{dtype}-{strategy}") for dtype in GPU_TOLERANCES]
         drive(processes, requests, folder, strategy=strategy)
         if processes not in (1, GPUS):
-            others = [request(dtype, f"{dtype}-{strategy}") for dtype in TOLERANCES]
+            others = [request(dtype, f"{dtype}-{strategy}") for dtype in GPU_TOLERANCES]
             drive(GPUS, others, folder, strategy=strategy)
     return folder
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", GPU_TOLERANCES)
 def test_a_strategy_takes_the_steps_of_one_gpu(runs: Path, dtype: str, strategy: str) -> None:
     plan = run_of(runs / f"{dtype}-{strategy}").plan
     assert (plan.strategy, plan.world_size, plan.device) == (strategy, GPUS, "cuda")
     loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
     print(f"{dtype}, {strategy} x {GPUS}: losses within {loss:.1e}, adapters within {weights:.1e}")
-    assert loss <= TOLERANCES[dtype]
+    assert loss <= GPU_TOLERANCES[dtype]
 
 
 def test_a_run_that_moves_between_strategies_and_gpus_is_the_straight_run(runs: Path) -> None:
     loss, weights = apart(runs / "chain", runs / "float32-single")
     print(f"{' -> '.join(f'{n} {s}' for s, n, _ in CHAIN)}: losses within {loss:.1e}, adapters {weights:.1e}")
-    assert loss <= TOLERANCES["float32"]
+    assert loss <= GPU_TOLERANCES["float32"]
     stops = [(step or 8, strategy, processes) for strategy, processes, step in CHAIN]
     for step, strategy, processes in stops:
         facts = run_of(runs / "chain").facts(step)

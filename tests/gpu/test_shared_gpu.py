@@ -11,31 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.launching import accelerate_launch, drive
-from tests.distributed.recorded import apart, run_of, write_recipe
+from tests.distributed.recorded import GPU_TOLERANCES, apart, run_of, write_recipe, write_recipes_of_dtypes
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 LAYOUTS = (("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 1), ("zero3", 1))
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
-"""dtype of the products -> the largest relative difference of losses; kernels of other shapes sum in other orders."""
 
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`<dtype>-<strategy>`, NF4, 8 steps with dropout."""
     folder = tmp_path_factory.mktemp("shared")
-    recipes = {
-        dtype: write_recipe(
-            world,
-            folder / f"{dtype}.yaml",
-            "nf4",
-            model={"dtype": dtype},
-            quantization={"bnb_4bit_compute_dtype": dtype},
-        )
-        for dtype in TOLERANCES
-    }
+    recipes = write_recipes_of_dtypes(world, folder)
     for strategy, processes in LAYOUTS:
         requests = [
             ([str(recipe), "--runs-dir", str(folder), "--name", f"{dtype}-{strategy}"], None)
@@ -46,7 +35,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("strategy", "processes"), LAYOUTS[1:])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", GPU_TOLERANCES)
 def test_a_strategy_takes_the_steps_of_one_process(
     runs: Path, dtype: str, strategy: str, processes: int
 ) -> None:
@@ -54,7 +43,7 @@ def test_a_strategy_takes_the_steps_of_one_process(
     assert (plan.strategy, plan.world_size, plan.device) == (strategy, processes, "cuda")
     loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
     print(f"{dtype}, {strategy} x {processes}: losses within {loss:.1e}, adapters within {weights:.1e}")
-    assert loss <= TOLERANCES[dtype]
+    assert loss <= GPU_TOLERANCES[dtype]
 
 
 def test_bytes_that_sharding_changes_are_noticed_before_a_step(

@@ -37,9 +37,7 @@ class Sample:
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64, IGNORED where the loss does not count
     positions: Tensor  # [3, T] int64, M-RoPE
-    pixel_values: (
-        Tensor | None
-    )  # [P, channels * temporal_patch * patch * patch]; None where features are cached
+    pixel_values: Tensor | None  # [P, channels * temporal_patch * patch * patch]; None: features are cached
     grid: tuple[int, int, int]  # patches in time, height, width
     features: Tensor | None = None  # [V, hidden], where they are cached
     image: str = ""  # its name in the cache of features, where there is one

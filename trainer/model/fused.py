@@ -55,7 +55,7 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration, partitioned: bool)
         if type(block.mlp.act).__name__ == "QuickGELUActivation":
             _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
     for module in language.modules():
-        if not partitioned and isinstance(module, LoraLayer) and _takes_lora(module):
+        if not partitioned and isinstance(module, LoraLayer):
             _replace(module, _or_stock(module.forward, lora_linear))
 
 
@@ -188,6 +188,9 @@ class _Layer:
     dropped: int = 0
 
 
+_Read = tuple[_Layer, tuple[Tensor | None, ...]]
+
+
 def each_alone(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs of linear layers by a call of each."""
     return tuple(module(x) for module in modules)
@@ -195,16 +198,14 @@ def each_alone(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
 
 def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
-    read = [_read(module, x) for module in modules]
-    if any(each is None for each in read):
-        return each_alone(x, modules)
-    layers, tensors = zip(*cast(Any, read), strict=True)
-    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *(each for group in tensors for each in group)))
+    read = [found for module in modules if (found := _read(module, x)) is not None]
+    return _compute(x, read) if len(read) == len(modules) else each_alone(x, modules)
 
 
 def lora_linear(module: Any, x: Tensor) -> Any:
     """PEFT's forward of a linear layer with one adapter: base(x) + scaling * up(down(dropout(x)))."""
-    return NotImplemented if _read(module, x) is None else linears(x, (module,))[0]
+    found = _read(module, x)
+    return NotImplemented if found is None else _compute(x, [found])[0]
 
 
 def _takes_lora(module: Any) -> bool:
@@ -214,7 +215,7 @@ def _takes_lora(module: Any) -> bool:
     return plain and rank <= kernels.LARGEST_RANK and isinstance(module.base_layer, nn.Linear)
 
 
-def _read(module: Any, x: Tensor) -> tuple[_Layer, tuple[Tensor | None, ...]] | None:
+def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
     if not isinstance(module, LoraLayer):
         return _Layer(_quantization_of(module)), (module.weight, module.bias, None, None, None)
@@ -231,6 +232,12 @@ def _read(module: Any, x: Tensor) -> tuple[_Layer, tuple[Tensor | None, ...]] | 
     base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     facts = _Layer(_quantization_of(base), len(down), layer.scaling[adapter], dropped)
     return facts, (base.weight, base.bias, down, up, rows)
+
+
+def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
+    layers = [layer for layer, _ in read]
+    tensors = [tensor for _, group in read for tensor in group]
+    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
 
 
 def _quantization_of(base: Any) -> Any:

@@ -33,6 +33,13 @@ class Replicated:
     def started(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Training begins: the model as accelerate wrapped it, torch's own optimizer."""
         self._optimizer = optimizer
+        # Its own walks over all modules: with 7B parameters the GPU waits 8 ms a step for that.
+        wrapped.zero_grad = self._forget_gradients  # type: ignore[method-assign]
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        """`Module.zero_grad` of a model in which nothing else has gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def outside_training(self, model: PeftModel) -> AbstractContextManager[None]:
         """What the wrapping must not see of the model: nothing here."""

@@ -58,7 +58,7 @@ def packed_attention(
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim].
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     attend = varlen if _has_varlen(query.device, query.dtype) else _loop
     return attend(q, k, v, segments, causal, scaling)[None], None
 

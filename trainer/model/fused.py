@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction, fused_add_rms_norm_backward
+from liger_kernel.ops.rms_norm import LigerRMSNormFunction, rms_norm_forward
 from liger_kernel.ops.rope import LigerRopeFunction, rope_forward
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
@@ -96,13 +96,38 @@ def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """The attention's residual is added in the kernel of the norm after it."""
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    """The attention's residual is added in the kernel of the norm after it, gradients of residuals in both norms'."""
+    norm = module.input_layernorm
+    normed, residual = _NormBesideResidual.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    attended, _ = module.self_attn(hidden_states=normed, **kwargs)
     norm = module.post_attention_layernorm
     normed, residual = LigerFusedAddRMSNormFunction.apply(
-        attended, hidden_states, norm.weight, norm.variance_epsilon, 0.0, "llama", True
+        attended, residual, norm.weight, norm.variance_epsilon, 0.0, "llama", True
     )
     return cast(Tensor, residual + module.mlp(normed))
+
+
+class _NormBesideResidual(torch.autograd.Function):
+    """(RMSNorm of x, x): what comes back along the residual is added in the norm's backward kernel.
+
+    Liger's kernel for a norm after an addition does the same backward pass; its `num_stages` is 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        normed, _, deviations, *launch = rms_norm_forward(x, weight, epsilon, 0.0, "llama", None)
+        ctx.save_for_backward(x, weight, deviations)
+        ctx.launch = launch
+        return normed, x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        of_normed, of_residual = (gradient.contiguous() for gradient in gradients)
+        block, warps, casting = ctx.launch
+        of_x, *_ = fused_add_rms_norm_backward(
+            of_normed, of_residual, *ctx.saved_tensors, 0.0, casting, block, warps, 2, True, needs_dw=False
+        )
+        return of_x, None, None
 
 
 def swiglu_mlp(module: Any, hidden: Tensor, *, feed: Feed) -> Tensor:
@@ -127,10 +152,11 @@ def text_attention(
     projected = feed(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     query, key, value = (tensor.view(heads) for tensor in projected)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
     output = varlen(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0],
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0),
         segments,
         causal=True,
         scale=module.scaling,

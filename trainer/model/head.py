@@ -36,7 +36,9 @@ def score_targets(model: Qwen2VLForConditionalGeneration) -> None:
         if shift_labels is None or "text_cu_seqlens" not in kwargs:
             return stock(*args, **kwargs)
         hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
-        return Scored(log_probs=_LogProbs.apply(hidden[0], self.lm_head.weight, shift_labels[0])[None])
+        return Scored(
+            log_probs=_LogProbs.apply(hidden.squeeze(0), self.lm_head.weight, shift_labels.squeeze(0))[None]
+        )
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 

@@ -33,7 +33,11 @@ def _kept(rows, words, token, channel, inside, DROPPED: tl.constexpr):
     return (draw ^ 0x8000) >= DROPPED  # the halves are compared as signed numbers there
 
 
-@triton.jit
+# The number of tokens is another in every micro-batch: a kernel compiled anew for multiples of 16 would stop a step.
+_any_length = triton.jit(do_not_specialize=["tokens"])
+
+
+@_any_length
 def _project(
     x,
     down,
@@ -66,7 +70,7 @@ def _project(
     tl.store(out + token[:, None] * R + rank[None, :], total.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@_any_length
 def _add_back(
     gradient,
     down,
@@ -98,7 +102,7 @@ def _add_back(
     tl.store(at, (before.to(tl.float32) + change).to(before.dtype), mask=both)
 
 
-@triton.jit
+@_any_length
 def _gradient_of_down(
     x,
     rows,

@@ -27,7 +27,7 @@ _HEAD_ROWS = 1024  # of logits at once (`trainer.model.head`)
 # Bytes of a patch and channel of the tower at its peak. Plain: q and k in fp32, their products with cos and sin, beside
 # q, k and v. Fused: a block's input and its norm, the MLP's inner values before and after GELU.
 _TOWER_BYTES, _FUSED_TOWER_BYTES = {2: 34, 4: 44}, 20
-_LEAST_RANK, _LARGEST_FUSED_RANK = 16, 128  # `trainer.model.kernels` pads to the one and stops at the other
+_LARGEST_FUSED_RANK = 128  # of `trainer.model.kernels`
 _SHARDING = ("fsdp", "zero3")
 _ZERO = ("zero2", "zero3")
 
@@ -227,7 +227,7 @@ def layer_bytes(load: Load) -> int:
 def _lora_bytes(load: Load) -> int:
     shape, size = load.shape, load.activation_bytes
     rank, fused = load.lora_rank, load.kernels.fused_lora and load.lora_rank <= _LARGEST_FUSED_RANK
-    thin = size * len(load.targets) * (max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if fused else rank)
+    thin = size * len(load.targets) * rank
     if load.dropout and not fused:
         return thin + (1 + size) * sum(shape.layer_linears[name][1] for name in load.targets)
     # Undropped, or dropped within the kernel: layers that are fed alike save one input, o_proj's is the attention's.

@@ -15,20 +15,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module")
 def case() -> dict[str, torch.Tensor]:
-    """An activation, its row keys and words, an adapter padded to rank 16 and a gradient."""
+    """An activation, its row keys and words, an adapter and a gradient."""
     draw = torch.Generator().manual_seed(0)
     tokens = token_keys(1, 2, torch.arange(TOKENS) // 10, torch.arange(TOKENS) % 10)
     rows = row_keys(tokens, module_keys(["a", "b"]))[1]
-    down, inner = torch.zeros(16, CHANNELS), torch.zeros(TOKENS, 16)
-    down[:RANK] = torch.randn(RANK, CHANNELS, generator=draw)
-    inner[:, :RANK] = torch.randn(TOKENS, RANK, generator=draw)
     tensors = {
         "x": torch.randn(TOKENS, CHANNELS, generator=draw),
         "rows": rows,
         "words": channel_words((CHANNELS + 1) // 2, torch.device("cpu")),
         "keep": keep_mask(rows, CHANNELS, DROPPED),
-        "down": down,
-        "inner": inner,
+        "down": torch.randn(RANK, CHANNELS, generator=draw),
+        "inner": torch.randn(TOKENS, RANK, generator=draw),
     }
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
@@ -39,7 +36,7 @@ def test_the_mask_of_the_kernels_is_that_of_the_plain_form_to_the_bit(case: dict
         width = min(16, CHANNELS - begin)
         pick = torch.zeros(16, CHANNELS, device=DEVICE)
         pick[range(width), range(begin, begin + width)] = 1
-        seen = kernels.project(ones, pick, case["rows"], case["words"], DROPPED, 1.0)[:, :width]
+        seen = kernels.project(ones, pick, case["rows"], case["words"], DROPPED, 1.0, 1.0)[:, :width]
         assert torch.equal(seen, case["keep"][:, begin : begin + width].float())
 
 
@@ -48,14 +45,16 @@ def test_a_projection_and_its_gradients_are_those_of_the_plain_form(
     case: dict[str, torch.Tensor], dropped: int
 ) -> None:
     factor = case["keep"] * SCALE if dropped else torch.ones(TOKENS, CHANNELS, device=DEVICE)
-    mask = (case["rows"], case["words"], dropped, SCALE)
+    mask = (case["rows"], case["words"], dropped, SCALE, 2.0)
     x, down, inner = (case[name] for name in ("x", "down", "inner"))
     close = {"rtol": 1e-5, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 5e-2}  # TensorFloat32
-    torch.testing.assert_close(kernels.project(x, down, *mask), (x * factor) @ down.t(), **close)
-    torch.testing.assert_close(kernels.adapter_gradient(x, inner, *mask), inner.t() @ (x * factor), **close)
+    torch.testing.assert_close(kernels.project(x, down, *mask), 2 * (x * factor) @ down.t(), **close)
+    torch.testing.assert_close(
+        kernels.adapter_gradient(x, inner, *mask), 2 * inner.t() @ (x * factor), **close
+    )
     gradient = torch.ones(TOKENS, CHANNELS, device=DEVICE)
     kernels.add_back(gradient, inner, down, *mask)
-    torch.testing.assert_close(gradient, 1 + factor * (inner @ down), **close)
+    torch.testing.assert_close(gradient, 1 + 2 * factor * (inner @ down), **close)
 
 
 def test_the_towers_activation_is_torchs_own(case: dict[str, torch.Tensor]) -> None:

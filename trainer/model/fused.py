@@ -203,13 +203,13 @@ def quick_gelu(_: nn.Module, x: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a linear layer and its adapter are besides tensors; `rank` 0: it has none.
+    """What a linear layer and its adapter are besides tensors.
 
     `packed`: the quantization state of a 4-bit weight, else None; of 65536 draws `dropped` are not kept.
     """
 
     packed: Any = None
-    rank: int = 0
+    has_lora: bool = False
     scaling: float = 0.0
     dropped: int = 0
 
@@ -256,7 +256,7 @@ def _read(module: Any, x: Tensor) -> _Read | None:
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    facts = _Layer(_quantization_of(base), len(down), layer.scaling[adapter], dropped)
+    facts = _Layer(_quantization_of(base), True, layer.scaling[adapter], dropped)
     return facts, (base.weight, base.bias, down, up, rows)
 
 
@@ -282,7 +282,7 @@ _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
 
 
 class _Linears(torch.autograd.Function):
-    """Frozen linear layers of one input, and their adapters. Saves x, adapters and `down(dropout(x))`, and no mask.
+    """Frozen linear layers of one input, and their adapters. Saves x, adapters, scaling * down(dropout(x)), no mask.
 
     Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
     """
@@ -296,15 +296,14 @@ class _Linears(torch.autograd.Function):
             for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
                 matrix = _matrix(weight, layer.packed, x.dtype)
                 output = linear(flat, matrix, None if bias is None else bias.to(x.dtype))
-                padded = inner = None
-                if layer.rank:
-                    padded = flat.new_zeros(kernels.padded_rank(layer.rank), flat.shape[1])
-                    padded[: layer.rank] = down
-                    inner = kernels.project(flat, padded, *_mask_of(flat, rows, layer.dropped))
-                    output.addmm_(inner[:, : layer.rank], up.to(x.dtype).t(), alpha=layer.scaling)
+                inner = None
+                if layer.has_lora:
+                    mask = _mask_of(flat, rows, layer.dropped)
+                    inner = kernels.project(flat, down, *mask, layer.scaling)
+                    output.addmm_(inner, up.to(x.dtype).t())
                 outputs.append(output.view(*x.shape[:-1], -1))
-                saved += [weight, padded, up, rows, inner]
-        ctx.save_for_backward(flat if any(layer.rank for layer in layers) else None, *saved)
+                saved += [weight, down, up, rows, inner]
+        ctx.save_for_backward(flat if any(layer.has_lora for layer in layers) else None, *saved)
         ctx.layers = layers
         return tuple(outputs)
 
@@ -316,16 +315,15 @@ class _Linears(torch.autograd.Function):
         of_adapters: list[Tensor | None] = []
         with torch.autocast(gradients[0].device.type, enabled=False):
             for layer, group, each in zip(ctx.layers, _groups(saved), gradients, strict=True):
-                weight, padded, up, rows, inner = group
+                weight, down, up, rows, inner = group
                 gradient = each.reshape(-1, each.shape[-1])
                 of_down = of_up = None
-                if layer.rank:
+                if layer.has_lora:
                     mask = _mask_of(flat, rows, layer.dropped)
-                    of_up = gradient.t().mm(inner[:, : layer.rank]).float().mul_(layer.scaling)
-                    of_inner = flat.new_zeros(len(flat), len(padded))
-                    of_inner[:, : layer.rank] = gradient.mm(up.to(gradient.dtype)).mul_(layer.scaling)
-                    of_down = kernels.adapter_gradient(flat, of_inner, *mask)[: layer.rank]
-                    of_inners.append((of_inner, padded, *mask))
+                    of_up = gradient.t().mm(inner).float()
+                    of_inner = gradient.mm(up.to(gradient.dtype))
+                    of_down = kernels.adapter_gradient(flat, of_inner, *mask, layer.scaling)
+                    of_inners.append((of_inner, down, *mask, layer.scaling))
                 of_adapters += [None, None, of_down, of_up, None]
                 if ctx.needs_input_grad[0]:
                     matrix = _matrix(weight, layer.packed, gradient.dtype)

@@ -2,7 +2,7 @@
 
 A mask is `trainer.model.dropout.keep_mask`'s, to the bit: the same integer arithmetic on the same row keys and
 channel words. Each kernel reads the activation once; the plain form makes, stores and applies the mask in six passes
-over it. R is the rank of the adapter, padded with zeros to a power of 2 of at least 16, which `tl.dot` needs.
+over it. R is the rank of the adapter, filled up with zeros to a power of 2 of at least 16, which `tl.dot` needs.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ def _project(
     out,
     tokens,
     channels,
+    rank,
     scale,
+    factor,
     DROPPED: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
 ):
-    """out [tokens, R] = dropout(x) [tokens, channels] @ down [R, channels].T"""
+    """out [tokens, rank] = factor * dropout(x) [tokens, channels] @ down [rank, channels].T"""
     token = tl.program_id(0) * T + tl.arange(0, T)
-    rank = tl.arange(0, R)
-    inside = token < tokens
+    row = tl.arange(0, R)
+    inside, real = token < tokens, row < rank
     total = tl.zeros((T, R), dtype=tl.float32)
     for begin in range(0, channels, C):
         channel = begin + tl.arange(0, C)
@@ -65,9 +67,11 @@ def _project(
         if DROPPED > 0:
             kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
             tile = tl.where(kept, tile.to(tl.float32) * scale, 0.0).to(tile.dtype)
-        matrix = tl.load(down + rank[:, None] * channels + channel[None, :], mask=there[None, :], other=0.0)
+        at = row[:, None] * channels + channel[None, :]
+        matrix = tl.load(down + at, mask=real[:, None] & there[None, :], other=0.0).to(tile.dtype)
         total += tl.dot(tile, tl.trans(matrix))
-    tl.store(out + token[:, None] * R + rank[None, :], total.to(out.dtype.element_ty), mask=inside[:, None])
+    at = token[:, None].to(tl.int64) * rank + row[None, :]
+    tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
 @_any_length
@@ -79,20 +83,24 @@ def _add_back(
     inner,
     tokens,
     channels,
+    rank,
     scale,
+    factor,
     DROPPED: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
 ):
-    """gradient [tokens, channels] += dropout's own factor * (inner [tokens, R] @ down [R, channels])"""
+    """gradient [tokens, channels] += factor * dropout's own * (inner [tokens, rank] @ down [rank, channels])"""
     token = tl.program_id(0) * T + tl.arange(0, T)
     channel = tl.program_id(1) * C + tl.arange(0, C)
-    rank = tl.arange(0, R)
-    inside, there = token < tokens, channel < channels
-    left = tl.load(inner + token[:, None] * R + rank[None, :], mask=inside[:, None], other=0.0)
-    right = tl.load(down + rank[:, None] * channels + channel[None, :], mask=there[None, :], other=0.0)
-    change = tl.dot(left, right)
+    row = tl.arange(0, R)
+    inside, there, real = token < tokens, channel < channels, row < rank
+    at = token[:, None].to(tl.int64) * rank + row[None, :]
+    left = tl.load(inner + at, mask=inside[:, None] & real[None, :], other=0.0)
+    at = row[:, None] * channels + channel[None, :]
+    right = tl.load(down + at, mask=real[:, None] & there[None, :], other=0.0).to(left.dtype)
+    change = tl.dot(left, right) * factor
     if DROPPED > 0:
         kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
         change = tl.where(kept, change * scale, 0.0)
@@ -111,17 +119,19 @@ def _gradient_of_down(
     out,
     tokens,
     channels,
+    rank,
     share,
     scale,
+    factor,
     DROPPED: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
 ):
-    """out [shares, R, channels]: inner [tokens, R].T @ dropout(x) [tokens, channels], of `share` tokens each"""
+    """out [shares, rank, channels]: factor * inner [tokens, rank].T @ dropout(x) [tokens, channels] of each share"""
     channel = tl.program_id(0) * C + tl.arange(0, C)
-    rank = tl.arange(0, R)
-    there = channel < channels
+    row = tl.arange(0, R)
+    there, real = channel < channels, row < rank
     total = tl.zeros((R, C), dtype=tl.float32)
     first = tl.program_id(1) * share
     for begin in range(first, first + share, T):
@@ -132,10 +142,11 @@ def _gradient_of_down(
         if DROPPED > 0:
             kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
             tile = tl.where(kept, tile.to(tl.float32) * scale, 0.0).to(tile.dtype)
-        left = tl.load(inner + token[:, None] * R + rank[None, :], mask=inside[:, None], other=0.0)
+        at = token[:, None].to(tl.int64) * rank + row[None, :]
+        left = tl.load(inner + at, mask=inside[:, None] & real[None, :], other=0.0)
         total += tl.dot(tl.trans(left), tile)
-    at_rank = (tl.program_id(1) * R + rank)[:, None] * channels + channel[None, :]
-    tl.store(out + at_rank, total, mask=there[None, :])
+    at = (tl.program_id(1) * rank + row)[:, None] * channels + channel[None, :]
+    tl.store(out + at, total * factor, mask=real[:, None] & there[None, :])
 
 
 @triton.jit
@@ -147,60 +158,61 @@ def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (wide * tl.sigmoid(1.702 * wide)).to(value.dtype), mask=inside)
 
 
-def padded_rank(rank: int) -> int:
-    """The R of the kernels for an adapter of rank `rank`."""
+def _filled_up(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def project(x: Tensor, down: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float) -> Tensor:
-    """dropout(x) @ down.T: [T, R] in the dtype of x, from x [T, channels] and down [R, channels] of that dtype.
+def project(
+    x: Tensor, down: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float, factor: float
+) -> Tensor:
+    """factor * dropout(x) @ down.T: [T, rank] in the dtype of x, from x [T, channels] and down [rank, channels].
 
     `rows` int32 [T, 2] and `words` int32 [channels / 2] make the mask, `dropped` of 65536 draws are not kept, `scale`
     makes up for them. With `dropped` 0 nothing is read of the three.
     """
     tokens, channels = x.shape
-    out = x.new_empty(tokens, down.shape[0])
+    rank = len(down)
+    out = x.new_empty(tokens, rank)
+    tiles = _TOKENS, _CHANNELS, _filled_up(rank)
     _project[(triton.cdiv(tokens, _TOKENS),)](
-        x, down, rows, words, out, tokens, channels, scale, dropped, _TOKENS, _CHANNELS, down.shape[0]
+        x, down, rows, words, out, tokens, channels, rank, scale, factor, dropped, *tiles
     )
     return out
 
 
 def add_back(
-    gradient: Tensor, inner: Tensor, down: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float
+    gradient: Tensor,
+    inner: Tensor,
+    down: Tensor,
+    rows: Tensor,
+    words: Tensor,
+    dropped: int,
+    scale: float,
+    factor: float,
 ) -> None:
-    """Add what `project` passes back for `inner` [T, R] to `gradient` [T, channels], in place."""
+    """Add what `project` passes back for `inner` [T, rank] to `gradient` [T, channels], in place."""
     tokens, channels = gradient.shape
+    rank = len(down)
     grid = (triton.cdiv(tokens, _TOKENS), triton.cdiv(channels, _CHANNELS))
-    rank = down.shape[0]
+    tiles = _TOKENS, _CHANNELS, _filled_up(rank)
     _add_back[grid](
-        gradient,
-        down,
-        rows,
-        words,
-        inner,
-        tokens,
-        channels,
-        scale,
-        dropped,
-        _TOKENS,
-        _CHANNELS,
-        rank,
+        gradient, down, rows, words, inner, tokens, channels, rank, scale, factor, dropped, *tiles
     )
 
 
 def adapter_gradient(
-    x: Tensor, inner: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float
+    x: Tensor, inner: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float, factor: float
 ) -> Tensor:
-    """inner.T @ dropout(x): fp32 [R, channels], added up in the same order every time."""
+    """factor * inner.T @ dropout(x): fp32 [rank, channels], added up in the same order every time."""
     tokens, channels = x.shape
     rank = inner.shape[1]
     share = triton.cdiv(triton.cdiv(tokens, _SHARES), _TOKENS) * _TOKENS
     shares = triton.cdiv(tokens, share)
     out = torch.empty(shares, rank, channels, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(channels, _CHANNELS), shares)
+    tiles = _TOKENS, _CHANNELS, _filled_up(rank)
     _gradient_of_down[grid](
-        x, rows, words, inner, out, tokens, channels, share, scale, dropped, _TOKENS, _CHANNELS, rank
+        x, rows, words, inner, out, tokens, channels, rank, share, scale, factor, dropped, *tiles
     )
     return out.sum(0)
 

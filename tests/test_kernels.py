@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from trainer.model import kernels
 from trainer.model.dropout import DRAWS, channel_words, keep_mask, module_keys, row_keys, token_keys
@@ -55,6 +56,21 @@ def test_a_projection_and_its_gradients_are_those_of_the_plain_form(
     gradient = torch.ones(TOKENS, CHANNELS, device=DEVICE)
     kernels.add_back(gradient, inner, down, *mask)
     torch.testing.assert_close(gradient, 1 + 2 * factor * (inner @ down), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_towers_queries_and_keys_are_turned_as_transformers_does(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(9, 3, 5, 12, generator=draw).to(DEVICE, dtype)
+    angles = torch.randn(9, 6, generator=draw).to(DEVICE).repeat(1, 2)
+    query, key, value = kernels.rotate(qkv, angles.cos(), angles.sin())
+    turned = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], angles.cos(), angles.sin())
+    close = (
+        {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
+    )  # one rounding
+    for found, expected in zip((query, key), turned, strict=True):
+        torch.testing.assert_close(found, expected, **close)
+    assert torch.equal(value, qkv[:, 2])
 
 
 def test_the_towers_activation_is_torchs_own(case: dict[str, torch.Tensor]) -> None:

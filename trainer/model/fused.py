@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction, fused_add_rms_norm_backward
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction, rms_norm_forward
-from liger_kernel.ops.rope import LigerRopeFunction, rope_forward
+from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -171,18 +171,12 @@ def vision_attention(
     segments: Segments | None = None,
     **_: Any,
 ) -> Any:
-    """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; without a gradient.
-
-    Cosines and sines are fp32, so the kernel rotates in fp32 and rounds once, as the stock code does.
-    """
+    """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; without a gradient."""
     if segments is None:
         return NotImplemented
-    query, key, value = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1).unbind(1)
-    cos, sin = (part[None] for part in position_embeddings)
-    query, key, *_ = rope_forward(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
-    output = varlen(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value, segments, causal=False, scale=module.scaling
-    )
+    together = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1)
+    turned = kernels.rotate(together, *position_embeddings)
+    output = varlen(*turned, segments, causal=False, scale=module.scaling)
     return module.proj(output.reshape(len(hidden_states), -1))
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels of a LoRA layer with sample dropout: masks are made where they are used and never stored.
+"""Triton kernels: a LoRA layer with sample dropout, whose masks are made where they are used and never stored; and what
+the vision tower computes between its matrix products.
 
 A mask is `trainer.model.dropout.keep_mask`'s, to the bit: the same integer arithmetic on the same row keys and
 channel words. Each kernel reads the activation once; the plain form makes, stores and applies the mask in six passes
@@ -158,6 +159,28 @@ def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (wide * tl.sigmoid(1.702 * wide)).to(value.dtype), mask=inside)
 
 
+@triton.jit(do_not_specialize=["patches"])
+def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.constexpr):
+    """out [3, patches, heads, width] of qkv [patches, 3, heads, width]: q and k turned, v as it is."""
+    patch, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, half = tl.arange(0, H), tl.arange(0, D)
+    inside = (head < heads)[:, None] & (half < width // 2)[None, :]
+    at = head[:, None] * width + half[None, :]
+    row = qkv + (patch * 3 + part) * heads * width
+    first = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(row + at + width // 2, mask=inside, other=0.0).to(tl.float32)
+    if part < 2:
+        angle = patch * width + half
+        cosine = tl.load(cos + angle, mask=half < width // 2, other=0.0)[None, :]
+        sine = tl.load(sin + angle, mask=half < width // 2, other=0.0)[None, :]
+        turned = first * cosine - second * sine
+        second = second * cosine + first * sine
+        first = turned
+    row = out + (part * patches + patch) * heads * width
+    tl.store(row + at, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(row + at + width // 2, second.to(out.dtype.element_ty), mask=inside)
+
+
 def _filled_up(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
@@ -223,3 +246,19 @@ def quick_gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _quick_gelu[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
     return out
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each [patches, heads, width] and contiguous, of qkv [patches, 3, heads, width]; without a gradient.
+
+    q and k are turned as `apply_rotary_pos_emb_vision` turns them, in fp32 and rounded once; cos and sin fp32
+    [patches, width], whose halves are equal.
+    """
+    patches, _, heads, width = qkv.shape
+    out = qkv.new_empty(3, patches, heads, width)
+    tiles = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
+    _rotate[(patches, 3)](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), out, patches, heads, width, *tiles
+    )
+    query, key, value = out.unbind()
+    return query, key, value

@@ -1,7 +1,7 @@
 """Optimizer steps of the default recipe against plain trl: same weights, same samples, one GPU, one command.
 
     python benchmarks/throughput.py                                          # the 7B shape with random weights
-    python benchmarks/throughput.py --set lora.lora_dropout=0                # the losses are comparable step by step
+    python benchmarks/throughput.py --set lora.lora_dropout=0 --fp32-adapters   # losses comparable step by step
     python benchmarks/throughput.py --sides samestep --steps 8 --profile     # what the GPU does in two of our steps
     python benchmarks/throughput.py --shape tiny --steps 4                   # a smoke run, also on a CPU
 
@@ -71,6 +71,7 @@ def main() -> None:
     # In a process of its own: what PyTorch has once had of a GPU's memory it keeps.
     subprocess.run([sys.executable, __file__, "--build-only", *shared], check=True)
     facts = {"shape": options.shape, "steps": options.steps, "set": options.set}
+    facts["trl_adapters"] = "fp32" if options.fp32_adapters else "bf16"
     results: list[dict[str, Any]] = []
     try:
         facts |= run_side(options, CEILING)
@@ -104,6 +105,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--profile", action="store_true", help="two steps of our sides: kernels, busy share, waits"
+    )
+    parser.add_argument(
+        "--fp32-adapters",
+        action="store_true",
+        help="trl's sides train the fp32 adapters that ours train; trl 1.16 itself rounds them to bf16",
     )
     parser.add_argument("--build-only", action="store_true", help="weights and charts, then end")
     parser.add_argument("--side", choices=(*SIDES, CEILING), help=argparse.SUPPRESS)
@@ -154,6 +160,7 @@ def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", side, "--shape", options.shape]
     command += ["--steps", str(options.steps), "--notebook-steps", str(options.notebook_steps)]
     command += ["--folder", str(options.folder)] + ["--profile"] * options.profile
+    command += ["--fp32-adapters"] * options.fp32_adapters
     command += [argument for value in options.set for argument in ("--set", value)]
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}

@@ -187,7 +187,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from trainer.model.base import add_lora, load_base
+    from trainer.model.base import add_lora, load_base, trainable_parameters
     from trainer.pretrained import load_processor
 
     cuda = torch.cuda.is_available()
@@ -213,8 +213,10 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"{options.side}: step {len(ends) - 1}, {ends[-1] - ends[-2]:.2f} s", flush=True)
 
     training = recipe.training
+    model = add_lora(load_base(recipe, torch.device("cuda", 0) if cuda else torch.device("cpu")), recipe)
+    adapters = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     trainer = SFTTrainer(
-        model=add_lora(load_base(recipe, torch.device("cuda", 0) if cuda else torch.device("cpu")), recipe),
+        model=model,
         args=SFTConfig(
             output_dir=str(options.folder / "trl"),
             max_steps=count,
@@ -237,6 +239,9 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
         processing_class=load_processor(recipe),
         callbacks=[Clock()],
     )
+    if options.fp32_adapters:
+        for name, parameter in trainable_parameters(trainer.model).items():
+            parameter.data = adapters[name]
     trainer.train()
     history = trainer.state.log_history
     places = list(range(count))

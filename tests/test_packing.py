@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.index import Index
 from launch.recipe import Recipe, recipe_from_dict
 from launch.steps import MicroBatch
 from tests.conftest import recipe_values
+from trainer.data import collate
 from trainer.data.chartqa import open_split
 from trainer.data.collate import IGNORED, Encoder, assemble, mrope_positions, pack
 from trainer.model.base import add_lora, load_base, prepare_training
@@ -309,3 +311,18 @@ def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr
+
+
+class _Ones(collate._Batches):
+    def batch(self, number: int) -> Any:
+        return 1
+
+
+def test_workers_of_a_reading_that_was_given_up_end_when_it_is_closed() -> None:
+    loader = collate.Loader(_Ones(), range(100), total=100, workers=1, pin_memory=False)
+    kept = iter(loader)  # as the traceback of an error keeps it
+    assert next(kept) == 1
+    before = set(multiprocessing.active_children())
+    assert before
+    loader.close()
+    assert not before & set(multiprocessing.active_children())

@@ -130,6 +130,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         compute_in(self.model, DTYPES[plan.compute_dtype])
         self.saver = Saver(recipe.checkpoint.format, self.model, self.engine, watch)
         self.publisher = self.saver.publisher
+        self._training_data: Loader | None = None
         self._moments: dict[str, Tensor] | None = None
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
@@ -144,7 +145,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         rows = open_split(self.recipe, "train")
         split = self.index.splits["train"]
         batches = MicroBatches(rows, split, self.encoder, self.steps, self.args.process_index)
-        return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
+        first = self.resumed_at * self.plan.micro_batches
+        self._training_data = self._loader(batches, range(first, len(batches)))
+        return self._training_data
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
         self._wait_for_threads()  # data workers are forked, and must not inherit a lock
@@ -508,6 +511,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def finish(self) -> None:
         """At the end of an attempt, while the run is still ours and signals are wishes."""
+        if self._training_data:
+            self._training_data.close()
         self.publisher.wait()
         if not self.features:
             return

@@ -28,8 +28,9 @@ from benchmarks.random_base import build
 from benchmarks.throughput import RECIPE, recipe_arguments
 from launch.plan import make_plan, step_plan
 from launch.recipe import find_recipe, load_recipe
-from trainer.data import collate
+from trainer.data import encoder, micro_batches
 from trainer.data.chartqa import open_split
+from trainer.data.loader import Loader
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -57,23 +58,23 @@ def main() -> None:
     os.environ |= {"SAMESTEP_CACHE": str(options.folder / "cache"), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     build(options)
-    batches = micro_batches(options)
+    batches = batches_of(options)
     parts, single = one_core(batches)
     several = {workers: with_workers(batches, workers) for workers in tried}
     report(options, parts, single, several, cores)
 
 
-def micro_batches(options: argparse.Namespace) -> collate.MicroBatches:
+def batches_of(options: argparse.Namespace) -> micro_batches.MicroBatches:
     """Of the default recipe on one GPU."""
     recipe = load_recipe(find_recipe(RECIPE), recipe_arguments(options)[1::2])
     index = prepare(recipe, quiet=True)
     plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
-    encoder = collate.Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
+    encode = encoder.Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     steps = step_plan(recipe, index, plan)
-    return collate.MicroBatches(open_split(recipe, "train"), index.splits["train"], encoder, steps, 0)
+    return micro_batches.MicroBatches(open_split(recipe, "train"), index.splits["train"], encode, steps, 0)
 
 
-def one_core(batches: collate.MicroBatches) -> tuple[dict[str, float], float]:
+def one_core(batches: micro_batches.MicroBatches) -> tuple[dict[str, float], float]:
     """(milliseconds of each part a sample, samples a second), in this process without the loader."""
     spent: dict[str, float] = defaultdict(float)
 
@@ -88,24 +89,24 @@ def one_core(batches: collate.MicroBatches) -> tuple[dict[str, float], float]:
         return measured
 
     batches.batch(0)  # warms up
-    kept = collate.decode_image, collate.pack, collate.Encoder.__call__
-    collate.decode_image, collate.pack = timed("decode", kept[0]), timed("pack", kept[1])
-    collate.Encoder.__call__ = timed("encode", kept[2])  # type: ignore[method-assign]
+    kept = encoder.decode_image, micro_batches.pack, encoder.Encoder.__call__
+    encoder.decode_image, micro_batches.pack = timed("decode", kept[0]), timed("pack", kept[1])
+    encoder.Encoder.__call__ = timed("encode", kept[2])  # type: ignore[method-assign]
     samples, began = 0, time.perf_counter()
     for number in range(len(batches)):
         samples += len(batches.batch(number)["samples"])
     seconds = time.perf_counter() - began
-    collate.decode_image, collate.pack = kept[0], kept[1]
-    collate.Encoder.__call__ = kept[2]  # type: ignore[method-assign]
+    encoder.decode_image, micro_batches.pack = kept[0], kept[1]
+    encoder.Encoder.__call__ = kept[2]  # type: ignore[method-assign]
     rest = seconds - spent["encode"] - spent["pack"]
     parts = [rest, spent["decode"], spent["encode"] - spent["decode"], spent["pack"]]
     return {name: 1e3 * part / samples for name, part in zip(PARTS, parts, strict=True)}, samples / seconds
 
 
-def with_workers(batches: collate.MicroBatches, workers: int) -> float:
+def with_workers(batches: micro_batches.MicroBatches, workers: int) -> float:
     """Samples a second of the trainer's loader, from its first micro-batch to its last."""
     numbers = range(len(batches))
-    loader = collate.Loader(batches, numbers, total=len(batches), workers=workers, pin_memory=False)
+    loader = Loader(batches, numbers, total=len(batches), workers=workers, pin_memory=False)
     iterator = iter(loader)
     next(iterator)  # workers start
     began, samples = time.perf_counter(), 0

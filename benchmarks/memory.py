@@ -164,7 +164,8 @@ def run_case(
     from launch.shape import read_shape
     from launch.steps import MicroBatch
     from trainer.data.chartqa import open_split
-    from trainer.data.collate import Encoder, assemble
+    from trainer.data.encoder import Encoder
+    from trainer.data.micro_batches import assemble
     from trainer.model.base import DTYPES
     from trainer.pretrained import load_processor
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,10 @@ from launch.index import Index
 from launch.recipe import Recipe, recipe_from_dict
 from launch.steps import MicroBatch
 from tests.conftest import recipe_values
-from trainer.data import collate
 from trainer.data.chartqa import open_split
-from trainer.data.collate import IGNORED, Encoder, assemble, mrope_positions, pack
+from trainer.data.encoder import IGNORED, Encoder, mrope_positions
+from trainer.data.micro_batches import assemble
+from trainer.data.packing import pack
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -297,32 +295,3 @@ def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any
     gradients = [parameter.grad for parameter in packed.parameters() if parameter.requires_grad]
     assert gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-
-
-def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers_deaf_to_sigterm() -> None:
-    program = (
-        "import time; from trainer.data import collate\n"
-        "class Slow(collate._Batches):\n"
-        "    def __len__(self): return 100\n"
-        "    def batch(self, number): time.sleep(0.01); return number\n"
-        "kept = iter(collate.Loader(Slow(), range(100), total=100, workers=2, pin_memory=False))\n"
-        "print(next(kept), flush=True)\n"
-        "raise SystemExit(7)"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr
-
-
-class _Ones(collate._Batches):
-    def batch(self, number: int) -> Any:
-        return 1
-
-
-def test_workers_of_a_reading_that_was_given_up_end_when_it_is_closed() -> None:
-    loader = collate.Loader(_Ones(), range(100), total=100, workers=1, pin_memory=False)
-    kept = iter(loader)  # as the traceback of an error keeps it
-    assert next(kept) == 1
-    before = set(multiprocessing.active_children())
-    assert before
-    loader.close()
-    assert not before & set(multiprocessing.active_children())

@@ -19,7 +19,7 @@ from launch.recipe import Recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import decode_image, open_split
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.model.base import add_lora, load_base
 from trainer.preemption import Watch
 from trainer.prepare import prepare

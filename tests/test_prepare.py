@@ -19,7 +19,7 @@ from launch.index import base_is_there, read_index
 from launch.recipe import Recipe, dump_recipe, recipe_from_dict
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.prepare import main, prepare
 from trainer.pretrained import base_identity, base_path, load_processor
 

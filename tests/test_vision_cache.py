@@ -18,7 +18,8 @@ from tests.conftest import SPLIT_SIZES, recipe_values
 from tests.distributed.recorded import apart, evaluations_of
 from trainer import train
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, assemble
+from trainer.data.encoder import Encoder
+from trainer.data.micro_batches import assemble
 from trainer.features.file import Features, Kind
 from trainer.features.store import name_of, open_cache
 from trainer.prepare import main as prepare_main
@@ -57,7 +58,7 @@ def _files(place: Path) -> list[Path]:
 
 def _forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data workers are forked: what is forbidden here is forbidden there."""
-    for name in ("trainer.data.collate.decode_image", "trainer.model.vision.image_features"):
+    for name in ("trainer.data.encoder.decode_image", "trainer.model.vision.image_features"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("an image was decoded or computed"))
 
 

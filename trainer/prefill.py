@@ -21,7 +21,8 @@ from launch.index import Index, SplitName
 from launch.plan import compute_dtype_of, validation_samples
 from launch.recipe import Recipe
 from trainer.data.chartqa import Rows, decode_image, open_split
-from trainer.data.collate import cumulative, data_workers
+from trainer.data.loader import data_workers
+from trainer.data.packing import cumulative
 from trainer.features.file import Features
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import SPARED, FeatureCache, FullError, describe, gigabytes, name_of, open_cache

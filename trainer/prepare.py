@@ -36,7 +36,7 @@ from launch.index import (
 )
 from launch.recipe import EMBEDDED, Recipe, load_recipe
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.prefill import fill, survey
 from trainer.pretrained import fetch_base, load_processor

@@ -23,7 +23,7 @@ from launch.settings import recomputation
 from launch.steps import MicroBatch
 from trainer.agreement import from_rank_0, gather, on_rank_0, together
 from trainer.data.chartqa import open_split
-from trainer.data.collate import PackedBatch, assemble
+from trainer.data.micro_batches import PackedBatch, assemble
 from trainer.sft import PlannedTrainer, holds_all_weights
 
 logger = get_logger("trainer")

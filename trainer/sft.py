@@ -35,7 +35,9 @@ from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
 from trainer.checkpoint.portable import save_adapter
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatches, assemble, data_workers
+from trainer.data.encoder import Encoder
+from trainer.data.loader import Loader, data_workers
+from trainer.data.micro_batches import EvaluationBatches, MicroBatches, assemble
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.features.writer import FeatureWriter

@@ -71,7 +71,7 @@ from trainer.agreement import (
     say_once,
     together,
 )
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import FeatureCache, describe, open_cache, remove_unused
 from trainer.model.base import DTYPES, add_lora, load_base

@@ -11,7 +11,8 @@ import torch
 from launch.recipe import Recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, pack
+from trainer.data.encoder import Encoder
+from trainer.data.packing import pack
 from trainer.model import base
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training, trainable_parameters
 from trainer.prepare import prepare

@@ -14,7 +14,8 @@ from launch.recipe import Recipe, dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
-from trainer.data.collate import Encoder, cumulative, pack
+from trainer.data.encoder import Encoder
+from trainer.data.packing import cumulative, pack
 from trainer.model.attention import Segments, _loop, varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
 from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask

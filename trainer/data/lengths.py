@@ -18,7 +18,7 @@ from PIL import Image
 from launch.errors import ConfigError
 from launch.index import row_digest
 from trainer.data.chartqa import Row, Rows, image_bytes
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""

@@ -31,7 +31,7 @@ from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.portable import load_adapter
 from trainer.data.chartqa import Rows, decode_image, open_split
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 

@@ -38,7 +38,7 @@ from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
 from trainer.checkpoint.reading import read_json
 from trainer.data.chartqa import Row, decode_image, open_split
-from trainer.data.collate import Encoder
+from trainer.data.encoder import Encoder
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,

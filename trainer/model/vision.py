@@ -25,7 +25,7 @@ Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
 def take_packed_inputs(
     model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None, keep: Keep | None = None
 ) -> None:
-    """Teach the model's forward the packed inputs of `trainer.data.collate.ModelInputs`; `keys` of its dropout.
+    """Teach the model's forward the packed inputs of `trainer.data.packing.ModelInputs`; `keys` of its dropout.
 
     A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
     packed inputs, like `generate`'s, pass through untouched.

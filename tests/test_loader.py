@@ -1,0 +1,40 @@
+"""Data workers end with the reading, and with the process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from typing import Any
+
+from trainer.data.loader import Loader
+from trainer.data.micro_batches import Batches
+
+
+def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers_deaf_to_sigterm() -> None:
+    program = (
+        "import time; from trainer.data import loader, micro_batches\n"
+        "class Slow(micro_batches.Batches):\n"
+        "    def __len__(self): return 100\n"
+        "    def batch(self, number): time.sleep(0.01); return number\n"
+        "kept = iter(loader.Loader(Slow(), range(100), total=100, workers=2, pin_memory=False))\n"
+        "print(next(kept), flush=True)\n"
+        "raise SystemExit(7)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr
+
+
+class _Ones(Batches):
+    def batch(self, number: int) -> Any:
+        return 1
+
+
+def test_workers_of_a_reading_that_was_given_up_end_when_it_is_closed() -> None:
+    loader = Loader(_Ones(), range(100), total=100, workers=1, pin_memory=False)
+    kept = iter(loader)  # as the traceback of an error keeps it
+    assert next(kept) == 1
+    before = set(multiprocessing.active_children())
+    assert before
+    loader.close()
+    assert not before & set(multiprocessing.active_children())

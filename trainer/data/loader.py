@@ -1,0 +1,109 @@
+"""Micro-batches handed over in order, decoded ahead in data workers."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from launch.errors import SamestepError
+from trainer.data.micro_batches import Batches, PackedBatch
+
+
+def data_workers(processes_per_node: int) -> int:
+    """Data workers of one rank: its share of the cores this process may run on, at most 8; 0 when none is to spare."""
+    cores = len(os.sched_getaffinity(0))
+    return max(0, min(8, cores // processes_per_node - 1))
+
+
+class _Numbers(torch.utils.data.Sampler[int]):
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+class Loader:
+    """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one).
+
+    Its length is that of the whole run, `total`: `Trainer` derives the steps of its one "epoch" from it, also when
+    the run is resumed in the middle. `ahead`: micro-batches that each worker has ready or in work.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        numbers: range,
+        *,
+        total: int,
+        workers: int,
+        pin_memory: bool,
+        ahead: int = 4,
+    ) -> None:
+        self._total = total
+        if workers:
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)
+        self._loader: DataLoader[Any] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=_Numbers(numbers),
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        self._reading: Generator[PackedBatch, None, None] | None = None
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        self._reading = _read_all(self._loader)
+        return self._reading
+
+    def close(self) -> None:
+        """End the data workers, of a reading that somebody gave up in the middle.
+
+        The traceback of an error holds it, in a cycle. Python collects that only after the queues to the workers have
+        been closed, whose callbacks come before `__del__`: PyTorch 2.14 then waits 5 s, twice, for workers that can no
+        longer be told to end.
+        """
+        if self._reading is not None:
+            self._reading.close()
+
+
+def _read_all(loader: DataLoader[Any]) -> Generator[PackedBatch, None, None]:
+    """What the workers hand over. The only reference to PyTorch's iterator is here: it ends with the generator."""
+    for batch in loader:
+        if isinstance(batch, SamestepError):
+            raise batch
+        yield batch
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the processes are the parallelism
+    # A stop is agreed by the ranks, which need their data until then. A rank that dies without a word is noticed
+    # (PyTorch's watchdog looks for the parent every 5 s); one that ends calls `_end_workers`.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the end of the process: multiprocessing would send the SIGTERM that workers ignore, and wait for ever.
+
+    Registered after multiprocessing's own end, so it runs before it.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,0 +1,123 @@
+"""The micro-batches of a step plan and of an evaluation, by number: read, encoded, packed, held against the index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch.utils.data import Dataset
+
+from launch.errors import RunError, SamestepError
+from launch.index import Split, row_digest
+from launch.steps import MicroBatch, StepPlan
+from trainer.data.chartqa import Row, Rows
+from trainer.data.encoder import Encoder
+from trainer.data.packing import ModelInputs, pack
+
+
+class PackedBatch(TypedDict):
+    """One micro-batch of one rank, and what the step knows about it."""
+
+    inputs: ModelInputs
+    step: int  # counted from 0
+    step_target_tokens: int  # of the whole optimizer step, over all ranks
+    samples: tuple[int, ...]  # positions in the split; empty for a filler
+
+
+class Batches(Dataset["PackedBatch | SamestepError"]):
+    """Micro-batches by number. An error is handed over as a value: raised in a data worker, it would come out
+    with the worker's traceback for a message (`torch._utils.ExceptionWrapper`, 2.14)."""
+
+    def __getitem__(self, number: int) -> PackedBatch | SamestepError:
+        try:
+            return self.batch(number)
+        except SamestepError as error:
+            return error
+
+    def batch(self, number: int) -> PackedBatch:
+        """Micro-batch `number`."""
+        raise AssertionError("every kind of micro-batches makes its own")
+
+
+class MicroBatches(Batches):
+    """This rank's micro-batches of a step plan by number: number i is micro-batch i % M of step i // M."""
+
+    def __init__(self, rows: Rows, split: Split, encoder: Encoder, plan: StepPlan, rank: int) -> None:
+        self._rows, self._split, self._encoder, self._plan, self._rank = rows, split, encoder, plan, rank
+        self._step: tuple[int, Sequence[MicroBatch]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._plan.max_steps * self._plan.micro_batches
+
+    def batch(self, number: int) -> PackedBatch:
+        """The micro-batch, packed."""
+        step, position = divmod(number, self._plan.micro_batches)
+        if self._step[0] != step:
+            self._step = (step, self._plan.micro_batches_of(step, self._rank))
+        target_tokens = int(self._split.target_tokens[self._plan.samples(step)].sum())
+        return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
+
+
+class EvaluationBatches(Batches):
+    """This rank's micro-batches of an evaluation."""
+
+    def __init__(self, rows: Rows, split: Split, encoder: Encoder, batches: Sequence[MicroBatch]) -> None:
+        self._rows, self._split, self._encoder, self._batches = rows, split, encoder, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, number: int) -> PackedBatch:
+        """The micro-batch, packed; it belongs to no step."""
+        return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
+
+
+def assemble(
+    rows: Rows, split: Split, encoder: Encoder, batch: MicroBatch, step: int, step_target_tokens: int
+) -> PackedBatch:
+    """Read, decode, encode and pack the samples of a micro-batch, checked against the index.
+
+    Raises:
+        RunError: a row is not the one the index was made of, or its token counts are others, so that the loss
+            would be normalized wrongly.
+    """
+    read = [_read(rows, split, sample) for sample in batch.samples]
+    for number, row in zip(batch.samples, read, strict=True):
+        if row_digest(row.image, row.query, row.label) != split.digests[number]:
+            raise RunError(
+                f"data: sample {number} (row {split.rows[number]}) is not what `samestep prepare` saw; "
+                "the data changed since: prepare it again, under another run name"
+            )
+    samples = [encoder(row) for row in read]
+    for number, sample in zip(batch.samples, samples, strict=True):
+        found = (len(sample.input_ids), sample.target_tokens)
+        indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
+        if found != indexed:
+            raise RunError(
+                f"data: sample {number} (row {split.rows[number]}) has {found[0]} tokens of which {found[1]} are "
+                f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
+            )
+    processor = encoder.processor
+    return PackedBatch(
+        inputs=pack(
+            samples,
+            sample_ids=batch.samples,
+            step=step,
+            masked=batch.filler,
+            image_token_id=processor.image_token_id,
+            merge=processor.image_processor.merge_size,
+        ),
+        step=step,
+        step_target_tokens=step_target_tokens,
+        samples=() if batch.filler else tuple(batch.samples),
+    )
+
+
+def _read(rows: Rows, split: Split, sample: int) -> Row:
+    try:
+        return rows[int(split.rows[sample])]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"data: sample {sample} (row {split.rows[sample]}) cannot be read ({type(error).__name__}: {error}); "
+            "the data changed or went away since `samestep prepare`"
+        ) from error

@@ -1,0 +1,124 @@
+"""Samples laid end to end in one row, without padding: what the packed forward takes.
+
+`position_ids` has shape [4, 1, T]: row 0 counts the text positions of each sample from 0, rows 1 to 3 are M-RoPE
+(time, height, width) of each sample, the form that transformers' Qwen2-VL takes for packed input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_position_ids
+
+from trainer.data.encoder import IGNORED, Sample
+
+
+class ModelInputs(TypedDict):
+    """What the packed forward takes, for N samples of T tokens together.
+
+    Images come in two kinds: C whose features are cached (Vc visual tokens), and F fresh ones (P patches, Vf visual
+    tokens), for which the tower runs.
+    """
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [4, 1, T]
+    sample_ids: Tensor  # [T] int64: the position in the split of the sample that a token belongs to
+    step: int  # the optimizer step, counted from 0; -1 in an evaluation
+    scored_positions: Tensor  # [K]: the tokens from which a target is predicted
+    shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
+    text_cu_seqlens: Tensor  # [N + 1] int32
+    text_lengths: tuple[int, ...]
+    pixel_values: Tensor  # [P, patch features]
+    image_grid_thw: Tensor  # [F, 3]
+    fresh_positions: Tensor  # [Vf]: where their visual tokens lie in the row
+    fresh_images: tuple[str, ...]  # F names in the cache of features; empty without one
+    fresh_grids: tuple[tuple[int, int, int], ...]  # `image_grid_thw` once more, for the host
+    vision_positions: Tensor  # [P, 2]: height and width of each patch, in merge order
+    vision_cu_seqlens: Tensor  # [F + 1] int32
+    vision_lengths: tuple[int, ...]
+    cached_features: Tensor  # [Vc, hidden]
+    cached_positions: Tensor  # [Vc]
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    sample_ids: Sequence[int],
+    step: int,
+    masked: bool,
+    image_token_id: int,
+    merge: int,
+) -> ModelInputs:
+    """Lay samples end to end. `masked` scores no token: a filler, which runs and weighs nothing.
+
+    `sample_ids`: their positions in the split, which choose their dropout masks together with `step`.
+    """
+    input_ids = torch.cat([sample.input_ids for sample in samples])
+    next_labels = torch.cat([_next_labels(sample.labels) for sample in samples])
+    scored = next_labels.new_empty(0) if masked else (next_labels != IGNORED).nonzero()[:, 0]
+    text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
+    positions = torch.cat([sample.positions for sample in samples], dim=1)
+    text_lengths = tuple(len(sample.input_ids) for sample in samples)
+    is_visual = input_ids == image_token_id
+    is_cached = torch.tensor([sample.features is not None for sample in samples])
+    is_cached = is_cached.repeat_interleave(torch.tensor(text_lengths))
+    return ModelInputs(
+        input_ids=input_ids[None],
+        position_ids=torch.cat([text_positions[None], positions])[:, None],
+        sample_ids=torch.tensor(sample_ids).repeat_interleave(torch.tensor(text_lengths)),
+        step=step,
+        scored_positions=scored,
+        shift_labels=next_labels[scored][None],
+        text_cu_seqlens=cumulative(text_lengths),
+        text_lengths=text_lengths,
+        fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
+        cached_positions=(is_visual & is_cached).nonzero()[:, 0],
+        cached_features=_joined([sample.features for sample in samples]),
+        **_pack_fresh([sample for sample in samples if sample.features is None], merge),
+    )
+
+
+class _FreshImages(TypedDict):
+    """The part of `ModelInputs` that the tower takes."""
+
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    fresh_images: tuple[str, ...]
+    fresh_grids: tuple[tuple[int, int, int], ...]
+    vision_positions: Tensor
+    vision_cu_seqlens: Tensor
+    vision_lengths: tuple[int, ...]
+
+
+def _pack_fresh(samples: Sequence[Sample], merge: int) -> _FreshImages:
+    """The images of samples without cached features, end to end; empty tensors for none."""
+    grids = torch.tensor([sample.grid for sample in samples], dtype=torch.int64).view(-1, 3)
+    lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
+    return _FreshImages(
+        pixel_values=_joined([sample.pixel_values for sample in samples]),
+        image_grid_thw=grids,
+        fresh_images=tuple(sample.image for sample in samples if sample.image),
+        fresh_grids=tuple(sample.grid for sample in samples),
+        vision_positions=get_vision_position_ids(grids, merge) if samples else grids.new_empty(0, 2),
+        vision_cu_seqlens=cumulative(lengths),
+        vision_lengths=lengths,
+    )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor:
+    """The tensors among `parts` end to end, an empty one for none."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else torch.empty(0)
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """The label of the token after each; none after a sample's last, whatever lies behind it in the row."""
+    return torch.cat([labels[1:], labels.new_tensor([IGNORED])])
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """Sequence boundaries [N + 1], int32, as variable-length attention takes them."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -34,6 +34,8 @@ EMBEDDED_SOURCES = (
     "trainer/data/tables.py",
     "trainer/model/tiny.py",
     "trainer/model/tiny_base.py",
+    "trainer/model/tiny_lessons.py",
+    "trainer/model/tiny_student.py",
 )
 EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
 COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")

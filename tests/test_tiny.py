@@ -17,7 +17,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 from launch.errors import RunError
 from trainer.data.charts import COLOURS
 from trainer.data.embedded import build_charts
-from trainer.model import tiny, tiny_base
+from trainer.model import tiny, tiny_base, tiny_lessons, tiny_student
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +83,18 @@ def test_one_seed_gives_one_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_training_path_computes_what_transformers_computes(charts: Path) -> None:
-    lessons = tiny_base.read_lessons(charts)
-    tokenizer = tiny.train_tokenizer([*lessons.captions, *tiny_base.SYSTEM_MESSAGES], vocab_size=400)
+    lessons = tiny_lessons.read_lessons(charts)
+    tokenizer = tiny.train_tokenizer([*lessons.captions, *tiny_lessons.SYSTEM_MESSAGES], vocab_size=400)
     processor = tiny.make_processor(tokenizer, tiny_base.CHART_SHAPE)
     model = tiny.make_model(tokenizer, tiny_base.CHART_SHAPE, seed=0).eval()
-    teacher = tiny_base.Teacher(processor, lessons, tiny_base.Training(batch=2))
+    teacher = tiny_lessons.Teacher(processor, lessons, tiny_lessons.Training(batch=2))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in lessons.images[:2]]
     seen = processor.image_processor(images=pictures, return_tensors="pt")
     batch = teacher.batch()
     ids, labels, start = batch.ids, batch.labels, batch.start
     patches = teacher.patches(lessons.images[:2])
-    with tiny_base.same_size_images(model), torch.no_grad():
-        student = tiny_base.Student(model, teacher.grid)
+    with tiny_student.same_size_images(model), torch.no_grad():
+        student = tiny_student.Student(model, teacher.grid)
         ours = student.loss(ids, labels, patches, start) / (labels[:, 1:] != -100).sum()
         positions = student.positions(start, ids.shape[1])
     ids[:, start : start + teacher.visual] = model.config.image_token_id
@@ -107,19 +107,19 @@ def test_the_training_path_computes_what_transformers_computes(charts: Path) -> 
 
 
 def test_colours_are_renamed_as_the_channels_move() -> None:
-    for order in tiny_base.CHANNEL_ORDERS:
-        names = tiny_base.colour_names(order)
+    for order in tiny_lessons.CHANNEL_ORDERS:
+        names = tiny_lessons.colour_names(order)
         for name, value in COLOURS.items():
             moved = tuple(value[channel] for channel in order)
             assert COLOURS[names[name]] == moved
 
 
 def test_training_lowers_the_loss(charts: Path) -> None:
-    lessons = tiny_base.read_lessons(charts)
-    tokenizer = tiny.train_tokenizer(tiny_base.corpus(lessons), vocab_size=1000)
+    lessons = tiny_lessons.read_lessons(charts)
+    tokenizer = tiny.train_tokenizer(tiny_lessons.corpus(lessons), vocab_size=1000)
     model = tiny.make_model(tokenizer, tiny_base.CHART_SHAPE, seed=0)
-    training = tiny_base.Training(steps=8, batch=4, warmup_steps=2)
-    teacher = tiny_base.Teacher(tiny.make_processor(tokenizer, tiny_base.CHART_SHAPE), lessons, training)
+    training = tiny_lessons.Training(steps=8, batch=4, warmup_steps=2)
+    teacher = tiny_lessons.Teacher(tiny.make_processor(tokenizer, tiny_base.CHART_SHAPE), lessons, training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = tiny_base.teach(model, teacher, training)
     assert len(losses) == 8
@@ -146,7 +146,7 @@ def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path
     pipe = subprocess.PIPE
     build = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     assert build.stdout is not None
-    assert build.stdout.readline() == f"1 {tiny_base.Training().steps}\n"
+    assert build.stdout.readline() == f"1 {tiny_lessons.Training().steps}\n"
     os.killpg(build.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     _, complaints = build.communicate(timeout=30)  # the end of the pipes: no process holds them any more
     assert (complaints, build.returncode) == ("", 7)
@@ -156,7 +156,7 @@ def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path
 def test_one_process_and_two_build_the_same_bytes(
     charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = tiny_base.Training(steps=3, batch=4, warmup_steps=1)
+    short = tiny_lessons.Training(steps=3, batch=4, warmup_steps=1)
     for cores in (1, 2):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         tiny_base.build_tiny(tmp_path / str(cores), charts, training=short)
@@ -168,7 +168,7 @@ def test_what_was_built_loads_and_sees_a_chart_in_few_tokens(
     charts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, int]] = []
-    short = tiny_base.Training(steps=2, batch=2, warmup_steps=1)
+    short = tiny_lessons.Training(steps=2, batch=2, warmup_steps=1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     tiny_base.build_tiny(tmp_path / "model", charts, training=short, progress=lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.manifest import MANIFEST, Checkpoint, printable
+from launch.manifest import MANIFEST, printable
 from launch.plan import Plan, samples_consumed
+from launch.survey import Checkpoint
 
 COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"

@@ -225,8 +225,8 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
 
     from launch import start
     from launch.checkpoints import COLUMNS, reasons, rows
-    from launch.manifest import survey
     from launch.runs import old_plan
+    from launch.survey import survey
 
     place = start.find_run(run, runs_dir, whole=False)
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: written aside, then renamed."""
+"""Folders that are either whole or absent: written aside, then renamed; and their names on the disk."""
 
 import os
 import shutil
@@ -29,3 +29,12 @@ def published(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,9 +21,11 @@ from launch.changes import (
     still_allowed,
 )
 from launch.errors import CheckpointError, ConfigError
-from launch.manifest import MANIFEST, aside_folder, newest_valid, publish, read_manifest
+from launch.manifest import MANIFEST, read_manifest
 from launch.plan import Begin, Plan
+from launch.publishing import aside_folder, publish
 from launch.recipe import altering_values, dump_recipe, load_recipe
+from launch.survey import newest_valid
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe

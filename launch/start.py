@@ -19,7 +19,7 @@ from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import base_is_there, cache_root, read_index
 from launch.launching import ALONE, Machine, launch, tell
-from launch.manifest import MANIFEST, newest_valid
+from launch.manifest import MANIFEST
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe, find_recipe, load_recipe, recipe_fingerprint
 from launch.rules import refuse_topology
@@ -46,6 +46,7 @@ from launch.runs import (
     write_request,
 )
 from launch.settings import parse_gpu_memory
+from launch.survey import newest_valid
 
 if TYPE_CHECKING:
     from launch.index import Index

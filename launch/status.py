@@ -16,10 +16,10 @@ from launch import ledger
 from launch.checkpoints import age
 from launch.errors import CheckpointError, ConfigError
 from launch.ledger import Ledger
-from launch.manifest import newest_valid
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
 from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
+from launch.survey import newest_valid
 
 State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.manifest import publish
 from launch.plan import Plan, make_plan, samples_consumed
+from launch.publishing import publish
 from launch.recipe import Recipe, altering_values
 from launch.run_directory import RunDirectory
 from launch.runs import Continuation, adopt, continue_run, write_request

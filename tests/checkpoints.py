@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.manifest import aside_folder, newest_valid, publish
+from launch.publishing import aside_folder, publish
+from launch.survey import newest_valid
 
 ADAPTER, STATES = "adapter.safetensors", "rank states/0.json"
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from launch.errors import CheckpointError, ConfigError
-from launch.manifest import newest_valid, publish, read_manifest
+from launch.manifest import read_manifest
 from launch.plan import Begin
+from launch.publishing import publish
 from launch.run_directory import RunDirectory
 from launch.runs import adopt, continue_run, write_request
+from launch.survey import newest_valid
 from tests.attempts import BATCH, attempt, planned, recipe_of
 from tests.checkpoints import ADAPTER, STATES, change_one_bit, names, write_aside
 

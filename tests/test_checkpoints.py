@@ -9,9 +9,12 @@ import pytest
 
 from launch import cli
 from launch.checkpoints import age, megabytes, rows
-from launch.manifest import MANIFEST, Checkpoint, aside_folder, clear_unpublished, publish
+from launch.manifest import MANIFEST
+from launch.publishing import aside_folder, publish
+from launch.rotation import clear_unpublished
 from launch.run_directory import RunDirectory
 from launch.runs import Continuation, write_request
+from launch.survey import Checkpoint
 from tests.attempts import planned, recipe_of
 from tests.checkpoints import ADAPTER, change_one_bit, halve, published, write_aside
 

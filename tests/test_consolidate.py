@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
-from launch.manifest import publish
+from launch.publishing import publish
 from tests.merging import make_adapter
 from trainer.checkpoint.adapter import Missing, read_adapter
 from trainer.checkpoint.consolidate import consolidate, main, print_consolidated

@@ -12,16 +12,10 @@ from unittest import mock
 import pytest
 
 from launch.errors import CheckpointError
-from launch.manifest import (
-    MANIFEST,
-    Checkpoint,
-    clear_unpublished,
-    newest_valid,
-    publish,
-    read_manifest,
-    rotate,
-    survey,
-)
+from launch.manifest import MANIFEST, read_manifest
+from launch.publishing import publish
+from launch.rotation import clear_unpublished, rotate
+from launch.survey import Checkpoint, newest_valid, survey
 from tests.checkpoints import (
     ADAPTER,
     STATES,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
-from launch.manifest import publish
+from launch.publishing import publish
 from tests.checkpoints import halve
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
-from launch.manifest import publish
+from launch.publishing import publish
 from launch.recipe import Recipe, dump_recipe, recipe_from_dict
 from tests.adapters import write_run
 from tests.conftest import recipe_values

@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.errors import CheckpointError
-from launch.manifest import (
-    MANIFEST,
-    aside_folder,
-    clear_unpublished,
-    newest_valid,
-    publish,
-    rotate,
-    survey,
-)
+from launch.manifest import MANIFEST
+from launch.publishing import aside_folder, publish
+from launch.rotation import clear_unpublished, rotate
+from launch.survey import newest_valid, survey
 from tests.checkpoints import (
     ADAPTER,
     STATES,

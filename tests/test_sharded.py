@@ -18,10 +18,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from launch.errors import CheckpointError, ConfigError, RunError
-from launch.manifest import aside_folder, bring_to_disk, newest_valid, publish, read_manifest
+from launch.manifest import read_manifest
+from launch.publishing import aside_folder, bring_to_disk, publish
 from launch.recipe import recipe_from_dict
 from launch.run_directory import RunDirectory
 from launch.runs import adopt
+from launch.survey import newest_valid
 from tests.adapters import random_adapter
 from tests.checkpoints import change_one_bit, halve
 from tests.conftest import recipe_values

@@ -7,11 +7,12 @@ from typing import Any
 
 from launch.changes import CONTENT_KEYS, changes, consequences, refuse_changes
 from launch.errors import CheckpointError
-from launch.manifest import Checkpoint, clear_unpublished, newest_valid
 from launch.plan import samples_consumed
 from launch.recipe import altering_values
+from launch.rotation import clear_unpublished
 from launch.run_directory import RunDirectory
 from launch.runs import refuse_lost_checkpoints
+from launch.survey import Checkpoint, newest_valid
 from trainer.records import keep_lines_until, read_lines
 from trainer.task import Task
 

@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from launch.manifest import Entries, aside_folder, bring_to_disk, publish, rotate
+from launch.manifest import Entries
 from launch.plan import samples_consumed
+from launch.publishing import aside_folder, bring_to_disk, publish
 from launch.recipe import altering_values
+from launch.rotation import rotate
 from trainer import records
 from trainer.agreement import gather, lost_contact, together
 from trainer.checkpoint.background import Publisher

@@ -19,8 +19,9 @@ from transformers import TrainerState
 
 from launch.errors import CheckpointError, SamestepError
 from launch.index import Index, read_index
-from launch.manifest import MANIFEST, aside_folder, publish
+from launch.manifest import MANIFEST
 from launch.plan import Begin
+from launch.publishing import aside_folder, publish
 from launch.recipe import Recipe, altering_values, find_recipe, load_recipe
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.base_model import COMMIT

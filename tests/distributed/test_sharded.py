@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoints import rows
-from launch.manifest import survey
+from launch.survey import survey
 from tests.distributed.launching import accelerate_launch, drive, published_steps
 from tests.distributed.recorded import apart, assert_the_same_to_the_byte, run_of, write_recipe
 from trainer.checkpoint.consolidate import consolidate

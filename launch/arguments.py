@@ -11,6 +11,15 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run below --runs-dir, or its folder.")
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus-per-node",
+        metavar="N",
+        help="Processes to start, one a GPU.",
+        show_default="the GPUs present, 2 on a CPU",
+    ),
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
 ]

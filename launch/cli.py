@@ -15,6 +15,7 @@ from launch.arguments import (
     Fresh,
     GpuMemory,
     Overrides,
+    Processes,
     RecipeArgument,
     RunArgument,
     RunName,
@@ -24,14 +25,12 @@ from launch.arguments import (
 )
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
+from launch.results_cli import commands as results_commands
+from launch.screen import say, say_allowed, show_memory, show_plan
 
 if TYPE_CHECKING:
     from launch import start
-    from launch.changes import Change
-    from launch.index import Index
-    from launch.plan import Plan
-    from launch.recipe import Recipe
-    from launch.start import Topology
+
 
 app = typer.Typer(
     help="One QLoRA fine-tuning recipe, the same training run on one GPU, several GPUs or several nodes.",
@@ -46,15 +45,6 @@ app = typer.Typer(
 Strategy = Annotated[
     str | None,
     typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus-per-node",
-        metavar="N",
-        help="Processes to start, one a GPU.",
-        show_default="the GPUs present, 2 on a CPU",
-    ),
 ]
 
 _PLACE_ERRORS = (
@@ -84,8 +74,8 @@ def plan(
     topology = start.for_gpus_of(start.choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = start.load_index(file, loaded, overrides)
-    _show(start.plan_of(loaded, index, topology, loaded.name))
-    _show_memory(loaded, index, topology)
+    show_plan(start.plan_of(loaded, index, topology, loaded.name))
+    show_memory(loaded, index, topology)
 
 
 @app.command(
@@ -179,13 +169,13 @@ def run(
     machines.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:
         marker = machines.join(request)
-        _say(f"{marker.kind.lower()} ({marker.text})")
+        say(f"{marker.kind.lower()} ({marker.text})")
         return
     if dry_run:
         planned = start.plan_run(start.take_over_foreign(request))
-        _say_allowed(planned.changed)
-        _show(planned.plan)
-        _say(_shell(run_command(planned.plan, planned.run, machine)))
+        say_allowed(planned.changed)
+        show_plan(planned.plan)
+        say(_shell(run_command(planned.plan, planned.run, machine)))
         return
     with machines.telling_others(request):
         _run_here(request)
@@ -199,19 +189,17 @@ def _run_here(request: start.RunRequest) -> None:
     planned = start.plan_run(request)
     with start.claim(planned, request):
         if not request.fresh and start.is_done(planned):
-            _say(
-                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
-            )
+            say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
-        _say_allowed(planned.changed)
+        say_allowed(planned.changed)
         if request.fresh and (old := start.move_aside(planned.run)):
-            _say(f"the older run is now {old}")
-        _show(planned.plan)
+            say(f"the older run is now {old}")
+        show_plan(planned.plan)
         marker = start.execute_twice(planned, request)
         if marker.kind == "STOPPED":
-            _say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
+            say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
-        _say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
+        say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
 
 
 @app.command(epilog=example("samestep checkpoints embedded"))
@@ -233,10 +221,10 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     with console.status("reading") as status:  # says nothing where nobody watches
         found = survey(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
     if not found and place.adapter.exists():
-        _say(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
+        say(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
         return
     if not found:
-        _say(
+        say(
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
@@ -245,129 +233,14 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     for line in reasons(found, old_plan(place)):
-        _say(line)
+        say(line)
 
 
-@app.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
-def evaluate(
-    run: RunArgument,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    models: Annotated[
-        str,
-        typer.Option(help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas."),
-    ] = "base,adapter,shuffled",
-    max_samples: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Only N samples, spread over the split.", show_default="all"),
-    ] = None,
-    gpus_per_node: Processes = None,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
-    from launch import results, start
-    from launch.index import SPLITS
-
-    found = start.find_run(run, runs_dir)
-    limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
-    if split not in SPLITS:
-        raise ConfigError(
-            f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
-        )
-    chosen = [model.strip() for model in models.split(",")]
-    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+app.add_typer(results_commands)
+reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 
-AdapterConfig = Annotated[
-    Path | None,
-    typer.Option(help="adapter_config.json of a checkpoint without one.", show_default="the checkpoint's"),
-]
-LoraAlpha = Annotated[
-    float | None, typer.Option(help="Of a checkpoint without adapter_config.json, such as FSDP's.")
-]
-BaseModel = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
-]
-
-
-@app.command(
-    epilog=example(
-        "samestep merge embedded",
-        "samestep merge runs/embedded/checkpoint-20 --output m20",
-        "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
-    )
-)
-def merge(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|CHECKPOINT|ADAPTER",
-            help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
-        ),
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
-    ] = None,
-    base: Annotated[
-        str,
-        typer.Option(
-            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained."
-        ),
-    ] = "original",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
-    compare: Annotated[
-        bool | None,
-        typer.Option(
-            "--compare/--no-compare",
-            help="Merge onto the other base too and set both beside the unmerged model; or compare nothing.",
-            show_default="inside a run, this merge with the unmerged model",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="The training's recipe, for --base dequantized outside a run.")
-    ] = None,
-    adapter_config: AdapterConfig = None,
-    lora_alpha: LoraAlpha = None,
-    base_model: BaseModel = None,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
-    from launch import results
-
-    if dtype not in (None, "bfloat16", "float32"):
-        raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
-    if base not in ("original", "dequantized"):
-        raise ConfigError(
-            f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
-        )
-    options = results.MergeOptions(
-        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
-    )
-    if not results.merge(source, output, options, compare, runs_dir):
-        _say("not compared with base + adapter: the adapter lies in no run, which would name the data")
-
-
-@app.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))
-def consolidate(
-    source: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Of ours, transformers, trl, accelerate or DeepSpeed.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    adapter_config: AdapterConfig = None,
-    lora_alpha: LoraAlpha = None,
-    base_model: BaseModel = None,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
-    from launch import results
-
-    options = results.MergeOptions(
-        adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model
-    )
-    results.consolidate(source, output, options, runs_dir)
-
-
-@app.command(epilog=example("samestep rules"))
+@reference.command(epilog=example("samestep rules"))
 def rules() -> None:
     """Show what is refused before anything starts, and why."""
     from rich.console import Console
@@ -382,16 +255,17 @@ def rules() -> None:
     Console(highlight=False).print(table)
 
 
-@app.command(epilog=example("samestep schema > recipe.schema.json"))
+@reference.command(epilog=example("samestep schema > recipe.schema.json"))
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     import json
 
     from launch.recipe import recipe_schema
 
-    _say(json.dumps(recipe_schema(), indent=1))
+    say(json.dumps(recipe_schema(), indent=1))
 
 
+app.add_typer(reference)
 app.add_typer(cluster_commands)
 
 
@@ -411,59 +285,6 @@ def main() -> None:
 def _complain(text: str, status: int) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(status)
-
-
-def _show(plan: Plan) -> None:
-    """Print the plan as one table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from launch.plan import plan_rows
-
-    table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
-    for name, value in plan_rows(plan):
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
-
-
-def _show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
-    """Print what each strategy needs on these GPUs; `reserved` counts what is not PyTorch's as well."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from launch.plan import Where
-    from launch.replan import memory_rows
-    from launch.settings import gib
-
-    where = Where(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
-    rows = memory_rows(recipe, index, where)
-    if not rows:
-        return
-    known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"
-    table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
-    table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
-def _say_allowed(changed: Sequence[Change]) -> None:
-    from launch.changes import consequences
-
-    for consequence in consequences(changed):
-        _say(f"allowed: {consequence}")
-
-
-def _say(text: str) -> None:
-    """Print a line. When nobody reads any more (`| tee` dies of the same Ctrl-C), the exit status still counts."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        from launch.children import write_to_nowhere
-
-        write_to_nowhere(sys.stdout.fileno())
 
 
 def _shell(command: Sequence[str]) -> str:

@@ -19,11 +19,43 @@ from launch.arguments import (
     example,
 )
 from launch.errors import ConfigError
+from launch.screen import say, show_plan
 
 if TYPE_CHECKING:
     from launch.submit import Submission
 
 commands = typer.Typer()
+
+StrategyFile = Annotated[
+    str | None,
+    typer.Option(
+        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
+    ),
+]
+SiteFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
+]
+# What follows wins over the site's file.
+MemoryOfSite = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory of one GPU: 80GB.", show_default="the site's")
+]
+AsOfSbatch = Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(help="Limit of one attempt, as of sbatch: D-HH:MM:SS.", show_default="the site's"),
+]
+Image = Annotated[
+    str | None,
+    typer.Option(metavar="IMAGE", help="For the site's container.runtime.", show_default="the site's"),
+]
+Device = Annotated[
+    str | None, typer.Option(help="What the nodes train on: cuda or cpu.", show_default="the site's, cuda")
+]
+SignalLead = Annotated[
+    int | None,
+    typer.Option(metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"),
+]
 
 
 @commands.command(
@@ -35,45 +67,19 @@ commands = typer.Typer()
 )
 def submit(
     recipe: RecipeArgument,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            help="A file of accelerate_configs/, without .yaml.",
-            show_default="single for one process, else ddp",
-        ),
-    ] = None,
+    strategy: StrategyFile = None,
     nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(metavar="N", help="Processes of a node, one a GPU.")] = 1,
-    site: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
-    ] = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory of one GPU: 80GB.", show_default="the site's"),
-    ] = None,
-    partition: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
-    account: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
-    qos: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(help="Limit of one attempt, as of sbatch: D-HH:MM:SS.", show_default="the site's"),
-    ] = None,
-    constraint: Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")] = None,
-    container: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGE", help="For the site's container.runtime.", show_default="the site's"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="What the nodes train on: cuda or cpu.", show_default="the site's, cuda"),
-    ] = None,
-    signal_lead: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"
-        ),
-    ] = None,
+    site: SiteFile = None,
+    gpu_memory: MemoryOfSite = None,
+    partition: AsOfSbatch = None,
+    account: AsOfSbatch = None,
+    qos: AsOfSbatch = None,
+    time: TimeLimit = None,
+    constraint: AsOfSbatch = None,
+    container: Image = None,
+    device: Device = None,
+    signal_lead: SignalLead = None,
     then: Annotated[
         str, typer.Option(help="Jobs for when the run is done: merge, evaluate, or both with a comma.")
     ] = "",
@@ -112,7 +118,7 @@ def submit(
     _show(submission, to_stderr=dry_run)
     if dry_run:
         for text in (submission.script, *submission.follow_ups.values()):
-            _say(text)
+            say(text)
         return
     _queue(submission, fresh)
 
@@ -125,17 +131,15 @@ def _queue(submission: Submission, fresh: bool) -> None:
     with start.claim(planned, submission.request):
         cluster.refuse_if_queued(planned.run)
         if not fresh and start.is_done(planned):
-            _say(
-                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
-            )
+            say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
         if fresh and (old := start.move_aside(planned.run)):
-            _say(f"the older run is now {old}")
+            say(f"the older run is now {old}")
         queued = cluster.queue(submission)
-    _say(submission.script)
+    say(submission.script)
     for script, job in queued:
-        _say(f"queued as job {job}: {planned.run.path / script}")
-    _say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
+        say(f"queued as job {job}: {planned.run.path / script}")
+    say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
 
 
 @commands.command(epilog=example("samestep status", "samestep status embedded --json"))
@@ -164,10 +168,10 @@ def status(
     chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
     found = [status_of(run, show_job, now) for run in chosen]
     if as_json:
-        _say(json.dumps([one.to_json() for one in found], indent=1))
+        say(json.dumps([one.to_json() for one in found], indent=1))
         return
     if not found:
-        _say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
+        say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
         return
     from rich.console import Console
     from rich.table import Table
@@ -211,25 +215,15 @@ def logs(
 def _show(submission: Submission, to_stderr: bool) -> None:
     """The derived numbers, and what is allowed to differ."""
     from rich.console import Console
-    from rich.table import Table
 
     from launch.changes import consequences
-    from launch.plan import plan_rows
 
-    plan = submission.planned.plan
     console = Console(highlight=False, stderr=to_stderr)
     for consequence in consequences(submission.planned.changed):
         console.print(f"allowed: {consequence}", markup=False)
-    table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
-    for name, value in plan_rows(plan):
-        table.add_row(name, value)
-    console.print(table)
+    show_plan(submission.planned.plan, to_stderr)
     if other := submission.other_packages:
         console.print(
             f"versions and DeepSpeed: not judged here, the job runs with {other}; its first node judges them",
             markup=False,
         )
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

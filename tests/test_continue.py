@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch import screen
 from launch.children import processes_with
 from launch.plan import Begin, Plan
 from launch.recipe import load_recipe
@@ -463,8 +463,8 @@ def test_what_nobody_reads_any_more_changes_nothing(monkeypatch: pytest.MonkeyPa
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        cli._say("stopped")
-        cli._say("and more")
+        screen.say("stopped")
+        screen.say("and more")
         monkeypatch.undo()
 
 

@@ -1,0 +1,133 @@
+"""The commands of `samestep` for what a run left: evaluate, merge, consolidate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.arguments import Processes, RunArgument, RunsDir, example
+from launch.errors import ConfigError
+from launch.screen import say
+
+commands = typer.Typer()
+
+
+@commands.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
+def evaluate(
+    run: RunArgument,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    models: Annotated[
+        str,
+        typer.Option(help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas."),
+    ] = "base,adapter,shuffled",
+    max_samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Only N samples, spread over the split.", show_default="all"),
+    ] = None,
+    gpus_per_node: Processes = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
+    from launch import results, start
+    from launch.index import SPLITS
+
+    found = start.find_run(run, runs_dir)
+    limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
+    if split not in SPLITS:
+        raise ConfigError(
+            f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
+        )
+    chosen = [model.strip() for model in models.split(",")]
+    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+
+
+AdapterConfig = Annotated[
+    Path | None,
+    typer.Option(help="adapter_config.json of a checkpoint without one.", show_default="the checkpoint's"),
+]
+LoraAlpha = Annotated[
+    float | None, typer.Option(help="Of a checkpoint without adapter_config.json, such as FSDP's.")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
+]
+
+
+@commands.command(
+    epilog=example(
+        "samestep merge embedded",
+        "samestep merge runs/embedded/checkpoint-20 --output m20",
+        "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
+    )
+)
+def merge(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|ADAPTER",
+            help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
+    ] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained."
+        ),
+    ] = "original",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare/--no-compare",
+            help="Merge onto the other base too and set both beside the unmerged model; or compare nothing.",
+            show_default="inside a run, this merge with the unmerged model",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The training's recipe, for --base dequantized outside a run.")
+    ] = None,
+    adapter_config: AdapterConfig = None,
+    lora_alpha: LoraAlpha = None,
+    base_model: BaseModel = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
+    from launch import results
+
+    if dtype not in (None, "bfloat16", "float32"):
+        raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
+    if base not in ("original", "dequantized"):
+        raise ConfigError(
+            f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
+        )
+    options = results.MergeOptions(
+        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
+    )
+    if not results.merge(source, output, options, compare, runs_dir):
+        say("not compared with base + adapter: the adapter lies in no run, which would name the data")
+
+
+@commands.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))
+def consolidate(
+    source: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Of ours, transformers, trl, accelerate or DeepSpeed.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    adapter_config: AdapterConfig = None,
+    lora_alpha: LoraAlpha = None,
+    base_model: BaseModel = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
+    from launch import results
+
+    options = results.MergeOptions(
+        adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model
+    )
+    results.consolidate(source, output, options, runs_dir)

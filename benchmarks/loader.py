@@ -27,7 +27,7 @@ import torch
 from benchmarks.random_base import build
 from benchmarks.throughput import RECIPE, recipe_arguments
 from launch.plan import make_plan, step_plan
-from launch.recipe import find_recipe, load_recipe
+from launch.recipe_file import find_recipe, load_recipe
 from trainer.data import encoder, micro_batches
 from trainer.data.chartqa import open_split
 from trainer.data.loader import Loader

@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     """
     import torch
 
-    from launch.recipe import find_recipe, load_recipe
+    from launch.recipe_file import find_recipe, load_recipe
     from trainer.model.base import (
         DTYPES,
         add_lora,

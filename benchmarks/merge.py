@@ -138,7 +138,7 @@ def write_adapter(folder: Path, base: Path, layers: int) -> None:
 
 def write_recipe(file: Path, base: Path) -> None:
     """The default recipe, which says how the base was quantized."""
-    from launch.recipe import dump_recipe, find_recipe, load_recipe
+    from launch.recipe_file import dump_recipe, find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"), [f"model.name_or_path={base}"])
     file.write_text(dump_recipe(recipe))

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.scaling import LORA_BYTES, all_reduce_seconds, random_deal, rank_costs
 from launch.index import read_index
 from launch.plan import Plan, step_plan
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory, read_marker
 
 WARM_UP = 2

@@ -48,7 +48,7 @@ def write_base(folder: Path, shape: str, charts: Path) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
     from launch.folders import published
-    from launch.recipe import find_recipe, load_recipe
+    from launch.recipe_file import find_recipe, load_recipe
     from trainer.model.tiny import TinyShape, make_processor, train_tokenizer
 
     recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"))

@@ -191,7 +191,7 @@ def chart_lengths(count: int, seed: int = 0) -> Lengths:
 def prepared_lengths(recipe_name: str, overrides: Sequence[str] = ()) -> Lengths:
     """Of a recipe's training split, from its index. SystemExit when it is not prepared."""
     from launch.index import read_index
-    from launch.recipe import find_recipe, load_recipe
+    from launch.recipe_file import find_recipe, load_recipe
 
     index = read_index(load_recipe(find_recipe(recipe_name), list(overrides)))
     if index is None:

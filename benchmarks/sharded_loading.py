@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.random_base import write_base, write_charts
-from launch.recipe import dump_recipe, recipe_from_dict
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from tests.distributed.launching import drive
 from tests.distributed.recorded import metrics_of
 

@@ -23,7 +23,8 @@ from benchmarks.random_base import GLOBAL_BATCH
 from benchmarks.throughput import RECIPE, recipe_arguments
 from launch.index import Index
 from launch.plan import Plan, make_plan, step_plan
-from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import find_recipe, load_recipe
 from launch.steps import StepPlan
 from trainer.prepare import prepare
 

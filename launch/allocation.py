@@ -20,7 +20,7 @@ from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError
 from launch.hardware import compute_capability
 from launch.job_plan import Allocation, JobPlan, plan_job, run_of
 from launch.ledger import End
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.resources import resource
 from launch.rules import refuse_unfit_machine
 from launch.run_directory import (

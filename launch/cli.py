@@ -66,7 +66,7 @@ def plan(
 ) -> None:
     """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
     from launch import start
-    from launch.recipe import find_recipe, load_recipe
+    from launch.recipe_file import find_recipe, load_recipe
     from launch.rules import refuse_topology
 
     file = find_recipe(recipe)
@@ -98,7 +98,7 @@ def prepare(
 ) -> None:
     """Validate the data, count its tokens and fetch the base weights, into the cache. Needs no GPU."""
     from launch import start
-    from launch.recipe import find_recipe, load_recipe
+    from launch.recipe_file import find_recipe, load_recipe
 
     file = find_recipe(recipe)
     load_recipe(file, overrides)

@@ -11,7 +11,7 @@ from launch import start
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.plan import Plan
-from launch.recipe import find_recipe, load_recipe
+from launch.recipe_file import find_recipe, load_recipe
 from launch.run_directory import RunDirectory, open_run, read_marker
 
 

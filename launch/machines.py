@@ -13,7 +13,8 @@ from pathlib import Path
 from launch.errors import ConfigError, SamestepError
 from launch.launching import Machine, launch, tell
 from launch.plan import Plan
-from launch.recipe import Recipe, find_recipe, load_recipe, recipe_fingerprint
+from launch.recipe import Recipe, recipe_fingerprint
+from launch.recipe_file import find_recipe, load_recipe
 from launch.run_directory import Marker, RunDirectory, lock_holder, open_run, read_marker
 from launch.start import RunRequest, choose_topology, refuse_missing_gpus
 

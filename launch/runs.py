@@ -24,7 +24,8 @@ from launch.errors import CheckpointError, ConfigError
 from launch.manifest import MANIFEST, read_manifest
 from launch.plan import Begin, Plan
 from launch.publishing import aside_folder, publish
-from launch.recipe import altering_values, dump_recipe, load_recipe
+from launch.recipe import altering_values
+from launch.recipe_file import dump_recipe, load_recipe
 from launch.survey import newest_valid
 
 if TYPE_CHECKING:

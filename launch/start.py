@@ -21,7 +21,8 @@ from launch.index import base_is_there, cache_root, read_index
 from launch.launching import ALONE, Machine, launch, tell
 from launch.manifest import MANIFEST
 from launch.plan import Plan, make_plan
-from launch.recipe import Recipe, find_recipe, load_recipe, recipe_fingerprint
+from launch.recipe import Recipe, recipe_fingerprint
+from launch.recipe_file import find_recipe, load_recipe
 from launch.rules import refuse_topology
 from launch.run_directory import (
     Marker,

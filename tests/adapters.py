@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from launch.recipe import Recipe, dump_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import dump_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.portable import save_adapter
 from trainer.model.base import add_lora, load_base

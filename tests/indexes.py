@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from launch.index import Index, Split
-from launch.recipe import Recipe, load_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import load_recipe
 from launch.resources import resource
 from launch.shape import shape_of
 

@@ -12,7 +12,7 @@ import pytest
 from launch import cli
 from launch.children import Ended
 from launch.plan import Plan
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, write_marker
 from tests.attempts import save_step
 from tests.indexes import make_index

@@ -13,7 +13,7 @@ from launch import machines
 from launch.index import Index
 from launch.launching import trainer_command
 from launch.plan import Plan
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
 from tests.indexes import SHAPE, make_index
 from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.adapters import write_run
 from tests.conftest import recipe_values

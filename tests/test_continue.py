@@ -13,7 +13,7 @@ import pytest
 from launch import screen
 from launch.children import processes_with
 from launch.plan import Begin, Plan
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory, read_marker, request_stop, requested_stop, write_marker
 from tests.checkpoints import ADAPTER, change_one_bit, names
 from tests.indexes import make_index

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import ConfigError, RunError
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.model.base import add_lora, load_base
 from trainer.model.dropout import (

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from launch.errors import ConfigError
-from launch.recipe import Recipe, altering_values, recipe_from_dict
+from launch.recipe import Recipe, altering_values
+from launch.recipe_file import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.features.file import HEADER_BYTES, Features, Kind
 from trainer.features.identity import MEANING, differences, facts_of, tower_digest

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.model import fused
 from trainer.model.base import add_lora, load_base, trainable_parameters

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from launch.errors import ConfigError, RunError
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer import sharding_guards
 from trainer.guards import (

@@ -10,7 +10,8 @@ import torch
 
 from launch.memory import GIB, Kernels, Load, Memory, Packed, Settings, layer_bytes, load_of, memory_of
 from launch.memory import trained_parameters as planned_parameters
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import recipe_from_dict
 from launch.shape import ModelShape, read_shape, shape_of
 from tests.conftest import recipe_values
 from tests.indexes import HUB_7B, SHAPE

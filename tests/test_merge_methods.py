@@ -20,7 +20,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
 from launch.publishing import publish
-from launch.recipe import Recipe, dump_recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from tests.adapters import write_run
 from tests.conftest import recipe_values
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft

@@ -10,7 +10,8 @@ import torch
 
 from launch.errors import RunError
 from launch.index import Index
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import recipe_from_dict
 from launch.steps import MicroBatch
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split

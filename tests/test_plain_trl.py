@@ -15,7 +15,8 @@ from trl import SFTConfig, SFTTrainer
 
 from launch.index import Index
 from launch.plan import Plan, make_plan, step_plan
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import decode_image, open_split

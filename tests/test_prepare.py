@@ -16,7 +16,8 @@ import pytest
 
 from launch.errors import ConfigError
 from launch.index import base_is_there, read_index
-from launch.recipe import Recipe, dump_recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder

@@ -9,17 +9,8 @@ import pytest
 import yaml
 
 from launch.errors import ConfigError
-from launch.recipe import (
-    Recipe,
-    TrainingSection,
-    altering_values,
-    dump_recipe,
-    find_recipe,
-    load_recipe,
-    recipe_fingerprint,
-    recipe_from_dict,
-    recipe_schema,
-)
+from launch.recipe import Recipe, TrainingSection, altering_values, recipe_fingerprint, recipe_schema
+from launch.recipe_file import dump_recipe, find_recipe, load_recipe, recipe_from_dict
 from launch.resources import resource, resource_names
 from launch.training_fields import REFUSED_TRAINING_FIELDS
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launch.errors import CheckpointError, ConfigError
 from launch.plan import Begin, Plan, samples_consumed, step_plan
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from launch.runs import (
     Continuation,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from launch.errors import CheckpointError, ConfigError, RunError
 from launch.manifest import read_manifest
 from launch.publishing import aside_folder, bring_to_disk, publish
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from launch.runs import adopt
 from launch.survey import newest_valid

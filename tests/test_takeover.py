@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from launch import cli
 from launch.errors import ConfigError
 from launch.manifest import read_manifest
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from launch.runs import Continuation
 from launch.start import RunRequest, take_over_foreign

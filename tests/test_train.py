@@ -17,7 +17,7 @@ import torch
 from launch.errors import RunError, SamestepError
 from launch.launch_config import LaunchConfig
 from launch.plan import Plan, make_plan
-from launch.recipe import dump_recipe, recipe_from_dict
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory, hold_lock, read_marker
 from tests.conftest import recipe_values
 from trainer.agreement import say_once

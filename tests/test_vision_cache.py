@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import dump_recipe, recipe_from_dict
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.steps import MicroBatch
 from tests.conftest import SPLIT_SIZES, recipe_values
 from tests.distributed.recorded import apart, evaluations_of

@@ -48,7 +48,7 @@ def test_the_command_answers_outside_the_repository(unpacked: Path, tmp_path: Pa
 
 def test_recipes_and_configurations_are_found_outside_the_repository(unpacked: Path, tmp_path: Path) -> None:
     program = (
-        "from launch.recipe import find_recipe, load_recipe; from launch.resources import resource\n"
+        "from launch.recipe_file import find_recipe, load_recipe; from launch.resources import resource\n"
         "print(find_recipe('recipes/notebook.yaml')); print(load_recipe(find_recipe('embedded')).name)\n"
         "print(resource('accelerate_configs', 'ddp.yaml'))\n"
     )

@@ -34,7 +34,8 @@ from launch.index import (
     index_path,
     read_index,
 )
-from launch.recipe import EMBEDDED, Recipe, load_recipe
+from launch.recipe import EMBEDDED, Recipe
+from launch.recipe_file import load_recipe
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split

@@ -22,7 +22,8 @@ from launch.index import Index, read_index
 from launch.manifest import MANIFEST
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
-from launch.recipe import Recipe, altering_values, find_recipe, load_recipe
+from launch.recipe import Recipe, altering_values
+from launch.recipe_file import find_recipe, load_recipe
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.base_model import COMMIT
 from trainer.checkpoint.foreign import TakenOver, take_over

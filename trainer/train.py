@@ -33,7 +33,8 @@ from launch.errors import CheckpointError, ConfigError, GpuMemoryError, RunError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
 from launch.plan import Plan, make_plan
-from launch.recipe import Recipe, find_recipe, load_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import find_recipe, load_recipe
 from launch.replan import plan_on, plan_with_less
 from launch.resources import resource
 from launch.rules import refuse_config, refuse_unfit_machine

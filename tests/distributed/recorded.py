@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from launch.manifest import read_manifest
 from launch.plan import Plan
-from launch.recipe import dump_recipe, recipe_from_dict
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 

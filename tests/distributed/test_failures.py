@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from launch.recipe import dump_recipe, recipe_from_dict
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
 from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of

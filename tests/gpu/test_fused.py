@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.memory import layer_bytes, load_of
-from launch.recipe import recipe_from_dict
+from launch.recipe_file import recipe_from_dict
 from launch.settings import Machine, kernels_of
 from launch.shape import ModelShape, read_shape
 from tests.conftest import recipe_values

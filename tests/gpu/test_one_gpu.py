@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import Recipe, dump_recipe, recipe_from_dict
+from launch.recipe import Recipe
+from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split

@@ -10,7 +10,8 @@ from typing import Any
 
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST
-from launch.recipe import Recipe, load_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter
 from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from launch.errors import SamestepError
-from launch.recipe import find_recipe
+from launch.recipe_file import find_recipe
 from trainer.checkpoint.adapter import Missing
 from trainer.checkpoint.aside import written_aside
 from trainer.checkpoint.card import merge_record, model_card

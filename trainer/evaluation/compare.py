@@ -29,7 +29,8 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
-from launch.recipe import Recipe, load_recipe
+from launch.recipe import Recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
 from trainer.checkpoint.base_model import check_base, find_base, run_of

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
-from launch.recipe import load_recipe
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
 from trainer.evaluation.answers import (

@@ -412,7 +412,7 @@ def test_another_base_behind_the_same_name_is_refused_by_its_content(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = _copy(done, tmp_path, 6)
-    monkeypatch.setattr("trainer.train.base_identity", lambda recipe: "0" * 64)
+    monkeypatch.setattr("trainer.request.base_identity", lambda recipe: "0" * 64)
     assert _again(run) == 2
     said = capsys.readouterr().err
     assert "model.content: the run has" in said
@@ -423,5 +423,5 @@ def test_another_base_behind_the_same_name_is_refused_by_its_content(
     assert _again(run, "--allow", "model.content") == 0
     assert "the adapter goes on over other weights than it was trained on" in caplog.text
     assert run_of(run.path).facts(6)["base_identity"] == "0" * 64
-    monkeypatch.setattr("trainer.train.base_identity", lambda recipe: "1" * 64)
+    monkeypatch.setattr("trainer.request.base_identity", lambda recipe: "1" * 64)
     assert _again(run) == 2  # what was allowed was that other base, not any

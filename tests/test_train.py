@@ -259,10 +259,11 @@ def test_a_plan_for_another_strategy_than_was_launched_stops_before_anything_is_
     run.plan_file.write_text(json.dumps(json.loads(run.plan_file.read_text()) | {"strategy": "zero3"}))
     assert main(["--run-dir", str(run.path)]) == 1
     assert "--config_file: it launches single, the plan is for zero3; take " in capsys.readouterr().err
-    monkeypatch.setattr(
-        "trainer.train.launched_config",
-        lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),
-    )
+    for module in ("request", "processes"):
+        monkeypatch.setattr(
+            f"trainer.{module}.launched_config",
+            lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),
+        )
     assert main(["--run-dir", str(run.path)]) == 1
     assert "it launches zero2, the plan is for zero3" in capsys.readouterr().err
 
@@ -272,11 +273,11 @@ def test_packages_and_gpus_that_the_plan_did_not_know_are_judged_where_it_trains
 ) -> None:
     recipe = _write(world, tmp_path / "recipe.yaml", model={"dtype": "bfloat16"})
     monkeypatch.setattr("trainer.train.train", lambda *_: pytest.fail("went on"))
-    monkeypatch.setattr("trainer.train.capability_of", lambda _: (7, 5))
+    monkeypatch.setattr("trainer.processes.capability_of", lambda _: (7, 5))
     assert _train(recipe, "run") == 2
     assert "model.dtype: bfloat16 on a GPU of compute capability 7.5" in capsys.readouterr().err
-    monkeypatch.setattr("trainer.train.capability_of", lambda _: None)
-    monkeypatch.setattr("trainer.train.make_plan", partial(_plan_elsewhere, make_plan))
+    monkeypatch.setattr("trainer.processes.capability_of", lambda _: None)
+    monkeypatch.setattr("trainer.request.make_plan", partial(_plan_elsewhere, make_plan))
     monkeypatch.setattr("launch.rules._installed", lambda: {"accelerate": "1.14.2"})
     assert _train(recipe, "run") == 2
     assert "versions: too old (accelerate 1.14.2 < 1.15)" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def _of_images(caplog: pytest.LogCaptureFixture) -> tuple[int, int, int]:
 def off(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run without a cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.train.open_cache", lambda *_: pytest.fail("a cache was opened"))
+        patch.setattr("trainer.building.open_cache", lambda *_: pytest.fail("a cache was opened"))
         return _train(world, tmp_path_factory.mktemp("off"), "off", "off")
 
 

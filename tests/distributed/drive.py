@@ -21,7 +21,7 @@ from launch.errors import SamestepError
 from launch.index import Index
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from trainer import sft, train
+from trainer import processes, sft, train
 from trainer.agreement import end_process, leave_processes
 from trainer.guards import GradientWitness
 from trainer.sft import PlannedTrainer
@@ -75,8 +75,8 @@ def share_one_gpu() -> None:
         )
 
     def start() -> PartialState:
-        train.find_deepspeed_config()
-        return PartialState(backend="gloo", timeout=train.PATIENCE)
+        processes.find_deepspeed_config()
+        return PartialState(backend="gloo", timeout=processes.PATIENCE)
 
     train.start_processes = start
 

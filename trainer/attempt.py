@@ -1,0 +1,113 @@
+"""What an attempt writes into its run: when it takes the run, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from accelerate.logging import get_logger
+
+from launch.errors import CheckpointError, ConfigError, SamestepError
+from launch.plan import Plan
+from launch.replan import plan_with_less
+from launch.run_directory import (
+    RunDirectory,
+    StopReason,
+    clear_markers,
+    clear_requests,
+    hold_lock,
+    write_marker,
+)
+from launch.runs import adopt, keep_plan, write_request
+from launch.settings import recomputation
+from trainer.task import Task
+
+logger = get_logger("trainer")
+
+
+def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> None:
+    """Rank 0: lock the run for this process's lifetime and write what it is about to do.
+
+    `waited_for`: `samestep run` has cleared away what was asked of earlier attempts.
+    """
+    task.run.path.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold_lock(task.run.path))
+    clear_markers(task.run)
+    if not waited_for:
+        forget_old_stop(task.run)
+    write_request(task.run, task.recipe, task.plan)
+    if task.source is not None:
+        adopt(task.source, task.run)
+    task.run.environment_file.write_text(json.dumps(environment(task.plan), indent=1) + "\n")
+
+
+def forget_old_stop(run: RunDirectory) -> None:
+    """Remove a STOP file from before this process began: an attempt that was killed did not answer it."""
+    with contextlib.suppress(OSError):
+        if run.stop_file.is_file() and run.stop_file.stat().st_mtime < psutil.Process().create_time():
+            run.stop_file.unlink()
+            logger.warning(f"{run.stop_file}: is from before this start, removed")
+
+
+def environment(plan: Plan) -> dict[str, object]:
+    """Where and with what this attempt runs."""
+    return {
+        "versions": plan.versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name()
+        if plan.device == "cuda"
+        else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Where an attempt ended, and why when it was not at the last step."""
+
+    step: int
+    stop: StopReason | None = None
+
+
+def leave_marker(task: Task, ended: Ended) -> None:
+    """Say how the attempt ended; what was asked of it is answered."""
+    if ended.stop:
+        text = f"{ended.stop}: at step {ended.step} of {task.plan.max_steps}"
+        logger.info(f"stopped, {text}; the same command goes on")
+        write_marker(task.run, "STOPPED", text)
+    else:
+        write_marker(task.run, "DONE", f"step {ended.step}")
+    clear_requests(task.run)
+
+
+def leave_smaller_plan(task: Task) -> None:
+    """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
+    with contextlib.suppress(OSError):
+        plan = Plan.from_json(task.run.plan_file.read_text(encoding="utf-8"))
+        if plan.out_of_memory > task.plan.out_of_memory:
+            return  # another rank was faster
+        smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)
+        if smaller is None:
+            return
+        keep_plan(task.run, replace(smaller, out_of_memory=plan.out_of_memory + 1))
+        logger.warning(
+            f"{task.run.plan_file}: the next attempt takes {smaller.micro_batch_tokens:,} tokens a micro-batch, "
+            f"recomputed: {recomputation(smaller.recompute_every)}"
+        )
+
+
+def leave_reason(run: RunDirectory, error: SamestepError) -> None:
+    """Write why a request was refused where `samestep run` looks for it; a failed run leaves no marker."""
+    with contextlib.suppress(OSError):
+        if isinstance(error, ConfigError | CheckpointError):
+            write_marker(run, "REFUSED", str(error))

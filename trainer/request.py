@@ -1,0 +1,101 @@
+"""From the command line to the task: recipe, data, plan and run directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+
+from launch.changes import consequences, tie_contents
+from launch.errors import ConfigError
+from launch.index import Index, read_index
+from launch.launch_config import launched_config, launched_strategy
+from launch.plan import Plan, make_plan
+from launch.recipe import Recipe
+from launch.recipe_file import find_recipe, load_recipe
+from launch.replan import plan_on
+from launch.rules import refuse_config
+from launch.run_directory import RunDirectory, open_run
+from launch.runs import continue_run, plan_to_keep, refuse_an_end_behind, refuse_another_dataset
+from trainer.prepare import prepare
+from trainer.pretrained import base_identity
+from trainer.task import Task
+
+logger = get_logger("trainer")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that was asked for."""
+    if options.run_dir is not None:
+        return load_recipe(RunDirectory(options.run_dir).recipe_file)
+    return load_recipe(find_recipe(options.recipe), options.set)
+
+
+def prepare_first(options: argparse.Namespace) -> Index:
+    """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
+    recipe = recipe_of(options)
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return read_index(recipe) or prepare(recipe, quiet=not first)
+
+
+def read_task(options: argparse.Namespace, index: Index, state: PartialState, gpu_memory: int | None) -> Task:
+    """Recipe, plan and run directory; a plain launch plans here.
+
+    Raises:
+        ConfigError: the plan does not fit what was launched, or the run belongs to another recipe.
+    """
+    recipe, config = recipe_of(options), launched_config(os.environ)
+    if options.run_dir is not None:
+        run = RunDirectory(options.run_dir.absolute())
+        plan = Plan.from_json(run.plan_file.read_text())
+        if index.fingerprint != plan.dataset_fingerprint:
+            raise ConfigError(
+                f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "
+                f"{index.fingerprint[:12]}); run the same `samestep run` again to plan anew"
+            )
+        refuse_config(recipe, plan.strategy, plan.nodes, config)
+        if gpu_memory is not None and not plan.gpu_memory:  # planned on a machine that did not know it
+            plan = plan_on(recipe, index, plan, gpu_memory)
+        return make_task(recipe, plan, index, run)
+    run = open_run(options.runs_dir, options.name or recipe.name)
+    continuation = continue_run(run, recipe, options.allow, options.source)
+    source = continuation.source
+    allowed = continuation.allowed if source else options.allow
+    other_data = refuse_another_dataset(run, index.fingerprint, allowed, source)
+    for consequence in consequences([*continuation.changed, *other_data]):
+        logger.warning(f"allowed: {consequence}")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hardware: dict[str, Any] = {
+        "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),
+        "nodes": max(1, state.num_processes // local),
+        "gpus_per_node": local,
+        "device": state.device.type,
+    }
+    plan = make_plan(
+        recipe,
+        index,
+        **hardware,
+        before=plan_to_keep(run, recipe, {**hardware, "gpu_memory": gpu_memory or 0}, index.fingerprint),
+        name=run.name,
+        begin=continuation.begin,
+        allowed=continuation.allowed,
+        started_from=continuation.started_from,
+        config=config,
+        gpu_memory=gpu_memory,
+    )
+    refuse_an_end_behind(run, plan.max_steps, source)
+    return make_task(recipe, plan, index, run, source)
+
+
+def make_task(
+    recipe: Recipe, plan: Plan, index: Index, run: RunDirectory, source: Path | None = None
+) -> Task:
+    """With what is allowed about data and base tied to those of now."""
+    base = base_identity(recipe)
+    contents = {"data.content": index.fingerprint, "model.content": base}
+    return Task(recipe, replace(plan, allowed=tie_contents(plan.allowed, contents)), index, run, base, source)

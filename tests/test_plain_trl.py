@@ -19,6 +19,7 @@ from launch.recipe import Recipe
 from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
+from trainer.building import build_trainer
 from trainer.data.chartqa import decode_image, open_split
 from trainer.data.encoder import Encoder
 from trainer.model.base import add_lora, load_base
@@ -26,7 +27,6 @@ from trainer.preemption import Watch
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.records import read_lines
-from trainer.sft import build_trainer
 from trainer.task import Task
 
 STEPS = 3

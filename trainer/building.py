@@ -22,8 +22,9 @@ from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch
 from trainer.pretrained import load_processor
-from trainer.sft import PlannedTrainer, build_trainer
+from trainer.sft import PlannedTrainer
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
+from trainer.step_end import StepEnd
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -53,6 +54,15 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
         )
 
     return together(finish)
+
+
+def build_trainer(
+    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int
+) -> PlannedTrainer:
+    """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
+    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at)
+    trainer.callback_handler.callbacks.insert(0, StepEnd(trainer))
+    return trainer
 
 
 def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -146,3 +147,13 @@ def tracking_name(run: RunDirectory) -> str:
     if not file.exists():
         file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
     return file.read_text()
+
+
+def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
+    """What rank 0 shows of a run; nothing on the others."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return []
+    shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
+    if recipe.tracking.report_to == "trackio":
+        shown.append(Trackio(recipe, run))
+    return shown

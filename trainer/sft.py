@@ -9,9 +9,8 @@ and everything written to disk.
 
 from __future__ import annotations
 
-import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,23 +20,16 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl
+from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
 from launch.errors import RunError
-from launch.folders import published
-from launch.manifest import read_manifest
-from launch.plan import Plan, samples_consumed, step_plan, validation_samples
-from launch.recipe import Recipe
-from launch.run_directory import RunDirectory
-from launch.steps import MicroBatch, cost, deal
+from launch.plan import Plan, samples_consumed, step_plan
 from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
-from trainer.checkpoint.portable import save_adapter
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
-from trainer.data.loader import Loader, data_workers
-from trainer.data.micro_batches import EvaluationBatches, MicroBatches, assemble
+from trainer.data.loader import Loader
+from trainer.data.micro_batches import EvaluationBatches, MicroBatches
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.features.writer import FeatureWriter
@@ -46,29 +38,21 @@ from trainer.guards import (
     check_adapters,
     check_finite,
     check_launch,
-    check_logits,
     check_same_adapters,
     check_taken,
     describe_labels,
 )
+from trainer.loaders import evaluation_batches, open_loader, shortest_sample, training_batches
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
 from trainer.preemption import Agreed, Watch
 from trainer.records import append_line, samples_digest
-from trainer.reports import ProgressBar, Trackio
-from trainer.saving import Saver, load_checkpoint
-from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
+from trainer.reports import reporters
+from trainer.saving import Saver, load_checkpoint, publish_adapter
+from trainer.schedule import enter_schedule, say_another_rate
 from trainer.task import Task
+from trainer.wrapping import compare_with_whole, whole_before_wrapping
 
 logger = get_logger("trainer")
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A model that no engine has wrapped yet: its answers to a sample, and its layers where they will be sharded."""
-
-    sample: dict[str, Any]
-    answers: Tensor
-    layers: list[LayerFacts]
 
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
@@ -107,7 +91,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=Dataset.from_dict({"image": [0]}),
             data_collator=lambda rows: rows,
             processing_class=encoder.processor,
-            callbacks=_callbacks(recipe, task.run, resumed_at),
+            callbacks=reporters(recipe, task.run, resumed_at),
         )
         self.remove_callback(PrinterCallback)
         self.parameters = trainable_parameters(self.model)
@@ -144,36 +128,19 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Loader:
         """The steps after the resumed one: the loader starts there, nothing is skipped."""
-        rows = open_split(self.recipe, "train")
-        split = self.index.splits["train"]
-        batches = MicroBatches(rows, split, self.encoder, self.steps, self.args.process_index)
+        batches = training_batches(self.task, self.encoder, self.steps, self.args.process_index)
         first = self.resumed_at * self.plan.micro_batches
         self._training_data = self._loader(batches, range(first, len(batches)))
         return self._training_data
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
+        """This rank's share of the validation samples."""
+        batches = evaluation_batches(self.task, self.encoder, self.args.process_index)
+        return self._loader(batches, range(len(batches)))
+
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
         self._wait_for_threads()  # data workers are forked, and must not inherit a lock
-        asked, plan = self.plan.data_workers, self.plan
-        samples = plan.global_batch_size / plan.world_size / plan.micro_batches
-        return Loader(
-            batches,
-            numbers,
-            total=len(batches),
-            workers=data_workers(self.plan.gpus_per_node) if asked is None else asked,
-            pin_memory=self.args.device.type == "cuda",
-            # Pixels of 16 samples are 0.2 GB of shared memory.
-            ahead=max(1, min(4, round(16 / samples))),
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
-        """This rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
-        split = self.index.splits["validation"]
-        chosen = validation_samples(self.recipe, self.index)
-        costs = cost(split.text_tokens, split.visual_tokens)
-        budget = max(self.plan.micro_batch_tokens, int(split.tokens.max()))
-        mine = deal(chosen, split.tokens, costs, self.args.world_size, budget)[self.args.process_index]
-        batches = EvaluationBatches(open_split(self.recipe, "validation"), split, self.encoder, mine)
-        return self._loader(batches, range(len(batches)))
+        return open_loader(batches, numbers, self.plan, pin_memory=self.args.device.type == "cuda")
 
     @property
     def computing_encoder(self) -> Encoder:
@@ -314,14 +281,13 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _say_labels(self, inputs: Any) -> None:
         """Rank 0 says for all what its first micro-batch scores, unless that is a filler; all fail with it."""
-        tensors, tokenizer = inputs["inputs"], self.encoder.processor.tokenizer
+        tokenizer = self.encoder.processor.tokenizer
 
         def describe() -> str | None:
             if not inputs["samples"]:
                 return None
-            return describe_labels(
-                tensors["input_ids"], tensors["shift_labels"], self.recipe.data.loss, tokenizer
-            )
+            ids, labels = (inputs["inputs"][key] for key in ("input_ids", "shift_labels"))
+            return describe_labels(ids, labels, self.recipe.data.loss, tokenizer)
 
         if said := from_rank_0(describe):
             logger.info(said)
@@ -427,12 +393,13 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
         """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
-        whole = together(self._whole_before_wrapping)
+        whole = together(lambda: whole_before_wrapping(self.model, self.plan.strategy, self._shortest_sample))
         with self.engine.outside_training(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.model_wrapped.train()
         self.engine.started(self.model_wrapped, self.optimizer.optimizer)
-        self._compare_with_whole(whole)
+        together(lambda: check_launch(self.plan, self.accelerator, self.model_wrapped))
+        compare_with_whole(whole, self.model, self.model_wrapped, self.plan)
         self._witness = GradientWitness(self.parameters)
         if isinstance(self.engine, Zero):
             self.engine.before_next_step(self._hear_witness)
@@ -440,64 +407,19 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self._restore(Path(resume_from_checkpoint))
         return prepared
 
-    def _whole_before_wrapping(self) -> _Whole | None:
-        """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
-        if self.plan.strategy in ("single", "fsdp"):
-            return None
-        layers = self.model.get_base_model().model.language_model.layers
-        facts = [layer_facts(layer) for layer in layers] if self.plan.strategy == "zero3" else []
-        sample = self._shortest_sample()
-        return _Whole(sample, self._answers(self.model, sample), facts)
-
-    def _compare_with_whole(self, whole: _Whole | None) -> None:
-        """Guards: wrapped as it was whole, and of the strategy's kind. Collectives."""
-        together(lambda: check_launch(self.plan, self.accelerator, self.model_wrapped))
-        if whole is None:
-            return
-        if whole.layers:
-            check_sharding(self.model, whole.layers, self.plan.world_size)
-        answers = self._answers(self.model_wrapped, whole.sample)
-        check_logits(whole.answers, answers, DTYPES[self.plan.compute_dtype])
-
     def _shortest_sample(self) -> dict[str, Any]:
         """Of the training split, as the model takes it."""
-        split = self.index.splits["train"]
-        batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
-        packed = assemble(open_split(self.recipe, "train"), split, self.computing_encoder, batch, -1, 1)
+        packed = shortest_sample(self.task, self.computing_encoder)
         inputs: dict[str, Any] = self._prepare_inputs(packed)["inputs"]
         return inputs
-
-    @torch.no_grad()
-    def _answers(self, model: nn.Module, sample: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the sample's targets, on the CPU. A wrapped model: all ranks at once."""
-        was_training = model.training
-        model.eval()
-        answers: Tensor = model(**sample).log_probs
-        model.train(was_training)
-        return answers.cpu()
 
     def _restore(self, checkpoint: Path) -> None:
         """Moments and step counts of a checkpoint, and the schedule at the step where the run goes on."""
         if self._moments is not None:  # else taken over from a form without them
             self.engine.restore(self._moments)
             self._moments = None
-        scheduler = self.lr_scheduler
-        scheduler.last_epoch = self.resumed_at
-        scheduler._step_count = self.resumed_at + 1
-        groups = self.optimizer.param_groups
-        for group, rule, base in zip(groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
-            group["lr"] = base * rule(self.resumed_at)
-        self._say_another_rate(checkpoint, groups[0]["lr"])
-
-    def _say_another_rate(self, checkpoint: Path, rate: float) -> None:
-        """Before the first step of a run that was extended, or has another schedule."""
-        before = read_manifest(checkpoint)["facts"]["learning_rate"]
-        if rate != before:
-            known = "another schedule" if before is None else f"{before:.4g}"
-            logger.warning(
-                f"the learning rate goes on at {rate:.4g} where the checkpoint's schedule had {known}: "
-                f"{self.recipe.training.lr_scheduler_type} over {self.plan.max_steps} steps, at step {self.resumed_at}"
-            )
+        rate = enter_schedule(self.lr_scheduler, self.optimizer.param_groups, self.resumed_at)
+        say_another_rate(self.task, checkpoint, self.resumed_at, rate)
 
     def load(self, checkpoint: str) -> None:
         """Take the adapter of the checkpoint that the run is resumed at; before anything is wrapped.
@@ -531,62 +453,5 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def save_final_adapter(self) -> None:
         """Write `adapter/`, replacing an older one whole."""
-
         weights = self.engine.weights()
-
-        def write() -> None:
-            with published(self.run_directory.adapter) as aside:
-                save_adapter(self.model, aside, weights)
-                if self.run_directory.adapter.exists():
-                    shutil.rmtree(self.run_directory.adapter)
-
-        on_rank_0(write)
-
-
-class _StepEnd(TrainerCallback):
-    """Hands the moments of a step to the trainer."""
-
-    def __init__(self) -> None:
-        self.trainer: PlannedTrainer | None = None
-        self._learning_rate = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        # A resumed state brings the cadence it was saved with.
-        state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        self.trainer.check_reduced()
-        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        trainer = self.trainer
-        trainer.write_step(self._learning_rate)
-        first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1
-        if trainer.agreed.stop or trainer.agreed.save or first:
-            control.should_save = True
-        if trainer.agreed.stop:
-            control.should_training_stop = True
-
-
-def build_trainer(
-    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int
-) -> PlannedTrainer:
-    """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at)
-    step_end = _StepEnd()
-    step_end.trainer = trainer
-    trainer.callback_handler.callbacks.insert(0, step_end)
-    return trainer
-
-
-def _callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank != 0:
-        return []
-    callbacks: list[TrainerCallback] = [ProgressBar(resumed_at)]
-    if recipe.tracking.report_to == "trackio":
-        callbacks.append(Trackio(recipe, run))
-    return callbacks
+        on_rank_0(lambda: publish_adapter(self.model, self.run_directory.adapter, weights))

@@ -20,11 +20,11 @@ from accelerate import PartialState
 
 from launch.errors import RunError, SamestepError
 from launch.plan import Plan
-from trainer import probe, saving, sft, train
+from trainer import loaders, probe, saving, train
 from trainer.agreement import end_process
 from trainer.sft import PlannedTrainer
 
-_loss, _publish, _assemble = PlannedTrainer._loss, saving.publish, sft.assemble
+_loss, _publish, _assemble = PlannedTrainer._loss, saving.publish, loaders.assemble
 _full_once = {"later"}
 
 
@@ -73,9 +73,9 @@ def main() -> int:
     """Arguments: those of `trainer.train`."""
     train.prepare_first(train.parse(sys.argv[1:]))
     state = train.start_processes()
-    sft.assemble = _unreadable
+    loaders.assemble = _unreadable
     train_named("unreadable", state)
-    sft.assemble = _assemble
+    loaders.assemble = _assemble
     saving.publish = _full
     train_named("full", state)
     saving.publish = _publish

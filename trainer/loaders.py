@@ -1,0 +1,49 @@
+"""What this rank reads: the micro-batches of the training steps and of an evaluation, and the loader of either."""
+
+from __future__ import annotations
+
+from launch.plan import Plan, validation_samples
+from launch.steps import MicroBatch, StepPlan, cost, deal
+from trainer.data.chartqa import open_split
+from trainer.data.encoder import Encoder
+from trainer.data.loader import Loader, data_workers
+from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch, assemble
+from trainer.task import Task
+
+
+def training_batches(task: Task, encoder: Encoder, steps: StepPlan, rank: int) -> MicroBatches:
+    """Of the whole run, by number."""
+    return MicroBatches(open_split(task.recipe, "train"), task.index.splits["train"], encoder, steps, rank)
+
+
+def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBatches:
+    """A rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
+    split = task.index.splits["validation"]
+    chosen = validation_samples(task.recipe, task.index)
+    costs = cost(split.text_tokens, split.visual_tokens)
+    budget = max(task.plan.micro_batch_tokens, int(split.tokens.max()))
+    mine = deal(chosen, split.tokens, costs, task.plan.world_size, budget)[rank]
+    return EvaluationBatches(open_split(task.recipe, "validation"), split, encoder, mine)
+
+
+def open_loader(
+    batches: MicroBatches | EvaluationBatches, numbers: range, plan: Plan, *, pin_memory: bool
+) -> Loader:
+    """Hands over the micro-batches `numbers`; its data workers, if any, are forked when it is read."""
+    samples = plan.global_batch_size / plan.world_size / plan.micro_batches
+    return Loader(
+        batches,
+        numbers,
+        total=len(batches),
+        workers=data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers,
+        pin_memory=pin_memory,
+        # Pixels of 16 samples are 0.2 GB of shared memory.
+        ahead=max(1, min(4, round(16 / samples))),
+    )
+
+
+def shortest_sample(task: Task, encoder: Encoder) -> PackedBatch:
+    """Of the training split, alone in its micro-batch."""
+    split = task.index.splits["train"]
+    batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
+    return assemble(open_split(task.recipe, "train"), split, encoder, batch, -1, 1)

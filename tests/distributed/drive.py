@@ -36,7 +36,8 @@ SILENT = "silent"
 _training_step = PlannedTrainer.training_step
 
 
-def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) -> object:
+def ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) -> object:
+    """A training step during which the file comes, where the run is to stop after it."""
     if self.state.global_step + 1 == STOP_AT.get(self.run_directory.name) and self.is_world_process_zero():
         request_stop(self.run_directory, "preempted")
     return _training_step(self, *args, **kwargs)  # type: ignore[arg-type]
@@ -99,7 +100,7 @@ def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     requests = [train.parse(arguments) for arguments, _ in asked]
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
-    PlannedTrainer.training_step = _ask_to_stop_in_time  # type: ignore[method-assign]
+    PlannedTrainer.training_step = ask_to_stop_in_time  # type: ignore[method-assign]
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):

@@ -1,5 +1,5 @@
-"""The promises about sameness, with real launches and dropout: world sizes 1 to 4, micro-batch budgets, recomputation,
-and one run that moves from 1 to 2 to 4 to 3 to 1 processes."""
+"""The promises about sameness, with dropout: world sizes 1 to 4 (several processes by real launches), micro-batch
+budgets, recomputation, and one run that moves from 1 to 2 to 4 to 3 to 1 processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.run_directory import read_marker
+from tests.distributed.here import drive_here
 from tests.distributed.launching import drive
 from tests.distributed.recorded import adapter_of, apart, evaluations_of, metrics_of, run_of, write_recipe
 
@@ -21,7 +22,7 @@ MOVES = ((1, 2), (2, 4), (4, 6), (3, 8), (1, None))
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs this module looks at, in one launch per world size.
+    """All runs this module looks at, in one launch per world size above 1.
 
     `same-<kind>-<world size>`: 8 steps with dropout 0.05, `undropped-1` without. `budget-<name>-<world size>` and
     `recomputed-1`: the same, packed otherwise. `straight` and `moving`: 10 steps, the second over all world sizes.
@@ -52,7 +53,10 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if place == 0:
             requests += [request(recomputed, "recomputed-1"), request(ten, "straight")]
             requests += [request(undropped, "undropped-1")]
-        drive(size, requests, folder)
+        if size == 1:
+            drive_here(requests)
+        else:
+            drive(size, requests, folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.drive import SILENT
+from tests.distributed.here import drive_here
 from tests.distributed.launching import drive
 from tests.distributed.recorded import apart, evaluations_of, metrics_of, run_of, write_recipe
 
@@ -19,7 +20,7 @@ CHAIN = (("zero3", 2, 2), ("fsdp", 2, 4), ("zero2", 2, 6), ("single", 1, None))
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<kind>-<strategy>` of each kind and strategy, and `chain`; one launch a strategy."""
+    """`<kind>-<strategy>` of each kind and strategy, and `chain`; one launch a strategy of several processes."""
     folder = tmp_path_factory.mktemp("strategies")
     recipes = {
         kind: write_recipe(world, folder / f"{kind}.yaml", kind, checkpoint={"keep": 9}) for kind in KINDS
@@ -35,7 +36,11 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for strategy, processes, stop in CHAIN:
         requests = [request(kind, f"{kind}-{strategy}") for kind in KINDS]
         last = [request(SILENT, SILENT)] if strategy == "zero2" else []
-        drive(processes, [*requests, request("nf4", "chain", stop), *last], folder, strategy=strategy)
+        requests += [request("nf4", "chain", stop), *last]
+        if strategy == "single":
+            drive_here(requests)
+        else:
+            drive(processes, requests, folder, strategy=strategy)
     return folder
 
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from launch.errors import ConfigError
 from launch.memory import Settings
 from launch.recipe import Recipe, recipe_fingerprint
-from launch.rules import Request, storage_of, violations
+from launch.rules import Request, refuse_request, storage_of
 from launch.settings import Choice, Machine, batches_of, choose, gib, recomputation
 from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
@@ -150,21 +150,15 @@ def make_plan(
 
     Raises ConfigError with every rule the request breaks.
     """
-    train = index.splits["train"]
-    tokens = train.text_tokens + train.visual_tokens
-    longest = longest_of(index)
-    size = recipe.batch.global_batch_size
+    tokens, longest = index.splits["train"].tokens, longest_of(index)
     max_steps, left = whole_steps(recipe, len(tokens), begin)
-    asked = recipe.batch.micro_batch_tokens
-    least = longest if asked == "auto" else asked
+    least = least_budget(recipe, longest)
     request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, least, longest, config)
-    request = replace(request, device=device, packages_here=packages_here)
-    if problems := list(violations(request)):
-        raise ConfigError(problems)
+    refuse_request(replace(request, device=device, packages_here=packages_here))
     where = Where(strategy, request.world_size, device, gpu_memory)
     chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
     steps = dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
-    compute_dtype, asked_workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
+    compute_dtype, workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -172,13 +166,13 @@ def make_plan(
         gpus_per_node=gpus_per_node,
         world_size=request.world_size,
         device=device,
-        global_batch_size=size,
+        global_batch_size=recipe.batch.global_batch_size,
         micro_batch_tokens=chosen.micro_batch_tokens,
         micro_batches=steps.micro_batches,
         max_steps=max_steps,
         warmup_steps=warmup_steps_of(recipe, max_steps),
         samples_per_epoch=len(tokens),
-        steps_per_epoch=len(tokens) / size,
+        steps_per_epoch=len(tokens) / recipe.batch.global_batch_size,
         samples_left=left,
         longest_sample_tokens=longest,
         mean_sample_tokens=float(tokens.mean()),
@@ -195,7 +189,7 @@ def make_plan(
         planned_memory=before.planned_memory if before else peak_of(chosen),
         settings_tried=before is not None and before.settings_tried,
         out_of_memory=before.out_of_memory if before else 0,
-        data_workers=None if asked_workers == "auto" else asked_workers,
+        data_workers=None if workers == "auto" else workers,
         versions=_versions(),
         begin=begin,
         allowed=sorted(allowed),
@@ -242,6 +236,12 @@ def peak_of(chosen: Choice) -> int:
 def longest_of(index: Index) -> int:
     """Tokens of the longest sample of all splits."""
     return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
+
+
+def least_budget(recipe: Recipe, longest: int) -> int:
+    """The fewest tokens that a micro-batch may be planned with."""
+    asked = recipe.batch.micro_batch_tokens
+    return longest if asked == "auto" else asked
 
 
 def dealt(

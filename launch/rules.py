@@ -284,6 +284,12 @@ def violations(request: Request) -> Iterator[str]:
     return _broken((*_early(request), *DATA_RULES), request)
 
 
+def refuse_request(request: Request) -> None:
+    """ConfigError with every rule that the request breaks."""
+    if problems := list(violations(request)):
+        raise ConfigError(problems)
+
+
 def refuse_topology(
     recipe: Recipe,
     strategy: str,

@@ -19,9 +19,10 @@ from torch import nn
 from launch import plan, rules
 from launch.errors import SamestepError
 from launch.index import Index
+from launch.plan import Plan
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from trainer import sft, train
+from trainer import probe, sft, train
 from trainer.agreement import end_process, leave_processes
 from trainer.guards import GradientWitness
 from trainer.sft import PlannedTrainer
@@ -33,7 +34,10 @@ STOP_AT: dict[str, int] = {}
 SILENT = "silent"
 """Name of a run, the last of its launch, one of whose adapters gets no gradient but zeros."""
 
-_training_step = PlannedTrainer.training_step
+TRIED, FIXED = "tried", "fixed"
+"""How the names of two runs begin: one whose largest micro-batch is tried, and one that is planned as that ended."""
+
+_training_step, _trial = PlannedTrainer.training_step, probe._forward_and_backward
 
 
 def _ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) -> object:
@@ -61,6 +65,44 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         if state.is_main_process:
             told = {"agreed": error.agreed, "words": str(error), "trained": bool(trained)}
             (options.runs_dir / f"{options.name}.json").write_text(json.dumps(told))
+
+
+def run_out_of_memory(trainer: PlannedTrainer, *args: object) -> None:
+    """Try: the last rank fails in the middle of the backward, with smaller micro-batches rank 0 in the forward."""
+    failing = {1: trainer.args.world_size - 1, 2: 0}.get(trainer.plan.micro_batches)
+    if failing != trainer.args.process_index:
+        return _trial(trainer, *args)  # type: ignore[arg-type]
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+
+    if trainer.plan.micro_batches == 1:
+        handle = list(trainer.parameters.values())[len(trainer.parameters) // 2].register_hook(fail)
+    else:
+        handle = (
+            trainer.model.get_base_model().model.language_model.layers[-1].mlp.register_forward_hook(fail)
+        )
+    try:
+        _trial(trainer, *args)  # type: ignore[arg-type]
+    finally:
+        handle.remove()
+
+
+def try_largest(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """Train with a trial of the largest micro-batch that fails on one rank until there are three of them a step."""
+    devices = probe.DEVICES
+    probe.DEVICES, probe._forward_and_backward = (state.device.type,), run_out_of_memory
+    try:
+        train.train_once(options, index, state, os.getppid())
+    finally:
+        probe.DEVICES, probe._forward_and_backward = devices, _trial
+
+
+def plan_as_tried(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """Train without a trial, with the micro-batches that the run before it came down to."""
+    tried = options.runs_dir / options.name.replace(FIXED, TRIED, 1) / "plan.json"
+    options.set.append(f"batch.micro_batch_tokens={Plan.from_json(tried.read_text()).micro_batch_tokens}")
+    train.train_once(options, index, state, os.getppid())
 
 
 def share_one_gpu() -> None:
@@ -103,8 +145,8 @@ def main() -> None:
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
-        run = silence_an_adapter if options.name == SILENT else _train
-        run(options, index, state)
+        special = {SILENT: silence_an_adapter, TRIED: try_largest, FIXED: plan_as_tried}
+        special.get(options.name.partition("-")[0], _train)(options, index, state)
     if torch.cuda.is_available():
         gib = torch.cuda.max_memory_allocated() / 2**30
         sys.stdout.write(f"rank {state.process_index}: peak {gib:.2f} GiB\n")

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.drive import SILENT
+from tests.distributed.drive import FIXED, SILENT, TRIED
 from tests.distributed.launching import drive
-from tests.distributed.recorded import apart, evaluations_of, metrics_of, run_of, write_recipe
+from tests.distributed.recorded import (
+    apart,
+    assert_the_same_to_the_byte,
+    evaluations_of,
+    metrics_of,
+    run_of,
+    write_recipe,
+)
 
 KINDS = {"plain": 1e-6, "nf4": 1e-5}
 """Base -> the tolerance that is promised."""
@@ -29,11 +36,21 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         world, folder / "silent.yaml", "plain", training={"warmup_steps": 0}, checkpoint={"every_steps": 100}
     )
 
+    recipes[TRIED] = write_recipe(
+        world,
+        folder / "tried.yaml",
+        "nf4",
+        training={"max_steps": 2, "warmup_steps": 0, "gradient_checkpointing": 2},
+        batch={"global_batch_size": 16},
+    )
+
     def request(kind: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
         return [str(recipes[kind]), "--runs-dir", str(folder), "--name", name], stop
 
     for strategy, processes, stop in CHAIN:
         requests = [request(kind, f"{kind}-{strategy}") for kind in KINDS]
+        if processes > 1:
+            requests += [request(TRIED, f"{name}-{strategy}") for name in (TRIED, FIXED)]
         last = [request(SILENT, SILENT)] if strategy == "zero2" else []
         drive(processes, [*requests, request("nf4", "chain", stop), *last], folder, strategy=strategy)
     return folder
@@ -58,6 +75,16 @@ def test_a_strategy_takes_the_steps_of_one_process(
         assert [line[key] for line in evaluations] == [line[key] for line in straight]
     losses = [line["loss"] for line in evaluations]
     assert losses == pytest.approx([line["loss"] for line in straight], rel=tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
+    tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
+    plan, straight = run_of(tried).plan, run_of(fixed).plan
+    assert (plan.settings_tried, plan.out_of_memory) == (True, 0)
+    assert plan.micro_batches == straight.micro_batches == 3  # a trial failed with one, and with two
+    assert "after a GPU ran out of memory" in plan.settings_reason
+    assert_the_same_to_the_byte(tried, fixed)
 
 
 def test_an_adapter_without_gradients_is_noticed_before_deepspeed_takes_its_step(runs: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.distributed.drive import FIXED, TRIED
 from tests.distributed.launching import accelerate_launch, drive
 from tests.distributed.recorded import GPU_TOLERANCES, apart, run_of, write_recipe, write_recipes_of_dtypes
 
@@ -22,13 +23,26 @@ LAYOUTS = (("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 1), ("zero3", 1))
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<dtype>-<strategy>`, NF4, 8 steps with dropout."""
+    """`<dtype>-<strategy>`, NF4, 8 steps with dropout; `tried-<strategy>`, `fixed-<strategy>`, bfloat16, 4 steps."""
     folder = tmp_path_factory.mktemp("shared")
     recipes = write_recipes_of_dtypes(world, folder)
+    tried = write_recipe(
+        world,
+        folder / "tried.yaml",
+        "nf4",
+        model={"dtype": "bfloat16"},
+        quantization={"bnb_4bit_compute_dtype": "bfloat16"},
+        training={"max_steps": 4, "warmup_steps": 0, "gradient_checkpointing": 2},
+        batch={"global_batch_size": 16},
+    )
     for strategy, processes in LAYOUTS:
         requests = [
             ([str(recipe), "--runs-dir", str(folder), "--name", f"{dtype}-{strategy}"], None)
             for dtype, recipe in recipes.items()
+        ]
+        requests += [
+            ([str(tried), "--runs-dir", str(folder), "--name", f"{name}-{strategy}"], None)
+            for name in (TRIED, FIXED)
         ]
         drive(processes, requests, folder, strategy=strategy)
     return folder
@@ -44,6 +58,17 @@ def test_a_strategy_takes_the_steps_of_one_process(
     loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
     print(f"{dtype}, {strategy} x {processes}: losses within {loss:.1e}, adapters within {weights:.1e}")
     assert loss <= GPU_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy, _ in LAYOUTS])
+def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
+    tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
+    plan = run_of(tried).plan
+    assert (plan.settings_tried, plan.out_of_memory) == (True, 0)
+    assert plan.micro_batches == run_of(fixed).plan.micro_batches == 3  # trials failed with one, and with two
+    loss, weights = apart(tried, fixed)
+    print(f"{strategy}: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= GPU_TOLERANCES["bfloat16"]
 
 
 def test_bytes_that_sharding_changes_are_noticed_before_a_step(

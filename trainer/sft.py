@@ -39,6 +39,7 @@ from trainer.data.collate import Encoder, EvaluationBatches, Loader, MicroBatche
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.features.writer import FeatureWriter
+from trainer.first_step import FirstStep
 from trainer.guards import (
     GradientWitness,
     check_adapters,
@@ -90,8 +91,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         encoder: Encoder,
         watch: Watch,
         resumed_at: int,
+        clock: FirstStep,
     ) -> None:
         self.task, self.encoder, self.watch, self.resumed_at = task, encoder, watch, resumed_at
+        self.clock = clock
         recipe, plan = self.recipe, self.plan = task.recipe, task.plan
         self.index, self.run_directory = task.index, task.run
         self.agreed, self.evaluation_given_up = Agreed(), False
@@ -349,12 +352,20 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "seconds": round(now - self._clock, 4),
         }
         self._record(self.run_directory.metrics_file, values)
+        if step == self.resumed_at + 1:
+            self._say_first_step()
         if step % self.recipe.training.logging_steps == 0 or step == self.plan.max_steps:
             shown = {key: values[key] for key in ("loss", "grad_norm", "learning_rate")}
             self.callback_handler.on_log(
                 self.args, self.state, self.control, {**shown, "epoch": self.state.epoch}
             )
         self._clock = time.perf_counter()
+
+    def _say_first_step(self) -> None:
+        self.clock.passed("step")
+        logger.info(self.clock.words())
+        if self.is_world_process_zero():
+            self.clock.keep(self.run_directory.environment_file)
 
     def _record(self, file: Path, values: dict[str, Any]) -> None:
         """Rank 0 writes a line; where it finds no room, all ranks hear of it in the next step and end together."""
@@ -433,6 +444,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.engine.before_next_step(self._hear_witness)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
+        self.clock.passed("wrapping")
         return prepared
 
     def _whole_before_wrapping(self) -> _Whole | None:
@@ -565,10 +577,10 @@ class _StepEnd(TrainerCallback):
 
 
 def build_trainer(
-    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int
+    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int, clock: FirstStep
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at)
+    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at, clock)
     step_end = _StepEnd()
     step_end.trainer = trainer
     trainer.callback_handler.callbacks.insert(0, step_end)

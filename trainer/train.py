@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ from trainer.agreement import (
 from trainer.data.collate import Encoder
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import FeatureCache, describe, open_cache, remove_unused
+from trainer.first_step import FirstStep
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch, watching
@@ -94,9 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
     speak_plainly()
+    clock = FirstStep.of_this_process()
     try:
         index = prepare_first(options)
-        train_once(options, index, start_processes(), LAUNCHER)
+        clock.passed("data")
+        state = start_processes()
+        clock.passed("processes")
+        train_once(options, index, state, LAUNCHER, clock)
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -127,12 +133,21 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     return 0 if told else status
 
 
-def train_once(options: argparse.Namespace, index: Index, state: PartialState, launcher: int) -> None:
+def train_once(
+    options: argparse.Namespace,
+    index: Index,
+    state: PartialState,
+    launcher: int,
+    clock: FirstStep | None = None,
+) -> None:
     """From the request to the marker, inside an existing process group; `launcher`: the parent's process id.
+
+    `clock`: of what came before, if anybody counted it.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
     """
+    clock = clock or FirstStep(time.time())
     memory = smallest_gpu(state.device)
     task = together(lambda: read_task(options, index, state, memory))
     announce(task, state)
@@ -140,7 +155,7 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState, l
         on_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
-            ended = train(task, state, watch)
+            ended = train(task, state, watch, clock)
         except torch.OutOfMemoryError as error:  # where others wait for this rank: the launcher will end them
             leave_smaller_plan(task)
             raise out_of_memory(error) from None
@@ -392,7 +407,7 @@ class Ended:
     stop: StopReason | None = None
 
 
-def train(task: Task, state: PartialState, watch: Watch) -> Ended:
+def train(task: Task, state: PartialState, watch: Watch, clock: FirstStep) -> Ended:
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
@@ -400,9 +415,11 @@ def train(task: Task, state: PartialState, watch: Watch) -> Ended:
     if reason := watch.agree().stop:
         return Ended(step, reason)
     evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
-    trainer = build(task, state, watch, step)
+    clock.passed("plan")
+    trainer = build(task, state, watch, step, clock)
     try:
         settle(trainer)
+        clock.passed("trial")
         if reason := watch.agree().stop:
             return Ended(step, reason)
         take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
@@ -429,6 +446,7 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
         trainer.load(checkpoint)
     if evaluation_missing:
         trainer.evaluate()
+        trainer.clock.passed("evaluation")
     if step < max_steps and not trainer.agreed.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -444,7 +462,7 @@ def leave_marker(task: Task, ended: Ended) -> None:
     clear_requests(task.run)
 
 
-def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> PlannedTrainer:
+def build(task: Task, state: PartialState, watch: Watch, resumed_at: int, clock: FirstStep) -> PlannedTrainer:
     """Base, LoRA and trainer on this rank's device.
 
     Raises:
@@ -455,7 +473,9 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
     encoder = together(
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
+    clock.passed("processor")
     model = load_model(task, state.device)
+    clock.passed("base")
 
     def finish() -> PlannedTrainer:
         kept = open_features(task.recipe, model, encoder.processor)
@@ -465,9 +485,12 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
             replace(encoder, features=kept, pixels=DTYPES[task.recipe.model.dtype]),
             watch,
             resumed_at,
+            clock,
         )
 
-    return together(finish)
+    trainer = together(finish)
+    clock.passed("trainer")
+    return trainer
 
 
 def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:

@@ -68,15 +68,23 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
 
 
 def run_out_of_memory(trainer: PlannedTrainer, *args: object) -> None:
-    """Try: the last rank fails in the middle of the backward, with smaller micro-batches rank 0 in the forward."""
-    failing = {1: trainer.args.world_size - 1, 2: 0}.get(trainer.plan.micro_batches)
+    """Try: the last rank fails in the middle of the backward, with two micro-batches a step rank 0 in the forward.
+
+    `<run>.trials`, beside the run, says so.
+    """
+    part, failing = {
+        1: ("backward", trainer.args.world_size - 1),
+        2: ("forward", 0),
+    }.get(trainer.plan.micro_batches, ("", None))
     if failing != trainer.args.process_index:
         return _trial(trainer, *args)  # type: ignore[arg-type]
 
     def fail(*_: object) -> None:
+        with trainer.run_directory.path.with_suffix(".trials").open("a") as file:
+            file.write(f"{part} of rank {failing}\n")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
 
-    if trainer.plan.micro_batches == 1:
+    if part == "backward":
         handle = list(trainer.parameters.values())[len(trainer.parameters) // 2].register_hook(fail)
     else:
         handle = (

@@ -16,7 +16,15 @@ from launch.recipe import Recipe, recipe_from_dict
 from launch.steps import MicroBatch
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
-from trainer.data.collate import IGNORED, Encoder, assemble, mrope_positions, pack
+from trainer.data.collate import (
+    IGNORED,
+    Encoder,
+    Loader,
+    MicroBatches,
+    assemble,
+    mrope_positions,
+    pack,
+)
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -295,6 +303,20 @@ def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any
     gradients = [parameter.grad for parameter in packed.parameters() if parameter.requires_grad]
     assert gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+class _Numbered(MicroBatches):
+    def __init__(self) -> None:
+        pass
+
+    def __getitem__(self, number: int) -> Any:
+        return number
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_was_begun_early_gives_every_batch_once_in_order(workers: int) -> None:
+    loader = Loader(_Numbered(), range(3, 9), total=9, workers=workers, pin_memory=False)
+    assert list(loader.begin()) == list(loader) == [3, 4, 5, 6, 7, 8]
 
 
 def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers_deaf_to_sigterm() -> None:

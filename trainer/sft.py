@@ -147,7 +147,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         rows = open_split(self.recipe, "train")
         split = self.index.splits["train"]
         batches = MicroBatches(rows, split, self.encoder, self.steps, self.args.process_index)
-        return self._loader(batches, range(self.resumed_at * self.plan.micro_batches, len(batches)))
+        numbers = range(self.resumed_at * self.plan.micro_batches, len(batches))
+        return self._loader(batches, numbers).begin()  # while the model is wrapped
 
     def _loader(self, batches: MicroBatches | EvaluationBatches, numbers: range) -> Loader:
         self._wait_for_threads()  # data workers are forked, and must not inherit a lock

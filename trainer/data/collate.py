@@ -404,12 +404,19 @@ class Loader:
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
         )
+        self._begun: Iterator[Any] | None = None
 
     def __len__(self) -> int:
         return self._total
 
+    def begin(self) -> Loader:
+        """Let the workers start now: what they have ready then need not be waited for."""
+        self._begun = iter(self._loader)
+        return self
+
     def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in self._loader:
+        begun, self._begun = self._begun or iter(self._loader), None
+        for batch in begun:
             if isinstance(batch, SamestepError):
                 raise batch
             yield batch

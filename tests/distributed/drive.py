@@ -114,21 +114,22 @@ def plan_as_tried(options: argparse.Namespace, index: Index, state: PartialState
 
 
 def share_one_gpu() -> None:
-    """Ranks without `OWN_GPUS`: gloo carries CUDA tensors where NCCL wants a GPU for each rank.
-
-    `CAP_GIB`: the most memory that each rank may take.
-    """
+    """Ranks without `OWN_GPUS`: gloo carries CUDA tensors where NCCL wants a GPU for each rank."""
     os.environ["LOCAL_RANK"] = "0"
-    if cap := os.environ.get("CAP_GIB"):
-        torch.cuda.set_per_process_memory_fraction(
-            float(cap) * 2**30 / torch.cuda.get_device_properties(0).total_memory
-        )
 
     def start() -> PartialState:
         train.find_deepspeed_config()
         return PartialState(backend="gloo", timeout=train.PATIENCE)
 
     train.start_processes = start
+
+
+def cap_memory() -> None:
+    """`CAP_GIB`: the most that each rank may take of its GPU's memory; its plan is not told."""
+    if cap := os.environ.get("CAP_GIB"):
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(cap) * 2**30 / total, device)
 
 
 def _train(options: argparse.Namespace, index: Index, state: PartialState) -> None:
@@ -141,6 +142,7 @@ def main() -> None:
     if torch.cuda.is_available():
         if "WORLD_SIZE" in os.environ and "OWN_GPUS" not in os.environ:
             share_one_gpu()
+        cap_memory()
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
         rules.REQUEST_RULES = tuple(rule for rule in rules.REQUEST_RULES if rule is not rules.fsdp_has_gpus)

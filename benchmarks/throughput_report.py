@@ -60,6 +60,8 @@ def report(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     if results:
         console.print(loss_table(results))
     for result in results:
+        if parts := result.get("first_step"):
+            console.print(first_step_line(result["side"], parts))
         if result.get("profile"):
             console.print(profile_table(result))
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "liger-kernel")
@@ -110,6 +112,12 @@ def speed_table(
             f"{loss_apart(result, reference):.1e}" if reference and result is not reference else "",
         )
     return table
+
+
+def first_step_line(side: str, parts: dict[str, float]) -> str:
+    """What the time to a side's first step went into; before `imports` ends, the benchmark's own are in it."""
+    spent = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items() if part != "total")
+    return f"{side}: first step after {parts['total']:.1f} s: {spent}"
 
 
 def loss_table(results: Sequence[dict[str, Any]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import re
 import shutil
@@ -83,6 +84,7 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
             index, step_plan(recipe, index, plan), [line["step"] - 1 for line in counted], side == "samestep"
         ),
         "first_step_s": (recording.first_step_s or 0.0) - waited,
+        "first_step": json.loads((runs / "benchmark" / "environment.json").read_text())["first_step"],
         "peak_gib": peak_gib(),
         "save_seconds": saves.seconds,
         "profile": recording.profile(),

@@ -14,6 +14,9 @@ import psutil
 
 from launch.errors import SamestepError
 
+STARTED = "SAMESTEP_STARTED"
+"""In the environment of a launcher: when it was started, in seconds since 1970."""
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
-from launch.children import processes_with, wait_for
+from launch.children import STARTED, processes_with, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
 from launch.plan import Plan
@@ -149,4 +149,4 @@ def child_environment(layout: Layout) -> dict[str, str]:
         if layout.strategy == "single" and layout.device == "cuda"
         else {}
     )
-    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **extra}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", STARTED: str(time.time()), **extra}

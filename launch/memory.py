@@ -198,13 +198,17 @@ def trained_parameters(load: Load) -> int:
 
 
 def _trained_bytes(load: Load) -> int:
-    """fp32 adapters, gradients and two moments; what autocast keeps in half precision; buckets of a reduction."""
+    """fp32 adapters and gradients, what autocast keeps in half precision, and what the first step adds."""
     count, half = trained_parameters(load), 2 if load.activation_bytes == 2 else 0
-    if load.strategy in _ZERO:
+    return count * (4 + 4 + half) + bytes_of_first_step(load.strategy, load.world_size, count)
+
+
+def bytes_of_first_step(strategy: str, world_size: int, count: int) -> int:
+    """What `count` trained weights need beside themselves and their gradients: two moments; buckets of a reduction."""
+    if strategy in _ZERO:
         shared = 8 + 4 + 4  # moments, DeepSpeed's own copy, its part of the gradients
-        return count * (4 + 4 + half) + count * shared // load.world_size + _ZERO_BUCKET_BYTES
-    buckets = 4 if load.strategy == "ddp" else 0
-    return count * (4 + 4 + 8 + half + buckets)
+        return count * shared // world_size + _ZERO_BUCKET_BYTES
+    return count * (8 + (4 if strategy == "ddp" else 0))
 
 
 # activations ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from launch.deal import MicroBatch, deal, micro_batches_needed, too_long
+from launch.deal import MicroBatch, deal, most_micro_batches, too_long
 from launch.errors import ConfigError
 
 __all__ = ["MicroBatch", "StepPlan", "cost", "deal", "plan_steps", "step_samples", "steps_of"]
@@ -181,9 +181,8 @@ def plan_steps(
         )
     if problems:
         raise ConfigError(problems)
-    micro_batches = 1
-    for step in range(first_step, max_steps):
-        of_step = step_samples(
+    samples = [
+        step_samples(
             step,
             n=lengths.size,
             global_batch_size=global_batch_size,
@@ -192,9 +191,9 @@ def plan_steps(
             first_step=first_step,
             first_sample=first_sample,
         )
-        micro_batches = max(
-            micro_batches, micro_batches_needed(lengths[of_step].tolist(), world_size, budget)
-        )
+        for step in range(first_step, max_steps)
+    ]
+    micro_batches = most_micro_batches(lengths[np.stack(samples)], world_size, budget)
     return StepPlan(
         n=lengths.size,
         global_batch_size=global_batch_size,

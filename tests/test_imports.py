@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 MODULES = sorted(f"launch.{file.stem}" for file in Path("launch").glob("[a-z]*.py"))
@@ -29,6 +31,19 @@ def test_the_command_line_loads_nothing_of_substance_before_a_command_runs() -> 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_reading_the_prepared_data_does_without_pandas(tmp_path: Path) -> None:
+    numbers = "row", "text_tokens", "visual_tokens", "target_tokens", "human_or_machine"
+    columns = {**{name: [3, 1] for name in numbers}, "digest": [b"a", b"b"]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    program = (
+        "import sys; from pathlib import Path; from launch.index import _read_split\n"
+        f"split = _read_split(Path({str(tmp_path / 'train.parquet')!r}))\n"
+        "print('pandas' in sys.modules, split.tokens.dtype, *split.tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "int64", "6", "2"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import Batches
 
@@ -25,6 +27,17 @@ def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers
     assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr
 
 
+class _Numbered(Batches):
+    def batch(self, number: int) -> Any:
+        return number
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_was_begun_early_gives_every_batch_once_in_order(workers: int) -> None:
+    loader = Loader(_Numbered(), range(3, 9), total=9, workers=workers, pin_memory=False)
+    assert list(loader.begin()) == list(loader) == [3, 4, 5, 6, 7, 8]
+
+
 class _Ones(Batches):
     def batch(self, number: int) -> Any:
         return 1
@@ -38,3 +51,11 @@ def test_workers_of_a_reading_that_was_given_up_end_when_it_is_closed() -> None:
     assert before
     loader.close()
     assert not before & set(multiprocessing.active_children())
+
+
+def test_workers_that_were_begun_for_nothing_end_too() -> None:
+    before = set(multiprocessing.active_children())
+    loader = Loader(_Ones(), range(100), total=100, workers=1, pin_memory=False).begin()
+    assert set(multiprocessing.active_children()) - before
+    loader.close()
+    assert not set(multiprocessing.active_children()) - before

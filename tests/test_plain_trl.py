@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.conftest import recipe_values
 from trainer.building import build_trainer
 from trainer.data.chartqa import decode_image, open_split
 from trainer.data.encoder import Encoder
+from trainer.first_step import FirstStep
 from trainer.model.base import add_lora, load_base
 from trainer.preemption import Watch
 from trainer.prepare import prepare
@@ -68,9 +70,8 @@ def ours(
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     seen = Gradients()
     model = add_lora(load_base(recipe, torch.device("cpu")), recipe)
-    trainer = build_trainer(
-        model, Task(recipe, plan, index, run, base=""), encoder, Watch(run, 0, os.getppid()), 0
-    )
+    task, watch = Task(recipe, plan, index, run, base=""), Watch(run, 0, os.getppid())
+    trainer = build_trainer(model, task, encoder, watch, 0, FirstStep(time.time()))
     trainer.add_callback(seen)
     trainer.train()
     return seen, run, plan, index

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from launch.deal import micro_batches_needed, most_micro_batches
 from launch.errors import ConfigError
 from launch.steps import MicroBatch, StepPlan, cost, deal, plan_steps, step_samples, steps_of
 
@@ -138,6 +139,20 @@ def test_a_run_that_goes_on_with_another_batch_size_skips_nothing_and_repeats_no
     assert seen == stream
     for first in range(0, len(seen) - n + 1, n):
         assert sorted(seen[first : first + n]) == list(range(n))
+
+
+@settings(deadline=None)
+@given(data=st.data(), world_size=st.integers(1, 4), spare=st.integers(0, 60))
+def test_the_micro_batches_of_a_run_are_those_that_packing_every_step_asks_for(
+    data: st.DataObject, world_size: int, spare: int
+) -> None:
+    size = data.draw(st.integers(world_size, 12))
+    steps = data.draw(
+        st.lists(st.lists(st.integers(1, 40), min_size=size, max_size=size), min_size=1, max_size=8)
+    )
+    budget = max(map(max, steps)) + spare
+    needed = max(micro_batches_needed(lengths, world_size, budget) for lengths in steps)
+    assert most_micro_batches(np.array(steps), world_size, budget) == needed
 
 
 def test_there_is_no_step_before_the_change_in_a_plan_that_begins_with_it() -> None:

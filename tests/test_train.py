@@ -81,7 +81,11 @@ def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> Non
         "samples_digest",
         "seconds",
     ]
-    assert json.loads(done.environment_file.read_text())["versions"]["torch"] == version("torch")
+    environment = json.loads(done.environment_file.read_text())
+    assert environment["versions"]["torch"] == version("torch")
+    total, *parts = environment["first_step"].items()
+    assert total == ("total", pytest.approx(sum(seconds for _, seconds in parts), abs=0.1))
+    assert {"imports", "base", "trainer", "wrapping", "step"} <= {part for part, _ in parts}
 
 
 def test_a_finished_run_started_again_stays_as_it_is(done: RunDirectory, tmp_path: Path) -> None:

@@ -9,3 +9,7 @@ LAUNCHER = os.getppid()
 # while it is imported. Whoever set something else keeps it.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+# Nothing here is compiled. bitsandbytes 0.50 hands functions to torch.compile while it is imported, which alone takes
+# Inductor's import, a sixth of all (needed while `import bitsandbytes` brings `torch._inductor.compile_fx` without it).
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

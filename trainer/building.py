@@ -18,6 +18,7 @@ from trainer.agreement import together
 from trainer.data.encoder import Encoder
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import FeatureCache, describe, open_cache, remove_unused
+from trainer.first_step import FirstStep
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.model.sharding import close_sharding, mesh_of, shard_layer
 from trainer.preemption import Watch
@@ -30,7 +31,7 @@ from trainer.task import Task
 logger = get_logger("trainer")
 
 
-def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> PlannedTrainer:
+def build(task: Task, state: PartialState, watch: Watch, resumed_at: int, clock: FirstStep) -> PlannedTrainer:
     """Base, LoRA and trainer on this rank's device.
 
     Raises:
@@ -41,7 +42,9 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
     encoder = together(
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
+    clock.passed("processor")
     model = load_model(task, state.device)
+    clock.passed("base")
 
     def finish() -> PlannedTrainer:
         kept = open_features(task.recipe, model, encoder.processor)
@@ -51,16 +54,19 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int) -> Pla
             replace(encoder, features=kept, pixels=DTYPES[task.recipe.model.dtype]),
             watch,
             resumed_at,
+            clock,
         )
 
-    return together(finish)
+    trainer = together(finish)
+    clock.passed("trainer")
+    return trainer
 
 
 def build_trainer(
-    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int
+    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int, clock: FirstStep
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at)
+    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at, clock)
     trainer.callback_handler.callbacks.insert(0, StepEnd(trainer))
     return trainer
 

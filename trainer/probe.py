@@ -1,6 +1,7 @@
 """The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
 
-Only where every rank holds all weights (single, ddp): there a rank that runs out of memory leaves nobody waiting.
+No collective is in the trial, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it is
+tried before anything is wrapped, and decoder layers that are shared out have stand-ins (`trainer.model.trial`).
 What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
 moves.
 """
@@ -8,6 +9,7 @@ moves.
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,19 +18,22 @@ from accelerate.logging import get_logger
 from numpy.typing import NDArray
 
 from launch.errors import GpuMemoryError
+from launch.memory import bytes_of_first_step
 from launch.plan import Plan
 from launch.replan import plan_with_less
 from launch.runs import keep_plan
-from launch.settings import recomputation
+from launch.settings import SHARDING, recomputation
 from launch.steps import MicroBatch
 from trainer.agreement import from_rank_0, gather, on_rank_0, together
 from trainer.data.chartqa import open_split
 from trainer.data.micro_batches import PackedBatch, assemble
-from trainer.sft import PlannedTrainer, holds_all_weights
+from trainer.model.trial import decoder_layers, layer_bytes, shared_out, stand_ins
+from trainer.sft import PlannedTrainer
 
 logger = get_logger("trainer")
 DEVICES = ("cuda",)
 SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
+GATHERED_LAYERS = 2  # beside the one that computes: the next, as it arrives and as it is taken apart
 
 
 def settle(trainer: PlannedTrainer) -> None:
@@ -37,13 +42,9 @@ def settle(trainer: PlannedTrainer) -> None:
     Raises:
         GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
     """
-    if (
-        trainer.plan.settings_tried
-        or trainer.args.device.type not in DEVICES
-        or not holds_all_weights(trainer.plan)
-    ):
+    if trainer.plan.settings_tried or trainer.args.device.type not in DEVICES:
         return
-    while not all(gather(together(lambda: holds_largest(trainer)))):
+    while not all(gather(holds_largest(trainer))):
         smaller = from_rank_0(lambda: _smaller(trainer))
         trainer.take_plan(smaller)
         logger.warning(
@@ -72,10 +73,19 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
 
 
 def holds_largest(trainer: PlannedTrainer) -> bool:
-    """Whether this rank has memory for the forward and backward of the fullest micro-batch. No collectives."""
+    """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
+    packed = together(lambda: _largest(trainer))
+    with shared_out(trainer.model) if trainer.plan.strategy == "zero3" else nullcontext():
+        return together(lambda: _holds(trainer, packed))
+
+
+def _largest(trainer: PlannedTrainer) -> PackedBatch:
     split = trainer.index.splits["train"]
     chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    packed = assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
+    return assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
+
+
+def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
     device = trainer.args.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -93,14 +103,24 @@ def holds_largest(trainer: PlannedTrainer) -> bool:
 
 def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
     device = trainer.args.device
-    spare = None
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        spare = torch.empty(int(SPARE_SHARE * total), dtype=torch.uint8, device=device)
+    spare = torch.empty(_to_come(trainer), dtype=torch.uint8, device=device)
     trainer.model.train()
-    loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
-    loss.backward()
+    with stand_ins(trainer.model, device) if trainer.plan.strategy in SHARDING else nullcontext():
+        loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
+        loss.backward()
     del spare
+
+
+def _to_come(trainer: PlannedTrainer) -> int:
+    """Bytes that are not there yet: of the optimizer, of layers that come together, and a spare part of the GPU."""
+    plan, device = trainer.plan, trainer.args.device
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    found = bytes_of_first_step(plan.strategy, plan.world_size, count)
+    if plan.strategy in SHARDING:
+        found += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
+    if device.type == "cuda":
+        found += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return found
 
 
 def largest_micro_batch(tokens: NDArray[np.int64], budget: int) -> MicroBatch:

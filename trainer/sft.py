@@ -33,6 +33,7 @@ from trainer.data.micro_batches import EvaluationBatches, MicroBatches
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.features.writer import FeatureWriter
+from trainer.first_step import FirstStep
 from trainer.guards import (
     GradientWitness,
     check_adapters,
@@ -76,8 +77,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         encoder: Encoder,
         watch: Watch,
         resumed_at: int,
+        clock: FirstStep,
     ) -> None:
         self.task, self.encoder, self.watch, self.resumed_at = task, encoder, watch, resumed_at
+        self.clock = clock
         recipe, plan = self.recipe, self.plan = task.recipe, task.plan
         self.index, self.run_directory = task.index, task.run
         self.agreed, self.evaluation_given_up = Agreed(), False
@@ -131,7 +134,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         batches = training_batches(self.task, self.encoder, self.steps, self.args.process_index)
         first = self.resumed_at * self.plan.micro_batches
         self._training_data = self._loader(batches, range(first, len(batches)))
-        return self._training_data
+        return self._training_data.begin()  # while the model is wrapped
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         """This rank's share of the validation samples."""
@@ -320,12 +323,20 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "seconds": round(now - self._clock, 4),
         }
         self._record(self.run_directory.metrics_file, values)
+        if step == self.resumed_at + 1:
+            self._say_first_step()
         if step % self.recipe.training.logging_steps == 0 or step == self.plan.max_steps:
             shown = {key: values[key] for key in ("loss", "grad_norm", "learning_rate")}
             self.callback_handler.on_log(
                 self.args, self.state, self.control, {**shown, "epoch": self.state.epoch}
             )
         self._clock = time.perf_counter()
+
+    def _say_first_step(self) -> None:
+        self.clock.passed("step")
+        logger.info(self.clock.words())
+        if self.is_world_process_zero():
+            self.clock.keep(self.run_directory.environment_file)
 
     def _record(self, file: Path, values: dict[str, Any]) -> None:
         """Rank 0 writes a line; where it finds no room, all ranks hear of it in the next step and end together."""
@@ -405,6 +416,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.engine.before_next_step(self._hear_witness)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
+        self.clock.passed("wrapping")
         return prepared
 
     def _shortest_sample(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,7 @@ from trainer.agreement import (
 )
 from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
 from trainer.building import build
+from trainer.first_step import FirstStep
 from trainer.preemption import Watch, watching
 from trainer.probe import settle
 from trainer.processes import announce, smallest_gpu, start_processes
@@ -50,9 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
     speak_plainly()
+    clock = FirstStep.of_this_process()
     try:
         index = prepare_first(options)
-        train_once(options, index, start_processes(), LAUNCHER)
+        clock.passed("data")
+        state = start_processes()
+        clock.passed("processes")
+        train_once(options, index, state, LAUNCHER, clock)
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -83,12 +89,21 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     return 0 if told else status
 
 
-def train_once(options: argparse.Namespace, index: Index, state: PartialState, launcher: int) -> None:
+def train_once(
+    options: argparse.Namespace,
+    index: Index,
+    state: PartialState,
+    launcher: int,
+    clock: FirstStep | None = None,
+) -> None:
     """From the request to the marker, inside an existing process group; `launcher`: the parent's process id.
+
+    `clock`: of what came before, if anybody counted it.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
     """
+    clock = clock or FirstStep(time.time())
     memory = smallest_gpu(state.device)
     task = together(lambda: read_task(options, index, state, memory))
     announce(task, state)
@@ -96,7 +111,7 @@ def train_once(options: argparse.Namespace, index: Index, state: PartialState, l
         on_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
-            ended = train(task, state, watch)
+            ended = train(task, state, watch, clock)
         except torch.OutOfMemoryError as error:  # where others wait for this rank: the launcher will end them
             leave_smaller_plan(task)
             raise out_of_memory(error) from None
@@ -148,7 +163,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(task: Task, state: PartialState, watch: Watch) -> Ended:
+def train(task: Task, state: PartialState, watch: Watch, clock: FirstStep) -> Ended:
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
@@ -156,9 +171,11 @@ def train(task: Task, state: PartialState, watch: Watch) -> Ended:
     if reason := watch.agree().stop:
         return Ended(step, reason)
     evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
-    trainer = build(task, state, watch, step)
+    clock.passed("plan")
+    trainer = build(task, state, watch, step, clock)
     try:
         settle(trainer)
+        clock.passed("trial")
         if reason := watch.agree().stop:
             return Ended(step, reason)
         take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
@@ -185,6 +202,7 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
         trainer.load(checkpoint)
     if evaluation_missing:
         trainer.evaluate()
+        trainer.clock.passed("evaluation")
     if step < max_steps and not trainer.agreed.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
 

@@ -19,9 +19,10 @@ from torch import nn
 from launch import plan, rules
 from launch.errors import SamestepError
 from launch.index import Index
+from launch.plan import Plan
 from launch.run_directory import request_stop
 from tests.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from trainer import processes, sft, train
+from trainer import probe, processes, sft, train
 from trainer.agreement import end_process, leave_processes
 from trainer.guards import GradientWitness
 from trainer.sft import PlannedTrainer
@@ -33,7 +34,10 @@ STOP_AT: dict[str, int] = {}
 SILENT = "silent"
 """Name of a run, the last of its launch, one of whose adapters gets no gradient but zeros."""
 
-_training_step = PlannedTrainer.training_step
+TRIED, FIXED = "tried", "fixed"
+"""How the names of two runs begin: one whose largest micro-batch is tried, and one that is planned as that ended."""
+
+_training_step, _trial = PlannedTrainer.training_step, probe._forward_and_backward
 
 
 def ask_to_stop_in_time(self: PlannedTrainer, *args: object, **kwargs: object) -> object:
@@ -64,22 +68,69 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
             (options.runs_dir / f"{options.name}.json").write_text(json.dumps(told))
 
 
-def share_one_gpu() -> None:
-    """Ranks without `OWN_GPUS`: gloo carries CUDA tensors where NCCL wants a GPU for each rank.
+def run_out_of_memory(trainer: PlannedTrainer, *args: object) -> None:
+    """Try: the last rank fails in the middle of the backward, with two micro-batches a step rank 0 in the forward.
 
-    `CAP_GIB`: the most memory that each rank may take.
+    `<run>.trials`, beside the run, says so.
     """
-    os.environ["LOCAL_RANK"] = "0"
-    if cap := os.environ.get("CAP_GIB"):
-        torch.cuda.set_per_process_memory_fraction(
-            float(cap) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    part, failing = {
+        1: ("backward", trainer.args.world_size - 1),
+        2: ("forward", 0),
+    }.get(trainer.plan.micro_batches, ("", None))
+    if failing != trainer.args.process_index:
+        return _trial(trainer, *args)  # type: ignore[arg-type]
+
+    def fail(*_: object) -> None:
+        with trainer.run_directory.path.with_suffix(".trials").open("a") as file:
+            file.write(f"{part} of rank {failing}\n")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+
+    if part == "backward":
+        handle = list(trainer.parameters.values())[len(trainer.parameters) // 2].register_hook(fail)
+    else:
+        handle = (
+            trainer.model.get_base_model().model.language_model.layers[-1].mlp.register_forward_hook(fail)
         )
+    try:
+        _trial(trainer, *args)  # type: ignore[arg-type]
+    finally:
+        handle.remove()
+
+
+def try_largest(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """Train with a trial of the largest micro-batch that fails on one rank until there are three of them a step."""
+    devices = probe.DEVICES
+    probe.DEVICES, probe._forward_and_backward = (state.device.type,), run_out_of_memory
+    try:
+        train.train_once(options, index, state, os.getppid())
+    finally:
+        probe.DEVICES, probe._forward_and_backward = devices, _trial
+
+
+def plan_as_tried(options: argparse.Namespace, index: Index, state: PartialState) -> None:
+    """Train without a trial, with the micro-batches that the run before it came down to."""
+    tried = options.runs_dir / options.name.replace(FIXED, TRIED, 1) / "plan.json"
+    options.set.append(f"batch.micro_batch_tokens={Plan.from_json(tried.read_text()).micro_batch_tokens}")
+    train.train_once(options, index, state, os.getppid())
+
+
+def share_one_gpu() -> None:
+    """Ranks without `OWN_GPUS`: gloo carries CUDA tensors where NCCL wants a GPU for each rank."""
+    os.environ["LOCAL_RANK"] = "0"
 
     def start() -> PartialState:
         processes.find_deepspeed_config()
         return PartialState(backend="gloo", timeout=processes.PATIENCE)
 
     train.start_processes = start
+
+
+def cap_memory() -> None:
+    """`CAP_GIB`: the most that each rank may take of its GPU's memory; its plan is not told."""
+    if cap := os.environ.get("CAP_GIB"):
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(cap) * 2**30 / total, device)
 
 
 def _train(options: argparse.Namespace, index: Index, state: PartialState) -> None:
@@ -92,6 +143,7 @@ def main() -> None:
     if torch.cuda.is_available():
         if "WORLD_SIZE" in os.environ and "OWN_GPUS" not in os.environ:
             share_one_gpu()
+        cap_memory()
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
         rules.REQUEST_RULES = tuple(rule for rule in rules.REQUEST_RULES if rule is not rules.fsdp_has_gpus)
@@ -104,8 +156,8 @@ def main() -> None:
     indexes = [train.prepare_first(options) for options in requests]
     state = train.start_processes()
     for options, index in zip(requests, indexes, strict=True):
-        run = silence_an_adapter if options.name == SILENT else _train
-        run(options, index, state)
+        special = {SILENT: silence_an_adapter, TRIED: try_largest, FIXED: plan_as_tried}
+        special.get(options.name.partition("-")[0], _train)(options, index, state)
     if torch.cuda.is_available():
         gib = torch.cuda.max_memory_allocated() / 2**30
         sys.stdout.write(f"rank {state.process_index}: peak {gib:.2f} GiB\n")

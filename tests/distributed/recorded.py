@@ -54,6 +54,19 @@ def write_recipes_of_dtypes(world: Path, folder: Path, **changes: dict[str, Any]
     }
 
 
+def write_tried_recipe(world: Path, file: Path, dtype: str) -> Path:
+    """NF4, 2 steps whose largest micro-batch is tried; all of a rank fits one, and may come down to more."""
+    return write_recipe(
+        world,
+        file,
+        "nf4",
+        model={"dtype": dtype},
+        quantization={"bnb_4bit_compute_dtype": dtype},
+        training={"max_steps": 2, "warmup_steps": 0, "gradient_checkpointing": 2},
+        batch={"global_batch_size": 8},
+    )
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A run directory, read."""
@@ -110,3 +123,13 @@ def assert_the_same_to_the_byte(run: Path, straight: Path) -> None:
     for line, expected in zip(metrics_of(run), metrics_of(straight), strict=True):
         assert {**line, "seconds": 0} == {**expected, "seconds": 0}
     assert evaluations_of(run) == evaluations_of(straight)
+
+
+def assert_came_down(tried: Path, fixed: Path) -> None:
+    """Both kinds of trial have failed, the run went on with more micro-batches, and `fixed` has as many."""
+    plan = run_of(tried).plan
+    assert (plan.settings_tried, plan.out_of_memory) == (True, 0)
+    assert "after a GPU ran out of memory" in plan.settings_reason
+    assert plan.micro_batches == run_of(fixed).plan.micro_batches > 2
+    failed = tried.with_suffix(".trials").read_text().splitlines()
+    assert failed == [f"backward of rank {plan.world_size - 1}", "forward of rank 0"]

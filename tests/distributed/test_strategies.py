@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.drive import SILENT
+from tests.distributed.drive import FIXED, SILENT, TRIED
 from tests.distributed.here import drive_here
 from tests.distributed.launching import drive
-from tests.distributed.recorded import apart, evaluations_of, metrics_of, run_of, write_recipe
+from tests.distributed.recorded import (
+    apart,
+    assert_came_down,
+    assert_the_same_to_the_byte,
+    evaluations_of,
+    metrics_of,
+    run_of,
+    write_recipe,
+    write_tried_recipe,
+)
 
 KINDS = {"plain": 1e-6, "nf4": 1e-5}
 """Base -> the tolerance that is promised."""
@@ -30,11 +39,15 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         world, folder / "silent.yaml", "plain", training={"warmup_steps": 0}, checkpoint={"every_steps": 100}
     )
 
+    recipes[TRIED] = write_tried_recipe(world, folder / "tried.yaml", "float32")
+
     def request(kind: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
         return [str(recipes[kind]), "--runs-dir", str(folder), "--name", name], stop
 
     for strategy, processes, stop in CHAIN:
         requests = [request(kind, f"{kind}-{strategy}") for kind in KINDS]
+        if processes > 1:
+            requests += [request(TRIED, f"{name}-{strategy}") for name in (TRIED, FIXED)]
         last = [request(SILENT, SILENT)] if strategy == "zero2" else []
         requests += [request("nf4", "chain", stop), *last]
         if strategy == "single":
@@ -63,6 +76,13 @@ def test_a_strategy_takes_the_steps_of_one_process(
         assert [line[key] for line in evaluations] == [line[key] for line in straight]
     losses = [line["loss"] for line in evaluations]
     assert losses == pytest.approx([line["loss"] for line in straight], rel=tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
+    tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
+    assert_came_down(tried, fixed)
+    assert_the_same_to_the_byte(tried, fixed)
 
 
 def test_an_adapter_without_gradients_is_noticed_before_deepspeed_takes_its_step(runs: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.run_directory import RunDirectory, read_marker
+from tests.distributed.drive import FIXED, TRIED
 from tests.distributed.launching import (
     drive,
     family,
@@ -30,11 +31,13 @@ from tests.distributed.launching import (
 from tests.distributed.recorded import (
     GPU_TOLERANCES,
     apart,
+    assert_came_down,
     assert_the_same_to_the_byte,
     metrics_of,
     run_of,
     write_recipe,
     write_recipes_of_dtypes,
+    write_tried_recipe,
 )
 from trainer.checkpoint import consolidate, merge
 
@@ -64,13 +67,25 @@ def nccl() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<dtype>-<strategy>` on all GPUs, `<dtype>-single` on one, 8 steps with dropout; `chain`, which moves."""
+    """`<dtype>-<strategy>` on all GPUs, `<dtype>-single` on one, 8 steps with dropout; `chain`, which moves.
+
+    `tried-<strategy>`, `fixed-<strategy>` on two: the largest micro-batch is tried, and comes down.
+    """
     folder = tmp_path_factory.mktemp("several")
     recipes = write_recipes_of_dtypes(world, folder, checkpoint={"keep": 9})
 
     def request(dtype: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
         return [str(recipes[dtype]), "--runs-dir", str(folder), "--name", name], stop
 
+    tried = write_tried_recipe(world, folder / "tried.yaml", "bfloat16")
+    for strategy in ("fsdp", "zero2", "zero3"):
+        names = [f"{name}-{strategy}" for name in (TRIED, FIXED)]
+        drive(
+            2,
+            [([str(tried), "--runs-dir", str(folder), "--name", name], None) for name in names],
+            folder,
+            strategy=strategy,
+        )
     for strategy, processes, stop in CHAIN:
         requests = [request("float32", "chain", stop)]
         if processes in (1, GPUS):
@@ -90,6 +105,15 @@ def test_a_strategy_takes_the_steps_of_one_gpu(runs: Path, dtype: str, strategy:
     loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
     print(f"{dtype}, {strategy} x {GPUS}: losses within {loss:.1e}, adapters within {weights:.1e}")
     assert loss <= GPU_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
+    tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
+    assert_came_down(tried, fixed)
+    loss, weights = apart(tried, fixed)
+    print(f"{strategy}: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= GPU_TOLERANCES["bfloat16"]
 
 
 def test_a_run_that_moves_between_strategies_and_gpus_is_the_straight_run(runs: Path) -> None:

@@ -10,8 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.distributed.drive import FIXED, TRIED
 from tests.distributed.launching import accelerate_launch, drive
-from tests.distributed.recorded import GPU_TOLERANCES, apart, run_of, write_recipe, write_recipes_of_dtypes
+from tests.distributed.recorded import (
+    GPU_TOLERANCES,
+    apart,
+    assert_came_down,
+    run_of,
+    write_recipe,
+    write_recipes_of_dtypes,
+    write_tried_recipe,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,13 +31,18 @@ LAYOUTS = (("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 1), ("zero3", 1))
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<dtype>-<strategy>`, NF4, 8 steps with dropout."""
+    """`<dtype>-<strategy>`, NF4, 8 steps with dropout; `tried-<strategy>`, `fixed-<strategy>`, bfloat16, 2 steps."""
     folder = tmp_path_factory.mktemp("shared")
     recipes = write_recipes_of_dtypes(world, folder)
+    tried = write_tried_recipe(world, folder / "tried.yaml", "bfloat16")
     for strategy, processes in LAYOUTS:
         requests = [
             ([str(recipe), "--runs-dir", str(folder), "--name", f"{dtype}-{strategy}"], None)
             for dtype, recipe in recipes.items()
+        ]
+        requests += [
+            ([str(tried), "--runs-dir", str(folder), "--name", f"{name}-{strategy}"], None)
+            for name in (TRIED, FIXED)
         ]
         drive(processes, requests, folder, strategy=strategy)
     return folder
@@ -44,6 +58,15 @@ def test_a_strategy_takes_the_steps_of_one_process(
     loss, weights = apart(runs / f"{dtype}-{strategy}", runs / f"{dtype}-single")
     print(f"{dtype}, {strategy} x {processes}: losses within {loss:.1e}, adapters within {weights:.1e}")
     assert loss <= GPU_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy, _ in LAYOUTS])
+def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
+    tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
+    assert_came_down(tried, fixed)
+    loss, weights = apart(tried, fixed)
+    print(f"{strategy}: losses within {loss:.1e}, adapters within {weights:.1e}")
+    assert loss <= GPU_TOLERANCES["bfloat16"]
 
 
 def test_bytes_that_sharding_changes_are_noticed_before_a_step(

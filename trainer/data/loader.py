@@ -64,12 +64,21 @@ class Loader:
             worker_init_fn=_start_worker,
         )
         self._reading: Generator[PackedBatch, None, None] | None = None
+        self._begun = False
 
     def __len__(self) -> int:
         return self._total
 
+    def begin(self) -> Loader:
+        """Let the workers start now: what they have ready when the batches are asked for is not waited for."""
+        self._reading, self._begun = _read_all(iter(self._loader)), True
+        return self
+
     def __iter__(self) -> Iterator[PackedBatch]:
-        self._reading = _read_all(self._loader)
+        if not self._begun:
+            self.begin()
+        assert self._reading is not None
+        self._begun = False
         return self._reading
 
     def close(self) -> None:
@@ -83,9 +92,9 @@ class Loader:
             self._reading.close()
 
 
-def _read_all(loader: DataLoader[Any]) -> Generator[PackedBatch, None, None]:
+def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
     """What the workers hand over. The only reference to PyTorch's iterator is here: it ends with the generator."""
-    for batch in loader:
+    for batch in batches:
         if isinstance(batch, SamestepError):
             raise batch
         yield batch

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launch.errors import RunError
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import Batches
 
@@ -59,3 +60,17 @@ def test_workers_that_were_begun_for_nothing_end_too() -> None:
     assert set(multiprocessing.active_children()) - before
     loader.close()
     assert not set(multiprocessing.active_children()) - before
+
+
+class _Broken(Batches):
+    def batch(self, number: int) -> Any:
+        raise RunError(f"sample {number}")
+
+
+def test_workers_end_with_an_error_of_the_data_while_its_traceback_is_kept() -> None:
+    before = set(multiprocessing.active_children())
+    loader = Loader(_Broken(), range(100), total=100, workers=1, pin_memory=False)
+    with pytest.raises(RunError, match="sample 0") as kept:
+        next(iter(loader))
+    assert kept.tb is not None
+    assert set(multiprocessing.active_children()) <= before

@@ -94,10 +94,13 @@ class Loader:
 
 def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
     """What the workers hand over. The only reference to PyTorch's iterator is here: it ends with the generator."""
-    for batch in batches:
-        if isinstance(batch, SamestepError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, SamestepError):
+                raise batch
+            yield batch
+    finally:
+        del batches  # or the traceback of an error would hold it
 
 
 def _start_worker(_: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from launch import plan, rules
+from launch import plan
 from launch.errors import SamestepError
 from launch.index import Index
 from launch.plan import Plan
@@ -146,7 +146,6 @@ def main() -> None:
         cap_memory()
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
-        rules.REQUEST_RULES = tuple(rule for rule in rules.REQUEST_RULES if rule is not rules.fsdp_has_gpus)
     if storage := os.environ.get("PLANTED_STORAGE"):
         plan.storage_of = lambda _: storage
     asked = json.loads(Path(sys.argv[1]).read_text())

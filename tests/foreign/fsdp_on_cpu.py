@@ -1,4 +1,7 @@
-"""Test-only: FSDP on the CPU. accelerate 1.15 makes FSDP out of MULTI_GPU and its like, never out of MULTI_CPU."""
+"""Test-only: FSDP on the CPU. accelerate 1.15 makes FSDP out of MULTI_GPU and its like, never out of MULTI_CPU.
+
+So the product refuses it there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from launch import rules
 
 _plain_init = AcceleratorState.__init__
 
@@ -22,5 +27,6 @@ def _init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
 
 
 def allow_fsdp_on_cpu() -> None:
-    """From now on an FSDP plugin is honoured on gloo."""
+    """From now on an FSDP plugin is honoured on gloo, and our rule against it is off."""
     AcceleratorState.__init__ = _init
+    rules.REQUEST_RULES = tuple(rule for rule in rules.REQUEST_RULES if rule is not rules.fsdp_has_gpus)

@@ -58,6 +58,21 @@ def test_a_projection_and_its_gradients_are_those_of_the_plain_form(
     torch.testing.assert_close(gradient, 1 + 2 * factor * (inner @ down), **close)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_norm_passes_back_what_autograd_finds(added: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 100, generator=draw).to(DEVICE).requires_grad_()
+    gradient, residual = torch.randn(2, 2, 9, 100, generator=draw).to(DEVICE)
+    weight = torch.randn(100, generator=draw).to(DEVICE)
+    deviations = x.detach().pow(2).mean(-1).add(1e-6).rsqrt()
+    (x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight).backward(gradient)
+    assert x.grad is not None
+    expected = x.grad + residual if added else x.grad
+    rest = residual if added else None
+    found = kernels.norm_gradient(gradient.clone(), rest, x.detach(), weight, deviations.flatten())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_towers_queries_and_keys_are_turned_as_transformers_does(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)

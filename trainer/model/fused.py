@@ -1,7 +1,7 @@
 """The decoder layers and the vision tower through fused kernels, on a GPU in bfloat16.
 
-RMSNorm, SwiGLU and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL does
-not import with transformers 5.23. LoRA layers run as one autograd function over `trainer.model.kernels`. All of it
+RMSNorm forward, SwiGLU and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL
+does not import with transformers 5.23. LoRA layers run as one autograd function over `trainer.model.kernels`. All of it
 replaces the `forward` of single modules of one model: other models in the process keep theirs.
 """
 
@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction, fused_add_rms_norm_backward
-from liger_kernel.ops.rms_norm import LigerRMSNormFunction, rms_norm_forward
+from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+from liger_kernel.ops.rms_norm import rms_norm_forward
 from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
@@ -73,15 +73,47 @@ def _or_stock(stock: Forward, fused: Forward) -> Forward:
     return forward
 
 
-# --- Liger's kernels ----------------------------------------------------------------------------------------------
+# --- between the linear layers ------------------------------------------------------------------------------------
 
 
 def rms_norm(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2VLRMSNorm.forward`: statistics in fp32, the product in the dtype of the input."""
-    return cast(
-        Tensor,
-        LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", True),
-    )
+    return cast(Tensor, _Norm.apply(hidden, module.weight, module.variance_epsilon)[0])
+
+
+class _Norm(torch.autograd.Function):
+    """(RMSNorm of x, x): what comes back along x is added in the norm's own backward kernel. The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        normed, _, deviations, *_ = rms_norm_forward(x.contiguous(), weight, epsilon, 0.0, "llama", None)
+        ctx.save_for_backward(x, weight, deviations)
+        ctx.set_materialize_grads(False)
+        return normed, x
+
+    @staticmethod
+    def backward(ctx: Any, of_normed: Tensor | None, of_x: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if of_normed is None:
+            return of_x, None, None
+        return kernels.norm_gradient(of_normed, of_x, *ctx.saved_tensors), None, None
+
+
+class _NormOfSum(torch.autograd.Function):
+    """(RMSNorm of x + residual, x + residual), in one kernel each way. The weight is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        sides = x.contiguous(), residual.contiguous()
+        normed, total, deviations, *_ = fused_add_rms_norm_forward(*sides, weight, epsilon, 0.0, "llama")
+        ctx.save_for_backward(total, weight, deviations)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, of_normed: Tensor, of_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        change = kernels.norm_gradient(of_normed, of_total, *ctx.saved_tensors)
+        return change, change, None, None
 
 
 def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -98,36 +130,11 @@ def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The attention's residual is added in the kernel of the norm after it, gradients of residuals in both norms'."""
     norm = module.input_layernorm
-    normed, residual = _NormBesideResidual.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
     attended, _ = module.self_attn(hidden_states=normed, **kwargs)
     norm = module.post_attention_layernorm
-    normed, residual = LigerFusedAddRMSNormFunction.apply(
-        attended, residual, norm.weight, norm.variance_epsilon, 0.0, "llama", True
-    )
+    normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
     return cast(Tensor, residual + module.mlp(normed))
-
-
-class _NormBesideResidual(torch.autograd.Function):
-    """(RMSNorm of x, x): what comes back along the residual is added in the norm's backward kernel.
-
-    Liger's kernel for a norm after an addition does the same backward pass; its `num_stages` is 2.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        normed, _, deviations, *launch = rms_norm_forward(x, weight, epsilon, 0.0, "llama", None)
-        ctx.save_for_backward(x, weight, deviations)
-        ctx.launch = launch
-        return normed, x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        of_normed, of_residual = (gradient.contiguous() for gradient in gradients)
-        block, warps, casting = ctx.launch
-        of_x, *_ = fused_add_rms_norm_backward(
-            of_normed, of_residual, *ctx.saved_tensors, 0.0, casting, block, warps, 2, True, needs_dw=False
-        )
-        return of_x, None, None
 
 
 def swiglu_mlp(module: Any, hidden: Tensor, *, feed: Feed) -> Tensor:

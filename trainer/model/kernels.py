@@ -1,5 +1,5 @@
-"""Triton kernels: a LoRA layer with sample dropout, whose masks are made where they are used and never stored; and what
-the vision tower computes between its matrix products.
+"""Triton kernels: a LoRA layer with sample dropout, whose masks are made where they are used and never stored; what the
+vision tower computes between its matrix products; the gradient of a norm.
 
 A mask is `trainer.model.dropout.keep_mask`'s, to the bit: the same integer arithmetic on the same row keys and
 channel words. Each kernel reads the activation once; the plain form makes, stores and applies the mask in six passes
@@ -181,6 +181,24 @@ def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.co
     tl.store(row + at + width // 2, second.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _norm_gradient(gradient, residual, x, weight, deviations, channels, ADDED: tl.constexpr, C: tl.constexpr):
+    """gradient [tokens, channels], of RMSNorm's output, becomes that of its input x, plus residual where ADDED."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, C)
+    there = channel < channels
+    at = token * channels + channel
+    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    scaled = tl.load(gradient + at, mask=there, other=0.0).to(tl.float32)
+    scaled *= tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
+    deviation = tl.load(deviations + token)
+    along = tl.sum(scaled * value, axis=0) * deviation * deviation / channels
+    change = (scaled - value * along) * deviation
+    if ADDED:
+        change += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(gradient + at, change.to(gradient.dtype.element_ty), mask=there)
+
+
 def _filled_up(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
@@ -262,3 +280,29 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tenso
     )
     query, key, value = out.unbind()
     return query, key, value
+
+
+def norm_gradient(
+    gradient: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, deviations: Tensor
+) -> Tensor:
+    """What RMSNorm passes back to its input x [..., channels], plus `residual`; written over `gradient`.
+
+    `deviations`: fp32, one over the root of the mean square, for each row of x. The weight is frozen. Liger 0.8.5's own
+    kernel has the rows a processor takes as a constant: it is compiled anew, 0.2 s, for micro-batches of other lengths.
+    """
+    gradient, x = gradient.contiguous(), x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    channels = x.shape[-1]
+    block = triton.next_power_of_2(channels)
+    _norm_gradient[(x.numel() // channels,)](
+        gradient,
+        x if residual is None else residual,
+        x,
+        weight,
+        deviations,
+        channels,
+        residual is not None,
+        block,
+        num_warps=max(1, min(16, block // 512)),
+    )
+    return gradient

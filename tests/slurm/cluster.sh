@@ -105,9 +105,11 @@ network() {
   ip -n "st$ID-c" link set switch up
   for node in $(seq "$NODES"); do plug "$node"; done
 }
-is_up() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -qE '^(idle|mixed|allocated|completing)$'; }
-is_down() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -q '^down'; }
-all_up() { for node in $(seq "$NODES"); do is_up "$node" || return 1; done; }
+# Always of all nodes. Asked about one alone, slurmctld (22.05, _slurm_rpc_dump_node_single) sends the count of its CPUs
+# in use of the last time that somebody asked about all, and with a count above 0 sinfo says "mixed*" for "down*".
+states() { on sinfo -h -N -p batch -o '%N %T'; }
+all_up() { [ "$(states | grep -cE ' (idle|mixed|allocated|completing)$')" -ge "$NODES" ]; }
+is_down() { states | grep -q "^n$1 down"; }
 processes() { # of a node: all that live under its host name
   local uts
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
@@ -115,9 +117,12 @@ processes() { # of a node: all that live under its host name
 }
 crash() {
   local pids
-  pids=$(processes "$1")
-  [ -z "$pids" ] || echo "$pids" | xargs kill -9 2>/dev/null || true
-  rm -f "$FOLDER/slurmd.n$1.pid"
+  for _ in $(seq 100); do   # until nothing is left that was born meanwhile
+    pids=$(processes "$1")
+    [ -n "$pids" ] || break
+    echo "$pids" | xargs kill -9 2>/dev/null || true
+  done
+  rm -f "$FOLDER/slurmd.n$1.pid" "$FOLDER/uts.$1"   # the kernel gives the number of a dead namespace to the next one
 }
 
 boot() {
@@ -144,7 +149,8 @@ start() {
   done
   for _ in 1 2 3 4 5 6; do
     ! until_true all_up || return 0
-    for node in $(seq "$NODES"); do   # its word of being back was lost: once more (Slurm has given up its jobs)
+    # A node that lived on gives no word of being back, and one that is down is asked once a minute: boot it anew.
+    for node in $(seq "$NODES"); do
       ! is_down "$node" || { crash "$node"; boot "$node"; }
     done
   done

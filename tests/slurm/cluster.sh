@@ -131,7 +131,13 @@ boot() {
   inside "$(space "$1")" "n$1" sh -c 'readlink /proc/self/ns/uts >"$1"; exec slurmd -f "$2" -N "$3"' \
     - "$FOLDER/uts.$1" "$CONF" "n$1" </dev/null
 }
+can() { # what this machine must let root do, tried on something that is gone afterwards; CONSEQUENCE COMMAND...
+  local consequence=$1 said
+  shift
+  said=$("$@" 2>&1) || { echo "$consequence; this machine does not let root do it: $* ($said)" >&2; exit 1; }
+}
 start() {
+  can "nodes with names of their own need namespaces (CAP_SYS_ADMIN)" unshare --uts --mount sh -c 'hostname n1; mount --bind / /mnt'
   if [ ! -e "$FOLDER/shape" ]; then
     mkdir -p "$FOLDER/state" "$FOLDER/munge"
     echo "NODES=$1 MODE=${2:-loopback}" >"$FOLDER/shape"
@@ -140,7 +146,11 @@ start() {
     (umask 077; head -c 128 /dev/urandom >"$FOLDER/munge/key")
     write_conf
   fi
-  [ "$MODE" != netns ] || network
+  if [ "$MODE" = netns ]; then
+    can "nodes with cables need network namespaces, veth and bridge (CAP_NET_ADMIN)" \
+      unshare --net sh -c 'ip link add v1 type veth peer name v2 && ip link add switch type bridge'
+    network
+  fi
   alive "$FOLDER/munge/pid" || munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" \
     --pid-file="$FOLDER/munge/pid" --log-file="$FOLDER/munge/log" --seed-file="$FOLDER/munge/seed" 2>"$FOLDER/munge/err"
   alive "$FOLDER/slurmctld.pid" || on slurmctld -f "$CONF" </dev/null

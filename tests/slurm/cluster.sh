@@ -113,7 +113,7 @@ is_down() { states | grep -q "^n$1 down"; }
 processes() { # of a node: all that live under its host name
   local uts
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
-  for p in /proc/[0-9]*; do [ "$(readlink "$p/ns/uts" 2>/dev/null)" != "$uts" ] || echo "${p#/proc/}"; done
+  find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "${uts//[][]/?}" -printf '%h\n' 2>/dev/null | tr -dc '0-9\n'
 }
 crash() {
   local pids

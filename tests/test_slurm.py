@@ -173,7 +173,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # The command alone: everything from the first word after srun's own options.
     _program(
         commands / "srun",
-        'printf "%s\\0" "$@" >"$CALLS.srun"; while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"',
+        'echo >>"$CALLS.steps"; printf "%s\\0" "$@" >"$CALLS.srun"\n'
+        'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"',
     )
     _program(
         commands / "apptainer",
@@ -283,6 +284,15 @@ def test_a_step_is_told_its_image(cluster: Path) -> None:
         "--container-image": image,
         "--container-mounts": f"{places},{mounts[0]}:{mounts[0]}",
     }
+
+
+@pytest.mark.parametrize(("restart", "number"), [(0, 0), (1, 1), (2, 2), (3, 0)])
+def test_attempts_in_a_row_train_in_steps_of_other_numbers(
+    restart: int, number: int, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    assert (cluster / "call.steps").read_text().count("\n") == number + 1
 
 
 def test_an_end_that_is_final_is_the_jobs_end(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

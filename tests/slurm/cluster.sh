@@ -115,8 +115,12 @@ processes() { # of a node: all that live under its host name
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
   find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "${uts//[][]/?}" -printf '%h\n' 2>/dev/null | tr -dc '0-9\n'
 }
-crash() {
-  local pids
+crash() { # all at once: a srun that outlives its tasks by a moment tells Slurm of it, which no dead machine does
+  local pids frozen=
+  while pids=$(processes "$1"); [ "$pids" != "$frozen" ]; do
+    echo "$pids" | xargs kill -STOP 2>/dev/null || true
+    frozen=$pids
+  done
   for _ in $(seq 100); do   # until nothing is left that was born meanwhile
     pids=$(processes "$1")
     [ -n "$pids" ] || break
@@ -137,7 +141,8 @@ can() { # what this machine must let root do, tried on something that is gone af
   said=$("$@" 2>&1) || { echo "$consequence; this machine does not let root do it: $* ($said)" >&2; exit 1; }
 }
 start() {
-  can "nodes with names of their own need namespaces (CAP_SYS_ADMIN)" unshare --uts --mount sh -c 'hostname n1; mount --bind / /mnt'
+  can "nodes with names of their own need namespaces (CAP_SYS_ADMIN)" \
+    unshare --uts --mount sh -c 'hostname n1; mount --bind / /mnt'
   if [ ! -e "$FOLDER/shape" ]; then
     mkdir -p "$FOLDER/state" "$FOLDER/munge"
     echo "NODES=$1 MODE=${2:-loopback}" >"$FOLDER/shape"

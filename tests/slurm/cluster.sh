@@ -115,16 +115,15 @@ processes() { # of a node: all that live under its host name
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
   find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "${uts//[][]/?}" -printf '%h\n' 2>/dev/null | tr -dc '0-9\n'
 }
-crash() { # all at once: a srun that outlives its tasks by a moment tells Slurm of it, which no dead machine does
-  local pids frozen=
-  while pids=$(processes "$1"); [ "$pids" != "$frozen" ]; do
-    echo "$pids" | xargs kill -STOP 2>/dev/null || true
-    frozen=$pids
-  done
-  for _ in $(seq 100); do   # until nothing is left that was born meanwhile
+crash() { # until nothing is left that was born meanwhile
+  local pids sruns
+  for _ in $(seq 100); do
     pids=$(processes "$1")
     [ -n "$pids" ] || break
-    echo "$pids" | xargs kill -9 2>/dev/null || true
+    # First srun: one that outlives its tasks by a moment tells Slurm so, which no dead machine does.
+    sruns=$(echo "$pids" | sed 's#.*#/proc/&/comm#' | xargs grep -lx srun 2>/dev/null | tr -dc '0-9\n')
+    # shellcheck disable=SC2086
+    kill -9 $sruns $pids 2>/dev/null || true
   done
   rm -f "$FOLDER/slurmd.n$1.pid" "$FOLDER/uts.$1"   # the kernel gives the number of a dead namespace to the next one
 }

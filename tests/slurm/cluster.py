@@ -129,7 +129,11 @@ def start(folder: Path, runs: Path, nodes: int, mode: str = "loopback") -> Clust
     """Start a cluster; `mode`: `netns` gives every node its own network."""
     runs.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, runs)
-    cluster.control("start", str(nodes), mode)
+    try:
+        cluster.control("start", str(nodes), mode)
+    except AssertionError:
+        cluster.control("stop")
+        raise
     return cluster
 
 

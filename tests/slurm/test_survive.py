@@ -24,10 +24,12 @@ def networked(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Four nodes with cables of their own, and runs on a small disk."""
     folder: Path = tmp_path_factory.mktemp("networked")
     mounted(folder / "runs", 200)
-    found = start(folder / "slurm", folder / "runs", 4, "netns")
-    yield found
-    found.control("stop")
-    unmounted(folder / "runs")
+    try:
+        found = start(folder / "slurm", folder / "runs", 4, "netns")
+        yield found
+        found.control("stop")
+    finally:
+        unmounted(folder / "runs")
 
 
 def _check(outcomes: list[Outcome]) -> None:

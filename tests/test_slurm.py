@@ -131,9 +131,10 @@ def test_the_template_starts_processes_as_the_launcher_does() -> None:
 
 
 def test_options_reach_sbatch_as_they_are() -> None:
-    text = train_script(TRAIN, job_of(constraint="h100&nv link", qos='a "b" $HOME `id` #x'))
-    assert '#SBATCH --constraint="h100&nv link"\n' in text
-    assert '#SBATCH --qos="a \\"b\\" $HOME `id` #x"\n' in text
+    keys = ("partition", "account", "qos", "time", "constraint", "memory")
+    text = train_script(TRAIN, job_of(**dict.fromkeys(keys, 'a "b" $HOME `id` #x&y')))
+    for option in (*keys[:-1], "mem"):
+        assert f'#SBATCH --{option}="a \\"b\\" $HOME `id` #x&y"\n' in text
     assert '#SBATCH --output="/a%%b/r s/logs/%j.out"\n' in train_script(TRAIN, job_of(run="/a%b/r s"))
 
 
@@ -168,8 +169,13 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     _program(commands / "squeue", "echo '40 RUNNING 1'")
     _program(commands / "sinfo", "echo 'n2 down*'")
+    _program(commands / "module", 'printf "%s\\0" "$@" >"$CALLS.module"')
     # The command alone: everything from the first word after srun's own options.
-    _program(commands / "srun", 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"')
+    _program(
+        commands / "srun",
+        'echo >>"$CALLS.steps"; printf "%s\\0" "$@" >"$CALLS.srun"\n'
+        'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"',
+    )
     _program(
         commands / "apptainer",
         'printf "%s\\0" "$@" >"$CALLS.apptainer"; while [ "$1" != IMAGE ]; do shift; done; shift; exec "$@"',
@@ -213,14 +219,16 @@ def _play(cluster: Path, job: Job) -> subprocess.CompletedProcess[str]:
 def _hostile_job(cluster: Path, **site: Any) -> Job:
     work = cluster / f"work {HOSTILE}\nsecond line"
     work.mkdir()
-    job = job_of(
-        2, 4, run=str(cluster / "run"), environment={"KEY": HOSTILE + "\n", "OTHER": ""}, modules=[], **site
-    )
+    values = {"environment": {"KEY": HOSTILE + "\n", "OTHER": ""}, "modules": [], **site}
+    job = job_of(2, 4, run=str(cluster / "run"), **values)
     return replace(job, work_folder=work, python=str(cluster / "python"))
 
 
 def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) -> None:
-    job = _hostile_job(cluster, scratch=str(cluster / f"scratch {HOSTILE}"))
+    scratch = str(cluster / f"scratch {HOSTILE}")
+    job = _hostile_job(
+        cluster, scratch=scratch, network_interface=HOSTILE, modules=[HOSTILE], grace_seconds=45
+    )
     done = _play(cluster, job)
     assert done.returncode == 0, done.stderr
     assert _calls(cluster, "launch.allocation.begin")[0] == str(job.work_folder)
@@ -237,7 +245,17 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
     assert environment["KEY"] == HOSTILE + "\n"
     assert environment["OTHER"] == ""
-    assert environment["SAMESTEP_CACHE"] == "/shared/cache"
+    expected = {
+        "SAMESTEP_CACHE": "/shared/cache",
+        "SAMESTEP_STOP_LEAD": "120",
+        "NCCL_SOCKET_IFNAME": HOSTILE,
+        "PET_RDZV_ID": "40.0",
+        "SRUN_CPUS_PER_TASK": "4",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "45",
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert environment.items() >= expected.items()
+    assert _calls(cluster, "module") == ["load", HOSTILE]
     assert (cluster / "call.scontrol").read_text().splitlines()[-1] == "requeue 40"
     assert "verysecret" not in done.stdout + done.stderr + train_script(TRAIN, job)
 
@@ -252,6 +270,29 @@ def test_an_image_gets_every_process(cluster: Path) -> None:
         *("exec", "--nv", "--bind", "/shared/runs", "--bind", "/shared/work", "--bind", mounts[0])
     ]
     assert (cluster / "call.accelerate.commands.launch.--config_file").exists()
+
+
+def test_a_step_is_told_its_image(cluster: Path) -> None:
+    image, mounts = f"registry.example#{HOSTILE}", [f"/data {HOSTILE}"]
+    done = _play(
+        cluster, _hostile_job(cluster, container={"runtime": "pyxis", "image": image, "mounts": mounts})
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(word.split("=", 1) for word in _calls(cluster, "srun") if word.startswith("--container"))
+    places = "/shared/runs:/shared/runs,/shared/work:/shared/work"
+    assert told == {
+        "--container-image": image,
+        "--container-mounts": f"{places},{mounts[0]}:{mounts[0]}",
+    }
+
+
+@pytest.mark.parametrize(("restart", "number"), [(0, 0), (1, 1), (4, 4), (5, 0)])
+def test_attempts_in_a_row_train_in_steps_of_other_numbers(
+    restart: int, number: int, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    assert (cluster / "call.steps").read_text().count("\n") == number + 1
 
 
 def test_an_end_that_is_final_is_the_jobs_end(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

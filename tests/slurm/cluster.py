@@ -60,14 +60,6 @@ class Cluster:
             words, capture_output=True, text=True, check=False, env=self._environment(), cwd=ROOT
         )
 
-    def ask(self, *command: str) -> str:
-        """What Slurm answers to a question that can be asked again: nothing when that takes longer than 30 s."""
-        words = ["timeout", "30", str(SCRIPT), "on", str(self.folder), *command]
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, env=self._environment(), cwd=ROOT
-        )
-        return done.stdout
-
     def _environment(self) -> dict[str, str]:
         return {**child_environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -95,7 +87,7 @@ class Cluster:
         found: list[JobFacts] = []
 
         def answered() -> bool:
-            facts = parse_job(self.ask("scontrol", "show", "job", "-o", job))
+            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout)
             found.extend([facts] if facts else [])
             return facts is not None
 
@@ -117,8 +109,8 @@ class Cluster:
         return f"{logs}\n{book.read_text() if book.exists() else 'no ledger'}\n{self.on('squeue').stdout}"
 
     def is_down(self, node: str) -> bool:
-        """Slurm has missed a node."""
-        return "down" in self.ask("sinfo", "-h", "-N", "-n", f"n{node}", "-o", "%T")
+        """Slurm has missed a node. Of one alone it might not say so: see `states` in cluster.sh."""
+        return f"n{node} down" in self.on("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T").stdout
 
     def nodes_of(self, run: RunDirectory) -> list[str]:
         """Numbers of the nodes of the attempt under way, the head first."""
@@ -137,7 +129,11 @@ def start(folder: Path, runs: Path, nodes: int, mode: str = "loopback") -> Clust
     """Start a cluster; `mode`: `netns` gives every node its own network."""
     runs.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, runs)
-    cluster.control("start", str(nodes), mode)
+    try:
+        cluster.control("start", str(nodes), mode)
+    except AssertionError:
+        cluster.control("stop")
+        raise
     return cluster
 
 

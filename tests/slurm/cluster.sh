@@ -105,19 +105,27 @@ network() {
   ip -n "st$ID-c" link set switch up
   for node in $(seq "$NODES"); do plug "$node"; done
 }
-is_up() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -qE '^(idle|mixed|allocated|completing)$'; }
-is_down() { on sinfo -h -N -p batch -n "n$1" -o %T | grep -q '^down'; }
-all_up() { for node in $(seq "$NODES"); do is_up "$node" || return 1; done; }
+# Always of all nodes. Asked about one alone, slurmctld (22.05, _slurm_rpc_dump_node_single) sends the count of its CPUs
+# in use of the last time that somebody asked about all, and with a count above 0 sinfo says "mixed*" for "down*".
+states() { on sinfo -h -N -p batch -o '%N %T'; }
+all_up() { [ "$(states | grep -cE ' (idle|mixed|allocated|completing)$')" -ge "$NODES" ]; }
+is_down() { states | grep -q "^n$1 down"; }
 processes() { # of a node: all that live under its host name
   local uts
   uts=$(cat "$FOLDER/uts.$1" 2>/dev/null) || return 0
-  for p in /proc/[0-9]*; do [ "$(readlink "$p/ns/uts" 2>/dev/null)" != "$uts" ] || echo "${p#/proc/}"; done
+  find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "${uts//[][]/?}" -printf '%h\n' 2>/dev/null | tr -dc '0-9\n'
 }
-crash() {
-  local pids
-  pids=$(processes "$1")
-  [ -z "$pids" ] || echo "$pids" | xargs kill -9 2>/dev/null || true
-  rm -f "$FOLDER/slurmd.n$1.pid"
+crash() { # until nothing is left that was born meanwhile
+  local pids sruns
+  for _ in $(seq 100); do
+    pids=$(processes "$1")
+    [ -n "$pids" ] || break
+    # First srun: one that outlives its tasks by a moment tells Slurm so, which no dead machine does.
+    sruns=$(echo "$pids" | sed 's#.*#/proc/&/comm#' | xargs grep -lx srun 2>/dev/null | tr -dc '0-9\n')
+    # shellcheck disable=SC2086
+    kill -9 $sruns $pids 2>/dev/null || true
+  done
+  rm -f "$FOLDER/slurmd.n$1.pid" "$FOLDER/uts.$1"   # the kernel gives the number of a dead namespace to the next one
 }
 
 boot() {
@@ -126,7 +134,14 @@ boot() {
   inside "$(space "$1")" "n$1" sh -c 'readlink /proc/self/ns/uts >"$1"; exec slurmd -f "$2" -N "$3"' \
     - "$FOLDER/uts.$1" "$CONF" "n$1" </dev/null
 }
+can() { # what this machine must let root do, tried on something that is gone afterwards; CONSEQUENCE COMMAND...
+  local consequence=$1 said
+  shift
+  said=$("$@" 2>&1) || { echo "$consequence; this machine does not let root do it: $* ($said)" >&2; exit 1; }
+}
 start() {
+  can "nodes with names of their own need namespaces (CAP_SYS_ADMIN)" \
+    unshare --uts --mount sh -c 'hostname n1; mount --bind / /mnt'
   if [ ! -e "$FOLDER/shape" ]; then
     mkdir -p "$FOLDER/state" "$FOLDER/munge"
     echo "NODES=$1 MODE=${2:-loopback}" >"$FOLDER/shape"
@@ -135,7 +150,11 @@ start() {
     (umask 077; head -c 128 /dev/urandom >"$FOLDER/munge/key")
     write_conf
   fi
-  [ "$MODE" != netns ] || network
+  if [ "$MODE" = netns ]; then
+    can "nodes with cables need network namespaces, veth and bridge (CAP_NET_ADMIN)" \
+      unshare --net sh -c 'ip link add v1 type veth peer name v2 && ip link add switch type bridge'
+    network
+  fi
   alive "$FOLDER/munge/pid" || munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" \
     --pid-file="$FOLDER/munge/pid" --log-file="$FOLDER/munge/log" --seed-file="$FOLDER/munge/seed" 2>"$FOLDER/munge/err"
   alive "$FOLDER/slurmctld.pid" || on slurmctld -f "$CONF" </dev/null
@@ -144,7 +163,8 @@ start() {
   done
   for _ in 1 2 3 4 5 6; do
     ! until_true all_up || return 0
-    for node in $(seq "$NODES"); do   # its word of being back was lost: once more (Slurm has given up its jobs)
+    # A node that lived on gives no word of being back, and one that is down is asked once a minute: boot it anew.
+    for node in $(seq "$NODES"); do
       ! is_down "$node" || { crash "$node"; boot "$node"; }
     done
   done

@@ -24,10 +24,12 @@ def networked(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Four nodes with cables of their own, and runs on a small disk."""
     folder: Path = tmp_path_factory.mktemp("networked")
     mounted(folder / "runs", 200)
-    found = start(folder / "slurm", folder / "runs", 4, "netns")
-    yield found
-    found.control("stop")
-    unmounted(folder / "runs")
+    try:
+        found = start(folder / "slurm", folder / "runs", 4, "netns")
+        yield found
+        found.control("stop")
+    finally:
+        unmounted(folder / "runs")
 
 
 def _check(outcomes: list[Outcome]) -> None:
@@ -37,15 +39,15 @@ def _check(outcomes: list[Outcome]) -> None:
         assert outcome.how is None or outcome.how in COUNTED[outcome.event], outcome
 
 
-def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(networked: Cluster) -> None:
-    here = train_here("here-short", networked.runs, 2, 60)
-    run = networked.submit("short", "--nodes", "2", steps=60)
+def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(cluster: Cluster) -> None:
+    here = train_here("here-short", cluster.runs, 2, 60)
+    run = cluster.submit("short", "--nodes", "2", steps=60)
     events = ["kill -9 of one rank", "scontrol requeue", "crash of the head node"]
-    _check(survive(networked, run, events, SEED))
-    assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
+    _check(survive(cluster, run, events, SEED))
+    assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     assert_the_same_to_the_byte(run.path, here.path)
     ways = [attempt.how for attempt in ledger.read_ledger(run).attempts]
-    assert ways == ["crashed", "preempted", "crashed", "done"], networked.words_of(run)
+    assert ways == ["crashed", "preempted", "crashed", "done"], cluster.words_of(run)
 
 
 @pytest.mark.long

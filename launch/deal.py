@@ -81,18 +81,21 @@ def micro_batches_needed(lengths: Sequence[int], world_size: int, budget: int) -
     return -(-len(_best_fit_decreasing(lengths, range(len(lengths)), budget)) // world_size)
 
 
-def most_micro_batches(lengths: NDArray[np.int64], world_size: int, budget: int) -> int:
-    """The largest `micro_batches_needed` of steps with the sample lengths [steps, samples].
+def most_micro_batches(
+    lengths_of: Callable[[int], NDArray[np.int64]], steps: int, world_size: int, budget: int
+) -> int:
+    """The largest `micro_batches_needed` of the steps 0 to `steps`, each with the sample lengths `lengths_of(step)`.
 
     Packing every step of a large run takes seconds. But a pack is opened for a sample that fits into none of those
     before, so each of them lacks less than the step's longest sample: that bounds the packs of most steps well enough.
     """
-    totals = lengths.sum(axis=1)
-    packs_at_most = (totals - 1) // (budget - lengths.max(axis=1) + 1) + 1
+    sizes = [(lengths.sum(), lengths.max()) for lengths in map(lengths_of, range(steps))]
+    totals, longest = np.array(sizes).T
+    packs_at_most = (totals - 1) // (budget - longest + 1) + 1
     most = 1
     for step in np.argsort(-totals, kind="stable").tolist():
         if packs_at_most[step] > most * world_size:
-            most = max(most, micro_batches_needed(lengths[step].tolist(), world_size, budget))
+            most = max(most, micro_batches_needed(lengths_of(step).tolist(), world_size, budget))
     return most
 
 

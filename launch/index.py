@@ -207,9 +207,8 @@ def _read_split(file: Path) -> Split:
     import numpy as np
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(
-        file
-    ).read()  # `read_table` and `to_numpy` import pandas, a third of `samestep`'s start
+    # Not `read_table` and `to_numpy`: they import pandas, a third of `samestep`'s start.
+    table = pq.ParquetFile(file).read()
 
     def column(name: str) -> NDArray[np.int64]:
         return np.array(table.column(name).to_pylist(), dtype=np.int64)

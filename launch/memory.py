@@ -175,14 +175,15 @@ def _base_bytes(load: Load) -> int:
 
 
 def _loading_bytes(load: Load) -> int:
-    """The peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts.
+    """The peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the trial of
+    the largest micro-batch, when one more is on its way.
 
     The largest linear layer is there as it was read while it is quantized.
     """
     shape = load.shape
     shares = load.shares if load.strategy == "fsdp" else 1
     layers = shape.layers * _linear_bytes(load, shape.layer_weights, shares)
-    whole = _linear_bytes(load, shape.layer_weights) if shares > 1 else 0
+    whole = _linear_bytes(load, shape.layer_weights) if load.shares > 1 else 0
     read = _largest_linear(shape) * load.weight_bytes if load.load_in_4bit else 0
     return _undivided_bytes(load) + layers + whole + read
 

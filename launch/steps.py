@@ -181,9 +181,10 @@ def plan_steps(
         )
     if problems:
         raise ConfigError(problems)
-    samples = [
-        step_samples(
-            step,
+
+    def lengths_of(place: int) -> NDArray[np.int64]:
+        samples = step_samples(
+            first_step + place,
             n=lengths.size,
             global_batch_size=global_batch_size,
             seed=seed,
@@ -191,9 +192,9 @@ def plan_steps(
             first_step=first_step,
             first_sample=first_sample,
         )
-        for step in range(first_step, max_steps)
-    ]
-    micro_batches = most_micro_batches(lengths[np.stack(samples)], world_size, budget)
+        return lengths[samples]
+
+    micro_batches = most_micro_batches(lengths_of, max_steps - first_step, world_size, budget)
     return StepPlan(
         n=lengths.size,
         global_batch_size=global_batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def test_the_record_of_the_machine_keeps_them_beside_what_it_has(tmp_path: Path)
     file.write_text('{"host": "here"}')
     clock.keep(file)
     assert json.loads(file.read_text()) == {"host": "here", "first_step": {"total": 2.0, "step": 2.0}}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_leaves_the_record_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "environment.json"
+    file.write_text('{"host": "here"}')
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    FirstStep(1.0).keep(file)
+    assert file.read_text() == '{"host": "here"}'
+    assert list(tmp_path.iterdir()) == [file]

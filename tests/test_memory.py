@@ -149,6 +149,6 @@ def test_settings_order_memory_as_they_should() -> None:
 def test_sharding_saves_where_it_says() -> None:
     settings = Settings(False, 1)
     ddp, fsdp, zero3 = (of_7b(settings, strategy=s, world_size=8) for s in ("ddp", "fsdp", "zero3"))
-    assert fsdp.loading < ddp.loading == zero3.loading
+    assert fsdp.loading < ddp.loading < zero3.loading < 1.05 * ddp.loading  # a layer more, after its trial
     assert fsdp.base == zero3.base < ddp.base
     assert ddp.reserved > ddp.training

@@ -25,8 +25,10 @@ class FirstStep:
     @staticmethod
     def of_this_process() -> FirstStep:
         """To be asked for when all is imported. A launcher that `samestep run` started has a part of its own."""
-        created = psutil.Process().create_time()
-        clock = FirstStep(float(os.environ.get(STARTED, created)))
+        created = began = psutil.Process().create_time()
+        with contextlib.suppress(KeyError, ValueError):
+            began = float(os.environ[STARTED])
+        clock = FirstStep(began)
         clock.passed("launcher", created)
         clock.passed("imports")
         return clock
@@ -50,7 +52,12 @@ class FirstStep:
         )
 
     def keep(self, environment_file: Path) -> None:
-        """In the record of the attempt's machine; a file that is not there or finds no room goes without."""
+        """In the record of the attempt's machine; a file that is not there or finds no room stays as it is."""
+        aside = environment_file.with_suffix(".partial")
         with contextlib.suppress(OSError, ValueError):
             facts = json.loads(environment_file.read_text(encoding="utf-8")) | {FILE_KEY: self.seconds()}
-            environment_file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            try:
+                aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                aside.replace(environment_file)
+            finally:
+                aside.unlink(missing_ok=True)

@@ -66,7 +66,8 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
                 "the same command goes on with 4-bit weights that are not held dequantized"
                 if after
                 else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
-                "training.gradient_checkpointing and model.resident_weights to auto, or use --strategy fsdp"
+                "training.gradient_checkpointing and model.resident_weights to auto"
+                + ("" if trainer.plan.strategy in SHARDING else ", or use --strategy fsdp")
             )
         )
     return found

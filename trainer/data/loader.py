@@ -90,6 +90,8 @@ class Loader:
         """
         if self._reading is not None:
             self._reading.close()
+            # Python 3.12 leaves a generator that was not begun all it holds (cpython#142766).
+            self._reading, self._begun = None, False
 
 
 def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:

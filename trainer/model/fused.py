@@ -82,7 +82,11 @@ def rms_norm(module: Any, hidden: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """(RMSNorm of x, x): what comes back along x is added in the norm's own backward kernel. The weight is frozen."""
+    """(RMSNorm of x, x): what comes back along x is added in the norm's own backward kernel. The weight is frozen.
+
+    The kernel writes over the gradient of the first output, so that must be nobody else's: linear layers alone may be
+    fed it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +103,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormOfSum(torch.autograd.Function):
-    """(RMSNorm of x + residual, x + residual), in one kernel each way. The weight is frozen."""
+    """(RMSNorm of x + residual, x + residual), in one kernel each way; as `_Norm` for the rest."""
 
     @staticmethod
     def forward(

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from launch.errors import RunError
 from trainer.agreement import together
+
+_SLICE = 4 * 2**20
 
 
 def decoder_layers(model: PeftModel) -> nn.ModuleList:
@@ -74,21 +77,27 @@ class _Cut:
 def shared_out(model: PeftModel) -> Iterator[None]:
     """Inside, a rank holds its share of the decoder layers' frozen weights, as it will with ZeRO-3; their shapes stay.
 
-    Before and afterwards it has them whole. A collective, around what fails on all ranks or on none.
+    Before and afterwards it has them whole. They come back layer by layer, so that never more than one is there beside
+    the shares of those after it. A collective, around what fails on all ranks or on none.
 
     Raises:
         RunError: on all ranks: their bytes have changed.
     """
-    cuts = together(lambda: [_cut(weight) for layer in decoder_layers(model) for weight in _frozen(layer)])
+    if dist.get_world_size() == 1:
+        yield
+        return
+    away = together(lambda: [[_cut(weight) for weight in _frozen(layer)] for layer in decoder_layers(model)])
     yield
-    ranks = dist.get_world_size()
-    wholes = together(lambda: [cut.share.new_empty(ranks * len(cut.share)) for cut in cuts])
-    for cut, whole in zip(cuts, wholes, strict=True):
-        dist.all_gather_into_tensor(whole, cut.share)
-    together(lambda: _check(cuts, wholes))
-    for cut, whole in zip(cuts, wholes, strict=True):
-        weight = cut.weight
-        weight.data = whole[: weight.numel() * weight.element_size()].view(weight.dtype).view(weight.shape)
+    for cuts in away:
+        wholes = together(partial(_room_for, cuts))
+        for cut, whole in zip(cuts, wholes, strict=True):
+            dist.all_gather_into_tensor(whole, cut.share)
+        together(partial(_check, cuts, wholes))
+        for cut, whole in zip(cuts, wholes, strict=True):
+            weight = cut.weight
+            size = weight.numel() * weight.element_size()
+            weight.data = whole[:size].view(weight.dtype).view(weight.shape)
+        cuts.clear()
 
 
 def _cut(weight: nn.Parameter) -> _Cut:
@@ -99,14 +108,18 @@ def _cut(weight: nn.Parameter) -> _Cut:
     shares = [whole[at * size : (at + 1) * size] for at in range(ranks)]
     share = whole.new_zeros(size)
     share[: len(shares[rank])] = shares[rank]
-    sums = torch.stack([each.sum(dtype=torch.int64) for each in shares])
+    sums = torch.stack([_sum(each) for each in shares])
     weight.data = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
     return _Cut(weight, share, sums)
 
 
+def _room_for(cuts: Sequence[_Cut]) -> list[Tensor]:
+    return [cut.share.new_empty(dist.get_world_size() * len(cut.share)) for cut in cuts]
+
+
 def _check(cuts: Sequence[_Cut], wholes: Sequence[Tensor]) -> None:
     found = [
-        whole.view(-1, len(cut.share)).sum(1, dtype=torch.int64)
+        torch.stack([_sum(each) for each in whole.view(-1, len(cut.share))])
         for cut, whole in zip(cuts, wholes, strict=True)
     ]
     if not torch.equal(torch.cat(found), torch.cat([cut.sums for cut in cuts])):
@@ -114,6 +127,12 @@ def _check(cuts: Sequence[_Cut], wholes: Sequence[Tensor]) -> None:
             "model: the decoder layers are not what they were before the largest micro-batch was tried; "
             "install the versions of constraints.txt, or use another --strategy"
         )
+
+
+def _sum(numbers: Tensor) -> Tensor:
+    """Of bytes [n]: int64. In slices, each of which PyTorch first makes eight times as large."""
+    slices = [part.sum(dtype=torch.int64) for part in numbers.split(_SLICE)]
+    return torch.stack(slices).sum()
 
 
 def _frozen(layer: nn.Module) -> Iterator[nn.Parameter]:

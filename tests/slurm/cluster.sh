@@ -168,6 +168,7 @@ start() {
       ! is_down "$node" || { crash "$node"; boot "$node"; }
     done
   done
+  tail -n 4 "$FOLDER"/slurm*.log >&2
   on sinfo -N
   exit 1
 }

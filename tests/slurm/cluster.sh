@@ -109,6 +109,7 @@ network() {
 # in use of the last time that somebody asked about all, and with a count above 0 sinfo says "mixed*" for "down*".
 states() { on sinfo -h -N -p batch -o '%N %T'; }
 all_up() { [ "$(states | grep -cE ' (idle|mixed|allocated|completing)$')" -ge "$NODES" ]; }
+answered() { ! alive "$FOLDER/slurmctld.pid" || all_up; }   # or will not: a client would ask for 10 s each time
 is_down() { states | grep -q "^n$1 down"; }
 processes() { # of a node: all that live under its host name
   local uts
@@ -157,18 +158,24 @@ start() {
   fi
   alive "$FOLDER/munge/pid" || munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" \
     --pid-file="$FOLDER/munge/pid" --log-file="$FOLDER/munge/log" --seed-file="$FOLDER/munge/seed" 2>"$FOLDER/munge/err"
-  alive "$FOLDER/slurmctld.pid" || on slurmctld -f "$CONF" </dev/null
+  if ! alive "$FOLDER/slurmctld.pid"; then
+    rm -f "$FOLDER/slurmctld.pid"
+    on slurmctld -f "$CONF" </dev/null
+    until_true test -s "$FOLDER/slurmctld.pid" || true
+  fi
   for node in $(seq "$NODES"); do
     alive "$FOLDER/slurmd.n$node.pid" || boot "$node"
   done
   for _ in 1 2 3 4 5 6; do
-    ! until_true all_up || return 0
+    ! until_true answered || break
     # A node that lived on gives no word of being back, and one that is down is asked once a minute: boot it anew.
     for node in $(seq "$NODES"); do
       ! is_down "$node" || { crash "$node"; boot "$node"; }
     done
   done
-  on sinfo -N
+  ! all_up || return 0
+  on sinfo -N || true
+  tail -n 4 "$FOLDER"/slurm*.log >&2
   exit 1
 }
 

@@ -1,5 +1,6 @@
 """The upper floor: what runs on the compute node."""
 
+import logging
 import os
 
 LAUNCHER = os.getppid()
@@ -13,3 +14,6 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # Nothing here is compiled. bitsandbytes 0.50 hands functions to torch.compile while it is imported, which alone takes
 # Inductor's import, a sixth of all (needed while `import bitsandbytes` brings `torch._inductor.compile_fx` without it).
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+# On some processors bitsandbytes 0.50 warns, while it is imported, that an optional package of CPU kernels is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

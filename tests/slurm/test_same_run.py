@@ -51,7 +51,7 @@ def test_one_two_and_four_nodes_are_the_run_of_this_machine(
         nodes: cluster.submit(f"nodes-{nodes}", "--nodes", str(nodes), steps=STEPS) for nodes in (1, 2, 4)
     }
     script = _template_by_hand(tmp_path, cluster.runs)
-    by_hand = cluster.on("sbatch", "--parsable", str(script), "recipes/embedded.yaml")
+    by_hand = cluster.on("sbatch", "--parsable", "--nodes=2", str(script), "recipes/embedded.yaml")
     assert by_hand.returncode == 0, by_hand.stderr
     for run in submitted.values():
         assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
@@ -63,8 +63,9 @@ def test_one_two_and_four_nodes_are_the_run_of_this_machine(
         losses, weights = apart(run.path, here.path)
         assert losses < 1e-6, nodes
         assert weights < 1e-5, nodes
-    # Two processes, wherever they are: on two nodes, or on one by hand.
-    assert sha256_of(submitted[2].path) == sha256_of(hand.path) == sha256_of(here.path)
+    # The same number of processes, wherever they are: by hand there are two on each of two nodes.
+    assert sha256_of(submitted[2].path) == sha256_of(here.path)
+    assert sha256_of(submitted[4].path) == sha256_of(hand.path)
     _look_at(cluster, submitted[2])
 
 

@@ -1,7 +1,7 @@
 """fsdp without a whole base on any rank: two ranks share one GPU, each capped below the size of the 4-bit base.
 
 Random weights of the true 7B shape, chart-sized images, a few steps. Prints each rank's peak and a JSON line.
-`python benchmarks/sharded_loading.py --cap-gib 5`; needs a GPU and 40 GB of disk below --folder.
+`python benchmarks/sharded_loading.py`; needs a GPU and 40 GB of disk below --folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("/tmp/samestep-benchmark"), help="for weights and runs"
     )
-    parser.add_argument("--cap-gib", type=float, default=5.0, help="memory of each rank (default: 5)")
+    parser.add_argument("--cap-gib", type=float, default=5.4, help="memory of each rank (default: 5.4)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default: 3)")
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b", help="of the base (default: 7b)")
     options = parser.parse_args()

@@ -37,7 +37,11 @@ class Site(Section):
     account: str | None = Field(None, min_length=1, description="the account that pays")
     qos: str | None = Field(None, min_length=1, description="a quality of service")
     constraint: str | None = Field(None, min_length=1, description="node features, as of sbatch --constraint")
-    time: str | None = Field(None, min_length=1, description="a time limit as of sbatch: D-HH:MM:SS")
+    time: str | None = Field(
+        None,
+        pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$|^(UNLIMITED|INFINITE)$",
+        description='a time limit as of sbatch, in quotes in a file: "12:00:00", "1-00:00:00"',
+    )
     device: Literal["cuda", "cpu"] = Field("cuda", description="what the nodes train on: cuda or cpu")
     gpu_type: str | None = Field(
         None, min_length=1, description="a type of GPU, as of sbatch --gpus-per-node"

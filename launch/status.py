@@ -84,7 +84,7 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
     step = steps[-1]["step"] if steps else 0
     checkpoint, written = _newest_checkpoint(run)
     marker, holder = read_marker(run), lock_holder(run.path)
-    state, because = state_of(marker, book, job, holder, now)
+    state, because = state_of(marker, book, job, holder, run.environment_file.exists(), now)
     usual = statistics.median(line["seconds"] for line in steps) if steps else 0.0
     idle = now - max(last_change, _began(run, book, holder))
     if state == "running" and idle > max(STALLED_AFTER_S, STALLED_STEPS * usual):
@@ -112,9 +112,9 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
 
 
 def state_of(
-    marker: Marker | None, book: Ledger, job: JobFacts | None, holder: str | None, now: float
+    marker: Marker | None, book: Ledger, job: JobFacts | None, holder: str | None, begun: bool, now: float
 ) -> tuple[State, str]:
-    """(state, why), from the marker, the ledger, the job and the holder of the run's lock."""
+    """(state, why), from the marker, the ledger, the job and the holder of the run's lock; `begun`: it ever trained."""
     if job is not None and job.state in WAITING:
         again = sum(book.restarts().values())
         return "queued", f"{'requeued ' + str(again) + ' times, ' if again else ''}{job.reason}"
@@ -130,6 +130,8 @@ def state_of(
         return "failed", gave_up
     if marker is not None:
         return "stopped", marker.text
+    if book.last is None and not book.job and begun:
+        return "failed", "ended without a word (killed, or it crashed); the same command goes on"
     return _without_a_word(book, job, now)
 
 

@@ -25,6 +25,8 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     [
         ("partion: gpu", "partion: unknown key; did you mean partition?"),
         ("time: 90", "time: not a valid value (got 90); give a time limit"),  # YAML reads 1:30 as 90
+        ("time: soon", "in quotes in a file"),
+        ('time: "1\\r"', "time: not a valid value"),
         (
             "environment: {HF_TOKEN: hf_x}",
             "environment.HF_TOKEN: would write a secret into every job's script",

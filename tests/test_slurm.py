@@ -131,7 +131,7 @@ def test_the_template_starts_processes_as_the_launcher_does() -> None:
 
 
 def test_options_reach_sbatch_as_they_are() -> None:
-    keys = ("partition", "account", "qos", "time", "constraint", "memory")
+    keys = ("partition", "account", "qos", "constraint", "memory")
     text = train_script(TRAIN, job_of(**dict.fromkeys(keys, 'a "b" $HOME `id` #x&y')))
     for option in (*keys[:-1], "mem"):
         assert f'#SBATCH --{option}="a \\"b\\" $HOME `id` #x&y"\n' in text
@@ -143,7 +143,7 @@ def test_options_reach_sbatch_as_they_are() -> None:
     [
         ({"partition": "a\nb"}, "--partition"),
         ({"account": "a\\b"}, "--account"),
-        ({"time": "1\r"}, "--time"),
+        ({"qos": "1\r"}, "--qos"),
         ({"options": ["--comment=a\nb"]}, "--comment"),
         ({"run": "/shared/a\nb"}, "--runs-dir"),
     ],

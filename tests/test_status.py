@@ -52,6 +52,16 @@ def test_a_run_without_a_job_has_not_started(run: RunDirectory) -> None:
     assert (_look(run).state, _look(run).step, _look(run).max_steps) == ("not started", 0, 37)
 
 
+def test_a_run_of_this_machine_that_nobody_holds_any_more_has_failed(run: RunDirectory) -> None:
+    run.environment_file.write_text("{}")
+    _steps(run, 3)
+    found = _look(run)
+    assert (found.state, found.step) == ("failed", 3)
+    assert "the same command goes on" in found.because
+    (run.path / "STOPPED").write_text("user: at step 3 of 37")
+    assert _look(run).state == "stopped"
+
+
 @pytest.mark.parametrize(
     ("ended", "state"), [("FAILED", "failed"), ("TIMEOUT", "failed"), ("CANCELLED", "stopped")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +25,9 @@ PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed w
 def start_processes() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
     find_deepspeed_config()
+    if uses_deepspeed():  # builds its collectives for CPUs with `ninja`, which lies beside Python
+        beside = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
     if torch.cuda.is_available():
         return PartialState(timeout=PATIENCE)
     if (

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slurm
             "Invalid account or account/partition combination",
         ),
         (["--nodes", "5"], "More processors requested than permitted"),
-        (["--time", "soon"], "Invalid --time specification"),
+        (["--time", "soon"], "give a time limit as of sbatch"),
         (["--partition", 'a "b" $HOME `id`'], 'invalid partition specified: a "b" $HOME `id`'),
     ],
 )

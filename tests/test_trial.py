@@ -34,7 +34,7 @@ def _model(world: Path) -> Any:
 
 def _held(model: Any) -> int:
     """Bytes of the frozen weights of the decoder layers that are here."""
-    weights = [weight for layer in trial.decoder_layers(model) for weight in trial._frozen(layer)]
+    weights = [weight for layer in trial.decoder_layers(model) for weight in trial.frozen_weights(layer)]
     return sum(weight.untyped_storage().nbytes() for weight in weights)
 
 
@@ -43,7 +43,7 @@ def test_layers_come_back_as_they_were_and_one_at_a_time(
 ) -> None:
     model = _model(world)
     layers = trial.decoder_layers(model)
-    before = [weight.clone() for layer in layers for weight in trial._frozen(layer)]
+    before = [weight.clone() for layer in layers for weight in trial.frozen_weights(layer)]
     size, shapes = _held(model), [weight.shape for weight in before]
     cuts: list[trial._Cut] = []
     cut = trial._cut
@@ -59,14 +59,14 @@ def test_layers_come_back_as_they_were_and_one_at_a_time(
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     with trial.shared_out(model):
-        weights = [weight for layer in layers for weight in trial._frozen(layer)]
+        weights = [weight for layer in layers for weight in trial.frozen_weights(layer)]
         assert _held(model) < size / 100
         assert [weight.shape for weight in weights] == shapes
         shares = sum(each.share.nbytes for each in cuts)
         assert size / 2 <= shares < size / 2 + len(cuts)
     assert [weight.shape for weight in weights] == shapes
     assert all(torch.equal(found, expected) for found, expected in zip(weights, before, strict=True))
-    first_layer = sum(1 for _ in trial._frozen(layers[0]))
+    first_layer = sum(1 for _ in trial.frozen_weights(layers[0]))
     assert max(whole_again[:first_layer]) < size / 100
     assert whole_again[first_layer] > size / 100
 

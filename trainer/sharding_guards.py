@@ -19,6 +19,7 @@ from launch.errors import RunError
 from trainer.agreement import together
 from trainer.guards import may_differ_by
 from trainer.model.attention import Segments
+from trainer.model.trial import decoder_layers, frozen_weights
 
 RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 
@@ -41,7 +42,7 @@ class LayerFacts:
 def layer_facts(layer: nn.Module) -> LayerFacts:
     """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
     packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
-    size = sum(parameter.nbytes for parameter in _frozen(layer))
+    size = sum(parameter.nbytes for parameter in frozen_weights(layer))
     return LayerFacts(packed, _output(layer), size, _constants(layer))
 
 
@@ -54,7 +55,7 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
     Raises:
         RunError: on all ranks.
     """
-    layers = cast(Any, model.get_base_model()).model.language_model.layers
+    layers = decoder_layers(model)
     gathered = (
         _gathered_by_zero if hasattr(next(iter(layers[0].parameters())), "ds_tensor") else _gathered_by_fsdp
     )
@@ -67,7 +68,7 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
 
 def resident_bytes(layer: nn.Module) -> int:
     """Bytes of a layer's frozen weights on this rank: its share where they are sharded, constants included."""
-    return sum(_local_bytes(parameter) for parameter in _frozen(layer)) + _constants(layer)
+    return sum(_local_bytes(parameter) for parameter in frozen_weights(layer)) + _constants(layer)
 
 
 @contextmanager
@@ -113,10 +114,6 @@ def _packed_weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _checksum(weight: Tensor) -> int:
     # A copy: numpy would pin the storage, which FSDP frees by resizing it to nothing.
     return zlib.crc32(weight.detach().contiguous().view(torch.uint8).to("cpu", copy=True).numpy().data)
-
-
-def _frozen(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in layer.parameters() if not parameter.requires_grad)
 
 
 def _constants(layer: nn.Module) -> int:

@@ -33,7 +33,7 @@ def decoder_layers(model: PeftModel) -> nn.ModuleList:
 
 def layer_bytes(layer: nn.Module) -> int:
     """Of the frozen weights of a layer when it is whole; its quantization constants never leave."""
-    return sum(weight.numel() * weight.element_size() for weight in _frozen(layer))
+    return sum(weight.numel() * weight.element_size() for weight in frozen_weights(layer))
 
 
 @contextmanager
@@ -86,7 +86,9 @@ def shared_out(model: PeftModel) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    away = together(lambda: [[_cut(weight) for weight in _frozen(layer)] for layer in decoder_layers(model)])
+    away = together(
+        lambda: [[_cut(weight) for weight in frozen_weights(layer)] for layer in decoder_layers(model)]
+    )
     yield
     for cuts in away:
         wholes = together(partial(_room_for, cuts))
@@ -135,5 +137,6 @@ def _sum(numbers: Tensor) -> Tensor:
     return torch.stack(slices).sum()
 
 
-def _frozen(layer: nn.Module) -> Iterator[nn.Parameter]:
+def frozen_weights(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """All of a layer but its adapters."""
     return (weight for weight in layer.parameters() if not weight.requires_grad)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ CHAIN = (
     *(("zero2", GPUS, 7), ("single", 1, None)),
 )
 """(strategy, GPUs, the step to stop at) of the run that moves."""
+TRIED_UNDER = ("fsdp", "zero2", "zero3")
+"""The strategies whose trial of the largest micro-batch leaves collectives out."""
 STEPS = 60
 PATIENCE_S = 60.0
 
@@ -74,26 +77,20 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     recipes = write_recipes_of_dtypes(world, folder, checkpoint={"keep": 9})
 
-    def request(dtype: str, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
-        return [str(recipes[dtype]), "--runs-dir", str(folder), "--name", name], stop
+    def request(recipe: Path, name: str, stop: int | None = None) -> tuple[list[str], int | None]:
+        return [str(recipe), "--runs-dir", str(folder), "--name", name], stop
 
     tried = write_tried_recipe(world, folder / "tried.yaml", "bfloat16")
-    for strategy in ("fsdp", "zero2", "zero3"):
-        names = [f"{name}-{strategy}" for name in (TRIED, FIXED)]
-        drive(
-            2,
-            [([str(tried), "--runs-dir", str(folder), "--name", name], None) for name in names],
-            folder,
-            strategy=strategy,
-        )
+    launches: dict[tuple[str, int], list[tuple[list[str], int | None]]] = defaultdict(list)
     for strategy, processes, stop in CHAIN:
-        requests = [request("float32", "chain", stop)]
-        if processes in (1, GPUS):
-            requests += [request(dtype, f"{dtype}-{strategy}") for dtype in GPU_TOLERANCES]
+        launches[strategy, processes].append(request(recipes["float32"], "chain", stop))
+        launches[strategy, 1 if processes == 1 else GPUS] += [
+            request(recipe, f"{dtype}-{strategy}") for dtype, recipe in recipes.items()
+        ]
+        if strategy in TRIED_UNDER:
+            launches[strategy, 2] += [request(tried, f"{name}-{strategy}") for name in (TRIED, FIXED)]
+    for (strategy, processes), requests in launches.items():
         drive(processes, requests, folder, strategy=strategy)
-        if processes not in (1, GPUS):
-            others = [request(dtype, f"{dtype}-{strategy}") for dtype in GPU_TOLERANCES]
-            drive(GPUS, others, folder, strategy=strategy)
     return folder
 
 
@@ -107,7 +104,7 @@ def test_a_strategy_takes_the_steps_of_one_gpu(runs: Path, dtype: str, strategy:
     assert loss <= GPU_TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", TRIED_UNDER)
 def test_settings_come_down_in_a_trial_that_leaves_no_trace(runs: Path, strategy: str) -> None:
     tried, fixed = (runs / f"{name}-{strategy}" for name in (TRIED, FIXED))
     assert_came_down(tried, fixed)

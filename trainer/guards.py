@@ -29,6 +29,8 @@ def may_differ_by(dtype: torch.dtype) -> float:
     return 1e-2
 
 
+_NOISE_OF_LOGITS = 0.5  # in bfloat16, by another kernel: five times what was seen
+
 # strategy -> (accelerate's distributed types, the class that accelerate wraps the model in)
 _EXPECTED = {
     "single": ({"NO"}, "PeftModelForCausalLM"),
@@ -73,21 +75,30 @@ def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
             raise RunError(f"model: the adapter {name} is {parameter.dtype}, not float32")
 
 
-def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bool = False) -> None:
     """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
 
-    A collective.
+    `gathered`: the layers' weights now come together elsewhere in memory, so that products may take another kernel.
+    In bfloat16 that alone moves the answers: with the 7B shape 161 of the 138,752 numbers of one product in the first
+    layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first two steps
+    stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less than
+    -log p: what is all but certain stays so. A collective.
 
     Raises:
         RunError: on all ranks.
     """
-    apart = (before.float() - after.float()).abs().max().item()
+    apart = (before.float() - after.float()).abs()
+    allowed = torch.full_like(apart, may_differ_by(dtype))
+    if gathered and dtype != torch.float32:
+        allowed = allowed.maximum(_NOISE_OF_LOGITS * before.float().abs().clamp(max=1.0))
 
     def compare() -> None:
-        if not apart <= may_differ_by(dtype):
+        if not (apart <= allowed).all():
+            place = (apart - allowed).nan_to_num(math.inf).argmax()
             raise RunError(
-                f"model: it answers otherwise since it was wrapped (largest difference {apart:.3g} in log-probability, "
-                f"{may_differ_by(dtype):g} allowed); install the versions of constraints.txt, or use another --strategy"
+                "model: it answers otherwise since it was wrapped (the log-probability of a target differs by "
+                f"{apart.view(-1)[place]:.3g}, {allowed.view(-1)[place]:.3g} allowed); install the versions of "
+                "constraints.txt, or use another --strategy"
             )
 
     together(compare)

@@ -47,7 +47,8 @@ def compare_with_whole(whole: Whole | None, model: PeftModel, wrapped: nn.Module
         return
     if whole.layers:
         check_sharding(model, whole.layers, plan.world_size)
-    check_logits(whole.answers, _answers(wrapped, whole.sample), DTYPES[plan.compute_dtype])
+    answers = _answers(wrapped, whole.sample)
+    check_logits(whole.answers, answers, DTYPES[plan.compute_dtype], gathered=bool(whole.layers))
 
 
 @torch.no_grad()

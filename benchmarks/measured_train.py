@@ -29,7 +29,7 @@ from trainer.agreement import end_process, leave_processes
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.sft import PlannedTrainer
-from trainer.sharding_guards import resident_bytes
+from trainer.sharding_guards import resident_bytes, whole_bytes
 
 REPEATS = 20
 
@@ -66,6 +66,7 @@ class Clock:
             self.facts = {
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
                 "layers_gib": sum(resident_bytes(layer) for layer in layers) / 2**30,
+                "whole_layers_gib": sum(whole_bytes(layer) for layer in layers) / 2**30,
                 "loading_gib": self.loading_gib,
             }
             sizes = [getattr(each, "ds_numel", each.numel()) for each in trainer.parameters.values()]

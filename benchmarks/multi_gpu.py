@@ -7,9 +7,10 @@
 Random weights of the true shape and chart-sized images (`--folder`, built once). Each run is one `accelerate launch`
 with the shipped config and the default recipe. What is done is written to `--output` at once, and a run that is there
 with the same settings is not run again unless `--fresh` says so. `per-gpu` runs have 32 samples a GPU and half of the
-steps; `random` runs deal the same samples as a shuffling sampler would. Waiting and communication: of the plainly
-reduced strategies by the clocks of the ranks (the last to be ready, and the addition itself), of the others by the
-NCCL kernels that nothing overlaps in one profiled step. Steps 1 and 2 and the profiled one are in no time.
+steps, `4-per-gpu` what each of 8 GPUs has of 32; `random` runs deal the same samples as a shuffling sampler would.
+Waiting and communication: of the plainly reduced strategies by the clocks of the ranks (the last to be ready, and the
+addition itself), of the others by the NCCL kernels that nothing overlaps in one profiled step. Steps 1 and 2 and the
+profiled one are in no time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tests.distributed.launching import child_environment, family, kill_all, lau
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "qwen2vl_7b_chartqa"
 GLOBAL_BATCH = 32
+FEW = 4  # samples of each GPU, as 8 of them have of 32
 PROFILED_STEP = 4
 SHARDED = ("fsdp", "zero2", "zero3")
 BEGAN = time.monotonic()
@@ -62,6 +64,7 @@ def runs_of(gpus: int, steps: int) -> dict[str, Run]:
         Run("zero2", "zero2", gpus, GLOBAL_BATCH, "balanced", steps),
         Run("zero3", "zero3", gpus, GLOBAL_BATCH, "balanced", steps),
         Run("ddp-per-gpu", "ddp", gpus, wide, "balanced", fewer),
+        Run("ddp-4-per-gpu", "ddp", gpus, FEW * gpus, "balanced", steps),
         Run("ddp-random", "ddp", gpus, GLOBAL_BATCH, "random", steps),
         Run("ddp-per-gpu-random", "ddp", gpus, wide, "random", fewer),
         *[Run(f"{strategy}-per-gpu", strategy, gpus, wide, "balanced", fewer) for strategy in SHARDED],
@@ -69,7 +72,7 @@ def runs_of(gpus: int, steps: int) -> dict[str, Run]:
     return {run.name: run for run in runs}
 
 
-DEFAULT_RUNS = ("single", "ddp", "fsdp", "zero2", "zero3", "ddp-per-gpu", "ddp-random")
+DEFAULT_RUNS = ("single", "ddp", "fsdp", "zero2", "zero3", "ddp-per-gpu", "ddp-4-per-gpu", "ddp-random")
 
 
 def say(words: str) -> None:

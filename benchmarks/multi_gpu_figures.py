@@ -45,6 +45,7 @@ class Measured:
     loading_gib: list[float] = field(default_factory=list)
     training_gib: list[float] = field(default_factory=list)
     layers_gib: list[float] = field(default_factory=list)
+    whole_layers_gib: list[float] = field(default_factory=list)
     waiting: float | None = None
     communication: float | None = None
     all_reduce_s: float | None = None
@@ -119,6 +120,7 @@ def summarize(
         loading_gib=[fact["loading_gib"] for fact in facts if fact.get("loading_gib")],
         training_gib=[fact["training_gib"] for fact in facts if fact.get("training_gib")],
         layers_gib=[fact["layers_gib"] for fact in facts if "layers_gib" in fact],
+        whole_layers_gib=[fact["whole_layers_gib"] for fact in facts if "whole_layers_gib" in fact],
         all_reduce_s=facts[0].get("all_reduce_s"),
         profiled={key: value for key, value in facts[0].items() if key.startswith("profiled")},
         device=facts[0].get("device", ""),
@@ -286,14 +288,12 @@ def comparisons(known: Mapping[str, Measured]) -> list[str]:
                 f"{balanced}, balanced against random: {ratio:.3f} x the step time "
                 f"(predicted {one.work / other.work:.3f} x)"
             )
-    single = known.get("single")
     for name in ("fsdp", "zero3"):
         each = known.get(name)
-        if single and each and single.layers_gib and each.layers_gib:
-            share = max(each.layers_gib) / single.layers_gib[0]
+        if each and each.layers_gib and each.whole_layers_gib:
+            here, whole = max(each.layers_gib), each.whole_layers_gib[0]
             lines.append(
-                f"{name} on {each.processes}: decoder layers {max(each.layers_gib):.3f} of "
-                f"{single.layers_gib[0]:.3f} GiB a GPU, 1/{1 / share:.2f}"
+                f"{name} on {each.processes}: decoder layers {here:.3f} of {whole:.3f} GiB a GPU, 1/{whole / here:.2f}"
             )
     for each in known.values():
         if each.all_reduce_s:

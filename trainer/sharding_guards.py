@@ -71,6 +71,14 @@ def resident_bytes(layer: nn.Module) -> int:
     return sum(_local_bytes(parameter) for parameter in frozen_weights(layer)) + _constants(layer)
 
 
+def whole_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's frozen weights over all ranks, constants included."""
+    return sum(
+        int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
+        for weight in frozen_weights(layer)
+    ) + _constants(layer)
+
+
 @contextmanager
 def _gathered_by_fsdp(layer: Any) -> Iterator[None]:
     layer.unshard()

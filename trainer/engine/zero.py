@@ -47,6 +47,8 @@ class Zero:
             offload = self._engine.optimizer.parameter_offload
             offload.module = layers
             self._engine.module.register_forward_hook(partial(_let_go_after_evaluation, offload))
+            if not self._engine.zero_overlap_comm():
+                _let_the_host_run_ahead(offload.param_coordinator, layers)
 
     def _forget_zero(self) -> None:
         """Make the libraries forget that ZeRO-3 is on, whenever they may have been told.
@@ -287,3 +289,14 @@ def _let_go_after_evaluation(offload: Any, model: nn.Module, *_: Any) -> None:
     offload.partition_all_parameters()
     if offload.param_coordinator.is_record_trace():
         offload.param_coordinator._invalidate_trace()
+
+
+def _let_the_host_run_ahead(coordinator: Any, layers: nn.ModuleList) -> None:
+    """Let two layers be under way to the GPU before Python waits for it.
+
+    DeepSpeed 0.19.8 waits where more than 2 fetches are: each weight of a layer counts as one, so at every layer
+    Python would wait until the one before has computed. Memory comes and goes on one stream (`overlap_comm: false`),
+    so it takes no more of it to be ahead.
+    """
+    weights = max(len(list(layer.parameters())) for layer in layers)
+    coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = 2 * weights

@@ -20,6 +20,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from launch.errors import RunError
+from trainer.agreement import together
 from trainer.checkpoint.portable import MOMENTS, State, step_device
 from trainer.checkpoint.sharded import Kept, ZeroPart
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
@@ -109,10 +111,25 @@ class Zero:
 
         def ask_first(*args: Any, **kwargs: Any) -> Any:
             del self._engine.step  # from now on the class's own again
+            together(self._all_were_reduced)
             action()
             return take(*args, **kwargs)
 
         self._engine.step = ask_first
+
+    def _all_were_reduced(self) -> None:
+        """After a backward; DeepSpeed takes a gradient away when it reduces it.
+
+        Raises:
+            RunError: a whole layer's were reduced before they were all there.
+        """
+        late = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        if self.stage == 3 and late:
+            raise RunError(
+                f"model: {len(late)} of {len(self.parameters)} adapters got their gradients after DeepSpeed had "
+                f"reduced their layer's, such as {late[0]}; install the versions of constraints.txt, or use another "
+                "--strategy"
+            )
 
     def norm(self) -> float:
         """Of the step just taken, before clipping."""

@@ -209,7 +209,7 @@ def run_case(
     shape = read_shape(recipe)
     if isinstance(shape, str):
         raise SystemExit(shape)
-    load = load_of(recipe, shape, "single", 1, kernels_of(recipe, Machine(device.type), "single"))
+    load = load_of(recipe, shape, "single", 1, kernels_of(recipe, Machine(device.type)))
     planned = memory_of(load, packed, Settings(case.resident, case.every))
     return asdict(case) | {
         "tokens": packed.tokens,

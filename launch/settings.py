@@ -103,7 +103,7 @@ def choose(
     """
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
-    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine, strategy))
+    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine))
     if machine.memory is None:
         what = "the GPU's memory is not known" if machine.device == "cuda" else "no GPU here"
         return _cautious(
@@ -128,7 +128,7 @@ def less_than(memory: Memory) -> int:
     return memory.reserved - (memory.activations + memory.temporary) // 10 - 1
 
 
-def kernels_of(recipe: Recipe, machine: Machine, strategy: str) -> Kernels:
+def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
     """How decoder layers will be computed there, as `trainer.model.base.prepare_training` decides it."""
     quantization = recipe.quantization
     dtypes = {recipe.model.dtype}
@@ -137,7 +137,7 @@ def kernels_of(recipe: Recipe, machine: Machine, strategy: str) -> Kernels:
     cuda = machine.device == "cuda"
     installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
     fused = cuda and installed and dtypes == {"bfloat16"}
-    return Kernels(fused, fused and strategy != "zero3")
+    return Kernels(fused, fused)
 
 
 def _open_settings(recipe: Recipe, strategy: str, shape: ModelShape) -> Iterator[Settings]:

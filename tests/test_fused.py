@@ -65,7 +65,7 @@ def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def _plain_forward(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *_: Any) -> tuple[Any, ...]:
+def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *_: Any) -> tuple[Any, ...]:
     """In place of Liger's kernels, which take no number in Triton's interpreter."""
     deviations = (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
     return x * deviations * weight, x, deviations.flatten()
@@ -75,8 +75,8 @@ def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fused, "rms_norm_forward", _plain_forward)
-        added = lambda x, residual, *rest: _plain_forward(x + residual, *rest)  # noqa: E731
+        monkeypatch.setattr(fused, "rms_norm_forward", plain_norm)
+        added = lambda x, residual, *rest: plain_norm(x + residual, *rest)  # noqa: E731
         monkeypatch.setattr(fused, "fused_add_rms_norm_forward", added)
     draw = torch.Generator().manual_seed(0)
     x, residual = torch.randn(2, 1, TOKENS, 48, generator=draw).to(DEVICE)
@@ -90,7 +90,7 @@ def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
             second, total = fused._Norm.apply(total, weights[1], 1e-6)
         else:
             total = leaves[0] + leaves[1]
-            first, second = (_plain_forward(total, weight, 1e-6)[0] for weight in weights)
+            first, second = (plain_norm(total, weight, 1e-6)[0] for weight in weights)
         outputs = [first, second, total] if keep else [first, second]
         torch.stack([output.sin().sum() for output in outputs]).sum().backward()
         return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves)]

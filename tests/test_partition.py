@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from launch.errors import RunError
 from trainer.checkpoint.portable import MOMENTS
 from trainer.engine.partition import piece_of_flat, piece_of_own
 from trainer.engine.zero import Zero
@@ -154,3 +155,18 @@ def _assert_nothing_but_moments(states: Mapping[Any, Any], moments: Mapping[str,
         held = [value for key in MOMENTS for value in state[key].tolist() if value]
         assert len(held) == len(set(held))
         assert set(held) <= known
+
+
+def test_a_gradient_that_comes_after_the_reduction_ends_the_run_before_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _Ranks(monkeypatch, 1).become(0)
+    monkeypatch.setattr("trainer.engine.zero.together", lambda action: action())
+    zero, _ = _engine(3, [2, 3], rank=0, world=1)
+    steps: list[str] = []
+    zero._engine.step = lambda: steps.append("taken")
+    zero.before_next_step(lambda: steps.append("looked at"))
+    zero.parameters["p1"].grad = torch.ones(3)
+    with pytest.raises(RunError, match="1 of 2 adapters got their gradients after DeepSpeed had"):
+        zero._engine.step()
+    assert steps == []

@@ -112,7 +112,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             compute_dtype=DTYPES[plan.compute_dtype],
             recompute_every=plan.recompute_every,
             resident_weights=plan.resident_weights,
-            partitioned=plan.strategy == "zero3",
             keep=self.features.keep if self.features else None,
         )
         logger.info(way)

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from launch.errors import RunError
+from trainer.agreement import together
 from trainer.checkpoint.portable import MOMENTS, State, step_device
 from trainer.checkpoint.sharded import Kept, ZeroPart
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
+from trainer.model.trial import decoder_layers
 
 
 class Zero:
@@ -40,8 +45,12 @@ class Zero:
         self._forget_zero()
         if self.stage == 3:
             # After each step it lets go of every parameter below this module, and asks each when it was last used.
-            layers = self._engine.module.get_base_model().model.language_model.layers
-            self._engine.optimizer.parameter_offload.module = layers
+            layers = decoder_layers(self._engine.module)
+            offload = self._engine.optimizer.parameter_offload
+            offload.module = layers
+            self._engine.module.register_forward_hook(partial(_let_go_after_evaluation, offload))
+            if not self._engine.zero_overlap_comm():
+                _let_the_host_run_ahead(offload.param_coordinator, layers)
 
     def _forget_zero(self) -> None:
         """Make the libraries forget that ZeRO-3 is on, whenever they may have been told.
@@ -56,12 +65,16 @@ class Zero:
         """While the engine is made, hide from ZeRO-3 what it must not partition: all but the decoder layers.
 
         The tower is replicated by design; the output head's weight is read without a call of the module, so
-        nothing would gather it. Modules that are back afterwards have no hooks.
+        nothing would gather it. Modules that are back afterwards have no hooks. The layers are gathered whole.
         """
         if self.stage < 3:
             yield
             return
         _put_a_float_first(model)
+        _gather_whole_layers(model)
+        options = AcceleratorState().deepspeed_plugin.deepspeed_config["zero_optimization"]
+        ours = {key: value for key, value in _one_layer_ahead(model).items() if key not in options}
+        options |= ours
         base: Any = model.get_base_model()
         inner = base.model
         hidden = [
@@ -76,6 +89,8 @@ class Zero:
         finally:
             for parent, name, module in kept:
                 parent._modules[name] = module
+            for key in ours:
+                del options[key]
 
     def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """DeepSpeed reduces in every backward."""
@@ -96,10 +111,25 @@ class Zero:
 
         def ask_first(*args: Any, **kwargs: Any) -> Any:
             del self._engine.step  # from now on the class's own again
+            together(self._all_were_reduced)
             action()
             return take(*args, **kwargs)
 
         self._engine.step = ask_first
+
+    def _all_were_reduced(self) -> None:
+        """After a backward; DeepSpeed takes a gradient away when it reduces it.
+
+        Raises:
+            RunError: a whole layer's were reduced before they were all there.
+        """
+        late = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        if self.stage == 3 and late:
+            raise RunError(
+                f"model: {len(late)} of {len(self.parameters)} adapters got their gradients after DeepSpeed had "
+                f"reduced their layer's, such as {late[0]}; install the versions of constraints.txt, or use another "
+                "--strategy"
+            )
 
     def norm(self) -> float:
         """Of the step just taken, before clipping."""
@@ -228,3 +258,62 @@ def _put_a_float_first(model: nn.Module) -> None:
         if "weight" in module._parameters:
             module._parameters["weight"] = module._parameters.pop("weight")
             return
+
+
+def _gather_whole_layers(model: PeftModel) -> None:
+    """Have ZeRO-3 bring a decoder layer together when the layer is called, in one collective for each dtype.
+
+    By itself it gathers each small module alone. The hooks of a layer stand outside its recomputation (transformers
+    5.23), so in the backward, too, a layer is gathered once, and no kernel need ask which module its weights are of.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers = decoder_layers(model)
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    first = next(layer for layer in layers if any(weight.requires_grad for weight in layer.parameters()))
+    first.register_forward_pre_hook(_ask_for_a_gradient)
+
+
+def _ask_for_a_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the first layer that trains have an input with a gradient, which nobody reads.
+
+    DeepSpeed 0.19.8 reduces a whole layer's gradients in a full backward hook. Where no input of a module has a
+    gradient, PyTorch calls that before the module's own backward: there is nothing to reduce yet, and the weights are
+    away. No longer needed where `stage3.create_reduce_and_remove_grad_hooks` waits for the gradients themselves.
+    """
+    hidden, *others = inputs
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return hidden, *others
+
+
+def _one_layer_ahead(model: PeftModel) -> dict[str, int]:
+    """Sizes for ZeRO-3, in elements: the layer that computes is whole, and the next one on its way."""
+    layer = max(sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model))
+    return {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
+
+
+def _let_go_after_evaluation(offload: Any, model: nn.Module, *_: Any) -> None:
+    """Have ZeRO-3 forget a forward without a backward.
+
+    It brings layers for a backward that does not come, where it has learned their order in training. Where it is
+    about to learn it, it would learn half; and what it decides by that it keeps (DeepSpeed 0.19.8 caches
+    `__params_to_release` and clears it never): a layer more would be whole in every backward.
+    """
+    if model.training:
+        return
+    offload.partition_all_parameters()
+    if offload.param_coordinator.is_record_trace():
+        offload.param_coordinator._invalidate_trace()
+
+
+def _let_the_host_run_ahead(coordinator: Any, layers: nn.ModuleList) -> None:
+    """Let two layers be under way to the GPU before Python waits for it.
+
+    DeepSpeed 0.19.8 waits where more than 2 fetches are: each weight of a layer counts as one, so at every layer
+    Python would wait until the one before has computed. Memory comes and goes on one stream (`overlap_comm: false`),
+    so it takes no more of it to be ahead.
+    """
+    weights = max(len(list(layer.parameters())) for layer in layers)
+    coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = 2 * weights

@@ -176,14 +176,13 @@ def prepare_training(
     compute_dtype: torch.dtype = torch.float32,
     recompute_every: int = 0,
     resident_weights: bool = False,
-    partitioned: bool = False,
     keep: Keep | None = None,
 ) -> str:
     """Make the model take packed micro-batches: attention, dropout, image features, recomputation, kernels.
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
-    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `partitioned`: ZeRO-3 will gather each linear
-    layer when it is called; `keep`: hears of computed image features. Returns in words which way it runs.
+    pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `keep`: hears of computed image features.
+    Returns in words which way it runs.
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     said = []
@@ -199,8 +198,8 @@ def prepare_training(
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
-    use_fused_kernels(base, partitioned)
-    return "; ".join([*said, f"fused kernels (Liger's{'' if partitioned else ', and LoRA with dropout'})"])
+    use_fused_kernels(base)
+    return "; ".join([*said, "fused kernels (Liger's, and LoRA with dropout)"])
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:
@@ -221,7 +220,7 @@ def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.d
     if not _no_kernels(model, compute_dtype):
         from trainer.model.fused import use_fused_kernels
 
-        use_fused_kernels(model, partitioned=False)
+        use_fused_kernels(model)
 
 
 def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:

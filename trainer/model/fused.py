@@ -29,33 +29,28 @@ from trainer.model.attention import Segments, varlen
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 
 Forward = Callable[..., Any]
-Feed = Callable[[Tensor, Sequence[Any]], tuple[Tensor, ...]]
-"""How linear layers of one input are computed."""
 
 
-def use_fused_kernels(model: Qwen2VLForConditionalGeneration, partitioned: bool) -> None:
+def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
     """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
 
-    `partitioned`: a module's weights come together only when it is called itself (ZeRO-3), so that no kernel may
-    reach over several modules.
+    They reach over the modules of a decoder layer: an engine that shards must bring it together whole.
     """
     language, visual = model.model.language_model, model.model.visual
-    feed = each_alone if partitioned else linears
     _replace(language.norm, rms_norm)
     for layer in language.layers:
         _replace(layer.input_layernorm, rms_norm)
         _replace(layer.post_attention_layernorm, rms_norm)
-        _replace(layer.mlp, partial(swiglu_mlp, feed=feed))
-        if not partitioned:
-            _replace(layer, decoder_layer)
-        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, partial(text_attention, feed=feed)))
+        _replace(layer.mlp, swiglu_mlp)
+        _replace(layer, decoder_layer)
+        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
     _replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
         if type(block.mlp.act).__name__ == "QuickGELUActivation":
             _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
     for module in language.modules():
-        if not partitioned and isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer):
             _replace(module, _or_stock(module.forward, lora_linear))
 
 
@@ -141,9 +136,9 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return cast(Tensor, residual + module.mlp(normed))
 
 
-def swiglu_mlp(module: Any, hidden: Tensor, *, feed: Feed) -> Tensor:
+def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
-    gate, up = feed(hidden, (module.gate_proj, module.up_proj))
+    gate, up = linears(hidden, (module.gate_proj, module.up_proj))
     return cast(Tensor, module.down_proj(LigerSiLUMulFunction.apply(gate, up)))
 
 
@@ -152,15 +147,13 @@ def text_attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     segments: Segments | None = None,
-    *,
-    feed: Feed,
     **_: Any,
 ) -> Any:
     """`Qwen2VLAttention.forward` on a packed row, [1, T, hidden]."""
     if segments is None:
         return NotImplemented
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
-    projected = feed(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
+    projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     query, key, value = (tensor.view(heads) for tensor in projected)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
@@ -222,15 +215,12 @@ class _Layer:
 _Read = tuple[_Layer, tuple[Tensor | None, ...]]
 
 
-def each_alone(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The outputs of linear layers by a call of each."""
-    return tuple(module(x) for module in modules)
-
-
 def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
     read = [found for module in modules if (found := _read(module, x)) is not None]
-    return _compute(x, read) if len(read) == len(modules) else each_alone(x, modules)
+    if len(read) < len(modules):
+        return tuple(module(x) for module in modules)
+    return _compute(x, read)
 
 
 def lora_linear(module: Any, x: Tensor) -> Any:

@@ -10,10 +10,10 @@ from packaging.version import Version
 from launch.config_rules import CONFIG_RULES
 from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, shipped_config
+from launch.memory import SHARDING
 from launch.recipe import Recipe
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
-SHARDING = ("fsdp", "zero3")
 FLOORS = {
     "torch": "2.11",
     "transformers": "5.23",

@@ -193,6 +193,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "name": (["--name", "../outside"], "--name"),
     "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
     "no processes": (["--gpus-per-node", "0"], "at least 1"),
+    "strategy typo": (["--strategy", "ddpp"], "did you mean ddp?"),
     "upload": (["--set", "hub.push=true", "--set", "hub.repo_id=a/b"], "hub.push"),
 }
 
@@ -624,9 +625,7 @@ def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
 ) -> None:
     monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
     asked = ["run", *EMBEDDED, "--strategy", "zero1"]
-    reason = (
-        f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is not available"
-    )
+    reason = f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is none of"
     assert samestep(*asked, *_machine(0)) == 2
     capsys.readouterr()
     assert samestep(*asked, *_machine(1)) == 2  # the first was refused before this one began

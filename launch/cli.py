@@ -42,6 +42,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from launch.versions import version_line
+
+        say(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def samestep(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show this version and the libraries'."
+        ),
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
 Strategy = Annotated[
     str | None,
     typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),

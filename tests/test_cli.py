@@ -1,5 +1,6 @@
 """The samestep command: what it refuses, what it writes, what it starts, what it returns."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from launch.launching import trainer_command
 from launch.plan import Plan
 from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
+from launch.versions import version_line
 from tests.indexes import SHAPE, make_index
 from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in
 
@@ -477,6 +479,19 @@ def test_the_plan_shows_what_is_left_of_the_stream(
         == 0
     )
     assert "samples left after the last whole step" in capsys.readouterr().out
+
+
+def test_the_version_names_every_library_that_decides_what_is_computed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert samestep("--version") == 0
+    shown = capsys.readouterr().out
+    named = ("samestep", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+    assert shown.startswith("samestep ")
+    assert len(shown.splitlines()) == 1
+    assert all(f"{name} {importlib.metadata.version(name)}" in shown for name in named)
+    assert "deepspeed" in shown
+    assert version_line(["no-such-package"]).endswith("(no-such-package not installed)")
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,26 @@ def is_done(planned: PlannedRun) -> bool:
     return done and (run.adapter / "adapter_config.json").is_file()
 
 
+def outlook(planned: PlannedRun, request: RunRequest) -> str:
+    """In one line, where the request would begin, go on, or find the run done. Writes nothing.
+
+    Raises CheckpointError where training would be refused: the run has a result, and no checkpoint to go on from.
+    """
+    run, last = planned.run, planned.plan.max_steps
+    if request.fresh:
+        aside = "the older run is moved aside, and " if run.path.exists() else ""
+        return f"{run.path}: {aside}trained from step 0 to {last:,}"
+    if is_done(planned):
+        return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
+    refuse_lost_checkpoints(run)
+    newest, _ = newest_valid(run.path)
+    if newest is not None:
+        return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"
+    if (source := planned.continuation.source) is not None:
+        return f"{run.path}: begins with {source}, to step {last:,}"
+    return f"{run.path}: begins at step 0 of {last:,}"
+
+
 def refuse_unwritable(folder: Path) -> None:
     """ConfigError unless a run can be written below `folder`, which may not exist yet. Writes nothing."""
     place = folder

@@ -184,6 +184,36 @@ def test_dry_run_shows_plan_and_command_and_writes_nothing(
     assert launcher.commands == []
 
 
+def test_a_dry_run_says_whether_the_run_is_done_or_where_it_would_go_on(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*asked: str) -> str:
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        assert samestep("run", *EMBEDDED, *asked, "--dry-run") == 0
+        assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        return capsys.readouterr().out
+
+    more = ["--set", "training.max_steps=16", "--allow", "training.max_steps"]
+    run = RunDirectory(tmp_path / "runs" / "embedded")
+    assert f"{run.path}: begins at step 0 of 6" in told()
+    launcher.saves = (3, 6)
+    assert samestep("run", *EMBEDDED) == 0
+    done = told()
+    assert f"{run.path}: done already, step 6 of 6" in done
+    assert "nothing to change" in done
+    assert "trainer.train" not in done
+    further = told(*more)
+    assert f"{run.path}: goes on from checkpoint-6, step 6 of 16" in further
+    assert "trainer.train" in further
+    assert "the older run is moved aside, and trained from step 0 to 6" in told("--fresh")
+    (run.checkpoint(6) / "manifest.json").write_text("{")
+    assert "goes on from checkpoint-3, step 3 of 16" in told(*more)
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint)
+    assert samestep("run", *EMBEDDED, *more, "--dry-run") == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--set", "training.lerning_rate=1"], "did you mean training.learning_rate"),
     "wrong type": (["--set", "lora.r=x"], "lora.r"),

@@ -181,6 +181,8 @@ def status(
     for one in found:
         table.add_row(*map(Text, row(one, now)))
     Console(highlight=False).print(table)
+    for note in (note for one in found for note in one.notes):
+        say(note)
 
 
 @commands.command(epilog=example("samestep logs embedded --follow", "samestep logs embedded --rank 3"))

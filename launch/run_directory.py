@@ -78,6 +78,10 @@ class RunDirectory:
     def merged(self) -> Path:
         return self.path / "merged"
 
+    @property
+    def merged_dequantized(self) -> Path:
+        return self.path / "merged-dequantized"
+
     def eval_file(self, split: str = "test", samples: int | None = None) -> Path:
         """Figures and answers of the last evaluation of a split, or of so many samples of it.
 

@@ -16,6 +16,7 @@ from launch import ledger
 from launch.checkpoints import age
 from launch.errors import CheckpointError, ConfigError
 from launch.ledger import Ledger
+from launch.merged import merges_behind
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
 from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
@@ -51,6 +52,7 @@ class Status:
     preempted: int
     timed_out: int
     crashed: int
+    notes: tuple[str, ...] = ()
 
     @property
     def requeued(self) -> int:
@@ -108,7 +110,15 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
         preempted=restarts["preempted"],
         timed_out=restarts["time"],
         crashed=restarts["crashed"],
+        notes=tuple(_notes(run)),
     )
+
+
+def _notes(run: RunDirectory) -> list[str]:
+    try:
+        return merges_behind(run)
+    except OSError:
+        return []
 
 
 def state_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -161,7 +162,7 @@ def status(
     import time
 
     from launch import start
-    from launch.status import COLUMNS, row, runs_below, status_of
+    from launch.status import row, runs_below, status_of
     from launch.submit import show_job
 
     now = time.time()
@@ -173,14 +174,7 @@ def status(
     if not found:
         say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*COLUMNS)
-    for one in found:
-        table.add_row(*map(Text, row(one, now)))
-    Console(highlight=False).print(table)
+    _show_table([row(one, now) for one in found])
     for note in (note for one in found for note in one.notes):
         say(note)
 
@@ -212,6 +206,25 @@ def logs(
     if shutil.which("tail") is None:
         raise ConfigError("--follow: needs the command `tail`, which is not in PATH; leave it out")
     os.execvp("tail", ["tail", "-q", "-n", "+1", "-F", *files])
+
+
+def _show_table(rows: Sequence[Sequence[str]]) -> None:
+    """The rows of `samestep status`, as many columns as the terminal has room for."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.status import COLUMNS, columns_for
+
+    console, table = Console(highlight=False), Table()
+    kept = columns_for(console.width, rows)
+    for column in kept:
+        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in ("run", "state"))
+    for cells in rows:
+        table.add_row(*(Text(cells[column]) for column in kept))
+    console.print(table)
+    if missing := [name for number, name in enumerate(COLUMNS) if number not in kept]:
+        console.print(f"no room here for: {', '.join(missing)} (wider, or --json)", markup=False)
 
 
 def _show(submission: Submission, to_stderr: bool) -> None:

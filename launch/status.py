@@ -25,6 +25,9 @@ from launch.survey import newest_valid
 State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
+_BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
+_STATE_WIDTH = 40  # characters in which a reason can be read
+_BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
 STALLED_AFTER_S, STALLED_STEPS = 900.0, 50
@@ -219,7 +222,7 @@ def _newest_checkpoint(run: RunDirectory) -> tuple[int | None, float | None]:
 
 def row(status: Status, now: float) -> tuple[str, ...]:
     """A row of `COLUMNS`."""
-    why = f" ({status.because.splitlines()[0]})" if status.because else ""
+    why = f" ({status.because})" if status.because else ""
     checkpoint = "-"
     if status.checkpoint_step is not None and status.checkpoint_age is not None:
         checkpoint = f"step {status.checkpoint_step}, {age(status.checkpoint_age)} ago"
@@ -235,6 +238,28 @@ def row(status: Status, now: float) -> tuple[str, ...]:
         if status.requeued
         else "-",
     )
+
+
+def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
+    """The `COLUMNS` that a table of `width` characters has room for beside whole names and readable reasons.
+
+    The most useful ones that fit; those that say nothing only where all others do. Where there is no room even for
+    names and reasons, these fold.
+    """
+
+    def needed(column: int) -> int:
+        cells = [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]
+        natural = max(map(len, cells))
+        return min(natural, _STATE_WIDTH) if COLUMNS[column] == "state" else natural
+
+    def says_nothing(column: int) -> bool:
+        return all(row[column] == "-" for row in rows)
+
+    kept = [COLUMNS.index(name) for name in ("run", "state", "step")]
+    for column in sorted(map(COLUMNS.index, _BY_USE), key=says_nothing):
+        if sum(needed(one) + _BORDER for one in (*kept, column)) + 1 <= width:
+            kept.append(column)
+    return sorted(kept)
 
 
 # logs -------------------------------------------------------------------------------------------

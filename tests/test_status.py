@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from launch import ledger
 from launch.run_directory import RunDirectory, hold_lock, write_marker
 from launch.slurm import JobFacts
-from launch.status import Status, status_of
+from launch.status import COLUMNS, Status, columns_for, status_of
 from tests.attempts import attempt, recipe_of
 from tests.launcher import samestep, stand_in
 
@@ -197,6 +198,49 @@ def test_the_command_shows_all_runs_or_those_named(
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["requeued"]) == ("mine", "done", 0)
     assert samestep("status", "nobody") == 2
+
+
+def _columns(shown: str) -> dict[str, str]:
+    """The text of each column below the header, its lines put together again."""
+    lines = [line for line in shown.splitlines() if line.startswith(("\u2502", "\u2503"))]
+    names, *rows = [[cell.strip() for cell in re.split("[\u2502\u2503]", line)[1:-1]] for line in lines]
+    return {name: "".join(row[number] for row in rows) for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", ["mine", "qwen2vl-7b-chartqa-lr1e-4-rank-16-second-try", "x" * 100])
+def test_a_narrow_terminal_shows_names_and_reasons_whole_and_says_what_it_leaves_out(
+    name: str, run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = f"data.train: /a/{'long/' * 20}folder is gone (0 files); mend it\nlora.r: 0 is too small; give 1 or more"
+    other = RunDirectory(run.path.with_name(name))
+    attempt(other, recipe_of(), save=4)
+    _steps(other, 5)
+    write_marker(other, "REFUSED", reason)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert samestep("status", name) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    found = _columns(shown)
+    assert found["run"] == name
+    assert found["state"].replace(" ", "") == f"failed ({reason})".replace(" ", "").replace("\n", "")
+    assert found["step"] == "5 of 37"
+    assert re.search("no room here for: .*checkpoint", shown)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert samestep("status", name) == 0
+    shown = capsys.readouterr().out
+    assert "no room" not in shown
+    assert {*_columns(shown)} == {*COLUMNS}
+
+
+def test_columns_that_say_nothing_are_left_out_before_those_that_do() -> None:
+    def kept(width: int, state: str, end: str) -> list[str]:
+        cells = ["mine", state, "37 of 370", "4.00", "0.2", "step 37, 2 h ago", end, "-"]
+        return [COLUMNS[column] for column in columns_for(width, [cells])]
+
+    always = ["run", "state", "step"]
+    assert kept(80, "done (step 37)", "-") == [*always, "samples/s", "loss", "checkpoint"]
+    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "expected end"]
+    assert kept(20, "done (step 37)", "-") == always
 
 
 def test_logs_are_those_of_the_newest_job_or_of_a_rank(

@@ -144,6 +144,12 @@ def read_marker(run: RunDirectory) -> Marker | None:
     return None
 
 
+def is_done_at(run: RunDirectory, max_steps: int) -> bool:
+    """The run has taken its last step of `max_steps`, and its adapter is there."""
+    done = read_marker(run) == Marker("DONE", f"step {max_steps}")
+    return done and (run.adapter / "adapter_config.json").is_file()
+
+
 def clear_markers(run: RunDirectory) -> None:
     """Forget how earlier attempts ended."""
     for kind in get_args(MarkerKind):

@@ -30,8 +30,8 @@ from launch.run_directory import (
     clear_markers,
     clear_requests,
     hold_lock,
+    is_done_at,
     open_run,
-    read_marker,
     refuse_if_running,
 )
 from launch.runs import (
@@ -313,9 +313,7 @@ def plan_of(
 
 def is_done(planned: PlannedRun) -> bool:
     """This run, whose recipe and data may go on, has taken its last step already, and its adapter is there."""
-    run, marker = planned.run, read_marker(planned.run)
-    done = marker is not None and marker == Marker("DONE", f"step {planned.plan.max_steps}")
-    return done and (run.adapter / "adapter_config.json").is_file()
+    return is_done_at(planned.run, planned.plan.max_steps)
 
 
 def outlook(planned: PlannedRun, request: RunRequest) -> str:

@@ -19,10 +19,10 @@ from launch.arguments import (
     Source,
     example,
 )
-from launch.errors import ConfigError
 from launch.screen import say, show_plan
 
 if TYPE_CHECKING:
+    from launch.run_directory import RunDirectory
     from launch.submit import Submission
 
 commands = typer.Typer()
@@ -185,27 +185,61 @@ def logs(
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Only this rank's words, on whichever node it is.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows, until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Go on as it grows, from before its first word, until the run ends."
+        ),
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Print what a run's newest job said."""
-    import os
     import shutil
     import sys
 
     from launch import start
-    from launch.status import log_files
+    from launch.children import write_to_nowhere
+    from launch.ledger import read_ledger
+    from launch.status import log_files, no_log
 
-    files = [str(file) for file in log_files(start.find_run(run, runs_dir), rank)]
-    if not follow:
+    found = start.find_run(run, runs_dir)
+    files = log_files(found, rank)
+    if not files and not (follow and read_ledger(found).job):
+        raise no_log(found, rank)
+    try:
+        if follow:
+            _follow(found, rank)
+            return
         for file in files:
-            with Path(file).open("rb") as handle:
+            with file.open("rb") as handle:
                 shutil.copyfileobj(handle, sys.stdout.buffer)
         sys.stdout.flush()
-        return
-    if shutil.which("tail") is None:
-        raise ConfigError("--follow: needs the command `tail`, which is not in PATH; leave it out")
-    os.execvp("tail", ["tail", "-q", "-n", "+1", "-F", *files])
+    except BrokenPipeError:  # `| head` has seen enough
+        write_to_nowhere(sys.stdout.fileno())
+
+
+def _follow(run: RunDirectory, rank: int | None) -> None:
+    """Until the run ends; what is not the log goes to stderr."""
+    import sys
+    import time
+
+    from launch.follow import follow
+    from launch.status import end_of, log_files, no_log, waits_for
+    from launch.submit import show_job
+
+    def write(words: bytes) -> None:
+        sys.stdout.buffer.write(words)
+        sys.stdout.flush()
+
+    ended = follow(
+        lambda: log_files(run, rank),
+        lambda: end_of(run, show_job, time.time()),
+        write,
+        lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
+    )
+    if not log_files(run, rank):
+        raise no_log(run, rank)
+    print(ended, file=sys.stderr)
 
 
 def _show_table(rows: Sequence[Sequence[str]]) -> None:

@@ -266,15 +266,47 @@ def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def log_files(run: RunDirectory, rank: int | None) -> list[Path]:
-    """The files with the words of the newest attempt: of its job, or of one rank. ConfigError when there are none."""
-    book = ledger.read_ledger(run)
-    files = _of_rank(run, rank) if rank is not None else _of_job(run, book)
-    if not files:
-        of = "" if rank is None else f" of rank {rank}"
-        raise ConfigError(
-            f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
+    """The files with the words of the newest attempt: of its job, or of one rank; none before it has begun.
+
+    Raises ConfigError for a rank that the run does not have.
+    """
+    return _of_rank(run, rank) if rank is not None else _of_job(run, ledger.read_ledger(run))
+
+
+def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
+    """Why there is nothing to show."""
+    if ledger.read_ledger(run).job is None:
+        return ConfigError(
+            f"{run.path / 'logs'}: no log, for no job has had this run; one of this machine speaks where it was started"
         )
-    return files
+    of = "" if rank is None else f" of rank {rank}"
+    return ConfigError(
+        f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
+    )
+
+
+def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
+    """What a run without a log waits for, in a line."""
+    state, because = _state(run, show_job, now)
+    return (
+        f"{run.name}: no log yet, waiting for job {ledger.read_ledger(run).job} to begin: {state} ({because})"
+    )
+
+
+def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
+    """How a run has ended, in a line; None while it waits or trains."""
+    state, because = _state(run, show_job, now)
+    if state in ("queued", "running", "stalled", "not started"):
+        return None
+    return f"{run.name}: {state} ({because})"
+
+
+def _state(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> tuple[State, str]:
+    """As `state_of`, from the run's folder."""
+    book = ledger.read_ledger(run)
+    job = show_job(book.job) if book.job else None
+    holder, begun = lock_holder(run.path), run.environment_file.exists()
+    return state_of(read_marker(run), book, job, holder, begun, now)
 
 
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +250,9 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert samestep("logs", "mine") == 2
+    assert "no log, for no job has had this run" in capsys.readouterr().err
+    ledger.write_event(run, "submit", job="7")
+    assert samestep("logs", "mine") == 2
     assert "no log yet" in capsys.readouterr().err
     logs = run.path / "logs"
     for number, text in (("7", "old"), ("8", "new")):
@@ -271,6 +277,77 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
         (place / "stderr.log").write_text(text)
     assert samestep("logs", "mine", "--rank", "3") == 0
     assert capsys.readouterr().out == "rank 3"
+
+
+def _following(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], object]]
+) -> None:
+    """Let things happen in the pauses of `samestep logs --follow`, by their number; too many are a failure."""
+    pauses = itertools.count(1)
+
+    def pause(_: float) -> None:
+        number = next(pauses)
+        assert number < 100, "follows for ever"
+        happens.get(number, lambda: None)()
+
+    monkeypatch.setattr("launch.follow.time.sleep", pause)
+    ledger.write_event(run, "submit", job="7")
+    (run.path / "logs").mkdir()
+
+
+def _say(run: RunDirectory, words: str, job: str = "7") -> Callable[[], object]:
+    def write() -> None:
+        with (run.path / "logs" / f"{job}.out").open("a") as log:
+            log.write(words)
+
+    return write
+
+
+def test_following_waits_for_the_first_word_and_ends_with_the_run(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        _say(run, "last words\n")()
+        write_marker(run, "DONE", "step 37")
+
+    happens = {
+        7: lambda: ledger.write_event(run, "start", job="7", restart=0, began=time.time(), first_step=0)
+    }
+    _following(run, monkeypatch, {**happens, 8: _say(run, "one\n"), 12: _say(run, "two\n"), 30: end})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "one\ntwo\nlast words\n"
+    assert told.err.splitlines() == [
+        "mine: no log yet, waiting for job 7 to begin: queued (job 7, by the ledger alone)",
+        "mine: done (step 37)",
+    ]
+
+
+def test_following_outlives_a_moment_in_which_nobody_has_the_run_and_goes_on_with_the_next_job(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def requeue() -> None:
+        (run.path / "STOPPED").unlink()
+        ledger.write_event(run, "submit", job="8")
+
+    stopped = lambda: write_marker(run, "STOPPED", "preempted: at step 3 of 37")  # noqa: E731
+    started = lambda: ledger.write_event(run, "start", job="7", restart=0, began=time.time(), first_step=0)  # noqa: E731
+    happens = {1: started, 2: _say(run, "before\n"), 4: stopped, 6: requeue, 9: _say(run, "after\n", "8")}
+    _following(run, monkeypatch, {**happens, 20: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "before\nafter\n"
+    assert told.err.splitlines()[-1] == "mine: failed (lora.r: bad)"
+
+
+def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert samestep("logs", "mine", "--follow") == 2  # nothing to wait for
+    assert "no job has had this run" in capsys.readouterr().err
+    _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
+    assert samestep("logs", "mine", "--follow") == 2
+    assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_status_is_json_with_plain_names() -> None:

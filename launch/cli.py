@@ -42,6 +42,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from launch.versions import version_line
+
+        say(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def samestep(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show this version and the libraries'."
+        ),
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
 Strategy = Annotated[
     str | None,
     typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
@@ -140,7 +161,11 @@ def run(
         int | None, typer.Option(metavar="PORT", help="A free port there.", show_default="any")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show plan and command; write nothing but the data's cache.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
+        ),
     ] = False,
 ) -> None:
     """Train a recipe on this machine, or on several that share the runs' folder. The same command again resumes.
@@ -175,7 +200,9 @@ def run(
         planned = start.plan_run(start.take_over_foreign(request))
         say_allowed(planned.changed)
         show_plan(planned.plan)
-        say(_shell(run_command(planned.plan, planned.run, machine)))
+        say(start.outlook(planned, request))
+        if request.fresh or not start.is_done(planned):
+            say(_shell(run_command(planned.plan, planned.run, machine)))
         return
     with machines.telling_others(request):
         _run_here(request)

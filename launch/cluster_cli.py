@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,10 @@ from launch.arguments import (
     Source,
     example,
 )
-from launch.errors import ConfigError
 from launch.screen import say, show_plan
 
 if TYPE_CHECKING:
+    from launch.run_directory import RunDirectory
     from launch.submit import Submission
 
 commands = typer.Typer()
@@ -161,7 +162,7 @@ def status(
     import time
 
     from launch import start
-    from launch.status import COLUMNS, row, runs_below, status_of
+    from launch.status import row, runs_below, status_of
     from launch.submit import show_job
 
     now = time.time()
@@ -173,14 +174,9 @@ def status(
     if not found:
         say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*COLUMNS)
-    for one in found:
-        table.add_row(*map(Text, row(one, now)))
-    Console(highlight=False).print(table)
+    _show_table([row(one, now) for one in found])
+    for note in (note for one in found for note in one.notes):
+        say(note)
 
 
 @commands.command(epilog=example("samestep logs embedded --follow", "samestep logs embedded --rank 3"))
@@ -189,27 +185,80 @@ def logs(
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Only this rank's words, on whichever node it is.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows, until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Go on as it grows, from before its first word, until the run ends."
+        ),
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Print what a run's newest job said."""
-    import os
     import shutil
     import sys
 
     from launch import start
-    from launch.status import log_files
+    from launch.children import write_to_nowhere
+    from launch.ledger import read_ledger
+    from launch.status import log_files, no_log
 
-    files = [str(file) for file in log_files(start.find_run(run, runs_dir), rank)]
-    if not follow:
+    found = start.find_run(run, runs_dir)
+    files = log_files(found, rank)
+    if not files and not (follow and read_ledger(found).job):
+        raise no_log(found, rank)
+    try:
+        if follow:
+            _follow(found, rank)
+            return
         for file in files:
-            with Path(file).open("rb") as handle:
+            with file.open("rb") as handle:
                 shutil.copyfileobj(handle, sys.stdout.buffer)
         sys.stdout.flush()
-        return
-    if shutil.which("tail") is None:
-        raise ConfigError("--follow: needs the command `tail`, which is not in PATH; leave it out")
-    os.execvp("tail", ["tail", "-q", "-n", "+1", "-F", *files])
+    except BrokenPipeError:  # `| head` has seen enough
+        write_to_nowhere(sys.stdout.fileno())
+
+
+def _follow(run: RunDirectory, rank: int | None) -> None:
+    """Until the run ends; what is not the log goes to stderr."""
+    import sys
+    import time
+
+    from launch.follow import follow
+    from launch.status import end_of, log_files, no_log, waits_for
+    from launch.submit import show_job
+
+    def write(words: bytes) -> None:
+        sys.stdout.buffer.write(words)
+        sys.stdout.flush()
+
+    ended = follow(
+        lambda: log_files(run, rank),
+        lambda: end_of(run, show_job, time.time()),
+        write,
+        lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
+    )
+    if not log_files(run, rank):
+        raise no_log(run, rank)
+    print(ended, file=sys.stderr)
+
+
+def _show_table(rows: Sequence[Sequence[str]]) -> None:
+    """The rows of `samestep status`, as many columns as the terminal has room for."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.status import COLUMNS, columns_for
+
+    console, table = Console(highlight=False), Table()
+    kept = columns_for(console.width, rows)
+    for column in kept:
+        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in ("run", "state"))
+    for cells in rows:
+        table.add_row(*(Text(cells[column]) for column in kept))
+    console.print(table)
+    if missing := [name for number, name in enumerate(COLUMNS) if number not in kept]:
+        console.print(f"no room here for: {', '.join(missing)} (wider, or --json)", markup=False)
 
 
 def _show(submission: Submission, to_stderr: bool) -> None:

@@ -12,7 +12,7 @@ from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.plan import Plan
 from launch.recipe_file import find_recipe, load_recipe
-from launch.run_directory import RunDirectory, open_run, read_marker
+from launch.run_directory import RunDirectory, is_done_at, open_run
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
         plan = Plan.from_json(target.plan_file.read_text(encoding="utf-8"))
         if plan.nodes == allocation.nodes:
             refuse_other_gpus(target, plan, allocation)
-            return JobPlan(plan, _is_done(target, plan))
+            return JobPlan(plan, is_done_at(target, plan.max_steps))
         request = _request_of_run(target, plan, allocation)
     else:
         request = _request_of_recipe(options, allocation)
@@ -126,9 +126,3 @@ def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> s
         tuple(options.allow),
         topology=topology,
     )
-
-
-def _is_done(run: RunDirectory, plan: Plan) -> bool:
-    marker = read_marker(run)
-    done = marker is not None and marker.kind == "DONE" and marker.text == f"step {plan.max_steps}"
-    return done and (run.adapter / "adapter_config.json").is_file()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from launch.recipe import Recipe
     from launch.shape import ModelShape
 
+SHARDING = ("fsdp", "zero3")
+"""Strategies that cut the decoder layers over the processes."""
+
 GIB = 2**30
 CONTEXT_BYTES = 5 * GIB // 4  # the driver's share, CUDA's context, its libraries' kernels and workspaces
 NCCL_BYTES = GIB // 2  # channels and buffers of a process group
@@ -28,7 +31,6 @@ _HEAD_ROWS = 1024  # of logits at once (`trainer.model.head`)
 # q, k and v. Fused: a block's input and its norm, the MLP's inner values before and after GELU.
 _TOWER_BYTES, _FUSED_TOWER_BYTES = {2: 34, 4: 44}, 20
 _LARGEST_FUSED_RANK = 128  # of `trainer.model.kernels`
-_SHARDING = ("fsdp", "zero3")
 _ZERO = ("zero2", "zero3")
 
 
@@ -63,7 +65,7 @@ class Load:
     @property
     def shares(self) -> int:
         """Processes that the decoder layers are cut over."""
-        return self.world_size if self.strategy in _SHARDING else 1
+        return self.world_size if self.strategy in SHARDING else 1
 
 
 @dataclass(frozen=True)

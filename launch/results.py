@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
+from launch.merged import made_anew, merge_behind
 from launch.run_directory import RunDirectory
+from launch.screen import say
 from launch.start import choose_topology, refuse_missing_gpus
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
@@ -22,6 +25,8 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
         problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
     if "merged" in models and not (run.merged / "config.json").is_file():
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
+    if "merged" in models and (behind := merge_behind(run, run.merged)):
+        problems.append(behind)
     if unknown := [model for model in models if model not in EVALUATED_MODELS]:
         problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
     if problems:
@@ -92,11 +97,11 @@ def merge(
     if output is None:
         if not RunDirectory(folder).recipe_file.is_file():
             raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
-        output = RunDirectory(folder).merged
-        if options.base == "dequantized":
-            output = output.with_name(f"{output.name}-dequantized")
+        run = RunDirectory(folder)
+        output = run.merged_dequantized if options.base == "dequantized" else run.merged
     flags = options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER)
-    call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
+    with _out_of_the_way(folder, output):
+        call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
     if compare is False:
         return True
     if not in_a_run:
@@ -105,6 +110,19 @@ def merge(
     flags = [*options.flags(*_OF_THE_ADAPTER), *both]
     call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
     return True
+
+
+@contextmanager
+def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
+    """What a run's own folder for merges holds of an earlier adapter gets another name; nothing else is touched."""
+    run = RunDirectory(source)
+    if output.absolute() not in (run.merged.absolute(), run.merged_dequantized.absolute()):
+        yield
+        return
+    with made_anew(run, output) as old:
+        yield
+    if old is not None and old.exists():
+        say(f"{output}: was of an earlier adapter; that one is now {old}")
 
 
 def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:

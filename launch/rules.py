@@ -1,5 +1,6 @@
 """What is refused before anything starts: one named rule per forbidden combination."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +11,10 @@ from packaging.version import Version
 from launch.config_rules import CONFIG_RULES
 from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, shipped_config
+from launch.memory import SHARDING
 from launch.recipe import Recipe
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
-SHARDING = ("fsdp", "zero3")
 FLOORS = {
     "torch": "2.11",
     "transformers": "5.23",
@@ -73,8 +74,9 @@ def strategy_is_available(request: Request) -> str | None:
     """A strategy is the stem of a file in accelerate_configs/ that the trainer knows."""
     if request.strategy in STRATEGIES:
         return None
-    available = ", ".join(STRATEGIES)
-    return f"--strategy: {request.strategy!r} is not available yet; choose one of: {available}"
+    near = difflib.get_close_matches(request.strategy.lower(), STRATEGIES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see `samestep plan --help`"
+    return f"--strategy: {request.strategy!r} is none of {', '.join(STRATEGIES)}; {hint}"
 
 
 def topology_is_positive(request: Request) -> str | None:

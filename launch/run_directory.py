@@ -78,6 +78,10 @@ class RunDirectory:
     def merged(self) -> Path:
         return self.path / "merged"
 
+    @property
+    def merged_dequantized(self) -> Path:
+        return self.path / "merged-dequantized"
+
     def eval_file(self, split: str = "test", samples: int | None = None) -> Path:
         """Figures and answers of the last evaluation of a split, or of so many samples of it.
 
@@ -138,6 +142,12 @@ def read_marker(run: RunDirectory) -> Marker | None:
         except FileNotFoundError:
             continue
     return None
+
+
+def is_done_at(run: RunDirectory, max_steps: int) -> bool:
+    """The run has taken its last step of `max_steps`, and its adapter is there."""
+    done = read_marker(run) == Marker("DONE", f"step {max_steps}")
+    return done and (run.adapter / "adapter_config.json").is_file()
 
 
 def clear_markers(run: RunDirectory) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch.errors import ConfigError
-from launch.memory import GIB, Kernels, Load, Memory, Packed, Settings, load_of, memory_of
+from launch.memory import GIB, SHARDING, Kernels, Load, Memory, Packed, Settings, load_of, memory_of
 
 if TYPE_CHECKING:
     from launch.index import Split
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CAUTIOUS_SAMPLES = 4  # of the longest sample in a micro-batch, where nothing is known
 RECOMPUTED = (0, 8, 4, 2, 1)  # none, every 8th layer, ... all: what `auto` tries
-SHARDING = ("fsdp", "zero3")
 
 # Costs in tokens through one forward of the language model, from one H100 and the 7B shape (benchmarks/NOTES.md): a
 # micro-batch of its own, and dequantizing all layers once. They only rank settings.

@@ -30,8 +30,8 @@ from launch.run_directory import (
     clear_markers,
     clear_requests,
     hold_lock,
+    is_done_at,
     open_run,
-    read_marker,
     refuse_if_running,
 )
 from launch.runs import (
@@ -313,9 +313,27 @@ def plan_of(
 
 def is_done(planned: PlannedRun) -> bool:
     """This run, whose recipe and data may go on, has taken its last step already, and its adapter is there."""
-    run, marker = planned.run, read_marker(planned.run)
-    done = marker is not None and marker == Marker("DONE", f"step {planned.plan.max_steps}")
-    return done and (run.adapter / "adapter_config.json").is_file()
+    return is_done_at(planned.run, planned.plan.max_steps)
+
+
+def outlook(planned: PlannedRun, request: RunRequest) -> str:
+    """In one line, where the request would begin, go on, or find the run done. Writes nothing.
+
+    Raises CheckpointError where training would be refused: the run has a result, and no checkpoint to go on from.
+    """
+    run, last = planned.run, planned.plan.max_steps
+    if request.fresh:
+        aside = "the older run is moved aside, and " if run.path.exists() else ""
+        return f"{run.path}: {aside}trained from step 0 to {last:,}"
+    if is_done(planned):
+        return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
+    refuse_lost_checkpoints(run)
+    newest, _ = newest_valid(run.path)
+    if newest is not None:
+        return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"
+    if (source := planned.continuation.source) is not None:
+        return f"{run.path}: begins with {source}, to step {last:,}"
+    return f"{run.path}: begins at step 0 of {last:,}"
 
 
 def refuse_unwritable(folder: Path) -> None:

@@ -16,6 +16,7 @@ from launch import ledger
 from launch.checkpoints import age
 from launch.errors import CheckpointError, ConfigError
 from launch.ledger import Ledger
+from launch.merged import merges_behind
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
 from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
@@ -24,6 +25,9 @@ from launch.survey import newest_valid
 State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
+_BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
+_STATE_WIDTH = 40  # characters in which a reason can be read
+_BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
 STALLED_AFTER_S, STALLED_STEPS = 900.0, 50
@@ -51,6 +55,7 @@ class Status:
     preempted: int
     timed_out: int
     crashed: int
+    notes: tuple[str, ...] = ()
 
     @property
     def requeued(self) -> int:
@@ -108,7 +113,15 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
         preempted=restarts["preempted"],
         timed_out=restarts["time"],
         crashed=restarts["crashed"],
+        notes=tuple(_notes(run)),
     )
+
+
+def _notes(run: RunDirectory) -> list[str]:
+    try:
+        return merges_behind(run)
+    except OSError:
+        return []
 
 
 def state_of(
@@ -209,7 +222,7 @@ def _newest_checkpoint(run: RunDirectory) -> tuple[int | None, float | None]:
 
 def row(status: Status, now: float) -> tuple[str, ...]:
     """A row of `COLUMNS`."""
-    why = f" ({status.because.splitlines()[0]})" if status.because else ""
+    why = f" ({status.because})" if status.because else ""
     checkpoint = "-"
     if status.checkpoint_step is not None and status.checkpoint_age is not None:
         checkpoint = f"step {status.checkpoint_step}, {age(status.checkpoint_age)} ago"
@@ -227,19 +240,73 @@ def row(status: Status, now: float) -> tuple[str, ...]:
     )
 
 
+def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
+    """The `COLUMNS` that a table of `width` characters has room for beside whole names and readable reasons.
+
+    The most useful ones that fit; those that say nothing only where all others do. Where there is no room even for
+    names and reasons, these fold.
+    """
+
+    def needed(column: int) -> int:
+        cells = [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]
+        natural = max(map(len, cells))
+        return min(natural, _STATE_WIDTH) if COLUMNS[column] == "state" else natural
+
+    def says_nothing(column: int) -> bool:
+        return all(row[column] == "-" for row in rows)
+
+    kept = [COLUMNS.index(name) for name in ("run", "state", "step")]
+    for column in sorted(map(COLUMNS.index, _BY_USE), key=says_nothing):
+        if sum(needed(one) + _BORDER for one in (*kept, column)) + 1 <= width:
+            kept.append(column)
+    return sorted(kept)
+
+
 # logs -------------------------------------------------------------------------------------------
 
 
 def log_files(run: RunDirectory, rank: int | None) -> list[Path]:
-    """The files with the words of the newest attempt: of its job, or of one rank. ConfigError when there are none."""
-    book = ledger.read_ledger(run)
-    files = _of_rank(run, rank) if rank is not None else _of_job(run, book)
-    if not files:
-        of = "" if rank is None else f" of rank {rank}"
-        raise ConfigError(
-            f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
+    """The files with the words of the newest attempt: of its job, or of one rank; none before it has begun.
+
+    Raises ConfigError for a rank that the run does not have.
+    """
+    return _of_rank(run, rank) if rank is not None else _of_job(run, ledger.read_ledger(run))
+
+
+def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
+    """Why there is nothing to show."""
+    if ledger.read_ledger(run).job is None:
+        return ConfigError(
+            f"{run.path / 'logs'}: no log, for no job has had this run; one of this machine speaks where it was started"
         )
-    return files
+    of = "" if rank is None else f" of rank {rank}"
+    return ConfigError(
+        f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
+    )
+
+
+def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
+    """What a run without a log waits for, in a line."""
+    state, because = _state(run, show_job, now)
+    return (
+        f"{run.name}: no log yet, waiting for job {ledger.read_ledger(run).job} to begin: {state} ({because})"
+    )
+
+
+def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
+    """How a run has ended, in a line; None while it waits or trains."""
+    state, because = _state(run, show_job, now)
+    if state in ("queued", "running", "stalled", "not started"):
+        return None
+    return f"{run.name}: {state} ({because})"
+
+
+def _state(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> tuple[State, str]:
+    """As `state_of`, from the run's folder."""
+    book = ledger.read_ledger(run)
+    job = show_job(book.job) if book.job else None
+    holder, begun = lock_holder(run.path), run.environment_file.exists()
+    return state_of(read_marker(run), book, job, holder, begun, now)
 
 
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:

@@ -24,7 +24,8 @@ EMBEDDED = ["embedded", "--set", "batch.global_batch_size=32", "--set", "trainin
 class Launcher:
     """Stands in for every child: records its command, saves the steps it is told to, and ends as it is told.
 
-    `meanwhile`: called with the run and what a signal would call, while the trainer would run.
+    `meanwhile`: called with the run and what a signal would call, while the trainer would run; `beside`: while any
+    other child would.
     """
 
     status: int = 0
@@ -34,6 +35,7 @@ class Launcher:
     killed: bool = False
     saves: Sequence[int] = ()
     meanwhile: Callable[[RunDirectory, Callable[[int], None]], None] = lambda run, ask: None
+    beside: Callable[[], None] = lambda: None
     commands: list[list[str]] = field(default_factory=list)
     environments: list[Mapping[str, str] | None] = field(default_factory=list)
 
@@ -48,6 +50,8 @@ class Launcher:
         if "trainer.train" in command:
             assert ask_to_stop is not None
             self._train(RunDirectory(Path(flag(self.commands[-1], "--run-dir"))), ask_to_stop)
+        else:
+            self.beside()
         return Ended(self.status, self.interrupted, self.killed)
 
     def _train(self, run: RunDirectory, ask_to_stop: Callable[[int], None]) -> None:

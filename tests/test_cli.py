@@ -1,5 +1,6 @@
 """The samestep command: what it refuses, what it writes, what it starts, what it returns."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from launch.launching import trainer_command
 from launch.plan import Plan
 from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
+from launch.versions import version_line
 from tests.indexes import SHAPE, make_index
 from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in
 
@@ -182,6 +184,36 @@ def test_dry_run_shows_plan_and_command_and_writes_nothing(
     assert launcher.commands == []
 
 
+def test_a_dry_run_says_whether_the_run_is_done_or_where_it_would_go_on(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*asked: str) -> str:
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        assert samestep("run", *EMBEDDED, *asked, "--dry-run") == 0
+        assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        return capsys.readouterr().out
+
+    more = ["--set", "training.max_steps=16", "--allow", "training.max_steps"]
+    run = RunDirectory(tmp_path / "runs" / "embedded")
+    assert f"{run.path}: begins at step 0 of 6" in told()
+    launcher.saves = (3, 6)
+    assert samestep("run", *EMBEDDED) == 0
+    done = told()
+    assert f"{run.path}: done already, step 6 of 6" in done
+    assert "nothing to change" in done
+    assert "trainer.train" not in done
+    further = told(*more)
+    assert f"{run.path}: goes on from checkpoint-6, step 6 of 16" in further
+    assert "trainer.train" in further
+    assert "the older run is moved aside, and trained from step 0 to 6" in told("--fresh")
+    (run.checkpoint(6) / "manifest.json").write_text("{")
+    assert "goes on from checkpoint-3, step 3 of 16" in told(*more)
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint)
+    assert samestep("run", *EMBEDDED, *more, "--dry-run") == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--set", "training.lerning_rate=1"], "did you mean training.learning_rate"),
     "wrong type": (["--set", "lora.r=x"], "lora.r"),
@@ -193,6 +225,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "name": (["--name", "../outside"], "--name"),
     "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
     "no processes": (["--gpus-per-node", "0"], "at least 1"),
+    "strategy typo": (["--strategy", "ddpp"], "did you mean ddp?"),
     "upload": (["--set", "hub.push=true", "--set", "hub.repo_id=a/b"], "hub.push"),
 }
 
@@ -478,6 +511,19 @@ def test_the_plan_shows_what_is_left_of_the_stream(
     assert "samples left after the last whole step" in capsys.readouterr().out
 
 
+def test_the_version_names_every_library_that_decides_what_is_computed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert samestep("--version") == 0
+    shown = capsys.readouterr().out
+    named = ("samestep", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+    assert shown.startswith("samestep ")
+    assert len(shown.splitlines()) == 1
+    assert all(f"{name} {importlib.metadata.version(name)}" in shown for name in named)
+    assert "deepspeed" in shown
+    assert version_line(["no-such-package"]).endswith("(no-such-package not installed)")
+
+
 @pytest.mark.parametrize(
     "arguments", [["plan"], ["prepare"], ["run"], ["evaluate"], ["merge"], ["consolidate"]]
 )
@@ -624,9 +670,7 @@ def test_a_machine_hears_within_seconds_that_the_first_was_refused_and_why(
 ) -> None:
     monkeypatch.setattr(machines, "OLD_REFUSAL_PATIENCE_S", 0.0)
     asked = ["run", *EMBEDDED, "--strategy", "zero1"]
-    reason = (
-        f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is not available"
-    )
+    reason = f"machine 0 did not begin {Path('runs/embedded').absolute()}: --strategy: 'zero1' is none of"
     assert samestep(*asked, *_machine(0)) == 2
     capsys.readouterr()
     assert samestep(*asked, *_machine(1)) == 2  # the first was refused before this one began

@@ -46,7 +46,7 @@ def test_reading_the_prepared_data_does_without_pandas(tmp_path: Path) -> None:
     assert done.stdout.split() == ["False", "int64", "6", "2"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_costs_less_than_half_a_second_of_processor_time(arguments: list[str]) -> None:
     """Processor time, not the clock, and the least of several: neighbours on the machine only ever add to both."""
     assert min(processor_seconds([str(SAMESTEP), *arguments]) for _ in range(5)) < 0.5

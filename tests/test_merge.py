@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
+from launch.merged import merges_behind, read_digest
 from launch.publishing import publish
+from launch.run_directory import RunDirectory
 from tests.checkpoints import halve
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft, rename_keys
 from trainer.checkpoint import merge as merging
@@ -71,6 +73,13 @@ def test_a_run_directory_merges_to_what_peft_merges_and_every_other_tensor_keeps
     names = {file.name for file in output.iterdir()}
     assert names == {file.name for file in base.iterdir()} | {"README.md", "merge.json"}
     assert not list(run.glob("*.partial"))
+
+    record = json.loads((output / "merge.json").read_text())
+    assert record["adapter_sha256"] == read_digest(run / "adapter")
+    assert merges_behind(RunDirectory(run)) == []
+    halved = {name: tensor / 2 for name, tensor in load_file(run / "adapter" / WEIGHTS).items()}
+    save_file(halved, run / "adapter" / WEIGHTS, {"format": "pt"})  # the run went on
+    assert len(merges_behind(RunDirectory(run))) == 1
 
 
 def test_rank_and_alpha_patterns_and_rslora_over_all_linear_layers_merge_as_peft_does(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch.manifest import read_manifest
-from launch.run_directory import RunDirectory, read_marker, request_stop
+from launch.run_directory import RunDirectory, clear_markers, read_marker, request_stop
 from tests.distributed.recorded import (
     adapter_of,
     assert_the_same_to_the_byte,
@@ -147,6 +147,8 @@ def test_a_result_without_checkpoints_is_not_trained_anew(
         shutil.rmtree(folder)
     shutil.copytree(done.adapter, run.adapter, dirs_exist_ok=True)
     figures, result = run.metrics_file.read_bytes(), sha256_of(run.path)
+    assert _again(run) == 0  # it is done
+    clear_markers(run)  # an attempt that was killed has no marker either
     assert _again(run) == 2
     assert "the run has a result and no checkpoint to go on from" in capsys.readouterr().err
     assert run.metrics_file.read_bytes() == figures

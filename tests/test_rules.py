@@ -166,6 +166,21 @@ def test_a_forbidden_request_breaks_its_rule_alone(rule: rules.Rule, request_: R
     assert ";" in message
 
 
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("zero4", "did you mean zero3?"),
+        ("ddpp", "did you mean ddp?"),
+        ("FSDP", "did you mean fsdp?"),
+        ("pipeline", "see `samestep plan --help`"),
+        ("", "see `samestep plan --help`"),
+    ],
+)
+def test_a_strategy_that_is_none_is_answered_with_all_of_them_and_the_nearest(typed: str, hint: str) -> None:
+    found = list(violations(replace(ALLOWED, strategy=typed)))
+    assert found == [f"--strategy: {typed!r} is none of single, ddp, fsdp, zero2, zero3; {hint}"]
+
+
 def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "find_spec", lambda _: None)
     (message,) = violations(replace(ALLOWED, strategy="zero3"))
@@ -256,7 +271,7 @@ def test_a_deepspeed_file_that_shards_nothing_is_no_strategy(tmp_path: Path) -> 
         file.write_text(text)
         strategy = launched_strategy(launched_config(environment), several=True)
         (message,) = violations(replace(ALLOWED, strategy=strategy))
-        assert message.startswith("--strategy: 'zero0' is not available")
+        assert message.startswith("--strategy: 'zero0' is none of single, ddp,")
     for text in ("[]", "{"):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"zero\.json: .*; correct it, or restore the shipped file"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import hardware
+from launch import hardware, rules
 from launch.errors import ConfigError
-from launch.memory import GIB, Settings
+from launch.memory import GIB, Load, Settings
 from launch.settings import Batches, Choice, Machine, choose, parse_gpu_memory, recomputation
 from tests.indexes import SHAPE, embedded_recipe
 
@@ -41,6 +41,14 @@ def test_80_gb_hold_the_7b_weights_dequantized_and_half_a_step_without_recomputa
     chosen = on(79.6)
     assert chosen.settings == Settings(resident_weights=True, recompute_every=0)
     assert (CHART_LIKE.count(chosen.micro_batch_tokens), chosen.fits) == (2, True)
+
+
+@pytest.mark.parametrize("strategy", rules.STRATEGIES)
+def test_rules_settings_and_memory_agree_on_which_strategies_share_the_layers_out(strategy: str) -> None:
+    shared = Load(SHAPE, strategy, world_size=2).shares == 2
+    held = rules.Request(embedded_recipe("model.resident_weights=true"), strategy, 1, 2, 8, 1, 400, 100)
+    assert (rules.sharded_weights_stay_packed(held) is not None) == shared
+    assert on(1000, strategy=strategy, world_size=2).settings.resident_weights == (not shared)
 
 
 def test_24_gb_keep_4_bits_and_take_smaller_micro_batches() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 from launch import ledger
 from launch.run_directory import RunDirectory, hold_lock, write_marker
 from launch.slurm import JobFacts
-from launch.status import Status, status_of
+from launch.status import COLUMNS, Status, columns_for, status_of
 from tests.attempts import attempt, recipe_of
 from tests.launcher import samestep, stand_in
 
@@ -199,9 +203,55 @@ def test_the_command_shows_all_runs_or_those_named(
     assert samestep("status", "nobody") == 2
 
 
+def _columns(shown: str) -> dict[str, str]:
+    """The text of each column below the header, its lines put together again."""
+    lines = [line for line in shown.splitlines() if line.startswith(("\u2502", "\u2503"))]
+    names, *rows = [[cell.strip() for cell in re.split("[\u2502\u2503]", line)[1:-1]] for line in lines]
+    return {name: "".join(row[number] for row in rows) for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", ["mine", "qwen2vl-7b-chartqa-lr1e-4-rank-16-second-try", "x" * 100])
+def test_a_narrow_terminal_shows_names_and_reasons_whole_and_says_what_it_leaves_out(
+    name: str, run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = f"data.train: /a/{'long/' * 20}folder is gone (0 files); mend it\nlora.r: 0 is too small; give 1 or more"
+    other = RunDirectory(run.path.with_name(name))
+    attempt(other, recipe_of(), save=4)
+    _steps(other, 5)
+    write_marker(other, "REFUSED", reason)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert samestep("status", name) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    found = _columns(shown)
+    assert found["run"] == name
+    assert found["state"].replace(" ", "") == f"failed ({reason})".replace(" ", "").replace("\n", "")
+    assert found["step"] == "5 of 37"
+    assert re.search("no room here for: .*checkpoint", shown)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert samestep("status", name) == 0
+    shown = capsys.readouterr().out
+    assert "no room" not in shown
+    assert {*_columns(shown)} == {*COLUMNS}
+
+
+def test_columns_that_say_nothing_are_left_out_before_those_that_do() -> None:
+    def kept(width: int, state: str, end: str) -> list[str]:
+        cells = ["mine", state, "37 of 370", "4.00", "0.2", "step 37, 2 h ago", end, "-"]
+        return [COLUMNS[column] for column in columns_for(width, [cells])]
+
+    always = ["run", "state", "step"]
+    assert kept(80, "done (step 37)", "-") == [*always, "samples/s", "loss", "checkpoint"]
+    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "expected end"]
+    assert kept(20, "done (step 37)", "-") == always
+
+
 def test_logs_are_those_of_the_newest_job_or_of_a_rank(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert samestep("logs", "mine") == 2
+    assert "no log, for no job has had this run" in capsys.readouterr().err
+    ledger.write_event(run, "submit", job="7")
     assert samestep("logs", "mine") == 2
     assert "no log yet" in capsys.readouterr().err
     logs = run.path / "logs"
@@ -227,6 +277,77 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
         (place / "stderr.log").write_text(text)
     assert samestep("logs", "mine", "--rank", "3") == 0
     assert capsys.readouterr().out == "rank 3"
+
+
+def _following(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], object]]
+) -> None:
+    """Let things happen in the pauses of `samestep logs --follow`, by their number; too many are a failure."""
+    pauses = itertools.count(1)
+
+    def pause(_: float) -> None:
+        number = next(pauses)
+        assert number < 100, "follows for ever"
+        happens.get(number, lambda: None)()
+
+    monkeypatch.setattr("launch.follow.time.sleep", pause)
+    ledger.write_event(run, "submit", job="7")
+    (run.path / "logs").mkdir()
+
+
+def _say(run: RunDirectory, words: str, job: str = "7") -> Callable[[], object]:
+    def write() -> None:
+        with (run.path / "logs" / f"{job}.out").open("a") as log:
+            log.write(words)
+
+    return write
+
+
+def test_following_waits_for_the_first_word_and_ends_with_the_run(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        _say(run, "last words\n")()
+        write_marker(run, "DONE", "step 37")
+
+    happens = {
+        7: lambda: ledger.write_event(run, "start", job="7", restart=0, began=time.time(), first_step=0)
+    }
+    _following(run, monkeypatch, {**happens, 8: _say(run, "one\n"), 12: _say(run, "two\n"), 30: end})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "one\ntwo\nlast words\n"
+    assert told.err.splitlines() == [
+        "mine: no log yet, waiting for job 7 to begin: queued (job 7, by the ledger alone)",
+        "mine: done (step 37)",
+    ]
+
+
+def test_following_outlives_a_moment_in_which_nobody_has_the_run_and_goes_on_with_the_next_job(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def requeue() -> None:
+        (run.path / "STOPPED").unlink()
+        ledger.write_event(run, "submit", job="8")
+
+    stopped = lambda: write_marker(run, "STOPPED", "preempted: at step 3 of 37")  # noqa: E731
+    started = lambda: ledger.write_event(run, "start", job="7", restart=0, began=time.time(), first_step=0)  # noqa: E731
+    happens = {1: started, 2: _say(run, "before\n"), 4: stopped, 6: requeue, 9: _say(run, "after\n", "8")}
+    _following(run, monkeypatch, {**happens, 20: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "before\nafter\n"
+    assert told.err.splitlines()[-1] == "mine: failed (lora.r: bad)"
+
+
+def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert samestep("logs", "mine", "--follow") == 2  # nothing to wait for
+    assert "no job has had this run" in capsys.readouterr().err
+    _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
+    assert samestep("logs", "mine", "--follow") == 2
+    assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_status_is_json_with_plain_names() -> None:

@@ -54,6 +54,13 @@ def _copy(done: RunDirectory, folder: Path) -> RunDirectory:
     return RunDirectory(folder / "run")
 
 
+def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What is in a folder, with the number and the last change of every file: a rewritten one is another."""
+    return {
+        path: (status.st_ino, status.st_mtime_ns) for path in folder.rglob("*") if (status := path.stat())
+    }
+
+
 def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> None:
     marker = read_marker(done)
     assert marker is not None
@@ -90,9 +97,16 @@ def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> Non
 
 def test_a_finished_run_started_again_stays_as_it_is(done: RunDirectory, tmp_path: Path) -> None:
     run = _copy(done, tmp_path)
-    before = (run.metrics_file.read_bytes(), (run.adapter / "adapter_model.safetensors").read_bytes())
+    before = files_of(run.path)
     assert main(["--run-dir", str(run.path)]) == 0
-    assert (run.metrics_file.read_bytes(), (run.adapter / "adapter_model.safetensors").read_bytes()) == before
+    assert main([str(run.recipe_file), "--runs-dir", str(tmp_path), "--name", "run"]) == 0
+    assert files_of(run.path) == before
+    (run.path / "DONE").unlink()  # killed just before it said so: it says so now, and writes the same
+    adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert main(["--run-dir", str(run.path)]) == 0
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+    assert files_of(run.path) != before
+    assert read_marker(run) == read_marker(done)
 
 
 def test_evaluating_in_between_does_not_change_the_training(
@@ -129,6 +143,7 @@ def test_a_changed_cadence_holds_from_the_resumption_on(world: Path, tmp_path: P
     assert _train(recipe, "run") == 0
     run = RunDirectory(tmp_path / "run")
     shutil.rmtree(run.checkpoint(4))
+    shutil.rmtree(run.adapter)  # without its result it is not done
     recipe = _write(world, tmp_path / "recipe.yaml", **every | {"evaluation": {"every_steps": 1}})
     assert _train(recipe, "run") == 0
     assert [line["step"] for line in read_lines(run.evaluations_file)] == [2, 3, 4]
@@ -202,6 +217,11 @@ def test_a_run_whose_recipe_was_edited_is_refused_with_the_values(
     run = _copy(done, tmp_path)
     edited = run.recipe_file.read_text().replace("lora_alpha: 16", "lora_alpha: 32")
     run.recipe_file.write_text(edited)
+    before = files_of(run.path)
+    assert main(["--run-dir", str(run.path)]) == 2  # nothing changes of a run that is done
+    assert "lora.lora_alpha: the run has 16, the recipe 32" in capsys.readouterr().err
+    assert files_of(run.path) == before
+    (run.path / "DONE").unlink()
     assert main(["--run-dir", str(run.path)]) == 2
     assert "lora.lora_alpha: the run has 16, the recipe 32" in capsys.readouterr().err
     marker = read_marker(run)

@@ -18,11 +18,11 @@ from accelerate.logging import get_logger
 from numpy.typing import NDArray
 
 from launch.errors import GpuMemoryError
-from launch.memory import bytes_of_first_step
+from launch.memory import SHARDING, bytes_of_first_step
 from launch.plan import Plan
 from launch.replan import plan_with_less
 from launch.runs import keep_plan
-from launch.settings import SHARDING, recomputation
+from launch.settings import recomputation
 from launch.steps import MicroBatch
 from trainer.agreement import from_rank_0, gather, on_rank_0, together
 from trainer.data.chartqa import open_split

@@ -10,7 +10,7 @@ from launch.errors import CheckpointError
 from launch.plan import samples_consumed
 from launch.recipe import altering_values
 from launch.rotation import clear_unpublished
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, is_done_at, lock_holder
 from launch.runs import refuse_lost_checkpoints
 from launch.survey import Checkpoint, newest_valid
 from trainer.records import keep_lines_until, read_lines
@@ -47,6 +47,19 @@ def resume_point(task: Task) -> Checkpoint | None:
     for folder in clear_unpublished(task.run.path):
         logger.info("%s: removed, it was never published", folder)
     return newest
+
+
+def is_over(task: Task) -> bool:
+    """The run of this recipe, data and base has taken its last step, and nobody is changing it. On rank 0.
+
+    Writes nothing. Raises as `resume_point` when what is asked for is another run than the one that ended.
+    """
+    if not is_done_at(task.run, task.plan.max_steps) or lock_holder(task.run.path) is not None:
+        return False
+    newest, _ = newest_valid(task.run.path)
+    if newest is not None:
+        refuse_another_run(task, newest)
+    return True
 
 
 def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:

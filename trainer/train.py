@@ -40,7 +40,7 @@ from trainer.preemption import Watch, watching
 from trainer.probe import settle
 from trainer.processes import announce, smallest_gpu, start_processes
 from trainer.request import prepare_first, read_task
-from trainer.resume import evaluation_is_missing, forget_after, resume_point
+from trainer.resume import evaluation_is_missing, forget_after, is_over, resume_point
 from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
 from trainer.task import Task
@@ -107,6 +107,9 @@ def train_once(
     memory = smallest_gpu(state.device)
     task = together(lambda: read_task(options, index, state, memory))
     announce(task, state)
+    if from_rank_0(lambda: is_over(task)):
+        logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
+        return
     with ExitStack() as held:
         on_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))

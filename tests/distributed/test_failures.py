@@ -10,6 +10,7 @@ from launch.recipe_file import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
 from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of
+from trainer.train import main as train
 
 
 def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_path: Path) -> None:
@@ -50,6 +51,18 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
     assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").exists()
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_plain_launch_of_a_finished_run_says_so_and_changes_no_file(world: Path, tmp_path: Path) -> None:
+    recipe, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
+    recipe.write_text(dump_recipe(recipe_from_dict(recipe_values(world))))
+    arguments = [str(recipe), "--runs-dir", str(runs), "--name", "run"]
+    assert train(arguments) == 0
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in runs.rglob("*")}
+    ended = accelerate_launch(2, ["trainer.train", *arguments])
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count(f"{runs / 'run'}: done already, adapter in {runs / 'run' / 'adapter'}") == 1
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in runs.rglob("*")} == before
 
 
 def _check_memory(runs: Path, printed: str) -> None:

@@ -147,6 +147,14 @@ class Adapter:
         return self.config.get("revision")
 
     @property
+    def contents(self) -> dict[str, memoryview]:
+        """The bytes of every tensor, as stored."""
+        return {
+            name: memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for name, tensor in self.tensors.items()
+        }
+
+    @property
     def silent(self) -> list[str]:
         """Modules whose pair changes nothing."""
         zero = [pair.module for pair in self.pairs if not pair.a.any() or not pair.b.any()]

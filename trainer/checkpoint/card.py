@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launch.merged import DIGEST, digest_of
 from launch.recipe import EMBEDDED, Recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.base_model import recipe_of, run_of
@@ -38,6 +39,7 @@ def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
         "base_compared": report.base_check.compared,
         "base_comparison": str(report.base_check),
         "adapter": str(plan.adapter.path),
+        DIGEST: digest_of(plan.adapter.contents),
         "form": plan.adapter.form,
         "dtypes": sorted(set(plan.dtypes.values())),
         "tensors": report.tensors,

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from launch.errors import SamestepError
+from launch.merged import RECORD
 from launch.recipe_file import find_recipe
 from trainer.checkpoint.adapter import Missing
 from trainer.checkpoint.aside import written_aside
@@ -31,7 +32,6 @@ from trainer.checkpoint.card import merge_record, model_card
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of
 from trainer.checkpoint.merge_plan import (
     CARD,
-    RECORD,
     BaseKind,
     DtypeChoice,
     MergePlan,

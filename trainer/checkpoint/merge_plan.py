@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.errors import CheckpointError
+from launch.merged import RECORD
 from trainer.checkpoint.adapter import Adapter, Missing, Pair, Saved, read_adapter, refuse_untrained
 from trainer.checkpoint.aside import refuse_place
 from trainer.checkpoint.base_model import (
@@ -31,7 +32,7 @@ BaseKind = Literal["original", "dequantized"]
 DtypeChoice = Literal["auto", "bfloat16", "float32"]
 STORED = {"bfloat16": "BF16", "float32": "F32"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-CARD, RECORD = "README.md", "merge.json"
+CARD = "README.md"
 _NOT_COPIED = (
     "*.index.json", ADAPTER_CONFIG, RECORD, "trainer_state.json", "manifest.json", "recipe.json",
 )  # fmt: skip

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from launch.errors import ConfigError, RunError
 from launch.index import SPLITS, Index, SplitName
+from launch.merged import merge_behind
 from launch.plan import compute_dtype_of
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
@@ -262,6 +263,8 @@ def check_request(request: Request) -> None:
         problems.append(
             f"{run.merged}: no merged model yet; run `samestep merge {run.path} --output {run.merged}`"
         )
+    if "merged" in request.models and (behind := merge_behind(run, run.merged)):
+        problems.append(behind)
     if problems:
         raise ConfigError(problems)
 

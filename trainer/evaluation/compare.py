@@ -29,6 +29,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
+from launch.merged import RECORD
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
@@ -36,7 +37,7 @@ from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
 from trainer.checkpoint.base_model import check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
-from trainer.checkpoint.merge_plan import RECORD, BaseKind, DtypeChoice, MergeRequest
+from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
 from trainer.checkpoint.reading import read_json
 from trainer.data.chartqa import Row, decode_image, open_split
 from trainer.data.encoder import Encoder

@@ -1,0 +1,54 @@
+"""`samestep logs --follow`: what a run says from now on, from before its first word to its end."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+POLL_S = 1.0
+LOOK_EVERY = 5  # polls; Slurm's controller is not to be asked every second
+BELIEVED = 3  # looks in a row at a run that has ended: between two attempts nobody has it for moments
+
+
+def follow(
+    files: Callable[[], list[Path]],
+    end: Callable[[], str | None],
+    write: Callable[[bytes], None],
+    wait_for_first: Callable[[], None],
+) -> str:
+    """Write what `files` hold as they grow, those of later attempts too, until the run ends. Returns how it ended.
+
+    `end`: how the run has ended, None while it waits or trains. `wait_for_first`: called once when there is no file
+    yet.
+    """
+    read: dict[Path, int] = {}
+    ended, times = None, 0
+    for poll in itertools.count():
+        if ended is not None or poll % LOOK_EVERY == 0:
+            ended = end()
+            times = 0 if ended is None else times + 1
+        for file in files():  # after the look: the last words were written before the end
+            read[file] = _copy_on(file, read.get(file, 0), write)
+        if ended is not None and times == BELIEVED:
+            return ended
+        if poll == 0 and not read and ended is None:
+            wait_for_first()
+        time.sleep(POLL_S)
+    raise AssertionError  # `count` has no end
+
+
+def _copy_on(file: Path, begin: int, write: Callable[[bytes], None]) -> int:
+    """Write what stands in a file from `begin` on, all of one that was cut or replaced. Returns where that ends."""
+    try:
+        with file.open("rb") as handle:
+            if file.stat().st_size < begin:
+                begin = 0
+            handle.seek(begin)
+            while piece := handle.read(2**20):
+                write(piece)
+                begin += len(piece)
+    except FileNotFoundError:  # moved away meanwhile
+        return 0
+    return begin

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.adapter_file import is_whole
 from launch.errors import ConfigError, SamestepError
 from launch.launching import Machine, launch, tell
 from launch.plan import Plan
@@ -78,7 +79,7 @@ def join(request: RunRequest) -> Marker:
 def _done_before(run: RunDirectory, recipe: Recipe) -> Marker | None:
     """The marker of this recipe's run when it is done, as `is_done`; also for a machine that has no data."""
     marker = read_marker(run)
-    if marker is None or marker.kind != "DONE" or not (run.adapter / "adapter_config.json").is_file():
+    if marker is None or marker.kind != "DONE" or not is_whole(run.adapter):
         return None
     same = recipe_fingerprint(load_recipe(run.recipe_file)) == recipe_fingerprint(recipe)
     return marker if same else None

@@ -114,7 +114,7 @@ def merge(
 
 @contextmanager
 def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
-    """What a run's own folder for merges holds of an earlier adapter gets another name; nothing else is touched."""
+    """What a run's own folder for merges holds of another adapter gets another name; nothing else is touched."""
     run = RunDirectory(source)
     if output.absolute() not in (run.merged.absolute(), run.merged_dequantized.absolute()):
         yield
@@ -122,7 +122,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
     with made_anew(run, output) as old:
         yield
     if old is not None and old.exists():
-        say(f"{output}: was of an earlier adapter; that one is now {old}")
+        say(f"{output}: was of another adapter; that one is now {old}")
 
 
 def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:

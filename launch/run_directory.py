@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from launch.adapter_file import is_whole
 from launch.errors import ConfigError, InUseError
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
@@ -145,9 +146,8 @@ def read_marker(run: RunDirectory) -> Marker | None:
 
 
 def is_done_at(run: RunDirectory, max_steps: int) -> bool:
-    """The run has taken its last step of `max_steps`, and its adapter is there."""
-    done = read_marker(run) == Marker("DONE", f"step {max_steps}")
-    return done and (run.adapter / "adapter_config.json").is_file()
+    """The run has taken its last step of `max_steps`, and its adapter is there, whole."""
+    return read_marker(run) == Marker("DONE", f"step {max_steps}") and is_whole(run.adapter)
 
 
 def clear_markers(run: RunDirectory) -> None:

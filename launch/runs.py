@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from launch.adapter_file import CONFIG
 from launch.changes import (
     OTHER_RUN,
     Change,
@@ -26,7 +27,7 @@ from launch.plan import Begin, Plan
 from launch.publishing import aside_folder, publish
 from launch.recipe import altering_values
 from launch.recipe_file import dump_recipe, load_recipe
-from launch.survey import newest_valid
+from launch.survey import Checkpoint, newest_valid
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -98,12 +99,31 @@ def _has_begun(run: RunDirectory) -> bool:
     return bool(run.checkpoints()) or run.adapter.exists()
 
 
-def refuse_lost_checkpoints(run: RunDirectory) -> None:
-    """CheckpointError for a result without a checkpoint to go on from: training would begin anew and replace it."""
-    if (run.adapter / "adapter_config.json").is_file() and not run.checkpoints():
+def refuse_lost_checkpoints(
+    run: RunDirectory, passed_over: Sequence[Checkpoint] = (), begins_at: int = 0
+) -> None:
+    """Where no checkpoint is valid, and training would begin anew in the place of what was there.
+
+    `passed_over`: those that cannot be used; `begins_at`: the step that the run's plan goes on from.
+
+    Raises:
+        CheckpointError: the run has a result, checkpoints or a beginning that would be lost.
+    """
+    if (run.adapter / CONFIG).is_file() and not run.checkpoints():
         raise CheckpointError(
             f"{run.adapter}: the run has a result and no checkpoint to go on from (0 are left); bring one back from "
             "a copy, or begin anew with --fresh"
+        )
+    if damaged := [checkpoint for checkpoint in passed_over if checkpoint.published]:
+        names = ", ".join(checkpoint.folder.name for checkpoint in damaged)
+        raise CheckpointError(
+            f"{run.path}: every published checkpoint is damaged ({names}; {damaged[0].problems[0]}); "
+            "bring one back from a copy, or begin anew with --fresh"
+        )
+    if begins_at:
+        raise CheckpointError(
+            f"{run.path}: goes on from step {begins_at} by its plan, and no checkpoint is there; "
+            "bring one back from a copy, or begin anew with --fresh"
         )
 
 

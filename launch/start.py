@@ -327,12 +327,12 @@ def outlook(planned: PlannedRun, request: RunRequest) -> str:
         return f"{run.path}: {aside}trained from step 0 to {last:,}"
     if is_done(planned):
         return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
-    refuse_lost_checkpoints(run)
-    newest, _ = newest_valid(run.path)
+    newest, passed_over = newest_valid(run.path)
     if newest is not None:
         return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"
     if (source := planned.continuation.source) is not None:
         return f"{run.path}: begins with {source}, to step {last:,}"
+    refuse_lost_checkpoints(run, passed_over, planned.plan.begin.step)
     return f"{run.path}: begins at step 0 of {last:,}"
 
 

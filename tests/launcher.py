@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from launch import cli
+from launch.adapter_file import CONFIG, WEIGHTS
 from launch.children import Ended
 from launch.plan import Plan
 from launch.recipe_file import load_recipe
@@ -60,10 +63,17 @@ class Launcher:
         for step in self.saves:
             save_step(run, recipe, plan, step)
         if self.marker == "DONE":
-            run.adapter.mkdir(exist_ok=True)
-            (run.adapter / "adapter_config.json").write_text("{}")
+            write_adapter(run.adapter)
         if self.marker:
             write_marker(run, self.marker, self.text or f"step {plan.max_steps}")
+
+
+def write_adapter(folder: Path, value: float = 1.0) -> None:
+    """The files of an adapter, with two small tensors of `value`."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text("{}")
+    tensors = {"b": np.full((2, 3), value, np.float32), "a": np.full(4, value, np.float16)}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:

@@ -13,7 +13,7 @@ from launch import allocation, ledger
 from launch.plan import Plan
 from launch.run_directory import RunDirectory, hold_lock, read_marker, request_stop, write_marker
 from tests.fake_slurm import install
-from tests.launcher import EMBEDDED, samestep, stand_in
+from tests.launcher import EMBEDDED, samestep, stand_in, write_adapter
 
 RUNNING = "JobId=41 JobState=RUNNING Reason=None Requeue=1 Restarts={}"
 
@@ -114,8 +114,7 @@ def test_a_recipe_is_planned_for_the_allocation(
 
 
 def test_a_finished_run_exits_at_once(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
-    run.adapter.mkdir()
-    (run.adapter / "adapter_config.json").write_text("{}")
+    write_adapter(run.adapter)
     write_marker(run, "DONE", "step 6")
     assert _begin(run, capsys) == (0, [])
     assert ledger.read_ledger(run).attempts == ()

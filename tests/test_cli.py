@@ -18,7 +18,7 @@ from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, hold_lock
 from launch.versions import version_line
 from tests.indexes import SHAPE, make_index
-from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in
+from tests.launcher import EMBEDDED, Launcher, flag, samestep, set_gpus, stand_in, write_adapter
 
 
 @pytest.fixture
@@ -134,6 +134,19 @@ def test_the_marker_of_an_earlier_attempt_is_not_believed(launcher: Launcher) ->
     assert samestep("run", *EMBEDDED) == 1
 
 
+def test_a_run_whose_adapter_is_cut_short_is_not_done(launcher: Launcher) -> None:
+    launcher.saves = (6,)
+    assert samestep("run", *EMBEDDED) == 0
+    weights = Path("runs/embedded/adapter/adapter_model.safetensors")
+    whole = weights.read_bytes()
+    for damage in (whole[:-1], whole[:20], b""):
+        weights.write_bytes(damage)
+        launcher.commands.clear()
+        assert samestep("run", *EMBEDDED) == 0
+        assert any("trainer.train" in command for command in launcher.commands)
+        assert weights.read_bytes() == whole
+
+
 def test_a_run_that_is_done_is_not_started_again(
     launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +221,9 @@ def test_a_dry_run_says_whether_the_run_is_done_or_where_it_would_go_on(
     assert "the older run is moved aside, and trained from step 0 to 6" in told("--fresh")
     (run.checkpoint(6) / "manifest.json").write_text("{")
     assert "goes on from checkpoint-3, step 3 of 16" in told(*more)
+    (run.checkpoint(3) / "manifest.json").write_text("{")
+    assert samestep("run", *EMBEDDED, *more, "--dry-run") == 2
+    assert "every published checkpoint is damaged (checkpoint-6, checkpoint-3;" in capsys.readouterr().err
     for checkpoint in run.checkpoints():
         shutil.rmtree(checkpoint)
     assert samestep("run", *EMBEDDED, *more, "--dry-run") == 2
@@ -354,7 +370,7 @@ def test_a_base_that_is_gone_is_fetched_before_anything_is_started(
 
 def test_evaluate_starts_replicas_over_the_run(launcher: Launcher) -> None:
     samestep("run", *EMBEDDED)
-    (Path("runs/embedded/adapter") / "adapter_config.json").write_text("{}")
+    write_adapter(Path("runs/embedded/adapter"))
     arguments = ["--models", "base,adapter,shuffled", "--split", "validation", "--max-samples", "9"]
     assert samestep("evaluate", "embedded", *arguments, "--gpus-per-node", "3") == 0
     command = launcher.commands[-1]

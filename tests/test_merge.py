@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
+from launch.adapter_file import read_digest
 from launch.errors import CheckpointError
-from launch.merged import merges_behind, read_digest
+from launch.merged import merges_behind
 from launch.publishing import publish
 from launch.run_directory import RunDirectory
 from tests.checkpoints import halve

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+from launch.adapter_file import read_digest
 from launch.errors import ConfigError
-from launch.merged import merges_behind, read_digest
+from launch.merged import made_anew, merges_behind
 from launch.run_directory import RunDirectory
-from tests.launcher import EMBEDDED, Launcher, samestep, stand_in
+from tests.launcher import EMBEDDED, Launcher, samestep, stand_in, write_adapter
 
 
 @pytest.fixture
@@ -35,8 +33,7 @@ def run(launcher: Launcher) -> RunDirectory:
 
 
 def _train(run: RunDirectory, value: float) -> None:
-    tensors: dict[str, Any] = {"b": np.full((2, 3), value, np.float32), "a": np.full(4, value, np.float16)}
-    save_file(tensors, run.adapter / "adapter_model.safetensors", {"format": "pt"})
+    write_adapter(run.adapter, value)
     os.utime(run.adapter / "adapter_model.safetensors", (1_000, 1_000))  # as a copy may be: ages say nothing
 
 
@@ -55,7 +52,7 @@ def test_evaluate_refuses_a_merged_model_of_an_earlier_adapter_and_names_the_com
     started = len(launcher.commands)
     assert samestep(*asked) == 2
     told = capsys.readouterr().err
-    assert f"{run.merged}: is of an earlier adapter than {run.adapter}" in told
+    assert f"{run.merged}: is of another adapter than {run.adapter}" in told
     assert f"`samestep merge {run.path}` makes it anew" in told
     assert samestep("evaluate", "embedded", "--models", "adapter") == 0  # what is scored is the new one
     assert len(launcher.commands) == started + 1
@@ -66,18 +63,18 @@ def test_the_plain_evaluation_refuses_it_too(run: RunDirectory) -> None:
 
     check_request(Request(run, "test", ("adapter", "merged"), None))
     _train(run, 2.0)
-    with pytest.raises(ConfigError, match="is of an earlier adapter"):
+    with pytest.raises(ConfigError, match="is of another adapter"):
         check_request(Request(run, "test", ("merged",), None))
     check_request(Request(run, "test", ("adapter",), None))
 
 
 def test_status_says_so_of_both_merged_models(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert samestep("status") == 0
-    assert "earlier adapter" not in capsys.readouterr().out
+    assert "another adapter" not in capsys.readouterr().out
     _train(run, 2.0)
     assert samestep("status") == 0
     told = capsys.readouterr().out.splitlines()
-    notes = [line for line in told if "is of an earlier adapter" in line]
+    notes = [line for line in told if "is of another adapter" in line]
     assert [line.partition(":")[0] for line in notes] == [str(run.merged), str(run.merged_dequantized)]
     assert f"`samestep merge {run.path} --base dequantized`" in notes[1]
     assert samestep("status", "--json") == 0
@@ -99,7 +96,7 @@ def test_merge_makes_it_anew_and_keeps_the_old_one_under_another_name(
     assert samestep("merge", "embedded") == 0
     (old,) = run.path.glob("merged.*")
     told = capsys.readouterr().out
-    assert told.count("was of an earlier adapter") == 1
+    assert told.count("was of another adapter") == 1
     assert f"that one is now {old.relative_to(Path.cwd())}" in told
     assert [line.partition(":")[0] for line in merges_behind(run)] == [str(run.merged_dequantized)]
 
@@ -118,5 +115,17 @@ def test_an_adapter_that_cannot_be_read_is_no_reason_for_a_traceback(
     run: RunDirectory, damage: bytes
 ) -> None:
     (run.adapter / "adapter_model.safetensors").write_bytes(damage)
-    assert len(merges_behind(run)) == 2
+    assert merges_behind(run) == []  # not known to be of another: who reads the adapter says what is wrong
     assert samestep("status") == 0
+
+
+def test_a_second_merge_at_the_same_moment_finds_nothing_in_its_way(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train(run, 2.0)
+    with made_anew(run, run.merged) as first:
+        assert first is not None
+        monkeypatch.setattr("launch.merged.is_of_another_adapter", lambda *_: True)  # it had looked before
+        with made_anew(run, run.merged) as second:
+            assert second is None
+        run.merged.mkdir()

@@ -14,7 +14,7 @@ from launch.run_directory import RunDirectory, hold_lock, request_stop, write_ma
 from tests.attempts import save_step
 from tests.fake_slurm import FakeSlurm, install
 from tests.indexes import embedded_recipe
-from tests.launcher import EMBEDDED, Launcher, samestep, stand_in
+from tests.launcher import EMBEDDED, Launcher, samestep, stand_in, write_adapter
 
 SUBMIT = ["submit", *EMBEDDED, "--nodes", "2", "--gpus-per-node", "4"]
 
@@ -179,8 +179,7 @@ def test_a_finished_run_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFi
     assert samestep(*SUBMIT) == 0
     run = _run()
     save_step(run, embedded_recipe("training.max_steps=6"), Plan.from_json(run.plan_file.read_text()), 6)
-    run.adapter.mkdir()
-    (run.adapter / "adapter_config.json").write_text("{}")
+    write_adapter(run.adapter)
     write_marker(run, "DONE", "step 6")
     assert samestep(*SUBMIT) == 0
     assert "done already" in capsys.readouterr().out

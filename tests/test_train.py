@@ -107,6 +107,11 @@ def test_a_finished_run_started_again_stays_as_it_is(done: RunDirectory, tmp_pat
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
     assert files_of(run.path) != before
     assert read_marker(run) == read_marker(done)
+    (run.adapter / "adapter_model.safetensors").write_bytes(
+        adapter[:100]
+    )  # it is not all there: it comes again
+    assert main(["--run-dir", str(run.path)]) == 0
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_evaluating_in_between_does_not_change_the_training(

@@ -31,17 +31,7 @@ def resume_point(task: Task) -> Checkpoint | None:
         for problem in checkpoint.problems:
             logger.warning("passed over: %s", problem)
     if newest is None:
-        refuse_lost_checkpoints(task.run)
-        if damaged := [checkpoint.folder.name for checkpoint in passed_over if checkpoint.published]:
-            raise CheckpointError(
-                f"{task.run.path}: every published checkpoint is damaged ({', '.join(damaged)}; see the lines above); "
-                "bring one back from a copy, or begin anew with --fresh"
-            )
-        if task.plan.begin.step:
-            raise CheckpointError(
-                f"{task.run.path}: goes on from step {task.plan.begin.step} by its plan, and no checkpoint is there; "
-                "bring one back from a copy, or begin anew with --fresh"
-            )
+        refuse_lost_checkpoints(task.run, passed_over, task.plan.begin.step)
     else:
         refuse_another_run(task, newest)
     for folder in clear_unpublished(task.run.path):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.merged import DIGEST, digest_of
+from launch.adapter_file import digest_of
+from launch.merged import DIGEST
 from launch.recipe import EMBEDDED, Recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.base_model import recipe_of, run_of

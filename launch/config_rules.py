@@ -21,10 +21,11 @@ _DEEPSPEED_KEYS = {
 }
 _ZERO_KEYS = {
     *("stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
-    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
-    *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+    *("stage3_param_persistence_threshold", "stage3_max_reuse_distance"),
+    "stage3_gather_16bit_weights_on_model_save",
 }
-_NUMBERS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+_LAYERS_SIZES = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+_NUMBERS = ("reduce_bucket_size", "stage3_param_persistence_threshold")
 
 
 def accelerate_casts_nothing(request: Request) -> str | None:
@@ -111,12 +112,24 @@ def deepspeed_is_asked_for_what_is_known(request: Request) -> str | None:
     zero = request.launch.deepspeed
     section = zero.get("zero_optimization", {})
     odd = sorted({*zero} - _DEEPSPEED_KEYS) + sorted(
-        {*section} - _ZERO_KEYS - {"offload_param", "offload_optimizer"}
+        {*section} - _ZERO_KEYS - {"offload_param", "offload_optimizer", *_LAYERS_SIZES}
     )
     if not odd:
         return None
     return (
         f"{', '.join(odd)}: in the DeepSpeed file of {request.launch.where}; leave them out, see ds_configs/"
+    )
+
+
+def deepspeed_holds_as_many_layers_as_are_planned(request: Request) -> str | None:
+    """How many decoder layers are whole at once comes from the model's own sizes, and the memory plan counts on it."""
+    section = _section(request.launch.deepspeed, "zero_optimization")
+    found = [key for key in _LAYERS_SIZES if key in section]
+    if not found:
+        return None
+    return (
+        f"{', '.join(found)}: in the DeepSpeed file of {request.launch.where}; leave it out, it follows from the "
+        "size of the model's layers"
     )
 
 
@@ -135,6 +148,7 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     deepspeed_casts_nothing,
     deepspeed_counts_what_the_plan_counts,
     deepspeed_is_asked_for_what_is_known,
+    deepspeed_holds_as_many_layers_as_are_planned,
     deepspeed_uses_the_standard_launcher,
 )
 """Of the accelerate configuration: of the shipped file before a launch, and of what was launched in the trainer."""

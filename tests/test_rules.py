@@ -122,6 +122,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             "communication_data_type, scheduler",
         ),
         (
+            config_rules.deepspeed_holds_as_many_layers_as_are_planned,
+            _asking(deepspeed={"zero_optimization": {"stage3_max_live_parameters": 500_000_000}}),
+            "stage3_max_live_parameters",
+        ),
+        (
             config_rules.deepspeed_uses_the_standard_launcher,
             _asking(multinode_launcher="pdsh"),
             "pdsh (here)",
@@ -207,7 +212,7 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     every = rules.REQUEST_RULES + config_rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 23
+    assert len(every) == 24
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)

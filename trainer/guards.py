@@ -29,7 +29,7 @@ def may_differ_by(dtype: torch.dtype) -> float:
     return 1e-2
 
 
-_NOISE_OF_LOGITS = 0.5  # in bfloat16, by another kernel: five times what was seen
+_NOISE_OF_LOGITS = 0.5  # in 16 bits, by another kernel: five times what was seen in bfloat16
 
 # strategy -> (accelerate's distributed types, the class that accelerate wraps the model in)
 _EXPECTED = {
@@ -79,10 +79,10 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
     """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
 
     `gathered`: the layers' weights now come together elsewhere in memory, so that products may take another kernel.
-    In bfloat16 that alone moves the answers: with the 7B shape 161 of the 138,752 numbers of one product in the first
-    layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first two steps
-    stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less than
-    -log p: what is all but certain stays so. A collective.
+    In 16 bits that alone moves the answers: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
+    the first layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first
+    two steps stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less
+    than -log p: what is all but certain stays so. A collective.
 
     Raises:
         RunError: on all ranks.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from launch.plan import Plan
 from trainer.guards import check_logits
 from trainer.model.base import DTYPES
+from trainer.model.trial import decoder_layers
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 
 
@@ -31,8 +32,7 @@ def whole_before_wrapping(
     """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
     if strategy in ("single", "fsdp"):
         return None
-    layers = model.get_base_model().model.language_model.layers
-    facts = [layer_facts(layer) for layer in layers] if strategy == "zero3" else []
+    facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
     sample = read_sample()
     return Whole(sample, _answers(model, sample), facts)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from trainer.checkpoint.portable import MOMENTS, State, step_device
 from trainer.checkpoint.sharded import Kept, ZeroPart
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
 from trainer.model.trial import decoder_layers
+
+logger = get_logger("trainer")
+_MOST_FETCHES = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 class Zero:
@@ -73,8 +78,8 @@ class Zero:
         _put_a_float_first(model)
         _gather_whole_layers(model)
         options = AcceleratorState().deepspeed_plugin.deepspeed_config["zero_optimization"]
-        ours = {key: value for key, value in _one_layer_ahead(model).items() if key not in options}
-        options |= ours
+        sizes = _one_layer_ahead(model)  # `launch.config_rules` refuses a file that has them
+        options |= sizes
         base: Any = model.get_base_model()
         inner = base.model
         hidden = [
@@ -89,7 +94,7 @@ class Zero:
         finally:
             for parent, name, module in kept:
                 parent._modules[name] = module
-            for key in ours:
+            for key in sizes:
                 del options[key]
 
     def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
@@ -247,14 +252,13 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _put_a_float_first(model: nn.Module) -> None:
+def _put_a_float_first(model: PeftModel) -> None:
     """Let the first parameter of the decoder layers be a bias, not its packed weight.
 
     DeepSpeed 0.19.8 takes the dtype of the first parameter for the model's (`DeepSpeedZeRoOffload`), and refuses
     uint8 where the accelerator knows fp16 (`_set_dtype`): on a GPU, not on a CPU. No other meaning has the order.
     """
-    layers: Any = cast(Any, model).get_base_model().model.language_model.layers
-    for module in layers.modules():
+    for module in decoder_layers(model).modules():
         if "weight" in module._parameters:
             module._parameters["weight"] = module._parameters.pop("weight")
             return
@@ -271,8 +275,9 @@ def _gather_whole_layers(model: PeftModel) -> None:
     layers = decoder_layers(model)
     for layer in layers:
         set_z3_leaf_module(layer, True)
-    first = next(layer for layer in layers if any(weight.requires_grad for weight in layer.parameters()))
-    first.register_forward_pre_hook(_ask_for_a_gradient)
+    trained = [layer for layer in layers if any(weight.requires_grad for weight in layer.parameters())]
+    for first in trained[:1]:
+        first.register_forward_pre_hook(_ask_for_a_gradient)
 
 
 def _ask_for_a_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -316,4 +321,6 @@ def _let_the_host_run_ahead(coordinator: Any, layers: nn.ModuleList) -> None:
     so it takes no more of it to be ahead.
     """
     weights = max(len(list(layer.parameters())) for layer in layers)
-    coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = 2 * weights
+    if not hasattr(coordinator, _MOST_FETCHES):
+        logger.warning(f"DeepSpeed {version('deepspeed')} has no {_MOST_FETCHES}: steps may take longer")
+    setattr(coordinator, _MOST_FETCHES, 2 * weights)

@@ -227,7 +227,11 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
     from launch.status import end_of, log_files, no_log, waits_for
     from launch.submit import show_job
 
+    spoken = False
+
     def write(words: bytes) -> None:
+        nonlocal spoken
+        spoken = True
         sys.stdout.buffer.write(words)
         sys.stdout.flush()
 
@@ -237,7 +241,7 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         write,
         lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
     )
-    if not log_files(run, rank):
+    if not spoken:
         raise no_log(run, rank)
     print(ended, file=sys.stderr)
 

@@ -295,8 +295,10 @@ def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
 
 def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
     """How a run has ended, in a line; None while it waits or trains."""
+    if not run.plan_file.is_file():
+        return f"{run.name}: its folder is gone ({run.path})"
     state, because = _state(run, show_job, now)
-    if state in ("queued", "running", "stalled", "not started"):
+    if state in ("queued", "running", "not started"):
         return None
     return f"{run.name}: {state} ({because})"
 
@@ -318,7 +320,10 @@ def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
 
 def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
     """torchrun writes logs/<job>.<restart>/node-<n>/<id>/attempt_0/<local rank>/{stdout,stderr}.log (torch 2.14)."""
-    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    try:
+        plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the run was moved away while its log is followed
+        return []
     if not 0 <= rank < plan.world_size:
         raise ConfigError(
             f"--rank: {rank} is none of this run's ({plan.world_size} ranks); give 0 to {plan.world_size - 1}"

@@ -350,6 +350,21 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
     assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("of", [[], ["--rank", "0"]], ids=["job", "rank"])
+def test_following_ends_when_the_folder_of_the_run_is_moved_away(
+    of: list[str], run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move() -> None:
+        run.path.rename(run.path.with_name("elsewhere"))
+
+    _following(run, monkeypatch, {7: move})
+    _say(run, "one\n")()
+    assert samestep("logs", "mine", "--follow", *of) == 0
+    told = capsys.readouterr()
+    assert told.out == "one\n"
+    assert told.err == f"mine: its folder is gone ({run.path})\n"
+
+
 def test_a_status_is_json_with_plain_names() -> None:
     status = Status("a", "done", "", None, "", 1, 1, None, None, None, None, None, 1, 2, 3)
     assert replace(status, step=2).to_json()["requeued"] == 6

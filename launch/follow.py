@@ -20,8 +20,8 @@ def follow(
 ) -> str:
     """Write what `files` hold as they grow, those of later attempts too, until the run ends. Returns how it ended.
 
-    `end`: how the run has ended, None while it waits or trains. `wait_for_first`: called once when there is no file
-    yet.
+    `end`: how the run has ended, None while it waits or trains or may still say something. `wait_for_first`: called
+    once when there is no file yet.
     """
     read: dict[Path, int] = {}
     ended, times = None, 0
@@ -29,7 +29,7 @@ def follow(
         if ended is not None or poll % LOOK_EVERY == 0:
             ended = end()
             times = 0 if ended is None else times + 1
-        for file in files():  # after the look: the last words were written before the end
+        for file in files():  # after the look: nobody had more to say when `end` was no longer None
             read[file] = _copy_on(file, read.get(file, 0), write)
         if ended is not None and times == BELIEVED:
             return ended

@@ -83,7 +83,7 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
     except (OSError, UnicodeDecodeError, ConfigError):
         plan = None
     book = ledger.read_ledger(run)
-    job = show_job(book.job) if book.job else None
+    job = _job_of(book, show_job)
     steps, last_change = _last_steps(run.metrics_file)
     speed = _samples_per_second(steps)
     step = steps[-1]["step"] if steps else 0
@@ -287,26 +287,32 @@ def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
 
 def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
     """What a run without a log waits for, in a line."""
-    state, because = _state(run, show_job, now)
-    return (
-        f"{run.name}: no log yet, waiting for job {ledger.read_ledger(run).job} to begin: {state} ({because})"
-    )
+    book = ledger.read_ledger(run)
+    state, because = _state(run, book, _job_of(book, show_job), now)
+    return f"{run.name}: no log yet, waiting for job {book.job} to begin: {state} ({because})"
 
 
 def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
-    """How a run has ended, in a line; None while it waits or trains."""
+    """How a run has ended, in a line; None while it waits or trains, or whoever trained it may still speak."""
     if not run.plan_file.is_file():
         return f"{run.name}: its folder is gone ({run.path})"
-    state, because = _state(run, show_job, now)
+    book = ledger.read_ledger(run)
+    job = _job_of(book, show_job)
+    # After the marker come the last words: torchrun's, and those of `launch.allocation end`.
+    if lock_holder(run.path) or (job is not None and job.state in (*RUNNING, *ENDING)):
+        return None
+    state, because = _state(run, book, job, now)
     if state in ("queued", "running", "not started"):
         return None
     return f"{run.name}: {state} ({because})"
 
 
-def _state(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> tuple[State, str]:
+def _job_of(book: Ledger, show_job: Callable[[str], JobFacts | None]) -> JobFacts | None:
+    return show_job(book.job) if book.job else None
+
+
+def _state(run: RunDirectory, book: Ledger, job: JobFacts | None, now: float) -> tuple[State, str]:
     """As `state_of`, from the run's folder."""
-    book = ledger.read_ledger(run)
-    job = show_job(book.job) if book.job else None
     holder, begun = lock_holder(run.path), run.environment_file.exists()
     return state_of(read_marker(run), book, job, holder, begun, now)
 

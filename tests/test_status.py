@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,6 +349,31 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
     _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
     assert samestep("logs", "mine", "--follow") == 2
     assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_following_outlives_the_marker_until_the_job_has_said_its_last_words(
+    state: str, run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [state]
+    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts(states[-1], "None", 0, True, "", ""))
+    happens = {2: lambda: write_marker(run, "DONE", "step 37"), 40: _say(run, "done at step 37\n")}
+    _following(run, monkeypatch, {1: _say(run, "one\n"), **happens, 41: lambda: states.append("COMPLETED")})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "one\ndone at step 37\n"
+    assert told.err.splitlines()[-1] == "mine: done (step 37)"
+
+
+def test_following_outlives_the_marker_while_the_lock_of_the_run_is_held(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as held:
+        held.enter_context(hold_lock(run.path))
+        happens = {2: lambda: write_marker(run, "DONE", "step 37"), 40: _say(run, "last\n"), 41: held.close}
+        _following(run, monkeypatch, {1: _say(run, "one\n"), **happens})
+        assert samestep("logs", "mine", "--follow") == 0
+    assert capsys.readouterr().out == "one\nlast\n"
 
 
 @pytest.mark.parametrize("of", [[], ["--rank", "0"]], ids=["job", "rank"])

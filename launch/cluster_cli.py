@@ -224,7 +224,7 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
     import time
 
     from launch.follow import follow
-    from launch.status import end_of, log_files, no_log, waits_for
+    from launch.status import end_of, log_files, never_spoke, waits_for
     from launch.submit import show_job
 
     spoken = False
@@ -241,9 +241,9 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         write,
         lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
     )
-    if not spoken:
-        raise no_log(run, rank)
     print(ended, file=sys.stderr)
+    if not spoken:
+        raise never_spoke(run, rank)
 
 
 def _show_table(rows: Sequence[Sequence[str]]) -> None:

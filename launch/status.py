@@ -285,6 +285,18 @@ def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
     )
 
 
+def never_spoke(run: RunDirectory, rank: int | None) -> ConfigError:
+    """Why there was nothing to follow, for a run whose end is told already."""
+    if rank is None:
+        return ConfigError(
+            f"{run.path / 'logs'}: no log, the end came before the first word; `sacct` may know more"
+        )
+    return ConfigError(
+        f"{run.path / 'logs'}: no log of rank {rank}, the end came before its first word; "
+        f"`samestep logs {run.name}` shows its job's"
+    )
+
+
 def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
     """What a run without a log waits for, in a line."""
     book = ledger.read_ledger(run)

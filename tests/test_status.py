@@ -348,7 +348,25 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
     assert "no job has had this run" in capsys.readouterr().err
     _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
     assert samestep("logs", "mine", "--follow") == 2
-    assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
+    how, why = capsys.readouterr().err.splitlines()[-2:]
+    assert how == "mine: failed (lora.r: bad)"
+    assert "no log, the end came before the first word" in why
+
+
+def test_following_says_how_a_job_ended_that_died_before_its_first_word(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts("NODE_FAIL", "None", 0, True, "", ""))
+    _following(run, monkeypatch, {})
+    assert samestep("logs", "mine", "--follow") == 2
+    how, why = capsys.readouterr().err.splitlines()
+    assert how.startswith("mine: failed (job 7 is NODE_FAIL and never began")
+    assert "no log, the end came before the first word" in why
+    (run.path / "logs" / "7.out").write_text("words of the job\n")
+    plan = run.plan_file.read_text().replace('"single"', '"ddp"')
+    run.plan_file.write_text(plan)
+    assert samestep("logs", "mine", "--follow", "--rank", "0") == 2
+    assert "no log of rank 0, the end came before its first word" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import stat
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -332,8 +333,17 @@ def _state(run: RunDirectory, book: Ledger, job: JobFacts | None, now: float) ->
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
     names = [attempt.log for attempt in book.attempts if attempt.log]
     names += [str(run.path / "logs" / f"{job}.out") for job in book.submitted]
-    written = [path for name in names if (path := Path(name)).is_file()]
-    return sorted({*written}, key=lambda path: path.stat().st_mtime)[-1:]
+    written = {path: at for path in map(Path, names) if (at := _written_at(path)) is not None}
+    return sorted(written, key=written.__getitem__)[-1:]
+
+
+def _written_at(path: Path) -> float | None:
+    """When a file changed, in seconds since 1970; None where there is none, or the shared disk does not answer."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime if stat.S_ISREG(facts.st_mode) else None
 
 
 def _of_rank(run: RunDirectory, rank: int) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from launch import ledger
+from launch.follow import follow
 from launch.run_directory import RunDirectory, hold_lock, write_marker
 from launch.slurm import JobFacts
-from launch.status import COLUMNS, Status, columns_for, status_of
+from launch.status import COLUMNS, Status, columns_for, log_files, status_of
 from tests.attempts import attempt, recipe_of
 from tests.launcher import samestep, stand_in
 
@@ -392,6 +394,62 @@ def test_following_outlives_the_marker_while_the_lock_of_the_run_is_held(
         _following(run, monkeypatch, {1: _say(run, "one\n"), **happens})
         assert samestep("logs", "mine", "--follow") == 0
     assert capsys.readouterr().out == "one\nlast\n"
+
+
+def test_following_outlives_a_shared_disk_that_does_not_answer_and_repeats_nothing(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, broken = run.path / "logs" / "7.out", {"open": False, "stat": False}
+
+    def breaking(method: str) -> Callable[..., object]:
+        real = getattr(Path, method)
+
+        def call(path: Path, *given: object, **named: object) -> object:
+            if broken[method] and path == log:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(path, *given, **named)
+
+        return call
+
+    for method in broken:
+        monkeypatch.setattr(Path, method, breaking(method))
+    happens = {
+        1: _say(run, "one\n"),
+        4: lambda: broken.update(open=True),
+        8: lambda: broken.update(open=False),
+    }
+    happens |= {9: lambda: broken.update(stat=True), 12: lambda: broken.update(stat=False)}
+    happens |= {20: _say(run, "two\n"), 30: lambda: write_marker(run, "DONE", "step 37")}
+    _following(run, monkeypatch, happens)
+    assert samestep("logs", "mine", "--follow") == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_log_that_vanishes_between_two_looks_at_it_is_passed_over(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.write_event(run, "submit", job="7")
+    (run.path / "logs").mkdir()
+    _say(run, "one\n")()
+    real = Path.stat
+
+    def vanishing(path: Path, *given: object, **named: object) -> object:
+        facts = real(path, *given, **named)  # type: ignore[arg-type]
+        if path.name == "7.out":
+            path.unlink()
+        return facts
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    log_files(run, None)
+    assert log_files(run, None) == []
+
+
+def test_following_ends_when_nobody_reads_any_more() -> None:
+    def closed(_: bytes) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        follow(lambda: [Path(__file__)], lambda: None, closed, lambda: None)
 
 
 @pytest.mark.parametrize("of", [[], ["--rank", "0"]], ids=["job", "rank"])

@@ -252,17 +252,18 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.status import COLUMNS, columns_for
+    from launch.status import COLUMNS, columns_for, has_room, missed
 
     console, table = Console(highlight=False), Table()
     kept = columns_for(console.width, rows)
+    may_fold = {"state"} if has_room(console.width, rows, kept) else {"run", "state"}
     for column in kept:
-        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in ("run", "state"))
+        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in may_fold)
     for cells in rows:
         table.add_row(*(Text(cells[column]) for column in kept))
     console.print(table)
-    if missing := [name for number, name in enumerate(COLUMNS) if number not in kept]:
-        console.print(f"no room here for: {', '.join(missing)} (wider, or --json)", markup=False)
+    if names := missed(rows, kept):
+        console.print(f"no room here for: {', '.join(names)} (wider, or --json)", markup=False)
 
 
 def _show(submission: Submission, to_stderr: bool) -> None:

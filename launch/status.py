@@ -27,7 +27,11 @@ State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "no
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
 _BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
-_STATE_WIDTH = 40  # characters in which a reason can be read
+_STATE_WIDTHS = (
+    12,
+    40,
+)  # characters: the least that holds "running (job", and in which any reason can be read
+_STATE_LINES = 4  # on which a short reason may fold before columns are left out for it
 _BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
@@ -247,20 +251,36 @@ def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
     The most useful ones that fit; those that say nothing only where all others do. Where there is no room even for
     names and reasons, these fold.
     """
-
-    def needed(column: int) -> int:
-        cells = [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]
-        natural = max(map(len, cells))
-        return min(natural, _STATE_WIDTH) if COLUMNS[column] == "state" else natural
-
-    def says_nothing(column: int) -> bool:
-        return all(row[column] == "-" for row in rows)
-
     kept = [COLUMNS.index(name) for name in ("run", "state", "step")]
-    for column in sorted(map(COLUMNS.index, _BY_USE), key=says_nothing):
-        if sum(needed(one) + _BORDER for one in (*kept, column)) + 1 <= width:
+    for column in sorted(map(COLUMNS.index, _BY_USE), key=lambda column: _says_nothing(column, rows)):
+        if has_room(width, rows, (*kept, column)):
             kept.append(column)
     return sorted(kept)
+
+
+def has_room(width: int, rows: Sequence[Sequence[str]], columns: Sequence[int]) -> bool:
+    """A table of `width` characters shows these columns with whole names and readable reasons."""
+    return sum(_needed(column, rows) + _BORDER for column in columns) + 1 <= width
+
+
+def missed(rows: Sequence[Sequence[str]], kept: Sequence[int]) -> list[str]:
+    """The names of those columns that are not `kept` and would say something."""
+    return [
+        name for column, name in enumerate(COLUMNS) if column not in kept and not _says_nothing(column, rows)
+    ]
+
+
+def _needed(column: int, rows: Sequence[Sequence[str]]) -> int:
+    """Characters of a column; of the state, with its reason on `_STATE_LINES`."""
+    natural = max(map(len, [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]))
+    if COLUMNS[column] != "state":
+        return natural
+    least, most = _STATE_WIDTHS
+    return min(natural, most, max(least, math.ceil(natural / _STATE_LINES)))
+
+
+def _says_nothing(column: int, rows: Sequence[Sequence[str]]) -> bool:
+    return all(row[column] == "-" for row in rows)
 
 
 # logs -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch import ledger
+from launch.cluster_cli import _show_table
 from launch.follow import follow
 from launch.run_directory import RunDirectory, hold_lock, write_marker
 from launch.slurm import JobFacts
@@ -245,8 +246,26 @@ def test_columns_that_say_nothing_are_left_out_before_those_that_do() -> None:
 
     always = ["run", "state", "step"]
     assert kept(80, "done (step 37)", "-") == [*always, "samples/s", "loss", "checkpoint"]
-    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "expected end"]
+    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "checkpoint", "expected end"]
+    assert kept(80, f"failed ({'a long reason ' * 20})", "-") == [*always, "loss"]
     assert kept(20, "done (step 37)", "-") == always
+
+
+def test_the_table_of_a_running_job_has_its_loss_and_end_in_a_terminal_of_80(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, state, step = "qwen2vl-7b-chartqa", "running (job 1234567 (running))", "1,234 of 12,345"
+    monkeypatch.setenv("COLUMNS", "80")
+    _show_table([(name, state, step, "12.34", "0.1234", "step 1200, 3 min ago", "in 3 h", "-")])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"\u2502 {name} \u2502" in shown  # in one line
+    found = _columns(shown)
+    assert (found["loss"], found["expected end"], found["step"]) == ("0.1234", "in 3 h", step)
+    assert found["state"].replace(" ", "") == state.replace(" ", "")
+    assert shown.splitlines()[-1] == "no room here for: samples/s, checkpoint (wider, or --json)"
+    _show_table([(name, state, step, "-", "0.1234", "-", "in 3 h", "-")])
+    assert "no room" not in capsys.readouterr().out
 
 
 def test_logs_are_those_of_the_newest_job_or_of_a_rank(

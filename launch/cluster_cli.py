@@ -18,6 +18,7 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    strategy_typed,
 )
 from launch.screen import say, show_plan
 
@@ -30,7 +31,9 @@ commands = typer.Typer()
 StrategyFile = Annotated[
     str | None,
     typer.Option(
-        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
+        callback=strategy_typed,
+        help="A file of accelerate_configs/, without .yaml.",
+        show_default="single for one process, else ddp",
     ),
 ]
 SiteFile = Annotated[

@@ -86,6 +86,7 @@ def test_what_follows_waits_for_a_good_end(slurm: FakeSlurm) -> None:
         (["--nodes", "0"], "--nodes, --gpus-per-node: at least 1"),
         (["--nodes", "40"], "batch.global_batch_size: a step has fewer samples than there are processes"),
         (["--strategy", "single"], "--strategy: single is one process"),
+        (["--strategy", ""], "--strategy: '' is none of single, ddp,"),
         (["--strategy", "other"], "--strategy: 'other' is none of single, ddp,"),
         (["--set", "lora.r=x"], "lora.r: "),
         (

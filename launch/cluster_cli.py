@@ -103,6 +103,8 @@ def submit(
     Everything that can be refused is refused before the job is queued. `sbatch runs/NAME/submit.sbatch` queues the
     same again.
     """
+    import sys
+
     from launch import start
     from launch import submit as cluster
     from launch.site import load_site
@@ -121,6 +123,7 @@ def submit(
     submission = cluster.prepare(asked, chosen, follow_ups)
     _show(submission, to_stderr=dry_run)
     if dry_run:
+        print(start.outlook(submission.planned, submission.request), file=sys.stderr)
         for text in (submission.script, *submission.follow_ups.values()):
             say(text)
         return

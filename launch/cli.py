@@ -22,6 +22,7 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    strategy_typed,
 )
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
@@ -65,7 +66,11 @@ def samestep(
 
 Strategy = Annotated[
     str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
+    typer.Option(
+        callback=strategy_typed,
+        help="single, ddp, fsdp, zero2 or zero3.",
+        show_default="single for one process, else ddp",
+    ),
 ]
 
 _PLACE_ERRORS = (

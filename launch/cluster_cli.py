@@ -18,6 +18,7 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    strategy_typed,
 )
 from launch.screen import say, show_plan
 
@@ -30,7 +31,9 @@ commands = typer.Typer()
 StrategyFile = Annotated[
     str | None,
     typer.Option(
-        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
+        callback=strategy_typed,
+        help="A file of accelerate_configs/, without .yaml.",
+        show_default="single for one process, else ddp",
     ),
 ]
 SiteFile = Annotated[
@@ -100,6 +103,8 @@ def submit(
     Everything that can be refused is refused before the job is queued. `sbatch runs/NAME/submit.sbatch` queues the
     same again.
     """
+    import sys
+
     from launch import start
     from launch import submit as cluster
     from launch.site import load_site
@@ -118,6 +123,7 @@ def submit(
     submission = cluster.prepare(asked, chosen, follow_ups)
     _show(submission, to_stderr=dry_run)
     if dry_run:
+        print(start.outlook(submission.planned, submission.request), file=sys.stderr)
         for text in (submission.script, *submission.follow_ups.values()):
             say(text)
         return
@@ -224,10 +230,14 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
     import time
 
     from launch.follow import follow
-    from launch.status import end_of, log_files, no_log, waits_for
+    from launch.status import end_of, log_files, never_spoke, waits_for
     from launch.submit import show_job
 
+    spoken = False
+
     def write(words: bytes) -> None:
+        nonlocal spoken
+        spoken = True
         sys.stdout.buffer.write(words)
         sys.stdout.flush()
 
@@ -237,9 +247,9 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         write,
         lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
     )
-    if not log_files(run, rank):
-        raise no_log(run, rank)
     print(ended, file=sys.stderr)
+    if not spoken:
+        raise never_spoke(run, rank)
 
 
 def _show_table(rows: Sequence[Sequence[str]]) -> None:
@@ -248,17 +258,18 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.status import COLUMNS, columns_for
+    from launch.status import COLUMNS, columns_for, has_room, missed
 
     console, table = Console(highlight=False), Table()
     kept = columns_for(console.width, rows)
+    may_fold = {"state"} if has_room(console.width, rows, kept) else {"run", "state"}
     for column in kept:
-        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in ("run", "state"))
+        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in may_fold)
     for cells in rows:
         table.add_row(*(Text(cells[column]) for column in kept))
     console.print(table)
-    if missing := [name for number, name in enumerate(COLUMNS) if number not in kept]:
-        console.print(f"no room here for: {', '.join(missing)} (wider, or --json)", markup=False)
+    if names := missed(rows, kept):
+        console.print(f"no room here for: {', '.join(names)} (wider, or --json)", markup=False)
 
 
 def _show(submission: Submission, to_stderr: bool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import stat
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,11 @@ State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "no
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
 _BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
-_STATE_WIDTH = 40  # characters in which a reason can be read
+_STATE_WIDTHS = (
+    12,
+    40,
+)  # characters: the least that holds "running (job", and in which any reason can be read
+_STATE_LINES = 4  # on which a short reason may fold before columns are left out for it
 _BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
@@ -83,7 +88,7 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
     except (OSError, UnicodeDecodeError, ConfigError):
         plan = None
     book = ledger.read_ledger(run)
-    job = show_job(book.job) if book.job else None
+    job = _job_of(book, show_job)
     steps, last_change = _last_steps(run.metrics_file)
     speed = _samples_per_second(steps)
     step = steps[-1]["step"] if steps else 0
@@ -246,20 +251,36 @@ def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
     The most useful ones that fit; those that say nothing only where all others do. Where there is no room even for
     names and reasons, these fold.
     """
-
-    def needed(column: int) -> int:
-        cells = [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]
-        natural = max(map(len, cells))
-        return min(natural, _STATE_WIDTH) if COLUMNS[column] == "state" else natural
-
-    def says_nothing(column: int) -> bool:
-        return all(row[column] == "-" for row in rows)
-
     kept = [COLUMNS.index(name) for name in ("run", "state", "step")]
-    for column in sorted(map(COLUMNS.index, _BY_USE), key=says_nothing):
-        if sum(needed(one) + _BORDER for one in (*kept, column)) + 1 <= width:
+    for column in sorted(map(COLUMNS.index, _BY_USE), key=lambda column: _says_nothing(column, rows)):
+        if has_room(width, rows, (*kept, column)):
             kept.append(column)
     return sorted(kept)
+
+
+def has_room(width: int, rows: Sequence[Sequence[str]], columns: Sequence[int]) -> bool:
+    """A table of `width` characters shows these columns with whole names and readable reasons."""
+    return sum(_needed(column, rows) + _BORDER for column in columns) + 1 <= width
+
+
+def missed(rows: Sequence[Sequence[str]], kept: Sequence[int]) -> list[str]:
+    """The names of those columns that are not `kept` and would say something."""
+    return [
+        name for column, name in enumerate(COLUMNS) if column not in kept and not _says_nothing(column, rows)
+    ]
+
+
+def _needed(column: int, rows: Sequence[Sequence[str]]) -> int:
+    """Characters of a column; of the state, with its reason on `_STATE_LINES`."""
+    natural = max(map(len, [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]))
+    if COLUMNS[column] != "state":
+        return natural
+    least, most = _STATE_WIDTHS
+    return min(natural, most, max(least, math.ceil(natural / _STATE_LINES)))
+
+
+def _says_nothing(column: int, rows: Sequence[Sequence[str]]) -> bool:
+    return all(row[column] == "-" for row in rows)
 
 
 # logs -------------------------------------------------------------------------------------------
@@ -285,26 +306,46 @@ def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
     )
 
 
-def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
-    """What a run without a log waits for, in a line."""
-    state, because = _state(run, show_job, now)
-    return (
-        f"{run.name}: no log yet, waiting for job {ledger.read_ledger(run).job} to begin: {state} ({because})"
+def never_spoke(run: RunDirectory, rank: int | None) -> ConfigError:
+    """Why there was nothing to follow, for a run whose end is told already."""
+    if rank is None:
+        return ConfigError(
+            f"{run.path / 'logs'}: no log, the end came before the first word; `sacct` may know more"
+        )
+    return ConfigError(
+        f"{run.path / 'logs'}: no log of rank {rank}, the end came before its first word; "
+        f"`samestep logs {run.name}` shows its job's"
     )
 
 
+def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str:
+    """What a run without a log waits for, in a line."""
+    book = ledger.read_ledger(run)
+    state, because = _state(run, book, _job_of(book, show_job), now)
+    return f"{run.name}: no log yet, waiting for job {book.job} to begin: {state} ({because})"
+
+
 def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
-    """How a run has ended, in a line; None while it waits or trains."""
-    state, because = _state(run, show_job, now)
-    if state in ("queued", "running", "stalled", "not started"):
+    """How a run has ended, in a line; None while it waits or trains, or whoever trained it may still speak."""
+    if not run.plan_file.is_file():
+        return f"{run.name}: its folder is gone ({run.path})"
+    book = ledger.read_ledger(run)
+    job = _job_of(book, show_job)
+    # After the marker come the last words: torchrun's, and those of `launch.allocation end`.
+    if lock_holder(run.path) or (job is not None and job.state in (*RUNNING, *ENDING)):
+        return None
+    state, because = _state(run, book, job, now)
+    if state in ("queued", "running", "not started"):
         return None
     return f"{run.name}: {state} ({because})"
 
 
-def _state(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> tuple[State, str]:
+def _job_of(book: Ledger, show_job: Callable[[str], JobFacts | None]) -> JobFacts | None:
+    return show_job(book.job) if book.job else None
+
+
+def _state(run: RunDirectory, book: Ledger, job: JobFacts | None, now: float) -> tuple[State, str]:
     """As `state_of`, from the run's folder."""
-    book = ledger.read_ledger(run)
-    job = show_job(book.job) if book.job else None
     holder, begun = lock_holder(run.path), run.environment_file.exists()
     return state_of(read_marker(run), book, job, holder, begun, now)
 
@@ -312,13 +353,25 @@ def _state(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: f
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
     names = [attempt.log for attempt in book.attempts if attempt.log]
     names += [str(run.path / "logs" / f"{job}.out") for job in book.submitted]
-    written = [path for name in names if (path := Path(name)).is_file()]
-    return sorted({*written}, key=lambda path: path.stat().st_mtime)[-1:]
+    written = {path: at for path in map(Path, names) if (at := _written_at(path)) is not None}
+    return sorted(written, key=written.__getitem__)[-1:]
+
+
+def _written_at(path: Path) -> float | None:
+    """When a file changed, in seconds since 1970; None where there is none, or the shared disk does not answer."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime if stat.S_ISREG(facts.st_mode) else None
 
 
 def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
     """torchrun writes logs/<job>.<restart>/node-<n>/<id>/attempt_0/<local rank>/{stdout,stderr}.log (torch 2.14)."""
-    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    try:
+        plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the run was moved away while its log is followed
+        return []
     if not 0 <= rank < plan.world_size:
         raise ConfigError(
             f"--rank: {rank} is none of this run's ({plan.world_size} ranks); give 0 to {plan.world_size - 1}"

@@ -111,6 +111,8 @@ def test_a_recipe_is_planned_for_the_allocation(
     capsys.readouterr()
     assert allocation.main([*words, "--device", "cpu", "--strategy", "single"]) == 2
     assert "--strategy: single is one process" in capsys.readouterr().err
+    assert allocation.main([*words, "--device", "cpu", "--strategy", ""]) == 2
+    assert "--strategy: '' is none of single, ddp" in capsys.readouterr().err
 
 
 def test_a_finished_run_exits_at_once(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,6 +242,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "name": (["--name", "../outside"], "--name"),
     "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
     "no processes": (["--gpus-per-node", "0"], "at least 1"),
+    "strategy of an unset variable": (["--strategy", ""], "'' is none of single, ddp,"),
     "strategy typo": (["--strategy", "ddpp"], "did you mean ddp?"),
     "upload": (["--set", "hub.push=true", "--set", "hub.repo_id=a/b"], "hub.push"),
 }
@@ -270,6 +271,15 @@ def test_a_wrong_request_is_refused_with_status_two_and_writes_nothing(
     assert "Traceback" not in printed.err
     assert list(tmp_path.iterdir()) == []
     assert launcher.commands == []
+
+
+def test_a_plan_is_refused_an_empty_strategy_too(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("plan", *EMBEDDED, "--strategy", "") == 2
+    assert capsys.readouterr().err == (
+        "--strategy: '' is none of single, ddp, fsdp, zero2, zero3; see `samestep plan --help`\n"
+    )
 
 
 def test_more_processes_than_gpus_are_refused(

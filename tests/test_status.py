@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import ledger
+from launch.cluster_cli import _show_table
+from launch.follow import follow
 from launch.run_directory import RunDirectory, hold_lock, write_marker
 from launch.slurm import JobFacts
-from launch.status import COLUMNS, Status, columns_for, status_of
+from launch.status import COLUMNS, Status, columns_for, log_files, status_of
 from tests.attempts import attempt, recipe_of
 from tests.launcher import samestep, stand_in
 
@@ -242,8 +246,26 @@ def test_columns_that_say_nothing_are_left_out_before_those_that_do() -> None:
 
     always = ["run", "state", "step"]
     assert kept(80, "done (step 37)", "-") == [*always, "samples/s", "loss", "checkpoint"]
-    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "expected end"]
+    assert kept(80, "running (process 12 on a)", "in 3 h") == [*always, "loss", "checkpoint", "expected end"]
+    assert kept(80, f"failed ({'a long reason ' * 20})", "-") == [*always, "loss"]
     assert kept(20, "done (step 37)", "-") == always
+
+
+def test_the_table_of_a_running_job_has_its_loss_and_end_in_a_terminal_of_80(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, state, step = "qwen2vl-7b-chartqa", "running (job 1234567 (running))", "1,234 of 12,345"
+    monkeypatch.setenv("COLUMNS", "80")
+    _show_table([(name, state, step, "12.34", "0.1234", "step 1200, 3 min ago", "in 3 h", "-")])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"\u2502 {name} \u2502" in shown  # in one line
+    found = _columns(shown)
+    assert (found["loss"], found["expected end"], found["step"]) == ("0.1234", "in 3 h", step)
+    assert found["state"].replace(" ", "") == state.replace(" ", "")
+    assert shown.splitlines()[-1] == "no room here for: samples/s, checkpoint (wider, or --json)"
+    _show_table([(name, state, step, "-", "0.1234", "-", "in 3 h", "-")])
+    assert "no room" not in capsys.readouterr().out
 
 
 def test_logs_are_those_of_the_newest_job_or_of_a_rank(
@@ -347,7 +369,121 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
     assert "no job has had this run" in capsys.readouterr().err
     _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
     assert samestep("logs", "mine", "--follow") == 2
-    assert "no log yet" in capsys.readouterr().err.splitlines()[-1]
+    how, why = capsys.readouterr().err.splitlines()[-2:]
+    assert how == "mine: failed (lora.r: bad)"
+    assert "no log, the end came before the first word" in why
+
+
+def test_following_says_how_a_job_ended_that_died_before_its_first_word(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts("NODE_FAIL", "None", 0, True, "", ""))
+    _following(run, monkeypatch, {})
+    assert samestep("logs", "mine", "--follow") == 2
+    how, why = capsys.readouterr().err.splitlines()
+    assert how.startswith("mine: failed (job 7 is NODE_FAIL and never began")
+    assert "no log, the end came before the first word" in why
+    (run.path / "logs" / "7.out").write_text("words of the job\n")
+    plan = run.plan_file.read_text().replace('"single"', '"ddp"')
+    run.plan_file.write_text(plan)
+    assert samestep("logs", "mine", "--follow", "--rank", "0") == 2
+    assert "no log of rank 0, the end came before its first word" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_following_outlives_the_marker_until_the_job_has_said_its_last_words(
+    state: str, run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [state]
+    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts(states[-1], "None", 0, True, "", ""))
+    happens = {2: lambda: write_marker(run, "DONE", "step 37"), 40: _say(run, "done at step 37\n")}
+    _following(run, monkeypatch, {1: _say(run, "one\n"), **happens, 41: lambda: states.append("COMPLETED")})
+    assert samestep("logs", "mine", "--follow") == 0
+    told = capsys.readouterr()
+    assert told.out == "one\ndone at step 37\n"
+    assert told.err.splitlines()[-1] == "mine: done (step 37)"
+
+
+def test_following_outlives_the_marker_while_the_lock_of_the_run_is_held(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as held:
+        held.enter_context(hold_lock(run.path))
+        happens = {2: lambda: write_marker(run, "DONE", "step 37"), 40: _say(run, "last\n"), 41: held.close}
+        _following(run, monkeypatch, {1: _say(run, "one\n"), **happens})
+        assert samestep("logs", "mine", "--follow") == 0
+    assert capsys.readouterr().out == "one\nlast\n"
+
+
+def test_following_outlives_a_shared_disk_that_does_not_answer_and_repeats_nothing(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, broken = run.path / "logs" / "7.out", {"open": False, "stat": False}
+
+    def breaking(method: str) -> Callable[..., object]:
+        real = getattr(Path, method)
+
+        def call(path: Path, *given: object, **named: object) -> object:
+            if broken[method] and path == log:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(path, *given, **named)
+
+        return call
+
+    for method in broken:
+        monkeypatch.setattr(Path, method, breaking(method))
+    happens = {
+        1: _say(run, "one\n"),
+        4: lambda: broken.update(open=True),
+        8: lambda: broken.update(open=False),
+    }
+    happens |= {9: lambda: broken.update(stat=True), 12: lambda: broken.update(stat=False)}
+    happens |= {20: _say(run, "two\n"), 30: lambda: write_marker(run, "DONE", "step 37")}
+    _following(run, monkeypatch, happens)
+    assert samestep("logs", "mine", "--follow") == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_log_that_vanishes_between_two_looks_at_it_is_passed_over(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.write_event(run, "submit", job="7")
+    (run.path / "logs").mkdir()
+    _say(run, "one\n")()
+    real = Path.stat
+
+    def vanishing(path: Path, *given: object, **named: object) -> object:
+        facts = real(path, *given, **named)  # type: ignore[arg-type]
+        if path.name == "7.out":
+            path.unlink()
+        return facts
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    log_files(run, None)
+    assert log_files(run, None) == []
+
+
+def test_following_ends_when_nobody_reads_any_more() -> None:
+    def closed(_: bytes) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        follow(lambda: [Path(__file__)], lambda: None, closed, lambda: None)
+
+
+@pytest.mark.parametrize("of", [[], ["--rank", "0"]], ids=["job", "rank"])
+def test_following_ends_when_the_folder_of_the_run_is_moved_away(
+    of: list[str], run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move() -> None:
+        run.path.rename(run.path.with_name("elsewhere"))
+
+    _following(run, monkeypatch, {7: move})
+    _say(run, "one\n")()
+    assert samestep("logs", "mine", "--follow", *of) == 0
+    told = capsys.readouterr()
+    assert told.out == "one\n"
+    assert told.err == f"mine: its folder is gone ({run.path})\n"
 
 
 def test_a_status_is_json_with_plain_names() -> None:

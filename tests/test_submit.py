@@ -66,6 +66,27 @@ def test_a_dry_run_prints_a_script_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_whether_the_run_is_done_or_where_it_would_go_on(
+    slurm: FakeSlurm, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*asked: str) -> str:
+        capsys.readouterr()
+        assert samestep(*SUBMIT, *asked, "--dry-run") == 0
+        told = capsys.readouterr()
+        assert told.out.startswith("#!/bin/bash\n")
+        return told.err.splitlines()[-1]
+
+    run = _run()
+    assert told() == f"{run.path}: begins at step 0 of 6"
+    launcher.saves = (3, 6)
+    assert samestep("run", *EMBEDDED) == 0
+    assert told().startswith(f"{run.path}: done already, step 6 of 6, adapter in {run.adapter}")
+    assert "the older run is moved aside, and trained from step 0 to 6" in told("--fresh")
+    more = ["--set", "training.max_steps=16", "--allow", "training.max_steps"]
+    assert told(*more) == f"{run.path}: goes on from checkpoint-6, step 6 of 16"
+    assert slurm.calls("sbatch") == []
+
+
 def test_what_follows_waits_for_a_good_end(slurm: FakeSlurm) -> None:
     assert samestep(*SUBMIT, "--then", "evaluate,merge") == 0
     folder = _run().path
@@ -86,6 +107,7 @@ def test_what_follows_waits_for_a_good_end(slurm: FakeSlurm) -> None:
         (["--nodes", "0"], "--nodes, --gpus-per-node: at least 1"),
         (["--nodes", "40"], "batch.global_batch_size: a step has fewer samples than there are processes"),
         (["--strategy", "single"], "--strategy: single is one process"),
+        (["--strategy", ""], "--strategy: '' is none of single, ddp,"),
         (["--strategy", "other"], "--strategy: 'other' is none of single, ddp,"),
         (["--set", "lora.r=x"], "lora.r: "),
         (

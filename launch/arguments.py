@@ -44,14 +44,6 @@ Source = Annotated[
 ]
 
 
-def strategy_typed(typed: str | None) -> str | None:
-    """Callback of `--strategy`, None where nothing was said. ConfigError for an empty one."""
-    from launch.rules import refuse_empty_strategy
-
-    refuse_empty_strategy(typed)
-    return typed
-
-
 def example(*lines: str) -> str:
     """The epilog of a command's help."""
     return "\n\n".join(["Example:", *lines])

@@ -22,7 +22,6 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
-    strategy_typed,
 )
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
@@ -66,16 +65,12 @@ def samestep(
 
 Strategy = Annotated[
     str | None,
-    typer.Option(
-        callback=strategy_typed,
-        help="single, ddp, fsdp, zero2 or zero3.",
-        show_default="single for one process, else ddp",
-    ),
+    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
 ]
 
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
 )
 
 

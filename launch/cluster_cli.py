@@ -18,7 +18,6 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
-    strategy_typed,
 )
 from launch.screen import say, show_plan
 
@@ -31,9 +30,7 @@ commands = typer.Typer()
 StrategyFile = Annotated[
     str | None,
     typer.Option(
-        callback=strategy_typed,
-        help="A file of accelerate_configs/, without .yaml.",
-        show_default="single for one process, else ddp",
+        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
     ),
 ]
 SiteFile = Annotated[

@@ -12,7 +12,6 @@ from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.plan import Plan
 from launch.recipe_file import find_recipe, load_recipe
-from launch.rules import refuse_empty_strategy
 from launch.run_directory import RunDirectory, is_done_at, open_run
 
 
@@ -109,7 +108,6 @@ def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> st
 
 
 def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> start.RunRequest:
-    refuse_empty_strategy(options.strategy)
     device = options.device or ("cuda" if gpus_present() else "cpu")
     present = allocation.gpus_on_node or gpus_present()
     processes = options.processes or (present if device == "cuda" else CPU_PROCESSES)

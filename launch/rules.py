@@ -72,13 +72,11 @@ Rule = Callable[[Request], str | None]
 
 def strategy_is_available(request: Request) -> str | None:
     """A strategy is the stem of a file in accelerate_configs/ that the trainer knows."""
-    return None if request.strategy in STRATEGIES else _no_strategy(request.strategy)
-
-
-def _no_strategy(typed: str) -> str:
-    near = difflib.get_close_matches(typed.lower(), STRATEGIES, n=1)
+    if request.strategy in STRATEGIES:
+        return None
+    near = difflib.get_close_matches(request.strategy.lower(), STRATEGIES, n=1)
     hint = f"did you mean {near[0]}?" if near else "see `samestep plan --help`"
-    return f"--strategy: {typed!r} is none of {', '.join(STRATEGIES)}; {hint}"
+    return f"--strategy: {request.strategy!r} is none of {', '.join(STRATEGIES)}; {hint}"
 
 
 def topology_is_positive(request: Request) -> str | None:
@@ -292,12 +290,6 @@ def refuse_request(request: Request) -> None:
     """ConfigError with every rule that the request breaks."""
     if problems := list(violations(request)):
         raise ConfigError(problems)
-
-
-def refuse_empty_strategy(typed: str | None) -> None:
-    """ConfigError for what an unset variable of the shell leaves, which would be taken for the default, None."""
-    if typed == "":
-        raise ConfigError(_no_strategy(typed))
 
 
 def refuse_topology(

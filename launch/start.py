@@ -114,7 +114,7 @@ def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None)
     count = gpus_per_node if gpus_per_node is not None else (present or CPU_PROCESSES)
     if strategy == "single" and gpus_per_node is None:
         count = 1
-    chosen = strategy or ("single" if nodes * count == 1 else "ddp")
+    chosen = strategy if strategy is not None else ("single" if nodes * count == 1 else "ddp")
     return Topology(chosen, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)
 
 

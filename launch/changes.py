@@ -91,7 +91,7 @@ def refuse_changes(
     if not never and not refused:
         return
     lines = [f"{change}; {_NEVER[change.key]}, which no --allow changes" for change in never]
-    lines += [f"{change}; give the old value, or --allow {change.key}" for change in refused]
+    lines += [f"{change}; give the run's value, or --allow {change.key}" for change in refused]
     raise ConfigError(
         [
             *lines,

@@ -305,8 +305,10 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
-        place = error.filename or "disk"
-        _complain(f"{place}: {error.strerror}; make room, or choose another place", ConfigError.exit_status)
+        remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
+        _complain(
+            f"{error.filename or 'disk'}: {error.strerror}; {remedy} another place", ConfigError.exit_status
+        )
 
 
 def _complain(text: str, status: int) -> NoReturn:

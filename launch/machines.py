@@ -57,7 +57,7 @@ def join(request: RunRequest) -> Marker:
     and ConfigError when the first machine is refused or writes nothing.
     """
     recipe = load_recipe(find_recipe(request.recipe), request.overrides)
-    run = open_run(request.runs_dir, request.name or recipe.name)
+    run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
     if not request.fresh and (done := _done_before(run, recipe)):
         return done  # the first machine starts nothing either
     _wait_for_request(run)
@@ -133,7 +133,7 @@ def telling_others(request: RunRequest) -> Iterator[None]:
         yield
         return
     recipe = load_recipe(find_recipe(request.recipe), request.overrides)
-    run = open_run(request.runs_dir, request.name or recipe.name)
+    run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
     file = _refusal_file(run)
     with contextlib.suppress(OSError):
         file.unlink()

@@ -27,7 +27,8 @@ def find_recipe(name: str | Path) -> Path:
     names = [Path(file).stem for file in resource_names("recipes") if file.endswith(".yaml")]
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"did you mean {near[0]}? shipped: " if near else "give the path of a YAML file, or one of "
-    raise ConfigError(f"{name}: no such recipe file; {hint}{', '.join(names)}")
+    what = "is a folder, no recipe file" if name and path.is_dir() else "no such recipe file"
+    raise ConfigError(f"{name or repr(name)}: {what}; {hint}{', '.join(names)}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

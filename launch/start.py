@@ -47,7 +47,7 @@ from launch.runs import (
     write_request,
 )
 from launch.settings import parse_gpu_memory
-from launch.survey import newest_valid
+from launch.survey import Checkpoint, newest_valid
 
 if TYPE_CHECKING:
     from launch.index import Index
@@ -169,7 +169,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
     """Everything that can be refused at once, before data is prepared and without writing. ConfigError."""
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
-    run = open_run(request.runs_dir, request.name or recipe.name)
+    run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
@@ -218,7 +218,7 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
         return request
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
-    run = open_run(request.runs_dir, request.name or recipe.name)
+    run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
     place = cache_root() / "taken-over" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
     begun = Path(started_from_of(run))
     if begun.is_relative_to(place) and run.checkpoints() and not request.fresh:
@@ -251,7 +251,7 @@ def _refuse_whole_run(source: Path) -> None:
     if not source.is_dir() or not (run.recipe_file.is_file() and run.plan_file.is_file()):
         return
     newest, _ = newest_valid(folder)
-    there = f"its newest is {newest.folder}" if newest else "it has none that is valid"
+    there = f"give its newest, {newest.folder}" if newest else "it has none that is valid"
     raise ConfigError(f"--from: {source} is a run, not one of its checkpoints; {there}")
 
 
@@ -327,13 +327,20 @@ def outlook(planned: PlannedRun, request: RunRequest) -> str:
         return f"{run.path}: {aside}trained from step 0 to {last:,}"
     if is_done(planned):
         return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
-    newest, passed_over = newest_valid(run.path)
+    newest = _find_beginning(planned)
     if newest is not None:
         return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"
     if (source := planned.continuation.source) is not None:
         return f"{run.path}: begins with {source}, to step {last:,}"
-    refuse_lost_checkpoints(run, passed_over, planned.plan.begin.step)
     return f"{run.path}: begins at step 0 of {last:,}"
+
+
+def _find_beginning(planned: PlannedRun) -> Checkpoint | None:
+    """The checkpoint that the run would go on from; None: it begins. CheckpointError as training would raise it."""
+    newest, passed_over = newest_valid(planned.run.path)
+    if newest is None and planned.continuation.source is None:
+        refuse_lost_checkpoints(planned.run, passed_over, planned.plan.begin.step)
+    return newest
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -365,7 +372,7 @@ def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
     run = planned.run
     run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.path):  # a plain `accelerate launch` may have come first
-        refuse_lost_checkpoints(run)
+        _find_beginning(planned)
         clear_markers(run)
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)

@@ -298,7 +298,8 @@ def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
     """Why there is nothing to show."""
     if ledger.read_ledger(run).job is None:
         return ConfigError(
-            f"{run.path / 'logs'}: no log, for no job has had this run; one of this machine speaks where it was started"
+            f"{run.path / 'logs'}: no log, for no job of a cluster has had this run; a run of this machine writes its "
+            f"words where it was started, its figures into {run.metrics_file.name}"
         )
     of = "" if rank is None else f" of rank {rank}"
     return ConfigError(

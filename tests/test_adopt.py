@@ -113,7 +113,7 @@ def test_a_source_with_another_recipe_is_refused_unless_allowed(run: RunDirector
         continue_run(run, changed, (BATCH,), other)
     assert caught.value.problems == [
         f"training.learning_rate: the run has {recipe_of().training.learning_rate}, the recipe 0.5; "
-        "give the old value, or --allow training.learning_rate",
+        "give the run's value, or --allow training.learning_rate",
         f"{other}: was begun otherwise (values that differ: 1); begin with another checkpoint, or from nothing",
     ]
     allowed = continue_run(run, changed, (BATCH, "training.learning_rate"), other)

@@ -41,10 +41,10 @@ def test_every_change_is_named_with_both_values_and_the_key_to_allow() -> None:
     *lines, place = refusal(found)
     assert lines == [
         "batch.global_batch_size: the run has 32, the recipe 16; "
-        "give the old value, or --allow batch.global_batch_size",
-        "data.loss: the run has 'answer', the recipe 'sequence'; give the old value, or --allow data.loss",
+        "give the run's value, or --allow batch.global_batch_size",
+        "data.loss: the run has 'answer', the recipe 'sequence'; give the run's value, or --allow data.loss",
         f"training.learning_rate: the run has {OLD['training.learning_rate']}, the recipe 0.5; "
-        "give the old value, or --allow training.learning_rate",
+        "give the run's value, or --allow training.learning_rate",
     ]
     assert place == (
         "runs/x: was begun otherwise (values that differ: 3); choose another --name, "

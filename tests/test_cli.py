@@ -134,6 +134,21 @@ def test_the_marker_of_an_earlier_attempt_is_not_believed(launcher: Launcher) ->
     assert samestep("run", *EMBEDDED) == 1
 
 
+def test_a_refused_extension_leaves_a_finished_run_as_it_was(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.saves = (3, 6)
+    assert samestep("run", *EMBEDDED) == 0
+    run = RunDirectory(tmp_path / "runs" / "embedded")
+    for checkpoint in run.checkpoints():
+        (checkpoint / "manifest.json").write_text("{")
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    more = ["--set", "training.max_steps=16", "--allow", "training.max_steps"]
+    assert samestep("run", *EMBEDDED, *more) == 2
+    assert "every published checkpoint is damaged" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+
+
 def test_a_run_whose_adapter_is_cut_short_is_not_done(launcher: Launcher) -> None:
     launcher.saves = (6,)
     assert samestep("run", *EMBEDDED) == 0
@@ -240,6 +255,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "fsdp on a CPU": (["--strategy", "fsdp"], "fsdp needs GPUs (2 CPU processes asked for)"),
     "two singles": (["--strategy", "single", "--gpus-per-node", "2"], "single is one process"),
     "name": (["--name", "../outside"], "--name"),
+    "empty name": (["--name", ""], "--name: '' is not a run name"),
     "budget": (["--set", "batch.micro_batch_tokens=50"], "90 tokens > 50"),
     "no processes": (["--gpus-per-node", "0"], "at least 1"),
     "strategy of an unset variable": (["--strategy", ""], "'' is none of single, ddp,"),

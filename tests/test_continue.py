@@ -63,7 +63,7 @@ def test_a_change_is_refused_with_both_values_and_the_key_to_allow(
         assert samestep("run", *EMBEDDED, *RATE, *useless) == 2
         assert capsys.readouterr().err.splitlines() == [
             f"training.learning_rate: the run has {rate}, the recipe 0.5; "
-            "give the old value, or --allow training.learning_rate",
+            "give the run's value, or --allow training.learning_rate",
             f"{MINE.path.absolute()}: was begun otherwise (values that differ: 1); choose another --name, "
             "or --fresh to move the old run aside",
         ]

@@ -22,7 +22,7 @@ from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, wr
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.prepare import main, prepare
-from trainer.pretrained import base_identity, base_path, load_processor
+from trainer.pretrained import base_identity, base_path, fetch_base, load_processor
 
 
 def _recipe(world: Path, **data: Any) -> Recipe:
@@ -181,6 +181,19 @@ def test_a_missing_base_is_named(world: Path, tmp_path: Path) -> None:
         values["model"]["name_or_path"] = name
         with pytest.raises(ConfigError, match=words):
             base_path(recipe_from_dict(values))
+
+
+def test_a_folder_without_a_base_is_not_looked_for_on_the_hub(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.pretrained._snapshot", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
+    values = recipe_values(world)
+    for name in ("some/folder", "./some", "/"):  # one slash each, as a hub id has
+        values["model"]["name_or_path"] = name
+        with pytest.raises(ConfigError, match=r"no config\.json"):
+            fetch_base(recipe_from_dict(values))
 
 
 def test_two_processes_may_start_it_at_once(world: Path, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert samestep("logs", "mine") == 2
-    assert "no log, for no job has had this run" in capsys.readouterr().err
+    assert "no log, for no job of a cluster has had this run" in capsys.readouterr().err
     ledger.write_event(run, "submit", job="7")
     assert samestep("logs", "mine") == 2
     assert "no log yet" in capsys.readouterr().err
@@ -366,7 +366,7 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert samestep("logs", "mine", "--follow") == 2  # nothing to wait for
-    assert "no job has had this run" in capsys.readouterr().err
+    assert "no job of a cluster has had this run" in capsys.readouterr().err
     _following(run, monkeypatch, {3: lambda: write_marker(run, "REFUSED", "lora.r: bad")})
     assert samestep("logs", "mine", "--follow") == 2
     how, why = capsys.readouterr().err.splitlines()[-2:]

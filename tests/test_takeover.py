@@ -82,7 +82,7 @@ def test_a_whole_run_is_no_checkpoint_of_another_library(
     assert samestep("run", *EMBEDDED, "--name", "old") == 0
     asked = [*EMBEDDED, "--name", "new", "--from", str(tmp_path / "runs" / "old" / given)]
     with pytest.raises(
-        ConfigError, match=r"is a run, not one of its checkpoints; its newest is .*checkpoint-4"
+        ConfigError, match=r"is a run, not one of its checkpoints; give its newest, .*checkpoint-4"
     ):
         take_over_foreign(
             RunRequest(asked[0], (), None, None, "new", tmp_path / "runs", False, (), Path(asked[-1]))

@@ -34,12 +34,17 @@ def base_path(recipe: Recipe) -> str:
     folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder.resolve())
-    if name == EMBEDDED or folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not _may_be_of_hub(name):
         raise ConfigError(
             f"model.name_or_path: no config.json in {folder}; give a model folder or a hub id (owner/name), "
             "or run `samestep prepare` for the embedded model"
         )
     return _snapshot(recipe, local_files_only=True)
+
+
+def _may_be_of_hub(name: str) -> bool:
+    """It has the form of a hub id, and no folder here has that name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 def base_name(recipe: Recipe) -> str:
@@ -102,7 +107,12 @@ def fetch_base(recipe: Recipe) -> str:
     try:
         path = base_path(recipe)
     except ConfigError:
-        if name == EMBEDDED or name.count("/") != 1:
+        if (
+            name == EMBEDDED
+            or name.count("/") != 1
+            or name.startswith(("/", ".", "~"))
+            or Path(name).exists()
+        ):
             raise
         path = _snapshot(recipe, local_files_only=False)
     check_is_qwen2_vl(path)

@@ -62,7 +62,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState, gp
         if gpu_memory is not None and not plan.gpu_memory:  # planned on a machine that did not know it
             plan = plan_on(recipe, index, plan, gpu_memory)
         return make_task(recipe, plan, index, run)
-    run = open_run(options.runs_dir, options.name or recipe.name)
+    run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
     source = continuation.source
     allowed = continuation.allowed if source else options.allow

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
+from launch.merged import merge_behind
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
@@ -162,7 +163,8 @@ def next_commands(run: RunDirectory) -> list[str]:
     """Three commands that make sense after an evaluation."""
     samestep = "samestep" if shutil.which("samestep") else shlex.quote(_short(_COMMAND))
     folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
-    merged = f"evaluate {folder} --models base,adapter,merged" if run.merged.is_dir() else f"merge {folder}"
+    is_merged = run.merged.is_dir() and merge_behind(run, run.merged) is None
+    merged = f"evaluate {folder} --models base,adapter,merged" if is_merged else f"merge {folder}"
     longer = "--set training.max_steps=-1 --set training.num_train_epochs=5"
     return [
         f"{samestep} {merged}",

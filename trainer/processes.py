@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from datetime import timedelta
@@ -28,6 +29,8 @@ def start_processes() -> PartialState:
     if uses_deepspeed():  # builds its collectives for CPUs with `ninja`, which lies beside Python
         beside = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
+        if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+            _announce_compiling()
     if torch.cuda.is_available():
         return PartialState(timeout=PATIENCE)
     if (
@@ -35,6 +38,17 @@ def start_processes() -> PartialState:
     ):  # with `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others
         return PartialState(backend="gloo", timeout=PATIENCE)
     return PartialState(cpu=True, timeout=PATIENCE)
+
+
+def _announce_compiling() -> None:
+    """Before the first start of DeepSpeed on CPUs, which would be silent for that long."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not any(folder.rglob("deepspeed_shm_comm*.so")):
+        logging.getLogger("trainer").info(
+            "DeepSpeed compiles its collectives for CPUs, once: up to two minutes"
+        )
 
 
 def uses_deepspeed() -> bool:

@@ -174,6 +174,7 @@ def run(
     writes a checkpoint there.
     """
     from launch import machines, start
+    from launch.foreign import take_over_foreign
     from launch.launching import Machine, run_command
 
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
@@ -197,7 +198,7 @@ def run(
         say(f"{marker.kind.lower()} ({marker.text})")
         return
     if dry_run:
-        planned = start.plan_run(start.take_over_foreign(request))
+        planned = start.plan_run(take_over_foreign(request))
         say_allowed(planned.changed)
         show_plan(planned.plan)
         say(start.outlook(planned, request))
@@ -211,8 +212,9 @@ def run(
 def _run_here(request: start.RunRequest) -> None:
     """Plan and train, on this machine or as the first of several."""
     from launch import start
+    from launch.foreign import take_over_foreign
 
-    request = start.take_over_foreign(request)
+    request = take_over_foreign(request)
     planned = start.plan_run(request)
     with start.claim(planned, request):
         if not request.fresh and start.is_done(planned):

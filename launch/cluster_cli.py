@@ -104,6 +104,7 @@ def submit(
 
     from launch import start
     from launch import submit as cluster
+    from launch.foreign import take_over_foreign
     from launch.site import load_site
 
     follow_ups = cluster.check_follow_ups(then)
@@ -116,7 +117,7 @@ def submit(
     asked = start.RunRequest(
         recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
     )
-    asked = start.take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
+    asked = take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
     submission = cluster.prepare(asked, chosen, follow_ups)
     _show(submission, to_stderr=dry_run)
     if dry_run:

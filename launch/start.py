@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,11 +15,10 @@ from launch.changes import Change
 from launch.children import call_module
 from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
-from launch.index import base_is_there, cache_root, read_index
+from launch.index import base_is_there, read_index
 from launch.launching import ALONE, Machine, launch, tell
-from launch.manifest import MANIFEST
 from launch.plan import Plan, make_plan
-from launch.recipe import Recipe, recipe_fingerprint
+from launch.recipe import Recipe
 from launch.recipe_file import find_recipe, load_recipe
 from launch.rules import refuse_topology
 from launch.run_directory import (
@@ -43,7 +40,6 @@ from launch.runs import (
     refuse_an_end_behind,
     refuse_another_dataset,
     refuse_lost_checkpoints,
-    started_from_of,
     write_request,
 )
 from launch.settings import parse_gpu_memory
@@ -201,58 +197,6 @@ def check_request(request: RunRequest) -> CheckedRequest:
 def _begun(request: RunRequest, run: RunDirectory) -> RunDirectory:
     """The run that the request goes on with: none of that name with `--fresh`."""
     return RunDirectory(run.path / ".fresh" / run.name) if request.fresh else run
-
-
-def take_over_foreign(request: RunRequest) -> RunRequest:
-    """A `--from` of another library becomes a checkpoint of ours, in the cache, and the request one of that.
-
-    Starts `trainer.takeover` unless that was done for this checkpoint and run. ChildError when it is refused.
-    """
-    source = request.source.expanduser().resolve() if request.source else None
-    if source is not None:
-        _refuse_whole_run(source)
-    ours = source is not None and any(
-        (source / name).exists() for name in (MANIFEST, "optimizer.safetensors", "shards")
-    )
-    if source is None or not source.is_dir() or ours:
-        return request
-    recipe_file = find_recipe(request.recipe)
-    recipe = load_recipe(recipe_file, request.overrides)
-    run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
-    place = cache_root() / "taken-over" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
-    begun = Path(started_from_of(run))
-    if begun.is_relative_to(place) and run.checkpoints() and not request.fresh:
-        return replace(request, source=begun)  # whatever became of the source since
-    newest = _newest_change(source)
-    key = hashlib.sha256(f"{newest} {recipe_fingerprint(recipe)}".encode()).hexdigest()[:16]
-    output = place / key
-    if not output.is_dir() or newest_valid(output)[0] is None:
-        flags = [word for override in request.overrides for word in ("--set", override)]
-        call_module("trainer.takeover", [str(recipe_file), str(source), "--output", str(output), *flags])
-    taken, _ = newest_valid(output)
-    if taken is None:
-        raise RunError(f"{source}: was taken over, but {output} holds no valid checkpoint; try again")
-    return replace(request, source=taken.folder)
-
-
-def _newest_change(folder: Path) -> int:
-    """In nanoseconds since 1970. The library that wrote the checkpoint may be taking files away meanwhile."""
-    newest = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(newest, file.lstat().st_mtime_ns)
-    return newest
-
-
-def _refuse_whole_run(source: Path) -> None:
-    """ConfigError for `--from RUN`: read as a bare adapter, it would go on without its moments and its step."""
-    folder = source.parent if source.name == "adapter" else source
-    run = RunDirectory(folder)
-    if not source.is_dir() or not (run.recipe_file.is_file() and run.plan_file.is_file()):
-        return
-    newest, _ = newest_valid(folder)
-    there = f"give its newest, {newest.folder}" if newest else "it has none that is valid"
-    raise ConfigError(f"--from: {source} is a run, not one of its checkpoints; {there}")
 
 
 def plan_run(request: RunRequest) -> PlannedRun:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from launch import cli
 from launch.errors import ConfigError
+from launch.foreign import take_over_foreign
 from launch.manifest import read_manifest
 from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from launch.runs import Continuation
-from launch.start import RunRequest, take_over_foreign
+from launch.start import RunRequest
 from launch.survey import newest_valid
 from tests.attempts import planned
 from tests.conftest import recipe_values

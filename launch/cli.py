@@ -174,8 +174,7 @@ def run(
     writes a checkpoint there.
     """
     from launch import machines, start
-    from launch.foreign import take_over_foreign
-    from launch.launching import Machine, run_command
+    from launch.launching import Machine
 
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = start.RunRequest(
@@ -198,15 +197,24 @@ def run(
         say(f"{marker.kind.lower()} ({marker.text})")
         return
     if dry_run:
-        planned = start.plan_run(take_over_foreign(request))
-        say_allowed(planned.changed)
-        show_plan(planned.plan)
-        say(start.outlook(planned, request))
-        if request.fresh or not start.is_done(planned):
-            say(_shell(run_command(planned.plan, planned.run, machine)))
+        _foretell(request)
         return
     with machines.telling_others(request):
         _run_here(request)
+
+
+def _foretell(request: start.RunRequest) -> None:
+    """The plan, where the run would go on, and the command; trains nothing."""
+    from launch import start
+    from launch.foreign import take_over_foreign
+    from launch.launching import run_command
+
+    planned = start.plan_run(take_over_foreign(request))
+    say_allowed(planned.changed)
+    show_plan(planned.plan)
+    say(start.outlook(planned, request))
+    if request.fresh or not start.is_done(planned):
+        say(_shell(run_command(planned.plan, planned.run, request.machine)))
 
 
 def _run_here(request: start.RunRequest) -> None:

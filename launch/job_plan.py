@@ -54,7 +54,9 @@ def run_of(options: argparse.Namespace) -> RunDirectory:
     target = RunDirectory(Path(options.target).absolute())
     if _is_run(target):
         return target
-    name = options.name or load_recipe(find_recipe(options.target), options.set).name
+    name = options.name
+    if name is None:
+        name = load_recipe(find_recipe(options.target), options.set).name
     return open_run(options.runs_dir, name)
 
 

@@ -27,10 +27,7 @@ State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "no
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
 _BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
-_STATE_WIDTHS = (
-    12,
-    40,
-)  # characters: the least that holds "running (job", and in which any reason can be read
+_STATE_WIDTHS = (12, 40)  # the least that holds "running (job", and in which any reason can be read
 _STATE_LINES = 4  # on which a short reason may fold before columns are left out for it
 _BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from

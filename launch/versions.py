@@ -1,14 +1,13 @@
 """What `samestep --version` says: read from what is installed, importing none of it."""
 
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed")
 
 
-def version_line(packages: Sequence[str] = PACKAGES) -> str:
+def version_line() -> str:
     """samestep's version, and those of the packages that decide what a run computes, in one line."""
-    return f"samestep {_version_of('samestep')} ({', '.join(f'{name} {_version_of(name)}' for name in packages)})"
+    return f"samestep {_version_of('samestep')} ({', '.join(f'{name} {_version_of(name)}' for name in PACKAGES)})"
 
 
 def _version_of(package: str) -> str:

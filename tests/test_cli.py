@@ -555,7 +555,7 @@ def test_the_plan_shows_what_is_left_of_the_stream(
 
 
 def test_the_version_names_every_library_that_decides_what_is_computed(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert samestep("--version") == 0
     shown = capsys.readouterr().out
@@ -564,7 +564,8 @@ def test_the_version_names_every_library_that_decides_what_is_computed(
     assert len(shown.splitlines()) == 1
     assert all(f"{name} {importlib.metadata.version(name)}" in shown for name in named)
     assert "deepspeed" in shown
-    assert version_line(["no-such-package"]).endswith("(no-such-package not installed)")
+    monkeypatch.setattr("launch.versions.PACKAGES", ["no-such-package"])
+    assert version_line().endswith("(no-such-package not installed)")
 
 
 @pytest.mark.parametrize(

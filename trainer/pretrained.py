@@ -107,12 +107,7 @@ def fetch_base(recipe: Recipe) -> str:
     try:
         path = base_path(recipe)
     except ConfigError:
-        if (
-            name == EMBEDDED
-            or name.count("/") != 1
-            or name.startswith(("/", ".", "~"))
-            or Path(name).exists()
-        ):
+        if not _may_be_of_hub(name):
             raise
         path = _snapshot(recipe, local_files_only=False)
     check_is_qwen2_vl(path)

@@ -7,7 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.untrusted_files import printable_lines
+
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from launch.changes import Change
     from launch.index import Index
     from launch.plan import Plan
@@ -15,16 +19,26 @@ if TYPE_CHECKING:
     from launch.start import Topology
 
 
+def add_row(table: Table, *cells: str) -> None:
+    """Add a row whose cells are text: rich would take `[old]` in a path for markup, and fail for `[/old]`."""
+    from rich.text import Text
+
+    table.add_row(*(Text(printable_lines(cell)) for cell in cells))
+
+
 def show_plan(plan: Plan, to_stderr: bool = False) -> None:
     """Print the plan as one table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from launch.plan import plan_rows
 
-    table = Table("number", "value", title=f"plan of {plan.name}", title_justify="left", show_header=False)
+    table = Table(
+        "number", "value", title=Text(f"plan of {plan.name}"), title_justify="left", show_header=False
+    )
     for name, value in plan_rows(plan):
-        table.add_row(name, value)
+        add_row(table, name, value)
     Console(highlight=False, stderr=to_stderr).print(table)
 
 
@@ -45,7 +59,7 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
     table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
     for row in rows:
-        table.add_row(*row)
+        add_row(table, *row)
     Console(highlight=False).print(table)
 
 

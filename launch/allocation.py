@@ -36,6 +36,7 @@ from launch.run_directory import (
 )
 from launch.runs import adopt, write_request
 from launch.slurm import ENDING, RUNNING, QueuedJob, parse_job, parse_nodes, parse_queue
+from launch.untrusted_files import printable_lines
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
 
@@ -262,7 +263,7 @@ def _log_file() -> str:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%F %T')} {text}", file=sys.stderr, flush=True)
+    print(f"{time.strftime('%F %T')} {printable_lines(text)}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,10 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.act(options))
     except SamestepError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable_lines(f"error: {error}"), file=sys.stderr, flush=True)
         return error.exit_status
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        words = f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        print(printable_lines(words), file=sys.stderr, flush=True)
         return 1
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.manifest import MANIFEST, printable
+from launch.manifest import MANIFEST
 from launch.plan import Plan, samples_consumed
 from launch.survey import Checkpoint
+from launch.untrusted_files import printable
 
 COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"

@@ -26,7 +26,8 @@ from launch.arguments import (
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 from launch.results_cli import commands as results_commands
-from launch.screen import say, say_allowed, show_memory, show_plan
+from launch.screen import add_row, emit, say, say_allowed, show_memory, show_plan
+from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
     from launch import start
@@ -71,6 +72,7 @@ Strategy = Annotated[
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENXIO),
 )
 
 
@@ -265,9 +267,10 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
-    table = Table(*COLUMNS, title=Text(f"checkpoints of {place.name}"), title_justify="left")
+    title = Text(printable(f"checkpoints of {place.name}"))
+    table = Table(*COLUMNS, title=title, title_justify="left")
     for row in rows(found, time.time()):
-        table.add_row(*map(Text, row))
+        add_row(table, *row)
     console.print(table)
     for line in reasons(found, old_plan(place)):
         say(line)
@@ -282,13 +285,12 @@ def rules() -> None:
     """Show what is refused before anything starts, and why."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from launch.rules import rule_rows
 
     table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
     for name, reason in rule_rows():
-        table.add_row(Text(name), Text(reason))
+        add_row(table, name, reason)
     Console(highlight=False).print(table)
 
 
@@ -299,7 +301,7 @@ def schema() -> None:
 
     from launch.recipe import recipe_schema
 
-    say(json.dumps(recipe_schema(), indent=1))
+    emit(json.dumps(recipe_schema(), indent=1))
 
 
 app.add_typer(reference)
@@ -322,7 +324,7 @@ def main() -> None:
 
 
 def _complain(text: str, status: int) -> NoReturn:
-    print(text, file=sys.stderr)
+    print(printable_lines(text), file=sys.stderr)
     sys.exit(status)
 
 

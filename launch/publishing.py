@@ -13,9 +13,10 @@ from typing import Any
 
 from launch.errors import CheckpointError
 from launch.folders import sync_folder
-from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, printable, seal_of
+from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, seal_of
 from launch.rotation import discard, rename_away
 from launch.survey import examine
+from launch.untrusted_files import printable
 
 _DRAFT = MANIFEST + ".tmp"
 

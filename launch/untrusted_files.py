@@ -108,7 +108,7 @@ def read_json(path: str | Path, limit: int = DOCUMENT) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise UntrustedFileError(path, f"not valid JSON ({error})") from None
+        raise UntrustedFileError(path, f"is not valid JSON ({error})") from None
 
 
 def read_mapping(path: str | Path, limit: int = DOCUMENT) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def read_yaml(path: str | Path, limit: int = DOCUMENT // 16) -> Any:
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise UntrustedFileError(path, f"not valid YAML ({error})") from None
+        raise UntrustedFileError(path, f"is not valid YAML ({error})") from None
 
 
 def _refuse(path: str | Path, status: os.stat_result, limit: int | None) -> None:

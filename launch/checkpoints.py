@@ -47,7 +47,9 @@ def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
     if newest.step > plan.max_steps:
         return f"be refused: step {newest.step} lies beyond the end of its plan ({plan.max_steps} steps)"
     seen = newest.facts.get("samples_consumed")
-    if seen is not None and (newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)):
+    if isinstance(seen, int) and (
+        newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)
+    ):
         return (
             f"be refused: step {newest.step} has seen {seen:,} samples where its plan counts "
             f"{samples_consumed(plan, newest.step):,} (see --allow batch.global_batch_size)"

@@ -263,15 +263,16 @@ def _open_lock(path: Path, flags: int) -> int:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _no_lock(path) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_ours(os.pread(descriptor, 200, 0)):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_ours(os.pread(descriptor, 201, 0)):
         os.close(descriptor)
         raise _no_lock(path)
     return descriptor
 
 
 def _is_ours(content: bytes) -> bool:
-    """What a lock's file may hold: nothing, or its holder; a second name of another file holds something else."""
-    return not content or content.startswith(_HOLDER)
+    """What a lock's file may hold: its holder, nothing, or zeros after a power cut; a second name of another file
+    holds something else."""
+    return content.startswith(_HOLDER) or (len(content) <= 200 and not content.strip(b"\0"))
 
 
 def _no_lock(path: Path) -> UntrustedFileError:

@@ -211,6 +211,10 @@ def test_a_lock_keeps_its_holder_until_another_has_it(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="under way"):
             hold_lock(tmp_path).__enter__()
         assert (tmp_path / ".lock").read_text() == held
+    for rest in (b"", b"\0" * 30):
+        (tmp_path / ".lock").write_bytes(rest)
+        with hold_lock(tmp_path):
+            assert (tmp_path / ".lock").read_text() == held
     (tmp_path / ".lock").write_text("process 12 on a\x1b[2Jhost")
     taken = os.open(tmp_path / ".lock", os.O_RDWR)
     fcntl.flock(taken, fcntl.LOCK_EX)

@@ -47,9 +47,9 @@ def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
     if newest.step > plan.max_steps:
         return f"be refused: step {newest.step} lies beyond the end of its plan ({plan.max_steps} steps)"
     seen = newest.facts.get("samples_consumed")
-    if isinstance(seen, int) and (
-        newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)
-    ):
+    if not isinstance(seen, int | None):
+        return f"be refused: step {newest.step} does not say how many samples it has seen"
+    if seen is not None and (newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)):
         return (
             f"be refused: step {newest.step} has seen {seen:,} samples where its plan counts "
             f"{samples_consumed(plan, newest.step):,} (see --allow batch.global_batch_size)"

@@ -150,7 +150,7 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("no UTF-8 text") from None
     except ValueError:  # sys.int_info.default_max_str_digits
-        raise ValueError("an integer of more than 4,300 digits") from None
+        raise ValueError(_ENDLESS) from None
     _judge(value)
     return value
 
@@ -177,11 +177,13 @@ def parse_yaml(text: str) -> Any:
         TypeError,
         ArithmeticError,
     ) as error:  # `!!int a`, 5,000 digits
-        raise ValueError(printable(f"a value is not of its type: {error}")) from None
+        told = _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
+        raise ValueError(printable(told)) from None
     _judge(value)
     return value
 
 
+_ENDLESS = "an integer of more than 4,300 digits"
 _TOO_DEEP = f"nested too deeply (at most {DEPTH} levels)"
 
 

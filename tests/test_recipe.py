@@ -303,7 +303,7 @@ BOMB = "&a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (f"name: {BOMB}", "more than 50,000 values"),
         (f"training: {{learning_rate: {'[' * 3000}{']' * 3000}}}", "nested too deeply"),
         ("training: &t {learning_rate: *t}", "is inside of what it stands for"),
-        ("training: {seed: 1" + "0" * 5000 + "}", "a value is not of its type"),
+        ("training: {seed: 1" + "0" * 5000 + "}", "an integer of more than 4,300 digits"),
         ("training: {seed: 0x" + "f" * 5000 + "}", "an integer is too large"),
         ("training: {seed: 2026-99-99}", "training.seed: must be a valid integer"),
         ("name: {" + ", ".join(f"k{n}: {n}" for n in range(2_000)) + "}", "name: must be a valid string"),

@@ -168,7 +168,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]", "line 1, column 8: the alias *a is inside of what it stands for"),
         ("a: &a {b: [*a]}", "the alias *a is inside of what it stands for"),
         ("a: *b", "undefined alias"),
-        ("a: 1" + "0" * 5000, "a value is not of its type"),
+        ("a: 1" + "0" * 5000, "an integer of more than 4,300 digits"),
         ("a: 0x" + "f" * 5000, "an integer is too large (20,000 bits, at most 256)"),
         ("a: 1\na: 2", "line 2, column 1: key 'a' appears twice"),
         ("a: {b: 1, b: 2}", "key 'b' appears twice"),

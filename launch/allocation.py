@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch import ledger
+from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
 from launch.hardware import compute_capability
 from launch.job_plan import Allocation, JobPlan, plan_job, run_of
@@ -111,7 +112,7 @@ def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
         if job.planned.continuation.source is not None:
             adopt(job.planned.continuation.source, run)
     # From now on no other attempt asks for a stop.
-    ledger.attempt_file(run).write_text(f"{allocation.job}.{allocation.restart}\n")
+    atomic_write(ledger.attempt_file(run), f"{allocation.job}.{allocation.restart}\n")
     clear_markers(run)
     clear_requests(run)
     ledger.write_event(run, "start", **_begun(run, allocation))

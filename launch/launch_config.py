@@ -34,14 +34,14 @@ def shipped_config(strategy: str) -> LaunchConfig:
     """
     file = resource("accelerate_configs", f"{strategy}.yaml")
     values = _read(file, parse_yaml)
-    deepspeed = values.get("deepspeed_config") or {}
+    deepspeed, fsdp = (_section(file, values, key) for key in ("deepspeed_config", "fsdp_config"))
     zero: Mapping[str, Any] = {}
     if name := deepspeed.get("deepspeed_config_file"):
-        zero = _read(resource("ds_configs", Path(name).name), parse_json)
+        zero = {"zero_optimization": {}} | _read(resource("ds_configs", Path(str(name)).name), parse_json)
     return LaunchConfig(
         str(file),
         str(values.get("mixed_precision", "no")),
-        values.get("fsdp_config") or {},
+        fsdp,
         zero,
         str(deepspeed.get("deepspeed_multinode_launcher", "pdsh" if deepspeed else "standard")),
     )
@@ -76,6 +76,13 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
     if config.fsdp:
         return "fsdp"
     return "ddp" if several else "single"
+
+
+def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    if found is None or isinstance(found, dict):
+        return found or {}
+    raise ConfigError(f"{file}: {key} is no section ({found!r:.40}); correct it, or restore the shipped file")
 
 
 def _read(file: Path, parse: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args
 
+from launch.atomic_files import naming
 from launch.manifest import MANIFEST
 from launch.run_directory import RunDirectory, read_marker
 from launch.slurm import JobFacts
@@ -162,12 +163,17 @@ def _parse(line: str) -> dict[str, Any] | None:
 def write_event(run: RunDirectory, event: str, **facts: Any) -> None:
     """Add one line, on its way to the disk when this returns."""
     line = json.dumps({"event": event, **facts}) + "\n"
-    with ledger_file(run).open("ab+") as file:
+    with naming(ledger_file(run)), _open_to_add(ledger_file(run)) as file:
         if file.tell() and not _ends_a_line(file.name):
             line = "\n" + line  # a line that was cut short stays alone
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _open_to_add(file: Path) -> BinaryIO:
+    """OSError for a link: who may write to the folder could have laid down one to a file of ours."""
+    return open(file, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def _ends_a_line(name: str) -> bool:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from launch.adapter_file import is_whole
-from launch.errors import ConfigError, InUseError
+from launch.atomic_files import LOCK_MODE, atomic_write, naming
+from launch.errors import ConfigError, InUseError, SamestepError
 from launch.untrusted_files import UNREADABLE, UntrustedFileError, open_plain, printable, read_text
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
@@ -131,9 +133,7 @@ def open_run(runs_dir: str | Path, name: str) -> RunDirectory:
 
 def write_marker(run: RunDirectory, kind: MarkerKind, text: str = "") -> None:
     """Say how this attempt ended, in one rename; replaces every earlier marker."""
-    aside = run.path / f".{kind}.{os.getpid()}"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(run.path / kind)
+    atomic_write(run.path / kind, text)
     for other in get_args(MarkerKind):
         if other != kind:
             (run.path / other).unlink(missing_ok=True)
@@ -173,10 +173,9 @@ def request_stop(run: RunDirectory, reason: StopReason) -> None:
     """
     if requested_stop(run):
         return
-    # A name of its own: a second signal may come while the first one's request is being written.
-    aside = run.path / f".STOP.{os.getpid()}.{time.monotonic_ns()}"
-    aside.write_text(f"{reason}\n", encoding="utf-8")
-    aside.replace(run.stop_file)
+    atomic_write(
+        run.stop_file, f"{reason}\n"
+    )  # a second signal may come while the first one's is being written
 
 
 def requested_stop(run: RunDirectory) -> StopReason | None:
@@ -232,8 +231,9 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise InUseError(_in_use(path, _holder_in(descriptor)))
             time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _HOLDER + f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _HOLDER + f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         _held_locks.discard(descriptor)
@@ -258,7 +258,7 @@ def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
 def _open_lock(path: Path, flags: int) -> int:
     """In a folder where others may write, what lies there may be a link to a file that is dear to us, or a pipe."""
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, LOCK_MODE)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _no_lock(path) from None
@@ -295,6 +295,32 @@ def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
 
 def _holder_in(descriptor: int) -> str:
     return printable(os.pread(descriptor, 200, 0).decode(errors="replace").strip())
+
+
+def make_folder(run: RunDirectory) -> bool:
+    """Make the run's folder, and those above it; False when it was there before."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def removed_on_failure(run: RunDirectory, new: bool) -> Iterator[None]:
+    """A run's folder that is `new`, made by the caller, goes again when the block is refused or finds no room.
+
+    Not when somebody else has taken it meanwhile, nor at a Ctrl-C: the same command goes on.
+    """
+    try:
+        yield
+    except InUseError:
+        raise
+    except (SamestepError, OSError):
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def refuse_if_running(run: RunDirectory) -> None:

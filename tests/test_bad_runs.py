@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from launch import ledger, status
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
-from launch.run_directory import RunDirectory, refuse_if_running, write_marker
+from launch.run_directory import MarkerKind, RunDirectory, refuse_if_running, write_marker
 from launch.status import log_files, row, runs_below, status_of
 from launch.untrusted_files import UntrustedFileError
 from tests.attempts import attempt, recipe_of
@@ -228,6 +230,23 @@ def test_a_log_of_a_rank_that_leads_out_of_the_run_is_not_shown(run: RunDirector
     (place / "stderr.log").symlink_to("/etc/passwd")
     with pytest.raises(UntrustedFileError, match="names a file outside of it"):
         log_files(run, 1)
+
+
+def test_what_is_written_into_a_run_follows_no_link(run: RunDirectory, tmp_path: Path) -> None:
+    """Whoever may write to a group's folder of runs must not write to its members' files."""
+    victim = tmp_path / "victim"
+    victim.write_text("dear to us")
+    for name in (*get_args(MarkerKind), "STOP", "plan.json", ".attempt", "submit.sbatch"):
+        (run.path / name).unlink(missing_ok=True)
+        (run.path / name).symlink_to(victim)
+        atomic_write(run.path / name, "ours")
+        assert not (run.path / name).is_symlink()
+    ledger.ledger_file(run).symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        ledger.write_event(run, "submit", job="7")
+    assert victim.read_text() == "dear to us"
+    written = "\n".join(file.read_text() for file in Path(__file__).parents[1].glob("launch/*.py"))
+    assert ".write_text(" not in written
 
 
 # what is printed --------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ from launch.untrusted_files import (
 from tests.untrusted import openings
 
 PAST_THE_GATE = {
+    "atomic_files.py:sync": "brings to the disk, and reads nothing",
     "adapter_file.py:is_whole": "safetensors opens by name; plain_size looks first",
     "children.py:write_to_nowhere": "/dev/null",
-    "folders.py:sync_folder": "a folder, which is synced and not read",
     "index.py:_read_split": "pyarrow opens by name; plain_size looks first",
     "index.py:embedded_version": "files of the installed package",
-    "ledger.py:write_event": "adds a line of our own",
+    "hardware.py:_uuid_in": "a file of the kernel's",
+    "ledger.py:_open_to_add": "adds a line of our own, and follows no link",
     "publishing.py:_bring_to_disk": "what this process or its ranks just wrote",
     "publishing.py:publish": "parses what it has just dumped",
     "run_directory.py:_open_lock": "a gate of its own: neither a link, nor waited for, nor changed before it is ours",

@@ -22,10 +22,12 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    nodes_option,
 )
 from launch.atomic_files import place_of
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
+from launch.option_values import host, whole
 from launch.results_cli import commands as results_commands
 from launch.screen import add_row, emit, say, say_allowed, show_memory, show_plan
 from launch.untrusted_files import printable, printable_lines
@@ -83,7 +85,7 @@ _PLACE_ERRORS = (
 def plan(
     recipe: RecipeArgument,
     strategy: Strategy = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
+    nodes: Annotated[int, nodes_option("Machines.")] = 1,
     gpus_per_node: Processes = None,
     gpu_memory: GpuMemory = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
@@ -151,17 +153,33 @@ def run(
     allow: Allow = [],  # noqa: B006
     source: Source = None,
     nodes: Annotated[
-        int,
-        typer.Option(metavar="N", help="Machines; give the same command on each, and its --machine-rank."),
+        int, nodes_option("Machines; give the same command on each, and its --machine-rank.")
     ] = 1,
     machine_rank: Annotated[
-        int, typer.Option(metavar="R", help="Number of this machine, from 0; the first writes the run.")
+        int,
+        typer.Option(
+            metavar="R",
+            parser=whole("--machine-rank", 0),
+            help="Number of this machine, from 0; the first writes the run.",
+        ),
     ] = 0,
     main_process_ip: Annotated[
-        str | None, typer.Option(metavar="IP", help="Where machine 0 is found.", show_default="this machine")
+        str | None,
+        typer.Option(
+            metavar="IP",
+            parser=host("--main-process-ip"),
+            help="Where machine 0 is found.",
+            show_default="this machine",
+        ),
     ] = None,
     main_process_port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="A free port there.", show_default="any")
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            parser=whole("--main-process-port", 1, 65535),
+            help="A free port there.",
+            show_default="any",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,

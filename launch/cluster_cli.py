@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,9 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    nodes_option,
 )
+from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
 from launch.screen import add_row, emit, say, show_plan
 from launch.untrusted_files import open_plain, printable
 
@@ -36,27 +38,62 @@ StrategyFile = Annotated[
 ]
 SiteFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
+    typer.Option(
+        metavar="FILE", parser=place("--site"), help="What differs between clusters: slurm/site.example.yaml."
+    ),
 ]
 # What follows wins over the site's file.
 MemoryOfSite = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Memory of one GPU: 80GB.", show_default="the site's")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        parser=memory_size("--gpu-memory"),
+        help="Memory of one GPU: 80GB.",
+        show_default="the site's",
+    ),
 ]
-AsOfSbatch = Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")]
+
+
+def as_of_sbatch(option: str) -> Any:
+    """An option of sbatch's name and meaning."""
+    return typer.Option(metavar="TEXT", parser=text(option), help="As of sbatch.", show_default="the site's")
+
+
 TimeLimit = Annotated[
     str | None,
-    typer.Option(help="Limit of one attempt, as of sbatch: D-HH:MM:SS.", show_default="the site's"),
+    typer.Option(
+        metavar="TEXT",
+        parser=site_value("--time", "time"),
+        help="Limit of one attempt, as of sbatch: D-HH:MM:SS.",
+        show_default="the site's",
+    ),
 ]
 Image = Annotated[
     str | None,
-    typer.Option(metavar="IMAGE", help="For the site's container.runtime.", show_default="the site's"),
+    typer.Option(
+        metavar="IMAGE",
+        parser=text("--container"),
+        help="For the site's container.runtime.",
+        show_default="the site's",
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="What the nodes train on: cuda or cpu.", show_default="the site's, cuda")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        parser=one_of("--device", ("cuda", "cpu")),
+        help="What the nodes train on: cuda or cpu.",
+        show_default="the site's, cuda",
+    ),
 ]
 SignalLead = Annotated[
     int | None,
-    typer.Option(metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"),
+    typer.Option(
+        metavar="SECONDS",
+        parser=whole("--signal-lead", 1, 65535),
+        help="Warning before the time limit.",
+        show_default="the site's, 120",
+    ),
 ]
 
 
@@ -70,20 +107,28 @@ SignalLead = Annotated[
 def submit(
     recipe: RecipeArgument,
     strategy: StrategyFile = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="Processes of a node, one a GPU.")] = 1,
+    nodes: Annotated[int, nodes_option("Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(metavar="N", parser=whole("--gpus-per-node", 1), help="Processes of a node, one a GPU."),
+    ] = 1,
     site: SiteFile = None,
     gpu_memory: MemoryOfSite = None,
-    partition: AsOfSbatch = None,
-    account: AsOfSbatch = None,
-    qos: AsOfSbatch = None,
+    partition: Annotated[str | None, as_of_sbatch("--partition")] = None,
+    account: Annotated[str | None, as_of_sbatch("--account")] = None,
+    qos: Annotated[str | None, as_of_sbatch("--qos")] = None,
     time: TimeLimit = None,
-    constraint: AsOfSbatch = None,
+    constraint: Annotated[str | None, as_of_sbatch("--constraint")] = None,
     container: Image = None,
     device: Device = None,
     signal_lead: SignalLead = None,
     then: Annotated[
-        str, typer.Option(help="Jobs for when the run is done: merge, evaluate, or both with a comma.")
+        str,
+        typer.Option(
+            metavar="JOBS",
+            parser=several_of("--then", ("merge", "evaluate"), none=True),
+            help="Jobs for when the run is done: merge, evaluate, or both with a comma.",
+        ),
     ] = "",
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
@@ -152,7 +197,9 @@ def status(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN...]", help="Names of runs below --runs-dir, or their folders; none: all."
+            metavar="[RUN...]",
+            parser=named("RUN"),
+            help="Names of runs below --runs-dir, or their folders; none: all.",
         ),
     ] = None,
     runs_dir: RunsDir = Path("runs"),
@@ -187,7 +234,10 @@ def status(
 def logs(
     run: RunArgument,
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Only this rank's words, on whichever node it is.")
+        int | None,
+        typer.Option(
+            metavar="R", parser=whole("--rank", 0), help="Only this rank's words, on whichever node it is."
+        ),
     ] = None,
     follow: Annotated[
         bool,

@@ -17,7 +17,7 @@ _MOST = 100  # problems
 def explain(
     error: ValidationError, root: Root, refusals: Mapping[str, str], whole: str = "a recipe"
 ) -> list[str]:
-    """One line per key. `refusals`: dotted key that is refused by name -> reason, with what to do.
+    """One line per key. `refusals`: key that is refused by name -> reason, with what to do; dotted, or in any section.
 
     `whole`: what `root` describes.
 
@@ -84,14 +84,17 @@ def _cut(text: str) -> str:
 
 
 def _unknown_key(root: Root, key: str, refusals: Mapping[str, str], whole: str) -> str:
-    if key in refusals:
-        return f"{key}: refused; {refusals[key]}"
     section, _, last = key.rpartition(".")
+    reason = refusals.get(key) or refusals.get(last, "")
+    if reason and reason != f"set it in the section {section}":
+        return f"{key}: refused; {reason}"
     keys = list(_fields(root))
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in reversed(keys)}
-    for candidates in (siblings, everywhere):
-        if near := difflib.get_close_matches(last, list(candidates), n=1):
+    # Of another section only what is nearly the same word, where the section that was named has keys of its own.
+    inside = section in root.model_fields
+    for candidates, likeness in ((siblings, 0.5 if inside else 0.6), (everywhere, 0.8 if inside else 0.6)):
+        if near := difflib.get_close_matches(last, list(candidates), n=1, cutoff=likeness):
             return f"{key}: unknown key; did you mean {candidates[near[0]]}?"
     return f"{key}: unknown key; {section or whole} has {', '.join(siblings)}"
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from launch.errors import ConfigError
 from launch.explain import explain
 from launch.recipe import EMBEDDED, Recipe
 from launch.resources import resource_folder, resource_names
-from launch.training_fields import REFUSED_TRAINING_FIELDS
+from launch.training_fields import OF_OTHER_TOOLS, REFUSED_TRAINING_FIELDS
 from launch.untrusted_files import parse_yaml, read_yaml, reason_of
 
 
@@ -61,8 +62,9 @@ def _make_local_folders_absolute(values: dict[str, Any]) -> None:
     for section, key in (("model", "name_or_path"), ("data", "dataset")):
         inner = values.get(section)
         name = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
-            values[section][key] = str(folder.resolve())
+        with suppress(OSError, RuntimeError):  # what cannot be a path is the recipe's to refuse
+            if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
+                values[section][key] = str(folder.resolve())
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -74,7 +76,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _refusals() -> dict[str, str]:
-    return {f"training.{field}": reason for field, reason in REFUSED_TRAINING_FIELDS.items()}
+    return REFUSED_TRAINING_FIELDS | OF_OTHER_TOOLS
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:

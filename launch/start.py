@@ -171,7 +171,8 @@ def check_request(request: RunRequest) -> CheckedRequest:
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
-    if request.gpu_memory is not None and topology.device == "cuda":
+    if request.gpu_memory is not None:
+        _refuse_memory_of_no_gpu(topology)
         topology = for_gpus_of(topology, request.gpu_memory)
     here = compute_capability() if request.topology is None and topology.device == "cuda" else None
     refuse_topology(
@@ -194,6 +195,14 @@ def check_request(request: RunRequest) -> CheckedRequest:
         )
     continuation = continue_run(_begun(request, run), recipe, request.allow, request.source)
     return CheckedRequest(recipe_file, recipe, run, topology, continuation)
+
+
+def _refuse_memory_of_no_gpu(topology: Topology) -> None:
+    if topology.device == "cpu":
+        raise ConfigError(
+            "--gpu-memory: a run takes the GPUs that are here, and there is none; leave it out, or plan for others "
+            "with `samestep plan`"
+        )
 
 
 def _begun(request: RunRequest, run: RunDirectory) -> RunDirectory:

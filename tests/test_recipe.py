@@ -137,6 +137,9 @@ def test_all_problems_of_a_recipe_come_at_once() -> None:
         ("lora.alpha=1", "lora.lora_alpha"),
         ("modle.dtype=float32", "model"),
         ("data.sytem_message=x", "data.system_message"),
+        ("lora.dropout=0", "lora.lora_dropout"),
+        ("lora.modules=[q_proj]", "lora.target_modules"),
+        ("evaluation.eval_steps=5", "evaluation.every_steps"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(wrong: str, nearest: str) -> None:
@@ -196,6 +199,73 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(text: str, what: str, tmp_p
     (problem,) = problems_of(path=file)
     assert problem.startswith(f"{file}: ")
     assert what in problem
+
+
+@pytest.mark.parametrize(
+    ("brought", "words"),
+    [
+        ("lora.rank=8", "lora.r"),
+        ("batch.gradient_accumulation_steps=8", "batch.global_batch_size"),
+        ("per_device_train_batch_size=4", "batch.global_batch_size"),
+        ("batch.per_device_train_batch_size=4", "batch.global_batch_size"),
+        ("batch.batch_size=4", "batch.global_batch_size"),
+        ("num_gpus=8", "--gpus-per-node"),
+        ("training.strategy=zero3", "--strategy"),
+        ("lr=1", "training.learning_rate"),
+        ("training.warmup_ratio=0.03", "training.warmup_steps"),
+        ("training.max_seq_length=1024", "data.max_pixels"),
+        ("model.model_name_or_path=x/y", "model.name_or_path"),
+        ("training.eval_steps=5", "the section evaluation"),
+    ],
+)
+def test_what_people_bring_from_other_tools_is_explained_in_any_section(brought: str, words: str) -> None:
+    (problem,) = problems_of(brought)
+    assert problem.startswith(f"{brought.partition('=')[0]}: refused; ")
+    assert words in problem
+
+
+def test_a_key_like_none_of_its_section_is_answered_with_the_section() -> None:
+    (problem,) = problems_of("lora.xyz=1")
+    assert problem == "lora.xyz: unknown key; lora has r, lora_alpha, lora_dropout, bias, target_modules"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.name_or_path=Qwen/Qwen2 VL",
+        "model.name_or_path=a/b/c",
+        "model.name_or_path=Qwen/Qwen2--VL",
+        "model.name_or_path=~no-such-user/base",
+        f"model.name_or_path=/{'x' * 300}",
+        'model.name_or_path="a\\nb/c"',
+        "data.dataset=HuggingFaceM4/Chart QA",
+        "data.dataset=owner/na\u00efve",
+        f"data.dataset=owner/{'x' * 97}",
+        "model.revision=../x",
+        "model.revision=a b",
+        'data.revision="\\0"',
+        "data.revision=-x",
+        "hub.repo_id=owner/name/more",
+        'hub.repo_id=""',
+        "tracking.space_id=my space",
+        'tracking.project="\\e[31m"',
+        "tracking.project=' '",
+    ],
+)
+def test_a_name_that_nothing_can_have_is_refused_when_the_recipe_is_read(override: str) -> None:
+    (problem,) = problems_of(override)
+    assert problem.startswith(f"{override.partition('=')[0]}: ")
+    assert problem.isprintable()
+    assert ";" in problem
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.name_or_path=gpt2", "model.name_or_path=./not/yet", "data.dataset=a.b/c_d-e", "model.revision=refs/pr/1",
+     "model.revision=v1.0+x", "hub.repo_id=me/it", "tracking.project=my charts, 2nd"],
+)  # fmt: skip
+def test_a_name_that_something_can_have_is_taken(override: str) -> None:
+    load_recipe(find_recipe("embedded"), [override])
 
 
 def test_missing_sections_and_keys_are_named() -> None:

@@ -58,7 +58,9 @@ def _visible_gpus() -> tuple[_Gpu, ...]:
     query = "--query-gpu=compute_cap,memory.total,mig.mode.current"
     command = [tool, *chosen, query, "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     found = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
@@ -75,7 +77,9 @@ def _gpus_of_driver() -> int:
     if tool is None:
         return 0
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            [tool, "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return (

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.untrusted_files import TABLE, parse_json, read_text
+
 
 def samples_digest(samples: Iterable[int]) -> str:
     """sha256 (hex, 16 digits) of the sorted sample ids of a step: equal for every layout of the same run."""
@@ -26,7 +28,9 @@ def keep_lines_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [
-        line for line in file.read_text().splitlines() if (parsed := _parse(line)) and parsed["step"] <= step
+        line
+        for line in read_text(file, TABLE).splitlines()
+        if (parsed := _parse(line)) and parsed["step"] <= step
     ]
     aside = file.with_name(f"{file.name}.partial")
     with aside.open("w") as draft:
@@ -53,4 +57,4 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All lines, oldest first."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [parse_json(line) for line in read_text(file, TABLE).splitlines()] if file.exists() else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import printable
+from trainer.bounded import trial
 from trainer.checkpoint.foreign import ADAPTER_CONFIG, TakenOver, take_over
 from trainer.checkpoint.names import PREFIX, lora_part
 from trainer.checkpoint.reading import Layout, checked, read_json
@@ -41,6 +43,14 @@ def _regular(pattern: str) -> str:
     return pattern
 
 
+def _plain_name(name: str) -> str:
+    """PEFT 0.21 takes it for a pattern too, and writes names alone."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{printable(name)[:60]!r} is no name of a module")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_plain_name)]
 _Pattern = Annotated[str, AfterValidator(_regular)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -53,7 +63,7 @@ class _Values(Layout):
     lora_dropout: _Number = 0.0
     rank_pattern: dict[_Pattern, PositiveInt] | None = None
     alpha_pattern: dict[_Pattern, _Number] | None = None
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[_Name] | None = None
     target_modules: Any = None
     exclude_modules: Any = None
     use_dora: bool | None = None
@@ -176,6 +186,8 @@ def adapter_of(found: TakenOver, missing: Missing) -> Adapter:
     config, file = _config_of(found, missing)
     _refuse_unknown_methods(file, config)
     checked(_Values, config, file)
+    modules = {part[0] for key in found.tensors if (part := lora_part(key)) is not None}
+    _refuse_endless_patterns(file, config, modules | {written_module(found, module) for module in modules})
     sides: dict[str, dict[str, torch.Tensor]] = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in found.tensors.items():
@@ -296,6 +308,32 @@ def _refuse_unknown_methods(file: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{file}: uses {', '.join(refused)}; LoRA, rsLoRA and DoRA of linear layers and modules_to_save "
             "can be merged here, use PEFT's merge_and_unload instead"
+        )
+
+
+def _refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iterable[str]) -> None:
+    """CheckpointError when the patterns of an adapter take too long on these names: any regular expression may stand.
+
+    PEFT 0.21 matches all of them against every module, and nothing interrupts Python's `re`.
+    """
+    keys = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
+    chosen = {key: config[key] for key in keys if config.get(key)}
+
+    def match() -> None:
+        targets = LoraConfig(**chosen)
+        for module in modules:
+            for pattern in ("rank_pattern", "alpha_pattern"):
+                _pattern_value(config.get(pattern), module, 0)
+            if "target_modules" in chosen:
+                check_target_module_exists(targets, module)
+
+    patterned = any(isinstance(value, str) for value in chosen.values()) or "layers_pattern" in chosen
+    if not (patterned or config.get("rank_pattern") or config.get("alpha_pattern")):
+        return
+    if problem := trial(match):
+        raise CheckpointError(
+            f"{printable(str(file))}: its patterns of modules cannot be used ({printable(problem)}); name the modules "
+            "instead"
         )
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from launch.errors import CheckpointError, SamestepError
 from trainer.checkpoint.adapter import Adapter, Missing, adapter_of, read_adapter, written_module
 from trainer.checkpoint.aside import refuse_place, written_aside
 from trainer.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TakenOver, take_over
+from trainer.checkpoint.reading import read_tensors
 from trainer.speech import complain, speak_plainly
 
 
@@ -58,7 +59,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     tensors = {key: tensor.contiguous().clone() for key, tensor in adapter.tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
-    written = load_file(folder / ADAPTER_WEIGHTS)
+    written = read_tensors(folder / ADAPTER_WEIGHTS)
     differing = [key for key, tensor in tensors.items() if not _same(tensor, written.get(key))]
     again = read_adapter(folder)
     if differing or len(again.pairs) != len(adapter.pairs):

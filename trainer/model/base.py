@@ -46,7 +46,7 @@ def load_base(
     """
     path = base_path(recipe)
     check_is_qwen2_vl(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     text = config.get_text_config()
     kinds = list(text.layer_types)
     loud = transformers.logging.get_verbosity()
@@ -63,6 +63,7 @@ def load_base(
             device_map={"": device},
             attn_implementation="sdpa",
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.recipe import Recipe
 from tests.conftest import chart_rows, recipe_values, write_charts
-from tests.merging import change_config, make_adapter
+from tests.merging import change_config, make_adapter, rename_keys
 from trainer.bounded import trial
 from trainer.checkpoint.adapter import read_adapter
 from trainer.checkpoint.base_model import find_base
@@ -544,6 +544,12 @@ def test_names_of_others_do_not_move_the_terminal(
         find_base(read_adapter(own))
     assert str(caught.value).splitlines() == [str(caught.value)]
     assert "/no\\x1b[2J\\nerror: all is well: no such folder" in str(caught.value)
+    change_config(own, base_model_name_or_path="own er/\x1b[2J")
+    with refused(CheckpointError, "own er/\\x1b[2J: is no folder and no hub id"):
+        find_base(read_adapter(own))
+    rename_keys(own, lambda key: key.replace("q_proj", "q_proj\nerror: all is well"))
+    with refused(CheckpointError, "q_proj\\nerror: all is well"):
+        read_adapter(own)
     capsys.readouterr()
     complain(CheckpointError("a\x1b[2J\nb\x07"))
     assert capsys.readouterr().err == "error: a\\x1b[2J\nb\\x07\n"

@@ -40,18 +40,18 @@ def is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def refuse_unsafe_base(folder: Path, key: str = "model.name_or_path") -> None:
-    """Hold every file of a base model's folder, which `key` names, against what it is taken for.
+def refuse_unsafe_base(folder: Path, key: str | None = "model.name_or_path") -> None:
+    """Hold every file of a base model's folder, which `key` of a recipe names, against what it is taken for.
 
     Raises:
         ConfigError: a file is no plain file, no JSON object, or says what cannot be.
     """
+    named = f"{key}: " if key else ""
     try:
-        problems = [f"{key}: {problem}; get the model again" for problem in _problems(folder)]
+        problems = [f"{named}{problem}; get the model again" for problem in _problems(folder)]
     except UNREADABLE as error:
-        named = getattr(error, "filename", None) or folder
         raise ConfigError(
-            f"{key}: {printable(str(named))} cannot be read ({reason_of(error)}); get the model again"
+            f"{named}{printable(str(folder))}: cannot be read ({reason_of(error)}); get the model again"
         ) from error
     if problems:
         raise ConfigError(problems)
@@ -68,23 +68,22 @@ def _problems(folder: Path) -> Iterator[str]:
                     file, read_mapping(file, TABLE if file.name == INDEX else 4 * DOCUMENT)
                 )
         except UNREADABLE as error:
-            yield f"{printable(str(file))} cannot be read ({reason_of(error)})"
+            yield f"{printable(str(file))}: cannot be read ({reason_of(error)})"
 
 
 def _impossible(file: Path, values: dict[str, Any]) -> Iterator[str]:
     if file.name == INDEX:
         files = values.get("weight_map")
         named = files.values() if isinstance(files, dict) else []
-        outside = [name for name in named if not isinstance(name, str) or not is_inside(name)]
+        outside = [name for name in named if isinstance(name, str) and not is_inside(name)]
         if outside:
-            yield (
-                f"{printable(str(file))} names weight files outside of its folder "
-                f"({printable(str(outside[0]))[:200]})"
-            )
+            yield f"{printable(str(file))}: names a file outside of its folder ({printable(outside[0])[:200]})"
+        elif not all(isinstance(name, str) for name in named):
+            yield f"{printable(str(file))}: weight_map names what is no file"
     if file.name == "config.json":
         for part in (values, values.get("text_config"), values.get("vision_config")):
             sizes = part if isinstance(part, dict) else {}
             for key, most in _MOST.items():
                 value = sizes.get(key)
                 if isinstance(value, int | float) and not 0 <= value <= most:
-                    yield f"{printable(str(file))} says {key}: {value} (at most {most:,})"
+                    yield f"{printable(str(file))}: says {key}: {value} (at most {most:,})"

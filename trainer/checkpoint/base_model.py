@@ -101,14 +101,14 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
-        refuse_unsafe_base(folder, "--base-model")
+        refuse_unsafe_base(folder, None)
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(
             f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
         )
     found = _snapshot(name, _revision(name, adapter))
-    refuse_unsafe_base(found, "--base-model")
+    refuse_unsafe_base(found, None)
     return found
 
 
@@ -144,7 +144,12 @@ def _revision(name: str, adapter: Adapter) -> str:
 
 def _snapshot(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.safetensors", *COPIED]
     try:
@@ -153,6 +158,10 @@ def _snapshot(name: str, revision: str) -> Path:
         )
         read_base_shards(cached)
         return cached
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{printable(name)[:200]}: is no folder and no hub id (owner/name); correct it with --base-model"
+        ) from error
     except (LocalEntryNotFoundError, CheckpointError):
         pass  # not in the cache, or only a part of it
     try:

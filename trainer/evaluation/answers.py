@@ -247,7 +247,7 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
 
 def load_merged(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
-    refuse_unsafe_base(task.request.run.merged, "merged")
+    refuse_unsafe_base(task.request.run.merged, None)
     model = Qwen2VLForConditionalGeneration.from_pretrained(
         task.request.run.merged,
         dtype="auto",

@@ -102,7 +102,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
-        refuse_unsafe_base(folder, str(folder))
+        refuse_unsafe_base(folder, None)
         return cast(
             Qwen2VLForConditionalGeneration,
             Qwen2VLForConditionalGeneration.from_pretrained(

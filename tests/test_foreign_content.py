@@ -512,12 +512,11 @@ def test_tensors_of_a_safetensors_file_follow_each_other(tmp_path: Path) -> None
 
 def test_a_tensor_larger_than_memory_is_refused(tmp_path: Path) -> None:
     size = 2**42
-    file = safetensors(
-        tmp_path / "a.safetensors", {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-    )
+    entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    file = safetensors(tmp_path / "a.safetensors", {"base_model.model.x.lora_A.weight": entry})
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size + size)
-    with refused(CheckpointError, "a.safetensors: needs 4,398.0 GB of memory"):
+    with refused(CheckpointError, "a.safetensors: "):  # by the system, or by us where it promises everything
         take_over(file)
 
 

@@ -189,9 +189,10 @@ def load_distributed(folder: Path, names: list[str]) -> dict[str, Tensor]:
                 )  # which is what is meant
                 state_dict_loader.load(state, storage_reader=reader, no_dist=True)
         except (*DAMAGED, CheckpointException) as error:  # the latter is no Exception
-            if isinstance(error, CheckpointException):
-                error = next(iter(error.failures.values()))[0]
+            cause = (
+                next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            )
             raise CheckpointError(
-                f"{printable(str(folder))}: cannot be read ({why_damaged(error)}); copy the checkpoint again"
+                f"{printable(str(folder))}: cannot be read ({why_damaged(cause)}); copy the checkpoint again"
             ) from error
     return state

@@ -18,7 +18,13 @@ from launch.untrusted_files import TABLE, printable
 from trainer.checkpoint.distributed import distributed_keys, load_distributed
 from trainer.checkpoint.moments import named_moments, numbered_moments
 from trainer.checkpoint.names import adapter_key, adapter_keys, is_lora, parameter_name
-from trainer.checkpoint.reading import read_json, read_tensors, unreadable_is_refused, whole_number
+from trainer.checkpoint.reading import (
+    read_json,
+    read_tensors,
+    refuse_more_than_memory,
+    unreadable_is_refused,
+    whole_number,
+)
 from trainer.checkpoint.shards import read_shard, read_weight_map
 from trainer.checkpoint.torch_files import load_mapping, mapping
 from trainer.checkpoint.zero import ZeroState, read_universal, read_zero, universal_folder, zero_folder
@@ -79,6 +85,9 @@ def take_over(source: Path) -> TakenOver:
             f"{found.source}: {len(empty)} of {len(found.tensors)} tensors are empty ({printable(empty[0])}); it was "
             "saved without gathering what the ranks hold, give the folder with every rank's part"
         )
+    refuse_more_than_memory(
+        sum(tensor.nbytes for tensor in (*found.tensors.values(), *found.moments.values())), found.source
+    )
     return _with_config(_with_step(found))
 
 

@@ -86,7 +86,9 @@ def _visible_gpus() -> tuple[_Gpu, ...]:
     query = "--query-gpu=compute_cap,memory.total,mig.mode.current"
     command = [tool, *chosen, query, "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     found = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
@@ -104,7 +106,9 @@ def _gpus_of_driver() -> list[str]:
     if tool is None:
         return []
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            [tool, "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]

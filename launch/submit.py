@@ -249,7 +249,13 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     }
     try:
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
         )
     except FileNotFoundError:
         raise ConfigError(f"{command[0]}: not found in PATH; run this where Slurm is installed") from None

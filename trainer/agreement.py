@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from launch.atomic_files import place_of
-from launch.errors import GpuMemoryError, RunError, SamestepError
+from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
+from launch.untrusted_files import UntrustedFileError
 from trainer.speech import complain
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
 
 def in_words(raised: Exception) -> SamestepError:
     """Any exception as the error that a user reads."""
+    if isinstance(raised, UntrustedFileError):  # which others could not make of its words
+        return ConfigError(raised.problems)
     if isinstance(raised, SamestepError):
         return raised
     if isinstance(raised, torch.OutOfMemoryError):

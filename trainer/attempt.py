@@ -30,6 +30,7 @@ from launch.run_directory import (
 )
 from launch.runs import adopt, keep_plan, write_request
 from launch.settings import recomputation
+from launch.untrusted_files import read_text
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -104,7 +105,7 @@ def leave_marker(task: Task, ended: Ended) -> None:
 def leave_smaller_plan(task: Task) -> None:
     """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
     with contextlib.suppress(OSError):
-        plan = Plan.from_json(task.run.plan_file.read_text(encoding="utf-8"))
+        plan = Plan.from_json(read_text(task.run.plan_file))
         if plan.out_of_memory > task.plan.out_of_memory:
             return  # another rank was faster
         smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)

@@ -12,6 +12,7 @@ import psutil
 
 from launch.atomic_files import atomic_write
 from launch.children import STARTED
+from launch.untrusted_files import read_mapping
 
 FILE_KEY = "first_step"
 
@@ -55,5 +56,6 @@ class FirstStep:
     def keep(self, environment_file: Path) -> None:
         """In the record of the attempt's machine; a file that is not there or finds no room stays as it is."""
         with contextlib.suppress(OSError, ValueError):
-            facts = json.loads(environment_file.read_text(encoding="utf-8")) | {FILE_KEY: self.seconds()}
-            atomic_write(environment_file, json.dumps(facts, indent=1) + "\n")
+            facts = read_mapping(environment_file) | {FILE_KEY: self.seconds()}
+            atomic_write(environment_file, json.dumps(facts, indent=1) + "
+")

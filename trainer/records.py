@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write, naming, sync
+from launch.untrusted_files import TABLE, parse_json, read_text
 
 
 def samples_digest(samples: Iterable[int]) -> str:
@@ -27,7 +28,9 @@ def keep_lines_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [
-        line for line in file.read_text().splitlines() if (parsed := _parse(line)) and parsed["step"] <= step
+        line
+        for line in read_text(file, TABLE).splitlines()
+        if (parsed := _parse(line)) and parsed["step"] <= step
     ]
     atomic_write(file, "".join(f"{line}\n" for line in kept))
 
@@ -49,4 +52,4 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All lines, oldest first."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [parse_json(line) for line in read_text(file, TABLE).splitlines()] if file.exists() else []

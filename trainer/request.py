@@ -22,6 +22,7 @@ from launch.replan import plan_on
 from launch.rules import refuse_config
 from launch.run_directory import RunDirectory, open_run
 from launch.runs import continue_run, plan_to_keep, refuse_an_end_behind, refuse_another_dataset
+from launch.untrusted_files import read_text
 from trainer.prepare import prepare
 from trainer.pretrained import base_identity
 from trainer.task import Task
@@ -52,7 +53,7 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState, gp
     recipe, config = recipe_of(options), launched_config(os.environ)
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
-        plan = Plan.from_json(run.plan_file.read_text())
+        plan = Plan.from_json(read_text(run.plan_file))
         if index.fingerprint != plan.dataset_fingerprint:
             raise ConfigError(
                 f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "

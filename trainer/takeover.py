@@ -24,6 +24,7 @@ from launch.plan import Begin
 from launch.publishing import aside_folder, publish
 from launch.recipe import Recipe, altering_values
 from launch.recipe_file import find_recipe, load_recipe
+from launch.untrusted_files import printable
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.base_model import COMMIT
 from trainer.checkpoint.foreign import TakenOver, take_over
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_checkpoint(recipe, index, found, given.output)
     except SamestepError as error:
         return complain(error)
-    print(f"{given.source}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}")
+    print(
+        f"{printable(str(given.source))}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}"
+    )
     for lost in (*found.lost, *_lost_always(recipe, found)):
         print(f"not taken over: {lost}")
     return 0

@@ -22,6 +22,7 @@ from launch.index import (
     split_parts,
 )
 from launch.recipe import EMBEDDED, Recipe
+from launch.untrusted_files import TABLE, UNREADABLE, plain_size, read_bytes, reason_of
 
 COLUMNS = ("image", "query", "label", "human_or_machine")
 
@@ -56,10 +57,14 @@ class Rows:
 
 
 def image_bytes(image: dict[str, Any]) -> bytes:
-    """The bytes of an undecoded `datasets.Image` value, read from its path when it holds no bytes."""
+    """The bytes of an undecoded `datasets.Image` value, read from its path when it holds no bytes.
+
+    Raises:
+        OSError: there is no such file. UntrustedFileError: it is no plain file, or larger than any image.
+    """
     if image["bytes"] is not None:
         return bytes(image["bytes"])
-    return Path(image["path"]).read_bytes()
+    return read_bytes(image["path"], TABLE)
 
 
 def decode_image(image: bytes) -> Image.Image:
@@ -100,6 +105,13 @@ def _open_local(folder: Path, split: SplitName, wanted: str) -> datasets.Dataset
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}; "
             "name a split that the folder holds, or correct data.dataset"
         )
+    for file in files:
+        try:
+            plain_size(file)  # pyarrow would wait for a pipe
+        except UNREADABLE as error:
+            raise ConfigError(
+                f"data.{split}: {file} cannot be read ({reason_of(error)}); copy it again"
+            ) from error
     return _load(
         lambda: datasets.load_dataset(
             "parquet",

@@ -91,7 +91,7 @@ def _image_digest(raw: dict[str, Any]) -> bytes | None:
         return None
     try:
         content = image_bytes(image)
-    except (OSError, TypeError, KeyError):
+    except (OSError, TypeError, KeyError, ValueError):
         return None
     return hashlib.sha256(content).digest()
 

@@ -30,6 +30,7 @@ from launch.merged import merge_behind
 from launch.plan import compute_dtype_of
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
+from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.portable import load_adapter
 from trainer.data.chartqa import Rows, decode_image, open_split
 from trainer.data.encoder import Encoder
@@ -246,8 +247,14 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
 
 def load_merged(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
+    refuse_unsafe_base(task.request.run.merged, None)
     model = Qwen2VLForConditionalGeneration.from_pretrained(
-        task.request.run.merged, dtype="auto", device_map={"": device}, attn_implementation="sdpa"
+        task.request.run.merged,
+        dtype="auto",
+        device_map={"": device},
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
 

@@ -10,11 +10,10 @@ shown too: that difference is the price of leaving the quantized weights the ada
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +32,8 @@ from launch.merged import RECORD
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
+from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
 from trainer.checkpoint.base_model import check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
@@ -83,8 +84,17 @@ class Request:
 def compare(request: Request) -> Comparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
-        write_adapter(request.adapter, Path(adapter))  # as PEFT's present version reads it
+        write_adapter(
+            _with_named_targets(request.adapter), Path(adapter)
+        )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
+
+
+def _with_named_targets(adapter: Adapter) -> Adapter:
+    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
+    named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
+    patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
+    return replace(adapter, config=adapter.config | named | patterns)
 
 
 def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
@@ -92,6 +102,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
+        refuse_unsafe_base(folder, None)
         return cast(
             Qwen2VLForConditionalGeneration,
             Qwen2VLForConditionalGeneration.from_pretrained(
@@ -100,6 +111,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
                 device_map={"": device},
                 attn_implementation="sdpa",
                 local_files_only=True,
+                trust_remote_code=False,
             ),
         )
 
@@ -198,8 +210,8 @@ def _room_beside(folder: Path) -> TemporaryDirectory[str]:
 def kind_of(folder: Path) -> str:
     """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
     try:
-        return str(json.loads((folder / RECORD).read_text())["base"])
-    except (OSError, ValueError, KeyError):
+        return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
+    except (*UNREADABLE, KeyError):
         return folder.name
 
 

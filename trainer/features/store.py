@@ -33,6 +33,7 @@ import psutil
 from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.errors import ConfigError
 from launch.index import cache_root
+from launch.untrusted_files import UNREADABLE, read_bytes, read_json
 from trainer.features.file import Features, FlawError, Kind, encode, read
 from trainer.features.identity import differences
 
@@ -234,7 +235,7 @@ def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     for folder in _folders(cache.root):
         if folder != cache.folder and (size := _used(folder)):
             try:
-                why = differences(facts, json.loads((folder / "about.json").read_text()))
+                why = differences(facts, read_json(folder / "about.json"))
             except (OSError, ValueError, AttributeError):
                 why = "nothing says what made them"
             yield f"vision features: {gigabytes(size)} in {folder} are ignored: {why}"
@@ -356,8 +357,8 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 def _used(folder: Path) -> int:
     try:
-        return int.from_bytes((folder / "used").read_bytes(), "little")
-    except OSError:
+        return int.from_bytes(read_bytes(folder / "used", 8), "little")
+    except UNREADABLE:
         return 0
 
 

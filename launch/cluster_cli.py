@@ -22,6 +22,7 @@ from launch.arguments import (
 )
 from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
 from launch.screen import say, show_plan
+from launch.typed import command
 
 if TYPE_CHECKING:
     from launch.run_directory import RunDirectory
@@ -190,7 +191,7 @@ def _queue(submission: Submission, fresh: bool) -> None:
     say(submission.script)
     for script, job in queued:
         say(f"queued as job {job}: {planned.run.path / script}")
-    say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
+    say(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
 
 
 @commands.command(epilog=example("samestep status", "samestep status embedded --json"))

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.typed import as_typed
+
 if TYPE_CHECKING:
     from launch.changes import Change
     from launch.index import Index
@@ -59,7 +61,7 @@ def say_allowed(changed: Sequence[Change]) -> None:
 def say(text: str) -> None:
     """Print a line. When nobody reads any more (`| tee` dies of the same Ctrl-C), the exit status still counts."""
     try:
-        print(text, flush=True)
+        print(as_typed(text), flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise

@@ -29,6 +29,7 @@ from launch.index import SPLITS, read_index
 from launch.merged import merge_behind
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.typed import VARIABLE, command
 from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
 from trainer.evaluation.answers import (
     MODELS,
@@ -156,7 +157,9 @@ def _share_text(accuracy: Accuracy) -> str:
 
 def next_commands(run: RunDirectory) -> list[str]:
     """Three commands that make sense after an evaluation."""
-    samestep = "samestep" if shutil.which("samestep") else shlex.quote(_short(_COMMAND))
+    samestep = (
+        command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
+    )
     folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
     is_merged = run.merged.is_dir() and merge_behind(run, run.merged) is None
     merged = f"evaluate {folder} --models base,adapter,merged" if is_merged else f"merge {folder}"

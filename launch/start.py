@@ -186,7 +186,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
     )
     if request.topology is None:
         refuse_missing_gpus(topology)
-    refuse_unwritable(run.path.parent)
+    refuse_unwritable(run.path if run.path.is_dir() else run.path.parent)
     refuse_if_running(run)
     source = request.source.expanduser().resolve() if request.source else None
     if request.fresh and source and source.is_relative_to(run.path.resolve()):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launch.errors import ConfigError
+
 LOCK_MODE = 0o666  # before the umask: who may write to a folder may lock what is in it
 
 
@@ -69,6 +71,28 @@ def follow_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)
+
+
+def refuse_readonly(folder: Path, what: str) -> None:
+    """ConfigError unless `what` could be written into a folder now; the disk is asked with a file that goes again.
+
+    For work that takes long before it writes: a read-only disk, a full one or a quota is known before.
+    """
+    probe = _beside(folder / "probe")
+    try:
+        with naming(folder):
+            try:
+                with probe.open("xb") as file:
+                    file.write(bytes(2**16))
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                with suppress(OSError):
+                    probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{place_of(error, str(folder))}; {what} would be written there: make it writable, or work on a copy"
+        ) from None
 
 
 def sync(path: Path) -> None:

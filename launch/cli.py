@@ -30,6 +30,7 @@ from launch.errors import ConfigError, SamestepError
 from launch.option_values import host, whole
 from launch.results_cli import commands as results_commands
 from launch.screen import add_row, emit, say, say_allowed, show_memory, show_plan
+from launch.typed import as_typed, remember_command
 from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -330,6 +331,7 @@ app.add_typer(cluster_commands)
 
 def main() -> None:
     """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
+    remember_command()
     try:
         app(prog_name="samestep")
     except SamestepError as error:
@@ -342,7 +344,7 @@ def main() -> None:
 
 
 def _complain(text: str, status: int) -> NoReturn:
-    print(printable_lines(text), file=sys.stderr)
+    print(printable_lines(as_typed(text)), file=sys.stderr)
     sys.exit(status)
 
 

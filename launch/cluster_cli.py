@@ -22,6 +22,7 @@ from launch.arguments import (
 )
 from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
 from launch.screen import add_row, emit, say, show_plan
+from launch.typed import command
 from launch.untrusted_files import open_plain, printable
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _queue(submission: Submission, fresh: bool) -> None:
     emit(submission.script)
     for script, job in queued:
         say(f"queued as job {job}: {planned.run.path / script}")
-    say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
+    say(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
 
 
 @commands.command(epilog=example("samestep status", "samestep status embedded --json"))

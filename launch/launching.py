@@ -24,6 +24,7 @@ from launch.run_directory import (
     clear_requests,
     lock_holder,
     read_marker,
+    reason_of_sigterm,
     refuse_if_running,
     request_stop,
 )
@@ -81,7 +82,7 @@ def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:
     """What `wait_for` does about a signal: one STOP file, and a word to whoever pressed Ctrl-C."""
 
     def ask(number: int) -> None:
-        request_stop(run, "preempted" if number == signal.SIGTERM else "user")
+        request_stop(run, reason_of_sigterm() if number == signal.SIGTERM else "user")
         tell("stopping at the next step boundary; Ctrl-C again ends at once")
 
     return ask

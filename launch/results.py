@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.atomic_files import refuse_readonly
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
@@ -36,6 +37,7 @@ def evaluate(
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
     refuse_missing_models(run, models)
+    refuse_readonly(run.path, "the evaluation")
     command = trainer_command(
         topology,
         "trainer.evaluation.generate",

@@ -26,8 +26,9 @@ from launch.errors import ConfigError, InUseError, SamestepError
 from launch.untrusted_files import UNREADABLE, UntrustedFileError, open_plain, printable, read_text
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
-StopReason = Literal["user", "preempted", "time", "orphaned"]
-"""Who wants the run to stop: somebody, the scheduler, the end of the allocation; or its launcher is gone."""
+StopReason = Literal["user", "preempted", "time", "terminated", "orphaned"]
+"""Who wants the run to stop: somebody, the scheduler, the end of the allocation, a SIGTERM outside a job of a
+scheduler (`kill`, a machine that shuts down); or its launcher is gone."""
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -163,6 +164,11 @@ def clear_markers(run: RunDirectory) -> None:
     """Forget how earlier attempts ended."""
     for kind in get_args(MarkerKind):
         (run.path / kind).unlink(missing_ok=True)
+
+
+def reason_of_sigterm() -> StopReason:
+    """Who has sent it: the scheduler in a job of Slurm (the second variable is of our script); else somebody."""
+    return "preempted" if {"SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"} & os.environ.keys() else "terminated"
 
 
 def request_stop(run: RunDirectory, reason: StopReason) -> None:

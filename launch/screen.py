@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.typed import as_typed
 from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def say_allowed(changed: Sequence[Change]) -> None:
 
 def say(text: str, to_stderr: bool = False) -> None:
     """Print lines of words; what would move a terminal is made visible in them."""
-    emit(printable_lines(text), to_stderr)
+    emit(printable_lines(as_typed(text)), to_stderr)
 
 
 def emit(text: str, to_stderr: bool = False) -> None:

@@ -186,7 +186,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
     )
     if request.topology is None:
         refuse_missing_gpus(topology)
-    refuse_unwritable(run.path.parent)
+    refuse_unwritable(run.path if run.path.is_dir() else run.path.parent)
     refuse_if_running(run)
     source = request.source.expanduser().resolve() if request.source else None
     if request.fresh and source and source.is_relative_to(run.path.resolve()):
@@ -303,7 +303,9 @@ def refuse_unwritable(folder: Path) -> None:
     place = folder
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir():
+        raise ConfigError(f"{folder}: {place} is a file, no folder; choose another --runs-dir")
+    if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written; give permission, or choose another --runs-dir")
     free = shutil.disk_usage(place).free
     if free < NEEDED_BYTES:

@@ -187,6 +187,51 @@ def test_a_disk_that_is_full_at_the_start_is_named_and_no_run_is_left(room: str,
     assert "no runs yet" in done.stdout
 
 
+ON_A_READ_ONLY_DISK = """
+import sys
+from pathlib import Path
+import pytest
+from tests.launcher import EMBEDDED, samestep, stand_in
+
+patch = pytest.MonkeyPatch()
+launcher = stand_in(patch, Path(sys.argv[1]))
+assert samestep("evaluate", "embedded", "--models", "base") == 2
+assert samestep("run", *EMBEDDED, "--allow", "training.max_steps", "--set", "training.max_steps=9") == 2
+assert samestep("run", *EMBEDDED, "--name", "other") == 2
+assert samestep("run", *EMBEDDED, "--dry-run") == 2
+assert not launcher.commands
+"""
+
+
+def test_a_read_only_disk_is_asked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.launcher import EMBEDDED, samestep, stand_in
+
+    stand_in(monkeypatch, tmp_path).saves = (3, 6)
+    assert samestep("run", *EMBEDDED) == 0
+    before = sorted(tmp_path.rglob("*"))
+    script = (
+        f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path} && "
+        f'exec {sys.executable} -c "$0" {tmp_path}'
+    )
+    space = ["unshare", "--mount", *([] if ROOT else ["--map-root-user"]), "sh", "-c", script]
+    done = subprocess.run(
+        [*space, ON_A_READ_ONLY_DISK],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    evaluate, *runs = done.stderr.splitlines()
+    run = tmp_path / "runs" / "embedded"
+    assert evaluate == (
+        f"{run}: Read-only file system; the evaluation would be written there: make it writable, or work on a copy"
+    )
+    assert len(runs) == 3
+    assert all("cannot be written; give permission, or choose another --runs-dir" in line for line in runs)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_the_trainer_refuses_of_a_new_run_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

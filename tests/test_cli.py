@@ -4,13 +4,13 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import machines
+from launch import cli, machines
 from launch.index import Index
 from launch.launching import trainer_command
 from launch.plan import Plan
@@ -351,13 +351,21 @@ def test_no_space_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["/proc/samestep", "a-file/runs", "a-file"])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("/proc/samestep", "choose another"),
+        ("a-file/runs", "a-file is a file, no folder; choose another --runs-dir"),
+        ("a-file", "a-file is a file, no folder; choose another --runs-dir"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_one_line(
-    place: str, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str, words: str, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a-file").write_text("")
     assert samestep("run", *EMBEDDED, "--runs-dir", place) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
     assert launcher.commands == []
 
 
@@ -853,3 +861,30 @@ def test_a_plan_shows_what_fits_gpus_that_are_not_here(
     assert "zero3" in said
     assert samestep("plan", *EMBEDDED, "--gpu-memory", "much") == 2
     assert "24GB" in capsys.readouterr().err
+
+
+def test_the_commands_that_are_printed_work_as_they_were_typed(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    program = tmp_path / "my venv" / "bin" / "samestep"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setenv("SAMESTEP_COMMAND", "of another one")
+
+    def said(*typed: str) -> str:
+        monkeypatch.setattr("sys.argv", list(typed))
+        with suppress(SystemExit):
+            cli.main()
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert "`'my venv/bin/samestep' run` or" in said(str(program), "status")
+    assert "see `'my venv/bin/samestep' plan --help`" in said(
+        str(program), "plan", *EMBEDDED, "--strategy", "x"
+    )
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    assert "`samestep run` or" in said(str(program), "status")
+    assert "`samestep run` or" in said("samestep", "status")
+    assert "SAMESTEP_COMMAND" not in os.environ

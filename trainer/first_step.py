@@ -57,5 +57,4 @@ class FirstStep:
         """In the record of the attempt's machine; a file that is not there or finds no room stays as it is."""
         with contextlib.suppress(OSError, ValueError):
             facts = read_mapping(environment_file) | {FILE_KEY: self.seconds()}
-            atomic_write(environment_file, json.dumps(facts, indent=1) + "
-")
+            atomic_write(environment_file, json.dumps(facts, indent=1) + "\n")

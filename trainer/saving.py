@@ -117,6 +117,10 @@ class Saver:
             else:
                 self._write_part(save, part, aside)
         except BaseException as error:
+            if (
+                isinstance(error, OSError) and error.filename is None
+            ):  # a write that finds no room says not where
+                error.filename = str(aside)
             if self._is_first:
                 shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             lost = lost_contact(error) if isinstance(error, RuntimeError) else None

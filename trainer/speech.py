@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from launch.errors import SamestepError
+from launch.typed import as_typed
 from launch.untrusted_files import printable_lines
 
 
@@ -77,5 +78,5 @@ def _outlive_the_listeners() -> None:
 
 def complain(error: SamestepError) -> int:
     """Say what went wrong on stderr, without a traceback; returns the exit status."""
-    print(f"error: {printable_lines(str(error))}", file=sys.stderr, flush=True)
+    print(f"error: {printable_lines(as_typed(str(error)))}", file=sys.stderr, flush=True)
     return error.exit_status

@@ -20,6 +20,7 @@ from transformers import TrainerState
 from launch.errors import CheckpointError, SamestepError
 from launch.index import Index, read_index
 from launch.manifest import MANIFEST
+from launch.option_values import for_argparse, place
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
 from launch.recipe import Recipe, altering_values
@@ -47,10 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="the recipe that is to go on")
     parser.add_argument(
-        "source", type=Path, help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed"
+        "source",
+        type=for_argparse(place("source")),
+        help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder in which checkpoint-<step> is written"
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder in which checkpoint-<step> is written",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"

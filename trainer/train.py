@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 
 from launch.errors import GpuMemoryError, RunError, SamestepError
 from launch.index import Index
+from launch.option_values import for_argparse, place
 from launch.run_directory import RunDirectory, lock_holder, read_marker
 from trainer import LAUNCHER
 from trainer.agreement import (
@@ -138,13 +139,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", nargs="?", help="a recipe file; the plan is made from what was launched")
     parser.add_argument(
-        "--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law"
+        "--run-dir",
+        type=for_argparse(place("--run-dir")),
+        help="a run directory that `samestep run` wrote; its plan is law",
     )
     parser.add_argument(
         "--marker-decides", action="store_true", help=argparse.SUPPRESS
     )  # `samestep run` reads it
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    parser.add_argument(
+        "--runs-dir",
+        type=for_argparse(place("--runs-dir")),
+        default=Path("runs"),
+        help="where runs lie (default: runs)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
@@ -153,7 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--from",
-        type=Path,
+        type=for_argparse(place("--from")),
         dest="source",
         metavar="CHECKPOINT",
         help="begin with a checkpoint of another run",

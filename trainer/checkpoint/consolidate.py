@@ -23,6 +23,7 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 from launch.errors import CheckpointError, SamestepError
+from launch.option_values import for_argparse, place, positive
 from launch.screen import add_row
 from trainer.checkpoint.adapter import Adapter, Missing, adapter_of, read_adapter
 from trainer.checkpoint.adapter_config import written_module
@@ -102,9 +103,15 @@ def print_consolidated(done: Consolidated, console: Console) -> None:
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """What may be said where a checkpoint does not say it."""
     parser.add_argument(
-        "--adapter-config", type=Path, help="adapter_config.json (or its folder) of a checkpoint without one"
+        "--adapter-config",
+        type=for_argparse(place("--adapter-config")),
+        help="adapter_config.json (or its folder) of a checkpoint without one",
     )
-    parser.add_argument("--lora-alpha", type=float, help="of a checkpoint without adapter_config.json")
+    parser.add_argument(
+        "--lora-alpha",
+        type=for_argparse(positive("--lora-alpha")),
+        help="of a checkpoint without adapter_config.json",
+    )
     parser.add_argument(
         "--base-model", help="folder or hub id of the unquantized base; default: the one the adapter names"
     )
@@ -122,8 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make a PEFT adapter folder of a checkpoint of any form, on one CPU.",
         epilog="example: python -m trainer.checkpoint.consolidate old_run/checkpoint-500 --output adapter",
     )
-    parser.add_argument("source", type=Path, help="the checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("source", type=for_argparse(place("source")), help="the checkpoint")
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder to write; must not exist",
+    )
     add_adapter_options(parser)
     given = parser.parse_args(arguments)
     speak_plainly()

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from launch.errors import SamestepError
 from launch.merged import RECORD
+from launch.option_values import for_argparse, place
 from launch.recipe_file import find_recipe
 from launch.screen import add_row
 from trainer.checkpoint.adapter import Missing
@@ -152,9 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.checkpoint.merge runs/embedded --output runs/embedded/merged",
     )
     parser.add_argument(
-        "source", type=Path, help="run directory, checkpoint of any form or PEFT adapter folder"
+        "source",
+        type=for_argparse(place("source")),
+        help="run directory, checkpoint of any form or PEFT adapter folder",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder to write; must not exist",
+    )
     parser.add_argument(
         "--base",
         choices=get_args(BaseKind),

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from launch.atomic_files import refuse_readonly
 from launch.errors import ConfigError, RunError
 from launch.index import SPLITS, Index, SplitName
 from launch.merged import merge_behind
@@ -274,6 +275,7 @@ def check_request(request: Request) -> None:
         problems.append(behind)
     if problems:
         raise ConfigError(problems)
+    refuse_readonly(run.path, "the evaluation")
 
 
 # All answers of this rank ----------------------------------------------------------------

@@ -29,6 +29,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
 from launch.merged import RECORD
+from launch.option_values import for_argparse, place, whole
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
@@ -281,11 +282,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.compare --source runs/embedded --merged runs/embedded/merged",
     )
     parser.add_argument(
-        "--source", type=Path, required=True, help="run directory, checkpoint or adapter folder"
+        "--source",
+        type=for_argparse(place("--source")),
+        required=True,
+        help="run directory, checkpoint or adapter folder",
     )
     parser.add_argument(
         "--merged",
-        type=Path,
+        type=for_argparse(place("--merged")),
         required=True,
         action="append",
         help="folder of a merged model; may be repeated",
@@ -297,17 +301,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=for_argparse(whole("--samples", 1, 10**9)),
         default=DEFAULT_SAMPLES,
         help=f"validation samples (default: {DEFAULT_SAMPLES})",
     )
     parser.add_argument(
-        "--run-dir", type=Path, help="the run whose recipe names the data (default: the source's)"
+        "--run-dir",
+        type=for_argparse(place("--run-dir")),
+        help="the run whose recipe names the data (default: the source's)",
     )
     add_adapter_options(parser)
     given = parser.parse_args(arguments)
-    if given.samples < 1:
-        parser.error(f"--samples: {given.samples} compares nothing; give at least 1")
     speak_plainly()
     try:
         comparison = compare(_request(given))

@@ -6,7 +6,7 @@ What is there already is left as it is, so a fill that was interrupted goes on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from launch.errors import ConfigError, RunError
 from launch.index import Index, SplitName
 from launch.plan import compute_dtype_of, validation_samples
 from launch.recipe import Recipe
-from trainer.data.chartqa import Rows, decode_image, open_split
+from trainer.data.chartqa import Rows, open_split
+from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
 from trainer.data.packing import cumulative
+from trainer.data.row_errors import naming_row
 from trainer.features.file import Features
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import SPARED, FeatureCache, FullError, describe, gigabytes, name_of, open_cache
@@ -30,12 +32,10 @@ from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
+from trainer.progress import Report
 
 PASS_TOKENS = 4096
 """Visual tokens that the tower takes together, but for a larger single image."""
-
-Report = Callable[[int, int], None]
-"""Told how many are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,9 @@ class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
 
     def __getitem__(self, number: int) -> tuple[Tensor, tuple[int, int, int]]:
         wanted = self._wanted[number]
-        image = decode_image(self._rows[wanted.split][wanted.row].image)
-        encoded = self._processor(images=[image], return_tensors="pt")
+        with naming_row(f"data: {wanted.split} row {wanted.row}"):
+            image = decode_image(self._rows[wanted.split][wanted.row].image)
+            encoded = self._processor(images=[image], return_tensors="pt")
         time, height, width = encoded["image_grid_thw"][0].tolist()
         return encoded["pixel_values"], (time, height, width)
 

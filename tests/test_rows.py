@@ -100,6 +100,30 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
     assert (clear[0, 2] == expected[0, 2]).all()
 
 
+def test_a_tiff_of_12_bits_spans_from_black_to_white() -> None:
+    def entry(tag: int, value: int) -> bytes:
+        return struct.pack("<HHII", tag, 3, 1, value)
+
+    pixels = bytes(
+        [0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00]
+    )  # 0xFFF, 0x000, 0x800, 0x000: four pixels in six bytes
+    tags = {
+        256: 4,
+        257: 1,
+        258: 12,
+        259: 1,
+        262: 1,
+        273: 8 + 2 + 9 * 12 + 4,
+        277: 1,
+        278: 1,
+        279: len(pixels),
+    }
+    directory = struct.pack("<H", len(tags)) + b"".join(entry(*item) for item in tags.items()) + bytes(4)
+    tiff = b"II*\0" + struct.pack("<I", 8) + directory + pixels
+    assert Image.open(io.BytesIO(tiff)).mode == "I;16"
+    assert np.asarray(decode_image(tiff))[0, :, 0].tolist() == [255, 0, 128, 0]
+
+
 def test_every_other_mode_is_what_the_stock_processor_makes_of_it() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     colour = Image.fromarray(noise)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from launch.errors import ConfigError, RunError
+from launch.errors import ConfigError, RunError, SamestepError
 from launch.index import Index, SplitName
 from launch.plan import compute_dtype_of, validation_samples
 from launch.recipe import Recipe
@@ -48,8 +48,9 @@ class Wanted:
     visual_tokens: int
 
 
+_Processed = tuple[Tensor, tuple[int, int, int]]
+"""An image's pixels [P, patch features] and its patches in time, height and width."""
 _Encoded = tuple[Wanted, Tensor, tuple[int, int, int]]
-"""An image with its pixels and its patches in time, height and width."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,17 @@ def fill(filling: Filling, report: Report) -> None:
     """Compute and keep what is missing; `report` is told the images whose files are there.
 
     Raises:
-        RunError: the disk does not take them.
+        RunError: an image cannot be read any more, or the disk does not take them.
     """
     prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
     pixels = _Pixels(filling.rows, filling.missing, filling.processor)
     loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
     together: list[_Encoded] = []
     count = len(filling.missing)
-    for number, (wanted, (values, grid)) in enumerate(zip(filling.missing, loader, strict=True), 1):
-        together.append((wanted, values, grid))
+    for number, (wanted, processed) in enumerate(zip(filling.missing, loader, strict=True), 1):
+        if isinstance(processed, SamestepError):
+            raise processed
+        together.append((wanted, *processed))
         if number == count or sum(wanted.visual_tokens for wanted, _, _ in together) >= PASS_TOKENS:
             _keep(filling.model, filling.cache, together)
             report(number, count)
@@ -159,8 +162,8 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
         raise ConfigError(problems)
 
 
-class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
-    """The processed pixels [P, patch features] and grid of each wanted image."""
+class _Pixels(Dataset["_Processed | SamestepError"]):
+    """The processed pixels [P, patch features] and grid of each wanted image; an error is a value, as in `Batches`."""
 
     def __init__(self, rows: dict[SplitName, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
         self._rows, self._wanted, self._processor = rows, wanted, processor
@@ -168,11 +171,14 @@ class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, tuple[int, int, int]]:
+    def __getitem__(self, number: int) -> _Processed | SamestepError:
         wanted = self._wanted[number]
-        with naming_row(f"data: {wanted.split} row {wanted.row}"):
-            image = decode_image(self._rows[wanted.split][wanted.row].image)
-            encoded = self._processor(images=[image], return_tensors="pt")
+        try:
+            with naming_row(f"data: {wanted.split} row {wanted.row}"):
+                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                encoded = self._processor(images=[image], return_tensors="pt")
+        except SamestepError as error:
+            return error
         time, height, width = encoded["image_grid_thw"][0].tolist()
         return encoded["pixel_values"], (time, height, width)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -78,7 +77,8 @@ def summary(notes: Sequence[RowNote]) -> list[str]:
         if rows := [note for note in notes if note.kind == kind]:
             first = ", ".join(f"{note.split} row {note.row}" for note in rows[:SHOWN])
             more = ", ..." if len(rows) > SHOWN else ""
-            lines.append(f"{len(rows):,} rows {WORDS[kind]} ({first}{more})")
+            count = f"{len(rows):,} row{'s' if len(rows) > 1 else ''}"
+            lines.append(f"{count} {WORDS[kind]} ({first}{more})")
     return lines
 
 
@@ -94,7 +94,15 @@ def write_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
     return file
 
 
+def known_notes(recipe: Recipe) -> list[RowNote] | None:
+    """`notes_of` the recipe's index; None where it is gone or damaged, which whoever needs it says."""
+    try:
+        return notes_of(recipe, index_path(recipe))
+    except (ConfigError, FileNotFoundError, ValueError):
+        return None
+
+
 def keep_report(recipe: Recipe, run: Path) -> None:
-    """Into a run's folder; nothing where the index is gone or damaged, which whoever needs it says."""
-    with contextlib.suppress(ConfigError, FileNotFoundError, ValueError):
-        write_report(notes_of(recipe, index_path(recipe)), run)
+    """Into a run's folder, in the place of an older one."""
+    if (notes := known_notes(recipe)) is not None:
+        write_report(notes, run)

@@ -24,6 +24,7 @@ from launch.recipe import Recipe
 from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
 from launch.runs import write_request
+from launch.start import load_index
 from launch.steps import MicroBatch
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.chartqa import Row, open_split
@@ -305,16 +306,18 @@ def test_what_is_dropped_ignored_or_unanswerable_is_said_and_kept_in_the_run(
     file.write_text(dump_recipe(recipe))
     assert main([str(file)]) == 0
     said = capsys.readouterr()
-    assert "1 rows dropped (data.on_bad_row) (train row 0)" in said.out
+    assert "1 row dropped (data.on_bad_row) (train row 0)" in said.out
     assert (
-        "1 rows with further answers, which are ignored: the first label is trained and scored (train row 2)"
+        "1 row with further answers, which are ignored: the first label is trained and scored (train row 2)"
         in (said.out)
     )
     assert (
         "2 rows with a label that no model can answer under relaxed accuracy (train row 3, train row 5)"
         in (said.out)
     )
-    index = prepare(recipe, quiet=True)
+    index = load_index(file, recipe, [])
+    told = capsys.readouterr().err  # with what was prepared before, too
+    assert f"{recipe.data.dataset}: 1 row dropped (data.on_bad_row) (train row 0)" in told
     plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu", name="small")
     run = RunDirectory(tmp_path / "run")
     write_request(run, recipe, plan)

@@ -37,6 +37,7 @@ from trainer.evaluation.answers import Replica
 from trainer.prepare import main, prepare
 from trainer.pretrained import load_processor
 from trainer.progress import progress_reports
+from trainer.train import main as train
 
 
 def _recipe(
@@ -90,8 +91,10 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
     assert image.mode == "I;16"
     expected = (values // 256).astype(np.uint8)
     assert len(np.unique(expected)) == 256
-    for kind in ("PNG", "TIFF"):
-        decoded = np.asarray(decode_image(_encoded(image, kind)))
+    big_endian = Image.fromarray(values.astype(">u2"))
+    assert big_endian.mode == "I;16B"
+    for content in (_encoded(image), _encoded(image, "TIFF"), _encoded(big_endian, "TIFF")):
+        decoded = np.asarray(decode_image(content))
         assert decoded.shape == (16, 16, 3)
         assert all((decoded[..., channel] == expected).all() for channel in range(3))
     white_is_zero = decode_image(_encoded(image, "TIFF", tiffinfo={262: 0}))
@@ -336,6 +339,27 @@ def test_what_is_dropped_ignored_or_unanswerable_is_said_and_kept_in_the_run(
     write_request(run, longer, plan)
     kept = [json.loads(line)["row"] for line in (run.path / "data_report.jsonl").read_text().splitlines()]
     assert kept == [0, 2, 5]
+
+
+def test_a_plain_launch_says_and_keeps_it_too(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage(rows: list[dict[str, Any]]) -> None:
+        rows[0].update(query="")
+        rows[1].update(label=["seven and no more than seven " * 9])  # most of the tokens are targets
+        rows[2].update(image={"bytes": _encoded(Image.fromarray(_ramp())), "path": None})
+
+    recipe = _recipe(world, tmp_path, damage, on_bad_row="drop")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    caplog.set_level("INFO", "trainer")
+    overrides = ["--set", "training.max_steps=1", "--set", "evaluation.every_steps=100"]
+    assert train([str(file), "--runs-dir", str(tmp_path), "--name", "run", *overrides]) == 0
+    said = caplog.text
+    assert f"{recipe.data.dataset}: 1 row dropped (data.on_bad_row) (train row 0)" in said
+    assert "tokens are targets" in said
+    notes = [json.loads(line) for line in (tmp_path / "run" / "data_report.jsonl").read_text().splitlines()]
+    assert [(note["row"], note["kind"]) for note in notes] == [(0, "dropped"), (1, "unanswerable")]
 
 
 def test_the_fewest_tokens_that_answer_a_label_are_counted(world: Path) -> None:

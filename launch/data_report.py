@@ -27,7 +27,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 WORDS: dict[Kind, str] = {
     "dropped": "dropped (data.on_bad_row)",
     "answers ignored": "with further answers, which are ignored: the first label is trained and scored",
-    "unanswerable": "with a label that no model can answer under relaxed accuracy",
+    "unanswerable": "with a label that no model can answer: too long for evaluation.max_new_tokens, or never equal to "
+    "itself under relaxed accuracy",
 }
 SHOWN = 3  # rows of each kind on the screen
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, SamestepError
@@ -81,25 +82,33 @@ def measure_split(
     return measured, bad
 
 
-def _image_digest(raw: dict[str, Any]) -> bytes | str:
-    """sha256 of the image file, or why there is none."""
+def _image_content(raw: dict[str, Any]) -> bytes:
+    """The bytes of the row's image file; RowError: there are none."""
     image = raw.get("image")
     if not isinstance(image, dict) or (image.get("bytes") is None and not image.get("path")):
-        return "the image is missing; each row needs exactly one"
+        raise RowError("the image is missing; each row needs exactly one")
     try:
-        return hashlib.sha256(image_bytes(image)).digest()
+        return image_bytes(image)
     except Exception as error:  # as with decoding: none of them may end `prepare`
         why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
-        return (
-            f"the image file {printable(str(image.get('path')))} cannot be read ({why}); give the bytes, or a path "
-            "that leads to the file from here"
-        )
+        raise RowError(
+            f"the image file {printable(str(Path(str(image.get('path'))).absolute()))} cannot be read ({why}); give "
+            "the bytes, or the path of a file that every machine can read"
+        ) from error
+
+
+def _image_digest(raw: dict[str, Any]) -> bytes | str:
+    """sha256 of the image file, or why there is none."""
+    try:
+        return hashlib.sha256(_image_content(raw)).digest()
+    except RowError as refused:
+        return str(refused)
 
 
 def _decoded_size(raw: dict[str, Any]) -> tuple[int, int] | str:
     """(height, width) of the decoded image, or why the image is bad."""
     try:
-        width, height = decode_image(image_bytes(raw["image"])).size
+        width, height = decode_image(_image_content(raw)).size
     except RowError as refused:
         return str(refused)
     return height, width
@@ -122,7 +131,7 @@ def _measure(
     visual = _visual_tokens(encoder, *size)
     return Measured(
         row=number,
-        digest=row_digest(image_bytes(raw["image"]), query, label),
+        digest=row_digest(_image_content(raw), query, label),
         text_tokens=text_tokens,
         visual_tokens=visual,
         target_tokens=target_tokens if encoder.loss == "answer" else text_tokens + visual - 1,

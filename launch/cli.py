@@ -23,6 +23,7 @@ from launch.arguments import (
     Source,
     example,
 )
+from launch.atomic_files import place_of
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 from launch.results_cli import commands as results_commands
@@ -229,10 +230,11 @@ def _run_here(request: start.RunRequest) -> None:
             say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
         say_allowed(planned.changed)
-        if request.fresh and (old := start.move_aside(planned.run)):
-            say(f"the older run is now {old}")
-        show_plan(planned.plan)
-        marker = start.execute_twice(planned, request)
+        with start.moved_aside(planned.run, request.fresh) as old:
+            if old:
+                say(f"the older run is now {old}")
+            show_plan(planned.plan)
+            marker = start.execute_twice(planned, request)
         if marker.kind == "STOPPED":
             say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
@@ -316,9 +318,7 @@ def main() -> None:
         if error.errno not in _PLACE_ERRORS:
             raise
         remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
-        _complain(
-            f"{error.filename or 'disk'}: {error.strerror}; {remedy} another place", ConfigError.exit_status
-        )
+        _complain(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
 
 
 def _complain(text: str, status: int) -> NoReturn:

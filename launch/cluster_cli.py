@@ -138,9 +138,10 @@ def _queue(submission: Submission, fresh: bool) -> None:
         if not fresh and start.is_done(planned):
             say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
-        if fresh and (old := start.move_aside(planned.run)):
-            say(f"the older run is now {old}")
-        queued = cluster.queue(submission)
+        with start.moved_aside(planned.run, fresh) as old:
+            if old:
+                say(f"the older run is now {old}")
+            queued = cluster.queue(submission)
     say(submission.script)
     for script, job in queued:
         say(f"queued as job {job}: {planned.run.path / script}")

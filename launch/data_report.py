@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.index import SPLITS, index_path
 
@@ -89,9 +90,7 @@ def write_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
     if not notes:
         file.unlink(missing_ok=True)
         return None
-    aside = folder / f".{REPORT}.partial"
-    aside.write_text("".join(json.dumps(asdict(note)) + "\n" for note in notes), encoding="utf-8")
-    aside.replace(file)
+    atomic_write(file, "".join(json.dumps(asdict(note)) + "\n" for note in notes))
     return file
 
 

@@ -36,14 +36,14 @@ def shipped_config(strategy: str) -> LaunchConfig:
     """
     file = resource("accelerate_configs", f"{strategy}.yaml")
     values = _read(file, yaml.safe_load)
-    deepspeed = values.get("deepspeed_config") or {}
+    deepspeed, fsdp = (_section(file, values, key) for key in ("deepspeed_config", "fsdp_config"))
     zero: Mapping[str, Any] = {}
     if name := deepspeed.get("deepspeed_config_file"):
-        zero = _read(resource("ds_configs", Path(name).name), json.loads)
+        zero = {"zero_optimization": {}} | _read(resource("ds_configs", Path(str(name)).name), json.loads)
     return LaunchConfig(
         str(file),
         str(values.get("mixed_precision", "no")),
-        values.get("fsdp_config") or {},
+        fsdp,
         zero,
         str(deepspeed.get("deepspeed_multinode_launcher", "pdsh" if deepspeed else "standard")),
     )
@@ -80,10 +80,17 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
     return "ddp" if several else "single"
 
 
+def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    if found is None or isinstance(found, dict):
+        return found or {}
+    raise ConfigError(f"{file}: {key} is no section ({found!r:.40}); correct it, or restore the shipped file")
+
+
 def _read(file: Path, parse: Any) -> dict[str, Any]:
     try:
         values = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{file}: cannot be read ({error}); correct it, or restore the shipped file"
         ) from None

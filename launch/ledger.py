@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from launch.atomic_files import naming
 from launch.manifest import MANIFEST
 from launch.run_directory import RunDirectory, read_marker
 from launch.slurm import JobFacts
@@ -155,7 +156,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 def write_event(run: RunDirectory, event: str, **facts: Any) -> None:
     """Add one line, on its way to the disk when this returns."""
     line = json.dumps({"event": event, **facts}) + "\n"
-    with ledger_file(run).open("ab+") as file:
+    with naming(ledger_file(run)), ledger_file(run).open("ab+") as file:
         if file.tell() and not _ends_a_line(file.name):
             line = "\n" + line  # a line that was cut short stays alone
         file.write(line.encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.adapter_file import is_whole
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError, SamestepError
 from launch.launching import Machine, launch, tell
 from launch.plan import Plan
@@ -143,9 +143,7 @@ def telling_others(request: RunRequest) -> Iterator[None]:
         reason = str(error) if isinstance(error, SamestepError) else f"it ended with {type(error).__name__}"
         with contextlib.suppress(OSError):  # then the others wait in vain
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f"{file.name}.{os.getpid()}")
-            aside.write_text(reason, encoding="utf-8")
-            aside.replace(file)
+            atomic_write(file, reason)
         raise
 
 

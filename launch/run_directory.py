@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from launch.adapter_file import is_whole
-from launch.errors import ConfigError, InUseError
+from launch.atomic_files import LOCK_MODE, atomic_write, naming
+from launch.errors import ConfigError, InUseError, SamestepError
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
 StopReason = Literal["user", "preempted", "time", "orphaned"]
@@ -127,9 +129,7 @@ def open_run(runs_dir: str | Path, name: str) -> RunDirectory:
 
 def write_marker(run: RunDirectory, kind: MarkerKind, text: str = "") -> None:
     """Say how this attempt ended, in one rename; replaces every earlier marker."""
-    aside = run.path / f".{kind}.{os.getpid()}"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(run.path / kind)
+    atomic_write(run.path / kind, text)
     for other in get_args(MarkerKind):
         if other != kind:
             (run.path / other).unlink(missing_ok=True)
@@ -164,10 +164,9 @@ def request_stop(run: RunDirectory, reason: StopReason) -> None:
     """
     if requested_stop(run):
         return
-    # A name of its own: a second signal may come while the first one's request is being written.
-    aside = run.path / f".STOP.{os.getpid()}.{time.monotonic_ns()}"
-    aside.write_text(f"{reason}\n", encoding="utf-8")
-    aside.replace(run.stop_file)
+    atomic_write(
+        run.stop_file, f"{reason}\n"
+    )  # a second signal may come while the first one's is being written
 
 
 def requested_stop(run: RunDirectory) -> StopReason | None:
@@ -211,7 +210,7 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
     processes lock two different files of one name.
     """
     path = folder / file_name
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
     _held_locks.add(descriptor)
     try:
         deadline = time.monotonic() + _LOCK_PATIENCE_S
@@ -229,8 +228,9 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
                     f"{path}: cannot be locked ({error.strerror}); the file system knows no locks, "
                     "choose a --runs-dir on another one (on Lustre: mounted with -o flock)"
                 ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         _held_locks.discard(descriptor)
@@ -250,6 +250,32 @@ def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
         return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
     finally:
         os.close(descriptor)
+
+
+def make_folder(run: RunDirectory) -> bool:
+    """Make the run's folder, and those above it; False when it was there before."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def removed_on_failure(run: RunDirectory, new: bool) -> Iterator[None]:
+    """A run's folder that is `new`, made by the caller, goes again when the block is refused or finds no room.
+
+    Not when somebody else has taken it meanwhile, nor at a Ctrl-C: the same command goes on.
+    """
+    try:
+        yield
+    except InUseError:
+        raise
+    except (SamestepError, OSError):
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def refuse_if_running(run: RunDirectory) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launch.changes import Change
 from launch.children import call_module
 from launch.data_report import known_notes, summary
-from launch.errors import ConfigError, NoSpaceError, RunError
+from launch.errors import ConfigError, InUseError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import base_is_there, read_index
 from launch.launching import ALONE, Machine, launch, tell
@@ -29,8 +29,10 @@ from launch.run_directory import (
     clear_requests,
     hold_lock,
     is_done_at,
+    make_folder,
     open_run,
     refuse_if_running,
+    removed_on_failure,
 )
 from launch.runs import (
     Continuation,
@@ -306,27 +308,43 @@ def refuse_unwritable(folder: Path) -> None:
         )
 
 
-def move_aside(run: RunDirectory) -> Path | None:
-    """Rename an existing run to <name>.<timestamp>; None when there was none."""
-    if not run.path.exists():
-        return None
+@contextmanager
+def moved_aside(run: RunDirectory, fresh: bool) -> Iterator[Path | None]:
+    """With `fresh`, rename an existing run to <name>.<timestamp>; back, when the block fails and leaves no other.
+
+    Gives its name meanwhile; None where nothing was in the way.
+    """
+    if not fresh or not run.path.exists():
+        yield None
+        return
     old = run.path.with_name(f"{run.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
     run.path.rename(old)
-    return old
+    try:
+        yield old
+    except BaseException:
+        if not run.path.exists():
+            old.rename(run.path)
+        raise
 
 
 def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
     """Write the run directory and train; returns and raises as `launch`."""
     run = planned.run
-    run.path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(run.path):  # a plain `accelerate launch` may have come first
+    new = make_folder(run)
+    with removed_on_failure(run, new), hold_lock(run.path):  # a plain `accelerate launch` may have come first
         _find_beginning(planned)
         clear_markers(run)
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
-    return launch(planned.plan, run, machine)
+    try:
+        return launch(planned.plan, run, machine)
+    except ConfigError as refused:
+        others_take_it = isinstance(refused, InUseError) or machine.nodes > 1  # the others read there why
+        if new and not others_take_it and not run.checkpoints():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:

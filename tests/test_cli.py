@@ -79,13 +79,47 @@ def test_what_is_not_said_follows_from_the_machine(
 
 
 def test_gpus_are_counted_as_cuda_would_show_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.hardware import gpus_present
+    from torch.cuda import _device_count_nvml  # type: ignore[attr-defined]
+
+    from launch.hardware import first_visible_gpu, gpus_present
 
     set_gpus(monkeypatch, 8)
+    monkeypatch.setattr("torch.cuda._raw_device_count_nvml", lambda: 8)
+    monkeypatch.setattr(
+        "torch.cuda._raw_device_uuid_nvml", lambda: [f"GPU-{number:08x}" for number in range(8)]
+    )
     assert gpus_present() == 8
-    for visible, count in {"": 0, "3": 1, "0,1": 2, "0,-1,1": 1, "-1": 0, "GPU-abc,GPU-def": 2}.items():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert gpus_present() == count, visible
+    visible = [
+        "",
+        "3",
+        "0,1",
+        " 0 , 1 ",
+        "0,-1,1",
+        "-1",
+        "0,8",
+        "8,0",
+        "0,99999999999",
+        "0,0",
+        "0,1,0",
+        "0,,1",
+        "x",
+        "0,x,1",
+    ]
+    visible += [
+        "GPU-00000001,GPU-00000002",
+        "GPU-00000001,GPU-1",
+        "GPU-0",
+        "GPU-00000001,GPU-00000001",
+        "GPU-00000001,1",
+    ]
+    visible += ["0,GPU-00000001", "NoDevFiles", "1gpu2,2ampere", "+1,2", ","]
+    for value in visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert gpus_present() == _device_count_nvml(), value
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    assert (gpus_present(), first_visible_gpu()) == (2, "MIG-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-00000005,GPU-00000002")
+    assert (gpus_present(), first_visible_gpu()) == (2, "GPU-00000005")
     set_gpus(monkeypatch, 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert gpus_present() == 0
@@ -260,6 +294,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no processes": (["--gpus-per-node", "0"], "at least 1"),
     "strategy of an unset variable": (["--strategy", ""], "'' is none of single, ddp,"),
     "strategy typo": (["--strategy", "ddpp"], "did you mean ddp?"),
+    "no layer of lora": (["--set", "lora.target_modules=[qproj]"], "did you mean q_proj?"),
     "upload": (["--set", "hub.push=true", "--set", "hub.repo_id=a/b"], "hub.push"),
 }
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from launch.atomic_files import atomic_dir, atomic_write
 from launch.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.errors import ConfigError, SamestepError
-from launch.folders import published
 from launch.index import (
     SPLITS,
     Index,
@@ -114,7 +114,7 @@ def _write_index(recipe: Recipe, begin: Begin) -> Index:
     with _writing_the_cache():
         if bad and recipe.data.on_bad_row == "error":
             list_file.parent.mkdir(parents=True, exist_ok=True)
-            list_file.write_text(_json_lines(bad), encoding="utf-8")
+            atomic_write(list_file, _json_lines(bad))
             raise ConfigError(_bad_rows_message(bad, list_file))
         list_file.unlink(missing_ok=True)
     if empty := [split for split in SPLITS if not measured[split]]:
@@ -158,7 +158,7 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
     }
-    with published(index_path(recipe)) as aside:
+    with atomic_dir(index_path(recipe)) as aside:
         for split, rows in measured.items():
             pq.write_table(_table(rows), aside / f"{split}.parquet")
         if bad:

@@ -95,7 +95,7 @@ class Encoder:
         """Finds the tokenizer's special tokens in a text: the model would read them as structure, not as words."""
         tokenizer = self.processor.tokenizer
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        tokens = {*tokenizer.all_special_tokens, *added}
+        tokens = {*tokenizer.all_special_tokens, *added} - {""}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def _ids(self, text: str, visual_tokens: int) -> Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-INDEX_VERSION = 1
+INDEX_VERSION = 3
 # What the embedded charts and the tiny base come from, and what the token counts of any dataset depend on.
 EMBEDDED_SOURCES = (
     "trainer/data/charts.py",

@@ -1,6 +1,6 @@
 """The run directory: the only state of a run, and who may write to it.
 
-runs/<name>/ holds recipe.yaml, plan.json, environment.json, checkpoint-<step>/, adapter/, merged/,
+runs/<name>/ holds recipe.yaml, plan.json, data_report.jsonl, environment.json, checkpoint-<step>/, adapter/, merged/,
 metrics.jsonl, evaluations.jsonl, eval.json, at most one marker (DONE, STOPPED or REFUSED) and the lock of the
 process that writes. Whoever wants something of a run under way puts a file there: STOP, with its reason, or SAVE.
 """

@@ -21,6 +21,7 @@ from launch.changes import (
     refuse_unknown_keys,
     still_allowed,
 )
+from launch.data_report import keep_report
 from launch.errors import CheckpointError, ConfigError
 from launch.manifest import MANIFEST, read_manifest
 from launch.plan import Begin, Plan
@@ -250,11 +251,12 @@ def adopt(source: Path, run: RunDirectory) -> None:
 
 
 def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
-    """Write `plan.json` and `recipe.yaml`, each in one rename.
+    """Write `data_report.jsonl` where there is something to report, `plan.json` and `recipe.yaml`, each in one rename.
 
     The recipe last: a change is only believed to be allowed when the plan says so.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    keep_report(recipe, run.path)
     atomic_write(run.plan_file, plan.to_json())
     atomic_write(run.recipe_file, dump_recipe(recipe))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from launch.changes import Change
 from launch.children import call_module
+from launch.data_report import known_notes, summary
 from launch.errors import ConfigError, InUseError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import base_is_there, read_index
@@ -141,6 +142,9 @@ def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> I
     if index is None or not base_is_there(recipe):
         prepare(recipe_file, overrides)
         index = read_index(recipe)
+    else:  # `prepare` says it itself
+        for line in summary(known_notes(recipe) or []):
+            tell(f"{recipe.data.dataset}: {line}")
     if index is None:
         raise RunError(f"{recipe_file}: prepare ended without an index; run `samestep prepare {recipe_file}`")
     return index

@@ -13,7 +13,8 @@ from launch.run_directory import RunDirectory
 from tests.adapters import random_adapter, write_run
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
-from trainer.data.chartqa import chat, decode_image, open_split
+from trainer.data.chartqa import chat, open_split
+from trainer.data.images import decode_image
 from trainer.evaluation.answers import Question, make_batches, other_images, spread
 from trainer.evaluation.generate import main
 from trainer.pretrained import load_processor

@@ -202,11 +202,28 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
                 f"model.name_or_path: the tokenizer in {path} turns {text!r} into {len(ids)} tokens that read "
                 f"{tokenizer.decode(ids)!r}; its files (tokenizer.json) are missing or another model's"
             )
-    size = dict(processor.image_processor.size)
-    if recipe.data.min_pixels is not None:
-        size["shortest_edge"] = recipe.data.min_pixels
-    if recipe.data.max_pixels is not None:
-        size["longest_edge"] = recipe.data.max_pixels
-    processor.image_processor.size = size
+    processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
+
+
+def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:
+    """The processor's bounds of an image's area in pixels (`shortest_edge`, `longest_edge`) with the recipe's in place.
+
+    Raises:
+        ConfigError: the recipe gives one, and it is beyond the processor's other.
+    """
+    given = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
+    bounds = own | {edge: pixels for edge, pixels in given.items() if pixels is not None}
+    least, most = bounds["shortest_edge"], bounds["longest_edge"]
+    if least > most and recipe.data.max_pixels is None:
+        raise ConfigError(
+            f"data.min_pixels: above the processor's own maximum ({least:,} > {most:,} pixels); lower it, or set "
+            "data.max_pixels too"
+        )
+    if least > most:
+        raise ConfigError(
+            f"data.max_pixels: below the processor's own minimum ({most:,} < {least:,} pixels); raise it, or set "
+            "data.min_pixels too"
+        )
+    return bounds

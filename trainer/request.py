@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from launch.changes import consequences, tie_contents
+from launch.data_report import known_notes, summary
 from launch.errors import ConfigError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
@@ -70,6 +71,8 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState, gp
     other_data = refuse_another_dataset(run, index.fingerprint, allowed, source)
     for consequence in consequences([*continuation.changed, *other_data]):
         logger.warning(f"allowed: {consequence}")
+    for line in summary(known_notes(recipe) or []):
+        logger.info(f"{recipe.data.dataset}: {line}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     hardware: dict[str, Any] = {
         "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),

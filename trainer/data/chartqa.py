@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from launch.errors import ConfigError
 from launch.index import (
@@ -65,13 +63,6 @@ def image_bytes(image: dict[str, Any]) -> bytes:
     if image["bytes"] is not None:
         return bytes(image["bytes"])
     return read_bytes(image["path"], TABLE)
-
-
-def decode_image(image: bytes) -> Image.Image:
-    """The image as `datasets.Image` decodes it (turned upright by its EXIF tag), pixels loaded."""
-    opened = Image.open(io.BytesIO(image))
-    opened.load()
-    return ImageOps.exif_transpose(opened)
 
 
 def open_split(recipe: Recipe, split: SplitName) -> Rows:

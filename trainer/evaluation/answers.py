@@ -33,8 +33,10 @@ from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
 from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.portable import load_adapter
-from trainer.data.chartqa import Rows, decode_image, open_split
+from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
+from trainer.data.row_errors import naming_row
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 
@@ -178,9 +180,10 @@ class Replica:
             self._features.move_to_end(image_row)
             return self._features[image_row]
         device = self.base.device
-        encoded = self.processor.image_processor(
-            images=[decode_image(self.rows[image_row].image)], return_tensors="pt"
-        ).to(device)
+        with naming_row(f"data: row {image_row} of the split"):
+            image = decode_image(self.rows[image_row].image)
+            encoded = self.processor.image_processor(images=[image], return_tensors="pt")
+        encoded = encoded.to(device)
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)

@@ -41,8 +41,10 @@ from trainer.checkpoint.consolidate import add_adapter_options, missing_of, writ
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
 from trainer.checkpoint.reading import read_json
-from trainer.data.chartqa import Row, decode_image, open_split
+from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
+from trainer.data.row_errors import naming_row
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
@@ -254,10 +256,11 @@ def answer_logits(
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     prompt, text = encoder.texts(row)
     device = next(model.parameters()).device
-    inputs = processor(
-        text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
-    ).to(device)
-    begin = encoder.prompt_length(prompt, inputs["input_ids"][0].cpu())
+    with naming_row(f"data: the row that asks {row.query!r}"):
+        image = decode_image(row.image)
+        inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        begin = encoder.prompt_length(prompt, inputs["input_ids"][0])
+    inputs = inputs.to(device)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0, begin - 1 : -1].float().cpu()

@@ -44,8 +44,9 @@ from trainer.evaluation.answers import (
     answer_all,
     check_request,
 )
-from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, summary
+from trainer.evaluation.metrics import Accuracy, Prediction, mcnemar, summary
 from trainer.prepare import prepare
+from trainer.relaxed_accuracy import correct
 from trainer.speech import speak_plainly
 
 # The result: rank 0 ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from launch.arguments import (
     Source,
     example,
 )
+from launch.ledger import MAX_CRASHES
 from launch.screen import say, show_plan
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ SignalLead = Annotated[
     int | None,
     typer.Option(metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"),
 ]
+MaxCrashes = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Give up after N attempts in a row that save no step; dead nodes count half."
+    ),
+]
 
 
 @commands.command(
@@ -81,6 +88,7 @@ def submit(
     container: Image = None,
     device: Device = None,
     signal_lead: SignalLead = None,
+    max_crashes: MaxCrashes = MAX_CRASHES,
     then: Annotated[
         str, typer.Option(help="Jobs for when the run is done: merge, evaluate, or both with a comma.")
     ] = "",
@@ -114,11 +122,12 @@ def submit(
     cluster.refuse_short_time(chosen)
     if not dry_run:
         cluster.refuse_missing_sbatch()
+        cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = start.RunRequest(
         recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
     )
     asked = take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
-    submission = cluster.prepare(asked, chosen, follow_ups)
+    submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)
     _show(submission, to_stderr=dry_run)
     if dry_run:
         print(start.outlook(submission.planned, submission.request), file=sys.stderr)
@@ -166,8 +175,8 @@ def status(
     import time
 
     from launch import start
+    from launch.slurm_commands import show_job
     from launch.status import row, runs_below, status_of
-    from launch.submit import show_job
 
     now = time.time()
     chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
@@ -228,8 +237,8 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
     import time
 
     from launch.follow import follow
+    from launch.slurm_commands import show_job
     from launch.status import end_of, log_files, never_spoke, waits_for
-    from launch.submit import show_job
 
     spoken = False
 

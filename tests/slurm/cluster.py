@@ -14,7 +14,7 @@ from typing import Any
 
 from launch import ledger
 from launch.run_directory import RunDirectory
-from launch.slurm import JobFacts, parse_job
+from launch.slurm_output import JobFacts, parse_job
 from tests.distributed.launching import ROOT, child_environment
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -87,7 +87,7 @@ class Cluster:
         found: list[JobFacts] = []
 
         def answered() -> bool:
-            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout)
+            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout, job)
             found.extend([facts] if facts else [])
             return facts is not None
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch import ledger
@@ -232,9 +232,9 @@ def end(options: argparse.Namespace) -> int:
     run = RunDirectory(Path(options.run))
     job, nodes = parse_job(options.job, allocation.job), parse_nodes(options.nodes)
     used = expand_nodes(allocation.node_list)
-    found = ledger.how_it_ended(run, options.asked, dead_nodes(nodes, used))
-    ended, queued = ledger.with_job(found, job, allocation.restart)
-    _write_end(run, ended, allocation.job, allocation.restart)
+    dead = dead_nodes(nodes, used)
+    ended, queued = ledger.with_job(ledger.how_it_ended(run, options.asked, dead), job, allocation.restart)
+    _write_end(run, replace(ended, failed_nodes=",".join(dead)), allocation.job, allocation.restart)
     step = ledger.newest_step(run)
     _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
     if ended.how not in ledger.RESTARTED:

@@ -205,7 +205,7 @@ def how_it_ended(run: RunDirectory, asked: str = "", down: Sequence[str] = ()) -
     marker = read_marker(run)
     if marker is None:
         if down:
-            return End("node_fail", f"node failure: {', '.join(down)}", ",".join(down))
+            return End("node_fail", f"node failure: {', '.join(down)}")
         if asked in ("preempted", "time"):
             return End(
                 cast(How, asked), "killed before the checkpoint was written; see grace_seconds, signal_lead"

@@ -20,10 +20,9 @@ _OF_ANOTHER_JOB = ("SLURM_", "SRUN_", "PMI", "SBATCH_JOB_", "SQUEUE_", "SINFO_",
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
-def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; returns the job id. ConfigError when sbatch refuses, in its words."""
-    overriding = overriding_variables(script.read_text(encoding="utf-8"))
-    done = _slurm("sbatch", "--parsable", *options, str(script), without=overriding)
+def sbatch(script: Path, text: str, *options: str) -> str:
+    """Submit a script of this `text`; returns the job id. ConfigError when sbatch refuses, in its words."""
+    done = _slurm("sbatch", "--parsable", *options, str(script), without=overriding_variables(text))
     if done.returncode:
         words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         said = "; ".join(word for word in words if word.strip()) or "without a word"

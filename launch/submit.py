@@ -203,7 +203,7 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     new = not run.path.exists()
     script = write(submission)
     try:
-        first = sbatch(script)
+        first = sbatch(script, submission.script)
     except ConfigError as error:
         if new:
             shutil.rmtree(run.path, ignore_errors=True)
@@ -212,11 +212,11 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
         raise
     ledger.write_event(run, "submit", job=first)
     queued = [(SCRIPT, first)]
-    for name in submission.follow_ups:
+    for name, text in submission.follow_ups.items():
         # Without the second the job would wait for ever once the one before has failed.
         options = [f"--dependency=afterok:{queued[-1][1]}", "--kill-on-invalid-dep=yes"]
         try:
-            queued.append((name, sbatch(run.path / name, *options)))
+            queued.append((name, sbatch(run.path / name, text, *options)))
         except ConfigError as error:
             done = ", ".join(f"{script} as job {job}" for script, job in queued)
             raise ConfigError(

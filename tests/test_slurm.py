@@ -354,6 +354,7 @@ def test_nothing_of_another_job_around_the_shell_is_believed(
         **{"SLURM_ARRAY_JOB_ID": "39", "SLURM_ARRAY_TASK_ID": "1", "SLURM_HET_SIZE": "2", "SRUN_EXACT": "1"},
         **{"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "9", "SQUEUE_STATES": "PD", "PMI_RANK": "3"},
         **{"SBATCH_ARRAY_INX": "1-9", "SINFO_PARTITION": "x", "SLURM_EXPORT_ENV": "NONE"},
+        **{"WORLD_SIZE": "4", "MASTER_ADDR": "elsewhere", "ACCELERATE_USE_FSDP": "true", "PET_NNODES": "9"},
     }
     for name, value in of_another.items():
         monkeypatch.setenv(name, value)

@@ -12,15 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch import ledger
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
+from launch.failed_nodes import dead_nodes, nodes_to_exclude
 from launch.hardware import compute_capability
 from launch.job_plan import Allocation, JobPlan, plan_job, run_of
-from launch.ledger import End
+from launch.ledger import MAX_CRASHES, End
 from launch.recipe_file import load_recipe
 from launch.resources import resource
 from launch.rules import refuse_unfit_machine
@@ -36,7 +37,17 @@ from launch.run_directory import (
     write_marker,
 )
 from launch.runs import adopt, write_request
-from launch.slurm import ENDING, RUNNING, QueuedJob, parse_job, parse_nodes, parse_queue
+from launch.slurm_output import (
+    ENDING,
+    RUNNING,
+    JobFacts,
+    Nodes,
+    QueuedJob,
+    expand_nodes,
+    parse_job,
+    parse_nodes,
+    parse_queue,
+)
 from launch.untrusted_files import printable_lines
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
@@ -53,7 +64,7 @@ def begin(options: argparse.Namespace) -> int:
     Raises:
         SamestepError: the request is refused, or the run gets nowhere. The ledger says why.
     """
-    allocation = Allocation.of(os.environ)
+    allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
     queue = parse_queue(options.queue)
     run = run_of(options)
     try:
@@ -72,6 +83,7 @@ def _begin(
     options: argparse.Namespace, allocation: Allocation, queue: Sequence[QueuedJob], run: RunDirectory
 ) -> int:
     now = time.time()
+    refuse_parts(allocation, parse_job(options.job, allocation.job))
     refuse_another_job(run, allocation, queue, now)
     wait_for_the_lock(run)  # before anything is read or written: somebody may be training
     job = plan_job(options, allocation)
@@ -82,9 +94,9 @@ def _begin(
     run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
         refuse_another_job(run, allocation, queue, now)
-        close_open_attempts(run)
+        close_open_attempts(run, allocation, parse_nodes(options.nodes))
         before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart)
-        if reason := ledger.reason_to_give_up(before):
+        if reason := ledger.reason_to_give_up(before, allocation.max_crashes):
             raise RunError(f"{run.path}: job {allocation.job}: {reason}")
         if requested_stop(run) == "user":
             _answer_stop(run, allocation, job)
@@ -96,6 +108,15 @@ def _begin(
     config = resource("accelerate_configs", f"{job.plan.strategy}.yaml")
     print(run.path, config, job.plan.gpus_per_node, sep="\n")
     return 0
+
+
+def refuse_parts(allocation: Allocation, job: JobFacts | None) -> None:
+    """ConfigError for a heterogeneous job, of which this script would use the first part alone."""
+    if job is not None and job.heterogeneous:
+        raise ConfigError(
+            f"job {allocation.job}: is heterogeneous, and a run needs nodes of one kind; submit without `:` and "
+            "without `#SBATCH hetjob`"
+        )
 
 
 def refuse_this_node(run: RunDirectory, job: JobPlan) -> None:
@@ -132,17 +153,22 @@ def refuse_another_job(
     """One job at a time: also between the start of an attempt and the minute when its trainer takes the lock.
 
     Raises:
-        RunError: another job of the run is running: it will bring the run to its end.
+        RunError: another job of the run is running, or has just begun as a task of the same array: it will bring
+            the run to its end.
         InUseError: another one is ending, or began while `queue` was asked for.
     """
     attempt = ledger.read_ledger(run).open
     if attempt is None or attempt.job == allocation.job:
         return
     state = {job.job: job.state for job in queue}.get(attempt.job, "")
-    if state in RUNNING:
+    sibling = allocation.is_sibling(attempt.job)
+    if state in RUNNING or (sibling and attempt.began > now):
+        remedy = f"`scancel {attempt.job}` ends it"
+        if sibling:
+            remedy = "tasks of an array need runs of their own, for example OPTIONS=(--name mine-$SLURM_ARRAY_TASK_ID)"
         raise RunError(
-            f"{run.path}: job {attempt.job} of this run is under way ({state.lower()}) and goes on by itself; "
-            f"`scancel {attempt.job}` ends it"
+            f"{run.path}: job {attempt.job} of this run is under way ({state.lower() or 'it has just begun'}) and goes "
+            f"on by itself; {remedy}"
         )
     if state in ENDING or attempt.began > now:
         raise InUseError(f"{run.path}: job {attempt.job} of this run is {state.lower() or 'just beginning'}")
@@ -159,7 +185,7 @@ def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJ
         reason = f"{error.filename or run.path}: {error.strerror or error}"
     _write_unstarted(run, allocation, End("crashed", reason))
     attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
-    if told := ledger.reason_to_give_up(attempts):
+    if told := ledger.reason_to_give_up(attempts, allocation.max_crashes):
         raise RunError(f"{reason}; job {allocation.job} is not queued again: {told}")
     if any(job.job == allocation.job and not job.requeueable for job in queue):
         raise RunError(f"{reason}; job {allocation.job} may not be queued again (--no-requeue)")
@@ -168,14 +194,19 @@ def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJ
     return 0
 
 
-def close_open_attempts(run: RunDirectory) -> None:
-    """Write down how attempts ended that could not do it themselves: their node died, or KILL came first."""
+def close_open_attempts(run: RunDirectory, allocation: Allocation, nodes: Sequence[Nodes]) -> None:
+    """Write down how attempts ended that could not do it themselves: their node died, or KILL came first.
+
+    Of the same job that is a dead node: for nothing else that ends its script without a word does Slurm queue it again.
+    """
     for attempt in ledger.read_ledger(run).attempts:
         if attempt.how is None:
             ended = ledger.how_it_ended(run)
-            gone = read_marker(run) is None
-            reason = "left no word: its node died, or KILL came" if gone else ended.reason
-            _write_end(run, End(ended.how, reason), attempt.job, attempt.restart)
+            if read_marker(run) is None:
+                dead = dead_nodes(nodes, expand_nodes(attempt.nodes))
+                how: ledger.How = "node_fail" if dead or attempt.job == allocation.job else "crashed"
+                ended = End(how, "left no word: its node died, or KILL came", ",".join(dead))
+            _write_end(run, ended, attempt.job, attempt.restart)
 
 
 def wait_for_the_lock(run: RunDirectory) -> None:
@@ -195,32 +226,39 @@ def wait_for_the_lock(run: RunDirectory) -> None:
 
 
 def end(options: argparse.Namespace) -> int:
-    """Write down how the attempt ended; print `requeue` when the script is to queue the job again.
+    """Write down how the attempt ended; print what the script is to do: `requeue`, and `exclude=NODES` once it is.
 
     Returns the job's exit status: 0 for a run that is done, or is in the queue again.
     """
-    allocation = Allocation.of(os.environ)
+    allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
     run = RunDirectory(Path(options.run))
-    job = parse_job(options.job)
-    found = ledger.how_it_ended(run, options.asked, parse_nodes(options.nodes))
-    ended, queued = ledger.with_job(found, job, allocation.restart)
-    _write_end(run, ended, allocation.job, allocation.restart)
+    job, nodes = parse_job(options.job, allocation.job), parse_nodes(options.nodes)
+    used = expand_nodes(allocation.node_list)
+    dead = dead_nodes(nodes, used)
+    ended, queued = ledger.with_job(ledger.how_it_ended(run, options.asked, dead), job, allocation.restart)
+    _write_end(run, replace(ended, failed_nodes=",".join(dead)), allocation.job, allocation.restart)
     step = ledger.newest_step(run)
     _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
     if ended.how not in ledger.RESTARTED:
         return {"done": 0, "refused": 2}.get(ended.how, 1)
     attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
-    if reason := ledger.reason_to_give_up(attempts):
+    if reason := ledger.reason_to_give_up(attempts, allocation.max_crashes):
         raise RunError(f"{run.path}: job {allocation.job} is not queued again: {reason}")
+    exclude = ""
+    if job is not None and (left_out := nodes_to_exclude(attempts, job, nodes, used)) != sorted(job.excluded):
+        exclude = f"exclude={','.join(left_out)}"
+        _say(f"nodes left out from now on: {', '.join(left_out) or 'none'}")
     if queued:
         _say("Slurm has queued the job again")
+        if exclude:
+            print(exclude)
         return 0
     if job is not None and not job.requeueable:
         raise RunError(
             f"{run.path}: job {allocation.job} may not be queued again (--no-requeue); submit its script anew, "
             "it goes on from the newest checkpoint"
         )
-    print("requeue")
+    print(f"requeue {exclude}".strip())
     return 0
 
 
@@ -233,6 +271,7 @@ def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
         "first_step": ledger.newest_step(run),
         "log": _log_file(),
         "nodes": allocation.node_list,
+        "max_crashes": allocation.max_crashes,
     }
 
 
@@ -280,14 +319,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
     first.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     first.add_argument("--allow", action="append", default=[], metavar="KEY")
-    first.add_argument("--queue", default="", help="this user's jobs: squeue --Format=JobID,State,Requeue")
+    first.add_argument(
+        "--queue", default="", help="this user's jobs: squeue --Format=JobArrayID,State,Requeue"
+    )
     first.set_defaults(act=begin)
     last = commands.add_parser("end", help="after the processes ended")
     last.add_argument("run", help="the folder of the run")
-    last.add_argument("--job", default="", help="what `scontrol show job -o` prints of this job")
     last.add_argument("--asked", default="", help="what the script was asked to stop for: preempted or time")
-    last.add_argument("--nodes", default="", help="the job's nodes: sinfo --Node --format='%%N %%T'")
     last.set_defaults(act=end)
+    for command in (first, last):
+        command.add_argument(
+            "--attempt", required=True, metavar="JOB.RESTART", help="JOB: of an array JOB_TASK"
+        )
+        command.add_argument("--job", default="", help="what `scontrol show job -o` prints of this job")
+        command.add_argument(
+            "--nodes", default="", help="the partition's: sinfo --format='%%c,%%m,%%G,%%f|%%T|%%N'"
+        )
+        command.add_argument("--max-crashes", type=int, default=MAX_CRASHES, help="in a row, without a step")
     return parser.parse_args(arguments)
 
 

@@ -20,6 +20,7 @@ from launch.arguments import (
     example,
     nodes_option,
 )
+from launch.ledger import MAX_CRASHES
 from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
 from launch.screen import add_row, emit, say, show_plan
 from launch.typed import command
@@ -96,6 +97,12 @@ SignalLead = Annotated[
         show_default="the site's, 120",
     ),
 ]
+MaxCrashes = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Give up after N attempts in a row that save no step; dead nodes count half."
+    ),
+]
 
 
 @commands.command(
@@ -123,6 +130,7 @@ def submit(
     container: Image = None,
     device: Device = None,
     signal_lead: SignalLead = None,
+    max_crashes: MaxCrashes = MAX_CRASHES,
     then: Annotated[
         str,
         typer.Option(
@@ -159,11 +167,12 @@ def submit(
     cluster.refuse_short_time(chosen)
     if not dry_run:
         cluster.refuse_missing_sbatch()
+        cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = start.RunRequest(
         recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
     )
     asked = take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
-    submission = cluster.prepare(asked, chosen, follow_ups)
+    submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)
     _show(submission, to_stderr=dry_run)
     if dry_run:
         say(start.outlook(submission.planned, submission.request), to_stderr=True)
@@ -214,8 +223,8 @@ def status(
     import time
 
     from launch import start
+    from launch.slurm_commands import show_job
     from launch.status import row, runs_below, status_of
-    from launch.submit import show_job
 
     now = time.time()
     chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
@@ -279,8 +288,8 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
     import time
 
     from launch.follow import follow
+    from launch.slurm_commands import show_job
     from launch.status import end_of, log_files, never_spoke, waits_for
-    from launch.submit import show_job
 
     spoken = False
 

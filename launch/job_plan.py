@@ -10,6 +10,7 @@ from pathlib import Path
 from launch import start
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
+from launch.ledger import MAX_CRASHES
 from launch.plan import Plan
 from launch.recipe_file import find_recipe, load_recipe
 from launch.run_directory import RunDirectory, is_done_at, open_run
@@ -17,27 +18,37 @@ from launch.run_directory import RunDirectory, is_done_at, open_run
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave this job."""
+    """What Slurm gave this job. `job`: its id, JOB_TASK of an array's task; `max_crashes`: as of `samestep submit`."""
 
     job: str
     restart: int
     nodes: int
     gpus_on_node: int
     node_list: str
+    max_crashes: int = MAX_CRASHES
 
     @staticmethod
-    def of(environment: Mapping[str, str]) -> Allocation:
-        """From the variables of the batch script. ConfigError outside a job."""
+    def of(environment: Mapping[str, str], attempt: str, max_crashes: int = MAX_CRASHES) -> Allocation:
+        """Of `attempt`, JOB.RESTART, and the variables of the batch script. ConfigError outside a job."""
         if "SLURM_JOB_ID" not in environment:
             raise ConfigError("SLURM_JOB_ID: is not set, so this is no Slurm job; start it with sbatch")
+        job, _, restart = attempt.rpartition(".")
+        if not job or not restart.isdigit():
+            raise ConfigError(f"--attempt: {attempt!r} is not JOB.RESTART; see slurm/train.sbatch")
         gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
         return Allocation(
-            environment["SLURM_JOB_ID"],
-            int(environment.get("SLURM_RESTART_COUNT", "0")),
+            job,
+            int(restart),
             int(environment.get("SLURM_JOB_NUM_NODES", "1")),
             int(gpus) if gpus.isdigit() else 0,
             environment.get("SLURM_JOB_NODELIST", ""),
+            max_crashes,
         )
+
+    def is_sibling(self, job: str) -> bool:
+        """Another task of this job's array."""
+        array, _, task = self.job.partition("_")
+        return task != "" and job != self.job and job.partition("_")[0] == array
 
 
 @dataclass(frozen=True)

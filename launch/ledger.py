@@ -21,24 +21,31 @@ from typing import Any, BinaryIO, Literal, cast, get_args
 from launch.atomic_files import naming
 from launch.manifest import MANIFEST
 from launch.run_directory import RunDirectory, read_marker
-from launch.slurm import JobFacts
+from launch.slurm_output import JobFacts
 from launch.untrusted_files import TABLE, UNREADABLE, open_plain, parse_json, read_bytes, reason_of
 
-How = Literal["done", "stopped", "refused", "preempted", "time", "crashed"]
-RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed")
+How = Literal["done", "stopped", "refused", "preempted", "time", "crashed", "node_fail"]
+RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed", "node_fail")
 """Ends after which the job is queued again, counted apart."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("job", "log", "nodes", "how", "reason"), str),
-    **dict.fromkeys(("restart", "first_step", "last_step"), int),
+    **dict.fromkeys(("job", "log", "nodes", "how", "reason", "failed_nodes"), str),
+    **dict.fromkeys(("restart", "first_step", "last_step", "max_crashes"), int),
     **dict.fromkeys(("began", "ended"), (int, float)),
 }
 _JOB = re.compile(r"[0-9][0-9_+]{0,40}")
-LIMIT = 3  # crashes in a row, or attempts in a row that saved no step
+MAX_CRASHES = 3
+"""Attempts in a row that save no step, after which a job is given up: the default of --max-crashes."""
+_NODE_FAILURES = 2  # as many times as crashes: bad luck, unless it is the run that brings its nodes down
+_A_DAY = 8  # as many times as crashes, of a run that gets forward between them; 24 by default
+_DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job. Steps are those of the newest published checkpoint; `how` is None without an end."""
+    """One start of a job. Steps are those of the newest published checkpoint; `how` is None without an end.
+
+    `failed_nodes`: those of its nodes that were dead when it ended, with commas.
+    """
 
     job: str
     restart: int
@@ -50,6 +57,8 @@ class Attempt:
     reason: str = ""
     last_step: int = 0
     ended: float = 0.0
+    failed_nodes: str = ""
+    max_crashes: int = MAX_CRASHES
 
     @property
     def saved(self) -> bool:
@@ -193,10 +202,11 @@ def newest_step(run: RunDirectory) -> int:
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended, and why."""
+    """How an attempt ended, and why. `failed_nodes`: as of an `Attempt`."""
 
     how: How
     reason: str = ""
+    failed_nodes: str = ""
 
 
 def how_it_ended(run: RunDirectory, asked: str = "", down: Sequence[str] = ()) -> End:
@@ -211,7 +221,7 @@ def how_it_ended(run: RunDirectory, asked: str = "", down: Sequence[str] = ()) -
         return End("crashed", f"its marker cannot be read ({reason_of(error)})")
     if marker is None:
         if down:
-            return End("crashed", f"node failure: {', '.join(down)}")
+            return End("node_fail", f"node failure: {', '.join(down)}")
         if asked in ("preempted", "time"):
             return End(
                 cast(How, asked), "killed before the checkpoint was written; see grace_seconds, signal_lead"
@@ -240,7 +250,8 @@ def with_job(end: End, job: JobFacts | None, restart: int) -> tuple[End, bool]:
     if job.reason == "TimeLimit" or job.state == "TIMEOUT":
         return End("time" if end.how == "preempted" else end.how, end.reason), False
     # (What crashed may not be queued again when it may never be: that is no scancel.)
-    if job.state in ("COMPLETING", "CANCELLED") and (job.requeueable or end.how != "crashed"):
+    crashed = end.how in ("crashed", "node_fail")
+    if job.state in ("COMPLETING", "CANCELLED") and (job.requeueable or not crashed):
         return End("stopped", f"scancel: {end.reason}"), False
     return end, False
 
@@ -248,25 +259,29 @@ def with_job(end: End, job: JobFacts | None, restart: int) -> tuple[End, bool]:
 # when to stop trying ------------------------------------------------------------------------
 
 
-def reason_to_give_up(attempts: Sequence[Attempt]) -> str | None:
-    """Why the last job is not to be queued again; None while it may be. A new submission counts anew."""
+def reason_to_give_up(attempts: Sequence[Attempt], max_crashes: int) -> str | None:
+    """Why the last job is not to be queued again; None while it may be. A new submission counts anew.
+
+    An attempt that saves a step begins the count anew. Dead nodes are counted apart: a node is no fault of the run's,
+    until it is one node after another. And a run that crashes all day gets forward too slowly to be left alone.
+    """
     if not attempts:
         return None
     own = [attempt for attempt in attempts if attempt.job == attempts[-1].job]
-    newest_first = own[::-1]
-    crashed = len(list(takewhile(lambda attempt: attempt.how == "crashed", newest_first)))
-    idle = len(list(takewhile(lambda attempt: not attempt.saved and attempt.how in RESTARTED, newest_first)))
     last = own[-1]
-    if idle >= LIMIT:
-        kinds = ", ".join(str(attempt.how) for attempt in own[-idle:])
+    idle = [*takewhile(lambda attempt: not attempt.saved and attempt.how in RESTARTED, own[::-1])][::-1]
+    dead = sum(attempt.how == "node_fail" for attempt in idle)
+    if len(idle) - dead >= max_crashes or dead >= _NODE_FAILURES * max_crashes:
+        kinds = ", ".join(str(attempt.how) for attempt in idle)
         return (
-            f"no step was saved in {idle} attempts in a row ({kinds}; at step {last.last_step}); "
+            f"no step was saved in {len(idle)} attempts in a row ({kinds}; at step {last.last_step}); "
             "see the log, then submit again"
         )
-    if crashed >= LIMIT:
-        return (
-            f"crashed {crashed} times in a row (now at step {last.last_step}); see the log, then submit again"
-        )
+    bad = [attempt for attempt in own if attempt.how in ("crashed", "node_fail")]
+    newest = max(attempt.ended for attempt in own)
+    today = sum(attempt.ended > newest - _DAY_S for attempt in bad)
+    if bad and bad[-1] is last and today >= _A_DAY * max_crashes:
+        return f"crashed {today} times within a day (now at step {last.last_step}); see the log, then submit again"
     return None
 
 

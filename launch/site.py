@@ -12,13 +12,12 @@ from pydantic import Field, ValidationError, model_validator
 from launch.errors import ConfigError
 from launch.explain import explain
 from launch.recipe import Section
+from launch.sbatch_options import why_not
+from launch.secrets_in_text import is_secret
 from launch.untrusted_files import UntrustedFileError, read_yaml, reason_of
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH|API_?KEY|ACCESS_KEY)($|_)", re.IGNORECASE
-)
-_SECRET_VALUE = re.compile(r"^hf_\w+$|://[^/@\s]*:[^/@\s]*@")  # a token of the hub; a password in an address
+_INSTEAD = "would write a secret into every job's script; remove it, and export it in the shell that submits"
 
 
 class ContainerSection(Section):
@@ -82,23 +81,30 @@ def _problems(site: Site) -> Iterator[str]:
     for key, value in site.environment.items():
         if not _NAME.fullmatch(key):
             yield f"environment.{key!r}: not a variable's name; use letters, digits and _"
-        elif _SECRET.search(key) or _SECRET_VALUE.search(value):
-            yield (
-                f"environment.{key}: would write a secret into every job's script; "
-                "remove it, and export it in the shell that submits"
-            )
+        elif is_secret(key, value):
+            yield f"environment.{key}: {_INSTEAD}"
     for option in site.options:
-        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option, re.DOTALL):
-            yield f"options: {option!r} is no option of sbatch; write --name or --name=value"
-        elif option.split("=")[0] in ("--export", "--array"):
-            yield (
-                f"options: {option.split('=')[0]} is not for a site file (it could hold secrets, or start one run many "
-                "times); export variables in the shell that submits"
-            )
+        yield from _problems_of_option(option)
+    written = site.model_dump(exclude={"environment", "options", "container"})
+    written |= {f"container.{key}": value for key, value in site.container.model_dump().items()}
+    for key, values in written.items():
+        if any(is_secret("", str(value)) for value in (values if isinstance(values, list) else [values])):
+            yield f"{key}: {_INSTEAD}"
     if site.container.runtime == "none" and site.container.image:
         yield "container.runtime: none although there is an image; give apptainer or pyxis"
     if site.container.runtime != "none" and not site.container.image:
         yield "container.image: missing; name the image, here or with --container"
+
+
+def _problems_of_option(option: str) -> Iterator[str]:
+    name, _, value = option.partition("=")
+    assigned = re.findall(r"(\w+)=([^,\s]*)", value)
+    if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option, re.DOTALL):
+        yield f"options: {option!r} is no option of sbatch; write --name or --name=value"
+    elif is_secret(name, value) or any(is_secret(*pair) for pair in assigned):
+        yield f"options: {name} {_INSTEAD}"
+    elif reason := why_not(name[2:]):
+        yield f"options: {name} is not for a site file: {reason}"
 
 
 def load_site(file: Path | None, changes: dict[str, object]) -> Site:

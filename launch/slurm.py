@@ -1,4 +1,4 @@
-"""Everything about Slurm that needs no Slurm: the text of a job from a template, and what its commands print."""
+"""The text of a job from a template: a pure function of what was asked for."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.errors import ConfigError, RunError
+from launch.errors import ConfigError
+from launch.ledger import MAX_CRASHES
 from launch.site import Site
 
-RUNNING = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")
-ENDING = ("COMPLETING", "STAGE_OUT")
-"""States of a job that has its nodes, and of one that gives them back."""
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _EDIT = re.compile(r"(?:##?SBATCH --(?P<option>[a-z-]+)|(?P<variable>[A-Z_]+))=?.*?# EDIT.*")
 _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job's script is made of. `environment`: variables that the nodes need beside the site's."""
+    """What a job's script is made of. `environment`: variables that the nodes need beside the site's.
+
+    `max_crashes`: attempts in a row that save no step, after which it is given up.
+    """
 
     name: str
     nodes: int
@@ -33,27 +33,7 @@ class Job:
     site: Site
     mounts: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class JobFacts:
-    """What `scontrol show job` says of a job."""
-
-    state: str
-    reason: str
-    restarts: int
-    requeueable: bool
-    start: str
-    time_limit: str
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A line of squeue."""
-
-    job: str
-    state: str
-    requeueable: bool
+    max_crashes: int = MAX_CRASHES
 
 
 # scripts ----------------------------------------------------------------------------------
@@ -71,6 +51,7 @@ def train_script(template: str, job: Job) -> str:
         "INTERFACE": shlex.quote(site.network_interface or ""),
         "GRACE": str(site.grace_seconds),
         "LEAD": str(site.signal_lead),
+        "MAX_CRASHES": str(job.max_crashes),
     }
     return _fill(template, options, variables, site.options)
 
@@ -173,54 +154,3 @@ def _sbatch_word(value: str) -> str:
         return value
     escaped = value.replace('"', '\\"')
     return f'"{escaped}"'
-
-
-# what Slurm's commands print ---------------------------------------------------------------
-
-
-def parse_job_id(printed: str) -> str:
-    """The id in the output of `sbatch --parsable`: `12` or `12;cluster`."""
-    lines = [line for line in printed.splitlines() if re.fullmatch(r"[0-9]+(;.*)?", line.strip())]
-    if not lines:
-        raise RunError(f"sbatch: printed no job id ({printed.strip()[:200]!r}); see `squeue --me`")
-    return lines[-1].strip().partition(";")[0]
-
-
-def parse_job(printed: str) -> JobFacts | None:
-    """The facts in the output of `scontrol show job -o ID`; None when it does not know the job."""
-    facts = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", printed))
-    if "JobState" not in facts:
-        return None
-    return JobFacts(
-        state=facts["JobState"],
-        reason=facts.get("Reason", "None"),
-        restarts=int(facts["Restarts"]) if facts.get("Restarts", "").isdigit() else 0,
-        requeueable=facts.get("Requeue", "1") != "0",
-        start=facts.get("StartTime", "Unknown"),
-        time_limit=facts.get("TimeLimit", "UNLIMITED"),
-    )
-
-
-def parse_queue(printed: str) -> list[QueuedJob]:
-    """The jobs in the output of `squeue --noheader --Format=JobID,State,Requeue`."""
-    lines = [line.split() for line in printed.splitlines()]
-    return [QueuedJob(words[0], words[1], words[2] != "0") for words in lines if len(words) == 3]
-
-
-def parse_nodes(printed: str) -> list[str]:
-    """The nodes that are dead or out of reach, in the output of `sinfo --noheader --Node --format='%N %T'`."""
-    found = [line.split() for line in printed.splitlines()]
-    dead = {words[0] for words in found if len(words) == 2 and re.match(r"down|fail|.*\*$", words[1])}
-    return sorted(dead)
-
-
-def seconds_of(time: str) -> int | None:
-    """A time of Slurm (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds; None for any other text."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if not match:
-        return None
-    days, *parts = match.groups()
-    first, second, third = (int(part or 0) for part in parts)
-    if days is not None:
-        return ((int(days) * 24 + first) * 60 + second) * 60 + third
-    return (first * 60 + second) * 60 + third if parts[2] is not None else first * 60 + second

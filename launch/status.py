@@ -20,7 +20,7 @@ from launch.merged import merges_behind
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
 from launch.runs import old_plan
-from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
+from launch.slurm_output import ENDING, RUNNING, WAITING, JobFacts
 from launch.survey import newest_valid
 from launch.untrusted_files import (
     UNREADABLE,
@@ -69,12 +69,13 @@ class Status:
     preempted: int = 0
     timed_out: int = 0
     crashed: int = 0
+    node_fail: int = 0
     notes: tuple[str, ...] = ()
 
     @property
     def requeued(self) -> int:
         """Attempts that needed another."""
-        return self.preempted + self.timed_out + self.crashed
+        return self.preempted + self.timed_out + self.crashed + self.node_fail
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "requeued": self.requeued}
@@ -149,6 +150,7 @@ def _status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], no
         preempted=restarts["preempted"],
         timed_out=restarts["time"],
         crashed=restarts["crashed"],
+        node_fail=restarts["node_fail"],
         notes=tuple(_notes(run)),
     )
 
@@ -199,7 +201,8 @@ def _gave_up(book: Ledger) -> str | None:
         return None
     if last.how == "refused":
         return f"job {last.job}: {last.reason}"
-    reason = ledger.reason_to_give_up([attempt for attempt in book.attempts if attempt.job == last.job])
+    attempts = [attempt for attempt in book.attempts if attempt.job == last.job]
+    reason = ledger.reason_to_give_up(attempts, last.max_crashes)
     return f"job {last.job}: {reason}" if reason else None
 
 
@@ -286,10 +289,13 @@ def row(status: Status, now: float) -> tuple[str, ...]:
         "-" if status.loss is None else f"{status.loss:.4g}",
         checkpoint,
         "-" if status.expected_end is None else f"in {age(status.expected_end - now)}",
-        f"{status.preempted} preempted, {status.timed_out} time, {status.crashed} crashed"
-        if status.requeued
-        else "-",
+        _restarts(status) if status.requeued else "-",
     )
+
+
+def _restarts(status: Status) -> str:
+    dead = f", {status.node_fail} node_fail" if status.node_fail else ""
+    return f"{status.preempted} preempted, {status.timed_out} time, {status.crashed} crashed{dead}"
 
 
 def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
@@ -431,6 +437,13 @@ def _written_at(path: Path) -> float | None:
     return facts.st_mtime if stat.S_ISREG(facts.st_mode) else None
 
 
+def _numbers(name: str) -> tuple[int, int, int]:
+    """JOB, TASK of an array (-1: none), RESTART, as in the name of an attempt's folder of logs."""
+    job, _, restart = name.rpartition(".")
+    job, _, task = job.partition("_")
+    return int(job), int(task or -1), int(restart)
+
+
 def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
     """torchrun writes logs/<job>.<restart>/node-<n>/<id>/attempt_0/<local rank>/{stdout,stderr}.log (torch 2.14)."""
     try:
@@ -443,9 +456,11 @@ def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
         )
     if plan.strategy == "single":  # no torchrun: the job's log is the rank's
         return _of_job(run, ledger.read_ledger(run))
-    attempts = [path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+\.\d+", path.name)]
+    attempts = [
+        path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+(_\d+)?\.\d+", path.name)
+    ]
     node, local = divmod(rank, max(1, plan.gpus_per_node))
-    for attempt in sorted(attempts, key=lambda path: tuple(map(int, path.name.split("."))), reverse=True):
+    for attempt in sorted(attempts, key=lambda path: _numbers(path.name), reverse=True):
         if files := sorted(attempt.glob(f"node-{node}/*/attempt_*/{local}/std*.log")):
             return [path_inside(run.path, file) for file in files]
     return []

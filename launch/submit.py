@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,32 +26,20 @@ from launch.run_directory import (
 from launch.runs import adopt, write_request
 from launch.settings import parse_gpu_memory
 from launch.site import Site
-from launch.slurm import (
-    ENDING,
-    RUNNING,
-    WAITING,
-    Job,
-    JobFacts,
-    follow_up_script,
-    parse_job,
-    parse_job_id,
-    seconds_of,
-    train_script,
-)
+from launch.slurm import Job, follow_up_script, train_script
+from launch.slurm_commands import most_cpus, sbatch, show_job
+from launch.slurm_output import ENDING, RUNNING, WAITING, seconds_of
 
 FOLLOW_UPS = ("merge", "evaluate")
 SCRIPT = "submit.sbatch"
-_PATIENCE_S = 120
-# What a shell inside another allocation would pass on about that one: srun believes it over the new job's script.
-_OF_ANOTHER_JOB = ("SLURM_", "SRUN_", "PMI", "SBATCH_JOB_")
-_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
 @dataclass(frozen=True)
 class Submission:
     """Everything that will be queued; nothing is written yet. `follow_ups`: file name -> script, in order.
 
-    `other_packages`: whose the job runs with, where they are not this Python's.
+    `other_packages`: whose the job runs with, where they are not this Python's. `cpus`: what of a node it asks for,
+    in words.
     """
 
     planned: start.PlannedRun
@@ -59,6 +47,7 @@ class Submission:
     script: str
     follow_ups: Mapping[str, str]
     other_packages: str = ""
+    cpus: str = ""
 
 
 def check_follow_ups(then: str) -> list[str]:
@@ -97,6 +86,24 @@ def refuse_short_time(site: Site) -> None:
         )
 
 
+def refuse_too_many_cpus(site: Site, processes: int) -> None:
+    """ConfigError when no node of the partition has as many CPUs as the processes of one are to get."""
+    most, wanted = most_cpus(site.partition), site.cpus_per_process * processes
+    if most is None or wanted <= most:
+        return
+    where = f"partition {site.partition}" if site.partition else "this cluster"
+    fewer = most // processes
+    raise ConfigError(
+        f"cpus_per_process: {cpus_in_words(site, processes)}, and no node of {where} has more than {most}; "
+        + (f"set it to {fewer} in the site's file (--site)" if fewer else "lower --gpus-per-node")
+    )
+
+
+def cpus_in_words(site: Site, processes: int) -> str:
+    """What a node must have for its processes."""
+    return f"{site.cpus_per_process} x {processes} processes are {site.cpus_per_process * processes} CPUs of a node"
+
+
 def refuse_missing_sbatch() -> None:
     """ConfigError on a machine that cannot submit."""
     if shutil.which("sbatch") is None:
@@ -106,10 +113,10 @@ def refuse_missing_sbatch() -> None:
         )
 
 
-def prepare(request: start.RunRequest, site: Site, then: Sequence[str]) -> Submission:
+def prepare(request: start.RunRequest, site: Site, then: Sequence[str], max_crashes: int) -> Submission:
     """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused."""
     planned = start.plan_run(request)
-    job = _job(planned, site)
+    job = replace(_job(planned, site), max_crashes=max_crashes)
     follow_ups = {}
     for word in then:
         command = [word, str(planned.run.path)]
@@ -119,7 +126,8 @@ def prepare(request: start.RunRequest, site: Site, then: Sequence[str]) -> Submi
         one = replace(job, name=f"{job.name}-{word}")
         follow_ups[f"{word}.sbatch"] = follow_up_script(template, one, command)
     template = resource("slurm", "train.sbatch").read_text(encoding="utf-8")
-    return Submission(planned, request, train_script(template, job), follow_ups, other_packages(site))
+    script, cpus = train_script(template, job), cpus_in_words(site, job.gpus_per_node)
+    return Submission(planned, request, script, follow_ups, other_packages(site), cpus)
 
 
 def _job(planned: start.PlannedRun, site: Site) -> Job:
@@ -201,65 +209,22 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     """
     run = submission.planned.run
     with removed_on_failure(run, new=make_folder(run)):
-        first = sbatch(write(submission))
+        try:
+            first = sbatch(write(submission), submission.script)
+        except ConfigError as error:
+            if re.search(r"processors|cpu|node config", str(error), re.IGNORECASE):
+                raise ConfigError(f"{error} (cpus_per_process: {submission.cpus})") from None
+            raise
     ledger.write_event(run, "submit", job=first)
     queued = [(SCRIPT, first)]
-    for name in submission.follow_ups:
+    for name, text in submission.follow_ups.items():
         # Without the second the job would wait for ever once the one before has failed.
         options = [f"--dependency=afterok:{queued[-1][1]}", "--kill-on-invalid-dep=yes"]
         try:
-            queued.append((name, sbatch(run.path / name, *options)))
+            queued.append((name, sbatch(run.path / name, text, *options)))
         except ConfigError as error:
             done = ", ".join(f"{script} as job {job}" for script, job in queued)
             raise ConfigError(
                 f"{error}; queued already: {done}; when there is room: sbatch {' '.join(options)} {run.path / name}"
             ) from None
     return queued
-
-
-def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; returns the job id. ConfigError when sbatch refuses, in its words."""
-    done = _slurm("sbatch", "--parsable", *options, str(script))
-    if done.returncode:
-        words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-        said = "; ".join(word for word in words if word.strip()) or "without a word"
-        raise ConfigError(
-            f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
-            "see `sinfo` and `sacctmgr show assoc` for what you may use"
-        )
-    return parse_job_id(done.stdout)
-
-
-def show_job(job: str) -> JobFacts | None:
-    """What Slurm knows of a job; None when it knows nothing, or there is no Slurm here."""
-    if shutil.which("scontrol") is None:
-        return None
-    try:
-        done = _slurm("scontrol", "show", "job", "-o", job)
-    except ConfigError:
-        return None
-    return parse_job(done.stdout) if done.returncode == 0 else None
-
-
-def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(_OF_ANOTHER_JOB)
-    }
-    try:
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise ConfigError(f"{command[0]}: not found in PATH; run this where Slurm is installed") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(
-            f"{command[0]}: gives no answer ({error}); is the controller up? see `scontrol ping`"
-        ) from None

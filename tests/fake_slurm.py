@@ -28,10 +28,11 @@ class FakeSlurm:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeSlurm:
-    """sbatch counts its jobs from 41 on; scontrol knows no job."""
+    """sbatch counts its jobs from 41 on; scontrol knows no job, sinfo no node."""
     folder.mkdir()
     fake = FakeSlurm(folder)
     fake.answer("sbatch", f"echo $((40 + $(wc -l <'{folder}/sbatch.log')))")
     fake.answer("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    fake.answer("sinfo", "exit 1")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return fake

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launch.run_directory import RunDirectory, hold_lock, read_marker, request_s
 from tests.fake_slurm import install
 from tests.launcher import EMBEDDED, samestep, stand_in, write_adapter
 
+KIND = "4,4096,gpu:4,(null)"
 RUNNING = "JobId=41 JobState=RUNNING Reason=None Requeue=1 Restarts={}"
 
 
@@ -40,19 +42,26 @@ def _attempt(monkeypatch: pytest.MonkeyPatch, restart: int, nodes: int = 2) -> N
         monkeypatch.setenv(f"SLURM_{name}", value)
 
 
+def _main(command: str, target: RunDirectory | str, *words: str) -> int:
+    """As the script of the job and attempt that the variables name."""
+    which = f"{os.environ.get('SLURM_JOB_ID', '41')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    place = target if isinstance(target, str) else str(target.path)
+    return allocation.main([command, place, "--attempt", which, *words])
+
+
 def _begin(
-    run: RunDirectory, capsys: pytest.CaptureFixture[str], queue: str = "41 RUNNING 1"
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], queue: str = "41 RUNNING 1", *words: str
 ) -> tuple[int, list[str]]:
     capsys.readouterr()
-    status = allocation.main(["begin", str(run.path), "--device", "cpu", "--queue", queue])
+    status = _main("begin", run, "--device", "cpu", "--queue", queue, *words)
     return status, capsys.readouterr().out.splitlines()
 
 
 def _end(
-    run: RunDirectory, capsys: pytest.CaptureFixture[str], job: str = RUNNING.format(0)
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], job: str = RUNNING.format(0), *words: str
 ) -> tuple[int, str]:
     capsys.readouterr()
-    status = allocation.main(["end", str(run.path), "--job", job])
+    status = _main("end", run, "--job", job, *words)
     return status, capsys.readouterr().out
 
 
@@ -74,7 +83,7 @@ def test_the_first_nodes_packages_and_gpus_are_judged_before_its_processes_start
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("launch.rules._installed", lambda: {"accelerate": "1.14.2"})
-    assert allocation.main(["begin", str(run.path)]) == 2
+    assert _main("begin", run) == 2
     told = capsys.readouterr()
     assert "error: versions: too old (accelerate 1.14.2 < 1.15)" in told.err
     assert told.out == ""
@@ -87,7 +96,7 @@ def test_the_first_nodes_packages_and_gpus_are_judged_before_its_processes_start
     run.plan_file.write_text(json.dumps({**values, "device": "cuda"}))
     recipe = run.recipe_file.read_text()
     run.recipe_file.write_text(recipe.replace("dtype: float32", "dtype: bfloat16"))
-    assert allocation.main(["begin", str(run.path)]) == 2
+    assert _main("begin", run) == 2
     assert "compute capability 7.5" in capsys.readouterr().err
 
 
@@ -104,14 +113,14 @@ def test_a_recipe_is_planned_for_the_allocation(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
-    words = ["begin", "embedded", "--set", "training.max_steps=6", "--name", "hand"]
-    assert allocation.main([*words, "--device", "cuda"]) == 0
+    words = ["embedded", "--set", "training.max_steps=6", "--name", "hand"]
+    assert _main("begin", *words, "--device", "cuda") == 0
     plan = Plan.from_json((run.path.parent / "hand" / "plan.json").read_text())
     assert (plan.nodes, plan.gpus_per_node, plan.device, plan.strategy) == (2, 2, "cuda", "ddp")
     capsys.readouterr()
-    assert allocation.main([*words, "--device", "cpu", "--strategy", "single"]) == 2
+    assert _main("begin", *words, "--device", "cpu", "--strategy", "single") == 2
     assert "--strategy: single is one process" in capsys.readouterr().err
-    assert allocation.main([*words, "--device", "cpu", "--strategy", ""]) == 2
+    assert _main("begin", *words, "--device", "cpu", "--strategy", "") == 2
     assert "--strategy: '' is none of single, ddp" in capsys.readouterr().err
 
 
@@ -174,7 +183,7 @@ def test_a_run_that_gets_nowhere_stops_with_the_reason(
         assert _end(run, capsys, RUNNING.format(restart)) == (0, "requeue\n")
     _attempt(monkeypatch, 2)
     _begin(run, capsys)
-    assert allocation.main(["end", str(run.path), "--job", RUNNING.format(2)]) == 1
+    assert _main("end", run, "--job", RUNNING.format(2)) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert "job 41 is not queued again: no step was saved in 3 attempts in a row" in told.err
@@ -183,19 +192,28 @@ def test_a_run_that_gets_nowhere_stops_with_the_reason(
 def test_attempts_whose_node_died_are_closed_by_the_next_and_count(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for restart in range(3):
+    nodes = ["--nodes", f"{KIND}|down*|n[2-5]\n{KIND}|mixed|n1"]
+    for restart in range(6):
         _attempt(monkeypatch, restart)
-        assert _begin(run, capsys)[0] == 0
-    _attempt(monkeypatch, 3)
-    assert allocation.main(["begin", str(run.path)]) == 1
-    assert (
-        "no step was saved in 3 attempts in a row (crashed, crashed, crashed; at step 0)"
-        in capsys.readouterr().err
-    )
+        assert _begin(run, capsys, "41 RUNNING 1", *nodes)[0] == 0
+    _attempt(monkeypatch, 6)
+    assert _main("begin", run) == 1
+    assert "no step was saved in 6 attempts in a row (node_fail, node_fail," in capsys.readouterr().err
     attempts = ledger.read_ledger(run).attempts
     assert "left no word" in attempts[2].reason
-    assert (attempts[3].how, attempts[3].restart) == ("refused", 3)
-    assert "job 41: no step was saved in 3 attempts in a row" in attempts[3].reason
+    assert (attempts[2].how, attempts[2].failed_nodes) == ("node_fail", "n2")
+    assert (attempts[6].how, attempts[6].restart) == ("refused", 6)
+    assert "job 41: no step was saved in 6 attempts in a row" in attempts[6].reason
+
+
+def test_a_job_may_crash_as_often_as_it_was_submitted_for(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--max-crashes", "1"]
+    _begin(run, capsys, "41 RUNNING 1", *words)
+    assert _end(run, capsys, RUNNING.format(0), *words) == (1, "")
+    (attempt,) = ledger.read_ledger(run).attempts
+    assert (attempt.how, attempt.max_crashes) == ("crashed", 1)
 
 
 def test_a_ledger_that_cannot_be_written_does_not_keep_the_job_from_the_queue(
@@ -281,7 +299,7 @@ def test_a_full_disk_is_tried_again_and_not_for_ever(
         _attempt(monkeypatch, restart)
         assert _begin(run, capsys) == (0, ["requeue"])
     _attempt(monkeypatch, 2)
-    assert allocation.main(["begin", str(run.path)]) == 1
+    assert _main("begin", run) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert "ledger.jsonl: No space left on device; job 41 is not queued again: no step was saved" in told.err
@@ -311,7 +329,7 @@ def test_a_lock_that_is_held_on_is_tried_again_and_counts(
         _attempt(monkeypatch, 2)
         assert _begin(run, capsys) == (1, [])
     assert len(ledger.read_ledger(run).attempts) == 3
-    assert ledger.reason_to_give_up(ledger.read_ledger(run).attempts) is not None
+    assert ledger.reason_to_give_up(ledger.read_ledger(run).attempts, 3) is not None
 
 
 def test_a_job_taken_away_for_a_dead_node_has_crashed(
@@ -319,17 +337,98 @@ def test_a_job_taken_away_for_a_dead_node_has_crashed(
 ) -> None:
     _begin(run, capsys)
     request_stop(run, "preempted")
-    words = ["--asked", "preempted", "--nodes", "n1 mixed\nn2 down*", "--job", RUNNING.format(1)]
-    assert allocation.main(["end", str(run.path), *words]) == 0
+    words = [
+        "--asked",
+        "preempted",
+        "--nodes",
+        f"{KIND}|mixed|n1\n{KIND}|down*|n[2-3]",
+        "--job",
+        RUNNING.format(1),
+    ]
+    assert _main("end", run, *words) == 0
     last = ledger.read_ledger(run).attempts[-1]
-    assert (last.how, last.reason) == ("crashed", "node failure: n2")
+    assert (last.how, last.reason, last.failed_nodes) == ("node_fail", "node failure: n2", "n2")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "job", "said"),
+    [
+        # n2 died. Two others of its kind are left:
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle~|n3", "", "requeue exclude=n2\n"),
+        # only one,
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2", "", "requeue\n"),
+        # or a second one of another kind, or that is to be mended, or that the job may not have:
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n8,1,gpu:1,b|idle|n3", "", "requeue\n"),
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|drained|n3", "", "requeue\n"),
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle|n3", " ExcNodeList=n3", "requeue\n"),
+        (
+            f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle|n[3-4]",
+            " ExcNodeList=n3",
+            "requeue exclude=n2,n3\n",
+        ),
+        # or nodes that it asked for by name.
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle|n3", " ReqNodeList=n[1-2]", "requeue\n"),
+        # Slurm has queued it already.
+        (f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle|n3", " Restarts=1", "exclude=n2\n"),
+    ],
+)
+def test_a_node_that_failed_is_left_out_where_others_fit(
+    nodes: str, job: str, said: str, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    assert _end(run, capsys, RUNNING.format(0) + job, "--nodes", nodes) == (0, said)
+
+
+def test_the_newest_failures_are_left_out_and_the_old_ones_forgotten(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"first_step": 0, "how": "node_fail", "job": "41"}
+    for restart, (ended, node) in enumerate([(1.0, "n7"), (time.time(), "n3"), (time.time(), "n4")]):
+        facts = {
+            **first,
+            "restart": restart,
+            "began": ended,
+            "ended": ended,
+            "failed_nodes": node,
+            "last_step": 1,
+        }
+        ledger.write_event(run, "unstarted", **facts)
+    _attempt(monkeypatch, 3)
+    _begin(run, capsys)
+    # Room for two: of n2, which died now, n4 and n3 the oldest comes back; n7 failed days ago, n9 is the user's wish.
+    nodes = f"{KIND}|mixed|n1\n{KIND}|down*|n2\n{KIND}|idle|n[3-4,9]"
+    job = RUNNING.format(3) + " ExcNodeList=n[3-4,7,9]"
+    assert _end(run, capsys, job, "--nodes", nodes) == (0, "requeue exclude=n2,n4,n9\n")
+
+
+def test_a_job_of_parts_is_refused(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _begin(run, capsys, "41 RUNNING 1", "--job", f"{RUNNING.format(0)} HetJobId=41") == (2, [])
+    (attempt,) = ledger.read_ledger(run).attempts
+    assert "job 41: is heterogeneous, and a run needs nodes of one kind" in attempt.reason
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_task_of_an_array_does_not_take_the_run_of_another(
+    meanwhile: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.time() + (60 if meanwhile else -1)  # while this one was asking what others do, or before
+    ledger.write_event(run, "start", job="41_0", restart=0, began=began, first_step=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "41_1")
+    queue = "41_1 RUNNING 1\n41_0 PENDING 1" if meanwhile else "41_1 RUNNING 1\n41_0 RUNNING 1"
+    assert _begin(run, capsys, queue) == (1, [])
+    refused = ledger.read_ledger(run).attempts[-1]
+    assert (refused.job, refused.how) == ("41_1", "refused")
+    assert "job 41_0 of this run is under way" in refused.reason
+    assert "OPTIONS=(--name mine-$SLURM_ARRAY_TASK_ID)" in refused.reason
+    # One after another (--array=0-1%1) they take turns.
+    assert _begin(run, capsys, "41_1 RUNNING 1")[0] == (1 if meanwhile else 0)
 
 
 def test_outside_a_job_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert allocation.main(["begin", "embedded"]) == 2
+    assert _main("begin", "embedded") == 2
     assert "SLURM_JOB_ID: is not set" in capsys.readouterr().err
 
 
@@ -340,7 +439,7 @@ def test_another_number_of_gpus_than_planned_is_refused_before_anything_starts(
     run.plan_file.write_text(json.dumps({**plan, "device": "cuda"}))
     _attempt(monkeypatch, 0)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(plan["gpus_per_node"] + 1))
-    assert allocation.main(["begin", str(run.path), "--device", "cuda"]) == 2
+    assert _main("begin", run, "--device", "cuda") == 2
     assert "--gpus-per-node: the plan of" in capsys.readouterr().err
     (refused,) = ledger.read_ledger(run).attempts
     assert refused.how == "refused"

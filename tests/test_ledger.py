@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from launch.ledger import (
     write_event,
 )
 from launch.run_directory import MarkerKind, RunDirectory, request_stop, write_marker
-from launch.slurm import JobFacts
+from launch.slurm_output import JobFacts
 from tests.attempts import attempt, recipe_of
 
 
@@ -47,7 +48,7 @@ def test_attempts_are_counted_apart_and_one_without_an_end_is_open(run: RunDirec
         write_event(run, "end", how=how, reason="x", last_step=restart + 1, ended=2.0)
     write_event(run, "start", job="7", restart=4, began=3.0, first_step=4, log="l", nodes="n1")
     book = read_ledger(run)
-    assert book.restarts() == {"preempted": 2, "time": 1, "crashed": 1}
+    assert book.restarts() == {"preempted": 2, "time": 1, "crashed": 1, "node_fail": 0}
     assert book.open is not None
     assert (book.open.restart, book.open.log) == (4, "l")
     write_event(run, "submit", job="9")
@@ -77,7 +78,7 @@ def test_a_line_cut_short_or_of_nobody_is_passed_over(run: RunDirectory) -> None
         (None, "", "", [], "crashed"),
         (None, "", "preempted", [], "preempted"),  # KILL came before the save
         (None, "", "time", [], "time"),
-        (None, "", "preempted", ["n2"], "crashed"),  # Slurm takes the job away because a node died
+        (None, "", "preempted", ["n2"], "node_fail"),  # Slurm takes the job away because a node died
     ],
 )
 def test_the_marker_says_how_it_ended(
@@ -89,7 +90,7 @@ def test_the_marker_says_how_it_ended(
     request_stop(run, "preempted")
     end = how_it_ended(run, asked, down)
     assert end.how == how
-    assert ("node failure: n2" in end.reason) == (bool(down) and marker is None)
+    assert (end.reason == "node failure: n2") == (how == "node_fail")
 
 
 def _facts(state: str, reason: str = "None", restarts: int = 1) -> JobFacts:
@@ -115,10 +116,8 @@ def test_the_jobs_state_tells_what_a_term_meant(facts: JobFacts | None, how: How
 
 def test_a_dead_node_of_a_job_that_is_not_to_be_queued_again_is_no_scancel() -> None:
     facts = JobFacts("COMPLETING", "None", 1, False, "", "")
-    assert with_job(End("crashed", "node failure: n2"), facts, 1) == (
-        End("crashed", "node failure: n2"),
-        False,
-    )
+    dead = End("node_fail", "node failure: n2")
+    assert with_job(dead, facts, 1) == (dead, False)
     assert with_job(End("preempted", "x"), facts, 1)[0].how == "stopped"
 
 
@@ -152,40 +151,57 @@ def test_attempts_that_nobody_wrote_down_count_as_ones_that_saved_nothing(run: R
         (2, "crashed", False),
         (3, "crashed", False),
     ]
-    assert reason_to_give_up(attempts) is None
-    assert reason_to_give_up(read_ledger(run).attempts_of("7", 5)) is not None
+    assert reason_to_give_up(attempts, 3) is None
+    assert reason_to_give_up(read_ledger(run).attempts_of("7", 5), 3) is not None
     assert read_ledger(run).attempts_of("9", 0) == []
 
 
-def test_a_run_that_gets_forward_goes_on_for_ever() -> None:
-    ends: list[tuple[How, int]] = [("preempted", 10 * number) for number in range(1, 30)]
-    assert reason_to_give_up([]) is None
-    assert reason_to_give_up(_attempts(*ends)) is None
-    assert (
-        reason_to_give_up(_attempts(("crashed", 1), ("crashed", 2), ("preempted", 3), ("crashed", 4))) is None
-    )
+def _given_up(*ends: tuple[How, int], max_crashes: int = 3, every: float = 60.0) -> str | None:
+    """For attempts that end one after another, `every` so many seconds."""
+    attempts = [replace(one, ended=every * number) for number, one in enumerate(_attempts(*ends), 1)]
+    return reason_to_give_up(attempts, max_crashes)
 
 
-def test_three_crashes_in_a_row_are_enough() -> None:
-    ends: list[tuple[How, int]] = [("preempted", 1), ("crashed", 2), ("crashed", 3)]
-    assert reason_to_give_up(_attempts(*ends)) is None
-    reason = reason_to_give_up(_attempts(*ends, ("crashed", 4)))
-    assert reason == "crashed 3 times in a row (now at step 4); see the log, then submit again"
+def test_a_run_that_gets_forward_goes_on_whatever_happens_to_it() -> None:
+    assert reason_to_give_up([], 3) is None
+    assert _given_up(*[("preempted", number) for number in range(1, 99)]) is None
+    storm: list[How] = ["node_fail", "crashed", "node_fail", "node_fail", "crashed", "node_fail", "crashed"]
+    assert _given_up(*((how, 10 * number) for number, how in enumerate(storm, 1))) is None
+    assert _given_up(("crashed", 5), ("crashed", 5), ("crashed", 9), ("crashed", 9), ("crashed", 9)) is None
 
 
 def test_three_attempts_in_a_row_that_save_no_step_are_enough() -> None:
     ends: list[tuple[How, int]] = [("preempted", 5), ("preempted", 5), ("crashed", 5)]
-    assert reason_to_give_up(_attempts(*ends)) is None
-    reason = reason_to_give_up(_attempts(*ends, ("time", 5)))
-    assert reason == (
+    assert _given_up(*ends) is None
+    assert _given_up(*ends, ("time", 5)) == (
         "no step was saved in 3 attempts in a row (preempted, crashed, time; at step 5); "
         "see the log, then submit again"
     )
+    assert _given_up(*ends, ("time", 5), max_crashes=4) is None
+    assert _given_up(("crashed", 0), max_crashes=1) is not None
+
+
+def test_dead_nodes_are_counted_apart() -> None:
+    bad: list[tuple[How, int]] = [("node_fail", 0)] * 5
+    assert _given_up(*bad, ("crashed", 0), ("crashed", 0)) is None
+    assert "no step was saved in 6 attempts in a row" in (_given_up(*bad, ("node_fail", 0)) or "")
+    assert "(node_fail, " in (_given_up(*bad, *[("crashed", 0)] * 3) or "")  # type: ignore[list-item]
+
+
+def test_a_run_that_crashes_all_day_is_given_up_although_it_gets_forward() -> None:
+    ends: list[tuple[How, int]] = [("crashed", number) for number in range(1, 25)]
+    assert _given_up(*ends[:-1]) is None
+    assert (
+        _given_up(*ends) == "crashed 24 times within a day (now at step 24); see the log, then submit again"
+    )
+    assert _given_up(*ends, ("preempted", 25)) is None
+    assert _given_up(*ends, every=3800.0) is None
+    assert _given_up(*ends, max_crashes=4) is None
 
 
 def test_a_new_submission_counts_anew() -> None:
     crashes: list[tuple[How, int]] = [("crashed", 0)] * 3
-    assert reason_to_give_up([*_attempts(*crashes), *_attempts(("crashed", 0), job="8")]) is None
+    assert reason_to_give_up([*_attempts(*crashes), *_attempts(("crashed", 0), job="8")], 3) is None
 
 
 def test_an_end_belongs_to_its_own_job_where_two_overlap(run: RunDirectory) -> None:

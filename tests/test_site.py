@@ -9,6 +9,31 @@ from launch.errors import ConfigError
 from launch.resources import resource
 from launch.site import Site, load_site
 
+SECRETS = [
+    *(
+        "MYTOKEN",
+        "DB_PWD",
+        "GITHUB_PAT",
+        "WANDB_API_KEY",
+        "ENCRYPTION_KEY",
+        "password",
+        "AWS_SECRET_ACCESS_KEY",
+    ),
+    *("SMTP_PASS", "my_passphrase", "REGISTRY_AUTH"),
+]
+TOKENS = [
+    *(
+        "ghp_abcdefgh",
+        "github_pat_11ABC",
+        "sk-abcdefgh",
+        "x=sk-ant-api03",
+        "AKIAIOSFODNN7EXAMPLE",
+        "glpat-abcdef",
+    ),
+    *("eyJhbGciOi.eyJzdWIiOi.x", "--opt hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "-----BEGIN RSA PRIVATE KEY"),
+    "postgres://me:word@host/db",
+]
+
 
 def test_the_example_says_the_defaults() -> None:
     assert load_site(resource("slurm", "site.example.yaml"), {}) == Site()
@@ -32,13 +57,46 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
             "environment: {HF_TOKEN: hf_x}",
             "environment.HF_TOKEN: would write a secret into every job's script",
         ),
+        *(
+            (f"environment: {{{name}: word}}", f"environment.{name}: would write a secret")
+            for name in SECRETS
+        ),
+        *(
+            (f"environment: {{NAME: '{value}'}}", "environment.NAME: would write a secret")
+            for value in TOKENS
+        ),
+        ("options: ['--comment=ghp_abcdef']", "options: --comment would write a secret"),
+        ("options: ['--plugin-env=A=1,DB_PWD=word']", "options: --plugin-env would write a secret"),
+        (
+            "container: {runtime: pyxis, image: 'docker://me:word@registry/a'}",
+            "container.image: would write a secret",
+        ),
         (
             "environment: {HTTPS_PROXY: 'http://me:word@proxy:80'}",
             "environment.HTTPS_PROXY: would write a secret",
         ),
         ("environment: {SOME_NAME: hf_abc}", "environment.SOME_NAME: would write a secret"),
-        ("options: ['--export=ALL,HF_TOKEN=hf_x']", "options: --export is not for a site file"),
-        ("options: ['--array=1-4']", "options: --array is not for a site file"),
+        (
+            "options: ['--export=ALL,NAME=x']",
+            "options: --export is not for a site file: it could hold secrets",
+        ),
+        ("options: ['--array=1-4']", "options: --array is not for a site file: it would start one run many"),
+        # As getopt_long reads them: beginnings that no other option has.
+        ("options: ['--arr=1-4']", "options: --arr is not for a site file: it would start one run many"),
+        ("options: ['--export-f=a']", "options: --export-f is not for a site file: it could hold secrets"),
+        (
+            "options: ['--wra=true']",
+            "options: --wra is not for a site file: it takes the place of the script",
+        ),
+        (
+            "options: ['--exp=ALL']",
+            "options: --exp is not for a site file: it may mean --export, --export-file",
+        ),
+        ("options: ['--sig=B:USR1@9']", "options: --sig is not for a site file: give the key signal_lead"),
+        (
+            "options: ['--cpus-per-t=3']",
+            "options: --cpus-per-t is not for a site file: give the key cpus_per_pro",
+        ),
         ("environment: {'A B': x}", "environment.'A B': not a variable's name"),
         ("options: [exclusive]", "options: 'exclusive' is no option of sbatch"),
         ("container: {image: x}", "container.runtime: none although there is an image"),
@@ -71,9 +129,13 @@ def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None
 def test_words_that_only_look_like_secrets_are_no_secrets(tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(
-        "environment: {TOKENIZERS_PARALLELISM: 'false', MAX_TOKENS: '9', NCCL_IB_HCA: 'mlx5_0:1'}"
+        "environment: {TOKENIZERS_PARALLELISM: 'false', MAX_TOKENS: '9', NCCL_IB_HCA: 'mlx5_0:1', NCCL_IB_PKEY: '1',\n"
+        " HF_TOKEN_PATH: /home/me/token, SSH_AUTH_SOCK: /run/agent, HF_HUB_DISABLE_IMPLICIT_TOKEN: '1', PWD: /work,\n"
+        " HF_HOME: /data/hf_cache/sk-learn, GIT: 'ssh://git@host/a', ARROW: 'disk-abcdefgh'}\n"
+        "options: [--exclusive, '--gres=nvme:1', '--mem-per-cpu=4G', '--wckey=a', '--exclusi=user', '--plugin=a']"
     )
-    assert len(load_site(file, {}).environment) == 3
+    site = load_site(file, {})
+    assert (len(site.environment), len(site.options)) == (11, 6)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

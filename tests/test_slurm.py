@@ -18,16 +18,16 @@ from launch.errors import ConfigError, RunError
 from launch.resources import resource
 from launch.run_directory import RunDirectory
 from launch.site import Site
-from launch.slurm import (
-    Job,
+from launch.slurm import Job, follow_up_script, train_script
+from launch.slurm_output import (
+    Nodes,
     QueuedJob,
-    follow_up_script,
+    expand_nodes,
     parse_job,
     parse_job_id,
     parse_nodes,
     parse_queue,
     seconds_of,
-    train_script,
 )
 from launch.start import Topology
 
@@ -155,6 +155,7 @@ def test_what_an_sbatch_line_cannot_hold_is_refused(change: dict[str, Any], name
 
 # what a node does with the text --------------------------------------------------------------
 
+FACTS = "JobId=40 JobName=a JobState=RUNNING Requeue=1 Restarts=0 NodeList=n[1-2] TRES=cpu=2"
 HOSTILE = "a b'c\"d$HOME`id`;e#f\\g*"
 
 
@@ -165,16 +166,16 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commands.mkdir()
     _program(
         commands / "scontrol",
-        '[ "$1" != show ] || [ "$2" != hostnames ] || echo n1; echo "$*" >>"$CALLS.scontrol"',
+        'echo "$*" >>"$CALLS.scontrol"; case "$1 $2" in "show hostnames") echo n1 ;; "show job") echo "$FACTS" ;; esac',
     )
     _program(commands / "squeue", "echo '40 RUNNING 1'")
-    _program(commands / "sinfo", "echo 'n2 down*'")
+    _program(commands / "sinfo", "echo '4,4096,gpu:4,(null)|down*|n2'")
     _program(commands / "module", 'printf "%s\\0" "$@" >"$CALLS.module"')
     # The command alone: everything from the first word after srun's own options.
     _program(
         commands / "srun",
         'echo >>"$CALLS.steps"; printf "%s\\0" "$@" >"$CALLS.srun"\n'
-        'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 exec "$@"',
+        'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=3 SLURMD_NODENAME=n4 exec "$@"',
     )
     _program(
         commands / "apptainer",
@@ -191,10 +192,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "JOB_ID": "40",
         "JOB_NUM_NODES": "2",
         "JOB_NODELIST": "n[1-2]",
+        "JOB_PARTITION": "batch",
         "CPUS_ON_NODE": "4",
         "NODEID": "0",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("FACTS", FACTS)
     monkeypatch.setenv("CALLS", str(tmp_path / "call"))
     monkeypatch.setenv("RUN_FOLDER", str(tmp_path / f"run {HOSTILE}".replace("/", "")))
     monkeypatch.setenv("NEXT", "requeue")
@@ -219,7 +222,7 @@ def _play(cluster: Path, job: Job) -> subprocess.CompletedProcess[str]:
 def _hostile_job(cluster: Path, **site: Any) -> Job:
     work = cluster / f"work {HOSTILE}\nsecond line"
     work.mkdir()
-    values = {"environment": {"KEY": HOSTILE + "\n", "OTHER": ""}, "modules": [], **site}
+    values = {"environment": {"VALUE": HOSTILE + "\n", "OTHER": ""}, "modules": [], **site}
     job = job_of(2, 4, run=str(cluster / "run"), **values)
     return replace(job, work_folder=work, python=str(cluster / "python"))
 
@@ -233,9 +236,11 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     assert done.returncode == 0, done.stderr
     assert _calls(cluster, "launch.allocation.begin")[0] == str(job.work_folder)
     begin = _calls(cluster, "launch.allocation.begin")[4:]
-    assert begin == [str(job.run), "--device", "cuda", "--queue", "40 RUNNING 1"]
+    told = ["--attempt", "40.0", "--max-crashes", "3", "--job", FACTS]
+    told += ["--nodes", "4,4096,gpu:4,(null)|down*|n2"]
+    assert begin == [str(job.run), *told, "--queue", "40 RUNNING 1", "--device", "cuda"]
     end = _calls(cluster, "launch.allocation.end")[4:]
-    assert end == [os.environ["RUN_FOLDER"], "--asked", "", "--job", "", "--nodes", "n2 down*"]
+    assert end == [os.environ["RUN_FOLDER"], *told, "--asked", ""]
     launched = _calls(cluster, "accelerate.commands.launch.--config_file")
     flags = dict(pairwise(launched))
     assert flags["--config_file"] == "ddp x.yaml"
@@ -243,18 +248,18 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     assert (flags["--main_process_ip"], flags["--main_process_port"]) == ("n1", "10040")
     assert flags["--run-dir"] == os.environ["RUN_FOLDER"]
     environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
-    assert environment["KEY"] == HOSTILE + "\n"
+    assert environment["VALUE"] == HOSTILE + "\n"
     assert environment["OTHER"] == ""
     expected = {
         "SAMESTEP_CACHE": "/shared/cache",
         "SAMESTEP_STOP_LEAD": "120",
         "NCCL_SOCKET_IFNAME": HOSTILE,
         "PET_RDZV_ID": "40.0",
-        "SRUN_CPUS_PER_TASK": "4",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "45",
         "HF_HUB_OFFLINE": "1",
     }
     assert environment.items() >= expected.items()
+    assert "--cpus-per-task=4" in _calls(cluster, "srun")
     assert _calls(cluster, "module") == ["load", HOSTILE]
     assert (cluster / "call.scontrol").read_text().splitlines()[-1] == "requeue 40"
     assert "verysecret" not in done.stdout + done.stderr + train_script(TRAIN, job)
@@ -290,7 +295,7 @@ def test_a_step_is_told_its_image(cluster: Path) -> None:
 def test_attempts_in_a_row_train_in_steps_of_other_numbers(
     restart: int, number: int, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("FACTS", FACTS.replace("Restarts=0", f"Restarts={restart}"))
     assert _play(cluster, _hostile_job(cluster)).returncode == 0
     assert (cluster / "call.steps").read_text().count("\n") == number + 1
 
@@ -311,12 +316,98 @@ def test_what_may_be_gone_later_puts_the_job_back_into_the_queue(
     assert (cluster / "call.scontrol").read_text().splitlines()[-1] == "requeue 40"
 
 
-def test_without_the_nodes_names_nothing_starts(cluster: Path) -> None:
-    (cluster / "bin" / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ('[ "$2" = job ] || exit 1; echo "$FACTS"', "scontrol: does not name the nodes\n"),
+        ('echo "${FACTS/40/41}"', "scontrol: does not know job 40\n"),
+    ],
+)
+def test_without_the_nodes_names_or_the_jobs_facts_nothing_starts(
+    script: str, told: str, cluster: Path
+) -> None:
+    _program(cluster / "bin" / "scontrol", script)
     done = _play(cluster, _hostile_job(cluster))
-    assert done.returncode == 1
-    assert done.stderr == "scontrol: does not name the nodes\n"
+    assert (done.returncode, done.stderr) == (1, told)
     assert not list(cluster.glob("call.*"))
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last task of an array has the array's id, and whoever asks about that is told of all."""
+    tasks = [f"JobId={40 + task} ArrayJobId=40 ArrayTaskId={2 - task} {FACTS[9:]}" for task in (1, 0)]
+    monkeypatch.setenv("FACTS", "\n".join(tasks).replace("Restarts=0", "Restarts=1"))
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    begin = _calls(cluster, "launch.allocation.begin")
+    assert begin[begin.index("--attempt") + 1] == "40_2.1"
+    assert "\n" not in begin[begin.index("--job") + 1]
+    said = (cluster / "call.scontrol").read_text().splitlines()
+    assert (said[0], said[-1]) == ("show job -o 40", "requeue 40_2")
+    launched = _calls(cluster, "accelerate.commands.launch.--config_file")
+    assert launched[launched.index("--log_dir") + 1].endswith("/logs/40_2.1/node-3")
+
+
+def test_nothing_of_another_job_around_the_shell_is_believed(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_another = {
+        **{"SLURM_GPUS_PER_TASK": "2", "SLURM_MEM_PER_NODE": "100", "SLURM_RESTART_COUNT": "7"},
+        **{"SLURM_ARRAY_JOB_ID": "39", "SLURM_ARRAY_TASK_ID": "1", "SLURM_HET_SIZE": "2", "SRUN_EXACT": "1"},
+        **{"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "9", "SQUEUE_STATES": "PD", "PMI_RANK": "3"},
+        **{"SBATCH_ARRAY_INX": "1-9", "SINFO_PARTITION": "x", "SLURM_EXPORT_ENV": "NONE"},
+        **{"WORLD_SIZE": "4", "MASTER_ADDR": "elsewhere", "ACCELERATE_USE_FSDP": "true", "PET_NNODES": "9"},
+    }
+    for name, value in of_another.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_CONF", "/etc/x")
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
+    assert not environment.keys() & of_another.keys()
+    assert environment["SLURM_CONF"] == "/etc/x"
+    assert (environment["JOB"], environment["RESTART"]) == ("40", "0")
+    step = _calls(cluster, "srun")
+    assert step[:3] == ["--export=ALL", "--input=none", "--cpus-per-task=4"]
+
+
+def test_gpus_of_this_job_are_kept(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("FACTS", f"{FACTS} TresPerNode=gres:gpu:8")
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    assert "SLURM_GPUS_ON_NODE=8" in _calls(cluster, "environment")
+
+
+def test_failed_nodes_are_left_out_once_the_job_waits(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXT", "requeue exclude=n1,n2")
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    said = (cluster / "call.scontrol").read_text().splitlines()
+    assert said[-2:] == ["requeue 40", "update JobId=40 ExcNodeList=n1,n2"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_scratch_folder_is_nobody_elses(
+    after: bool, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = cluster / "scratch"
+    scratch.mkdir()
+    for name in ("samestep-40", "samestep-40-n4"):  # as somebody would who guesses
+        (scratch / name).symlink_to(cluster)
+    mine = scratch / "samestep-40-n4.left"
+    mine.mkdir()  # of an attempt that was killed
+    job = _hostile_job(cluster, scratch=str(scratch))
+    text = follow_up_script(AFTER, job, ["merge", "x"]) if after else train_script(TRAIN, job)
+    _program(
+        cluster / "python",
+        'case "$3" in begin) printf "%s\\n" "$RUN_FOLDER" ddp.yaml 4 ;; end) ;; '
+        '*) echo "$TMPDIR" >"$CALLS.tmpdir"; stat -c %a "$TMPDIR" >"$CALLS.mode" ;; esac',
+    )
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    used = Path((cluster / "call.tmpdir").read_text().strip())
+    assert used.parent == scratch
+    assert used.name.startswith("samestep-40." if after else "samestep-40-n4.")
+    assert (cluster / "call.mode").read_text() == "700\n"
+    assert not used.exists()
+    assert mine.exists() == after
+    assert (scratch / "samestep-40").is_symlink()
 
 
 def _signal(cluster: Path, name: str, kill: str, attempt: str = "40.0") -> tuple[RunDirectory, str]:
@@ -326,7 +417,7 @@ def _signal(cluster: Path, name: str, kill: str, attempt: str = "40.0") -> tuple
     program = (
         'case "$3" in '
         f'begin) echo {attempt} >"{run}/.attempt"; printf "%s\\n" "{run}" ddp.yaml 4 ;; '
-        f'end) echo "$6" >"{run}/asked" ;; '
+        f'end) echo "${{!#}}" >"{run}/asked" ;; '
         f'*) kill {kill}; for _ in 1 2 3 4 5 6 7 8 9 10; do [ ! -e "{run}/STOP" ] || exit 0; sleep 0.1; done; esac'
     )
     _program(cluster / "python", program)
@@ -372,7 +463,7 @@ def test_a_jobs_facts_are_read() -> None:
         "JobId=9 JobName=a b JobState=COMPLETING Reason=TimeLimit Dependency=(null) Requeue=1 Restarts=2 "
         "TimeLimit=00:01:00 StartTime=2026-11-25T09:57:25 StdOut=/a b/9.out"
     )
-    facts = parse_job(printed)
+    facts = parse_job(printed, "9")
     assert facts is not None
     assert (facts.state, facts.reason, facts.restarts, facts.requeueable) == (
         "COMPLETING",
@@ -380,17 +471,59 @@ def test_a_jobs_facts_are_read() -> None:
         2,
         True,
     )
-    assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+    assert (facts.excluded, facts.asks_for_nodes, facts.heterogeneous) == ((), False, False)
+    assert parse_job("slurm_load_jobs error: Invalid job id specified", "9") is None
+    assert parse_job(printed, "8") is None
+
+
+def test_of_an_array_or_a_job_of_parts_the_one_meant_is_read() -> None:
+    printed = (
+        "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobState=CANCELLED Restarts=0\n"
+        "JobId=7 ArrayJobId=7 ArrayTaskId=1 JobState=RUNNING Restarts=2 ExcNodeList=n[3-4] Reservation=course\n"
+    )
+    found = {job: parse_job(printed, job) for job in ("7_0", "7_1", "8", "7")}
+    assert {job: facts and facts.state for job, facts in found.items()} == {
+        **{"7_0": "CANCELLED", "8": "CANCELLED", "7_1": "RUNNING", "7": "RUNNING"}
+    }
+    assert found["7_1"] is not None
+    assert (found["7_1"].excluded, found["7_1"].asks_for_nodes) == (("n3", "n4"), True)
+    part = parse_job("JobId=5 HetJobId=5 HetJobOffset=0 JobState=RUNNING", "5")
+    assert part is not None
+    assert part.heterogeneous
 
 
 def test_queue_and_nodes_are_read() -> None:
     queue = "7                   RUNNING             1                   \n8   PENDING  0\nslurm_load_jobs error\n"
     assert parse_queue(queue) == [QueuedJob("7", "RUNNING", True), QueuedJob("8", "PENDING", False)]
-    assert parse_nodes("n1 mixed\nn2 down*\nn2 down*\nn3 allocated*\nn4 draining\nn5 failing\n") == [
-        "n2",
-        "n3",
-        "n5",
+    printed = "4,4096,gpu:4,a|b|mixed|n1\n8,1,(null),(null)|down*|n[2-3]\nslurm_load_node error\n"
+    nodes = parse_nodes(printed)
+    assert nodes == [
+        Nodes("4,4096,gpu:4,a|b", "mixed", ("n1",)),
+        Nodes("8,1,(null),(null)", "down*", ("n2", "n3")),
     ]
+    states = ["mixed", "idle~", "down*", "down", "allocated*", "draining", "failing", "reserved"]
+    found = [Nodes("", state, ()) for state in states]
+    assert [(one.in_use, one.dead) for one in found] == [
+        *[(True, False)] * 2,
+        *[(False, True)] * 3,
+        *[(False, False), (False, True), (False, False)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "nodes"),
+    [
+        ("", []),
+        ("(null)", []),
+        ("n1", ["n1"]),
+        ("n[1-3,07],gpu2", ["n1", "n2", "n3", "n07", "gpu2"]),
+        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
+        ("r[1-2]n[3-4]x", ["r1n3x", "r1n4x", "r2n3x", "r2n4x"]),
+    ],
+)
+def test_lists_of_nodes_are_read_as_slurm_writes_them(names: str, nodes: list[str]) -> None:
+    assert expand_nodes(names) == nodes
+    assert len(expand_nodes("n[0-999999999999][0-99999]")) <= 65536
 
 
 @pytest.mark.parametrize(

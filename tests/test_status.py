@@ -19,7 +19,7 @@ from launch import ledger
 from launch.cluster_cli import _show_table
 from launch.follow import follow
 from launch.run_directory import RunDirectory, hold_lock, write_marker
-from launch.slurm import JobFacts
+from launch.slurm_output import JobFacts
 from launch.status import COLUMNS, Status, columns_for, log_files, status_of
 from tests.attempts import attempt, recipe_of
 from tests.launcher import samestep, stand_in
@@ -377,7 +377,9 @@ def test_following_ends_when_the_run_ends_without_a_word_or_never_had_a_job(
 def test_following_says_how_a_job_ended_that_died_before_its_first_word(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts("NODE_FAIL", "None", 0, True, "", ""))
+    monkeypatch.setattr(
+        "launch.slurm_commands.show_job", lambda _: JobFacts("NODE_FAIL", "None", 0, True, "", "")
+    )
     _following(run, monkeypatch, {})
     assert samestep("logs", "mine", "--follow") == 2
     how, why = capsys.readouterr().err.splitlines()
@@ -395,7 +397,9 @@ def test_following_outlives_the_marker_until_the_job_has_said_its_last_words(
     state: str, run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = [state]
-    monkeypatch.setattr("launch.submit.show_job", lambda _: JobFacts(states[-1], "None", 0, True, "", ""))
+    monkeypatch.setattr(
+        "launch.slurm_commands.show_job", lambda _: JobFacts(states[-1], "None", 0, True, "", "")
+    )
     happens = {2: lambda: write_marker(run, "DONE", "step 37"), 40: _say(run, "done at step 37\n")}
     _following(run, monkeypatch, {1: _say(run, "one\n"), **happens, 41: lambda: states.append("COMPLETED")})
     assert samestep("logs", "mine", "--follow") == 0
@@ -487,5 +491,5 @@ def test_following_ends_when_the_folder_of_the_run_is_moved_away(
 
 
 def test_a_status_is_json_with_plain_names() -> None:
-    status = Status("a", "done", "", None, "", 1, 1, None, None, None, None, None, 1, 2, 3)
-    assert replace(status, step=2).to_json()["requeued"] == 6
+    status = Status("a", "done", "", None, "", 1, 1, None, None, None, None, None, 1, 2, 3, 4)
+    assert replace(status, step=2).to_json()["requeued"] == 10

@@ -224,12 +224,41 @@ def test_another_allocation_around_the_shell_is_not_passed_on(
     slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    for name in ("SBATCH_ARRAY_INX", "SBATCH_EXPORT", "SBATCH_PARTITION", "SBATCH_WAIT", "SBATCH_NO_REQUEUE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "kept")  # the script leaves it open
     monkeypatch.setenv("SLURM_CONF", "kept")
     slurm.answer("sbatch", f"env >'{tmp_path}/environment'; echo 41")
-    assert samestep(*SUBMIT) == 0
-    environment = (tmp_path / "environment").read_text()
-    assert "SLURM_CONF=kept" in environment
-    assert "SLURM_MEM_PER_NODE" not in environment
+    assert samestep(*SUBMIT, "--partition", "gpu") == 0
+    environment = (tmp_path / "environment").read_text().splitlines()
+    kept = [line for line in environment if line.startswith(("SLURM_", "SBATCH_"))]
+    assert sorted(kept) == ["SBATCH_ACCOUNT=kept", "SLURM_CONF=kept"]
+
+
+def test_more_cpus_than_a_node_has_are_refused_with_the_key_that_asks_for_them(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("sinfo", "printf '   16\\n24 \\n'")
+    assert samestep(*SUBMIT, "--partition", "gpu") == 2
+    assert capsys.readouterr().err == (
+        "cpus_per_process: 8 x 4 processes are 32 CPUs of a node, and no node of partition gpu has more than "
+        "24; set it to 6 in the site's file (--site)\n"
+    )
+    assert slurm.calls("sinfo") == ["--noheader --Node --partition=gpu --format=%c"]
+    assert slurm.calls("sbatch") == []
+    slurm.answer("sinfo", "echo 32")
+    slurm.answer("sbatch", "echo 'sbatch: error: CPU count per node can not be satisfied' >&2; exit 1")
+    assert samestep(*SUBMIT) == 2
+    assert "(cpus_per_process: 8 x 4 processes are 32 CPUs of a node)" in capsys.readouterr().err
+
+
+def test_how_often_a_job_may_crash_is_in_its_script(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep(*SUBMIT, "--max-crashes", "0") == 2
+    assert "--max-crashes" in capsys.readouterr().err
+    assert samestep(*SUBMIT, "--max-crashes", "7") == 0
+    assert "\nMAX_CRASHES=7\n" in (_run().path / "submit.sbatch").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import ledger
+from launch.resources import resource
 from launch.run_directory import RunDirectory
-from launch.slurm import JobFacts, parse_job
+from launch.slurm_output import JobFacts, parse_job
 from tests.distributed.launching import ROOT, child_environment
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -87,7 +89,7 @@ class Cluster:
         found: list[JobFacts] = []
 
         def answered() -> bool:
-            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout)
+            facts = parse_job(self.on("scontrol", "show", "job", "-o", job).stdout, job)
             found.extend([facts] if facts else [])
             return facts is not None
 
@@ -117,6 +119,24 @@ class Cluster:
         attempt = ledger.read_ledger(run).open
         assert attempt is not None
         return [name[1:] for name in self.on("scontrol", "show", "hostnames", attempt.nodes).stdout.split()]
+
+
+def template_by_hand(folder: Path, runs: Path, name: str, steps: int) -> Path:
+    """The template with its EDIT lines changed as somebody does who reads them; `name` of the run, as bash reads it."""
+    text = resource("slurm", "train.sbatch").read_text()
+    options = " ".join(["--name", name, "--runs-dir", str(runs), *overrides(steps)])
+    for line, edited in (
+        (r"PYTHON=.*", f"PYTHON={sys.executable}"),
+        (r"OPTIONS=.*", f"OPTIONS=({options})"),
+        (r"DEVICE=.*", "DEVICE=cpu"),
+        (r"#SBATCH --gpus-per-node.*\n", ""),
+        (r"#SBATCH --cpus-per-task=8.*", "#SBATCH --cpus-per-task=2"),
+        (r"#SBATCH --output=.*", f"#SBATCH --output={folder}/hand-%j.out"),
+    ):
+        text, count = re.subn(rf"^{line}", lambda _, edited=edited: edited, text, flags=re.MULTILINE)
+        assert count == 1, line
+    (folder / "train.sbatch").write_text(text)
+    return folder / "train.sbatch"
 
 
 def overrides(steps: int) -> list[str]:

@@ -191,8 +191,10 @@ SUDDEN: dict[str, Callable[[Scene], After]] = {
     "full disk during a save": full_disk,
     "two at once: requeue, and kill -9 of rank 0": two_at_once,
 }
+_NODE: tuple[How, ...] = ("node_fail", "crashed")  # the second where the other nodes notice before Slurm does
 COUNTED: dict[str, tuple[How, ...]] = {
     **dict.fromkeys(SUDDEN, ("crashed",)),
+    **dict.fromkeys(("crash of the head node", "crash of another node", "pulled cable"), _NODE),
     **dict.fromkeys(ANNOUNCED, ("preempted",)),
     "USR1 to the batch script (scancel --signal)": ("time",),
     "time limit": ("time",),
@@ -202,21 +204,23 @@ COUNTED: dict[str, tuple[How, ...]] = {
 
 
 def order(announced: Sequence[str], sudden: Sequence[str], seed: int) -> list[str]:
-    """The events shuffled, announced and sudden in turn: three crashes in a row would end the run, as they should."""
+    """The events shuffled, announced and sudden in turn."""
     draw = random.Random(seed)
     first, second = draw.sample(announced, len(announced)), draw.sample(sudden, len(sudden))
     pairs = [word for pair in zip(first, second, strict=False) for word in pair]
     return [*pairs, *first[len(second) :], *second[len(first) :]]
 
 
-def survive(cluster: Cluster, run: RunDirectory, events: Sequence[str], seed: int) -> list[Outcome]:
-    """Do each event to the run in turn, some steps after it went on."""
+def survive(
+    cluster: Cluster, run: RunDirectory, events: Sequence[str], seed: int, steps: tuple[int, int] = (2, 5)
+) -> list[Outcome]:
+    """Do each event to the run in turn, so many `steps` after it went on."""
     job = ledger.read_ledger(run).job
     assert job is not None
     scene, draw, restart = Scene(cluster, run, job), random.Random(seed), 0
     outcomes = []
     for event in events:
-        until_it_steps(cluster, run, restart, draw.randint(2, 5))
+        until_it_steps(cluster, run, restart, draw.randint(*steps))
         attempt, step = ledger.read_ledger(run).open, last_step(run)
         assert attempt is not None, cluster.words_of(run)
         act = ANNOUNCED.get(event) or SUDDEN[event]

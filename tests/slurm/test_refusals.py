@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slurm
             ["--partition", "closed", "--account", "stranger"],
             "Invalid account or account/partition combination",
         ),
-        (["--nodes", "5"], "More processors requested than permitted"),
+        (["--nodes", "5"], "(cpus_per_process: 1 x 1 processes are 1 CPUs of a node)"),
+        (
+            ["--gpus-per-node", "5"],
+            "cpus_per_process: 1 x 5 processes are 5 CPUs of a node, and no node of this clus",
+        ),
         (["--time", "soon"], "give a time limit as of sbatch"),
         (["--partition", 'a "b" $HOME `id`'], 'invalid partition specified: a "b" $HOME `id`'),
     ],

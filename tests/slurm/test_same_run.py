@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from launch import ledger
-from launch.resources import resource
 from launch.run_directory import RunDirectory, read_marker
 from tests.distributed.recorded import apart, sha256_of
-from tests.slurm.cluster import Cluster, last_step, overrides, train_here, wait
+from tests.slurm.cluster import Cluster, last_step, template_by_hand, train_here, wait
 
 pytestmark = pytest.mark.slurm
 
@@ -26,31 +23,13 @@ def here(cluster: Cluster) -> RunDirectory:
     return train_here("here", cluster.runs, 2, STEPS)
 
 
-def _template_by_hand(folder: Path, runs: Path) -> Path:
-    """The template with its EDIT lines changed as somebody does who reads them."""
-    text = resource("slurm", "train.sbatch").read_text()
-    options = " ".join(["--name", "hand", "--runs-dir", str(runs), *overrides(STEPS)])
-    for line, edited in (
-        (r"PYTHON=.*", f"PYTHON={sys.executable}"),
-        (r"OPTIONS=.*", f"OPTIONS=({options})"),
-        (r"DEVICE=.*", "DEVICE=cpu"),
-        (r"#SBATCH --gpus-per-node.*\n", ""),
-        (r"#SBATCH --cpus-per-task=8.*", "#SBATCH --cpus-per-task=2"),
-        (r"#SBATCH --output=.*", f"#SBATCH --output={folder}/hand-%j.out"),
-    ):
-        text, count = re.subn(rf"^{line}", lambda _, edited=edited: edited, text, flags=re.MULTILINE)
-        assert count == 1, line
-    (folder / "train.sbatch").write_text(text)
-    return folder / "train.sbatch"
-
-
 def test_one_two_and_four_nodes_are_the_run_of_this_machine(
     cluster: Cluster, here: RunDirectory, tmp_path: Path
 ) -> None:
     submitted = {
         nodes: cluster.submit(f"nodes-{nodes}", "--nodes", str(nodes), steps=STEPS) for nodes in (1, 2, 4)
     }
-    script = _template_by_hand(tmp_path, cluster.runs)
+    script = template_by_hand(tmp_path, cluster.runs, "hand", STEPS)
     by_hand = cluster.on("sbatch", "--parsable", "--nodes=2", str(script), "recipes/embedded.yaml")
     assert by_hand.returncode == 0, by_hand.stderr
     for run in submitted.values():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import ledger
+from launch.slurm_output import expand_nodes
 from tests.distributed.recorded import assert_the_same_to_the_byte, sha256_of
 from tests.long.results import write_table
 from tests.slurm.cluster import Cluster, start, train_here
@@ -47,7 +48,7 @@ def test_a_run_survives_a_requeue_a_dead_rank_and_a_crashed_head(cluster: Cluste
     assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     assert_the_same_to_the_byte(run.path, here.path)
     ways = [attempt.how for attempt in ledger.read_ledger(run).attempts]
-    assert ways == ["crashed", "preempted", "crashed", "done"], cluster.words_of(run)
+    assert ways == ["crashed", "preempted", "node_fail", "done"], cluster.words_of(run)
 
 
 @pytest.mark.long
@@ -57,6 +58,26 @@ def test_a_job_that_is_preempted_by_cancelling_with_a_grace_time_goes_on(network
     (outcome,) = survive(networked, run, ["preemption by the partition `high`"], SEED)
     assert (outcome.lost, outcome.how) == (0, "preempted")
     assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
+
+
+@pytest.mark.long
+def test_a_storm_is_survived_while_the_run_gets_forward(networked: Cluster) -> None:
+    """Six failures in a row, each after a save: four dead nodes, a pulled cable, a killed rank."""
+    here = train_here("here-storm", networked.runs, 2, 120)
+    run = networked.submit("storm", "--nodes", "2", steps=120)
+    dead = "crash of another node"
+    events = [dead, "crash of the head node", "kill -9 of one rank", "pulled cable", dead, dead]
+    _check(survive(networked, run, events, SEED, steps=(2 * SAVE_EVERY, 2 * SAVE_EVERY + 3)))
+    assert networked.until_gone(run) == "COMPLETED", networked.words_of(run)
+    assert_the_same_to_the_byte(run.path, here.path)
+    attempts = ledger.read_ledger(run).attempts
+    assert len(attempts) == len(events) + 1, networked.words_of(run)
+    assert all(attempt.saved for attempt in attempts), networked.words_of(run)
+    # A node that is known to have failed is left out of the next attempt: the two that it needs are there.
+    names = [set(expand_nodes(attempt.nodes)) for attempt in attempts]
+    for attempt, following in zip(attempts, names[1:], strict=False):
+        assert not {*filter(None, attempt.failed_nodes.split(","))} & following, networked.words_of(run)
+    assert any(attempt.failed_nodes for attempt in attempts), networked.words_of(run)
 
 
 @pytest.mark.long

@@ -15,8 +15,6 @@ from launch.run_directory import RunDirectory
 from launch.screen import say
 from launch.start import choose_topology, refuse_missing_gpus
 
-EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
-
 
 def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
     """ConfigError for every model that the run does not have (yet)."""
@@ -27,8 +25,6 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
     if "merged" in models and (behind := merge_behind(run, run.merged)):
         problems.append(behind)
-    if unknown := [model for model in models if model not in EVALUATED_MODELS]:
-        problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
     if problems:
         raise ConfigError(problems)
 

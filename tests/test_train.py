@@ -163,7 +163,9 @@ def test_figures_that_find_no_room_stop_the_run_with_a_message(
     recipe = _write(world, tmp_path / "recipe.yaml")
     monkeypatch.setattr("trainer.sft.append_line", full)
     assert _train(recipe, "run") == 1
-    assert "metrics.jsonl: No space left on device; make room" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: No space left on device (disk at " in said
+    assert " MB free); make room" in said
 
 
 def test_rows_that_changed_behind_the_index_stop_the_run(

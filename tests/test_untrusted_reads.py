@@ -25,9 +25,6 @@ ALLOWED = {
     ("trainer/model/layers.py", "_fill", "safe_open"),
     # The system's own files, in folders that nobody else writes.
     ("trainer/features/store.py", "_memory_bytes", "read_text"),
-    # Folders and locks, of which nothing is read.
-    ("trainer/checkpoint/aside.py", "_sync", "os.open"),
-    ("trainer/features/store.py", "_locked", "os.open"),
     # What `samestep prepare` made of the embedded charts in its own cache.
     ("trainer/model/tiny_lessons.py", "read_lessons", "read_table"),
     ("trainer/data/embedded.py", "question_kinds", "read_text"),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from launch.atomic_files import place_of
 from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
 from launch.untrusted_files import UntrustedFileError
 from trainer.speech import complain
@@ -61,7 +62,7 @@ def in_words(raised: Exception) -> SamestepError:
         return out_of_memory(raised)
     if isinstance(raised, OSError):
         remedy = _REMEDIES.get(raised.errno or 0, "see that the disk is there; the same command goes on")
-        return RunError(f"{raised.filename or 'a file'}: {raised.strerror or raised}; {remedy}")
+        return RunError(f"{place_of(raised, 'a file')}; {remedy}")
     if isinstance(raised, SafetensorError):  # how safetensors reports a full disk
         return RunError(
             f"a safetensors file: {raised}; make room or give permission; the same command goes on"

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from launch.atomic_files import atomic_dir
 from launch.errors import ConfigError, SamestepError
-from launch.folders import published
 from launch.index import (
     SPLITS,
     Index,
@@ -153,7 +153,7 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
     }
-    with published(index_path(recipe)) as aside:
+    with atomic_dir(index_path(recipe)) as aside:
         for split, rows in measured.items():
             pq.write_table(_table(rows), aside / f"{split}.parquet")
         if bad:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.atomic_files import atomic_write, naming, sync
 from launch.untrusted_files import TABLE, parse_json, read_text
 
 
@@ -19,7 +19,7 @@ def samples_digest(samples: Iterable[int]) -> str:
 
 def append_line(file: Path, values: Mapping[str, Any]) -> None:
     """Add one JSON line."""
-    with file.open("a") as handle:
+    with naming(file), file.open("a") as handle:
         handle.write(json.dumps(values) + "\n")
 
 
@@ -32,19 +32,14 @@ def keep_lines_until(file: Path, step: int) -> None:
         for line in read_text(file, TABLE).splitlines()
         if (parsed := _parse(line)) and parsed["step"] <= step
     ]
-    aside = file.with_name(f"{file.name}.partial")
-    with aside.open("w") as draft:
-        draft.write("".join(f"{line}\n" for line in kept))
-        draft.flush()
-        os.fsync(draft.fileno())
-    aside.replace(file)
+    atomic_write(file, "".join(f"{line}\n" for line in kept))
 
 
 def bring_to_disk(file: Path) -> None:
     """Before a checkpoint is published: a power cut must not take the figures of the steps that it keeps."""
     if file.exists():
-        with file.open("a") as handle:
-            os.fsync(handle.fileno())
+        with naming(file):
+            sync(file)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from launch.folders import published
+from launch.atomic_files import atomic_dir
 from launch.manifest import Entries
 from launch.plan import samples_consumed
 from launch.publishing import aside_folder, bring_to_disk, publish
@@ -192,7 +192,7 @@ def facts_of(task: Task, step: int, learning_rate: float, form: Form) -> dict[st
 
 def publish_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None) -> None:
     """Write the result of a run, replacing an older one whole. On rank 0. `weights`: as of `save_adapter`."""
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         save_adapter(model, aside, weights)
         if folder.exists():
             shutil.rmtree(folder)

@@ -111,7 +111,7 @@ def train_once(
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
         return
     with ExitStack() as held:
-        on_rank_0(lambda: take_run(task, held, options.marker_decides))
+        new = from_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch, clock)
@@ -120,7 +120,7 @@ def train_once(
             raise out_of_memory(error) from None
         except SamestepError as error:
             if state.is_main_process:
-                leave_reason(task.run, error)
+                leave_reason(task.run, error, new and not options.marker_decides)
                 if isinstance(error, GpuMemoryError):
                     leave_smaller_plan(task)
             raise

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
+from launch.atomic_files import atomic_write
 from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
 from launch.merged import merge_behind
@@ -120,13 +121,7 @@ def result_of(
 
 def write_result(result: dict[str, Any], file: Path) -> None:
     """Replace `file` in one step."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
-        json.dump(result, out, indent=1, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
+    atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def print_result(result: dict[str, Any], request: Request, console: Console) -> None:

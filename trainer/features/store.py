@@ -30,6 +30,7 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.errors import ConfigError
 from launch.index import cache_root
 from launch.untrusted_files import UNREADABLE, read_bytes, read_json
@@ -180,7 +181,7 @@ class FeatureCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """The open file `used`, locked. No process may be forked meanwhile: the child would hold the lock too."""
-        descriptor = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
@@ -218,9 +219,7 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
     found = FeatureCache(root, kind, place, bound_of(place, root), users)
     if not (about := folder / "about.json").is_file():
         with contextlib.suppress(OSError):
-            aside = folder / f".about-{os.getpid()}"
-            aside.write_text(json.dumps(facts, indent=1, sort_keys=True))
-            aside.rename(about)
+            atomic_write(about, json.dumps(facts, indent=1, sort_keys=True))
     if place == "memory":
         remove_unused(mine=folder)
     return found

@@ -25,8 +25,7 @@ ALLOWED = {
     ("trainer/model/layers.py", "_fill", "safe_open"),
     # The system's own files, in folders that nobody else writes.
     ("trainer/features/store.py", "_memory_bytes", "read_text"),
-    # Folders and locks, of which nothing is read.
-    ("trainer/checkpoint/aside.py", "_sync", "os.open"),
+    # A file of the user's own, opened to be locked and written.
     ("trainer/features/store.py", "_locked", "os.open"),
     # What `samestep prepare` made of the embedded charts in its own cache.
     ("trainer/model/tiny_lessons.py", "read_lessons", "read_table"),

@@ -29,8 +29,9 @@ from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
 from launch.option_values import host, whole
 from launch.results_cli import commands as results_commands
-from launch.screen import say, say_allowed, show_memory, show_plan
+from launch.screen import add_row, emit, say, say_allowed, show_memory, show_plan
 from launch.typed import as_typed, remember_command
+from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
     from launch import start
@@ -75,6 +76,7 @@ Strategy = Annotated[
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENXIO),
 )
 
 
@@ -286,9 +288,10 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
-    table = Table(*COLUMNS, title=Text(f"checkpoints of {place.name}"), title_justify="left")
+    title = Text(printable(f"checkpoints of {place.name}"))
+    table = Table(*COLUMNS, title=title, title_justify="left")
     for row in rows(found, time.time()):
-        table.add_row(*map(Text, row))
+        add_row(table, *row)
     console.print(table)
     for line in reasons(found, old_plan(place)):
         say(line)
@@ -303,13 +306,12 @@ def rules() -> None:
     """Show what is refused before anything starts, and why."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from launch.rules import rule_rows
 
     table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
     for name, reason in rule_rows():
-        table.add_row(Text(name), Text(reason))
+        add_row(table, name, reason)
     Console(highlight=False).print(table)
 
 
@@ -320,7 +322,7 @@ def schema() -> None:
 
     from launch.recipe import recipe_schema
 
-    say(json.dumps(recipe_schema(), indent=1))
+    emit(json.dumps(recipe_schema(), indent=1))
 
 
 app.add_typer(reference)
@@ -342,7 +344,7 @@ def main() -> None:
 
 
 def _complain(text: str, status: int) -> NoReturn:
-    print(as_typed(text), file=sys.stderr)
+    print(printable_lines(as_typed(text)), file=sys.stderr)
     sys.exit(status)
 
 

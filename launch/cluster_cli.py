@@ -21,8 +21,9 @@ from launch.arguments import (
     nodes_option,
 )
 from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
-from launch.screen import say, show_plan
+from launch.screen import add_row, emit, say, show_plan
 from launch.typed import command
+from launch.untrusted_files import open_plain, printable
 
 if TYPE_CHECKING:
     from launch.run_directory import RunDirectory
@@ -146,8 +147,6 @@ def submit(
     Everything that can be refused is refused before the job is queued. `sbatch runs/NAME/submit.sbatch` queues the
     same again.
     """
-    import sys
-
     from launch import start
     from launch import submit as cluster
     from launch.foreign import take_over_foreign
@@ -167,9 +166,9 @@ def submit(
     submission = cluster.prepare(asked, chosen, follow_ups)
     _show(submission, to_stderr=dry_run)
     if dry_run:
-        print(start.outlook(submission.planned, submission.request), file=sys.stderr)
+        say(start.outlook(submission.planned, submission.request), to_stderr=True)
         for text in (submission.script, *submission.follow_ups.values()):
-            say(text)
+            emit(text)
         return
     _queue(submission, fresh)
 
@@ -188,7 +187,7 @@ def _queue(submission: Submission, fresh: bool) -> None:
             if old:
                 say(f"the older run is now {old}")
             queued = cluster.queue(submission)
-    say(submission.script)
+    emit(submission.script)
     for script, job in queued:
         say(f"queued as job {job}: {planned.run.path / script}")
     say(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
@@ -222,7 +221,7 @@ def status(
     chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
     found = [status_of(run, show_job, now) for run in chosen]
     if as_json:
-        say(json.dumps([one.to_json() for one in found], indent=1))
+        emit(json.dumps([one.to_json() for one in found], indent=1))
         return
     if not found:
         say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
@@ -267,7 +266,7 @@ def logs(
             _follow(found, rank)
             return
         for file in files:
-            with file.open("rb") as handle:
+            with open_plain(file) as handle:
                 shutil.copyfileobj(handle, sys.stdout.buffer)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
@@ -295,9 +294,9 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         lambda: log_files(run, rank),
         lambda: end_of(run, show_job, time.time()),
         write,
-        lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
+        lambda: say(waits_for(run, show_job, time.time()), to_stderr=True),
     )
-    print(ended, file=sys.stderr)
+    say(ended, to_stderr=True)
     if not spoken:
         raise never_spoke(run, rank)
 
@@ -306,7 +305,6 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     """The rows of `samestep status`, as many columns as the terminal has room for."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from launch.status import COLUMNS, columns_for, has_room, missed
 
@@ -316,7 +314,7 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     for column in kept:
         table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in may_fold)
     for cells in rows:
-        table.add_row(*(Text(cells[column]) for column in kept))
+        add_row(table, *(cells[column] for column in kept))
     console.print(table)
     if names := missed(rows, kept):
         console.print(f"no room here for: {', '.join(names)} (wider, or --json)", markup=False)
@@ -330,10 +328,11 @@ def _show(submission: Submission, to_stderr: bool) -> None:
 
     console = Console(highlight=False, stderr=to_stderr)
     for consequence in consequences(submission.planned.changed):
-        console.print(f"allowed: {consequence}", markup=False)
+        console.print(printable(f"allowed: {consequence}"), markup=False)
     show_plan(submission.planned.plan, to_stderr)
     if other := submission.other_packages:
         console.print(
-            f"versions and DeepSpeed: not judged here, the job runs with {other}; its first node judges them",
+            f"versions and DeepSpeed: not judged here, the job runs with {printable(other)}; "
+            "its first node judges them",
             markup=False,
         )

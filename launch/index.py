@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launch.errors import ConfigError
 from launch.recipe import EMBEDDED
+from launch.untrusted_files import plain_size, read_mapping
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +186,7 @@ def read_index(recipe: Recipe) -> Index | None:
 
     folder = index_path(recipe)
     try:
-        facts = json.loads((folder / "index.json").read_text())
+        facts = read_mapping(folder / "index.json")
         splits = {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
         return Index(folder, facts["fingerprint"], splits)
     except (FileNotFoundError, ValueError, KeyError, TypeError, ArrowException):
@@ -208,6 +209,7 @@ def _read_split(file: Path) -> Split:
     import pyarrow.parquet as pq
 
     # Not `read_table` and `to_numpy`: they import pandas, a third of `samestep`'s start.
+    plain_size(file)
     table = pq.ParquetFile(file).read()
 
     def column(name: str) -> NDArray[np.int64]:

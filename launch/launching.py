@@ -28,6 +28,7 @@ from launch.run_directory import (
     refuse_if_running,
     request_stop,
 )
+from launch.untrusted_files import printable_lines
 
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
@@ -115,7 +116,7 @@ def wait_for_trainer(run: RunDirectory) -> None:
 def tell(text: str) -> None:
     """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
     with contextlib.suppress(OSError, RuntimeError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def run_command(plan: Plan, run: RunDirectory, machine: Machine) -> list[str]:

@@ -18,6 +18,7 @@ from launch.recipe import Recipe, recipe_fingerprint
 from launch.recipe_file import find_recipe, load_recipe
 from launch.run_directory import Marker, RunDirectory, lock_holder, open_run, read_marker
 from launch.start import RunRequest, choose_topology, refuse_missing_gpus
+from launch.untrusted_files import UNREADABLE, read_text
 
 JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
 OLD_REFUSAL_PATIENCE_S = 20.0  # for the first machine to begin anew, which takes its last refusal away
@@ -55,7 +56,7 @@ def join(request: RunRequest) -> Marker:
     if not request.fresh and (done := _done_before(run, recipe)):
         return done  # the first machine starts nothing either
     _wait_for_request(run)
-    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    plan = Plan.read(run.plan_file)
     topology = choose_topology(request.strategy, request.machine.nodes, request.gpus_per_node)
     if (plan.strategy, plan.nodes, plan.gpus_per_node) != (
         topology.strategy,
@@ -112,8 +113,8 @@ def _refusal_file(run: RunDirectory) -> Path:
 def _refusal(run: RunDirectory) -> _Refusal | None:
     try:
         file = _refusal_file(run)
-        return _Refusal(file.read_text(encoding="utf-8"), file.stat().st_mtime_ns)
-    except OSError:
+        return _Refusal(read_text(file), file.stat().st_mtime_ns)
+    except UNREADABLE:
         return None
 
 

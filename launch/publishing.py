@@ -13,9 +13,10 @@ from typing import Any
 
 from launch.atomic_files import atomic_write, follow_umask, sync
 from launch.errors import CheckpointError
-from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, printable, seal_of
+from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, seal_of
 from launch.rotation import discard, rename_away
 from launch.survey import examine
+from launch.untrusted_files import printable
 
 
 def aside_folder(run_dir: Path, step: int) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launch.atomic_files import sync
 from launch.errors import CheckpointError
-from launch.manifest import reason_of
 from launch.survey import examine, folders_of, named_like
+from launch.untrusted_files import reason_of
 
 _REMOVED = re.compile(r"checkpoint-[0-9]+\.removed-[0-9]+")
 

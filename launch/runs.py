@@ -268,7 +268,7 @@ def started_from_of(run: RunDirectory) -> str:
 def old_plan(run: RunDirectory) -> Plan | None:
     """The plan of an earlier attempt; None without one, or with one that this version cannot read."""
     try:
-        return Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+        return Plan.read(run.plan_file)
     except (OSError, ValueError, ConfigError):
         return None
 

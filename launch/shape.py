@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.index import embedded_folder
 from launch.recipe import EMBEDDED
+from launch.untrusted_files import read_mapping
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -116,8 +116,8 @@ def read_shape(recipe: Recipe) -> ModelShape | str:
     if file is None:
         return f"config.json of {recipe.model.name_or_path} is not on this machine; `samestep prepare` fetches it"
     try:
-        return shape_of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return shape_of(read_mapping(file))
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         return f"{file} cannot be read as a Qwen2-VL's ({type(error).__name__}: {error})"
 
 

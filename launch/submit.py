@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import ledger, start
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.index import cache_root, hugging_face_home
 from launch.resources import resource
@@ -189,7 +190,7 @@ def write(submission: Submission) -> Path:
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
     for name, text in {SCRIPT: submission.script, **submission.follow_ups}.items():
-        (run.path / name).write_text(text, encoding="utf-8")
+        atomic_write(run.path / name, text)
     return run.path / SCRIPT
 
 

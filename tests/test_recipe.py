@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -357,3 +360,62 @@ def test_a_folder_called_embedded_does_not_change_the_embedded_recipe(
     recipe = load_recipe(EMBEDDED, ["model.name_or_path=charts"])
     assert recipe.data.dataset == "embedded"
     assert recipe.model.name_or_path == str(tmp_path / "charts")
+
+
+BOMB = "&a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"z{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"name: {BOMB}", "more than 50,000 values"),
+        (f"training: {{learning_rate: {'[' * 3000}{']' * 3000}}}", "nested too deeply"),
+        ("training: &t {learning_rate: *t}", "is inside of what it stands for"),
+        ("training: {seed: 1" + "0" * 5000 + "}", "an integer of more than 4,300 digits"),
+        ("training: {seed: 0x" + "f" * 5000 + "}", "an integer is too large"),
+        ("training: {seed: 2026-99-99}", "training.seed: must be a valid integer"),
+        ("name: {" + ", ".join(f"k{n}: {n}" for n in range(2_000)) + "}", "name: must be a valid string"),
+        ("".join(f"k{n}: 1\n" for n in range(5_000)), "more problems"),
+        ("? " + "k" * 100_000 + "\n: 1", "unknown key"),
+        ("x: " + "y" * 2**20, "is too large (1,048,579 bytes, at most 262,144 are read)"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_recipe_that_would_hang_its_reader_is_refused_in_lines(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(file)
+    assert time.monotonic() - began < 20
+    assert words in str(caught.value)
+    assert len(caught.value.problems) <= 110
+    assert max(map(len, caught.value.problems)) < 1000
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+def test_a_recipe_is_a_plain_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="is no plain file"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "1" * 5000, "&a [*a]", "0x" + "f" * 5000, "{a: 1, a: 2}"])
+def test_an_override_that_would_hang_its_reader_is_one_line(value: str) -> None:
+    (line,) = problems_of(f"training.seed={value}")
+    assert line.startswith("training.seed: must be a valid integer")
+    assert len(line) < 300
+
+
+def test_a_value_is_shown_no_further_than_it_is_read() -> None:
+    """Whoever hands values over by another way than a file: they may have no end."""
+    endless: list[object] = []
+    endless.append(endless)
+    for value in (endless, 10**5000, {"a": [{}] * 10**6}, float("nan"), "x" * 10**6):
+        with pytest.raises(ConfigError) as caught:
+            recipe_from_dict({"name": "a", "training": {"seed": value}})
+        assert max(map(len, caught.value.problems)) < 500

@@ -83,7 +83,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
     return stand_in(monkeypatch, tmp_path)
 
 
-@pytest.mark.parametrize(("command", "option", "before"), _options(), ids=str)
+@pytest.mark.parametrize(("command", "option", "before"), list(_options()), ids=str)
 def test_a_value_that_cannot_be_is_refused_in_one_line_that_names_it(
     command: str,
     option: str,

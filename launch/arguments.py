@@ -30,6 +30,14 @@ Allow = Annotated[
     list[str],
     typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
 ]
+AllowPart = Annotated[
+    list[str],
+    typer.Option(
+        "--allow",
+        metavar="PART",
+        help="Go on although this part differs from the training's, such as model.processor; may be repeated.",
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Plan for GPUs of this memory: 24GB.", show_default="the GPUs' here"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Processes, RunArgument, RunsDir, example
+from launch.arguments import AllowPart, Processes, RunArgument, RunsDir, example
 from launch.errors import ConfigError
 from launch.screen import say
 
@@ -27,6 +27,7 @@ def evaluate(
         typer.Option(min=1, metavar="N", help="Only N samples, spread over the split.", show_default="all"),
     ] = None,
     gpus_per_node: Processes = None,
+    allow: AllowPart = [],  # noqa: B006 - typer copies it
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
@@ -40,7 +41,8 @@ def evaluate(
             f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
         )
     chosen = [model.strip() for model in models.split(",")]
-    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+    allowed = [word for part in allow for word in ("--allow", part)]
+    results.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node)
 
 
 AdapterConfig = Annotated[
@@ -95,6 +97,7 @@ def merge(
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
+    allow: AllowPart = [],  # noqa: B006
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
@@ -107,7 +110,7 @@ def merge(
             f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
         )
     options = results.MergeOptions(
-        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
+        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
     )
     if not results.merge(source, output, options, compare, runs_dir):
         say("not compared with base + adapter: the adapter lies in no run, which would name the data")

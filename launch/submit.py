@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import ledger, start
+from launch.caches import cache_root, hugging_face_home
 from launch.errors import ConfigError
-from launch.index import cache_root, hugging_face_home
 from launch.resources import resource
 from launch.run_directory import RunDirectory, clear_markers, clear_requests, hold_lock
 from launch.runs import adopt, write_request

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,19 +24,20 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from launch.caches import cache_root, embedded_folder
 from launch.errors import ConfigError, SamestepError
 from launch.folders import published
 from launch.index import (
     SPLITS,
     Index,
     SplitName,
-    cache_root,
-    embedded_folder,
+    index_damage,
     index_path,
     read_index,
 )
 from launch.recipe import EMBEDDED, Recipe
 from launch.recipe_file import load_recipe
+from launch.run_identity import model_identity
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
@@ -43,6 +45,7 @@ from trainer.prefill import fill, survey
 from trainer.pretrained import fetch_base, load_processor
 from trainer.speech import complain, speak_plainly
 
+logger = logging.getLogger("trainer")
 SHOWN_BAD_ROWS = 50
 
 
@@ -56,7 +59,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
     with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
         with _writing_the_cache():
             _build_embedded(recipe, progress)
-        fetch_base(recipe)
+        model_identity(
+            Path(fetch_base(recipe))
+        )  # remembered: all weights are read here, not before each start
+        if damage := index_damage(recipe):
+            logger.warning("%s; it is made anew", damage)
         return read_index(recipe) or _write_index(recipe, progress)
 
 
@@ -148,7 +155,7 @@ def _bad_rows_message(bad: Sequence[BadRow]) -> str:
 def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
     """Write the index aside and move it into place whole, in the place of a damaged one."""
     facts = {
-        "fingerprint": hashlib.sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
+        "fingerprint": sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
         "rows": {split: len(rows) for split, rows in measured.items()},
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
@@ -159,7 +166,8 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
         if bad:
             lines = [json.dumps({"split": row.split, "row": row.row, "reason": row.reason}) for row in bad]
             (aside / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n")
-        (aside / "index.json").write_text(json.dumps(facts, indent=1))
+        digests = {file.name: sha256(file.read_bytes()).hexdigest() for file in aside.glob("*.parquet")}
+        (aside / "index.json").write_text(json.dumps({**facts, "files": digests}, indent=1))
         if index_path(recipe).exists():
             shutil.rmtree(index_path(recipe))
     index = read_index(recipe)

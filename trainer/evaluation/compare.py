@@ -34,7 +34,7 @@ from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
-from trainer.checkpoint.base_model import check_base, find_base, run_of
+from trainer.checkpoint.base_model import add_allow, check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
@@ -78,6 +78,7 @@ class Request:
     recipe_file: Path
     missing: Missing
     both_bases: bool = False
+    allow: tuple[str, ...] = ()
 
 
 def compare(request: Request) -> Comparison:
@@ -178,7 +179,11 @@ def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
     with _room_beside(first) as room:
         twin = Path(room, first.name)
         print_report(
-            merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
+            merge(
+                MergeRequest(
+                    request.source, twin, other, dtype, request.recipe_file, request.missing, request.allow
+                )
+            ),
             Console(highlight=False, soft_wrap=True),
         )
         yield {**folders, f"merged, {other}": twin}
@@ -293,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--run-dir", type=Path, help="the run whose recipe names the data (default: the source's)"
     )
     add_adapter_options(parser)
+    add_allow(parser)
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples: {given.samples} compares nothing; give at least 1")
@@ -310,7 +316,7 @@ def _request(given: argparse.Namespace) -> Request:
     adapter = read_adapter(source, missing)
     recipe_file = recipe_file_of(source, given.run_dir)
     base = find_base(adapter, missing.base_model)
-    check_base(adapter, base)
+    check_base(adapter, base, given.allow)
     return Request(
         source=source,
         adapter=adapter,
@@ -321,6 +327,7 @@ def _request(given: argparse.Namespace) -> Request:
         recipe_file=recipe_file,
         missing=missing,
         both_bases=given.both_bases,
+        allow=tuple(given.allow),
     )
 
 

@@ -12,9 +12,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,8 @@ from launch.index import SPLITS, read_index
 from launch.merged import merge_behind
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
-from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
+from trainer.agreement import end_process, from_rank_0, leave_processes, on_rank_0, say_once, together
+from trainer.checkpoint.base_model import add_allow
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -41,6 +43,7 @@ from trainer.evaluation.answers import (
     answer_all,
     check_request,
 )
+from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, summary
 from trainer.prepare import prepare
 from trainer.speech import speak_plainly
@@ -52,9 +55,13 @@ _COMMAND = Path(sys.executable).with_name("samestep")
 
 
 def result_of(
-    task: Task, questions: Sequence[Question], answers: Sequence[Answer], world_size: int
+    task: Task,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    world_size: int,
+    identity: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that eval.json holds.
+    """Everything that eval.json holds. `identity`: as of `hold_against_training`.
 
     Raises:
         RunError: a question has not exactly one answer of every model.
@@ -91,6 +98,7 @@ def result_of(
         "questions": len(questions),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
         "world_size": world_size,
+        **identity,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "accuracy": accuracy,
         "mcnemar_p": {
@@ -197,6 +205,7 @@ def parse(arguments: Sequence[str] | None) -> Request:
         help=f"comma-separated, of {', '.join(MODELS)} (default: base,adapter,shuffled)",
     )
     parser.add_argument("--max-samples", type=int, help="ask only so many questions, spread over the split")
+    add_allow(parser)
     given = parser.parse_args(arguments)
     models = tuple(dict.fromkeys(part.strip() for part in given.models.split(",")))
     unknown = [model for model in models if model not in MODELS]
@@ -205,7 +214,9 @@ def parse(arguments: Sequence[str] | None) -> Request:
     if given.max_samples is not None and given.max_samples < 1:
         parser.error(f"--max-samples: {given.max_samples} asks nothing; give at least 1")
     run = RunDirectory(given.run_dir.expanduser().absolute())
-    return Request(run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples)
+    return Request(
+        run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples, tuple(given.allow)
+    )
 
 
 def prepared(request: Request) -> Task:
@@ -222,12 +233,13 @@ def prepared(request: Request) -> Task:
 
 def evaluate(task: Task, state: PartialState) -> None:
     """Answer on all ranks, gather; rank 0 writes and prints."""
+    identity = from_rank_0(lambda: hold_against_training(task))
     share = together(lambda: answer_all(task, state))
     gathered: list[tuple[list[Question], list[Answer]]] = gather_object([share])
 
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
-        result = result_of(task, share[0], answers, state.num_processes)
+        result = result_of(task, share[0], answers, state.num_processes, identity)
         write_result(result, task.request.run.eval_file(task.request.split, task.request.max_samples))
         print_result(result, task.request, Console(highlight=False, soft_wrap=True))
 

@@ -30,8 +30,8 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from launch.caches import cache_root
 from launch.errors import ConfigError
-from launch.index import cache_root
 from trainer.features.file import Features, FlawError, Kind, encode, read
 from trainer.features.identity import differences
 

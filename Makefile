@@ -8,7 +8,7 @@ BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
 
-.PHONY: help install run test test-long test-slurm test-slurm-long slurm check
+.PHONY: help install run test test-long test-slurm test-slurm-long slurm check docs
 
 help:
 	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-long  the full matrices, within an hour; writes tests/long/RESULTS.md"
 	@echo "make test-slurm  on a real Slurm cluster on this machine, in minutes; root, installs Debian's packages of Slurm"
 	@echo "make test-slurm-long  twelve events on it; writes tests/slurm/RESULTS.md"
-	@echo "make check    set up, lint, types, imports"
+	@echo "make check    set up, lint, types, imports, documentation"
+	@echo "make docs     set up, build the documentation into site/; every broken link is an error"
 	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
 
 install: $(SETUP)
@@ -75,3 +76,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory docs
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

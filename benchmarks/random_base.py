@@ -47,7 +47,7 @@ def write_base(folder: Path, shape: str, charts: Path) -> None:
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from launch.folders import published
+    from launch.atomic_files import atomic_dir
     from launch.recipe_file import find_recipe, load_recipe
     from trainer.model.tiny import TinyShape, make_processor, train_tokenizer
 
@@ -60,7 +60,7 @@ def write_base(folder: Path, shape: str, charts: Path) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2VLForConditionalGeneration(base_config(shape, tokenizer))
     torch.set_default_dtype(torch.float32)
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         model.save_pretrained(aside, max_shard_size="4GB")
         processor.save_pretrained(aside)
 
@@ -120,9 +120,9 @@ def write_charts(folder: Path, count: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from launch.folders import published
+    from launch.atomic_files import atomic_dir
 
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         for seed, (split, rows) in enumerate(
             (("train", count), ("val", GLOBAL_BATCH), ("test", GLOBAL_BATCH))
         ):

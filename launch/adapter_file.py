@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch.untrusted_files import UNREADABLE, plain_size, read_bytes
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST = 2**34  # bytes of an adapter that is read whole: all linear layers of a 72B at rank 256 are 13 GB
 
 
 def is_whole(adapter: Path) -> bool:
@@ -14,9 +17,10 @@ def is_whole(adapter: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
+        plain_size(adapter / WEIGHTS)
         with safe_open(adapter / WEIGHTS, "np") as opened:
             return bool(opened.keys()) and (adapter / CONFIG).is_file()
-    except (OSError, SafetensorError):
+    except (*UNREADABLE, SafetensorError):
         return False
 
 
@@ -25,8 +29,8 @@ def read_digest(adapter: Path) -> str | None:
     from safetensors import SafetensorError, deserialize
 
     try:
-        found = deserialize((adapter / WEIGHTS).read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError):
+        found = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
+    except (*UNREADABLE, SafetensorError):
         return None
     return digest_of({name: tensor["data"] for name, tensor in found})
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch import ledger
+from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
 from launch.hardware import compute_capability
 from launch.job_plan import Allocation, JobPlan, plan_job, run_of
@@ -36,6 +37,7 @@ from launch.run_directory import (
 )
 from launch.runs import adopt, write_request
 from launch.slurm import ENDING, RUNNING, QueuedJob, parse_job, parse_nodes, parse_queue
+from launch.untrusted_files import printable_lines
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
 
@@ -110,7 +112,7 @@ def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
         if job.planned.continuation.source is not None:
             adopt(job.planned.continuation.source, run)
     # From now on no other attempt asks for a stop.
-    ledger.attempt_file(run).write_text(f"{allocation.job}.{allocation.restart}\n")
+    atomic_write(ledger.attempt_file(run), f"{allocation.job}.{allocation.restart}\n")
     clear_markers(run)
     clear_requests(run)
     ledger.write_event(run, "start", **_begun(run, allocation))
@@ -262,7 +264,7 @@ def _log_file() -> str:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%F %T')} {text}", file=sys.stderr, flush=True)
+    print(f"{time.strftime('%F %T')} {printable_lines(text)}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,10 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.act(options))
     except SamestepError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable_lines(f"error: {error}"), file=sys.stderr, flush=True)
         return error.exit_status
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        words = f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        print(printable_lines(words), file=sys.stderr, flush=True)
         return 1
 
 

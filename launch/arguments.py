@@ -1,21 +1,26 @@
 """Arguments that several commands of `samestep` share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from launch.option_values import memory_size, named, place, text, whole
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one by name.")
+    str,
+    typer.Argument(metavar="RECIPE", parser=named("RECIPE"), help="A recipe file, or a shipped one by name."),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name of a run below --runs-dir, or its folder.")
+    str,
+    typer.Argument(metavar="RUN", parser=named("RUN"), help="Name of a run below --runs-dir, or its folder."),
 ]
 Processes = Annotated[
     int | None,
     typer.Option(
         "--gpus-per-node",
         metavar="N",
+        parser=whole("--gpus-per-node", 1),
         help="Processes to start, one a GPU.",
         show_default="the GPUs present, 2 on a CPU",
     ),
@@ -23,12 +28,19 @@ Processes = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
 ]
-RunsDir = Annotated[Path, typer.Option(help="The folder that holds the runs.")]
+RunsDir = Annotated[
+    Path, typer.Option(metavar="FOLDER", parser=place("--runs-dir"), help="The folder that holds the runs.")
+]
 RunName = Annotated[str | None, typer.Option(help="Name of the run.", show_default="the recipe's")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside first.")]
 Allow = Annotated[
     list[str],
-    typer.Option("--allow", metavar="KEY", help="Go on although this value differs; may be repeated."),
+    typer.Option(
+        "--allow",
+        metavar="KEY",
+        parser=text("--allow"),
+        help="Go on although this value differs; may be repeated.",
+    ),
 ]
 AllowPart = Annotated[
     list[str],
@@ -40,13 +52,19 @@ AllowPart = Annotated[
 ]
 GpuMemory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Plan for GPUs of this memory: 24GB.", show_default="the GPUs' here"),
+    typer.Option(
+        metavar="SIZE",
+        parser=memory_size("--gpu-memory"),
+        help="Plan for GPUs of this memory: 24GB.",
+        show_default="the GPUs' here",
+    ),
 ]
 Source = Annotated[
     Path | None,
     typer.Option(
         "--from",
         metavar="CHECKPOINT",
+        parser=place("--from"),
         help="Begin with a checkpoint of another run, or of plain trl or DeepSpeed.",
     ),
 ]
@@ -55,3 +73,8 @@ Source = Annotated[
 def example(*lines: str) -> str:
     """The epilog of a command's help."""
     return "\n\n".join(["Example:", *lines])
+
+
+def nodes_option(help_text: str) -> Any:
+    """`--nodes` of a command."""
+    return typer.Option(metavar="N", parser=whole("--nodes", 1), help=help_text)

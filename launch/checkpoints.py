@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.manifest import MANIFEST, printable
+from launch.manifest import MANIFEST
 from launch.plan import Plan, samples_consumed
 from launch.survey import Checkpoint
+from launch.untrusted_files import printable
 
 COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"
@@ -46,6 +47,8 @@ def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
     if newest.step > plan.max_steps:
         return f"be refused: step {newest.step} lies beyond the end of its plan ({plan.max_steps} steps)"
     seen = newest.facts.get("samples_consumed")
+    if not isinstance(seen, int | None):
+        return f"be refused: step {newest.step} does not say how many samples it has seen"
     if seen is not None and (newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)):
         return (
             f"be refused: step {newest.step} has seen {seen:,} samples where its plan counts "

@@ -82,7 +82,8 @@ def wait_for(
     ]
     before = {number: signal.signal(number, receive) for number in heeded}
     try:
-        process = subprocess.Popen(command, env=environment, process_group=0)
+        # Nothing that is started asks anything: a library that would is answered by the end of the file.
+        process = subprocess.Popen(command, env=environment, process_group=0, stdin=subprocess.DEVNULL)
         for number in early:
             pass_on(process, number)
         status = process.wait()

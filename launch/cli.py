@@ -22,11 +22,16 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    nodes_option,
 )
+from launch.atomic_files import place_of
 from launch.cluster_cli import commands as cluster_commands
 from launch.errors import ConfigError, SamestepError
+from launch.option_values import host, whole
 from launch.results_cli import commands as results_commands
-from launch.screen import say, say_allowed, show_memory, show_plan
+from launch.screen import add_row, emit, say, say_allowed, show_memory, show_plan
+from launch.typed import as_typed, remember_command
+from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
     from launch import start
@@ -71,6 +76,7 @@ Strategy = Annotated[
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENXIO),
 )
 
 
@@ -80,7 +86,7 @@ _PLACE_ERRORS = (
 def plan(
     recipe: RecipeArgument,
     strategy: Strategy = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
+    nodes: Annotated[int, nodes_option("Machines.")] = 1,
     gpus_per_node: Processes = None,
     gpu_memory: GpuMemory = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
@@ -149,17 +155,33 @@ def run(
     allow: Allow = [],  # noqa: B006
     source: Source = None,
     nodes: Annotated[
-        int,
-        typer.Option(metavar="N", help="Machines; give the same command on each, and its --machine-rank."),
+        int, nodes_option("Machines; give the same command on each, and its --machine-rank.")
     ] = 1,
     machine_rank: Annotated[
-        int, typer.Option(metavar="R", help="Number of this machine, from 0; the first writes the run.")
+        int,
+        typer.Option(
+            metavar="R",
+            parser=whole("--machine-rank", 0),
+            help="Number of this machine, from 0; the first writes the run.",
+        ),
     ] = 0,
     main_process_ip: Annotated[
-        str | None, typer.Option(metavar="IP", help="Where machine 0 is found.", show_default="this machine")
+        str | None,
+        typer.Option(
+            metavar="IP",
+            parser=host("--main-process-ip"),
+            help="Where machine 0 is found.",
+            show_default="this machine",
+        ),
     ] = None,
     main_process_port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="A free port there.", show_default="any")
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            parser=whole("--main-process-port", 1, 65535),
+            help="A free port there.",
+            show_default="any",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -230,10 +252,11 @@ def _run_here(request: start.RunRequest) -> None:
             say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
         say_allowed(planned.changed)
-        if request.fresh and (old := start.move_aside(planned.run)):
-            say(f"the older run is now {old}")
-        show_plan(planned.plan)
-        marker = start.execute_twice(planned, request)
+        with start.moved_aside(planned.run, request.fresh) as old:
+            if old:
+                say(f"the older run is now {old}")
+            show_plan(planned.plan)
+            marker = start.execute_twice(planned, request)
         if marker.kind == "STOPPED":
             say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
@@ -266,9 +289,10 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
-    table = Table(*COLUMNS, title=Text(f"checkpoints of {place.name}"), title_justify="left")
+    title = Text(printable(f"checkpoints of {place.name}"))
+    table = Table(*COLUMNS, title=title, title_justify="left")
     for row in rows(found, time.time()):
-        table.add_row(*map(Text, row))
+        add_row(table, *row)
     console.print(table)
     for line in reasons(found, old_plan(place)):
         say(line)
@@ -283,13 +307,12 @@ def rules() -> None:
     """Show what is refused before anything starts, and why."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from launch.rules import rule_rows
 
     table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
     for name, reason in rule_rows():
-        table.add_row(Text(name), Text(reason))
+        add_row(table, name, reason)
     Console(highlight=False).print(table)
 
 
@@ -300,7 +323,7 @@ def schema() -> None:
 
     from launch.recipe import recipe_schema
 
-    say(json.dumps(recipe_schema(), indent=1))
+    emit(json.dumps(recipe_schema(), indent=1))
 
 
 app.add_typer(reference)
@@ -309,6 +332,7 @@ app.add_typer(cluster_commands)
 
 def main() -> None:
     """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
+    remember_command()
     try:
         app(prog_name="samestep")
     except SamestepError as error:
@@ -317,13 +341,11 @@ def main() -> None:
         if error.errno not in _PLACE_ERRORS:
             raise
         remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
-        _complain(
-            f"{error.filename or 'disk'}: {error.strerror}; {remedy} another place", ConfigError.exit_status
-        )
+        _complain(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
 
 
 def _complain(text: str, status: int) -> NoReturn:
-    print(text, file=sys.stderr)
+    print(printable_lines(as_typed(text)), file=sys.stderr)
     sys.exit(status)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,12 @@ from launch.arguments import (
     RunsDir,
     Source,
     example,
+    nodes_option,
 )
-from launch.screen import say, show_plan
+from launch.option_values import memory_size, named, one_of, place, several_of, site_value, text, whole
+from launch.screen import add_row, emit, say, show_plan
+from launch.typed import command
+from launch.untrusted_files import open_plain, printable
 
 if TYPE_CHECKING:
     from launch.run_directory import RunDirectory
@@ -35,27 +39,62 @@ StrategyFile = Annotated[
 ]
 SiteFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What differs between clusters: slurm/site.example.yaml."),
+    typer.Option(
+        metavar="FILE", parser=place("--site"), help="What differs between clusters: slurm/site.example.yaml."
+    ),
 ]
 # What follows wins over the site's file.
 MemoryOfSite = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Memory of one GPU: 80GB.", show_default="the site's")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        parser=memory_size("--gpu-memory"),
+        help="Memory of one GPU: 80GB.",
+        show_default="the site's",
+    ),
 ]
-AsOfSbatch = Annotated[str | None, typer.Option(help="As of sbatch.", show_default="the site's")]
+
+
+def as_of_sbatch(option: str) -> Any:
+    """An option of sbatch's name and meaning."""
+    return typer.Option(metavar="TEXT", parser=text(option), help="As of sbatch.", show_default="the site's")
+
+
 TimeLimit = Annotated[
     str | None,
-    typer.Option(help="Limit of one attempt, as of sbatch: D-HH:MM:SS.", show_default="the site's"),
+    typer.Option(
+        metavar="TEXT",
+        parser=site_value("--time", "time"),
+        help="Limit of one attempt, as of sbatch: D-HH:MM:SS.",
+        show_default="the site's",
+    ),
 ]
 Image = Annotated[
     str | None,
-    typer.Option(metavar="IMAGE", help="For the site's container.runtime.", show_default="the site's"),
+    typer.Option(
+        metavar="IMAGE",
+        parser=text("--container"),
+        help="For the site's container.runtime.",
+        show_default="the site's",
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="What the nodes train on: cuda or cpu.", show_default="the site's, cuda")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        parser=one_of("--device", ("cuda", "cpu")),
+        help="What the nodes train on: cuda or cpu.",
+        show_default="the site's, cuda",
+    ),
 ]
 SignalLead = Annotated[
     int | None,
-    typer.Option(metavar="SECONDS", help="Warning before the time limit.", show_default="the site's, 120"),
+    typer.Option(
+        metavar="SECONDS",
+        parser=whole("--signal-lead", 1, 65535),
+        help="Warning before the time limit.",
+        show_default="the site's, 120",
+    ),
 ]
 
 
@@ -69,20 +108,28 @@ SignalLead = Annotated[
 def submit(
     recipe: RecipeArgument,
     strategy: StrategyFile = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="Processes of a node, one a GPU.")] = 1,
+    nodes: Annotated[int, nodes_option("Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(metavar="N", parser=whole("--gpus-per-node", 1), help="Processes of a node, one a GPU."),
+    ] = 1,
     site: SiteFile = None,
     gpu_memory: MemoryOfSite = None,
-    partition: AsOfSbatch = None,
-    account: AsOfSbatch = None,
-    qos: AsOfSbatch = None,
+    partition: Annotated[str | None, as_of_sbatch("--partition")] = None,
+    account: Annotated[str | None, as_of_sbatch("--account")] = None,
+    qos: Annotated[str | None, as_of_sbatch("--qos")] = None,
     time: TimeLimit = None,
-    constraint: AsOfSbatch = None,
+    constraint: Annotated[str | None, as_of_sbatch("--constraint")] = None,
     container: Image = None,
     device: Device = None,
     signal_lead: SignalLead = None,
     then: Annotated[
-        str, typer.Option(help="Jobs for when the run is done: merge, evaluate, or both with a comma.")
+        str,
+        typer.Option(
+            metavar="JOBS",
+            parser=several_of("--then", ("merge", "evaluate"), none=True),
+            help="Jobs for when the run is done: merge, evaluate, or both with a comma.",
+        ),
     ] = "",
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
@@ -100,8 +147,6 @@ def submit(
     Everything that can be refused is refused before the job is queued. `sbatch runs/NAME/submit.sbatch` queues the
     same again.
     """
-    import sys
-
     from launch import start
     from launch import submit as cluster
     from launch.foreign import take_over_foreign
@@ -121,9 +166,9 @@ def submit(
     submission = cluster.prepare(asked, chosen, follow_ups)
     _show(submission, to_stderr=dry_run)
     if dry_run:
-        print(start.outlook(submission.planned, submission.request), file=sys.stderr)
+        say(start.outlook(submission.planned, submission.request), to_stderr=True)
         for text in (submission.script, *submission.follow_ups.values()):
-            say(text)
+            emit(text)
         return
     _queue(submission, fresh)
 
@@ -138,13 +183,14 @@ def _queue(submission: Submission, fresh: bool) -> None:
         if not fresh and start.is_done(planned):
             say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
             return
-        if fresh and (old := start.move_aside(planned.run)):
-            say(f"the older run is now {old}")
-        queued = cluster.queue(submission)
-    say(submission.script)
+        with start.moved_aside(planned.run, fresh) as old:
+            if old:
+                say(f"the older run is now {old}")
+            queued = cluster.queue(submission)
+    emit(submission.script)
     for script, job in queued:
         say(f"queued as job {job}: {planned.run.path / script}")
-    say(f"see: samestep status {planned.run.name}; samestep logs {planned.run.name} --follow")
+    say(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
 
 
 @commands.command(epilog=example("samestep status", "samestep status embedded --json"))
@@ -152,7 +198,9 @@ def status(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN...]", help="Names of runs below --runs-dir, or their folders; none: all."
+            metavar="[RUN...]",
+            parser=named("RUN"),
+            help="Names of runs below --runs-dir, or their folders; none: all.",
         ),
     ] = None,
     runs_dir: RunsDir = Path("runs"),
@@ -173,7 +221,7 @@ def status(
     chosen = [start.find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
     found = [status_of(run, show_job, now) for run in chosen]
     if as_json:
-        say(json.dumps([one.to_json() for one in found], indent=1))
+        emit(json.dumps([one.to_json() for one in found], indent=1))
         return
     if not found:
         say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
@@ -187,7 +235,10 @@ def status(
 def logs(
     run: RunArgument,
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Only this rank's words, on whichever node it is.")
+        int | None,
+        typer.Option(
+            metavar="R", parser=whole("--rank", 0), help="Only this rank's words, on whichever node it is."
+        ),
     ] = None,
     follow: Annotated[
         bool,
@@ -215,7 +266,7 @@ def logs(
             _follow(found, rank)
             return
         for file in files:
-            with file.open("rb") as handle:
+            with open_plain(file) as handle:
                 shutil.copyfileobj(handle, sys.stdout.buffer)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
@@ -243,9 +294,9 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         lambda: log_files(run, rank),
         lambda: end_of(run, show_job, time.time()),
         write,
-        lambda: print(waits_for(run, show_job, time.time()), file=sys.stderr, flush=True),
+        lambda: say(waits_for(run, show_job, time.time()), to_stderr=True),
     )
-    print(ended, file=sys.stderr)
+    say(ended, to_stderr=True)
     if not spoken:
         raise never_spoke(run, rank)
 
@@ -254,7 +305,6 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     """The rows of `samestep status`, as many columns as the terminal has room for."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from launch.status import COLUMNS, columns_for, has_room, missed
 
@@ -264,7 +314,7 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     for column in kept:
         table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in may_fold)
     for cells in rows:
-        table.add_row(*(Text(cells[column]) for column in kept))
+        add_row(table, *(cells[column] for column in kept))
     console.print(table)
     if names := missed(rows, kept):
         console.print(f"no room here for: {', '.join(names)} (wider, or --json)", markup=False)
@@ -278,10 +328,11 @@ def _show(submission: Submission, to_stderr: bool) -> None:
 
     console = Console(highlight=False, stderr=to_stderr)
     for consequence in consequences(submission.planned.changed):
-        console.print(f"allowed: {consequence}", markup=False)
+        console.print(printable(f"allowed: {consequence}"), markup=False)
     show_plan(submission.planned.plan, to_stderr)
     if other := submission.other_packages:
         console.print(
-            f"versions and DeepSpeed: not judged here, the job runs with {other}; its first node judges them",
+            f"versions and DeepSpeed: not judged here, the job runs with {printable(other)}; "
+            "its first node judges them",
             markup=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _ZERO_KEYS = {
     "stage3_gather_16bit_weights_on_model_save",
 }
 _LAYERS_SIZES = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+_OFFLOADS = ("offload_param", "offload_optimizer")
 _NUMBERS = ("reduce_bucket_size", "stage3_param_persistence_threshold")
 
 
@@ -57,11 +59,7 @@ def recomputation_is_ours(request: Request) -> str | None:
 def weights_stay_on_the_gpu(request: Request) -> str | None:
     """4-bit weights that are offloaded to a CPU are refused or quantized again."""
     zero = _section(request.launch.deepspeed, "zero_optimization")
-    asked = [
-        key
-        for key in ("offload_param", "offload_optimizer")
-        if _section(zero, key).get("device", "none") != "none"
-    ]
+    asked = [key for key in _OFFLOADS if _section(zero, key).get("device", "none") != "none"]
     if request.launch.fsdp_flag("fsdp_offload_params"):
         asked.append("fsdp_offload_params")
     if not asked:
@@ -70,7 +68,7 @@ def weights_stay_on_the_gpu(request: Request) -> str | None:
 
 
 def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Of a DeepSpeed file; what is no section (`"bf16": null`) asks for nothing."""
+    """Of a DeepSpeed file; null asks for nothing, and anything else that is no section is another rule's."""
     found = values.get(key)
     return found if isinstance(found, dict) else {}
 
@@ -83,6 +81,25 @@ def deepspeed_casts_nothing(request: Request) -> str | None:
     if not found:
         return None
     return f"{', '.join(found)}: enabled in the DeepSpeed file of {request.launch.where}; leave it out"
+
+
+def deepspeed_sections_are_sections(request: Request) -> str | None:
+    """A value in the place of a section is passed over here and there, and ends elsewhere in a traceback."""
+    zero, stage = request.launch.deepspeed, "zero_optimization"
+    found = {key: zero[key] for key in (stage, "bf16", "fp16", "amp", "comms_logger") if key in zero}
+    offload = _section(zero, stage)
+    found |= {f"{stage}.{key}": offload[key] for key in _OFFLOADS if key in offload}
+    wrong = [
+        f"{key} ({json.dumps(value)[:40]})"
+        for key, value in found.items()
+        if not isinstance(value, dict) and (value is not None or key == stage)
+    ]
+    if not wrong:
+        return None
+    return (
+        f"{', '.join(wrong)}: no section, in the DeepSpeed file of {request.launch.where}; write it in braces, "
+        "see ds_configs/"
+    )
 
 
 def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
@@ -110,10 +127,8 @@ def deepspeed_counts_what_the_plan_counts(request: Request) -> str | None:
 def deepspeed_is_asked_for_what_is_known(request: Request) -> str | None:
     """Other keys of the DeepSpeed file change what is trained: how gradients travel, a schedule, an optimizer."""
     zero = request.launch.deepspeed
-    section = zero.get("zero_optimization", {})
-    odd = sorted({*zero} - _DEEPSPEED_KEYS) + sorted(
-        {*section} - _ZERO_KEYS - {"offload_param", "offload_optimizer", *_LAYERS_SIZES}
-    )
+    section = _section(zero, "zero_optimization")
+    odd = sorted({*zero} - _DEEPSPEED_KEYS) + sorted({*section} - _ZERO_KEYS - {*_OFFLOADS, *_LAYERS_SIZES})
     if not odd:
         return None
     return (
@@ -146,6 +161,7 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     recomputation_is_ours,
     weights_stay_on_the_gpu,
     deepspeed_casts_nothing,
+    deepspeed_sections_are_sections,
     deepspeed_counts_what_the_plan_counts,
     deepspeed_is_asked_for_what_is_known,
     deepspeed_holds_as_many_layers_as_are_planned,

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.untrusted_files import UNREADABLE, open_plain
+
 POLL_S = 1.0
 PIECE = 2**20  # bytes
 LOOK_EVERY = 5  # polls; Slurm's controller is not to be asked every second
@@ -53,10 +55,10 @@ def _copy_on(file: Path, begin: int, write: Callable[[bytes], None]) -> int:
 def _read(file: Path, begin: int) -> tuple[int, bytes]:
     """A piece from `begin` on and where it ends; nothing where the disk does not answer (moved away, ESTALE of NFS)."""
     try:
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             start = begin if os.fstat(handle.fileno()).st_size >= begin else 0
             handle.seek(start)
             piece = handle.read(PIECE)
             return start + len(piece), piece
-    except OSError:
+    except UNREADABLE:
         return begin, b""

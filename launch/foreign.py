@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def take_over_foreign(request: RunRequest) -> RunRequest:
     recipe_file = find_recipe(request.recipe)
     recipe = load_recipe(recipe_file, request.overrides)
     run = open_run(request.runs_dir, recipe.name if request.name is None else request.name)
-    place = cache_root() / "taken-over" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    place = cache_root() / "taken-over" / hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     begun = Path(started_from_of(run))
     if begun.is_relative_to(place) and run.checkpoints() and not request.fresh:
         return replace(request, source=begun)  # whatever became of the source since

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,20 +15,47 @@ _DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 
 def gpus_present() -> int:
-    """GPUs a process started here would see: the driver's count, narrowed by CUDA_VISIBLE_DEVICES."""
+    """GPUs a process started here would see: the driver's, narrowed by CUDA_VISIBLE_DEVICES."""
     present = _gpus_of_driver()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or present == 0:
-        return present
-    named = [name.strip() for name in visible.split(",") if name.strip()]
-    if "-1" in named:
-        named = named[: named.index("-1")]  # CUDA stops reading there
-    return len(named)
+    return len(visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), present)) if present else 0
 
 
 def first_visible_gpu() -> str:
     """The name of GPU 0 of a process started here, for CUDA_VISIBLE_DEVICES."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+    return next(iter(visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_of_driver())), "0")
+
+
+def visible_ids(visible: str | None, uuids: Sequence[str]) -> list[str]:
+    """What CUDA takes of CUDA_VISIBLE_DEVICES on a machine of these GPUs: all up to the first that it does not know.
+
+    Numbers as strtoul reads them, or beginnings of UUIDs of one kind; a GPU named twice leaves none. The driver's rule
+    as PyTorch 2.14 has written it down (`torch.cuda._device_count_nvml`). An empty UUID is one that the driver does
+    not say: then any is believed, as parts of a GPU (MIG) are.
+    """
+    if visible is None:
+        return [str(number) for number in range(len(uuids))]
+    named, found = [word.strip() for word in visible.split(",")], []
+    kind = next((kind for kind in ("GPU-", "MIG-") if named[0].startswith(kind)), "")
+    for name in named:
+        gpu = _by_uuid(name, kind, uuids) if kind else _by_number(name, len(uuids))
+        if gpu is None:
+            break
+        found.append(gpu)
+    return found if len(found) == len({*found}) else []
+
+
+def _by_number(name: str, count: int) -> str | None:
+    number = re.match(r"\+?([0-9]+)", name)
+    return str(int(number[1])) if number and int(number[1]) < count else None
+
+
+def _by_uuid(name: str, kind: str, uuids: Sequence[str]) -> str | None:
+    if not name.startswith(kind):
+        return None
+    if kind == "MIG-" or not all(uuids):
+        return name
+    matching = [uuid for uuid in uuids if uuid.startswith(name)]
+    return matching[0] if len(matching) == 1 else None
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -53,12 +81,14 @@ def _visible_gpus() -> tuple[_Gpu, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = ["-i", visible] if visible else []  # another card in the machine does not count
+    visible = visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_of_driver())
+    chosen = ["-i", ",".join(visible)] if visible else []  # another card in the machine does not count
     query = "--query-gpu=compute_cap,memory.total,mig.mode.current"
     command = [tool, *chosen, query, "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     found = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
@@ -68,16 +98,30 @@ def _visible_gpus() -> tuple[_Gpu, ...]:
     )
 
 
-def _gpus_of_driver() -> int:
+def _gpus_of_driver() -> list[str]:
+    """The UUID of every GPU, in the driver's order; empty where the driver does not say it."""
     if _DRIVER_FOLDER.is_dir():
-        return sum(1 for _ in _DRIVER_FOLDER.iterdir())
+        return [_uuid_in(folder / "information") for folder in sorted(_DRIVER_FOLDER.iterdir())]
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return 0
+        return []
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            [tool, "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return (
-        sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    )
+        return []
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [_uuid_of(line) for line in gpus] if listed.returncode == 0 else []
+
+
+def _uuid_in(file: Path) -> str:
+    try:
+        return _uuid_of(file.read_text(errors="replace"))
+    except OSError:
+        return ""
+
+
+def _uuid_of(text: str) -> str:
+    found = re.search(r"UUID:\s*(GPU-[0-9a-f-]+)", text)
+    return found[1] if found else ""

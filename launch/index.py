@@ -17,6 +17,7 @@ from launch.errors import ConfigError
 from launch.file_digests import files_digest
 from launch.model_files import part_files
 from launch.recipe import EMBEDDED
+from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-INDEX_VERSION = 2
+INDEX_VERSION = 4
 # What the token counts of any dataset depend on.
 COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")
 _COUNTING_PARTS = ("model.processor", "model.chat_template", "model.tokenizer")
@@ -163,16 +164,22 @@ def _read_index(folder: Path) -> Index:
     """An index that is, to the byte, what its `index.json` says; else FileNotFoundError or _DamagedIndexError."""
     from pyarrow import ArrowException
 
-    text = (folder / "index.json").read_bytes()
     try:
-        facts = json.loads(text)
+        facts = parse_json(read_bytes(folder / "index.json", DOCUMENT))
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise _DamagedIndexError(f"{folder}: cannot be read ({reason_of(error)})") from None
+    except ValueError as error:
+        raise _DamagedIndexError(f"{folder}: cannot be read ({error})") from None
+    try:
         files = {split: _as_written(folder / f"{split}.parquet", facts["files"]) for split in SPLITS}
         splits = {split: _read_split(content) for split, content in files.items()}
         fingerprint = rows_digest(splits["train"])
         if fingerprint != facts["fingerprint"]:
             raise _DamagedIndexError(f"{folder}: its rows are not those of its fingerprint")
         return Index(folder, fingerprint, splits)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, ConfigError, ArrowException) as error:
         raise _DamagedIndexError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
 
 
@@ -182,7 +189,7 @@ def rows_digest(split: Split) -> str:
 
 
 def _as_written(file: Path, digests: dict[str, str]) -> bytes:
-    content = file.read_bytes()
+    content = read_bytes(file, 16 * TABLE)
     if hashlib.sha256(content).hexdigest() != digests[file.name]:
         raise _DamagedIndexError(f"{file}: has another content than was written")
     return content

@@ -75,7 +75,7 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
     """
     target = RunDirectory(Path(options.target).absolute())
     if _is_run(target):
-        plan = Plan.from_json(target.plan_file.read_text(encoding="utf-8"))
+        plan = Plan.read(target.plan_file)
         if plan.nodes == allocation.nodes:
             refuse_other_gpus(target, plan, allocation)
             return JobPlan(plan, is_done_at(target, plan.max_steps))

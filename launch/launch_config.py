@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch.errors import ConfigError
 from launch.resources import resource
+from launch.untrusted_files import parse_json, parse_yaml, read_text, reason_of
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,15 @@ def shipped_config(strategy: str) -> LaunchConfig:
     Raises ConfigError when it, or the DeepSpeed file that it names, cannot be read.
     """
     file = resource("accelerate_configs", f"{strategy}.yaml")
-    values = _read(file, yaml.safe_load)
-    deepspeed = values.get("deepspeed_config") or {}
+    values = _read(file, parse_yaml)
+    deepspeed, fsdp = (_section(file, values, key) for key in ("deepspeed_config", "fsdp_config"))
     zero: Mapping[str, Any] = {}
     if name := deepspeed.get("deepspeed_config_file"):
-        zero = _read(resource("ds_configs", Path(name).name), json.loads)
+        zero = {"zero_optimization": {}} | _read(resource("ds_configs", Path(str(name)).name), parse_json)
     return LaunchConfig(
         str(file),
         str(values.get("mixed_precision", "no")),
-        values.get("fsdp_config") or {},
+        fsdp,
         zero,
         str(deepspeed.get("deepspeed_multinode_launcher", "pdsh" if deepspeed else "standard")),
     )
@@ -65,7 +63,7 @@ def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
                 "deepspeed_config_file: the accelerate config names none; "
                 "use accelerate_configs/zero2.yaml or zero3.yaml"
             )
-        zero = {"zero_optimization": {}} | _read(Path(file), json.loads)  # an empty file is DeepSpeed's too
+        zero = {"zero_optimization": {}} | _read(Path(file), parse_json)  # an empty file is DeepSpeed's too
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     return LaunchConfig("the accelerate config of this launch", precision, fsdp, zero)
 
@@ -80,12 +78,19 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
     return "ddp" if several else "single"
 
 
+def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    if found is None or isinstance(found, dict):
+        return found or {}
+    raise ConfigError(f"{file}: {key} is no section ({found!r:.40}); correct it, or restore the shipped file")
+
+
 def _read(file: Path, parse: Any) -> dict[str, Any]:
     try:
-        values = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = parse(read_text(file))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{file}: cannot be read ({error}); correct it, or restore the shipped file"
+            f"{file}: cannot be read ({reason_of(error)}); correct it, or restore the shipped file"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: is no mapping; correct it, or restore the shipped file")

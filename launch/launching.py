@@ -24,9 +24,11 @@ from launch.run_directory import (
     clear_requests,
     lock_holder,
     read_marker,
+    reason_of_sigterm,
     refuse_if_running,
     request_stop,
 )
+from launch.untrusted_files import printable_lines
 
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
@@ -80,7 +82,7 @@ def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:
     """What `wait_for` does about a signal: one STOP file, and a word to whoever pressed Ctrl-C."""
 
     def ask(number: int) -> None:
-        request_stop(run, "preempted" if number == signal.SIGTERM else "user")
+        request_stop(run, reason_of_sigterm() if number == signal.SIGTERM else "user")
         tell("stopping at the next step boundary; Ctrl-C again ends at once")
 
     return ask
@@ -114,7 +116,7 @@ def wait_for_trainer(run: RunDirectory) -> None:
 def tell(text: str) -> None:
     """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
     with contextlib.suppress(OSError, RuntimeError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def run_command(plan: Plan, run: RunDirectory, machine: Machine) -> list[str]:

@@ -8,6 +8,7 @@ died; the next attempt closes it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -15,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args
 
+from launch.atomic_files import naming
 from launch.manifest import MANIFEST
 from launch.run_directory import RunDirectory, read_marker
 from launch.slurm import JobFacts
+from launch.untrusted_files import TABLE, UNREADABLE, open_plain, parse_json, read_bytes, reason_of
 
 How = Literal["done", "stopped", "refused", "preempted", "time", "crashed"]
 RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed")
@@ -29,6 +32,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("restart", "first_step", "last_step"), int),
     **dict.fromkeys(("began", "ended"), (int, float)),
 }
+_JOB = re.compile(r"[0-9][0-9_+]{0,40}")
 LIMIT = 3  # crashes in a row, or attempts in a row that saved no step
 
 
@@ -108,7 +112,7 @@ def attempt_file(run: RunDirectory) -> Path:
 def read_ledger(run: RunDirectory) -> Ledger:
     """Every event of the file; a line that a kill or a full disk cut short is passed over."""
     try:
-        lines = ledger_file(run).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(ledger_file(run), TABLE).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return Ledger()
     submitted: list[str] = []
@@ -137,7 +141,7 @@ def _attempt_of(attempts: Sequence[Attempt], event: Mapping[str, Any]) -> int | 
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return None
     known = {"event", *Attempt.__dataclass_fields__}
@@ -149,13 +153,17 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(kind, str) or kind not in needed or not needed[kind] <= event.keys():
         return None
     fits = all(isinstance(event[name], kinds) for name, kinds in _TYPES.items() if name in event)
+    fits = fits and all(math.isfinite(value) for value in event.values() if isinstance(value, float))
+    fits = (
+        fits and _JOB.fullmatch(event.get("job", "0")) is not None
+    )  # it becomes an argument, and a file's name
     return event if fits and event.get("how", "done") in get_args(How) else None
 
 
 def write_event(run: RunDirectory, event: str, **facts: Any) -> None:
     """Add one line, on its way to the disk when this returns."""
     line = json.dumps({"event": event, **facts}) + "\n"
-    with ledger_file(run).open("ab+") as file:
+    with naming(ledger_file(run)), _open_to_add(ledger_file(run)) as file:
         if file.tell() and not _ends_a_line(file.name):
             line = "\n" + line  # a line that was cut short stays alone
         file.write(line.encode())
@@ -163,8 +171,13 @@ def write_event(run: RunDirectory, event: str, **facts: Any) -> None:
         os.fsync(file.fileno())
 
 
+def _open_to_add(file: Path) -> BinaryIO:
+    """OSError for a link: who may write to the folder could have laid down one to a file of ours."""
+    return open(file, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 def _ends_a_line(name: str) -> bool:
-    with Path(name).open("rb") as file:
+    with open_plain(name) as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
 
@@ -192,7 +205,10 @@ def how_it_ended(run: RunDirectory, asked: str = "", down: Sequence[str] = ()) -
     `asked`: what Slurm asked the job's script for (`preempted`, `time`, or nothing); a dead node is followed by that,
     too. `down`: nodes of the job that are dead.
     """
-    marker = read_marker(run)
+    try:
+        marker = read_marker(run)
+    except UNREADABLE as error:
+        return End("crashed", f"its marker cannot be read ({reason_of(error)})")
     if marker is None:
         if down:
             return End("crashed", f"node failure: {', '.join(down)}")

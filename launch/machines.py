@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.adapter_file import is_whole
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError, SamestepError
 from launch.launching import Machine, launch, tell
 from launch.plan import Plan
@@ -18,6 +18,7 @@ from launch.recipe import Recipe, recipe_fingerprint
 from launch.recipe_file import find_recipe, load_recipe
 from launch.run_directory import Marker, RunDirectory, lock_holder, open_run, read_marker
 from launch.start import RunRequest, choose_topology, refuse_missing_gpus
+from launch.untrusted_files import UNREADABLE, read_text
 
 JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
 OLD_REFUSAL_PATIENCE_S = 20.0  # for the first machine to begin anew, which takes its last refusal away
@@ -26,10 +27,9 @@ OLD_REFUSAL_PATIENCE_S = 20.0  # for the first machine to begin anew, which take
 def refuse_machine(machine: Machine) -> None:
     """ConfigError with what is missing or odd about several machines."""
     problems = []
-    if not 0 <= machine.rank < max(machine.nodes, 1):
+    if machine.rank >= machine.nodes:
         problems.append(
-            f"--machine-rank: {machine.rank} of {machine.nodes} machines; give a number from 0 to "
-            f"{max(machine.nodes, 1) - 1}"
+            f"--machine-rank: {machine.rank} of {machine.nodes} machines; give a number from 0 to {machine.nodes - 1}"
         )
     if machine.nodes > 1:
         missing = [
@@ -40,11 +40,6 @@ def refuse_machine(machine: Machine) -> None:
         if missing:
             problems.append(
                 f"{', '.join(missing)}: missing ({machine.nodes} machines); say where machine 0 is found by all"
-            )
-        port = machine.main_process_port
-        if port is not None and not 0 < port < 2**16:  # 0 would be another free port on every machine
-            problems.append(
-                f"--main-process-port: {port} is none that machines can meet at; give a free one from 1 to 65535"
             )
     if problems:
         raise ConfigError(problems)
@@ -61,7 +56,7 @@ def join(request: RunRequest) -> Marker:
     if not request.fresh and (done := _done_before(run, recipe)):
         return done  # the first machine starts nothing either
     _wait_for_request(run)
-    plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+    plan = Plan.read(run.plan_file)
     topology = choose_topology(request.strategy, request.machine.nodes, request.gpus_per_node)
     if (plan.strategy, plan.nodes, plan.gpus_per_node) != (
         topology.strategy,
@@ -118,8 +113,8 @@ def _refusal_file(run: RunDirectory) -> Path:
 def _refusal(run: RunDirectory) -> _Refusal | None:
     try:
         file = _refusal_file(run)
-        return _Refusal(file.read_text(encoding="utf-8"), file.stat().st_mtime_ns)
-    except OSError:
+        return _Refusal(read_text(file), file.stat().st_mtime_ns)
+    except UNREADABLE:
         return None
 
 
@@ -143,9 +138,7 @@ def telling_others(request: RunRequest) -> Iterator[None]:
         reason = str(error) if isinstance(error, SamestepError) else f"it ended with {type(error).__name__}"
         with contextlib.suppress(OSError):  # then the others wait in vain
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f"{file.name}.{os.getpid()}")
-            aside.write_text(reason, encoding="utf-8")
-            aside.replace(file)
+            atomic_write(file, reason)
         raise
 
 

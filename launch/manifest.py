@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import TABLE, UNREADABLE, open_plain, printable, read_json, reason_of
 
 MANIFEST = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)(\.partial)?")
@@ -46,13 +47,13 @@ def load_manifest(path: Path) -> dict[str, Any]:
     try:
         if problem := not_plain(path, path.lstat().st_mode):  # a pipe would be waited for
             raise CheckpointError(problem)
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path, TABLE)
         if not isinstance(manifest, dict) or not manifest.keys() >= {"facts", "files", "sha256"}:
             raise CheckpointError(f"{path}: is no manifest (facts, files and sha256 are needed); {_OLDER}")
         sealed, seal = str(manifest["sha256"]), seal_of(manifest["facts"], manifest["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; the checkpoint was never completed, {_OLDER}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); {_OLDER}") from None
     if seal != sealed:
         raise CheckpointError(_other_content(path, seal, printable(sealed)))
@@ -154,11 +155,6 @@ def entries(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
     return dict(sorted(found.items())), problems
 
 
-def printable(text: str) -> str:
-    """One line that every terminal takes: a file's name may hold line breaks and bytes of no encoding."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def not_plain(path: Path, mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
@@ -172,14 +168,9 @@ def _other_content(path: Path, found: str, published: str) -> str:
     return f"{printable(str(path))}: has another content (sha256 {found}, {published} published); {_OLDER}"
 
 
-def reason_of(error: Exception) -> str:
-    """An error's words without the path, which is said already."""
-    return printable(getattr(error, "strerror", None) or str(error))
-
-
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_plain(path, follow_symlinks=False) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
 
 
 def seal_of(facts: object, files: object) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from launch.adapter_file import WEIGHTS, read_digest
 from launch.run_directory import RunDirectory
+from launch.untrusted_files import UNREADABLE, read_mapping
 
 RECORD, DIGEST = "merge.json", "adapter_sha256"
 
@@ -24,8 +24,8 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
     if not (weights.is_file() and config.is_file()):
         return False
     try:
-        recorded = json.loads((merged / RECORD).read_text(encoding="utf-8")).get(DIGEST)
-    except (OSError, ValueError, AttributeError):
+        recorded = read_mapping(merged / RECORD).get(DIGEST)
+    except UNREADABLE:
         recorded = None
     if recorded is None:
         return config.stat().st_mtime < weights.stat().st_mtime

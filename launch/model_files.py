@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from launch.errors import ConfigError
-from launch.untrusted_files import TABLE, read_mapping
+from launch.untrusted_files import DOCUMENT, TABLE, open_plain, read_bytes, read_mapping
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES: dict[str, tuple[str, ...]] = {
@@ -93,11 +93,11 @@ def old_base_identity(folder: Path) -> str:
     """
     if (commit := hub_commit(folder)) is not None:
         return commit
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bytes(folder / "config.json", 4 * DOCUMENT))
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             for block in range(64):
                 handle.seek(block * max(0, size - 2**16) // 63)
                 digest.update(handle.read(2**16))

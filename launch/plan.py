@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -20,6 +21,7 @@ from launch.rules import Request, refuse_request, storage_of
 from launch.settings import Choice, Machine, batches_of, choose, gib, recomputation
 from launch.shape import read_shape
 from launch.steps import StepPlan, cost, plan_steps, steps_of
+from launch.untrusted_files import parse_json, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +114,11 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read plan.json. ConfigError when it is damaged or of another version."""
+        """From the text of plan.json. ConfigError when it is damaged or of another version."""
+        try:
+            parse_json(text)
+        except ValueError as error:
+            raise ConfigError(f"plan.json: not a plan ({error}); run the same `samestep run` again") from None
         try:
             return _plan_reader().validate_json(text)
         except ValidationError as error:
@@ -122,6 +128,11 @@ class Plan:
                 f"plan.json: not a plan of this version ({f'{where}: ' if where else ''}{first['msg']}); "
                 "run the same `samestep run` again"
             ) from error
+
+    @staticmethod
+    def read(file: Path) -> Plan:
+        """As `from_json`, of the file. OSError when the disk does not give it."""
+        return Plan.from_json(read_text(file))
 
     def digest(self) -> str:
         """sha256 of the whole plan, hexadecimal: ranks compare it before they start."""

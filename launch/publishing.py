@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.atomic_files import atomic_write, follow_umask, sync
 from launch.errors import CheckpointError
-from launch.folders import sync_folder
-from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, printable, seal_of
+from launch.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, seal_of
 from launch.rotation import discard, rename_away
 from launch.survey import examine
-
-_DRAFT = MANIFEST + ".tmp"
+from launch.untrusted_files import printable
 
 
 def aside_folder(run_dir: Path, step: int) -> Path:
@@ -49,8 +48,7 @@ def publish(
     stands = not replace and os.path.lexists(final)
     if stands and examine(final, int(named[1]), published=True, verify=True).valid:
         raise CheckpointError(f"{final}: a checkpoint of this step is published; resume from it or remove it")
-    for leftover in (MANIFEST, _DRAFT):  # of an attempt that failed
-        (aside / leftover).unlink(missing_ok=True)
+    (aside / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed
     found, problems = entries(aside)
     problems += filter(None, (not_plain(aside / name, status.st_mode) for name, status in found.items()))
     known = known or {}
@@ -63,16 +61,17 @@ def publish(
     )
     if problems:
         raise CheckpointError("\n".join(problems))
+    follow_umask(aside)
     files = {name: known.get(name) or _bring_to_disk(aside / name) for name in found}
     # What JSON makes of the facts (text keys, lists) is what will be read back and sealed again.
     content = json.loads(json.dumps({"facts": facts, "files": files}))
     sealed = {**content, "sha256": seal_of(content["facts"], content["files"])}
-    _write_whole(aside / MANIFEST, json.dumps(sealed, indent=1) + "\n")
+    atomic_write(aside / MANIFEST, json.dumps(sealed, indent=1) + "\n")
     for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
-        sync_folder(folder)
+        sync(folder)
     replaced = rename_away(final) if os.path.lexists(final) else None
     aside.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     if replaced:
         discard(replaced)
 
@@ -83,13 +82,3 @@ def _bring_to_disk(path: Path) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is either not there or complete, and on the disk."""
-    draft = path.with_name(_DRAFT)
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

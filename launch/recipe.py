@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from launch.errors import ConfigError
+from launch.option_values import place
 from launch.run_directory import NAME_PATTERN
 
 EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
+_REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}"  # of git's names for a branch, those that the hub takes
 SPLIT_PATTERN = r"[A-Za-z0-9_.-]+(\[:[1-9][0-9]*%?\])?"
 
 
@@ -240,8 +243,48 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
             "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
         )
+    yield from _wrong_names(recipe)
     if recipe.hub.push and not recipe.hub.repo_id:
         yield "hub.repo_id: missing while hub.push is true; give owner/name, or set hub.push: false"
+
+
+def _wrong_names(recipe: Recipe) -> Iterator[str]:
+    """What no folder and nothing on the hub can be called."""
+    for key, name in (
+        ("model.name_or_path", recipe.model.name_or_path),
+        ("data.dataset", recipe.data.dataset),
+    ):
+        if name == EMBEDDED:
+            continue
+        try:
+            path = place(key)(name)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        is_path = name.startswith((".", "/", "~")) or path.is_dir()
+        if not is_path and (wrong := _not_of_the_hub(name)):
+            yield f"{key}: {name!a} is not a folder here and not a hub id (owner/name: {wrong}); correct the name"
+    for key, id_ in (("hub.repo_id", recipe.hub.repo_id), ("tracking.space_id", recipe.tracking.space_id)):
+        if id_ is not None and (wrong := _not_of_the_hub(id_)):
+            yield f"{key}: {id_!a} is not a hub id (owner/name: {wrong}); correct the name"
+    for key, revision in (("model.revision", recipe.model.revision), ("data.revision", recipe.data.revision)):
+        if not re.fullmatch(_REVISION, revision, re.ASCII) or ".." in revision or "//" in revision:
+            yield f"{key}: {revision!a} can be no branch, tag or commit; give one, such as main"
+    project = recipe.tracking.project
+    if not project.isprintable() or not project.strip() or len(project) > 200:
+        yield f"tracking.project: {project[:60]!a} cannot be a name ({len(project)} characters); give at most 200"
+
+
+def _not_of_the_hub(name: str) -> str | None:
+    """The hub's own rule, which huggingface_hub applies before any request; None: it can be an id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return "1 to 96 of letters, digits, -, _ and . each, no -- or .., not .git at the end"
+    return None
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Recipes as YAML: found, read strictly (every problem of a file is reported at once), overridden, written."""
 
 import difflib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from launch.errors import ConfigError
 from launch.explain import explain
 from launch.recipe import EMBEDDED, Recipe
 from launch.resources import resource_folder, resource_names
-from launch.training_fields import REFUSED_TRAINING_FIELDS
+from launch.training_fields import OF_OTHER_TOOLS, REFUSED_TRAINING_FIELDS
+from launch.untrusted_files import parse_yaml, read_yaml, reason_of
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -35,12 +37,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `key.key=value` overrides (values are YAML). ConfigError: every problem."""
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a recipe file") from error
-    except yaml.YAMLError as error:
+        values = read_yaml(path)
+    except OSError as error:
         raise ConfigError(
-            f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file"
+            f"{path}: cannot be read ({reason_of(error)}); give the path of a recipe file"
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -62,8 +62,9 @@ def _make_local_folders_absolute(values: dict[str, Any]) -> None:
     for section, key in (("model", "name_or_path"), ("data", "dataset")):
         inner = values.get(section)
         name = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
-            values[section][key] = str(folder.resolve())
+        with suppress(OSError, RuntimeError):  # what cannot be a path is the recipe's to refuse
+            if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
+                values[section][key] = str(folder.resolve())
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -75,7 +76,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _refusals() -> dict[str, str]:
-    return {f"training.{field}": reason for field, reason in REFUSED_TRAINING_FIELDS.items()}
+    return REFUSED_TRAINING_FIELDS | OF_OTHER_TOOLS
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
@@ -94,25 +95,9 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterat
             yield f"--set {override}: {section} is a value, not a section; name a key of a section"
             continue
         try:
-            target[keys[-1]] = yaml.load(text, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError:
+            target[keys[-1]] = parse_yaml(text)
+        except ValueError:
             target[keys[-1]] = text
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a recipe may not have two."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} appears twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

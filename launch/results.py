@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.atomic_files import refuse_readonly
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
@@ -14,8 +15,6 @@ from launch.merged import made_anew, merge_behind
 from launch.run_directory import RunDirectory
 from launch.screen import say
 from launch.start import choose_topology, refuse_missing_gpus
-
-EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
 
 def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
@@ -27,8 +26,6 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
     if "merged" in models and (behind := merge_behind(run, run.merged)):
         problems.append(behind)
-    if unknown := [model for model in models if model not in EVALUATED_MODELS]:
-        problems.append(f"--models: unknown {', '.join(unknown)}; choose of {', '.join(EVALUATED_MODELS)}")
     if problems:
         raise ConfigError(problems)
 
@@ -40,6 +37,7 @@ def evaluate(
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
     refuse_missing_models(run, models)
+    refuse_readonly(run.path, "the evaluation")
     command = trainer_command(
         topology,
         "trainer.evaluation.generate",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.arguments import AllowPart, Processes, RunArgument, RunsDir, example
-from launch.errors import ConfigError
+from launch.option_values import named, one_of, place, positive, several_of, whole
 from launch.screen import say
 
 commands = typer.Typer()
@@ -17,14 +17,32 @@ commands = typer.Typer()
 @commands.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
 def evaluate(
     run: RunArgument,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="SPLIT",
+            parser=one_of(
+                "--split", ("train", "validation", "test"), "which rows they hold, the recipe says"
+            ),
+            help="train, validation or test.",
+        ),
+    ] = "test",
     models: Annotated[
         str,
-        typer.Option(help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas."),
+        typer.Option(
+            metavar="MODELS",
+            parser=several_of("--models", ("base", "adapter", "shuffled", "merged")),
+            help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas.",
+        ),
     ] = "base,adapter,shuffled",
     max_samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Only N samples, spread over the split.", show_default="all"),
+        typer.Option(
+            metavar="N",
+            parser=whole("--max-samples", 1, 10**9),
+            help="Only N samples, spread over the split.",
+            show_default="all",
+        ),
     ] = None,
     gpus_per_node: Processes = None,
     allow: AllowPart = [],  # noqa: B006 - typer copies it
@@ -32,14 +50,9 @@ def evaluate(
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
     from launch import results, start
-    from launch.index import SPLITS
 
     found = start.find_run(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
-    if split not in SPLITS:
-        raise ConfigError(
-            f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
-        )
     chosen = [model.strip() for model in models.split(",")]
     allowed = [word for part in allow for word in ("--allow", part)]
     results.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node)
@@ -47,14 +60,29 @@ def evaluate(
 
 AdapterConfig = Annotated[
     Path | None,
-    typer.Option(help="adapter_config.json of a checkpoint without one.", show_default="the checkpoint's"),
+    typer.Option(
+        metavar="FILE",
+        parser=place("--adapter-config"),
+        help="adapter_config.json of a checkpoint without one.",
+        show_default="the checkpoint's",
+    ),
 ]
 LoraAlpha = Annotated[
-    float | None, typer.Option(help="Of a checkpoint without adapter_config.json, such as FSDP's.")
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        parser=positive("--lora-alpha"),
+        help="Of a checkpoint without adapter_config.json, such as FSDP's.",
+    ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(help="Folder or hub id of the unquantized base.", show_default="the adapter's"),
+    typer.Option(
+        metavar="MODEL",
+        parser=named("--base-model"),
+        help="Folder or hub id of the unquantized base.",
+        show_default="the adapter's",
+    ),
 ]
 
 
@@ -70,19 +98,38 @@ def merge(
         str,
         typer.Argument(
             metavar="RUN|CHECKPOINT|ADAPTER",
+            parser=named("SOURCE"),
             help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="merged/ of the run")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            parser=place("--output"),
+            help="Folder to write.",
+            show_default="merged/ of the run",
+        ),
     ] = None,
     base: Annotated[
         str,
         typer.Option(
-            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained."
+            metavar="BASE",
+            parser=one_of(
+                "--base", ("original", "dequantized"), "a base model's folder goes to --base-model"
+            ),
+            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained.",
         ),
     ] = "original",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.", show_default="the base's")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            parser=one_of("--dtype", ("bfloat16", "float32"), "leave it out for the base's own"),
+            help="bfloat16 or float32.",
+            show_default="the base's",
+        ),
+    ] = None,
     compare: Annotated[
         bool | None,
         typer.Option(
@@ -92,7 +139,12 @@ def merge(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="The training's recipe, for --base dequantized outside a run.")
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            parser=named("--recipe"),
+            help="The training's recipe, for --base dequantized outside a run.",
+        ),
     ] = None,
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
@@ -103,12 +155,6 @@ def merge(
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch import results
 
-    if dtype not in (None, "bfloat16", "float32"):
-        raise ConfigError(f"--dtype: {dtype!r} is none of bfloat16, float32; leave it out for the base's own")
-    if base not in ("original", "dequantized"):
-        raise ConfigError(
-            f"--base: {base!r} is none of original, dequantized; a base model's folder goes to --base-model"
-        )
     options = results.MergeOptions(
         None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
     )
@@ -119,9 +165,16 @@ def merge(
 @commands.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))
 def consolidate(
     source: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Of ours, transformers, trl, accelerate or DeepSpeed.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            parser=named("SOURCE"),
+            help="Of ours, transformers, trl, accelerate or DeepSpeed.",
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", parser=place("--output"), help="Folder to write.")
+    ],
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,

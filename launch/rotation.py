@@ -7,10 +7,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from launch.atomic_files import sync
 from launch.errors import CheckpointError
-from launch.folders import sync_folder
-from launch.manifest import reason_of
 from launch.survey import examine, folders_of, named_like
+from launch.untrusted_files import reason_of
 
 _REMOVED = re.compile(r"checkpoint-[0-9]+\.removed-[0-9]+")
 
@@ -43,7 +43,7 @@ def rotate(run_dir: Path, keep: int, newest: int | None = None) -> None:
             older.append(folder)
     for folder in reversed(older):
         removed = rename_away(folder)
-        sync_folder(run_dir)  # or a power cut could bring back the name without some of the files
+        sync(run_dir)  # or a power cut could bring back the name without some of the files
         discard(removed)
 
 

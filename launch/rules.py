@@ -13,6 +13,7 @@ from launch.errors import ConfigError
 from launch.launch_config import LaunchConfig, shipped_config
 from launch.memory import SHARDING
 from launch.recipe import Recipe
+from launch.shape import LAYER_LINEARS, read_shape, unreached
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 FLOORS = {
@@ -171,6 +172,24 @@ def upload_is_available(request: Request) -> str | None:
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
 
 
+def lora_names_layers_that_are_there(request: Request) -> str | None:
+    """PEFT passes over a name that reaches nothing; LoRA outside the decoder layers would not train as asked."""
+    asked = request.recipe.lora.target_modules
+    if isinstance(asked, str):
+        return None
+    shape = read_shape(request.recipe)
+    idle = unreached(asked, None if isinstance(shape, str) else shape.layers)
+    if not idle:
+        return None
+    known = [name.rpartition(".")[2] for name in LAYER_LINEARS]
+    near = difflib.get_close_matches(idle[0].rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]}? there" if near else "there"
+    return (
+        f"lora.target_modules: {', '.join(map(repr, idle))} names no linear layer of the decoder layers "
+        f"({len(idle)} of {len(asked)}); {hint} are {', '.join(known)}, or give `all-linear` without a list"
+    )
+
+
 def sharded_weights_stay_packed(request: Request) -> str | None:
     """Weights held dequantized on every GPU are what sharding is there to avoid."""
     if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
@@ -270,6 +289,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     single_is_one_process,
     fsdp_has_gpus,
     every_process_gets_a_sample,
+    lora_names_layers_that_are_there,
     sharded_weights_stay_packed,
     upload_is_available,
 )

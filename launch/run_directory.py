@@ -1,15 +1,18 @@
 """The run directory: the only state of a run, and who may write to it.
 
-runs/<name>/ holds recipe.yaml, plan.json, environment.json, checkpoint-<step>/, adapter/, merged/,
+runs/<name>/ holds recipe.yaml, plan.json, data_report.jsonl, environment.json, checkpoint-<step>/, adapter/, merged/,
 metrics.jsonl, evaluations.jsonl, eval.json, at most one marker (DONE, STOPPED or REFUSED) and the lock of the
 process that writes. Whoever wants something of a run under way puts a file there: STOP, with its reason, or SAVE.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +21,18 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from launch.adapter_file import is_whole
-from launch.errors import ConfigError, InUseError
+from launch.atomic_files import LOCK_MODE, atomic_write, naming
+from launch.errors import ConfigError, InUseError, SamestepError
+from launch.untrusted_files import UNREADABLE, UntrustedFileError, open_plain, printable, read_text
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
-StopReason = Literal["user", "preempted", "time", "orphaned"]
-"""Who wants the run to stop: somebody, the scheduler, the end of the allocation; or its launcher is gone."""
+StopReason = Literal["user", "preempted", "time", "terminated", "orphaned"]
+"""Who wants the run to stop: somebody, the scheduler, the end of the allocation, a SIGTERM outside a job of a
+scheduler (`kill`, a machine that shuts down); or its launcher is gone."""
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_HOLDER = b"process "  # that a lock's content begins with
 _LOCK_PATIENCE_S = 1.0  # longer than a look at the lock by `lock_holder` can last
 
 _held_locks: set[int] = set()
@@ -127,19 +134,22 @@ def open_run(runs_dir: str | Path, name: str) -> RunDirectory:
 
 def write_marker(run: RunDirectory, kind: MarkerKind, text: str = "") -> None:
     """Say how this attempt ended, in one rename; replaces every earlier marker."""
-    aside = run.path / f".{kind}.{os.getpid()}"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(run.path / kind)
+    atomic_write(run.path / kind, text)
     for other in get_args(MarkerKind):
         if other != kind:
             (run.path / other).unlink(missing_ok=True)
 
 
 def read_marker(run: RunDirectory) -> Marker | None:
-    """The marker of the last attempt; None while it runs or when it died without a word."""
+    """The marker of the last attempt; None while it runs or when it died without a word.
+
+    Raises:
+        UntrustedFileError: what lies there is no marker of ours, such as a folder.
+        OSError: it is not for us to read.
+    """
     for kind in get_args(MarkerKind):
         try:
-            return Marker(kind, (run.path / kind).read_text(encoding="utf-8").strip())
+            return Marker(kind, read_text(run.path / kind).strip())
         except FileNotFoundError:
             continue
     return None
@@ -156,6 +166,11 @@ def clear_markers(run: RunDirectory) -> None:
         (run.path / kind).unlink(missing_ok=True)
 
 
+def reason_of_sigterm() -> StopReason:
+    """Who has sent it: the scheduler in a job of Slurm (the second variable is of our script); else somebody."""
+    return "preempted" if {"SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"} & os.environ.keys() else "terminated"
+
+
 def request_stop(run: RunDirectory, reason: StopReason) -> None:
     """Ask the run for one agreed stop at the next step boundary; an earlier request stays, with its reason.
 
@@ -164,10 +179,9 @@ def request_stop(run: RunDirectory, reason: StopReason) -> None:
     """
     if requested_stop(run):
         return
-    # A name of its own: a second signal may come while the first one's request is being written.
-    aside = run.path / f".STOP.{os.getpid()}.{time.monotonic_ns()}"
-    aside.write_text(f"{reason}\n", encoding="utf-8")
-    aside.replace(run.stop_file)
+    atomic_write(
+        run.stop_file, f"{reason}\n"
+    )  # a second signal may come while the first one's is being written
 
 
 def requested_stop(run: RunDirectory) -> StopReason | None:
@@ -178,11 +192,11 @@ def requested_stop(run: RunDirectory) -> StopReason | None:
     try:
         if not run.stop_file.is_file():
             return None
-        with run.stop_file.open("rb") as file:
+        with open_plain(run.stop_file) as file:
             words = file.read(100).decode(errors="replace").split()
     except PermissionError:
         return "user"
-    except OSError:  # just taken away, or a shared disk that is out of reach: the next step looks again
+    except UNREADABLE:  # just taken away, or a shared disk that is out of reach: the next step looks again
         return None
     known = {reason: reason for reason in get_args(StopReason)}
     return known.get(words[0].lower().rstrip(":"), "user") if words else "user"
@@ -209,28 +223,23 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
 
     The kernel lets go when the process dies, however it dies. The file stays: removing it would let two
     processes lock two different files of one name.
+
+    Raises:
+        InUseError: somebody else holds it.
+        ConfigError: the file system knows no locks, or what lies there is no lock of ours.
     """
     path = folder / file_name
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_lock(path, os.O_RDWR | os.O_CREAT)
     _held_locks.add(descriptor)
     try:
         deadline = time.monotonic() + _LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                    raise InUseError(_in_use(path, holder)) from None
-                time.sleep(0.05)
-            except OSError as error:
-                raise ConfigError(
-                    f"{path}: cannot be locked ({error.strerror}); the file system knows no locks, "
-                    "choose a --runs-dir on another one (on Lustre: mounted with -o flock)"
-                ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        while not _try_lock(descriptor, fcntl.LOCK_EX, path):
+            if time.monotonic() > deadline:
+                raise InUseError(_in_use(path, _holder_in(descriptor)))
+            time.sleep(0.05)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _HOLDER + f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         _held_locks.discard(descriptor)
@@ -238,18 +247,86 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
 
 
 def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
-    """Who holds the lock of `folder` now ("process 12 on host"); None when nobody does."""
+    """Who holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError as `hold_lock`."""
+    path = folder / file_name
     try:
-        descriptor = os.open(folder / file_name, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_lock(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        if _try_lock(descriptor, fcntl.LOCK_SH, path):
+            return None
+        return _holder_in(descriptor) or "another process"
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path, flags: int) -> int:
+    """In a folder where others may write, what lies there may be a link to a file that is dear to us, or a pipe."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, LOCK_MODE)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_ours(os.pread(descriptor, 201, 0)):
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _is_ours(content: bytes) -> bool:
+    """What a lock's file may hold: its holder, nothing, or zeros after a power cut; a second name of another file
+    holds something else."""
+    return content.startswith(_HOLDER) or (len(content) <= 200 and not content.strip(b"\0"))
+
+
+def _no_lock(path: Path) -> UntrustedFileError:
+    return UntrustedFileError(path, "is no lock of samestep (a link, or something else, lies in its place)")
+
+
+def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
+    """False while somebody else holds it. ConfigError where there are no locks (ENOLCK of NFS, EOPNOTSUPP)."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be locked ({error.strerror}); the file system knows no locks, "
+            "choose a --runs-dir on another one (on Lustre: mounted with -o flock)"
+        ) from error
+
+
+def _holder_in(descriptor: int) -> str:
+    return printable(os.pread(descriptor, 200, 0).decode(errors="replace").strip())
+
+
+def make_folder(run: RunDirectory) -> bool:
+    """Make the run's folder, and those above it; False when it was there before."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def removed_on_failure(run: RunDirectory, new: bool) -> Iterator[None]:
+    """A run's folder that is `new`, made by the caller, goes again when the block is refused or finds no room.
+
+    Not when somebody else has taken it meanwhile, nor at a Ctrl-C: the same command goes on.
+    """
+    try:
+        yield
+    except InUseError:
+        raise
+    except (SamestepError, OSError):
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def refuse_if_running(run: RunDirectory) -> None:

@@ -16,6 +16,7 @@ from launch.errors import ConfigError
 from launch.file_digests import files_digest
 from launch.index import SPLITS, rows_digest
 from launch.model_files import MODEL_FILES, part_files, weight_files
+from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
     from launch.index import Index
@@ -47,8 +48,8 @@ class RunIdentity:
 
 
 def short(digest: str) -> str:
-    """The first digits of a digest."""
-    return digest[:_SHOWN]
+    """The first digits of a digest, which somebody else may have written."""
+    return printable(digest[:_SHOWN])
 
 
 def what_is(part: str) -> str:

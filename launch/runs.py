@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch.adapter_file import CONFIG
+from launch.atomic_files import atomic_write
 from launch.changes import (
     OTHER_RUN,
     Change,
@@ -22,6 +22,7 @@ from launch.changes import (
     refuse_unknown_keys,
     still_allowed,
 )
+from launch.data_report import keep_report
 from launch.errors import CheckpointError, ConfigError
 from launch.manifest import MANIFEST, read_manifest
 from launch.plan import Begin, Plan, SamplesDigest
@@ -261,13 +262,14 @@ def adopt(source: Path, run: RunDirectory) -> None:
 
 
 def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
-    """Write `plan.json` and `recipe.yaml`, each in one rename.
+    """Write `data_report.jsonl` where there is something to report, `plan.json` and `recipe.yaml`, each in one rename.
 
     The recipe last: a change is only believed to be allowed when the plan says so.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    _replace(run.plan_file, plan.to_json())
-    _replace(run.recipe_file, dump_recipe(recipe))
+    keep_report(recipe, run.path)
+    atomic_write(run.plan_file, plan.to_json())
+    atomic_write(run.recipe_file, dump_recipe(recipe))
 
 
 def started_from_of(run: RunDirectory) -> str:
@@ -279,7 +281,7 @@ def started_from_of(run: RunDirectory) -> str:
 def old_plan(run: RunDirectory) -> Plan | None:
     """The plan of an earlier attempt; None without one, or with one that this version cannot read."""
     try:
-        return Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+        return Plan.read(run.plan_file)
     except (OSError, ValueError, ConfigError):
         return None
 
@@ -321,14 +323,4 @@ def plan_to_keep(
 
 def keep_plan(run: RunDirectory, plan: Plan) -> None:
     """Write another plan for a run under way or over, in one rename. The caller holds the run's lock."""
-    _replace(run.plan_file, plan.to_json())
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file that is either as it was or complete, after a power cut too."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as draft:
-        draft.write(text)
-        draft.flush()
-        os.fsync(draft.fileno())
-    aside.replace(file)
+    atomic_write(run.plan_file, plan.to_json())

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.untrusted_files import printable_lines
+from launch.typed import as_typed
+from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,11 @@ def show_plan(plan: Plan, to_stderr: bool = False) -> None:
     from launch.plan import plan_rows
 
     table = Table(
-        "number", "value", title=Text(f"plan of {plan.name}"), title_justify="left", show_header=False
+        "number",
+        "value",
+        title=Text(printable(f"plan of {plan.name}")),
+        title_justify="left",
+        show_header=False,
     )
     for name, value in plan_rows(plan):
         add_row(table, name, value)
@@ -70,13 +75,20 @@ def say_allowed(changed: Sequence[Change]) -> None:
         say(f"allowed: {consequence}")
 
 
-def say(text: str) -> None:
-    """Print a line. When nobody reads any more (`| tee` dies of the same Ctrl-C), the exit status still counts."""
+def say(text: str, to_stderr: bool = False) -> None:
+    """Print lines of words; what would move a terminal is made visible in them."""
+    emit(printable_lines(as_typed(text)), to_stderr)
+
+
+def emit(text: str, to_stderr: bool = False) -> None:
+    """Print a text as it is: a script, a schema, JSON. When nobody reads any more (`| tee` dies of the same Ctrl-C),
+    the exit status still counts."""
+    out = sys.stderr if to_stderr else sys.stdout
     try:
-        print(text, flush=True)
+        print(text, file=out, flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
         from launch.children import write_to_nowhere
 
-        write_to_nowhere(sys.stdout.fileno())
+        write_to_nowhere(out.fileno())

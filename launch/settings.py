@@ -230,16 +230,18 @@ def gib(count: int | float) -> str:
     return f"{count / GIB:,.1f} GiB"
 
 
-def parse_gpu_memory(text: str) -> int:
+def parse_gpu_memory(text: str, option: str = "--gpu-memory") -> int:
     """Bytes of `24GB`, `24` or `24 GiB`: a card's name and what it has are both counted in 2**30 bytes.
 
     Raises:
-        ConfigError: it is not a size.
+        ConfigError: it is not the size of a GPU that there could be; `option` is where it was said.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE)
-    if found is None or float(found[1]) <= 0:
+    found = re.fullmatch(
+        r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE | re.ASCII
+    )
+    if found is None or not 1 <= float(found[1]) <= 10_000:
         raise ConfigError(
-            f"--gpu-memory: {text!r} is not a size; give the memory of one GPU, for example 24GB"
+            f"{option}: {text[:60]!a} is not the memory of a GPU (1 to 10,000 GB); give that of one, for example 24GB"
         )
     return int(float(found[1]) * GIB)
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.caches import config_file
+from launch.untrusted_files import read_mapping
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
+
+
+LAYERS = "model.language_model.layers"
+LAYER_LINEARS = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+)
+"""The linear layers of a decoder layer of a Qwen2-VL, and where the layers are (transformers 5.23)."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,31 @@ class ModelShape:
         return self.layers * layer + self.vision_blocks * block + rest
 
 
+def unreached(names: Sequence[str], layers: int | None) -> list[str]:
+    """Those of `lora.target_modules` that name no linear layer of a decoder layer, as PEFT compares them.
+
+    A name is the end of a module's path: `q_proj`, `mlp.up_proj`, `layers.3.self_attn.q_proj`. `layers`: how many
+    there are, None where that is not known.
+    """
+    return [name for name in names if not any(_ends_in(linear, name, layers) for linear in LAYER_LINEARS)]
+
+
+def _ends_in(linear: str, name: str, layers: int | None) -> bool:
+    index = re.search(r"(?:^|\.)([0-9]+)\.(?:self_attn|mlp)\.", name)
+    if index and (str(int(index[1])) != index[1] or int(index[1]) >= (layers or math.inf)):
+        return False
+    path = f"{LAYERS}.{index[1] if index else 0}.{linear}"
+    return path == name or path.endswith(f".{name}")
+
+
 def read_shape(recipe: Recipe) -> ModelShape | str:
     """The shape of a recipe's base model; or, where its config.json is not here or not understood, why."""
     file = config_file(recipe)
     if file is None:
         return f"config.json of {recipe.model.name_or_path} is not on this machine; `samestep prepare` fetches it"
     try:
-        return shape_of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return shape_of(read_mapping(file))
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         return f"{file} cannot be read as a Qwen2-VL's ({type(error).__name__}: {error})"
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from launch.errors import ConfigError
 from launch.explain import explain
 from launch.recipe import Section
+from launch.untrusted_files import UntrustedFileError, read_yaml, reason_of
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(
@@ -124,12 +124,12 @@ def load_site(file: Path | None, changes: dict[str, object]) -> Site:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        values = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: ~nobody
-        raise ConfigError(f"--site: {file} cannot be read ({error}); see slurm/site.example.yaml") from error
-    except yaml.YAMLError as error:
+        values = read_yaml(file.expanduser())
+    except UntrustedFileError as error:
+        raise ConfigError(f"--site: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
         raise ConfigError(
-            f"--site: {file} is not valid YAML ({' '.join(str(error).split())}); correct it"
+            f"--site: {file} cannot be read ({reason_of(error)}); see slurm/site.example.yaml"
         ) from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"--site: {file} is not a mapping of keys; see slurm/site.example.yaml")

@@ -15,7 +15,8 @@ from launch import run_identity
 from launch.caches import base_is_there
 from launch.changes import Change
 from launch.children import call_module
-from launch.errors import ConfigError, NoSpaceError, RunError
+from launch.data_report import known_notes, summary
+from launch.errors import ConfigError, InUseError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import read_index
 from launch.launching import ALONE, Machine, launch, tell
@@ -30,8 +31,10 @@ from launch.run_directory import (
     clear_requests,
     hold_lock,
     is_done_at,
+    make_folder,
     open_run,
     refuse_if_running,
+    removed_on_failure,
 )
 from launch.runs import (
     Continuation,
@@ -142,6 +145,9 @@ def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> I
     if index is None or not base_is_there(recipe):
         prepare(recipe_file, overrides)
         index = read_index(recipe)
+    else:  # `prepare` says it itself
+        for line in summary(known_notes(recipe) or []):
+            tell(f"{recipe.data.dataset}: {line}")
     if index is None:
         raise RunError(f"{recipe_file}: prepare ended without an index; run `samestep prepare {recipe_file}`")
     return index
@@ -172,7 +178,8 @@ def check_request(request: RunRequest) -> CheckedRequest:
     topology = request.topology or choose_topology(
         request.strategy, request.machine.nodes, request.gpus_per_node
     )
-    if request.gpu_memory is not None and topology.device == "cuda":
+    if request.gpu_memory is not None:
+        _refuse_memory_of_no_gpu(topology)
         topology = for_gpus_of(topology, request.gpu_memory)
     here = compute_capability() if request.topology is None and topology.device == "cuda" else None
     refuse_topology(
@@ -186,7 +193,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
     )
     if request.topology is None:
         refuse_missing_gpus(topology)
-    refuse_unwritable(run.path.parent)
+    refuse_unwritable(run.path if run.path.is_dir() else run.path.parent)
     refuse_if_running(run)
     source = request.source.expanduser().resolve() if request.source else None
     if request.fresh and source and source.is_relative_to(run.path.resolve()):
@@ -195,6 +202,14 @@ def check_request(request: RunRequest) -> CheckedRequest:
         )
     continuation = continue_run(_begun(request, run), recipe, request.allow, request.source)
     return CheckedRequest(recipe_file, recipe, run, topology, continuation)
+
+
+def _refuse_memory_of_no_gpu(topology: Topology) -> None:
+    if topology.device == "cpu":
+        raise ConfigError(
+            "--gpu-memory: a run takes the GPUs that are here, and there is none; leave it out, or plan for others "
+            "with `samestep plan`"
+        )
 
 
 def _begun(request: RunRequest, run: RunDirectory) -> RunDirectory:
@@ -299,7 +314,9 @@ def refuse_unwritable(folder: Path) -> None:
     place = folder
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir():
+        raise ConfigError(f"{folder}: {place} is a file, no folder; choose another --runs-dir")
+    if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written; give permission, or choose another --runs-dir")
     free = shutil.disk_usage(place).free
     if free < NEEDED_BYTES:
@@ -309,27 +326,43 @@ def refuse_unwritable(folder: Path) -> None:
         )
 
 
-def move_aside(run: RunDirectory) -> Path | None:
-    """Rename an existing run to <name>.<timestamp>; None when there was none."""
-    if not run.path.exists():
-        return None
+@contextmanager
+def moved_aside(run: RunDirectory, fresh: bool) -> Iterator[Path | None]:
+    """With `fresh`, rename an existing run to <name>.<timestamp>; back, when the block fails and leaves no other.
+
+    Gives its name meanwhile; None where nothing was in the way.
+    """
+    if not fresh or not run.path.exists():
+        yield None
+        return
     old = run.path.with_name(f"{run.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
     run.path.rename(old)
-    return old
+    try:
+        yield old
+    except BaseException:
+        if not run.path.exists():
+            old.rename(run.path)
+        raise
 
 
 def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
     """Write the run directory and train; returns and raises as `launch`."""
     run = planned.run
-    run.path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(run.path):  # a plain `accelerate launch` may have come first
+    new = make_folder(run)
+    with removed_on_failure(run, new), hold_lock(run.path):  # a plain `accelerate launch` may have come first
         _find_beginning(planned)
         clear_markers(run)
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
-    return launch(planned.plan, run, machine)
+    try:
+        return launch(planned.plan, run, machine)
+    except ConfigError as refused:
+        others_take_it = isinstance(refused, InUseError) or machine.nodes > 1  # the others read there why
+        if new and not others_take_it and not run.checkpoints():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:

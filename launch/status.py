@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import stat
@@ -15,20 +14,33 @@ from typing import Any, Literal
 
 from launch import ledger
 from launch.checkpoints import age
-from launch.errors import CheckpointError, ConfigError
+from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.ledger import Ledger
 from launch.merged import merges_behind
 from launch.plan import Plan
 from launch.run_directory import Marker, RunDirectory, lock_holder, read_marker
+from launch.runs import old_plan
 from launch.slurm import ENDING, RUNNING, WAITING, JobFacts
 from launch.survey import newest_valid
+from launch.untrusted_files import (
+    UNREADABLE,
+    UntrustedFileError,
+    parse_json,
+    path_inside,
+    printable,
+    printable_lines,
+    read_tail,
+    reason_of,
+)
 
-State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started"]
+State = Literal["queued", "running", "stalled", "stopped", "failed", "done", "not started", "unknown"]
+"""`unknown`: its folder cannot be read, or holds what no run would have written."""
 
 COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
 _BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
 _STATE_WIDTHS = (12, 40)  # the least that holds "running (job", and in which any reason can be read
 _STATE_LINES = 4  # on which a short reason may fold before columns are left out for it
+_LONGEST_REASON = 1000  # characters; a marker may hold every problem of a recipe
 _BORDER = 3  # characters that a table puts beside every column
 RECENT = 50  # steps that the speed is taken from
 # No step for so long, and for so many times the usual one, is a run that hangs; an evaluation lies between two steps.
@@ -45,18 +57,18 @@ class Status:
     run: str
     state: State
     because: str
-    job: str | None
-    nodes: str
-    step: int
-    max_steps: int | None
-    samples_per_second: float | None
-    loss: float | None
-    checkpoint_step: int | None
-    checkpoint_age: float | None
-    expected_end: float | None
-    preempted: int
-    timed_out: int
-    crashed: int
+    job: str | None = None
+    nodes: str = ""
+    step: int = 0
+    max_steps: int | None = None
+    samples_per_second: float | None = None
+    loss: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age: float | None = None
+    expected_end: float | None = None
+    preempted: int = 0
+    timed_out: int = 0
+    crashed: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -69,29 +81,51 @@ class Status:
 
 
 def runs_below(runs_dir: Path) -> list[RunDirectory]:
-    """Every run, by name."""
+    """Every run, by name; also folders that are not for us to look into, which may be runs."""
     folder = runs_dir.expanduser()
     if not folder.is_dir():
         raise ConfigError(f"--runs-dir: no such folder ({folder}); name the folder that holds the runs")
-    return [
-        RunDirectory(path.absolute()) for path in sorted(folder.iterdir()) if (path / "plan.json").is_file()
-    ]
+    return [RunDirectory(path.absolute()) for path in sorted(folder.iterdir()) if _may_be_a_run(path)]
+
+
+def _may_be_a_run(path: Path) -> bool:
+    try:
+        return (path / "plan.json").is_file()
+    except OSError:
+        return True
 
 
 def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> Status:
-    """Everything about one run. Reads its newest checkpoint whole; raises nothing for what is damaged there."""
+    """Everything about one run. Reads its newest checkpoint whole.
+
+    Raises nothing: whatever is wrong with one folder is said in its own row, and the others are shown.
+    """
     try:
-        plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError):
-        plan = None
+        return _status_of(run, show_job, now)
+    except Exception as error:  # what a folder of somebody else may hold has no end
+        return _unknown(run, error)
+
+
+def _unknown(run: RunDirectory, error: Exception) -> Status:
+    """What is left to say of a folder that cannot be read."""
+    because = str(error) if isinstance(error, SamestepError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        because = f"{error.filename or run.path}: cannot be read ({reason_of(error)})"
+    return Status(run.name, "unknown", because)
+
+
+def _status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> Status:
+    plan = old_plan(run)
     book = ledger.read_ledger(run)
     job = _job_of(book, show_job)
     steps, last_change = _last_steps(run.metrics_file)
     speed = _samples_per_second(steps)
     step = steps[-1]["step"] if steps else 0
     checkpoint, written = _newest_checkpoint(run)
-    marker, holder = read_marker(run), lock_holder(run.path)
+    marker, (holder, no_locks) = read_marker(run), _holder_of(run)
     state, because = state_of(marker, book, job, holder, run.environment_file.exists(), now)
+    if no_locks and marker is None and state == "failed":  # or somebody trains it
+        state, because = "unknown", no_locks
     usual = statistics.median(line["seconds"] for line in steps) if steps else 0.0
     idle = now - max(last_change, _began(run, book, holder))
     if state == "running" and idle > max(STALLED_AFTER_S, STALLED_STEPS * usual):
@@ -117,6 +151,14 @@ def status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
         crashed=restarts["crashed"],
         notes=tuple(_notes(run)),
     )
+
+
+def _holder_of(run: RunDirectory) -> tuple[str | None, str]:
+    """(who holds the run's lock, why that cannot be asked): a file system without locks hides nothing else."""
+    try:
+        return lock_holder(run.path), ""
+    except ConfigError as error:
+        return None, str(error)
 
 
 def _notes(run: RunDirectory) -> list[str]:
@@ -191,21 +233,27 @@ def _began(run: RunDirectory, book: Ledger, holder: str | None) -> float:
 def _last_steps(file: Path) -> tuple[list[dict[str, Any]], float]:
     """The newest lines of the metrics, and when the last one came; a line that is being written is passed over."""
     try:
-        with file.open("rb") as handle:
-            handle.seek(max(0, file.stat().st_size - RECENT * 1000))
-            lines = handle.read().decode(errors="replace").splitlines()
+        lines = read_tail(file, RECENT * 1000).decode(errors="replace").splitlines()
         changed = file.stat().st_mtime
-    except OSError:
+    except UNREADABLE:
         return [], 0.0
     steps = []
     for line in lines:
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and {"step", "loss", "samples", "seconds"} <= values.keys():
+        if isinstance(values, dict) and _is_step(values):
             steps.append(values)
     return steps[-RECENT:], changed if steps else 0.0
+
+
+def _is_step(values: dict[str, Any]) -> bool:
+    """A line as the trainer writes it; what diverged has a loss that is no number, but it has one."""
+    if not isinstance(values.get("step"), int) or not isinstance(values.get("loss"), int | float):
+        return False
+    counted = (values.get("samples"), values.get("seconds"))
+    return all(isinstance(one, int | float) and math.isfinite(one) and one >= 0 for one in counted)
 
 
 def _samples_per_second(steps: Sequence[dict[str, Any]]) -> float | None:
@@ -224,12 +272,14 @@ def _newest_checkpoint(run: RunDirectory) -> tuple[int | None, float | None]:
 
 def row(status: Status, now: float) -> tuple[str, ...]:
     """A row of `COLUMNS`."""
-    why = f" ({status.because})" if status.because else ""
+    because = printable_lines(status.because)
+    because = because if len(because) <= _LONGEST_REASON else f"{because[:_LONGEST_REASON]}..."
+    why = f" ({because})" if because else ""
     checkpoint = "-"
     if status.checkpoint_step is not None and status.checkpoint_age is not None:
         checkpoint = f"step {status.checkpoint_step}, {age(status.checkpoint_age)} ago"
     return (
-        status.run,
+        printable(status.run),
         f"{status.state}{why}",
         f"{status.step:,} of {status.max_steps:,}" if status.max_steps is not None else f"{status.step:,}",
         "-" if status.samples_per_second is None else f"{status.samples_per_second:,.2f}",
@@ -349,17 +399,34 @@ def _state(run: RunDirectory, book: Ledger, job: JobFacts | None, now: float) ->
 
 
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
-    names = [attempt.log for attempt in book.attempts if attempt.log]
-    names += [str(run.path / "logs" / f"{job}.out") for job in book.submitted]
-    written = {path: at for path in map(Path, names) if (at := _written_at(path)) is not None}
-    return sorted(written, key=written.__getitem__)[-1:]
+    jobs = {Path(attempt.log): attempt.job for attempt in book.attempts if attempt.log}
+    jobs |= {run.path / "logs" / f"{job}.out": job for job in book.submitted}
+    written = {path: at for path in jobs if (at := _written_at(path)) is not None}
+    newest = sorted(written, key=written.__getitem__)[-1:]
+    for path in newest:
+        _refuse_another_file(run, path, jobs[path])
+    return newest
+
+
+def _refuse_another_file(run: RunDirectory, path: Path, job: str) -> None:
+    """UntrustedFileError for a log that is none: the ledger of a run that came from elsewhere may name any file.
+
+    A job's log lies in the run's folder, or has the job's number in its name (sbatch's own slurm-%j.out).
+    """
+    try:
+        path_inside(run.path, path)
+    except UntrustedFileError:
+        if not re.search(rf"(?<![0-9]){re.escape(job)}(?![0-9])", path.resolve().name):
+            raise UntrustedFileError(
+                ledger.ledger_file(run), f"names a log that is none of job {job}'s ({printable(str(path))})"
+            ) from None
 
 
 def _written_at(path: Path) -> float | None:
     """When a file changed, in seconds since 1970; None where there is none, or the shared disk does not answer."""
     try:
         facts = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file system has
         return None
     return facts.st_mtime if stat.S_ISREG(facts.st_mode) else None
 
@@ -367,7 +434,7 @@ def _written_at(path: Path) -> float | None:
 def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
     """torchrun writes logs/<job>.<restart>/node-<n>/<id>/attempt_0/<local rank>/{stdout,stderr}.log (torch 2.14)."""
     try:
-        plan = Plan.from_json(run.plan_file.read_text(encoding="utf-8"))
+        plan = Plan.read(run.plan_file)
     except FileNotFoundError:  # the run was moved away while its log is followed
         return []
     if not 0 <= rank < plan.world_size:
@@ -377,8 +444,8 @@ def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
     if plan.strategy == "single":  # no torchrun: the job's log is the rank's
         return _of_job(run, ledger.read_ledger(run))
     attempts = [path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+\.\d+", path.name)]
-    node, local = divmod(rank, plan.gpus_per_node)
+    node, local = divmod(rank, max(1, plan.gpus_per_node))
     for attempt in sorted(attempts, key=lambda path: tuple(map(int, path.name.split("."))), reverse=True):
         if files := sorted(attempt.glob(f"node-{node}/*/attempt_*/{local}/std*.log")):
-            return files
+            return [path_inside(run.path, file) for file in files]
     return []

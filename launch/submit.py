@@ -11,10 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import ledger, start
+from launch.atomic_files import atomic_write
 from launch.caches import cache_root, hugging_face_home
 from launch.errors import ConfigError
 from launch.resources import resource
-from launch.run_directory import RunDirectory, clear_markers, clear_requests, hold_lock
+from launch.run_directory import (
+    RunDirectory,
+    clear_markers,
+    clear_requests,
+    hold_lock,
+    make_folder,
+    removed_on_failure,
+)
 from launch.runs import adopt, write_request
 from launch.settings import parse_gpu_memory
 from launch.site import Site
@@ -182,7 +190,7 @@ def write(submission: Submission) -> Path:
         if planned.continuation.source is not None:
             adopt(planned.continuation.source, run)
     for name, text in {SCRIPT: submission.script, **submission.follow_ups}.items():
-        (run.path / name).write_text(text, encoding="utf-8")
+        atomic_write(run.path / name, text)
     return run.path / SCRIPT
 
 
@@ -192,14 +200,8 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     When the first one is refused, a run directory that was not there before goes again.
     """
     run = submission.planned.run
-    new = not run.path.exists()
-    script = write(submission)
-    try:
-        first = sbatch(script)
-    except ConfigError:
-        if new:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    with removed_on_failure(run, new=make_folder(run)):
+        first = sbatch(write(submission))
     ledger.write_event(run, "submit", job=first)
     queued = [(SCRIPT, first)]
     for name in submission.follow_ups:
@@ -247,7 +249,13 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     }
     try:
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
         )
     except FileNotFoundError:
         raise ConfigError(f"{command[0]}: not found in PATH; run this where Slurm is installed") from None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError
-from launch.manifest import CHECKPOINT_NAME, MANIFEST, differences, entries, load_manifest, reason_of
+from launch.manifest import CHECKPOINT_NAME, MANIFEST, differences, entries, load_manifest
+from launch.untrusted_files import reason_of
 
 
 @dataclass(frozen=True)

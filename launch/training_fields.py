@@ -1,4 +1,4 @@
-"""The SFTConfig fields a recipe may not set, each with its reason (trl 1.16, transformers 5.23)."""
+"""The SFTConfig fields a recipe may not set (trl 1.16, transformers 5.23) and keys of other tools, with the reasons."""
 
 _BY_REASON: dict[str, str] = {
     "the plan derives it from batch.global_batch_size and the hardware; set batch.global_batch_size": """
@@ -59,3 +59,28 @@ _BY_REASON: dict[str, str] = {
 REFUSED_TRAINING_FIELDS: dict[str, str] = {
     field: reason for reason, fields in _BY_REASON.items() for field in fields.split()
 }
+
+_OF_OTHER_TOOLS: dict[str, str] = {
+    "a recipe names no hardware; say it with --nodes and --gpus-per-node": """
+        num_gpus n_gpus n_gpu gpus num_gpus_per_node num_processes nproc_per_node devices world_size num_nodes nnodes
+        num_machines nodes gpus_per_node""",
+    "distribution belongs to the strategy; choose it with --strategy": "strategy distributed_type zero_stage",
+    "the plan derives it from batch.global_batch_size and the hardware; set batch.global_batch_size": """
+        batch_size micro_batch_size train_batch_size train_micro_batch_size_per_gpu per_gpu_train_batch_size
+        grad_accumulation_steps accumulate_grad_batches""",
+    "the rank is called lora.r": "rank lora_r lora_rank",
+    "the learning rate is called training.learning_rate": "lr",
+    "write training.warmup_steps: a share of the steps below 1, or a whole number of them": "warmup_ratio",
+    "cutting a sample would cut image tokens; bound the image with data.max_pixels": """
+        max_seq_length max_seq_len model_max_length cutoff_len sequence_len""",
+    "the base is called model.name_or_path": "model_name_or_path model_name base_model model_id pretrained_model",
+    "the data are called data.dataset": "dataset_name dataset_path dataset_id",
+    "8-bit bases are not trained here; set quantization.load_in_4bit": "load_in_8bit quantization_bit",
+    "set it in the section evaluation": "evaluation_strategy",
+    "the run directory is chosen with --runs-dir and --name": "logging_dir overwrite_output_dir",
+}
+
+OF_OTHER_TOOLS: dict[str, str] = {
+    field: reason for reason, fields in _OF_OTHER_TOOLS.items() for field in fields.split()
+}
+"""What people bring from accelerate, DeepSpeed, axolotl, LLaMA-Factory, Lightning and older transformers."""

@@ -108,7 +108,7 @@ def read_json(path: str | Path, limit: int = DOCUMENT) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise UntrustedFileError(path, f"not valid JSON ({error})") from None
+        raise UntrustedFileError(path, f"is not valid JSON ({error})") from None
 
 
 def read_mapping(path: str | Path, limit: int = DOCUMENT) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def read_yaml(path: str | Path, limit: int = DOCUMENT // 16) -> Any:
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise UntrustedFileError(path, f"not valid YAML ({error})") from None
+        raise UntrustedFileError(path, f"is not valid YAML ({error})") from None
 
 
 def _refuse(path: str | Path, status: os.stat_result, limit: int | None) -> None:
@@ -150,7 +150,7 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("no UTF-8 text") from None
     except ValueError:  # sys.int_info.default_max_str_digits
-        raise ValueError("an integer of more than 4,300 digits") from None
+        raise ValueError(_ENDLESS) from None
     _judge(value)
     return value
 
@@ -177,11 +177,13 @@ def parse_yaml(text: str) -> Any:
         TypeError,
         ArithmeticError,
     ) as error:  # `!!int a`, 5,000 digits
-        raise ValueError(printable(f"a value is not of its type: {error}")) from None
+        told = _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
+        raise ValueError(printable(told)) from None
     _judge(value)
     return value
 
 
+_ENDLESS = "an integer of more than 4,300 digits"
 _TOO_DEEP = f"nested too deeply (at most {DEPTH} levels)"
 
 

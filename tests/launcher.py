@@ -93,7 +93,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
 
 
 def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("launch.hardware._gpus_of_driver", lambda: count)
+    uuids = [f"GPU-{number:08x}" for number in range(count)]
+    monkeypatch.setattr("launch.hardware._gpus_of_driver", lambda: uuids)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 

@@ -124,6 +124,8 @@ def test_it_holds_the_newest_against_the_plan(run: Path, capsys: pytest.CaptureF
     assert shown(capsys, "mine")[1][0].startswith(
         "resuming would be refused: step 6 has seen 96 samples where"
     )
+    publish_with(run, 7, samples_consumed="many")
+    assert shown(capsys, "mine")[1][0].startswith("resuming would be refused: step 7 does not say how many")
     publish_with(run, 1000, samples_consumed=8000)
     assert "step 1000 lies beyond the end of its plan" in shown(capsys, "mine")[1][0]
 

@@ -331,11 +331,16 @@ def test_what_earlier_attempts_left_is_gone_before_the_trainer_starts(stopped: L
 
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGINT, "user"), (signal.SIGHUP, "user"), (signal.SIGTERM, "preempted")],
+    [(signal.SIGINT, "user"), (signal.SIGHUP, "user"), (signal.SIGTERM, "terminated")],
 )
 def test_a_signal_becomes_a_stop_file_and_words(
-    number: signal.Signals, reason: str, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    reason: str,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     asked: list[str | None] = []
 
     def stop(run: RunDirectory, ask: Callable[[int], None]) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from launch.errors import ConfigError, RunError
 from launch.recipe_file import recipe_from_dict
+from launch.shape import LAYER_LINEARS, LAYERS, unreached
 from tests.conftest import recipe_values
 from trainer.model.base import add_lora, load_base
 from trainer.model.dropout import (
@@ -293,3 +295,17 @@ def test_all_linear_reaches_every_linear_layer_of_the_decoder_and_no_other(world
     assert trained == {
         f"model.language_model.layers.{layer}.{name}" for layer in range(2) for name in (*linear, *mlp)
     }
+
+
+def test_what_lora_reaches_is_judged_without_the_model_as_with_it(world: Path) -> None:
+    config = AutoConfig.from_pretrained(world / "base")
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(config)
+    inside = set(model.model.language_model.layers.modules())
+    linears = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part in inside]
+    layers = config.get_text_config().num_hidden_layers
+    assert sorted(linears) == sorted(f"{LAYERS}.{n}.{name}" for n in range(layers) for name in LAYER_LINEARS)
+    ends = {name[start:] for name, _ in model.named_modules() for start in range(len(name) + 1)}
+    for name in ends | {"layers.2.mlp.up_proj", "00.mlp.up_proj", "qproj", "Q_PROJ", "q_proj ", "all-linear"}:
+        reaches = any(linear == name or linear.endswith(f".{name}") for linear in linears)
+        assert unreached([name], layers) == ([] if reaches else [name]), name

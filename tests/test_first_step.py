@@ -51,11 +51,10 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path: Path, monkeypatch: py
     file = tmp_path / "environment.json"
     file.write_text('{"host": "here"}')
 
-    def full(self: Path, *_: object, **__: object) -> int:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     FirstStep(1.0).keep(file)
     assert file.read_text() == '{"host": "here"}'
     assert list(tmp_path.iterdir()) == [file]

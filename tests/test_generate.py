@@ -17,7 +17,8 @@ from launch.run_identity import MODEL_PARTS, find_identity
 from tests.adapters import random_adapter, write_run
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
-from trainer.data.chartqa import chat, decode_image, open_split
+from trainer.data.chartqa import chat, open_split
+from trainer.data.images import decode_image
 from trainer.evaluation.answers import Question, make_batches, other_images, spread
 from trainer.evaluation.generate import main
 from trainer.pretrained import load_processor

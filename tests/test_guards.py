@@ -7,26 +7,30 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from launch.errors import ConfigError, RunError
 from launch.recipe import Recipe
 from launch.recipe_file import recipe_from_dict
-from tests.conftest import recipe_values
+from tests.conftest import chart_png, recipe_values
 from trainer import sharding_guards
+from trainer.data.chartqa import Row
+from trainer.data.encoder import Encoder
+from trainer.data.packing import ModelInputs, pack
 from trainer.guards import (
     GradientWitness,
     check_logits,
     check_same_adapters,
     check_taken,
-    describe_labels,
+    describe_targets,
 )
 from trainer.model.base import add_lora, load_base
+from trainer.pretrained import load_processor
 from trainer.sharding_guards import LayerFacts, check_sharding, layer_facts
 
 CPU = torch.device("cpu")
@@ -228,17 +232,49 @@ def test_ranks_with_another_adapter_are_named(monkeypatch: pytest.MonkeyPatch) -
         check_same_adapters(parameters)
 
 
-def test_the_first_micro_batch_says_what_is_scored_and_refuses_masks_that_cannot_be(world: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    words = tokenizer("bar 17", return_tensors="pt")["input_ids"]
-    said = describe_labels(torch.zeros(1, 40), words[:, -2:], "answer", tokenizer)
-    assert said.startswith("first micro-batch: 2 of 40 tokens are targets (5.0%), the first ")
-    assert said.endswith(f"the last {tokenizer.decode(words[0, -1:])!r}")
-    everything = torch.zeros(1, 39, dtype=torch.int64)
-    assert "39 of 40" in describe_labels(torch.zeros(1, 40), everything, "sequence", tokenizer)
-    for labels in (everything, everything[:, :0]):
-        with pytest.raises(RunError, match=r"data\.loss: answer scores \d+ of the 40 tokens"):
-            describe_labels(torch.zeros(1, 40), labels, "answer", tokenizer)
+def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(world: Path) -> None:
+    recipe = _recipe(world)
+    processor = load_processor(recipe)
+    rows = [Row(chart_png(1), "why?", ["because " * 60], 0), Row(chart_png(2), "how high?", ["7"], 1)]
+    tokenizer = processor.tokenizer
+
+    def packed(loss: str) -> tuple[ModelInputs, list[str | None]]:
+        encoder = Encoder(processor, recipe.data.system_message, loss)
+        inputs = pack(
+            [encoder(row) for row in rows],
+            sample_ids=(0, 1),
+            step=0,
+            masked=False,
+            image_token_id=processor.image_token_id,
+            merge=2,
+        )
+        return inputs, [encoder.scored_text(row) for row in rows]
+
+    inputs, scored = packed("answer")
+    assert scored == [f"{rows[0].label[0]}<|im_end|>\n", "7<|im_end|>\n"]
+    targets, tokens = inputs["shift_labels"].numel(), inputs["input_ids"].numel()
+    assert targets > tokens / 2  # long answers are no fault
+    said = describe_targets(inputs, (4, 9), scored, tokenizer)
+    assert said.startswith(f"first micro-batch: {targets} of {tokens} tokens are targets (")
+    assert said.endswith("the last '\\n'")
+    whole, all_but_first = packed("sequence")
+    assert f"{tokens - 2} of {tokens} tokens" in describe_targets(whole, (4, 9), all_but_first, tokenizer)
+
+    def spoilt(keep: list[int]) -> dict[str, Any]:
+        labels, places = inputs["shift_labels"], inputs["scored_positions"]
+        return {**inputs, "shift_labels": labels[:, keep], "scored_positions": places[keep]}
+
+    count = list(range(targets))
+    for mask in (count[1:], count[:-1], [*count[:5], *count[6:]], count[:-3], []):
+        with pytest.raises(RunError, match=r"data\.loss: sample [49] scores"):
+            describe_targets(spoilt(mask), (4, 9), scored, tokenizer)
+    shifted = {**inputs, "scored_positions": inputs["scored_positions"] - 1}
+    other = {**inputs, "shift_labels": inputs["shift_labels"].flip(1)}
+    for wrong in (whole, shifted, other):
+        with pytest.raises(RunError, match=r"data\.loss: sample 4 scores"):
+            describe_targets(wrong, (4, 9), scored, tokenizer)
+    with pytest.raises(RunError, match=r"data\.loss: sample 4 scores .* where all but the first should be"):
+        describe_targets(inputs, (4, 9), all_but_first, tokenizer)
 
 
 def _adapters() -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -276,12 +277,12 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     ("name", "damage", "word"),
     [
         ("config.json", halve, "cannot be read"),
-        ("config.json", lambda file: file.write_text("[]"), "holds no JSON object"),
+        ("config.json", lambda file: file.write_text("[]"), "cannot be read (is no mapping"),
         ("config.json", lambda file: file.write_text('{"text_config": [1]}'), "text_config is wrong"),
         (INDEX, lambda file: file.write_text('{"weight_map": {'), "cannot be read"),
         (INDEX, lambda file: file.write_text("{}"), "weight_map is wrong (field required)"),
         (INDEX, lambda file: file.write_text('{"weight_map": ["a"]}'), "weight_map is wrong"),
-        (INDEX, lambda file: file.write_text('{"weight_map": {"a": 5}}'), "weight_map.a is wrong"),
+        (INDEX, lambda file: file.write_text('{"weight_map": {"a": 5}}'), "weight_map names what is no file"),
         ("model.safetensors", lambda file: with_header(file, [ENTRY]), "the whole is wrong"),
         ("model.safetensors", lambda file: with_header(file, {"a": [1]}), "a is wrong"),
         ("model.safetensors", lambda file: with_header(file, {"a": {"dtype": "F32"}}), "a.shape is wrong"),
@@ -315,14 +316,14 @@ def test_a_file_of_the_base_that_may_not_be_read_is_refused_by_its_name(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    opening = Path.open
+    opening = os.open
 
-    def as_another_user(path: Path, *rest: Any, **more: Any) -> Any:
-        if path == own_base / name:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def as_another_user(path: Any, *rest: Any, **more: Any) -> int:
+        if path == str(own_base / name):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
         return opening(path, *rest, **more)
 
-    monkeypatch.setattr(Path, "open", as_another_user)
+    monkeypatch.setattr(os, "open", as_another_user)
     said = refused(capsys, adapter, tmp_path / "out", "--base-model", str(own_base))
     assert f"error: {own_base / name}: cannot be read (" in said
     assert "Permission denied" in said

@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer.evaluation.metrics import Prediction, correct, mcnemar, summary
+from trainer.evaluation.metrics import Prediction, mcnemar, summary
+from trainer.relaxed_accuracy import correct
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,11 @@ from trainer.evaluation.metrics import Prediction, correct, mcnemar, summary
         ("1e3", "1000"),
         ("100%%", "1"),  # every trailing sign is taken off, one division
         ("", ""),
+        ("Yes", "Yes "),  # white space and the form of accents are nobody's answer
+        ("Yes", "yes\n"),
+        ("50%", " 50% "),
+        ("Caf\u00e9", "Cafe\u0301"),
+        ("Cafe\u0301", "Caf\u00e9"),
     ],
 )
 def test_answers_the_harnesses_count_as_right(prediction: str, target: str) -> None:

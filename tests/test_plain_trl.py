@@ -21,8 +21,9 @@ from launch.recipe_file import recipe_from_dict
 from launch.run_directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.building import build_trainer
-from trainer.data.chartqa import decode_image, open_split
+from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
 from trainer.first_step import FirstStep
 from trainer.model.base import add_lora, load_base
 from trainer.preemption import Watch

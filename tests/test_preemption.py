@@ -37,7 +37,7 @@ def test_one_rank_is_enough_for_all_to_stop(reason: str) -> None:
 
 def test_what_somebody_wants_goes_before_what_the_scheduler_wants() -> None:
     assert Agreed.of(_sums("orphaned", "time", "preempted", "user", "user")).stop == "user"
-    assert Agreed.of(_sums("orphaned", "time", "preempted")).stop == "preempted"
+    assert Agreed.of(_sums("orphaned", "terminated", "time", "preempted")).stop == "preempted"
     assert Agreed.of(_sums("save", "save")) == Agreed(None, True, False)
     assert Agreed.of(_sums("fail")) == Agreed(None, False, True)
 
@@ -69,11 +69,13 @@ def test_a_save_file_is_a_wish_to_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGINT, "user"), (signal.SIGTERM, "preempted"), (signal.SIGHUP, "user")],
+    [(signal.SIGINT, "user"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "user")],
 )
 def test_signals_are_wishes_while_the_run_is_watched(
-    tmp_path: Path, number: signal.Signals, reason: str
+    tmp_path: Path, number: signal.Signals, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"):
+        monkeypatch.delenv(name, raising=False)
     before = signal.getsignal(number)
     with watching(RunDirectory(tmp_path), 1, os.getppid()) as watch:
         os.kill(os.getpid(), number)
@@ -124,11 +126,23 @@ def test_a_failure_is_said_with_its_file_and_known_to_be_common(tmp_path: Path) 
     watch.fail(OSError(28, "No space left on device", "metrics.jsonl"))
     watch.fail(ValueError("the first is what counts"))
     assert _wished(watch) == {"fail"}
-    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device; make room") as raised:
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl: No space left on device \(disk at .* free\); make room"
+    ) as raised:
         watch.raise_failure()
     assert not raised.value.agreed
     assert watch.agreed_failure().agreed
     assert "metrics.jsonl" in str(watch.agreed_failure())
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"])
+def test_a_sigterm_in_a_job_is_the_schedulers(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "60")
+    with watching(RunDirectory(tmp_path), 1, os.getppid()) as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert _wished(watch) == {"preempted"}
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:

@@ -87,13 +87,13 @@ PNG = chart_png(1)
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "missing image": ({"image": None}, "the image is missing"),
     "corrupt image": ({"image": {"bytes": PNG[: len(PNG) // 2], "path": None}}, "the image is corrupt"),
-    "not an image": ({"image": {"bytes": b"hello", "path": None}}, "the image is corrupt"),
+    "not an image": ({"image": {"bytes": b"hello", "path": None}}, "the image is in no format"),
     "empty image": ({"image": {"bytes": b"", "path": None}}, "the image is empty (0 bytes)"),
     "empty query": ({"query": "  "}, "query is empty"),
     "missing query": ({"query": None}, "query is a NoneType"),
     "no label": ({"label": []}, "label is empty"),
     "empty label": ({"label": [""]}, "label is empty"),
-    "second image": ({"query": "what is <|image_pad|> here"}, "2 image tokens"),
+    "second image": ({"query": "what is <|image_pad|> here"}, "the special token <|image_pad|>"),
     "neither human nor machine": ({"human_or_machine": 7}, "human_or_machine is 7"),
 }
 

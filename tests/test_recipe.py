@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -134,6 +137,9 @@ def test_all_problems_of_a_recipe_come_at_once() -> None:
         ("lora.alpha=1", "lora.lora_alpha"),
         ("modle.dtype=float32", "model"),
         ("data.sytem_message=x", "data.system_message"),
+        ("lora.dropout=0", "lora.lora_dropout"),
+        ("lora.modules=[q_proj]", "lora.target_modules"),
+        ("evaluation.eval_steps=5", "evaluation.every_steps"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(wrong: str, nearest: str) -> None:
@@ -193,6 +199,73 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(text: str, what: str, tmp_p
     (problem,) = problems_of(path=file)
     assert problem.startswith(f"{file}: ")
     assert what in problem
+
+
+@pytest.mark.parametrize(
+    ("brought", "words"),
+    [
+        ("lora.rank=8", "lora.r"),
+        ("batch.gradient_accumulation_steps=8", "batch.global_batch_size"),
+        ("per_device_train_batch_size=4", "batch.global_batch_size"),
+        ("batch.per_device_train_batch_size=4", "batch.global_batch_size"),
+        ("batch.batch_size=4", "batch.global_batch_size"),
+        ("num_gpus=8", "--gpus-per-node"),
+        ("training.strategy=zero3", "--strategy"),
+        ("lr=1", "training.learning_rate"),
+        ("training.warmup_ratio=0.03", "training.warmup_steps"),
+        ("training.max_seq_length=1024", "data.max_pixels"),
+        ("model.model_name_or_path=x/y", "model.name_or_path"),
+        ("training.eval_steps=5", "the section evaluation"),
+    ],
+)
+def test_what_people_bring_from_other_tools_is_explained_in_any_section(brought: str, words: str) -> None:
+    (problem,) = problems_of(brought)
+    assert problem.startswith(f"{brought.partition('=')[0]}: refused; ")
+    assert words in problem
+
+
+def test_a_key_like_none_of_its_section_is_answered_with_the_section() -> None:
+    (problem,) = problems_of("lora.xyz=1")
+    assert problem == "lora.xyz: unknown key; lora has r, lora_alpha, lora_dropout, bias, target_modules"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.name_or_path=Qwen/Qwen2 VL",
+        "model.name_or_path=a/b/c",
+        "model.name_or_path=Qwen/Qwen2--VL",
+        "model.name_or_path=~no-such-user/base",
+        f"model.name_or_path=/{'x' * 300}",
+        'model.name_or_path="a\\nb/c"',
+        "data.dataset=HuggingFaceM4/Chart QA",
+        "data.dataset=owner/na\u00efve",
+        f"data.dataset=owner/{'x' * 97}",
+        "model.revision=../x",
+        "model.revision=a b",
+        'data.revision="\\0"',
+        "data.revision=-x",
+        "hub.repo_id=owner/name/more",
+        'hub.repo_id=""',
+        "tracking.space_id=my space",
+        'tracking.project="\\e[31m"',
+        "tracking.project=' '",
+    ],
+)
+def test_a_name_that_nothing_can_have_is_refused_when_the_recipe_is_read(override: str) -> None:
+    (problem,) = problems_of(override)
+    assert problem.startswith(f"{override.partition('=')[0]}: ")
+    assert problem.isprintable()
+    assert ";" in problem
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.name_or_path=gpt2", "model.name_or_path=./not/yet", "data.dataset=a.b/c_d-e", "model.revision=refs/pr/1",
+     "model.revision=v1.0+x", "hub.repo_id=me/it", "tracking.project=my charts, 2nd"],
+)  # fmt: skip
+def test_a_name_that_something_can_have_is_taken(override: str) -> None:
+    load_recipe(find_recipe("embedded"), [override])
 
 
 def test_missing_sections_and_keys_are_named() -> None:
@@ -287,3 +360,62 @@ def test_a_folder_called_embedded_does_not_change_the_embedded_recipe(
     recipe = load_recipe(EMBEDDED, ["model.name_or_path=charts"])
     assert recipe.data.dataset == "embedded"
     assert recipe.model.name_or_path == str(tmp_path / "charts")
+
+
+BOMB = "&a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"z{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"name: {BOMB}", "more than 50,000 values"),
+        (f"training: {{learning_rate: {'[' * 3000}{']' * 3000}}}", "nested too deeply"),
+        ("training: &t {learning_rate: *t}", "is inside of what it stands for"),
+        ("training: {seed: 1" + "0" * 5000 + "}", "an integer of more than 4,300 digits"),
+        ("training: {seed: 0x" + "f" * 5000 + "}", "an integer is too large"),
+        ("training: {seed: 2026-99-99}", "training.seed: must be a valid integer"),
+        ("name: {" + ", ".join(f"k{n}: {n}" for n in range(2_000)) + "}", "name: must be a valid string"),
+        ("".join(f"k{n}: 1\n" for n in range(5_000)), "more problems"),
+        ("? " + "k" * 100_000 + "\n: 1", "unknown key"),
+        ("x: " + "y" * 2**20, "is too large (1,048,579 bytes, at most 262,144 are read)"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_recipe_that_would_hang_its_reader_is_refused_in_lines(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(file)
+    assert time.monotonic() - began < 20
+    assert words in str(caught.value)
+    assert len(caught.value.problems) <= 110
+    assert max(map(len, caught.value.problems)) < 1000
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+def test_a_recipe_is_a_plain_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="is no plain file"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "1" * 5000, "&a [*a]", "0x" + "f" * 5000, "{a: 1, a: 2}"])
+def test_an_override_that_would_hang_its_reader_is_one_line(value: str) -> None:
+    (line,) = problems_of(f"training.seed={value}")
+    assert line.startswith("training.seed: must be a valid integer")
+    assert len(line) < 300
+
+
+def test_a_value_is_shown_no_further_than_it_is_read() -> None:
+    """Whoever hands values over by another way than a file: they may have no end."""
+    endless: list[object] = []
+    endless.append(endless)
+    for value in (endless, 10**5000, {"a": [{}] * 10**6}, float("nan"), "x" * 10**6):
+        with pytest.raises(ConfigError) as caught:
+            recipe_from_dict({"name": "a", "training": {"seed": value}})
+        assert max(map(len, caught.value.problems)) < 500

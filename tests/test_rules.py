@@ -58,6 +58,11 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             "fsdp needs GPUs (8 CPU processes asked for)",
         ),
         (rules.every_process_gets_a_sample, replace(ALLOWED, nodes=9), "32 < 36"),
+        (
+            rules.lora_names_layers_that_are_there,
+            replace(ALLOWED, recipe=embedded_recipe("lora.target_modules=[q_proj, qproj]")),
+            "'qproj' names no linear layer of the decoder layers (1 of 2); did you mean q_proj?",
+        ),
         (rules.data_fills_one_step, replace(ALLOWED, samples=31, max_steps=0), "31 < 32"),
         (rules.run_has_a_step, replace(ALLOWED, max_steps=0), "330 samples"),
         (rules.micro_batch_holds_the_longest_sample, replace(ALLOWED, budget=99), "100 tokens > 99"),
@@ -105,6 +110,15 @@ def test_an_allowed_request_breaks_no_rule() -> None:
                 f"{engine}: enabled",
             )
             for engine in ("bf16", "fp16", "amp")
+        ),
+        *(
+            (config_rules.deepspeed_sections_are_sections, _asking(deepspeed=values), f"{words}: no section")
+            for values, words in (
+                ({"zero_optimization": None}, "zero_optimization (null)"),
+                ({"zero_optimization": 2}, "zero_optimization (2)"),
+                ({"bf16": True, "amp": []}, "bf16 (true), amp ([])"),
+                ({"zero_optimization": {"offload_param": "cpu"}}, 'zero_optimization.offload_param ("cpu")'),
+            )
         ),
         (
             config_rules.deepspeed_counts_what_the_plan_counts,
@@ -212,7 +226,7 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     every = rules.REQUEST_RULES + config_rules.CONFIG_RULES + rules.MACHINE_RULES + rules.DATA_RULES
-    assert len(every) == 24
+    assert len(every) == 26
 
 
 @pytest.mark.parametrize("strategy", rules.STRATEGIES)
@@ -281,6 +295,26 @@ def test_a_deepspeed_file_that_shards_nothing_is_no_strategy(tmp_path: Path) -> 
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"zero\.json: .*; correct it, or restore the shipped file"):
             launched_config(environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("deepspeed_config: 2", "deepspeed_config is no section (2)"),
+        ("fsdp_config: [a]", "fsdp_config is no section (['a'])"),
+        ("[" * 3000, "cannot be read"),
+        ("deepspeed_config: {deepspeed_config_file: 5}", "ds_configs/5: no such file"),
+    ],
+)
+def test_a_shipped_configuration_that_was_damaged_is_refused_in_one_line(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.resources.resource_folder", lambda kind: tmp_path)
+    (tmp_path / "zero2.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        list(violations(replace(ALLOWED, strategy="zero2")))
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,51 @@ def test_a_disk_that_is_out_of_reach_asks_for_nothing(
     assert requested_stop(RunDirectory(tmp_path)) is None
 
 
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to], ids=["link", "second name"])
+def test_a_file_that_lies_in_the_place_of_a_lock_keeps_its_content(
+    make: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("dear to us")
+    make(tmp_path / ".lock", victim)
+    for attempt in (lambda: hold_lock(tmp_path).__enter__(), lambda: lock_holder(tmp_path)):
+        with pytest.raises(ConfigError, match=r"\.lock: is no lock of samestep"):
+            attempt()
+    assert victim.read_text() == "dear to us"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_plain_file_is_no_lock(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / ".lock")
+    for attempt in (lambda: hold_lock(tmp_path).__enter__(), lambda: lock_holder(tmp_path)):
+        with pytest.raises(ConfigError, match=r"\.lock: is no lock of samestep"):
+            attempt()
+
+
+def test_a_link_without_an_end_makes_no_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "made")
+    with pytest.raises(ConfigError, match="is no lock of samestep"):
+        hold_lock(tmp_path).__enter__()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_lock_keeps_its_holder_until_another_has_it(tmp_path: Path) -> None:
+    with hold_lock(tmp_path):
+        held = (tmp_path / ".lock").read_text()
+        with pytest.raises(ConfigError, match="under way"):
+            hold_lock(tmp_path).__enter__()
+        assert (tmp_path / ".lock").read_text() == held
+    for rest in (b"", b"\0" * 30):
+        (tmp_path / ".lock").write_bytes(rest)
+        with hold_lock(tmp_path):
+            assert (tmp_path / ".lock").read_text() == held
+    (tmp_path / ".lock").write_text("process 12 on a\x1b[2Jhost")
+    taken = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(taken, fcntl.LOCK_EX)
+    assert lock_holder(tmp_path) == "process 12 on a\\x1b[2Jhost"
+    os.close(taken)
+
+
 def test_a_held_run_names_its_holder_to_the_second(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     refuse_if_running(run)

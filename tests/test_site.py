@@ -1,5 +1,6 @@
 """Site files: strict, every problem at once, never a secret."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("signal_lead: 0", "signal_lead: "),
         ("- a", "is not a mapping"),
         ("a: [", "is not valid YAML"),
+        ("partition: a\npartition: b", "key 'partition' appears twice"),
+        ("environment: {A: x, A: y}", "key 'A' appears twice"),
+        ("partition: " + "[" * 3000, "nested too deeply"),
+        ("partition: &a [*a]", "is inside of what it stands for"),
+        ("cpus_per_process: 1" + "0" * 5000, "an integer of more than 4,300 digits"),
+        ("cpus_per_process: 2026-99-99", "cpus_per_process: must be a valid integer"),
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
+            "more than 50,000 values",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None:
@@ -62,6 +74,12 @@ def test_words_that_only_look_like_secrets_are_no_secrets(tmp_path: Path) -> Non
         "environment: {TOKENIZERS_PARALLELISM: 'false', MAX_TOKENS: '9', NCCL_IB_HCA: 'mlx5_0:1'}"
     )
     assert len(load_site(file, {}).environment) == 3
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "site.yaml")
+    with pytest.raises(ConfigError, match=r"^--site: .*site\.yaml: is no plain file"):
+        load_site(tmp_path / "site.yaml", {})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.errors import RunError, SamestepError
+from launch.errors import ConfigError, RunError, SamestepError
 from launch.index import row_digest
 from launch.launch_config import LaunchConfig
 from launch.plan import Plan, make_plan
@@ -164,7 +164,22 @@ def test_figures_that_find_no_room_stop_the_run_with_a_message(
     recipe = _write(world, tmp_path / "recipe.yaml")
     monkeypatch.setattr("trainer.sft.append_line", full)
     assert _train(recipe, "run") == 1
-    assert "metrics.jsonl: No space left on device; make room" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: No space left on device (disk at " in said
+    assert " MB free); make room" in said
+
+
+def test_what_is_refused_after_the_start_of_a_new_run_leaves_no_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("lora.r: cannot be; choose another")
+
+    recipe = _write(world, tmp_path / "recipe.yaml")
+    monkeypatch.setattr("trainer.train.train", refuse)
+    assert _train(recipe, "run") == 2
+    assert "lora.r: cannot be" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("run") if path.is_dir()]
 
 
 def test_rows_that_changed_behind_the_index_stop_the_run(

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from launch.errors import GpuMemoryError, RunError, SamestepError
+from launch.atomic_files import place_of
+from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
+from launch.untrusted_files import UntrustedFileError
 from trainer.speech import complain
 
 T = TypeVar("T")
@@ -52,13 +54,15 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
 
 def in_words(raised: Exception) -> SamestepError:
     """Any exception as the error that a user reads."""
+    if isinstance(raised, UntrustedFileError):  # which others could not make of its words
+        return ConfigError(raised.problems)
     if isinstance(raised, SamestepError):
         return raised
     if isinstance(raised, torch.OutOfMemoryError):
         return out_of_memory(raised)
     if isinstance(raised, OSError):
         remedy = _REMEDIES.get(raised.errno or 0, "see that the disk is there; the same command goes on")
-        return RunError(f"{raised.filename or 'a file'}: {raised.strerror or raised}; {remedy}")
+        return RunError(f"{place_of(raised, 'a file')}; {remedy}")
     if isinstance(raised, SafetensorError):  # how safetensors reports a full disk
         return RunError(
             f"a safetensors file: {raised}; make room or give permission; the same command goes on"

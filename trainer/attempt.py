@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import psutil
 import torch
 from accelerate.logging import get_logger
 
+from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.plan import Plan
 from launch.replan import plan_with_less
@@ -22,29 +24,39 @@ from launch.run_directory import (
     clear_markers,
     clear_requests,
     hold_lock,
+    make_folder,
+    removed_on_failure,
     write_marker,
 )
 from launch.runs import adopt, keep_plan, write_request
 from launch.settings import recomputation
+from launch.untrusted_files import read_text
 from trainer.task import Task
 
 logger = get_logger("trainer")
 
 
-def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> None:
+def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> bool:
     """Rank 0: lock the run for this process's lifetime and write what it is about to do.
 
-    `waited_for`: `samestep run` has cleared away what was asked of earlier attempts.
+    `waited_for`: `samestep run` has cleared away what was asked of earlier attempts. Returns whether the run's folder
+    is new; when it cannot be written, a new one goes again.
     """
-    task.run.path.mkdir(parents=True, exist_ok=True)
-    held.enter_context(hold_lock(task.run.path))
+    new = make_folder(task.run)
+    with removed_on_failure(task.run, new):
+        held.enter_context(hold_lock(task.run.path))
+        _write(task, waited_for)
+    return new
+
+
+def _write(task: Task, waited_for: bool) -> None:
     clear_markers(task.run)
     if not waited_for:
         forget_old_stop(task.run)
     write_request(task.run, task.recipe, task.plan)
     if task.source is not None:
         adopt(task.source, task.run)
-    task.run.environment_file.write_text(json.dumps(environment(task.plan), indent=1) + "\n")
+    atomic_write(task.run.environment_file, json.dumps(environment(task.plan), indent=1) + "\n")
 
 
 def forget_old_stop(run: RunDirectory) -> None:
@@ -93,7 +105,7 @@ def leave_marker(task: Task, ended: Ended) -> None:
 def leave_smaller_plan(task: Task) -> None:
     """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
     with contextlib.suppress(OSError):
-        plan = Plan.from_json(task.run.plan_file.read_text(encoding="utf-8"))
+        plan = Plan.from_json(read_text(task.run.plan_file))
         if plan.out_of_memory > task.plan.out_of_memory:
             return  # another rank was faster
         smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)
@@ -106,8 +118,15 @@ def leave_smaller_plan(task: Task) -> None:
         )
 
 
-def leave_reason(run: RunDirectory, error: SamestepError) -> None:
-    """Write why a request was refused where `samestep run` looks for it; a failed run leaves no marker."""
+def leave_reason(run: RunDirectory, error: SamestepError, new: bool = False) -> None:
+    """Write why a request was refused where `samestep run` looks for it; a failed run leaves no marker.
+
+    `new`: nobody waits for the reason, and the folder is of this attempt: what is refused leaves none.
+    """
     with contextlib.suppress(OSError):
-        if isinstance(error, ConfigError | CheckpointError):
+        if not isinstance(error, ConfigError | CheckpointError):
+            return
+        if new and not run.checkpoints():
+            shutil.rmtree(run.path)
+        else:
             write_marker(run, "REFUSED", str(error))

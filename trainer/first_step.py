@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 
+from launch.atomic_files import atomic_write
 from launch.children import STARTED
+from launch.untrusted_files import read_mapping
 
 FILE_KEY = "first_step"
 
@@ -53,11 +55,6 @@ class FirstStep:
 
     def keep(self, environment_file: Path) -> None:
         """In the record of the attempt's machine; a file that is not there or finds no room stays as it is."""
-        aside = environment_file.with_suffix(".partial")
         with contextlib.suppress(OSError, ValueError):
-            facts = json.loads(environment_file.read_text(encoding="utf-8")) | {FILE_KEY: self.seconds()}
-            try:
-                aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-                aside.replace(environment_file)
-            finally:
-                aside.unlink(missing_ok=True)
+            facts = read_mapping(environment_file) | {FILE_KEY: self.seconds()}
+            atomic_write(environment_file, json.dumps(facts, indent=1) + "\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,21 +127,40 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
     together(compare)
 
 
-def describe_labels(input_ids: Tensor, labels: Tensor, loss: str, tokenizer: Any) -> str:
-    """What the first micro-batch scores, in words for the log. `input_ids` [1, T], `labels` [1, K]: scored targets.
+def describe_targets(
+    inputs: Mapping[str, Any], samples: Sequence[int], scored: Sequence[str | None], tokenizer: Any
+) -> str:
+    """Hold what the first micro-batch scores against what each of its samples should; in words for the log.
+
+    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the text of each sample's targets, None
+    for all its tokens but the first.
 
     Raises:
-        RunError: nothing is scored, or with `loss: answer` everything is.
+        RunError: a sample's targets are not exactly the tokens of that text, the last of the sample.
     """
-    tokens, scored = input_ids.numel(), labels.numel()
-    if scored == 0 or (loss == "answer" and scored > tokens // 2):
-        raise RunError(
-            f"data.loss: {loss} scores {scored:,} of the {tokens:,} tokens of the first micro-batch; see the chat "
-            "template of the model and the answers of the data"
-        )
-    first, last = (tokenizer.decode([int(labels[0, place])]) for place in (0, -1))
+    ids, ends = inputs["input_ids"][0].tolist(), inputs["text_cu_seqlens"].tolist()
+    targets = dict(
+        zip((inputs["scored_positions"] + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True)
+    )
+    for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
+        mine = [place for place in targets if begin <= place < end]
+        first = begin + 1 if wanted is None else end - len(mine)
+        text = unicodedata.normalize("NFC", tokenizer.decode(ids[first:end]))
+        if (
+            not mine
+            or mine != list(range(first, end))
+            or [targets[place] for place in mine] != ids[first:end]
+            or (wanted is not None and text != unicodedata.normalize("NFC", wanted))
+        ):
+            found = tokenizer.decode([targets[place] for place in mine])
+            raise RunError(
+                f"data.loss: sample {sample} scores {len(mine):,} of its {end - begin:,} tokens, {found[:200]!r}, "
+                f"where {'all but the first' if wanted is None else repr(wanted[:200])} should be; the tokenizer "
+                "and the chat template do not fit each other"
+            )
+    first, last = (tokenizer.decode([int(inputs["shift_labels"][0, place])]) for place in (0, -1))
     return (
-        f"first micro-batch: {scored:,} of {tokens:,} tokens are targets ({scored / tokens:.1%}), "
+        f"first micro-batch: {len(targets):,} of {len(ids):,} tokens are targets ({len(targets) / len(ids):.1%}), "
         f"the first {first!r}, the last {last!r}"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from launch.plan import Plan, validation_samples
 from launch.steps import MicroBatch, StepPlan, cost, deal
 from trainer.data.chartqa import open_split
@@ -47,3 +49,9 @@ def shortest_sample(task: Task, encoder: Encoder) -> PackedBatch:
     split = task.index.splits["train"]
     batch = MicroBatch((int(split.tokens.argmin()),), filler=False)
     return assemble(open_split(task.recipe, "train"), split, encoder, batch, -1, 1)
+
+
+def scored_texts(task: Task, encoder: Encoder, samples: Sequence[int]) -> list[str | None]:
+    """What training samples should score, see `Encoder.scored_text`: from their rows, not from their tokens."""
+    rows, split = open_split(task.recipe, "train"), task.index.splits["train"]
+    return [encoder.scored_text(rows[int(split.rows[sample])]) for sample in samples]

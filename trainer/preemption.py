@@ -16,14 +16,10 @@ from types import FrameType
 from typing import get_args
 
 from launch.errors import RunError, SamestepError
-from launch.run_directory import RunDirectory, StopReason, requested_save, requested_stop
+from launch.run_directory import RunDirectory, StopReason, reason_of_sigterm, requested_save, requested_stop
 from trainer.agreement import gather, in_words, together
 
-STOP_SIGNALS: dict[signal.Signals, StopReason] = {
-    signal.SIGINT: "user",
-    signal.SIGTERM: "preempted",
-    signal.SIGHUP: "user",
-}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REASONS: tuple[StopReason, ...] = get_args(StopReason)  # the first that anybody gives is the run's
 WISHES = (*REASONS, "save", "fail")
 """What each number of `Watch.wishes` counts."""
@@ -60,7 +56,7 @@ class Watch:
             if self._interrupted:
                 os._exit(130)
             self._interrupted = True
-        self._signalled = self._signalled or STOP_SIGNALS[signal.Signals(number)]
+        self._signalled = self._signalled or (reason_of_sigterm() if number == signal.SIGTERM else "user")
 
     def wishes(self) -> list[float]:
         """One number for each of `WISHES`: 1 where this rank knows of it."""

@@ -6,7 +6,7 @@ What is there already is left as it is, so a fill that was interrupted goes on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from launch.errors import ConfigError, RunError
+from launch.errors import ConfigError, RunError, SamestepError
 from launch.index import Index, SplitName
 from launch.plan import compute_dtype_of, validation_samples
 from launch.recipe import Recipe
-from trainer.data.chartqa import Rows, decode_image, open_split
+from trainer.data.chartqa import Rows, open_split
+from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
 from trainer.data.packing import cumulative
+from trainer.data.row_errors import naming_row
 from trainer.features.file import Features
 from trainer.features.identity import facts_of, kind_of
 from trainer.features.store import SPARED, FeatureCache, FullError, describe, gigabytes, name_of, open_cache
@@ -30,12 +32,10 @@ from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
+from trainer.progress import Report
 
 PASS_TOKENS = 4096
 """Visual tokens that the tower takes together, but for a larger single image."""
-
-Report = Callable[[int, int], None]
-"""Told how many are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class Wanted:
     visual_tokens: int
 
 
+_Processed = tuple[Tensor, tuple[int, int, int]]
+"""An image's pixels [P, patch features] and its patches in time, height and width."""
 _Encoded = tuple[Wanted, Tensor, tuple[int, int, int]]
-"""An image with its pixels and its patches in time, height and width."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,17 @@ def fill(filling: Filling, report: Report) -> None:
     """Compute and keep what is missing; `report` is told the images whose files are there.
 
     Raises:
-        RunError: the disk does not take them.
+        RunError: an image cannot be read any more, or the disk does not take them.
     """
     prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
     pixels = _Pixels(filling.rows, filling.missing, filling.processor)
     loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
     together: list[_Encoded] = []
     count = len(filling.missing)
-    for number, (wanted, (values, grid)) in enumerate(zip(filling.missing, loader, strict=True), 1):
-        together.append((wanted, values, grid))
+    for number, (wanted, processed) in enumerate(zip(filling.missing, loader, strict=True), 1):
+        if isinstance(processed, SamestepError):
+            raise processed
+        together.append((wanted, *processed))
         if number == count or sum(wanted.visual_tokens for wanted, _, _ in together) >= PASS_TOKENS:
             _keep(filling.model, filling.cache, together)
             report(number, count)
@@ -159,8 +162,8 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
         raise ConfigError(problems)
 
 
-class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
-    """The processed pixels [P, patch features] and grid of each wanted image."""
+class _Pixels(Dataset["_Processed | SamestepError"]):
+    """The processed pixels [P, patch features] and grid of each wanted image; an error is a value, as in `Batches`."""
 
     def __init__(self, rows: dict[SplitName, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
         self._rows, self._wanted, self._processor = rows, wanted, processor
@@ -168,10 +171,14 @@ class _Pixels(Dataset[tuple[Tensor, tuple[int, int, int]]]):
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, tuple[int, int, int]]:
+    def __getitem__(self, number: int) -> _Processed | SamestepError:
         wanted = self._wanted[number]
-        image = decode_image(self._rows[wanted.split][wanted.row].image)
-        encoded = self._processor(images=[image], return_tensors="pt")
+        try:
+            with naming_row(f"data: {wanted.split} row {wanted.row}"):
+                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                encoded = self._processor(images=[image], return_tensors="pt")
+        except SamestepError as error:
+            return error
         time, height, width = encoded["image_grid_thw"][0].tolist()
         return encoded["pixel_values"], (time, height, width)
 

@@ -15,18 +15,18 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from launch.atomic_files import atomic_dir, atomic_write
 from launch.caches import cache_root, embedded_folder
+from launch.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.errors import ConfigError, SamestepError
-from launch.folders import published
 from launch.index import (
     SPLITS,
     Index,
@@ -43,6 +43,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.prefill import fill, survey
 from trainer.pretrained import fetch_base, load_processor
+from trainer.progress import Begin, progress_reports
 from trainer.speech import complain, speak_plainly
 
 logger = logging.getLogger("trainer")
@@ -56,15 +57,14 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
         ConfigError: bad rows (all of them named, unless `data.on_bad_row: drop`), no network and nothing cached,
             no room or no permission to write the cache.
     """
-    with _locked(cache_root() / "prepare.lock"), _progress(quiet) as progress:
+    with _locked(cache_root() / "prepare.lock"), progress_reports(quiet=quiet) as begin:
         with _writing_the_cache():
-            _build_embedded(recipe, progress)
-        model_identity(
-            Path(fetch_base(recipe))
-        )  # remembered: all weights are read here, not before each start
+            _build_embedded(recipe, begin)
+        base = Path(fetch_base(recipe))
+        model_identity(base)  # remembered: all weights are read here, not before each start
         if damage := index_damage(recipe):
             logger.warning("%s; it is made anew", damage)
-        return read_index(recipe) or _write_index(recipe, progress)
+        return read_index(recipe) or _write_index(recipe, begin)
 
 
 @contextmanager
@@ -89,18 +89,7 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
-    )
-
-
-def _build_embedded(recipe: Recipe, progress: Progress) -> None:
+def _build_embedded(recipe: Recipe, begin: Begin) -> None:
     """Draw the charts and train the tiny base on first use. Imported here: only embedded recipes need matplotlib."""
     if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
         return
@@ -109,34 +98,31 @@ def _build_embedded(recipe: Recipe, progress: Progress) -> None:
 
     charts, model = embedded_folder() / "data", embedded_folder() / "model"
     if not charts.is_dir():
-        build_charts(charts, progress=_Report(progress, "drawing the embedded charts"))
+        build_charts(charts, progress=begin("drawing the embedded charts"))
     if recipe.model.name_or_path == EMBEDDED and not model.is_dir():
-        build_tiny(model, charts, progress=_Report(progress, "training the tiny base model"))
+        build_tiny(model, charts, progress=begin("training the tiny base model"))
 
 
-class _Report:
-    """A progress callback `(done, total)` that fills one bar."""
-
-    def __init__(self, progress: Progress, description: str) -> None:
-        self._progress, self._task = progress, progress.add_task(description, total=None)
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
-
-
-def _write_index(recipe: Recipe, progress: Progress) -> Index:
+def _write_index(recipe: Recipe, begin: Begin) -> Index:
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
+    _check_system_message(encoder)
     measured: dict[SplitName, list[Measured]] = {}
     bad: list[BadRow] = []
     for split in SPLITS:
         rows = open_split(recipe, split)
-        report = _Report(progress, f"checking {getattr(recipe.data, split)}")
-        measured[split], refused = measure_split(rows, split, encoder, report)
-        bad += refused
-        if not refused or recipe.data.on_bad_row == "drop":
-            check_against_processor(rows, measured[split], encoder, split)
-    if bad and recipe.data.on_bad_row == "error":
-        raise ConfigError(_bad_rows_message(bad))
+        report = begin(f"checking {getattr(recipe.data, split)}")
+        usable, refused = measure_split(rows, split, encoder, report)
+        refused += check_against_processor(rows, usable, encoder, split)
+        bad += sorted(refused, key=lambda row: row.row)
+        numbers = {row.row for row in refused}
+        measured[split] = [row for row in usable if row.row not in numbers]
+    list_file = _bad_rows_file(recipe)
+    with _writing_the_cache():
+        if bad and recipe.data.on_bad_row == "error":
+            list_file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(list_file, _json_lines(bad))
+            raise ConfigError(_bad_rows_message(bad, list_file))
+        list_file.unlink(missing_ok=True)
     if empty := [split for split in SPLITS if not measured[split]]:
         raise ConfigError(
             f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
@@ -145,11 +131,29 @@ def _write_index(recipe: Recipe, progress: Progress) -> Index:
         return _publish(recipe, measured, bad)
 
 
-def _bad_rows_message(bad: Sequence[BadRow]) -> str:
+def _check_system_message(encoder: Encoder) -> None:
+    """It is in every row: a special token in it spoils them all."""
+    if found := encoder.control_tokens.search(encoder.system_message):
+        raise ConfigError(
+            f"data.system_message: holds the special token {found[0]}, which the model does not read as text; "
+            "take it out"
+        )
+
+
+def _bad_rows_file(recipe: Recipe) -> Path:
+    """Where all bad rows of a refused dataset are listed: beside the index that was not made."""
+    return index_path(recipe).with_name(f"{index_path(recipe).name}.bad_rows.jsonl")
+
+
+def _bad_rows_message(bad: Sequence[BadRow], list_file: Path) -> str:
     shown = [str(row) for row in bad[:SHOWN_BAD_ROWS]]
     rest = [f"... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
     head = f"data.dataset: {len(bad)} bad rows; mend them, or set data.on_bad_row: drop to train without them"
-    return "\n".join([head, *shown, *rest])
+    return "\n".join([head, *shown, *rest, f"all of them are listed in {list_file}"])
+
+
+def _json_lines(bad: Sequence[BadRow]) -> str:
+    return "".join(json.dumps(asdict(row)) + "\n" for row in bad)
 
 
 def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
@@ -160,12 +164,11 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
     }
-    with published(index_path(recipe)) as aside:
+    with atomic_dir(index_path(recipe)) as aside:
         for split, rows in measured.items():
             pq.write_table(_table(rows), aside / f"{split}.parquet")
         if bad:
-            lines = [json.dumps({"split": row.split, "row": row.row, "reason": row.reason}) for row in bad]
-            (aside / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n")
+            (aside / DROPPED_ROWS).write_text(_json_lines(bad), encoding="utf-8")
         digests = {file.name: sha256(file.read_bytes()).hexdigest() for file in aside.glob("*.parquet")}
         (aside / "index.json").write_text(json.dumps({**facts, "files": digests}, indent=1))
         if index_path(recipe).exists():
@@ -189,6 +192,8 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
             "human_or_machine": [row.human_or_machine for row in rows],
             "height": [row.height for row in rows],
             "width": [row.width for row in rows],
+            "answers": [row.answers for row in rows],
+            "answer_tokens": [row.answer_tokens for row in rows],
         }
     )
 
@@ -204,12 +209,12 @@ def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None
             "--vision: the recipe keeps features in memory, where they end with a run (data.vision_cache); give --set "
             "data.vision_cache=disk"
         )
-    with _progress(quiet) as progress:
-        filling = survey(recipe, index, _Report(progress, "looking at the images"))
+    with progress_reports(quiet=quiet) as begin:
+        filling = survey(recipe, index, begin("looking at the images"))
     print("\n".join(filling.said), flush=True)
     if filling.missing:
-        with _progress(quiet) as progress:
-            fill(filling, _Report(progress, "computing vision features"))
+        with progress_reports(quiet=quiet) as begin:
+            fill(filling, begin("computing vision features"))
     advice = (
         "; a run uses them with --set data.vision_cache=disk" if recipe.data.vision_cache == "off" else ""
     )
@@ -225,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="a recipe file, e.g. recipes/embedded.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument(
         "--vision",
         action="store_true",
@@ -253,8 +258,10 @@ def _say_prepared(recipe: Recipe, index: Index) -> None:
         f"prepared {recipe.data.dataset}: {counts} samples; train has {tokens.mean():.0f} tokens a sample "
         f"(longest {tokens.max()}); fingerprint {index.fingerprint[:12]}"
     )
-    if (dropped := index.path / "dropped_rows.jsonl").is_file():
-        print(f"dropped rows are listed in {dropped}")
+    if notes := notes_of(recipe, index.path):
+        with _writing_the_cache():
+            report = write_report(notes, index.path)
+        print(*summary(notes), f"each of these rows is named in {report}", sep="\n")
 
 
 if __name__ == "__main__":

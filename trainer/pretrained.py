@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,15 @@ from transformers import AutoProcessor, Qwen2VLProcessor
 from launch.caches import embedded_folder
 from launch.errors import ConfigError
 from launch.recipe import EMBEDDED, Recipe
+from launch.untrusted_files import (
+    DOCUMENT,
+    UNREADABLE,
+    printable,
+    read_mapping,
+    reason_of,
+)
+from trainer.base_files import refuse_unsafe_base
+from trainer.chat_template import refuse_endless_template
 
 TOKENIZER_PROBE = "The 12,345% chart of U.S. adults: what is 3 + 4?"
 
@@ -56,20 +64,22 @@ def check_is_qwen2_vl(path: str) -> None:
     """transformers loads a model of another kind into Qwen2-VL's layers as far as the names agree, with a warning.
 
     Raises:
-        ConfigError: config.json is damaged or names another architecture.
+        ConfigError: a file of the folder is damaged, or config.json names another architecture.
     """
+    refuse_unsafe_base(Path(path))
     kind = _read_json(Path(path) / "config.json").get("model_type")
     if kind != "qwen2_vl":
-        raise ConfigError(f"model.name_or_path: {path} is a {kind}, not a qwen2_vl; give a Qwen2-VL model")
+        raise ConfigError(
+            f"model.name_or_path: {path} is a {printable(str(kind))[:60]}, not a qwen2_vl; give a Qwen2-VL model"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(file.read_text())
-        return values
-    except (OSError, ValueError) as error:
+        return read_mapping(file, 4 * DOCUMENT)
+    except UNREADABLE as error:
         raise ConfigError(
-            f"model.name_or_path: {file} cannot be read ({error}); get the model again"
+            f"model.name_or_path: {file} cannot be read ({reason_of(error)}); get the model again"
         ) from error
 
 
@@ -136,21 +146,26 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
     The texts are padded on the left, as generation wants them; training packs and does not pad.
 
     Raises:
-        ConfigError: the folder holds no Qwen2-VL processor.
+        ConfigError: the folder holds no Qwen2-VL processor, or one that wants code of its own run.
     """
     path = base_path(recipe)
+    refuse_unsafe_base(Path(path))
     try:
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        # Not given, transformers 5.23 asks on the terminal whether to run what the folder brings along.
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises a dozen types over files of another kind
+        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"model.name_or_path: no processor can be loaded from {path} "
-            f"({str(error).strip().splitlines()[0][:200]}); the folder needs the processor and tokenizer files too"
+            f"({printable(words)[:200]}); the folder needs the processor and tokenizer files too, and code "
+            "in it is not run"
         ) from error
     if not isinstance(processor, Qwen2VLProcessor):
         raise ConfigError(
             f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a Qwen2VLProcessor; "
             "give a Qwen2-VL model"
         )
+    refuse_endless_template(processor, Path(path))
     tokenizer = processor.tokenizer
     # transformers 5 makes an empty Qwen2 tokenizer where the vocabulary's file is missing, without a word.
     probes = {processor.image_token: 1, TOKENIZER_PROBE: None}
@@ -161,11 +176,28 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
                 f"model.name_or_path: the tokenizer in {path} turns {text!r} into {len(ids)} tokens that read "
                 f"{tokenizer.decode(ids)!r}; its files (tokenizer.json) are missing or another model's"
             )
-    size = dict(processor.image_processor.size)
-    if recipe.data.min_pixels is not None:
-        size["shortest_edge"] = recipe.data.min_pixels
-    if recipe.data.max_pixels is not None:
-        size["longest_edge"] = recipe.data.max_pixels
-    processor.image_processor.size = size
+    processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
+
+
+def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:
+    """The processor's bounds of an image's area in pixels (`shortest_edge`, `longest_edge`) with the recipe's in place.
+
+    Raises:
+        ConfigError: the recipe gives one, and it is beyond the processor's other.
+    """
+    given = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
+    bounds = own | {edge: pixels for edge, pixels in given.items() if pixels is not None}
+    least, most = bounds["shortest_edge"], bounds["longest_edge"]
+    if least > most and recipe.data.max_pixels is None:
+        raise ConfigError(
+            f"data.min_pixels: above the processor's own maximum ({least:,} > {most:,} pixels); lower it, or set "
+            "data.max_pixels too"
+        )
+    if least > most:
+        raise ConfigError(
+            f"data.max_pixels: below the processor's own minimum ({most:,} < {least:,} pixels); raise it, or set "
+            "data.min_pixels too"
+        )
+    return bounds

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from launch.atomic_files import atomic_write, naming, sync
+from launch.untrusted_files import TABLE, parse_json, read_bytes, read_text
 
 
 def samples_digest(samples: Iterable[int]) -> str:
@@ -26,7 +28,7 @@ def rows_digest(rows: Iterable[bytes]) -> str:
 
 def append_line(file: Path, values: Mapping[str, Any]) -> None:
     """Add one JSON line."""
-    with file.open("a") as handle:
+    with naming(file), file.open("a") as handle:
         handle.write(json.dumps(values) + "\n")
 
 
@@ -67,27 +69,22 @@ def keep_lines_until(file: Path, step: int) -> Kept:
         return Kept(file)
     lines: dict[int, str] = {}
     doubled = []
-    for line in file.read_bytes().decode(errors="replace").splitlines():
+    for line in read_bytes(file, TABLE).decode(errors="replace").splitlines():
         parsed = _step_of(line)
         if parsed is None or parsed > step:
             continue
         if parsed in lines:
             doubled.append(parsed)
         lines[parsed] = line
-    aside = file.with_name(f"{file.name}.partial")
-    with aside.open("w") as draft:
-        draft.write("".join(f"{line}\n" for line in lines.values()))
-        draft.flush()
-        os.fsync(draft.fileno())
-    aside.replace(file)
+    atomic_write(file, "".join(f"{line}\n" for line in lines.values()))
     return Kept(file, tuple(lines), tuple(doubled))
 
 
 def bring_to_disk(file: Path) -> None:
     """Before a checkpoint is published: a power cut must not take the figures of the steps that it keeps."""
     if file.exists():
-        with file.open("a") as handle:
-            os.fsync(handle.fileno())
+        with naming(file):
+            sync(file)
 
 
 def _step_of(line: str) -> int | None:
@@ -102,4 +99,4 @@ def _step_of(line: str) -> int | None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All lines, oldest first."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [parse_json(line) for line in read_text(file, TABLE).splitlines()] if file.exists() else []

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
+from launch.untrusted_files import LINE, printable, read_text
 
 
 class ProgressBar(TrainerCallback):
@@ -146,7 +147,7 @@ def tracking_name(run: RunDirectory) -> str:
     file = run.path / ".trackio"
     if not file.exists():
         file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    return file.read_text()
+    return printable(read_text(file, LINE).strip())
 
 
 def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:

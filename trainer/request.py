@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from launch.changes import consequences, content_changes, tie_contents
+from launch.data_report import known_notes, summary
 from launch.errors import ConfigError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
@@ -30,6 +31,7 @@ from launch.runs import (
     refuse_an_end_behind,
     refuse_another_identity,
 )
+from launch.untrusted_files import read_text
 from trainer.identity import identity_of, is_first_of_node
 from trainer.prepare import prepare
 from trainer.pretrained import base_path
@@ -70,7 +72,7 @@ def read_task(
     recipe, config = recipe_of(options), launched_config(os.environ)
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
-        plan = Plan.from_json(run.plan_file.read_text())
+        plan = Plan.from_json(read_text(run.plan_file))
         if found := content_changes(planned_identity(plan), identity):
             raise ConfigError(
                 [
@@ -90,6 +92,8 @@ def read_task(
     others = refuse_another_identity(run, identity, allowed, source)
     for consequence in consequences([*continuation.changed, *others]):
         logger.warning(f"allowed: {consequence}")
+    for line in summary(known_notes(recipe) or []):
+        logger.info(f"{recipe.data.dataset}: {line}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     hardware: dict[str, Any] = {
         "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),

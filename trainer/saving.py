@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from launch.folders import published
+from launch.atomic_files import atomic_dir
 from launch.manifest import Entries
 from launch.plan import samples_consumed
 from launch.publishing import aside_folder, bring_to_disk, publish
@@ -117,6 +117,10 @@ class Saver:
             else:
                 self._write_part(save, part, aside)
         except BaseException as error:
+            if (
+                isinstance(error, OSError) and error.filename is None
+            ):  # a write that finds no room says not where
+                error.filename = str(aside)
             if self._is_first:
                 shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             lost = lost_contact(error) if isinstance(error, RuntimeError) else None
@@ -192,7 +196,7 @@ def facts_of(task: Task, step: int, learning_rate: float, form: Form) -> dict[st
 
 def publish_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None) -> None:
     """Write the result of a run, replacing an older one whole. On rank 0. `weights`: as of `save_adapter`."""
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         save_adapter(model, aside, weights)
         if folder.exists():
             shutil.rmtree(folder)

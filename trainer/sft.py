@@ -41,9 +41,9 @@ from trainer.guards import (
     check_launch,
     check_same_adapters,
     check_taken,
-    describe_labels,
+    describe_targets,
 )
-from trainer.loaders import evaluation_batches, open_loader, shortest_sample, training_batches
+from trainer.loaders import evaluation_batches, open_loader, scored_texts, shortest_sample, training_batches
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
 from trainer.preemption import Agreed, Watch
 from trainer.records import append_line, rows_digest, samples_digest
@@ -286,10 +286,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         tokenizer = self.encoder.processor.tokenizer
 
         def describe() -> str | None:
-            if not inputs["samples"]:
+            if not (samples := inputs["samples"]):
                 return None
-            ids, labels = (inputs["inputs"][key] for key in ("input_ids", "shift_labels"))
-            return describe_labels(ids, labels, self.recipe.data.loss, tokenizer)
+            scored = scored_texts(self.task, self.encoder, samples)
+            return describe_targets(inputs["inputs"], samples, scored, tokenizer)
 
         if said := from_rank_0(describe):
             logger.info(said)

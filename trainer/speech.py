@@ -16,6 +16,8 @@ import torch
 import transformers
 
 from launch.errors import SamestepError
+from launch.typed import as_typed
+from launch.untrusted_files import printable_lines
 
 
 def speak_plainly() -> None:
@@ -27,11 +29,23 @@ def speak_plainly() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed 0.19 else warns that it found none
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
+    for library in ("transformers", "datasets"):  # whose words have handlers of their own
+        for handler in logging.getLogger(library).handlers:
+            handler.setFormatter(_Printable())
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+class _Printable(logging.Formatter):
+    """A message may quote what others wrote: no terminal obeys it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 class _Listener(io.FileIO):
@@ -64,5 +78,5 @@ def _outlive_the_listeners() -> None:
 
 def complain(error: SamestepError) -> int:
     """Say what went wrong on stderr, without a traceback; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {printable_lines(as_typed(str(error)))}", file=sys.stderr, flush=True)
     return error.exit_status

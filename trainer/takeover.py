@@ -21,10 +21,12 @@ from launch.errors import CheckpointError, SamestepError
 from launch.index import Index, read_index
 from launch.manifest import MANIFEST
 from launch.model_files import COMMIT
+from launch.option_values import for_argparse, place
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
 from launch.recipe import Recipe, altering_values
 from launch.recipe_file import find_recipe, load_recipe
+from launch.untrusted_files import printable
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.foreign import TakenOver, take_over
 from trainer.checkpoint.portable import ADAPTER_FILE, OPTIMIZER_FILE
@@ -46,10 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="the recipe that is to go on")
     parser.add_argument(
-        "source", type=Path, help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed"
+        "source",
+        type=for_argparse(place("source")),
+        help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder in which checkpoint-<step> is written"
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder in which checkpoint-<step> is written",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
@@ -64,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_checkpoint(recipe, index, found, given.output)
     except SamestepError as error:
         return complain(error)
-    print(f"{given.source}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}")
+    print(
+        f"{printable(str(given.source))}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}"
+    )
     for lost in (*found.lost, *_lost_always(recipe, found)):
         print(f"not taken over: {lost}")
     return 0

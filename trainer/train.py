@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 
 from launch.errors import GpuMemoryError, RunError, SamestepError
 from launch.index import Index
+from launch.option_values import for_argparse, place
 from launch.run_directory import RunDirectory, lock_holder, read_marker
 from trainer import LAUNCHER
 from trainer.agreement import (
@@ -114,7 +115,7 @@ def train_once(
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
         return
     with ExitStack() as held:
-        on_rank_0(lambda: take_run(task, held, options.marker_decides))
+        new = from_rank_0(lambda: take_run(task, held, options.marker_decides))
         watch = held.enter_context(watching(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch, clock)
@@ -123,7 +124,7 @@ def train_once(
             raise out_of_memory(error) from None
         except SamestepError as error:
             if state.is_main_process:
-                leave_reason(task.run, error)
+                leave_reason(task.run, error, new and not options.marker_decides)
                 if isinstance(error, GpuMemoryError):
                     leave_smaller_plan(task)
             raise
@@ -141,13 +142,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", nargs="?", help="a recipe file; the plan is made from what was launched")
     parser.add_argument(
-        "--run-dir", type=Path, help="a run directory that `samestep run` wrote; its plan is law"
+        "--run-dir",
+        type=for_argparse(place("--run-dir")),
+        help="a run directory that `samestep run` wrote; its plan is law",
     )
     parser.add_argument(
         "--marker-decides", action="store_true", help=argparse.SUPPRESS
     )  # `samestep run` reads it
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    parser.add_argument(
+        "--runs-dir",
+        type=for_argparse(place("--runs-dir")),
+        default=Path("runs"),
+        help="where runs lie (default: runs)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
@@ -156,7 +164,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--from",
-        type=Path,
+        type=for_argparse(place("--from")),
         dest="source",
         metavar="CHECKPOINT",
         help="begin with a checkpoint of another run",

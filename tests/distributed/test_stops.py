@@ -103,7 +103,7 @@ def test_every_announced_stop_loses_nothing_and_the_run_ends_as_if_none_had_been
         process.terminate()
         process.wait(timeout=60)
         wait_until(lambda: read_marker(run) is not None)
-    step = _assert_stopped(run, "preempted", step)
+    step = _assert_stopped(run, "terminated", step)
 
     with _in_a_terminal(_samestep(place)) as (pid, terminal):  # somebody closes the window
         _until_it_steps(run)

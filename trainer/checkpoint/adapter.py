@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
+from trainer.checkpoint.adapter_config import (
+    Values,
+    config_from_shapes,
+    in_present_names,
+    pattern_value,
+    refuse_endless_patterns,
+    refuse_unknown_methods,
+    written_module,
+)
 from trainer.checkpoint.foreign import ADAPTER_CONFIG, TakenOver, take_over
 from trainer.checkpoint.names import PREFIX, lora_part
-from trainer.checkpoint.reading import Layout, checked, read_json
-
-# adapter_config.json: values that change nothing in the sum, and ways to begin that leave the base as it was.
-_WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "target_modules", "task_type",
-}  # fmt: skip
-_READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "use_dora", "use_rslora",
-}  # fmt: skip
-_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-def _regular(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return pattern
-
-
-_Pattern = Annotated[str, AfterValidator(_regular)]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Values(Layout):
-    """What adapter_config.json may say under the keys that are read, here and in `trainer.takeover`."""
-
-    r: PositiveInt
-    lora_alpha: _Number
-    lora_dropout: _Number = 0.0
-    rank_pattern: dict[_Pattern, PositiveInt] | None = None
-    alpha_pattern: dict[_Pattern, _Number] | None = None
-    modules_to_save: list[str] | None = None
-    target_modules: Any = None
-    exclude_modules: Any = None
-    use_dora: bool | None = None
-    use_rslora: bool | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-
-    @field_validator("target_modules", "exclude_modules")
-    @classmethod
-    def _names_modules(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return _regular(value)
-        if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            return value
-        raise ValueError(f"neither a pattern nor a list of names: {value!r:.60}")
+from trainer.checkpoint.reading import checked, read_json
 
 
 @dataclass(frozen=True)
@@ -174,8 +128,10 @@ def read_adapter(source: Path, missing: Missing | None = None) -> Adapter:
 def adapter_of(found: TakenOver, missing: Missing) -> Adapter:
     """The checked adapter of a checkpoint that was read."""
     config, file = _config_of(found, missing)
-    _refuse_unknown_methods(file, config)
-    checked(_Values, config, file)
+    refuse_unknown_methods(file, config)
+    checked(Values, config, file)
+    modules = {part[0] for key in found.tensors if (part := lora_part(key)) is not None}
+    refuse_endless_patterns(file, config, modules | {written_module(found, module) for module in modules})
     sides: dict[str, dict[str, torch.Tensor]] = {}
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in found.tensors.items():
@@ -185,7 +141,7 @@ def adapter_of(found: TakenOver, missing: Missing) -> Adapter:
             sides.setdefault(part[0], {})[part[1]] = tensor.float()
     if not sides:
         raise CheckpointError(f"{found.source}: holds no lora_A and lora_B; give the folder of a LoRA")
-    config = _in_present_names(found, config, list(sides))
+    config = in_present_names(found, config, list(sides))
     saved = _saved(found.source, rest, config)
     pairs = tuple(_pair(found.source, module, sides[module], config) for module in sorted(sides))
     return Adapter(found.source, found.form, config, found.tensors, pairs, saved)
@@ -211,7 +167,7 @@ def _config_of(found: TakenOver, missing: Missing) -> tuple[dict[str, Any], Path
     elif found.config is not None and found.config_file is not None:
         file, config = found.config_file, dict(found.config)
     elif missing.lora_alpha is not None:
-        file, config = found.source, _config_from_shapes(found, missing.lora_alpha)
+        file, config = found.source, config_from_shapes(found, missing.lora_alpha)
     else:
         raise CheckpointError(
             f"{found.source}: has no {ADAPTER_CONFIG}, and its tensors do not tell lora_alpha ({found.form}); give "
@@ -220,83 +176,6 @@ def _config_of(found: TakenOver, missing: Missing) -> tuple[dict[str, Any], Path
     if missing.base_model is not None:
         config |= {"base_model_name_or_path": missing.base_model, "revision": None}
     return config, file
-
-
-def _config_from_shapes(found: TakenOver, lora_alpha: float) -> dict[str, Any]:
-    """The configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
-    parts = {key: part for key in found.tensors if (part := lora_part(key)) is not None}
-    ranks = {module: found.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"}
-    if not ranks:
-        raise CheckpointError(f"{found.source}: holds no lora_A; give the folder of a LoRA")
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    whole = {key.removeprefix(PREFIX).rpartition(".")[0] for key in found.tensors if key not in parts}
-    config: dict[str, Any] = LoraConfig(
-        r=rank,
-        lora_alpha=int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
-        target_modules=sorted(ranks),
-        rank_pattern={re.escape(module): own for module, own in ranks.items() if own != rank},
-        modules_to_save=sorted(whole) or None,
-        use_dora=any(part == "lora_magnitude_vector" for _, part in parts.values()),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).to_dict()
-    return _plain(config)
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON holds it: sets as sorted lists, enumerations as their values."""
-
-    def simple(value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            return sorted(value)
-        return getattr(value, "value", value)
-
-    return {key: simple(value) for key, value in config.items()}
-
-
-def _in_present_names(found: TakenOver, config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
-    """Patterns and targets that name modules as an older version did, with the names of the present one.
-
-    Every module keeps the rank and alpha that its old name had; PEFT would quietly give it the defaults.
-    """
-    old = {module: written_module(found, module) for module in modules}
-    if all(module == before for module, before in old.items()):
-        return config
-    config = dict(config)
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        values = {
-            m: _pattern_value(config.get(pattern), before, config[default]) for m, before in old.items()
-        }
-        config[pattern] = {re.escape(m): value for m, value in values.items() if value != config[default]}
-    known = {key: config[key] for key in ("target_modules", "exclude_modules") if config.get(key)}
-    chosen = LoraConfig(**known)
-    if not all(check_target_module_exists(chosen, module) for module in modules):
-        config |= {"target_modules": sorted(modules), "exclude_modules": None}
-    return config
-
-
-def written_module(found: TakenOver, module: str) -> str:
-    """The module's name in the version that wrote the checkpoint."""
-    for side in ("lora_A", "lora_B"):
-        raw = found.written_as.get(f"{PREFIX}{module}.{side}.weight")
-        if raw is not None:
-            return raw.rpartition(f".{side}.")[0].rpartition(PREFIX)[2]
-    return module
-
-
-def _refuse_unknown_methods(file: Path, config: Mapping[str, Any]) -> None:
-    refused = sorted(key for key, value in config.items() if value and key not in _WITHOUT_EFFECT | _READ)
-    if config.get("peft_type") != "LORA":
-        refused.append(f"peft_type: {config.get('peft_type')}")
-    if config.get("bias", "none") != "none":
-        refused.append(f"bias: {config['bias']}")
-    if config.get("init_lora_weights") not in _HARMLESS_STARTS:
-        refused.append(f"init_lora_weights: {config['init_lora_weights']} (it changes the base)")
-    if refused:
-        raise CheckpointError(
-            f"{file}: uses {', '.join(refused)}; LoRA, rsLoRA and DoRA of linear layers and modules_to_save "
-            "can be merged here, use PEFT's merge_and_unload instead"
-        )
 
 
 # The tensors -----------------------------------------------------------------------------
@@ -349,7 +228,7 @@ def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: 
         raise CheckpointError(
             f"{source}: {module} is not a linear layer (lora_A {list(a.shape)}); use PEFT's merge_and_unload"
         )
-    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    rank = pattern_value(config.get("rank_pattern"), module, config["r"])
     if a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
             f"{source}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)} where {ADAPTER_CONFIG} says "
@@ -364,14 +243,6 @@ def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: 
         raise CheckpointError(
             f"{source}: {module} holds infinite or undefined numbers; take an earlier checkpoint"
         )
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Pair(module, a, b, scaling, None if magnitude is None else magnitude.view(-1))
-
-
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: float) -> Any:
-    """What PEFT 0.21 takes from a `rank_pattern` or `alpha_pattern`: the first key that ends the name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from launch.atomic_files import follow_umask, sync
 from launch.errors import CheckpointError, ConfigError
 from launch.run_directory import hold_lock, lock_holder
 from trainer.checkpoint.reading import unreadable_is_refused
@@ -60,12 +61,12 @@ def written_aside(output: Path) -> Iterator[Path]:
                 aside.mkdir()
                 (aside / _OURS).touch()
                 yield aside
-                for file in aside.rglob("*"):
-                    _sync(file)
-                _sync(aside)
+                follow_umask(aside)
+                for path in (*aside.rglob("*"), aside):
+                    sync(path)
                 aside.rename(output)
             (output / _OURS).unlink()
-            _sync(output.parent)
+            sync(output.parent)
     except OSError as error:
         raise CheckpointError(
             f"{output}: could not be written ({error.strerror or error}); free or choose another place"
@@ -116,11 +117,3 @@ def _size(folder: Path) -> int:
     if not (folder / _OURS).is_file():
         return 0
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

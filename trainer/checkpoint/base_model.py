@@ -17,7 +17,8 @@ from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from launch.run_identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
 from launch.runs import old_plan, planned_identity
-from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
+from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
+from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.adapter import Adapter
 from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
 from trainer.checkpoint.shards import read_base_shards
@@ -137,12 +138,15 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
+        refuse_unsafe_base(folder, None)
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(
-            f"{name}: no such folder; give the base model's folder or hub id with --base-model"
+            f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
         )
-    return _snapshot(name, _revision(name, adapter))
+    found = _snapshot(name, _revision(name, adapter))
+    refuse_unsafe_base(found, None)
+    return found
 
 
 def old_base_change(source: Path, folder: Path) -> Change | None:
@@ -207,7 +211,12 @@ def _revision(name: str, adapter: Adapter) -> str:
 
 def _snapshot(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.safetensors", *COPIED]
     try:
@@ -216,19 +225,23 @@ def _snapshot(name: str, revision: str) -> Path:
         )
         read_base_shards(cached)
         return cached
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{printable(name)[:200]}: is no folder and no hub id (owner/name); correct it with --base-model"
+        ) from error
     except (LocalEntryNotFoundError, CheckpointError):
         pass  # not in the cache, or only a part of it
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: the hub knows no such model; correct --base-model or log in"
+            f"{printable(name)}: the hub knows no such model; correct --base-model or log in"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{name}: the base at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and "
-            "the same HF_HOME, or give a local folder with --base-model"
+            f"{printable(name)}: the base at revision {printable(revision)} is not in the cache and the hub "
+            f"cannot be reached ({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a "
+            "network and the same HF_HOME, or give a local folder with --base-model"
         ) from error
 
 
@@ -236,7 +249,7 @@ def refuse_quantized_base(folder: Path) -> None:
     """CheckpointError when a model's weights are stored quantized."""
     quantization = _config(folder).quantization_config
     if quantization:
-        kind = quantization.get("quant_method", "unknown method")
+        kind = printable(str(quantization.get("quant_method", "unknown method")))[:60]
         raise CheckpointError(
             f"{folder}: its weights are quantized ({kind}); merging would round the sum again, "
             "give the original bf16 or fp32 model with --base-model"

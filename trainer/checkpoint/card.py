@@ -10,6 +10,7 @@ from launch.adapter_file import digest_of
 from launch.merged import DIGEST
 from launch.recipe import EMBEDDED, Recipe
 from launch.run_directory import RunDirectory
+from launch.untrusted_files import TABLE, parse_json, read_json, read_text
 from trainer.checkpoint.base_model import recipe_of, run_of
 from trainer.checkpoint.merge_plan import MergePlan, MergeRequest
 from trainer.checkpoint.verify import MergeReport
@@ -119,7 +120,7 @@ def _figures(run: RunDirectory | None) -> str:
         lines.append(f"Training loss {steps[0]['loss']:.3f} at step {steps[0]['step']}, "
                      f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']}.")  # fmt: skip
     try:
-        result = json.loads(run.eval_file().read_text())
+        result = read_json(run.eval_file(), TABLE)
         overall = {model: groups["overall"] for model, groups in result["accuracy"].items()}
         rows = [
             f"| {model} | {each['percent']:.1f} % | {each['correct']} of {each['count']} |"
@@ -137,7 +138,7 @@ def _figures(run: RunDirectory | None) -> str:
 
 def _records(file: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line]
+        return [parse_json(line) for line in read_text(file, TABLE).splitlines() if line]
     except (OSError, ValueError):
         return []
 

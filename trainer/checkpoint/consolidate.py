@@ -19,12 +19,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from rich.text import Text
+from safetensors.torch import save_file
 
 from launch.errors import CheckpointError, SamestepError
-from trainer.checkpoint.adapter import Adapter, Missing, adapter_of, read_adapter, written_module
+from launch.option_values import for_argparse, place, positive
+from launch.screen import add_row
+from trainer.checkpoint.adapter import Adapter, Missing, adapter_of, read_adapter
+from trainer.checkpoint.adapter_config import written_module
 from trainer.checkpoint.aside import refuse_place, written_aside
 from trainer.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TakenOver, take_over
+from trainer.checkpoint.reading import read_tensors
 from trainer.speech import complain, speak_plainly
 
 
@@ -58,7 +63,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     tensors = {key: tensor.contiguous().clone() for key, tensor in adapter.tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
-    written = load_file(folder / ADAPTER_WEIGHTS)
+    written = read_tensors(folder / ADAPTER_WEIGHTS)
     differing = [key for key, tensor in tensors.items() if not _same(tensor, written.get(key))]
     again = read_adapter(folder)
     if differing or len(again.pairs) != len(adapter.pairs):
@@ -75,20 +80,22 @@ def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
 def print_consolidated(done: Consolidated, console: Console) -> None:
     """What was found, what is in the adapter, and what the checkpoint does not hold."""
     found, adapter = done.found, done.adapter
-    table = Table(title=f"adapter: {done.output}", show_header=False, title_justify="left")
-    table.add_row("found", f"{found.form} in {found.source}")
+    table = Table(title=Text(f"adapter: {done.output}"), show_header=False, title_justify="left")
+    add_row(table, "found", f"{found.form} in {found.source}")
     renamed = sum(written_module(found, pair.module) != pair.module for pair in adapter.pairs)
     names = f", {renamed} of them under names of an older transformers" if renamed else ""
-    table.add_row("lora pairs", f"{len(adapter.pairs)}{names}")
+    add_row(table, "lora pairs", f"{len(adapter.pairs)}{names}")
     if adapter.saved:
-        table.add_row("saved whole", f"{len(adapter.saved)} tensors of modules_to_save")
+        add_row(table, "saved whole", f"{len(adapter.saved)} tensors of modules_to_save")
     if silent := adapter.silent:
-        table.add_row("untrained", f"{len(silent)} pairs are zero ({', '.join(silent[:3])})")
-    table.add_row("r, lora_alpha", f"{adapter.config['r']}, {adapter.config['lora_alpha']}")
-    table.add_row("base", str(adapter.base or "not named; give it when you load or merge"))
-    table.add_row("step", "not known" if found.step is None else str(found.step))
-    table.add_row(
-        "optimizer", f"moments of {len(found.moments) // 3} parameters" if found.moments else "no moments"
+        add_row(table, "untrained", f"{len(silent)} pairs are zero ({', '.join(silent[:3])})")
+    add_row(table, "r, lora_alpha", f"{adapter.config['r']}, {adapter.config['lora_alpha']}")
+    add_row(table, "base", str(adapter.base or "not named; give it when you load or merge"))
+    add_row(table, "step", "not known" if found.step is None else str(found.step))
+    add_row(
+        table,
+        "optimizer",
+        f"moments of {len(found.moments) // 3} parameters" if found.moments else "no moments",
     )
     console.print(table)
 
@@ -96,9 +103,15 @@ def print_consolidated(done: Consolidated, console: Console) -> None:
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """What may be said where a checkpoint does not say it."""
     parser.add_argument(
-        "--adapter-config", type=Path, help="adapter_config.json (or its folder) of a checkpoint without one"
+        "--adapter-config",
+        type=for_argparse(place("--adapter-config")),
+        help="adapter_config.json (or its folder) of a checkpoint without one",
     )
-    parser.add_argument("--lora-alpha", type=float, help="of a checkpoint without adapter_config.json")
+    parser.add_argument(
+        "--lora-alpha",
+        type=for_argparse(positive("--lora-alpha")),
+        help="of a checkpoint without adapter_config.json",
+    )
     parser.add_argument(
         "--base-model", help="folder or hub id of the unquantized base; default: the one the adapter names"
     )
@@ -116,8 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make a PEFT adapter folder of a checkpoint of any form, on one CPU.",
         epilog="example: python -m trainer.checkpoint.consolidate old_run/checkpoint-500 --output adapter",
     )
-    parser.add_argument("source", type=Path, help="the checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("source", type=for_argparse(place("source")), help="the checkpoint")
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder to write; must not exist",
+    )
     add_adapter_options(parser)
     given = parser.parse_args(arguments)
     speak_plainly()

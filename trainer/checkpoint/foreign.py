@@ -10,17 +10,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST, read_manifest
+from launch.untrusted_files import TABLE, printable
+from trainer.checkpoint.distributed import distributed_keys, load_distributed
 from trainer.checkpoint.moments import named_moments, numbered_moments
 from trainer.checkpoint.names import adapter_key, adapter_keys, is_lora, parameter_name
-from trainer.checkpoint.reading import read_json, unreadable_is_refused, whole_number
+from trainer.checkpoint.reading import (
+    read_json,
+    read_tensors,
+    refuse_more_than_memory,
+    unreadable_is_refused,
+    whole_number,
+)
 from trainer.checkpoint.shards import read_shard, read_weight_map
-from trainer.checkpoint.torch_files import distributed_keys, load_distributed, load_mapping, mapping
+from trainer.checkpoint.torch_files import load_mapping, mapping
 from trainer.checkpoint.zero import ZeroState, read_universal, read_zero, universal_folder, zero_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,9 +82,12 @@ def take_over(source: Path) -> TakenOver:
         raise CheckpointError(f"{found.source}: holds no tensors of an adapter ({found.form}); {_WHY_EMPTY}")
     if empty := [key for key, tensor in found.tensors.items() if tensor.numel() == 0]:
         raise CheckpointError(
-            f"{found.source}: {len(empty)} of {len(found.tensors)} tensors are empty ({empty[0]}); it was saved "
-            "without gathering what the ranks hold, give the folder with every rank's part"
+            f"{found.source}: {len(empty)} of {len(found.tensors)} tensors are empty ({printable(empty[0])}); it was "
+            "saved without gathering what the ranks hold, give the folder with every rank's part"
         )
+    refuse_more_than_memory(
+        sum(tensor.nbytes for tensor in (*found.tensors.values(), *found.moments.values())), found.source
+    )
     return _with_config(_with_step(found))
 
 
@@ -205,7 +214,7 @@ def _from_adapter(folder: Path) -> TakenOver:
     stored = _adapter_of(_load_any(file), file)
     if (folder / MANIFEST).is_file() and (folder / OPTIMIZER_FILE).is_file():
         return TakenOver(
-            folder, "checkpoint of samestep", *stored, moments=load_file(folder / OPTIMIZER_FILE)
+            folder, "checkpoint of samestep", *stored, moments=read_tensors(folder / OPTIMIZER_FILE)
         )
     optimizer = folder / NUMBERED_OPTIMIZER
     if not optimizer.is_file():
@@ -228,8 +237,8 @@ def _from_weights_folder(file: Path) -> TakenOver:
     names = sorted(set(read_weight_map(file).values()))
     if missing := [name for name in names if not (file.parent / name).is_file()]:
         raise CheckpointError(
-            f"{file.parent}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing)}); "
-            "copy them again"
+            f"{file.parent}: {len(missing)} of {len(names)} weight files are missing "
+            f"({printable(', '.join(missing))}); copy them again"
         )
     return _from_weights(file.parent, [file.parent / name for name in names])
 
@@ -265,10 +274,7 @@ def _load_any(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         return load_mapping(file)
     read_shard(file)  # refuses a file that is cut short, with the sizes
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from error
+    return read_tensors(file)
 
 
 def _adapter_of(stored: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -301,7 +307,7 @@ def _with_step(found: TakenOver) -> TakenOver:
         if (folder / MANIFEST).is_file():
             return _with_losses(replace(found, step=int(read_manifest(folder)["facts"]["step"])))
         if (folder / TRAINER_STATE).is_file():
-            step = read_json(folder / TRAINER_STATE).get("global_step")
+            step = read_json(folder / TRAINER_STATE, TABLE).get("global_step")
             if step is None:
                 return _with_losses(found)
             return _with_losses(

@@ -22,10 +22,13 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from launch.errors import SamestepError
 from launch.merged import RECORD
+from launch.option_values import for_argparse, place
 from launch.recipe_file import find_recipe
+from launch.screen import add_row
 from trainer.checkpoint.adapter import Missing
 from trainer.checkpoint.aside import written_aside
 from trainer.checkpoint.base_model import add_allow
@@ -122,21 +125,23 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
 
 def print_report(report: MergeReport, console: Console) -> None:
     """The counts that prove the merge, as a table."""
-    table = Table(title=f"merged model: {report.output}", show_header=False, title_justify="left")
-    table.add_row("adapter", report.form)
-    table.add_row("base", f"{report.base} ({report.base_kind})")
-    table.add_row(
-        "weight files", f"{report.files} ({report.bytes_written / 1e9:.2f} GB with the files beside them)"
+    table = Table(title=Text(f"merged model: {report.output}"), show_header=False, title_justify="left")
+    add_row(table, "adapter", report.form)
+    add_row(table, "base", f"{report.base} ({report.base_kind})")
+    add_row(
+        table,
+        "weight files",
+        f"{report.files} ({report.bytes_written / 1e9:.2f} GB with the files beside them)",
     )
-    table.add_row("tensors", f"{report.tensors}, names and shapes as in the base")
+    add_row(table, "tensors", f"{report.tensors}, names and shapes as in the base")
     saved = f" and {report.saved} saved tensors" if report.saved else ""
-    table.add_row("changed", f"{report.changed} for {report.pairs} lora pairs{saved}")
+    add_row(table, "changed", f"{report.changed} for {report.pairs} lora pairs{saved}")
     if report.base_kind == "dequantized":
-        table.add_row("rounded to 4 bits", f"{report.rounded}")
+        add_row(table, "rounded to 4 bits", f"{report.rounded}")
     if report.converted:
-        table.add_row(f"converted to {report.converted_to}", f"{report.converted}")
-    table.add_row("byte-identical", f"{report.unchanged}")
-    table.add_row("largest error", f"{report.largest_error:.2e} against the sum in fp64")
+        add_row(table, f"converted to {report.converted_to}", f"{report.converted}")
+    add_row(table, "byte-identical", f"{report.unchanged}")
+    add_row(table, "largest error", f"{report.largest_error:.2e} against the sum in fp64")
     console.print(table)
     console.print(str(report.base_check), markup=False)
 
@@ -149,9 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.checkpoint.merge runs/embedded --output runs/embedded/merged",
     )
     parser.add_argument(
-        "source", type=Path, help="run directory, checkpoint of any form or PEFT adapter folder"
+        "source",
+        type=for_argparse(place("source")),
+        help="run directory, checkpoint of any form or PEFT adapter folder",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder to write; must not exist",
+    )
     parser.add_argument(
         "--base",
         choices=get_args(BaseKind),

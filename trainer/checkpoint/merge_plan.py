@@ -10,6 +10,7 @@ from typing import Literal
 
 from launch.errors import CheckpointError
 from launch.merged import RECORD
+from launch.untrusted_files import TABLE, open_plain
 from trainer.checkpoint.adapter import Adapter, Missing, Pair, Saved, read_adapter, refuse_untrained
 from trainer.checkpoint.aside import refuse_place
 from trainer.checkpoint.base_model import (
@@ -202,5 +203,5 @@ def _files_to_copy(base: Path, adapter: Adapter) -> tuple[Path, ...]:
             "copy the processor and tokenizer files there"
         )
     for file in files.values():
-        file.open("rb").close()  # what cannot be read is to be known before anything is written
+        open_plain(file, TABLE).close()  # what cannot be read is to be known before anything is written
     return tuple(files.values())

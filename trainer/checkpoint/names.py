@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import printable
 
 PREFIX = "base_model.model."  # of every key in a PEFT adapter
 DEFAULT = "default"  # the name that PEFT gives to an adapter without one
@@ -67,8 +68,12 @@ def adapter_keys(raw_keys: Mapping[str, object] | list[str], where: object) -> d
     """{key in `raw_keys`: key in an adapter file} for all that belongs to the adapter; a base's own tensors left out.
 
     Raises:
-        CheckpointError: several adapters are in it, or two keys mean one tensor.
+        CheckpointError: several adapters are in it, two keys mean one tensor, or one cannot be a name.
     """
+    if odd := [raw for raw in raw_keys if not raw.isprintable()]:
+        raise CheckpointError(
+            f"{where}: holds a tensor that no model has ({printable(odd[0])[:200]}); copy the checkpoint again"
+        )
     whole_model = any(mark in key for key in raw_keys for mark in _WHOLE_MODEL)
     found: dict[str, str] = {}
     adapters: set[str] = set()

@@ -75,7 +75,7 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
 
 def quantized_modules(base: Path) -> list[str]:
     """Module names that transformers quantizes when it loads a Qwen2-VL in 4 bits: asked of it, on an empty model."""
-    config = Qwen2VLConfig.from_pretrained(base)
+    config = Qwen2VLConfig.from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config)
     kept = get_keys_to_not_convert(model)

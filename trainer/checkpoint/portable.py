@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.errors import CheckpointError, RunError
+from launch.untrusted_files import printable
+from trainer.checkpoint.reading import read_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -70,7 +71,7 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
     # `save_embedding_layers` would ask the hub whether the vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    written = load_file(folder / ADAPTER_FILE)
+    written = read_tensors(folder / ADAPTER_FILE)
     meant = get_peft_model_state_dict(model, save_embedding_layers=False, state_dict=weights)
     if differing := sorted(_differing(written, meant)):
         raise RunError(
@@ -111,7 +112,7 @@ def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> 
     ]
     if wrong:
         raise CheckpointError(
-            f"{where}: does not fit the model ({len(wrong)} tensors: {wrong[0]}); "
+            f"{where}: does not fit the model ({len(wrong)} tensors: {printable(wrong[0])}); "
             "resume with the recipe that wrote it"
         )
     set_peft_model_state_dict(model, dict(stored))
@@ -128,10 +129,7 @@ def _differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Itera
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); resume from another checkpoint") from error
+    return read_tensors(file, "resume from another checkpoint")
 
 
 def read_moments(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
@@ -152,7 +150,7 @@ def matching_moments(
         odd = sorted(wanted ^ stored.keys())
         raise CheckpointError(
             f"{where}: holds other parameters than the model trains ({len(odd)} differ, such as "
-            f"{odd[0]}); resume with the recipe that wrote it"
+            f"{printable(odd[0])}); resume with the recipe that wrote it"
         )
     for name, shape in parameters.items():
         for key in MOMENTS:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import (
+    DOCUMENT,
+    UNREADABLE,
+    UntrustedFileError,
+    plain_size,
+    printable,
+    read_mapping,
+    reason_of,
+)
+from trainer.base_files import is_inside
 
 
 class Layout(BaseModel):
@@ -31,22 +44,53 @@ def unreadable_is_refused(file: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except UntrustedFileError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or file or 'a file'}: cannot be read ({error.strerror or error}); copy it again, or "
-            "change its permissions"
+            f"{printable(str(error.filename or file or 'a file'))}: cannot be read ({error.strerror or error}); copy "
+            "it again, or change its permissions"
         ) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. CheckpointError when it is missing or something else."""
+def read_json(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes. CheckpointError when it is missing or something else."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: holds no JSON object; copy it again")
-    return values
+        return read_mapping(file, limit)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{printable(str(file))}: cannot be read ({reason_of(error)}); copy it again"
+        ) from error
+
+
+def read_tensors(file: Path, advice: str = "copy it again") -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped from the disk. CheckpointError when it is missing or damaged."""
+    try:
+        plain_size(file)  # the library would wait for a pipe
+        return load_file(file)
+    except (*UNREADABLE, SafetensorError, RuntimeError) as error:  # the last: torch finds no room to map it
+        raise CheckpointError(
+            f"{printable(str(file))}: cannot be read ({reason_of(error)}); {advice}"
+        ) from error
+
+
+def refuse_more_than_memory(size: int, file: Path) -> None:
+    """CheckpointError when `size` bytes of `file` would not fit in free memory: a file may be full of holes."""
+    if size > (free := psutil.virtual_memory().available):
+        raise CheckpointError(
+            f"{printable(str(file))}: needs {size / 1e9:,.1f} GB of memory ({free / 1e9:,.1f} GB are free); copy it "
+            "again if it should be smaller, or take a machine with more memory"
+        )
+
+
+def inside(folder: Path, name: str, file: Path) -> Path:
+    """Where the file or folder `name` lies, which `file` says is in `folder`. CheckpointError when it would not be."""
+    if not is_inside(name):
+        raise CheckpointError(
+            f"{printable(str(file))}: names a file outside of its folder ({printable(name)[:200]}); copy the "
+            "checkpoint again"
+        )
+    return folder / name
 
 
 def checked(layout: type[Read], values: object, file: Path) -> Read:
@@ -60,7 +104,9 @@ def checked(layout: type[Read], values: object, file: Path) -> Read:
         given = "" if told else f", not {first['input']!r:.60}"
         reason = first["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
         raise CheckpointError(
-            f"{file}: {key or 'the whole'} is wrong ({reason[:1].lower()}{reason[1:]}{given}); copy it again"
+            printable(
+                f"{file}: {key or 'the whole'} is wrong ({reason[:1].lower()}{reason[1:]}{given}); copy it again"
+            )
         ) from None
 
 

@@ -23,9 +23,10 @@ from torch.futures import Future
 
 from launch.errors import RunError, SamestepError
 from trainer.agreement import in_words
+from trainer.checkpoint.distributed import load_distributed
 from trainer.checkpoint.foreign import OPTIMIZER_PREFIX
 from trainer.checkpoint.portable import State
-from trainer.checkpoint.torch_files import load_distributed, load_torch
+from trainer.checkpoint.torch_files import load_torch
 
 
 def dealt(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field, NonNegativeInt, RootModel
 
 from launch.errors import CheckpointError
-from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
+from launch.untrusted_files import TABLE, open_plain, parse_json, printable
+from trainer.checkpoint.reading import Layout, checked, inside, read_json, unreadable_is_refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,6 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+HEADER_BYTES = 100_000_000  # the most that safetensors 0.8 itself reads
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough to be fast, small against any shard
 
 
@@ -100,14 +102,19 @@ class _Index(Layout):
 
 def read_shard(path: Path) -> Shard:
     """Reads a file's header. A file that is cut short or no safetensors file is a CheckpointError."""
-    with unreadable_is_refused(path), path.open("rb") as file:
-        size = path.stat().st_size
+    with unreadable_is_refused(path), open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
+        if length > HEADER_BYTES:
+            raise CheckpointError(
+                f"{path}: its safetensors header is said to have {length:,} bytes (at most {HEADER_BYTES:,}); copy it "
+                "again"
+            )
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
+            header = parse_json(file.read(length))
+        except ValueError as error:
             raise CheckpointError(f"{path}: unreadable safetensors header ({error}); copy it again") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     metadata = checked(_Metadata, metadata, path).root
@@ -115,7 +122,7 @@ def read_shard(path: Path) -> Shard:
     unknown = {stored.dtype for stored in tensors.values()} - set(DTYPES)
     if unknown:
         raise CheckpointError(
-            f"{path}: tensors stored as {', '.join(sorted(unknown))}; use the unquantized weights"
+            f"{path}: tensors stored as {printable(', '.join(sorted(unknown))[:200])}; use the unquantized weights"
         )
     end = 8 + length + max((stored.data_offsets[1] for stored in tensors.values()), default=0)
     if size != end:
@@ -124,21 +131,31 @@ def read_shard(path: Path) -> Shard:
 
 
 def _entries(path: Path, tensors: dict[str, _Stored], start: int) -> dict[str, Entry]:
-    """The tensors in the order of their bytes, which must be as many as their shapes need."""
-    entries = {}
+    """The tensors in the order of their bytes, which must be as many as their shapes need, and nobody else's."""
+    entries, last = {}, 0
     for name, stored in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         begin, end = stored.data_offsets
         entries[name] = Entry(stored.dtype, tuple(stored.shape), start + begin)
         if end - begin != entries[name].bytes_as(stored.dtype):
             raise CheckpointError(
-                f"{path}: {name} has {end - begin} bytes for {stored.dtype} {stored.shape}; copy the file again"
+                f"{path}: {printable(name)} has {end - begin} bytes for {stored.dtype} {stored.shape}; copy the file "
+                "again"
             )
+        if begin != last:
+            raise CheckpointError(
+                f"{path}: {printable(name)} begins at byte {begin:,} where the one before ends at {last:,}; copy the "
+                "file again"
+            )
+        last = end
     return entries
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, as `*.index.json` says it. CheckpointError when it says something else."""
-    return checked(_Index, read_json(index), index).weight_map
+    """The file of every tensor, as `*.index.json` says it. CheckpointError: it says something else, or leads away."""
+    weight_map = checked(_Index, read_json(index, TABLE), index).weight_map
+    for name in set(weight_map.values()):
+        inside(index.parent, name, index)
+    return weight_map
 
 
 def read_base_shards(base: Path) -> list[Shard]:
@@ -158,7 +175,7 @@ def read_base_shards(base: Path) -> list[Shard]:
     missing = [name for name in names if not (base / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{base}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing)}); "
+            f"{base}: {len(missing)} of {len(names)} weight files are missing ({printable(', '.join(missing))}); "
             "copy them again"
         )
     shards = [read_shard(base / name) for name in names]
@@ -168,7 +185,7 @@ def read_base_shards(base: Path) -> list[Shard]:
     )
     if weight_map and differing:
         raise CheckpointError(
-            f"{base / INDEX_FILE}: {len(differing)} tensors are elsewhere ({', '.join(differing[:3])}); "
+            f"{base / INDEX_FILE}: {len(differing)} tensors are elsewhere ({printable(', '.join(differing[:3]))}); "
             "index and files are of different models, copy them again"
         )
     return shards
@@ -177,7 +194,7 @@ def read_base_shards(base: Path) -> list[Shard]:
 def block_rows(entry: Entry) -> Iterator[tuple[int, int]]:
     """Row ranges [begin, end) of at most BLOCK_ELEMENTS elements (one row at least)."""
     step = max(1, BLOCK_ELEMENTS // max(1, entry.width))
-    for begin in range(0, entry.rows, step):
+    for begin in range(0, entry.rows if entry.width else 0, step):  # without a width there are no bytes
         yield begin, min(begin + step, entry.rows)
 
 
@@ -213,7 +230,7 @@ def write_shard(
     The file is on disk (fsync) when this returns: the sha256 of every tensor's bytes as they were to be written.
     """
     digests: dict[str, bytes] = {}
-    with shard.path.open("rb") as source, path.open("wb") as target:
+    with open_plain(shard.path) as source, path.open("wb") as target:
         target.write(_header(shard, dtypes))
         for name, entry in shard.entries.items():
             digest = hashlib.sha256()

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import pickle
 import struct
-import warnings
 import zipfile
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import UntrustedFileError, open_plain, plain_size, printable
+from trainer.checkpoint.reading import refuse_more_than_memory
+
+_DIRECTORY_BYTES = 2**28  # of a zip: a million members
 
 
 class _StandIn:
@@ -33,29 +34,10 @@ _STAND_INS: list[Any] = [
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
 
-# What torch 2.14 itself puts into the `.metadata` of a distributed checkpoint.
-_METADATA_CLASSES: dict[tuple[str, str], Any] = {
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-        for name in (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-            "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "WindowsPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
-}  # fmt: skip
-
-
 # What torch 2.14's reader of pickles raises over flipped and missing bytes.
-_DAMAGED = (
+DAMAGED = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError, AttributeError, TypeError, struct.error,
-    pickle.UnpicklingError,
+    ArithmeticError, MemoryError, zipfile.BadZipFile, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -63,18 +45,84 @@ def load_torch(file: Path) -> Any:
     """The content of a file of `torch.save`, on the CPU.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds objects that only running code could make.
+        CheckpointError: it is missing, damaged, says more than it holds, or holds objects that only running code
+            could make.
     """
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with open_plain(file) as opened:
             # DeepSpeed's own writer makes no archive; of one, only what is looked at is read.
-            mapped = zipfile.is_zipfile(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            mapped = zipfile.is_zipfile(opened)
+            if mapped:
+                refuse_expanding(opened, plain_size(file))
+        if not mapped:
+            refuse_more_than_memory(plain_size(file), file)
+        with torch.serialization.safe_globals(_STAND_INS):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        for tensor in _tensors_in(content):
+            _refuse_claim(tensor)
+        return content
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; copy the checkpoint again, with all its files") from None
-    except _DAMAGED as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{file}: cannot be read ({reason}); copy the checkpoint again") from error
+        raise CheckpointError(
+            f"{printable(str(file))}: is missing; copy the checkpoint again, with all its files"
+        ) from None
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"{printable(str(file))}: cannot be read ({why_damaged(error)}); copy the checkpoint again"
+        ) from error
+
+
+def why_damaged(error: BaseException) -> str:
+    """The words of one of `DAMAGED`, without the file's name."""
+    if isinstance(error, UntrustedFileError):
+        return error.reason
+    return printable(" ".join(str(error).split())[:200]) or type(error).__name__
+
+
+class _Bounded:
+    """A file as zipfile reads it: nothing larger than the directory of a million members at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _DIRECTORY_BYTES:
+            raise ValueError(f"its directory is said to have {size:,} bytes")
+        return self._file.read(_DIRECTORY_BYTES if size < 0 else size)
+
+
+def refuse_expanding(file: IO[bytes], size: int) -> None:
+    """ValueError when a zip of `size` bytes says that it holds more than that: torch stores and does not deflate."""
+    with zipfile.ZipFile(cast(IO[bytes], _Bounded(file))) as archive:
+        members = archive.infolist()
+    whole = sum(member.file_size for member in members)
+    deflated = any(
+        member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size
+        for member in members
+    )
+    if deflated or whole > size:
+        raise ValueError(f"its members would expand to {whole:,} bytes, it has {size:,}")
+
+
+def _refuse_claim(tensor: Tensor) -> None:
+    """ValueError for a tensor of more numbers than are stored, as one with strides of 0 can be."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"it holds a tensor of another kind ({tensor.layout}, {tensor.device})")
+    claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > stored:
+        raise ValueError(f"it holds a tensor of {claimed:,} bytes, of which {stored:,} are stored")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a structure of mappings and lists; each of these is looked into once, however often it stands."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
 
 
 def load_mapping(file: Path) -> dict[Any, Any]:
@@ -87,7 +135,9 @@ def mapping(value: object, file: Path, key: str = "") -> dict[Any, Any]:
     if isinstance(value, dict):
         return value
     what = f"{key} is missing" if value is None else f"{key or 'the whole'} is a {type(value).__name__}"
-    raise CheckpointError(f"{file}: {what} where a mapping is needed; copy the checkpoint again")
+    raise CheckpointError(
+        f"{printable(str(file))}: {what} where a mapping is needed; copy the checkpoint again"
+    )
 
 
 def as_number(value: object) -> float | None:
@@ -95,81 +145,3 @@ def as_number(value: object) -> float | None:
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
     return None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = _METADATA_CLASSES.get((module, name))
-        if known is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            known = getattr(torch, name)
-        if known is None:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which no distributed checkpoint needs")
-        return known
-
-
-class _Reader(filesystem.FileSystemReader):
-    """torch's reader; its own `read_metadata` (torch 2.14) unpickles whatever is in the file."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as handle:
-                found = cast(metadata.Metadata, _MetadataUnpickler(handle).load())
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{file}: is missing, so the checkpoint was never completed; use an older one"
-            ) from None
-        except (OSError, EOFError, AttributeError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); copy the checkpoint again") from error
-        if found.storage_meta is None:
-            found.storage_meta = metadata.StorageMeta()
-        return found
-
-
-def distributed_keys(folder: Path) -> list[str]:
-    """Names of the tensors in a distributed checkpoint (DCP).
-
-    Raises:
-        CheckpointError: a file with a part of a tensor is missing or cut short; all of them are named.
-    """
-    found = _Reader(folder).read_metadata()
-    needed: dict[str, int] = {}
-    for place in (found.storage_data or {}).values():
-        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
-    problems = []
-    for name, size in sorted(needed.items()):
-        file = folder / name
-        if not file.is_file():
-            problems.append(
-                f"{file}: is missing ({len(needed)} files belong together); copy the checkpoint again"
-            )
-        elif file.stat().st_size < size:
-            problems.append(f"{file}: is cut short ({file.stat().st_size} of {size} bytes); copy it again")
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    stored = found.state_dict_metadata
-    return [name for name, kind in stored.items() if isinstance(kind, TensorStorageMetadata)]
-
-
-def load_distributed(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    """Whole tensors of a distributed checkpoint, put together from every rank's part, without a process group."""
-    reader = _Reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {}
-    for name in names:
-        kind = stored[name]
-        assert isinstance(kind, TensorStorageMetadata), name
-        state[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
-    if state:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="torch.distributed is disabled"
-                )  # which is what is meant
-                state_dict_loader.load(state, storage_reader=reader, no_dist=True)
-        except (*_DAMAGED, CheckpointException) as error:  # the latter is no Exception
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{folder}: cannot be read ({reason}); copy the checkpoint again"
-            ) from error
-    return state

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 
 from launch.errors import CheckpointError
+from launch.untrusted_files import open_plain
 from trainer.checkpoint.adapter import Pair, Saved
 from trainer.checkpoint.base_model import BaseCheck
 from trainer.checkpoint.merge_plan import MergePlan
@@ -105,7 +106,7 @@ def verify(
         written = read_shard(folder / shard.path.name)
         if list(written.entries) != list(shard.entries):
             raise CheckpointError(f"{written.path}: other tensors than in the base; merge again")
-        with shard.path.open("rb") as before, written.path.open("rb") as after:
+        with open_plain(shard.path) as before, open_plain(written.path) as after:
             for name in shard.entries:
                 digest = None if digests is None else digests[name]
                 checks[name] = (

@@ -7,6 +7,7 @@ parameters; stage 3 cuts every parameter, and each rank's vector is the row of i
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from launch.errors import CheckpointError
-from trainer.checkpoint.reading import whole_number
+from launch.untrusted_files import LINE, printable, read_bytes
+from trainer.checkpoint.reading import inside, whole_number
 from trainer.checkpoint.torch_files import as_number, load_mapping, load_torch, mapping
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_SHOWN = 64
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
 
@@ -41,12 +44,12 @@ def zero_folder(source: Path) -> Path | None:
         return source
     latest = source / "latest"
     if latest.is_file():
-        name = _name_in(latest)
-        if name and (source / name).is_dir():
-            return source / name
+        named = _named_in(latest)
+        if named and named.is_dir():
+            return named
         if universal_folder(source) is None:
-            what = f"names {source / name}, which is missing" if name else "is empty and names no folder"
-            raise CheckpointError(f"{latest}: {what}; copy the checkpoint again")
+            what = f"names {named}, which is missing" if named else "is empty and names no folder"
+            raise CheckpointError(printable(f"{latest}: {what}; copy the checkpoint again"))
         return None
     steps = [folder for folder in source.glob("global_step*") if _optimizer_files(folder)]
     return steps[0] if len(steps) == 1 else None
@@ -55,7 +58,8 @@ def zero_folder(source: Path) -> Path | None:
 def universal_folder(source: Path) -> Path | None:
     """The folder of a universal checkpoint: `source`, or the one in it; None without one."""
     latest = source / "latest_universal"
-    candidates = [source, *([source / _name_in(latest)] if latest.is_file() else [])]
+    named = _named_in(latest) if latest.is_file() else None
+    candidates = [source, *([named] if named else [])]
     candidates += sorted(source.glob("*universal*"))
     for folder in candidates:
         if (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt")):
@@ -63,9 +67,10 @@ def universal_folder(source: Path) -> Path | None:
     return None
 
 
-def _name_in(latest: Path) -> str:
-    """The folder that DeepSpeed's file `latest` names; empty when the file is."""
-    return latest.read_text(errors="replace").strip()
+def _named_in(latest: Path) -> Path | None:
+    """The folder that DeepSpeed's file `latest` names; None when the file is empty. CheckpointError: not beside it."""
+    name = read_bytes(latest, LINE).decode(errors="replace").strip()
+    return inside(latest.parent, name, latest) if name else None
 
 
 def read_zero(folder: Path) -> ZeroState:
@@ -79,9 +84,11 @@ def read_zero(folder: Path) -> ZeroState:
         raise CheckpointError(f"{folder}: holds no *_optim_states.pt of a rank; copy the checkpoint again")
     first = _optimizer_state(files[min(files)])
     stage, ranks = _stage_and_ranks(first, files[min(files)])
-    if missing := [_named_like(files[min(files)], rank) for rank in range(ranks) if rank not in files]:
+    if gone := ranks - sum(rank < ranks for rank in files):
+        shown = itertools.islice((rank for rank in range(ranks) if rank not in files), _MOST_SHOWN)
+        names = [*(_named_like(files[min(files)], rank) for rank in shown), *["..."] * (gone > _MOST_SHOWN)]
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {ranks} ranks' files are missing ({', '.join(missing)}); "
+            f"{folder}: {gone} of {ranks} ranks' files are missing ({', '.join(names)}); "
             "copy the checkpoint again, from every node"
         )
     shapes, step = _shapes(folder)
@@ -96,7 +103,13 @@ def read_zero(folder: Path) -> ZeroState:
     }
     take = _whole_of_stage_3 if stage == 3 else _whole_of_stage_2
     paddings = first.get("param_alignment_paddings")
-    whole = {key: dict(take(folder, shapes, vectors, paddings)) for key, vectors in flat.items()}
+    try:
+        whole = {key: dict(take(folder, shapes, vectors, paddings)) for key, vectors in flat.items()}
+    except (RuntimeError, LookupError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{folder}: its shapes and its vectors are not of one checkpoint ({type(error).__name__}: "
+            f"{printable(str(error))[:200]}); copy it again"
+        ) from error
     counted = _step_count(parts[0], stage)
     updates = step if counted is None else counted
     moments: dict[str, Tensor] = {}
@@ -115,17 +128,18 @@ def read_universal(folder: Path) -> ZeroState:
     """
     shapes, step = _shapes(folder)
     sizes = {name: size for group in shapes for name, size in group.items()}
+    places = {name: inside(folder / "zero", name, folder) for name in sizes}
     wanted = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *MOMENTS)]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(wanted)} files are missing ({', '.join(missing[:5])}); "
+            f"{folder}: {len(missing)} of {len(wanted)} files are missing ({printable(', '.join(missing[:5]))}); "
             "copy the checkpoint again"
         )
     count = _universal_step(folder)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, size in sizes.items():
-        here = folder / "zero" / name
+        here = places[name]
         weights[name] = _universal_tensor(here / "fp32.pt", size)
         own = here / "step.pt"
         steps = as_number(load_torch(own)) if own.is_file() else count if count is not None else step
@@ -178,9 +192,13 @@ def _shapes(folder: Path) -> tuple[list[dict[str, tuple[int, ...]]], int | None]
         raise CheckpointError(f"{files[0]}: names no trained parameters; take another checkpoint")
     shapes = [mapping(group, files[0], "param_shapes") for group in groups]
     sizes = [each for group in shapes for each in group.items()]
-    if not all(isinstance(name, str) and isinstance(size, tuple) for name, size in sizes):
+    if not all(isinstance(name, str) and _is_size(size) for name, size in sizes):
         raise CheckpointError(f"{files[0]}: param_shapes holds no shapes by name; copy the checkpoint again")
     return shapes, None if step is None else whole_number(step, files[0], "global_steps")
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, tuple) and all(type(length) is int and length >= 0 for length in size)
 
 
 def _flat_weights(part: dict[str, Any], stage: int, file: Path) -> list[Tensor]:
@@ -255,7 +273,7 @@ def _whole_of_stage_3(
 def _piece(folder: Path, vector: Tensor, begin: int, count: int, name: str) -> Tensor:
     if begin + count > len(vector):
         raise CheckpointError(
-            f"{folder}: the shards end inside {name} ({len(vector)} numbers, {begin + count} needed); "
+            f"{folder}: the shards end inside {printable(name)} ({len(vector)} numbers, {begin + count} needed); "
             "they are not of one checkpoint, copy it again"
         )
     return vector[begin : begin + count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from launch.caches import cache_root, embedded_folder
 from launch.errors import ConfigError
@@ -22,6 +20,7 @@ from launch.index import (
     split_parts,
 )
 from launch.recipe import EMBEDDED, Recipe
+from launch.untrusted_files import TABLE, UNREADABLE, plain_size, read_bytes, reason_of
 
 COLUMNS = ("image", "query", "label", "human_or_machine")
 
@@ -56,17 +55,14 @@ class Rows:
 
 
 def image_bytes(image: dict[str, Any]) -> bytes:
-    """The bytes of an undecoded `datasets.Image` value, read from its path when it holds no bytes."""
+    """The bytes of an undecoded `datasets.Image` value, read from its path when it holds no bytes.
+
+    Raises:
+        OSError: there is no such file. UntrustedFileError: it is no plain file, or larger than any image.
+    """
     if image["bytes"] is not None:
         return bytes(image["bytes"])
-    return Path(image["path"]).read_bytes()
-
-
-def decode_image(image: bytes) -> Image.Image:
-    """The image as `datasets.Image` decodes it (turned upright by its EXIF tag), pixels loaded."""
-    opened = Image.open(io.BytesIO(image))
-    opened.load()
-    return ImageOps.exif_transpose(opened)
+    return read_bytes(image["path"], TABLE)
 
 
 def open_split(recipe: Recipe, split: SplitName) -> Rows:
@@ -100,6 +96,13 @@ def _open_local(folder: Path, split: SplitName, wanted: str) -> datasets.Dataset
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}; "
             "name a split that the folder holds, or correct data.dataset"
         )
+    for file in files:
+        try:
+            plain_size(file)  # pyarrow would wait for a pipe
+        except UNREADABLE as error:
+            raise ConfigError(
+                f"data.{split}: {file} cannot be read ({reason_of(error)}); copy it again"
+            ) from error
     content = files_digest(files)
     return _load(
         lambda: datasets.load_dataset(

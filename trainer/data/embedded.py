@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.folders import published
+from launch.atomic_files import atomic_dir
 from trainer.data.charts import Chart, Painter, unique_charts
 from trainer.data.tables import SPLITS, deal_sheets
 
@@ -288,7 +288,7 @@ def build_charts(folder: Path, *, charts: int | None = None, progress: Progress 
     facts = unique_charts(dealt["facts"], max(4, round(FACTS_CHARTS * share)), seed=200)
     total = len(facts) + sum(map(len, drawn.values()))
     images = _paint([*facts, *(chart for split in SPLITS for chart in drawn[split])], total, progress)
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         (aside / "facts").mkdir()
         pq.write_table(_facts_table(facts, images), aside / "facts" / "facts.parquet")
         kinds: dict[str, list[str]] = {}

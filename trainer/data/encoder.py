@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLProcessor
 
 from launch.errors import RunError
-from trainer.data.chartqa import Row, chat, decode_image
+from trainer.data.chartqa import Row, chat
+from trainer.data.images import decode_image
+from trainer.data.row_errors import RowError, reason_of
 from trainer.features.store import FeatureCache, name_of
 
 IGNORED = -100
@@ -52,7 +58,8 @@ class Encoder:
         """Encode one row.
 
         Raises:
-            RunError: the answer's first token merges with the prompt's last, so that no mask could part them.
+            RowError: its image cannot be decoded, the processor refuses it, or the answer's first token merges with
+                the prompt's last, so that no mask could part them.
         """
         prompt, text = self.texts(row)
         image = name_of(row.image) if self.features else ""
@@ -60,9 +67,7 @@ class Encoder:
         if cached is not None:
             input_ids, grid, pixels = self._ids(text, len(cached.values)), cached.grid, None
         else:
-            encoded = self.processor(
-                text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
-            )
+            encoded = self._processed(text, decode_image(row.image))
             input_ids, pixels = encoded["input_ids"][0], encoded["pixel_values"].to(self.pixels)
             grid = tuple(encoded["image_grid_thw"][0].tolist())
         labels = input_ids.clone()
@@ -78,6 +83,20 @@ class Encoder:
             features=cached.values if cached else None,
             image=image,
         )
+
+    def _processed(self, text: str, image: Image.Image) -> Any:
+        try:
+            return self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        except Exception as error:  # of text or image, and of no type that the processor promises
+            raise RowError(f"the processor refuses it ({reason_of(error)})") from error
+
+    @cached_property
+    def control_tokens(self) -> re.Pattern[str]:
+        """Finds the tokenizer's special tokens in a text: the model would read them as structure, not as words."""
+        tokenizer = self.processor.tokenizer
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        tokens = {*tokenizer.all_special_tokens, *added} - {""}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def _ids(self, text: str, visual_tokens: int) -> Tensor:
         """Token ids [T] of a conversation with one image, as the processor makes them of text and pixels."""
@@ -98,13 +117,18 @@ class Encoder:
             )
         return prompt, text
 
+    def scored_text(self, row: Row) -> str | None:
+        """The answer and the end of its turn, as the chat template writes them; None for all but the first token."""
+        prompt, text = self.texts(row)
+        return text[len(prompt) :] if self.loss == "answer" else None
+
     def prompt_length(self, prompt: str, input_ids: Tensor) -> int:
         """Tokens before the answer, visual ones included."""
         prompt_ids = self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         visual = int((input_ids == self.processor.image_token_id).sum())
         length = len(prompt_ids) - 1 + visual
         if prompt_ids[-2:] != input_ids[length - 2 : length].tolist():
-            raise RunError(f"data: the answer merges with the prompt {prompt[-20:]!r} in the tokenizer")
+            raise RowError(f"the answer merges with the prompt {prompt[-20:]!r} in the tokenizer")
         return length
 
 

@@ -1,31 +1,31 @@
-"""Validates the rows of a split and measures them: token counts from the image header, content digests.
+"""Validates the rows of a split and measures them: token counts from the image's size, content digests.
 
-Every distinct image is decoded once, on the CPU, so that a corrupt one is found before a GPU is asked for.
+Every distinct image is decoded once, on the CPU and as training decodes it, so that whatever training would meet is
+found before a GPU is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from launch.errors import ConfigError
+from launch.errors import ConfigError, SamestepError
 from launch.index import row_digest
+from launch.untrusted_files import printable
 from trainer.data.chartqa import Row, Rows, image_bytes
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
+from trainer.data.row_errors import RowError, reason_of
+from trainer.progress import Report
+from trainer.relaxed_accuracy import correct
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
-
-EXIF_ORIENTATION = 0x0112
-Report = Callable[[int, int], None]
-"""Told how many rows are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Measured:
-    """A valid row's numbers. `digest`: see `row_digest`."""
+    """A valid row's numbers. `digest`: see `row_digest`; `answers`: labels; `answer_tokens`: see `needed_tokens`."""
 
     row: int
     digest: bytes
@@ -52,10 +52,8 @@ class Measured:
     human_or_machine: int
     height: int
     width: int
-
-
-class _RowError(Exception):
-    """Why a row is bad."""
+    answers: int
+    answer_tokens: int
 
 
 def measure_split(
@@ -72,114 +70,174 @@ def measure_split(
             new = {
                 digest: raw
                 for digest, (_, raw) in zip(digests, block, strict=True)
-                if digest and digest not in sizes
+                if isinstance(digest, bytes) and digest not in sizes
             }
             sizes.update(zip(new, pool.map(_decoded_size, new.values()), strict=True))
             for (number, raw), digest in zip(block, digests, strict=True):
                 try:
                     measured.append(_measure(number, raw, digest, sizes, encoder))
-                except _RowError as refused:
+                except RowError as refused:
                     bad.append(BadRow(split, number, str(refused)))
             report(min(first + 256, len(rows)), len(rows))
     return measured, bad
 
 
-def _image_digest(raw: dict[str, Any]) -> bytes | None:
-    """sha256 of the image file, None where the row has no usable image value."""
+def _image_content(raw: dict[str, Any]) -> bytes:
+    """The bytes of the row's image file; RowError: there are none."""
     image = raw.get("image")
-    if not isinstance(image, dict):
-        return None
+    if not isinstance(image, dict) or (image.get("bytes") is None and not image.get("path")):
+        raise RowError("the image is missing; each row needs exactly one")
     try:
-        content = image_bytes(image)
-    except (OSError, TypeError, KeyError):
-        return None
-    return hashlib.sha256(content).digest()
+        return image_bytes(image)
+    except Exception as error:  # as with decoding: none of them may end `prepare`
+        why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
+        raise RowError(
+            f"the image file {printable(str(Path(str(image.get('path'))).absolute()))} cannot be read ({why}); give "
+            "the bytes, or the path of a file that every machine can read"
+        ) from error
+
+
+def _image_digest(raw: dict[str, Any]) -> bytes | str:
+    """sha256 of the image file, or why there is none."""
+    try:
+        return hashlib.sha256(_image_content(raw)).digest()
+    except RowError as refused:
+        return str(refused)
 
 
 def _decoded_size(raw: dict[str, Any]) -> tuple[int, int] | str:
-    """(height, width) by the header, after decoding all pixels; or the reason why the image is bad."""
-    content = image_bytes(raw["image"])
-    if not content:
-        return "the image is empty (0 bytes)"
+    """(height, width) of the decoded image, or why the image is bad."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            image.load()
-    except Exception as error:  # Pillow raises a dozen types for damaged files: any of them means a bad image
-        return f"the image is corrupt ({type(error).__name__}: {error})"
-    return (width, height) if turned else (height, width)
+        width, height = decode_image(_image_content(raw)).size
+    except RowError as refused:
+        return str(refused)
+    return height, width
 
 
 def _measure(
     number: int,
     raw: dict[str, Any],
-    digest: bytes | None,
+    digest: bytes | str,
     sizes: dict[bytes, tuple[int, int] | str],
     encoder: Encoder,
 ) -> Measured:
-    if digest is None:
-        raise _RowError("the image is missing; each row needs exactly one")
+    if isinstance(digest, str):
+        raise RowError(digest)
     size = sizes[digest]
     if isinstance(size, str):
-        raise _RowError(size)
-    height, width = size
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise _RowError(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
-    query, label, human = _texts(raw)
-    row = Row(b"", query, label, human)
-    text_tokens, target_tokens = _count_text(encoder, row)
+        raise RowError(size)
+    query, label, human = _texts(raw, encoder)
+    text_tokens, target_tokens = _count_text(encoder, Row(b"", query, label, human))
+    visual = _visual_tokens(encoder, *size)
+    return Measured(
+        row=number,
+        digest=row_digest(_image_content(raw), query, label),
+        text_tokens=text_tokens,
+        visual_tokens=visual,
+        target_tokens=target_tokens if encoder.loss == "answer" else text_tokens + visual - 1,
+        human_or_machine=human,
+        height=size[0],
+        width=size[1],
+        answers=len(label),
+        answer_tokens=needed_tokens(label[0], encoder.processor.tokenizer),
+    )
+
+
+def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise RowError(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
     images = encoder.processor.image_processor
-    visual = images.get_number_of_image_patches(height, width) // images.merge_size**2
-    content = row_digest(image_bytes(raw["image"]), query, label)
-    targets = target_tokens if encoder.loss == "answer" else text_tokens + visual - 1
-    return Measured(number, content, text_tokens, visual, targets, human, height, width)
+    try:
+        patches: int = images.get_number_of_image_patches(height, width)
+    except Exception as error:
+        raise RowError(
+            f"the processor refuses an image of {width} x {height} pixels ({reason_of(error)})"
+        ) from error
+    return patches // images.merge_size**2
 
 
-def _texts(raw: dict[str, Any]) -> tuple[str, list[str], int]:
+def _texts(raw: dict[str, Any], encoder: Encoder) -> tuple[str, list[str], int]:
     query, label, human = raw.get("query"), raw.get("label"), raw.get("human_or_machine")
     if not isinstance(query, str):
-        raise _RowError(f"query is a {type(query).__name__}, not text")
+        raise RowError(f"query is a {type(query).__name__}, not text")
     if not query.strip():
-        raise _RowError("query is empty")
+        raise RowError("query is empty")
     if not isinstance(label, list) or not all(isinstance(text, str) for text in label):
-        raise _RowError(f"label is {label!r}, not a list of text")
+        raise RowError(f"label is {repr(label)[:100]}, not a list of text")
     if not label or not label[0].strip():
-        raise _RowError("label is empty")
+        raise RowError("label is empty")
     if isinstance(human, bool) or human not in (0, 1):
-        raise _RowError(f"human_or_machine is {human!r}, not 0 or 1")
+        raise RowError(f"human_or_machine is {repr(human)[:100]}, not 0 or 1")
+    for name, text in (("query", query), ("label", label[0])):
+        if found := encoder.control_tokens.search(text):
+            raise RowError(
+                f"{name} holds the special token {found[0]}, which the model does not read as text"
+            )
     return query, label, int(human)
 
 
 def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
     """(tokens besides the image's, scored tokens of the answer), by the chat template and the tokenizer."""
-    prompt, text = encoder.texts(row)
     tokenizer, image_token = encoder.processor.tokenizer, encoder.processor.image_token_id
-    prompt_ids, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    try:
+        prompt, text = encoder.texts(row)
+        prompt_ids, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    except SamestepError:
+        raise
+    except Exception as error:
+        raise RowError(f"the chat template or the tokenizer refuses it ({reason_of(error)})") from error
     if ids.count(image_token) != 1:
-        raise _RowError(
+        raise RowError(
             f"the conversation holds {ids.count(image_token)} image tokens; each row needs exactly one"
         )
     if ids[: len(prompt_ids)] != prompt_ids:
-        raise _RowError("the answer merges with the prompt in the tokenizer")
+        raise RowError("the answer merges with the prompt in the tokenizer")
     return len(ids) - 1, len(ids) - len(prompt_ids)
 
 
-def check_against_processor(rows: Rows, measured: list[Measured], encoder: Encoder, split: str) -> None:
+def needed_tokens(label: str, tokenizer: Any) -> int:
+    """The fewest first tokens of `label` that answer it under relaxed accuracy; 0 when not even all of them do.
+
+    What a perfect model says is the label's tokens, cut at `evaluation.max_new_tokens`.
+    """
+    ids = tokenizer(label, add_special_tokens=False)["input_ids"]
+
+    def answered_by(count: int) -> bool:
+        return correct(tokenizer.decode(ids[:count], skip_special_tokens=True), label)
+
+    count = len(ids)
+    if not answered_by(count):
+        return 0
+    while count > 1 and answered_by(count - 1):
+        count -= 1
+    return count
+
+
+def check_against_processor(
+    rows: Rows, measured: list[Measured], encoder: Encoder, split: str
+) -> list[BadRow]:
     """Encode 64 rows for real, the extremes among them, and compare their token counts with the measured ones.
+
+    Returns the rows among them that cannot be encoded.
 
     Raises:
         ConfigError: a count differs, so the plan's budgets would be wrong.
     """
+    bad = []
     for row in _probes(measured, 64):
-        sample = encoder(rows[row.row])
+        try:
+            sample = encoder(rows[row.row])
+        except RowError as refused:
+            bad.append(BadRow(split, row.row, str(refused)))
+            continue
         real = (len(sample.input_ids), sample.target_tokens)
         counted = (row.text_tokens + row.visual_tokens, row.target_tokens)
         if real != counted:
             raise ConfigError(
-                f"{split} row {row.row}: the processor makes {real[0]} tokens ({real[1]} scored), the header of its "
+                f"{split} row {row.row}: the processor makes {real[0]} tokens ({real[1]} scored), the size of its "
                 f"{row.width} x {row.height} image gives {counted[0]} ({counted[1]}); the processor is not Qwen2-VL's"
             )
+    return bad
 
 
 def _probes(measured: list[Measured], count: int) -> Iterator[Measured]:

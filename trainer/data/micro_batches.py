@@ -13,6 +13,7 @@ from launch.steps import MicroBatch, StepPlan
 from trainer.data.chartqa import Row, Rows
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack
+from trainer.data.row_errors import naming_row
 
 
 class PackedBatch(TypedDict):
@@ -79,7 +80,7 @@ def assemble(
 
     Raises:
         RunError: a row is not the one the index was made of, or its token counts are others, so that the loss
-            would be normalized wrongly.
+            would be normalized wrongly; or it can be read and not encoded.
     """
     read = [_read(rows, split, sample) for sample in batch.samples]
     for number, row in zip(batch.samples, read, strict=True):
@@ -88,7 +89,10 @@ def assemble(
                 f"data: sample {number} (row {split.rows[number]}) is not what `samestep prepare` saw; "
                 "the data changed since: prepare it again, under another run name"
             )
-    samples = [encoder(row) for row in read]
+    samples = []
+    for number, row in zip(batch.samples, read, strict=True):
+        with naming_row(f"data: sample {number} (row {split.rows[number]})"):
+            samples.append(encoder(row))
     for number, sample in zip(batch.samples, samples, strict=True):
         found = (len(sample.input_ids), sample.target_tokens)
         indexed = (int(split.tokens[number]), int(split.target_tokens[number]))

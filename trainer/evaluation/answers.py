@@ -24,15 +24,19 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from launch.atomic_files import refuse_readonly
 from launch.errors import ConfigError, RunError
 from launch.index import SPLITS, Index, SplitName
 from launch.merged import merge_behind
 from launch.plan import compute_dtype_of
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
+from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.portable import load_adapter
-from trainer.data.chartqa import Rows, decode_image, open_split
+from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
+from trainer.data.row_errors import naming_row
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 
@@ -177,9 +181,10 @@ class Replica:
             self._features.move_to_end(image_row)
             return self._features[image_row]
         device = self.base.device
-        encoded = self.processor.image_processor(
-            images=[decode_image(self.rows[image_row].image)], return_tensors="pt"
-        ).to(device)
+        with naming_row(f"data: row {image_row} of the split"):
+            image = decode_image(self.rows[image_row].image)
+            encoded = self.processor.image_processor(images=[image], return_tensors="pt")
+        encoded = encoded.to(device)
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
@@ -247,8 +252,14 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
 
 def load_merged(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
+    refuse_unsafe_base(task.request.run.merged, None)
     model = Qwen2VLForConditionalGeneration.from_pretrained(
-        task.request.run.merged, dtype="auto", device_map={"": device}, attn_implementation="sdpa"
+        task.request.run.merged,
+        dtype="auto",
+        device_map={"": device},
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
 
@@ -268,6 +279,7 @@ def check_request(request: Request) -> None:
         problems.append(behind)
     if problems:
         raise ConfigError(problems)
+    refuse_readonly(run.path, "the evaluation")
 
 
 # All answers of this rank ----------------------------------------------------------------

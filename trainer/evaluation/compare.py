@@ -10,11 +10,10 @@ shown too: that difference is the price of leaving the quantized weights the ada
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,17 +29,22 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
 from launch.merged import RECORD
+from launch.option_values import for_argparse, place, whole
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
+from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
 from trainer.checkpoint.base_model import add_allow, check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
 from trainer.checkpoint.reading import read_json
-from trainer.data.chartqa import Row, decode_image, open_split
+from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
+from trainer.data.images import decode_image
+from trainer.data.row_errors import naming_row
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
@@ -84,8 +88,17 @@ class Request:
 def compare(request: Request) -> Comparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
-        write_adapter(request.adapter, Path(adapter))  # as PEFT's present version reads it
+        write_adapter(
+            _with_named_targets(request.adapter), Path(adapter)
+        )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
+
+
+def _with_named_targets(adapter: Adapter) -> Adapter:
+    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
+    named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
+    patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
+    return replace(adapter, config=adapter.config | named | patterns)
 
 
 def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
@@ -93,6 +106,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
+        refuse_unsafe_base(folder, None)
         return cast(
             Qwen2VLForConditionalGeneration,
             Qwen2VLForConditionalGeneration.from_pretrained(
@@ -101,6 +115,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
                 device_map={"": device},
                 attn_implementation="sdpa",
                 local_files_only=True,
+                trust_remote_code=False,
             ),
         )
 
@@ -203,8 +218,8 @@ def _room_beside(folder: Path) -> TemporaryDirectory[str]:
 def kind_of(folder: Path) -> str:
     """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
     try:
-        return str(json.loads((folder / RECORD).read_text())["base"])
-    except (OSError, ValueError, KeyError):
+        return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
+    except (*UNREADABLE, KeyError):
         return folder.name
 
 
@@ -246,10 +261,11 @@ def answer_logits(
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     prompt, text = encoder.texts(row)
     device = next(model.parameters()).device
-    inputs = processor(
-        text=[text], images=[decode_image(row.image)], return_tensors="pt", add_special_tokens=False
-    ).to(device)
-    begin = encoder.prompt_length(prompt, inputs["input_ids"][0].cpu())
+    with naming_row(f"data: the row that asks {row.query!r}"):
+        image = decode_image(row.image)
+        inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        begin = encoder.prompt_length(prompt, inputs["input_ids"][0])
+    inputs = inputs.to(device)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0, begin - 1 : -1].float().cpu()
@@ -274,11 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.compare --source runs/embedded --merged runs/embedded/merged",
     )
     parser.add_argument(
-        "--source", type=Path, required=True, help="run directory, checkpoint or adapter folder"
+        "--source",
+        type=for_argparse(place("--source")),
+        required=True,
+        help="run directory, checkpoint or adapter folder",
     )
     parser.add_argument(
         "--merged",
-        type=Path,
+        type=for_argparse(place("--merged")),
         required=True,
         action="append",
         help="folder of a merged model; may be repeated",
@@ -290,18 +309,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=for_argparse(whole("--samples", 1, 10**9)),
         default=DEFAULT_SAMPLES,
         help=f"validation samples (default: {DEFAULT_SAMPLES})",
     )
     parser.add_argument(
-        "--run-dir", type=Path, help="the run whose recipe names the data (default: the source's)"
+        "--run-dir",
+        type=for_argparse(place("--run-dir")),
+        help="the run whose recipe names the data (default: the source's)",
     )
     add_adapter_options(parser)
     add_allow(parser)
     given = parser.parse_args(arguments)
-    if given.samples < 1:
-        parser.error(f"--samples: {given.samples} compares nothing; give at least 1")
     speak_plainly()
     try:
         comparison = compare(_request(given))

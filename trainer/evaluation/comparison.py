@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trainer.data.chartqa import Row
-from trainer.evaluation.metrics import correct
+from trainer.relaxed_accuracy import correct
 
 UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 

@@ -24,11 +24,14 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
+from launch.atomic_files import atomic_write
 from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
 from launch.merged import merge_behind
+from launch.option_values import for_argparse, place, whole
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.typed import VARIABLE, command
 from trainer.agreement import end_process, from_rank_0, leave_processes, on_rank_0, say_once, together
 from trainer.checkpoint.base_model import add_allow
 from trainer.evaluation.answers import (
@@ -44,8 +47,9 @@ from trainer.evaluation.answers import (
     check_request,
 )
 from trainer.evaluation.identity import hold_against_training
-from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, summary
+from trainer.evaluation.metrics import Accuracy, Prediction, mcnemar, summary
 from trainer.prepare import prepare
+from trainer.relaxed_accuracy import correct
 from trainer.speech import speak_plainly
 
 # The result: rank 0 ----------------------------------------------------------------------
@@ -128,13 +132,7 @@ def result_of(
 
 def write_result(result: dict[str, Any], file: Path) -> None:
     """Replace `file` in one step."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
-        json.dump(result, out, indent=1, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
+    atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def print_result(result: dict[str, Any], request: Request, console: Console) -> None:
@@ -169,7 +167,9 @@ def _share_text(accuracy: Accuracy) -> str:
 
 def next_commands(run: RunDirectory) -> list[str]:
     """Three commands that make sense after an evaluation."""
-    samestep = "samestep" if shutil.which("samestep") else shlex.quote(_short(_COMMAND))
+    samestep = (
+        command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
+    )
     folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
     is_merged = run.merged.is_dir() and merge_behind(run, run.merged) is None
     merged = f"evaluate {folder} --models base,adapter,merged" if is_merged else f"merge {folder}"
@@ -197,22 +197,26 @@ def parse(arguments: Sequence[str] | None) -> Request:
         epilog="example: accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 "
         "-m trainer.evaluation.generate --run-dir runs/embedded",
     )
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--run-dir", type=for_argparse(place("--run-dir")), required=True, help="the run's folder"
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="which split (default: test)")
     parser.add_argument(
         "--models",
         default="base,adapter,shuffled",
         help=f"comma-separated, of {', '.join(MODELS)} (default: base,adapter,shuffled)",
     )
-    parser.add_argument("--max-samples", type=int, help="ask only so many questions, spread over the split")
+    parser.add_argument(
+        "--max-samples",
+        type=for_argparse(whole("--max-samples", 1, 10**9)),
+        help="ask only so many questions, spread over the split",
+    )
     add_allow(parser)
     given = parser.parse_args(arguments)
     models = tuple(dict.fromkeys(part.strip() for part in given.models.split(",")))
     unknown = [model for model in models if model not in MODELS]
     if unknown:
         parser.error(f"--models: unknown {', '.join(map(repr, unknown))}; choose of {', '.join(MODELS)}")
-    if given.max_samples is not None and given.max_samples < 1:
-        parser.error(f"--max-samples: {given.max_samples} asks nothing; give at least 1")
     run = RunDirectory(given.run_dir.expanduser().absolute())
     return Request(
         run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples, tuple(given.allow)

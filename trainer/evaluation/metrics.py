@@ -1,15 +1,11 @@
-"""Relaxed accuracy, the metric of ChartQA, as the public harnesses compute it, and what a figure is worth.
-
-Source of the rule: pix2struct `metrics.py` (`relaxed_correctness`), which lmms-eval and VLMEvalKit carry too;
-the tolerance is that of Masry et al. 2022, "ChartQA", section 5.1. Its oddities are kept, because figures are
-compared with published ones: "50%" does not answer "50", "1,000" is text, and a year may be 5 % off.
-"""
+"""Relaxed accuracy over many questions (the rule: `trainer.relaxed_accuracy`), and what a figure is worth."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-TOLERANCE = 0.05  # of the target's size
+from trainer.relaxed_accuracy import correct
+
 GROUPS = {0: "human", 1: "augmented"}  # by ChartQA's column human_or_machine
 
 
@@ -31,27 +27,6 @@ class Accuracy(TypedDict):
     standard_error: float | None
     correct: int
     count: int
-
-
-def correct(prediction: str, target: str) -> bool:
-    """Whether `prediction` answers `target` under the relaxed rule.
-
-    Numbers may be 5 % off; all else, a target of zero included, must be the same text but for its case.
-    White space around the prediction is dropped (as VLMEvalKit does).
-    """
-    prediction = prediction.strip()
-    predicted, wanted = _number(prediction), _number(target)
-    if predicted is not None and wanted:
-        return abs(predicted - wanted) / abs(wanted) <= TOLERANCE
-    return prediction.lower() == target.lower()
-
-
-def _number(text: str) -> float | None:
-    """What Python reads as a float; a trailing percent sign divides by 100. None for any other text."""
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:

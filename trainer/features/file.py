@@ -17,9 +17,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+from launch.untrusted_files import UntrustedFileError, open_plain
+
 MAGIC = b"smstpfea"
 VERSION = 1
 HEADER_BYTES = 128
+MOST_BYTES = 2**30
+"""Of a file that is read: ten times the features of the largest image that a Qwen2-VL takes."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that are stored, by their number in the header."""
 
@@ -71,14 +75,18 @@ def read(path: Path, kind: Kind, image: str) -> Features:
     """The features in a file, read at once.
 
     Raises:
-        FlawError: it is torn, damaged, or holds something else than `kind` and `image` say.
+        FlawError: it is torn, damaged, no plain file, or holds something else than `kind` and `image` say.
         OSError: it is missing or cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
+    try:
+        opened = open_plain(path, MOST_BYTES, buffering=0)
+    except UntrustedFileError as error:
+        raise FlawError(error.reason) from None
+    with opened as file:
         content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
         view = content.numpy().data
         got = 0
-        while got < len(view) and (count := file.readinto(view[got:])):  # one read, but for files above 2 GiB
+        while got < len(view) and (count := file.readinto(view[got:])):  # type: ignore[attr-defined]  # one read, but for files above 2 GiB
             got += count
     if got < HEADER_BYTES or got != len(view):
         raise FlawError(f"it is cut off ({got} bytes)")
@@ -89,7 +97,7 @@ def read(path: Path, kind: Kind, image: str) -> Features:
     version, dtype, hidden, time, height, width, key, digest = _FACTS.unpack_from(facts)
     if version != VERSION:
         raise FlawError(f"it is of version {version}, this is {VERSION}")
-    if key != kind.key or DTYPES[dtype] != kind.dtype or hidden != kind.hidden:
+    if key != kind.key or dtype >= len(DTYPES) or DTYPES[dtype] != kind.dtype or hidden != kind.hidden:
         raise FlawError("another vision tower or other settings made it")
     if digest.hex() != image:
         raise FlawError("it belongs to another image")

@@ -36,7 +36,7 @@ def facts_of(recipe: Recipe, tower: nn.Module, image_processor: Any) -> dict[str
     settings = tower.config.to_dict()  # type: ignore[operator, union-attr]
     quantization = recipe.quantization
     facts = {
-        "form": 1,
+        "form": 2,  # 1: grey images of 16 bits were cut at 255
         "tower": tower_digest(tower),
         "products": quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else recipe.model.dtype,
         "settings": {name: value for name, value in settings.items() if not name.startswith(("_", "dtype"))},

@@ -30,8 +30,10 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.caches import cache_root
 from launch.errors import ConfigError
+from launch.untrusted_files import UNREADABLE, read_bytes, read_json
 from trainer.features.file import Features, FlawError, Kind, encode, read
 from trainer.features.identity import differences
 
@@ -179,7 +181,7 @@ class FeatureCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """The open file `used`, locked. No process may be forked meanwhile: the child would hold the lock too."""
-        descriptor = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
@@ -217,9 +219,7 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
     found = FeatureCache(root, kind, place, bound_of(place, root), users)
     if not (about := folder / "about.json").is_file():
         with contextlib.suppress(OSError):
-            aside = folder / f".about-{os.getpid()}"
-            aside.write_text(json.dumps(facts, indent=1, sort_keys=True))
-            aside.rename(about)
+            atomic_write(about, json.dumps(facts, indent=1, sort_keys=True))
     if place == "memory":
         remove_unused(mine=folder)
     return found
@@ -235,7 +235,7 @@ def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     for folder in _folders(cache.root):
         if folder != cache.folder and (size := _used(folder)):
             try:
-                why = differences(facts, json.loads((folder / "about.json").read_text()))
+                why = differences(facts, read_json(folder / "about.json"))
             except (OSError, ValueError, AttributeError):
                 why = "nothing says what made them"
             yield f"vision features: {gigabytes(size)} in {folder} are ignored: {why}"
@@ -357,8 +357,8 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 def _used(folder: Path) -> int:
     try:
-        return int.from_bytes((folder / "used").read_bytes(), "little")
-    except OSError:
+        return int.from_bytes(read_bytes(folder / "used", 8), "little")
+    except UNREADABLE:
         return 0
 
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 from launch.errors import ConfigError
 from launch.recipe import Recipe
+from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.head import score_targets
@@ -46,9 +46,14 @@ def load_base(
     """
     path = base_path(recipe)
     check_is_qwen2_vl(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    text = config.get_text_config()
-    kinds = list(text.layer_types)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+        kinds = list(text.layer_types)
+    except Exception as error:  # transformers raises a dozen types over values of another kind
+        raise ConfigError(
+            f"model.name_or_path: {path}/config.json: {_why(error)}; get the model again"
+        ) from error
     loud = transformers.logging.get_verbosity()
     without = take_layer is not None or not layers
     if without:
@@ -63,11 +68,14 @@ def load_base(
             device_map={"": device},
             attn_implementation="sdpa",
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ConfigError(
-            f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({str(error).strip().splitlines()[0][:300]}); "
+            f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({_why(error)}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
     finally:
@@ -86,6 +94,11 @@ def load_base(
     model.config.use_cache = False
     keep_cpu_weights(model)
     return cast(Qwen2VLForConditionalGeneration, model)
+
+
+def _why(error: Exception) -> str:
+    words = next(iter(str(error).strip().splitlines()), "")[:300]
+    return printable(words) or type(error).__name__
 
 
 def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from launch.folders import published
+from launch.atomic_files import atomic_dir
 
 VISUAL_TOKEN_PIXELS = 28 * 28
 """Pixels behind one visual token: a 2 x 2 merge of 14 x 14 patches."""
@@ -216,6 +216,6 @@ def random_tiny(
     """
     shape = TinyShape(hidden=hidden, layers=layers, mlp=2 * hidden)
     tokenizer = train_tokenizer(texts, vocab_size=448)
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         make_model(tokenizer, shape, seed).save_pretrained(aside)
         make_processor(tokenizer, shape).save_pretrained(aside)

@@ -15,8 +15,8 @@ import torch
 import torch.multiprocessing
 from transformers import Qwen2VLForConditionalGeneration
 
+from launch.atomic_files import atomic_dir
 from launch.errors import RunError
-from launch.folders import published
 from trainer.model.tiny import VISUAL_TOKEN_PIXELS, TinyShape, make_model, make_processor, train_tokenizer
 from trainer.model.tiny_lessons import Batch, Teacher, Training, corpus, read_lessons
 from trainer.model.tiny_student import Student, same_size_images
@@ -209,6 +209,6 @@ def build_tiny(
     with _one_thread(), _second_process(charts, training) as partner:
         model, processor, teacher = _school(charts, training)
         teach(model, teacher, training, progress, partner)
-    with published(folder) as aside:
+    with atomic_dir(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

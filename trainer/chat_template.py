@@ -1,0 +1,43 @@
+"""The chat template of a base model: a program of somebody else's, which is rendered for every row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen2VLProcessor
+
+from launch.errors import ConfigError
+from launch.untrusted_files import printable
+from trainer.bounded import trial
+
+_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+"""Where transformers 5 looks for it, the first one counts."""
+_CHARACTERS = 100_000
+"""The most that it may make of a short conversation."""
+
+
+def refuse_endless_template(processor: Qwen2VLProcessor, folder: Path) -> None:
+    """Render one short conversation, with and without its answer, within bounds of time, memory and length.
+
+    Raises:
+        ConfigError: the template cannot be rendered, or not within the bounds.
+    """
+    if problem := trial(lambda: _render(processor)):
+        name = next((name for name in _FILES if (folder / name).is_file()), _FILES[0])
+        raise ConfigError(
+            f"model.name_or_path: {folder / name}: the chat template cannot be used ({printable(problem)}); get the "
+            "model again"
+        )
+
+
+def _render(processor: Qwen2VLProcessor) -> None:
+    asked: list[dict[str, Any]] = [
+        {"role": "system", "content": [{"type": "text", "text": "Answer."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How high is it?"}]},
+    ]
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "3"}]}]
+    for conversation, prompt in ((asked, True), (answered, False)):
+        text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
+        if len(text) > _CHARACTERS:
+            raise ValueError(f"it makes {len(text):,} characters of a conversation of three lines")

@@ -42,6 +42,14 @@ Allow = Annotated[
         help="Go on although this value differs; may be repeated.",
     ),
 ]
+AllowPart = Annotated[
+    list[str],
+    typer.Option(
+        "--allow",
+        metavar="PART",
+        help="Go on although this part differs from the training's, such as model.processor; may be repeated.",
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(

@@ -92,7 +92,7 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
-    from launch import start
+    from launch import run_identity, start
     from launch.recipe_file import find_recipe, load_recipe
     from launch.rules import refuse_topology
 
@@ -101,7 +101,8 @@ def plan(
     topology = start.for_gpus_of(start.choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = start.load_index(file, loaded, overrides)
-    show_plan(start.plan_of(loaded, index, topology, loaded.name))
+    identity = run_identity.find_identity(loaded, index)
+    show_plan(start.plan_of(loaded, index, topology, loaded.name, identity=identity))
     show_memory(loaded, index, topology)
 
 

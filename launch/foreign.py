@@ -8,9 +8,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from launch.caches import cache_root
 from launch.children import call_module
 from launch.errors import ConfigError, RunError
-from launch.index import cache_root
 from launch.manifest import MANIFEST
 from launch.recipe import recipe_fingerprint
 from launch.recipe_file import find_recipe, load_recipe

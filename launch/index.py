@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launch.caches import cache_root, config_file, embedded_version, versions_of
 from launch.errors import ConfigError
+from launch.file_digests import files_digest
+from launch.model_files import part_files
 from launch.recipe import EMBEDDED
-from launch.untrusted_files import plain_size, read_mapping
+from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,19 +27,10 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-INDEX_VERSION = 3
-# What the embedded charts and the tiny base come from, and what the token counts of any dataset depend on.
-EMBEDDED_SOURCES = (
-    "trainer/data/charts.py",
-    "trainer/data/embedded.py",
-    "trainer/data/tables.py",
-    "trainer/model/tiny.py",
-    "trainer/model/tiny_base.py",
-    "trainer/model/tiny_lessons.py",
-    "trainer/model/tiny_student.py",
-)
-EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
+INDEX_VERSION = 4
+# What the token counts of any dataset depend on.
 COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")
+_COUNTING_PARTS = ("model.processor", "model.chat_template", "model.tokenizer")
 
 
 @dataclass(frozen=True)
@@ -74,37 +65,6 @@ class Index:
     path: Path
     fingerprint: str
     splits: dict[SplitName, Split]
-
-
-def cache_root() -> Path:
-    """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
-    if chosen := os.environ.get("SAMESTEP_CACHE"):
-        return Path(chosen).expanduser().resolve()
-    return hugging_face_home().parent / "samestep"
-
-
-def hugging_face_home() -> Path:
-    """`$HF_HOME`, or its default as huggingface_hub has it."""
-    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser().resolve()
-
-
-def embedded_folder() -> Path:
-    """Where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
-    return cache_root() / f"embedded-{embedded_version()}"
-
-
-@cache
-def embedded_version() -> str:
-    """sha256 (hex, 12 digits) of the code and the package versions that the embedded set is made with."""
-    root = Path(__file__).resolve().parents[1]
-    parts = [(root / source).read_bytes() for source in EMBEDDED_SOURCES]
-    parts.append(json.dumps(_versions(EMBEDDED_PACKAGES)).encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    return {package: version(package) for package in packages}
 
 
 def row_digest(image: bytes, query: str, label: list[str]) -> bytes:
@@ -144,16 +104,13 @@ def local_dataset(recipe: Recipe) -> Path | None:
     return None
 
 
-def _file_facts(files: list[Path]) -> list[tuple[str, int, int]]:
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _processor_facts(name_or_path: str) -> object:
-    """What the token counts of a local model depend on; a hub model is identified by its revision."""
-    folder = Path(name_or_path).expanduser()
-    if name_or_path == EMBEDDED or not folder.is_dir():
-        return name_or_path
-    return _file_facts(sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.txt")]))
+def _processor_facts(recipe: Recipe) -> object:
+    """What the token counts depend on of a model that is here; its name, where it has to be fetched first."""
+    config = config_file(recipe)
+    if config is None:
+        return recipe.model.name_or_path
+    files = part_files(config.parent)
+    return {part: files_digest(files[part]) for part in _COUNTING_PARTS}
 
 
 def index_key(recipe: Recipe) -> str:
@@ -161,15 +118,15 @@ def index_key(recipe: Recipe) -> str:
     data: dict[str, Any] = recipe.data.model_dump(mode="json", exclude={"vision_cache"})
     local = local_dataset(recipe)
     if local is not None:
-        data["files"] = [_file_facts(split_files(local, getattr(recipe.data, split))) for split in SPLITS]
+        data["files"] = [files_digest(split_files(local, getattr(recipe.data, split))) for split in SPLITS]
     facts = {
         "version": INDEX_VERSION,
         "embedded": embedded_version()
         if EMBEDDED in (recipe.data.dataset, recipe.model.name_or_path)
         else None,
-        "packages": _versions(COUNTING_PACKAGES),
+        "packages": versions_of(COUNTING_PACKAGES),
         "data": data,
-        "processor": _processor_facts(recipe.model.name_or_path),
+        "processor": _processor_facts(recipe),
         "revision": recipe.model.revision,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
@@ -182,35 +139,69 @@ def index_path(recipe: Recipe) -> Path:
 
 def read_index(recipe: Recipe) -> Index | None:
     """The recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
-    from pyarrow import ArrowException
-
-    folder = index_path(recipe)
     try:
-        facts = read_mapping(folder / "index.json")
-        splits = {split: _read_split(folder / f"{split}.parquet") for split in SPLITS}
-        return Index(folder, facts["fingerprint"], splits)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, ArrowException):
+        return _read_index(index_path(recipe))
+    except (FileNotFoundError, _DamagedIndexError):
         return None
 
 
-def base_is_there(recipe: Recipe) -> bool:
-    """A look for the base model's folder, without the libraries that load it: what is missing, `prepare` fetches."""
-    name = recipe.model.name_or_path
-    if name == EMBEDDED:
-        return (embedded_folder() / "model" / "config.json").is_file()
-    if (Path(name).expanduser() / "config.json").is_file():
-        return True
-    hub = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
-    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*.safetensors"))
+def index_damage(recipe: Recipe) -> str | None:
+    """Why the recipe's index cannot be believed, in a line; None where it is whole, or not made yet."""
+    try:
+        _read_index(index_path(recipe))
+    except FileNotFoundError:
+        return None
+    except _DamagedIndexError as error:
+        return str(error)
+    return None
 
 
-def _read_split(file: Path) -> Split:
+class _DamagedIndexError(Exception):
+    """Is there, and is not what was written."""
+
+
+def _read_index(folder: Path) -> Index:
+    """An index that is, to the byte, what its `index.json` says; else FileNotFoundError or _DamagedIndexError."""
+    from pyarrow import ArrowException
+
+    try:
+        facts = parse_json(read_bytes(folder / "index.json", DOCUMENT))
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise _DamagedIndexError(f"{folder}: cannot be read ({reason_of(error)})") from None
+    except ValueError as error:
+        raise _DamagedIndexError(f"{folder}: cannot be read ({error})") from None
+    try:
+        files = {split: _as_written(folder / f"{split}.parquet", facts["files"]) for split in SPLITS}
+        splits = {split: _read_split(content) for split, content in files.items()}
+        fingerprint = rows_digest(splits["train"])
+        if fingerprint != facts["fingerprint"]:
+            raise _DamagedIndexError(f"{folder}: its rows are not those of its fingerprint")
+        return Index(folder, fingerprint, splits)
+    except (OSError, ValueError, LookupError, TypeError, ConfigError, ArrowException) as error:
+        raise _DamagedIndexError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def rows_digest(split: Split) -> str:
+    """sha256 (hexadecimal) of the content of all rows of a split, in their order."""
+    return hashlib.sha256(b"".join(split.digests)).hexdigest()
+
+
+def _as_written(file: Path, digests: dict[str, str]) -> bytes:
+    content = read_bytes(file, 16 * TABLE)
+    if hashlib.sha256(content).hexdigest() != digests[file.name]:
+        raise _DamagedIndexError(f"{file}: has another content than was written")
+    return content
+
+
+def _read_split(parquet: bytes) -> Split:
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Not `read_table` and `to_numpy`: they import pandas, a third of `samestep`'s start.
-    plain_size(file)
-    table = pq.ParquetFile(file).read()
+    table = pq.ParquetFile(pa.BufferReader(parquet)).read()
 
     def column(name: str) -> NDArray[np.int64]:
         return np.array(table.column(name).to_pylist(), dtype=np.int64)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
     from launch.index import Index
     from launch.launch_config import LaunchConfig
+    from launch.run_identity import RunIdentity
 
 _STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read back
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "samestep")
+
+
+SamplesDigest = Literal["positions", "content"]
+"""Positions in the split, as runs of older versions have them to their end; or the content of the rows."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Plan:
     `planned_memory`: bytes that a GPU has, and that PyTorch's allocator is planned to reach (0: not known);
     `data_workers`: of each process, None: by the cores of its node.
     `allowed`: what may differ from the run's older checkpoints (`--allow`); `started_from`: the checkpoint of another
-    run that this one began with.
+    run that this one began with. `identity`: digest of every part of `launch.run_identity`, empty where an older
+    version planned; `samples_digest`: what `metrics.jsonl` names the samples of a step by.
     """
 
     __pydantic_config__ = _STRICT
@@ -94,6 +100,8 @@ class Plan:
     begin: Begin = field(default_factory=Begin)
     allowed: list[str] = field(default_factory=list)
     started_from: str = ""
+    identity: dict[str, str] = field(default_factory=dict)
+    samples_digest: SamplesDigest = "positions"
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -152,12 +160,15 @@ def make_plan(
     gpu_memory: int | None = None,
     before: Plan | None = None,
     packages_here: bool = True,
+    identity: RunIdentity | None = None,
+    samples_digest: SamplesDigest = "content",
 ) -> Plan:
     """Derive every number of a run. `device`: `cuda` or `cpu`; `name`: of the run, the recipe's by default.
 
     `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
     GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
     hardware, whose settings stay (`launch.runs.plan_to_keep`). `packages_here`: it runs with this Python's packages.
+    `identity`: of the run, where it is known.
 
     Raises ConfigError with every rule the request breaks.
     """
@@ -205,6 +216,8 @@ def make_plan(
         begin=begin,
         allowed=sorted(allowed),
         started_from=started_from,
+        identity=dict(identity.parts) if identity else {},
+        samples_digest=samples_digest,
     )
 
 

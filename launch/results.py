@@ -60,6 +60,7 @@ class MergeOptions:
     adapter_config: Path | None = None
     lora_alpha: float | None = None
     base_model: str | None = None
+    allow: Sequence[str] = ()
 
     def flags(self, *names: str) -> list[str]:
         """The command line of those named that were given."""
@@ -97,7 +98,8 @@ def merge(
             raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
         run = RunDirectory(folder)
         output = run.merged_dequantized if options.base == "dequantized" else run.merged
-    flags = options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER)
+    allowed = [word for part in options.allow for word in ("--allow", part)]
+    flags = [*options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER), *allowed]
     with _out_of_the_way(folder, output):
         call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
     if compare is False:
@@ -105,7 +107,7 @@ def merge(
     if not in_a_run:
         return False
     both = ["--both-bases"] if compare else []
-    flags = [*options.flags(*_OF_THE_ADAPTER), *both]
+    flags = [*options.flags(*_OF_THE_ADAPTER), *both, *allowed]
     call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
     return True
 

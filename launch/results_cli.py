@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Processes, RunArgument, RunsDir, example
+from launch.arguments import AllowPart, Processes, RunArgument, RunsDir, example
 from launch.option_values import named, one_of, place, positive, several_of, whole
 from launch.screen import say
 
@@ -45,6 +45,7 @@ def evaluate(
         ),
     ] = None,
     gpus_per_node: Processes = None,
+    allow: AllowPart = [],  # noqa: B006 - typer copies it
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
@@ -53,7 +54,8 @@ def evaluate(
     found = start.find_run(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     chosen = [model.strip() for model in models.split(",")]
-    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+    allowed = [word for part in allow for word in ("--allow", part)]
+    results.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node)
 
 
 AdapterConfig = Annotated[
@@ -147,13 +149,14 @@ def merge(
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
+    allow: AllowPart = [],  # noqa: B006
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch import results
 
     options = results.MergeOptions(
-        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model
+        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
     )
     if not results.merge(source, output, options, compare, runs_dir):
         say("not compared with base + adapter: the adapter lies in no run, which would name the data")

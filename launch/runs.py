@@ -17,6 +17,7 @@ from launch.changes import (
     OTHER_RUN,
     Change,
     changes,
+    content_changes,
     refuse_changes,
     refuse_unknown_keys,
     still_allowed,
@@ -24,10 +25,11 @@ from launch.changes import (
 from launch.data_report import keep_report
 from launch.errors import CheckpointError, ConfigError
 from launch.manifest import MANIFEST, read_manifest
-from launch.plan import Begin, Plan
+from launch.plan import Begin, Plan, SamplesDigest
 from launch.publishing import aside_folder, publish
 from launch.recipe import altering_values
 from launch.recipe_file import dump_recipe, load_recipe
+from launch.run_identity import TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.survey import Checkpoint, newest_valid
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Continuation:
     """How a request goes on with what was begun before: nothing, the run itself, or `source`, another run's checkpoint.
 
     `source` is None once the run has a checkpoint of its own; `started_from` says for ever where it came from.
+    `samples_digest`: the form that the run's figures have so far.
     """
 
     begin: Begin = field(default_factory=Begin)
@@ -49,6 +52,7 @@ class Continuation:
     changed: tuple[Change, ...] = ()
     source: Path | None = None
     started_from: str = ""
+    samples_digest: SamplesDigest = "content"
 
 
 class _Facts(BaseModel):
@@ -62,6 +66,7 @@ class _Facts(BaseModel):
     begin: Begin
     recipe: dict[str, Any]
     dataset_fingerprint: str
+    identity: dict[str, str] = {}
 
 
 def continue_run(
@@ -88,7 +93,8 @@ def continue_run(
     carried = still_allowed(old.allowed, allow) if old and now == before else []
     allowed = tuple(sorted({*allow, *carried}))
     if not now or _has_begun(run):
-        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now)
+        digest: SamplesDigest = old.samples_digest if old and _has_begun(run) else "content"
+        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now, digest)
     facts = _facts_of_source(Path(now))
     changed = changes(facts.recipe, altering_values(recipe))
     refuse_changes(changed, allowed, now, _OTHER_SOURCE)
@@ -162,24 +168,29 @@ def _begin_at(facts: _Facts, size: int) -> Begin:
     return facts.begin if facts.global_batch_size == size else Begin(facts.step, facts.samples_consumed)
 
 
-def refuse_another_dataset(
-    run: RunDirectory, fingerprint: str, allow: Sequence[str], source: Path | None = None
+def refuse_another_identity(
+    run: RunDirectory, identity: RunIdentity, allow: Sequence[str], source: Path | None = None
 ) -> list[Change]:
-    """Rows that differ behind the same words, unless allowed; a run without a step has nothing to lose.
+    """Rows, weights or settings that differ behind the same words, unless allowed, which are returned.
 
-    `source`: the checkpoint of another run to begin with.
+    A run without a step has nothing to lose; what an older version did not record is not compared. `source`: the
+    checkpoint of another run to begin with.
     """
     if source is not None:
-        old, place, instead = _facts_of_source(source).dataset_fingerprint, str(source), _OTHER_SOURCE
+        recorded = recorded_identity(_facts_of_source(source).model_dump(exclude_unset=True))
+        place, instead = str(source), _OTHER_SOURCE
     else:
         plan = old_plan(run) if _has_begun(run) else None
-        old = plan.dataset_fingerprint if plan else fingerprint
+        recorded = planned_identity(plan) if plan else RunIdentity({})
         place, instead = str(run.path), OTHER_RUN
-    if old == fingerprint:
-        return []
-    found = [Change("data.content", old[:12], fingerprint[:12])]
+    found = content_changes(recorded, identity)
     refuse_changes(found, allow, place, instead)
     return found
+
+
+def planned_identity(plan: Plan) -> RunIdentity:
+    """What a plan was made for; of one that an older version made, the rows of training alone."""
+    return RunIdentity({**plan.identity, TRAIN_ROWS: plan.dataset_fingerprint})
 
 
 def refuse_an_end_behind(run: RunDirectory, max_steps: int, source: Path | None = None) -> None:

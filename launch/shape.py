@@ -6,11 +6,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.index import embedded_folder
-from launch.recipe import EMBEDDED
+from launch.caches import config_file
 from launch.untrusted_files import read_mapping
 
 if TYPE_CHECKING:
@@ -119,24 +117,6 @@ def read_shape(recipe: Recipe) -> ModelShape | str:
         return shape_of(read_mapping(file))
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         return f"{file} cannot be read as a Qwen2-VL's ({type(error).__name__}: {error})"
-
-
-def config_file(recipe: Recipe) -> Path | None:
-    """Where config.json of a recipe's base lies: in its folder, the embedded one, or the hub's cache; None: nowhere."""
-    name = recipe.model.name_or_path
-    folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder / "config.json"
-    if name == EMBEDDED or folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

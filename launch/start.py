@@ -11,12 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import run_identity
+from launch.caches import base_is_there
 from launch.changes import Change
 from launch.children import call_module
 from launch.data_report import known_notes, summary
 from launch.errors import ConfigError, InUseError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
-from launch.index import base_is_there, read_index
+from launch.index import read_index
 from launch.launching import ALONE, Machine, launch, tell
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe
@@ -41,7 +43,7 @@ from launch.runs import (
     old_plan,
     plan_to_keep,
     refuse_an_end_behind,
-    refuse_another_dataset,
+    refuse_another_identity,
     refuse_lost_checkpoints,
     write_request,
 )
@@ -50,6 +52,7 @@ from launch.survey import Checkpoint, newest_valid
 
 if TYPE_CHECKING:
     from launch.index import Index
+    from launch.run_identity import RunIdentity
 
 # Of a run: checkpoints of a few adapters; more is for the machine's owner to see to.
 NEEDED_BYTES = 100 * 2**20
@@ -221,15 +224,16 @@ def plan_run(request: RunRequest) -> PlannedRun:
     index = load_index(checked.recipe_file, recipe, request.overrides)
     begun, source = _begun(request, run), continuation.source
     allowed = continuation.allowed if source else request.allow
-    other_data = refuse_another_dataset(begun, index.fingerprint, allowed, source)
+    identity = run_identity.find_identity(recipe, index)
+    others = refuse_another_identity(begun, identity, allowed, source)
     topology = checked.topology
     hardware = {name: getattr(topology, name) for name in ("strategy", "nodes", "gpus_per_node", "device")}
     before = plan_to_keep(
         begun, recipe, {**hardware, "gpu_memory": topology.gpu_memory or 0}, index.fingerprint
     )
-    plan = plan_of(recipe, index, topology, run.name, continuation, before)
+    plan = plan_of(recipe, index, topology, run.name, continuation, before, identity)
     refuse_an_end_behind(begun, plan.max_steps, source)
-    return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *other_data))
+    return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *others))
 
 
 @contextmanager
@@ -251,6 +255,7 @@ def plan_of(
     name: str,
     continuation: Continuation = Continuation(),  # noqa: B008 - frozen
     before: Plan | None = None,
+    identity: RunIdentity | None = None,
 ) -> Plan:
     """The plan of a recipe on a topology, going on with what was begun before, with the settings of `before`."""
     return make_plan(
@@ -267,6 +272,8 @@ def plan_of(
         gpu_memory=topology.gpu_memory,
         before=before,
         packages_here=topology.packages_here,
+        identity=identity,
+        samples_digest=continuation.samples_digest,
     )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch import ledger, start
 from launch.atomic_files import atomic_write
+from launch.caches import cache_root, hugging_face_home
 from launch.errors import ConfigError
-from launch.index import cache_root, hugging_face_home
 from launch.resources import resource
 from launch.run_directory import (
     RunDirectory,

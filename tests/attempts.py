@@ -15,7 +15,6 @@ from tests.checkpoints import write_aside
 from tests.indexes import embedded_recipe, make_index
 
 BATCH = "batch.global_batch_size"
-BASE = "b" * 64
 INDEX = make_index(50)
 
 
@@ -63,7 +62,7 @@ def save_step(run: RunDirectory, recipe: Recipe, plan: Plan, step: int, **other:
         "begin": asdict(plan.begin),
         "recipe": altering_values(recipe),
         "dataset_fingerprint": plan.dataset_fingerprint,
-        "base_identity": BASE,
+        "identity": plan.identity,
         "started_from": plan.started_from,
     }
     final = run.checkpoint(step)

@@ -17,6 +17,7 @@ from launch.children import Ended
 from launch.plan import Plan
 from launch.recipe_file import load_recipe
 from launch.run_directory import MarkerKind, RunDirectory, write_marker
+from launch.run_identity import data_identity
 from tests.attempts import save_step
 from tests.indexes import make_index
 
@@ -85,6 +86,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
     monkeypatch.setattr("launch.children.wait_for", fake)
     monkeypatch.setattr("launch.start.read_index", lambda _: make_index())
     monkeypatch.setattr("launch.start.base_is_there", lambda _: True)
+    monkeypatch.setattr("launch.run_identity.find_identity", lambda _, index: data_identity(index))
     monkeypatch.setattr("launch.plan.read_shape", lambda _: "no base here")
     set_gpus(monkeypatch, 0)
     return fake

@@ -7,6 +7,7 @@ from launch.changes import (
     Change,
     changes,
     consequences,
+    content_changes,
     refuse_changes,
     refuse_unknown_keys,
     still_allowed,
@@ -14,10 +15,11 @@ from launch.changes import (
 )
 from launch.errors import ConfigError
 from launch.recipe import altering_values
+from launch.run_identity import MODEL_PARTS, PARTS, RunIdentity
 from tests.indexes import embedded_recipe
 
 OLD = altering_values(embedded_recipe())
-KEYS = [*OLD, *CONTENT_KEYS]
+KEYS = [*OLD, *CONTENT_KEYS, *PARTS]
 
 
 def changed(*overrides: str) -> list[Change]:
@@ -76,7 +78,16 @@ def test_what_the_stored_adapter_is_made_of_is_never_allowed(override: str, key:
 @pytest.mark.parametrize(
     ("key", "allowed", "other"),
     [
-        ("data.content", ["data.content", "data.dataset", "data.revision", "data.train"], "data.loss"),
+        (
+            "data.train.rows",
+            ["data.content", "data.dataset", "data.revision", "data.train"],
+            "data.validation",
+        ),
+        ("data.test.rows", ["data.content", "data.dataset", "data.test", "data.test.rows"], "data.train"),
+        *(
+            (part, [part, "model.content", "model.name_or_path", "model.revision"], "model.dtype")
+            for part in MODEL_PARTS
+        ),
         ("model.content", ["model.content", "model.name_or_path", "model.revision"], "model.dtype"),
     ],
 )
@@ -90,17 +101,42 @@ def test_another_dataset_or_base_has_another_content_and_no_other_value_has(
 
 
 def test_an_allowance_of_contents_is_of_those_that_are_there_now_and_of_no_later_ones() -> None:
-    now = {"data.content": "a" * 64, "model.content": "b" * 64}
+    now = {"data.train.rows": "a" * 64, "model.processor": "b" * 64}
     tied = tie_contents(["data.dataset", "model.content", "training.seed"], now)
-    assert tied == [f"data.content={'a' * 12}", "data.dataset", f"model.content={'b' * 12}", "training.seed"]
+    assert tied == [
+        "data.dataset",
+        f"data.train.rows={'a' * 12}",
+        f"model.processor={'b' * 12}",
+        "training.seed",
+    ]
     assert tie_contents(tied, now) == tied
     for key, content in now.items():
         refuse_changes([Change(key, "x" * 64, content)], tied, "runs/x")
         assert f"--allow {key}" in refusal([Change(key, content, "c" * 64)], *tied)[0]
     assert tie_contents(tied, dict.fromkeys(now, "c" * 64)) == tied
     anew = still_allowed(tied, ["data.revision"])
-    assert anew == ["data.dataset", f"model.content={'b' * 12}", "training.seed"]
-    refuse_changes([Change("data.content", "a" * 64, "c" * 64)], [*anew, "data.revision"], "runs/x")
+    assert anew == ["data.dataset", f"model.processor={'b' * 12}", "training.seed"]
+    assert still_allowed(tied, ["model.content"]) == tied[:2] + tied[3:]
+    refuse_changes([Change("data.train.rows", "a" * 64, "c" * 64)], [*anew, "data.revision"], "runs/x")
+
+
+def test_what_an_older_version_allowed_of_the_data_holds_for_its_rows() -> None:
+    found = [Change("data.train.rows", "a" * 64, "b" * 64)]
+    refuse_changes(found, [f"data.content={'b' * 12}", "data.dataset"], "runs/x")
+    refusal(found, f"data.content={'c' * 12}", "data.dataset")
+
+
+def test_each_part_that_differs_is_named_with_both_digests_and_an_unknown_one_is_not_compared() -> None:
+    old = RunIdentity({"model.weights": "a" * 32, "model.processor": "b" * 32, "data.test.rows": "c" * 64})
+    now = RunIdentity(dict.fromkeys(PARTS, "d" * 32) | {"model.weights": "a" * 32})
+    lines = refusal(content_changes(old, now))
+    assert lines[0].startswith(
+        "model.processor: the run has 'bbbbbbbbbbbb', here it is 'dddddddddddd' (processor_config.json, "
+    )
+    assert lines[0].endswith("--allow model.processor")
+    assert lines[1].startswith("data.test.rows: the run has 'cccccccccccc', here it is 'dddddddddddd'")
+    assert len(lines) == 3
+    assert old.missing() == [part for part in PARTS if part not in old.parts]
 
 
 def test_a_key_that_one_side_does_not_know_is_a_change() -> None:
@@ -148,7 +184,10 @@ def test_every_allowed_change_has_a_consequence_of_its_kind(key: str) -> None:
         ("training.max_steps", "a rate that had decayed rises again"),
         ("training.seed", "some a second time, some not at all"),
         ("lora.lora_alpha", "the loss jumps"),
-        ("data.content", "sees the new data"),
+        ("data.train.rows", "sees the new data"),
+        ("data.validation.rows", "what is trained stays the same"),
+        ("model.processor", "the images become other numbers"),
+        ("model.chat_template", "other words"),
         ("data.validation", "what is trained stays the same"),
         ("model.content", "other weights"),
         ("quantization.bnb_4bit_quant_type", "quantized in another way"),

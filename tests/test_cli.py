@@ -492,7 +492,7 @@ def test_a_run_on_other_data_is_refused_and_stays_as_it_is(
     before = {file.name: file.read_bytes() for file in Path("runs/embedded").iterdir() if file.is_file()}
     monkeypatch.setattr("launch.start.read_index", lambda _: replace(make_index(), fingerprint="e" * 64))
     assert samestep("run", *EMBEDDED) == 2
-    assert "data.content: the run has 'ffffffffffff', the recipe 'eeeeeeeeeeee'" in capsys.readouterr().err
+    assert "data.train.rows: the run has 'ffffffffffff', here it is 'eeeeeeeeeeee'" in capsys.readouterr().err
     assert {f.name: f.read_bytes() for f in Path("runs/embedded").iterdir() if f.is_file()} == before
 
 

@@ -112,10 +112,10 @@ def test_other_rows_are_allowed_by_name_and_then_stay_the_runs_own(
     other = make_index(200)
     monkeypatch.setattr("launch.start.read_index", lambda _: type(other)(other.path, "e" * 64, other.splits))
     assert samestep("run", *EMBEDDED, "--allow", "data.loss") == 2
-    assert "--allow data.content" in capsys.readouterr().err
+    assert "--allow data.train.rows" in capsys.readouterr().err
     stopped.marker, stopped.saves = None, []
     assert samestep("run", *EMBEDDED, "--allow", "data.content") == 1
-    assert "allowed: data.content: 'ffffffffffff' -> 'eeeeeeeeeeee'; " in capsys.readouterr().out
+    assert "allowed: data.train.rows: 'ffffffffffff' -> 'eeeeeeeeeeee'; " in capsys.readouterr().out
     assert samestep("run", *EMBEDDED) == 1
     assert plan_of().allowed == ["data.content"]
     assert plan_of().dataset_fingerprint == "e" * 64
@@ -244,7 +244,7 @@ def test_a_source_on_other_rows_is_refused_and_nothing_is_written(
     other = make_index(200)
     monkeypatch.setattr("launch.start.read_index", lambda _: type(other)(other.path, "e" * 64, other.splits))
     assert samestep("run", *EMBEDDED, *FROM) == 2
-    assert "--allow data.content" in capsys.readouterr().err
+    assert "--allow data.train.rows" in capsys.readouterr().err
     assert not Path("runs/second").exists()
 
     def killed(*_: object) -> None:

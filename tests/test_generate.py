@@ -1,15 +1,19 @@
 """Answers: those of plain calls, for any number of ranks; their figures; failures that all ranks share."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launch.index import read_index
+from launch.publishing import publish
 from launch.recipe import Recipe
 from launch.recipe_file import dump_recipe, recipe_from_dict
 from launch.run_directory import RunDirectory
+from launch.run_identity import MODEL_PARTS, find_identity
 from tests.adapters import random_adapter, write_run
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
@@ -111,6 +115,29 @@ def test_the_table_names_paths_and_the_next_commands(
     written = json.loads(run.eval_file("test", 5).read_text())
     assert [each["row"] for each in written["predictions"]] == [0, 2, 4, 7, 9]
     assert len(json.loads(run.eval_file().read_text())["predictions"]) > 5
+
+
+def test_what_is_evaluated_is_held_against_what_was_trained(
+    world: Path, recipe: Recipe, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "data.test.rows"
+    assert set(result["identity"]) == {*MODEL_PARTS, rows}
+    assert result["differs"] == {}
+    run = write_run(recipe, tmp_path / "run")
+    index = read_index(recipe)
+    assert index is not None
+    identity = find_identity(recipe, index).parts | {"model.processor": "a" * 32, rows: "b" * 64}
+    shutil.copytree(run.adapter, tmp_path / "aside")
+    publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, "identity": identity})
+    asked = ["--run-dir", str(run.path), "--models", "base", "--max-samples", "2"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "model.processor: checkpoint-3/manifest.json has 'aaaaaaaaaaaa', here it is '" in said
+    assert f"{rows}: checkpoint-3/manifest.json has 'bbbbbbbbbbbb', here it is '" in said
+    assert main([*asked, "--allow", "model.content", "--allow", rows]) == 0
+    written = json.loads(run.eval_file("test", 2).read_text())
+    assert written["differs"].keys() == {"model.processor", rows}
+    assert written["differs"]["model.processor"]["run"] == "a" * 32
 
 
 def test_what_is_missing_is_refused_with_what_to_do(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from launch.errors import CheckpointError
+from launch.model_files import old_base_identity
 from launch.publishing import publish
 from launch.recipe import Recipe
 from launch.recipe_file import dump_recipe, recipe_from_dict
+from launch.run_identity import model_identity
 from tests.adapters import write_run
 from tests.conftest import recipe_values
 from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by_peft
@@ -34,7 +38,6 @@ from trainer.checkpoint.names import memory_name
 from trainer.checkpoint.verify import MergeReport, verify
 from trainer.model.base import load_base
 from trainer.model.tiny import random_tiny
-from trainer.pretrained import folder_identity
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +192,25 @@ def test_the_rounded_base_needs_to_know_how_it_was_rounded(
 # The base of the training ----------------------------------------------------------------
 
 
+def _of_now(base: Path) -> dict[str, Any]:
+    return {"identity": dict(model_identity(base).parts)}
+
+
+def _of_an_older_version(base: Path) -> dict[str, Any]:
+    return {"base_identity": old_base_identity(base)}
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [(_of_now, r"the same content \(weights "), (_of_an_older_version, r"the same sampled content \(")],
+)
 def test_a_base_of_another_revision_is_refused_where_the_run_says_its_own(
-    world: Path, tmp_path: Path
+    world: Path, tmp_path: Path, facts: Callable[[Path], dict[str, Any]], words: str
 ) -> None:
     run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
     aside = tmp_path / "aside"
     shutil.copytree(run.adapter, aside)
-    publish(aside, run.checkpoint(3), {"step": 3, "base_identity": folder_identity(world / "base")})
+    publish(aside, run.checkpoint(3), {"step": 3, **facts(world / "base")})
     random_tiny(tmp_path / "other", seed=1)
     for source in (run.path, run.adapter, run.checkpoint(3)):
         with pytest.raises(CheckpointError, match="is not the base that the run was trained on"):
@@ -203,13 +218,43 @@ def test_a_base_of_another_revision_is_refused_where_the_run_says_its_own(
     shutil.copytree(world / "base", tmp_path / "same")
     check = check_base(read_adapter(run.path), tmp_path / "same")
     assert check.compared
-    assert str(check).startswith("base compared with the training's: the same content (")
+    assert re.match(f"base compared with the training's: {words}", str(check))
+
+
+def test_each_part_of_a_base_that_differs_is_named_with_both_digests_and_may_be_allowed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
+    shutil.copytree(run.adapter, tmp_path / "aside")
+    publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, **_of_now(world / "base")})
+    other = Path(shutil.copytree(world / "base", tmp_path / "v1" / "snapshots" / "v1"))
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (other / name).write_text((other / name).read_text() + "\n")
+    asked = [str(run.path), "--output", str(tmp_path / "merged"), "--base-model", str(other)]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    here, there = model_identity(other).parts, model_identity(world / "base").parts
+    for part in ("model.processor", "model.chat_template"):
+        assert (
+            f"{part}: checkpoint-3/manifest.json has '{there[part][:12]}', here it is '{here[part][:12]}'"
+            in said
+        )
+    assert "model.weights" not in said
+    assert main([*asked, "--allow", "model.processor"]) == 2
+    assert "(parts that differ: 1)" in capsys.readouterr().err
+    assert main([*asked, "--allow", "model.procesor"]) == 2
+    assert "did you mean model.processor?" in capsys.readouterr().err
+    assert main([*asked, "--allow", "model.processor", "--allow", "model.chat_template"]) == 0
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert "it differs as allowed; model.processor: checkpoint-3" in record["base_comparison"]
+    assert record["base_comparison"] in (tmp_path / "merged" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
         (None, "no checkpoint of the run is left"),
+        ({"base_identity": "v1"}, "checkpoint-3/manifest.json does not say what its base was"),
         ({}, "checkpoint-3/manifest.json does not say what its base was"),
         ({"base_identity": None}, "checkpoint-3/manifest.json does not say what its base was"),
         ({"base_identity": "a" * 40}, "checkpoint-3/manifest.json knows its base by its commit"),
@@ -245,10 +290,14 @@ def test_where_the_base_was_compared_that_is_said_and_of_a_bare_adapter_that_it_
     run = write_run(recipe_from_dict(recipe_values(world)), tmp_path / "run")
     bare = Path(shutil.copytree(run.adapter, tmp_path / "bare"))
     shutil.copytree(run.adapter, tmp_path / "aside")
-    identity = folder_identity(world / "base")
-    publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, "base_identity": identity})
+    publish(tmp_path / "aside", run.checkpoint(3), {"step": 3, **_of_now(world / "base")})
+    weights = model_identity(world / "base").parts["model.weights"]
     for source, words, compared in (
-        (run.path, f"base compared with the training's: the same content ({identity[:12]})", True),
+        (
+            run.path,
+            f"base compared with the training's: the same content (weights {weights[:12]}, 6 parts)",
+            True,
+        ),
         (bare, "base not compared with the training's: bare is no checkpoint of samestep", False),
     ):
         output = tmp_path / f"merged-{source.name}"

@@ -71,7 +71,7 @@ def ours(
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     seen = Gradients()
     model = add_lora(load_base(recipe, torch.device("cpu")), recipe)
-    task, watch = Task(recipe, plan, index, run, base=""), Watch(run, 0, os.getppid())
+    task, watch = Task(recipe, plan, index, run), Watch(run, 0, os.getppid())
     trainer = build_trainer(model, task, encoder, watch, 0, FirstStep(time.time()))
     trainer.add_callback(seen)
     trainer.train()

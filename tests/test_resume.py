@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.manifest import read_manifest
+from launch.index import Index, read_index
+from launch.manifest import read_manifest, seal_of
+from launch.model_files import old_base_identity
+from launch.plan import step_plan
+from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory, clear_markers, read_marker, request_stop
+from launch.run_identity import DATA_PARTS, MODEL_PARTS
 from tests.distributed.recorded import (
     adapter_of,
     assert_the_same_to_the_byte,
@@ -24,6 +31,7 @@ from tests.distributed.recorded import (
     sha256_of,
     write_recipe,
 )
+from trainer.records import samples_digest
 from trainer.saving import Saver
 from trainer.sft import PlannedTrainer
 from trainer.train import main
@@ -62,6 +70,12 @@ def _copy(done: RunDirectory, folder: Path, *without: int) -> RunDirectory:
     return run
 
 
+def index_of(run: RunDirectory) -> Index:
+    index = read_index(load_recipe(run.recipe_file))
+    assert index is not None
+    return index
+
+
 def _again(run: RunDirectory, *more: str) -> int:
     return _train(run.path.parent / "recipe.yaml", run.name, *more)
 
@@ -77,8 +91,13 @@ def test_a_checkpoint_says_what_it_is(done: RunDirectory) -> None:
     assert facts["recipe"]["lora.lora_dropout"] == 0.05
     assert facts["quantization"]["load_in_4bit"] is False
     assert facts["versions"]["torch"]
-    for key in ("recipe_fingerprint", "dataset_fingerprint", "base_identity"):
+    for key in ("recipe_fingerprint", "dataset_fingerprint"):
         assert len(facts[key]) >= 40
+    assert {part: len(digest) for part, digest in facts["identity"].items()} == {
+        **dict.fromkeys(MODEL_PARTS, 32),
+        **dict.fromkeys(DATA_PARTS, 64),
+    }
+    assert facts["identity"] == run_of(done.path).plan.identity
     manifest = read_manifest(done.checkpoint(4), verify=True)
     assert sorted(manifest["files"]) == [
         "adapter_config.json",
@@ -377,13 +396,14 @@ def test_another_global_batch_size_goes_on_at_the_same_place_of_the_stream(
     facts = run_of(run.path).facts(6)
     assert facts["samples_consumed"] == 40
     from launch.steps import step_samples
-    from trainer.records import samples_digest
+    from trainer.records import rows_digest
 
+    rows = index_of(run).splits["train"].digests
     stream = step_samples(
         4, n=60, global_batch_size=8, seed=42, fingerprint=straight.dataset_fingerprint
     ).tolist()
     digests = [line["samples_digest"] for line in metrics_of(run.path)][4:]
-    assert digests == [samples_digest(stream[:4]), samples_digest(stream[4:])]
+    assert digests == [rows_digest(rows[each] for each in half) for half in (stream[:4], stream[4:])]
     assert _again(run) == 0  # the same command again finds nothing to do, and refuses nothing
 
 
@@ -406,15 +426,106 @@ def test_a_run_begins_with_a_checkpoint_of_another(
     assert [line["step"] for line in evaluations_of(tmp_path / "other")] == [4, 6]
 
 
-def test_another_base_behind_the_same_name_is_refused_by_its_content(
+@contextmanager
+def edited(file: Path, old: str, new: str) -> Iterator[None]:
+    """A file of the world that all tests share, changed for the block."""
+    content = file.read_text()
+    assert old in content
+    file.write_text(content.replace(old, new))
+    try:
+        yield
+    finally:
+        file.write_text(content)
+
+
+def test_another_processor_behind_the_same_name_is_refused_and_may_be_allowed(
+    world: Path,
     done: RunDirectory,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = _copy(done, tmp_path, 6)
-    monkeypatch.setattr("trainer.request.base_identity", lambda recipe: "0" * 64)
+    before = run_of(done.path).facts(4)["identity"]["model.processor"]
+    with edited(world / "base" / "processor_config.json", "0.48145466", "0.9"):
+        assert _again(run) == 2
+        said = capsys.readouterr().err
+        assert f"model.processor: the run has '{before[:12]}', here it is '" in said
+        assert "--allow model.processor" in said
+        assert _again(run, "--allow", "model.content") == 0
+        assert "the images become other numbers from now on" in caplog.text
+        after = run_of(run.path).facts(6)["identity"]
+        assert after["model.processor"] != before
+        assert f"model.processor={after['model.processor'][:12]}" in run_of(run.path).plan.allowed
+        losses = [line["loss"] for line in metrics_of(run.path)]
+        undisturbed = [line["loss"] for line in metrics_of(done.path)]
+        assert (losses[:4], losses[4] == undisturbed[4]) == (undisturbed[:4], False)
+        marker = read_marker(run)
+        assert marker is not None
+        assert marker.kind == "DONE"
+    with edited(world / "base" / "processor_config.json", "0.48145466", "0.8"):
+        assert _again(run) == 2  # what was allowed was that other processor, not any
+
+
+def test_a_plan_that_was_made_for_another_template_is_refused_before_it_is_taken_up(
+    world: Path, done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(done, tmp_path, 6)
+    with edited(world / "base" / "chat_template.jinja", "{%- for message", "{#- edited -#}{%- for message"):
+        assert main(["--run-dir", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert "model.chat_template: planned for '" in said
+    assert "was made for other data or another base (parts that differ: 1)" in said
+
+
+def _as_an_older_version_left_it(run: RunDirectory) -> None:
+    """Without the identity by parts, and with samples named by their positions."""
+    steps = step_plan(load_recipe(run.recipe_file), index_of(run), run_of(run.path).plan)
+    plan = json.loads(run.plan_file.read_text())
+    base = Path(load_recipe(run.recipe_file).model.name_or_path)
+    for key in ("identity", "samples_digest"):
+        del plan[key]
+    run.plan_file.write_text(json.dumps(plan))
+    for folder in run.checkpoints():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["facts"]["identity"]
+        manifest["facts"]["base_identity"] = old_base_identity(base)
+        manifest["sha256"] = seal_of(manifest["facts"], manifest["files"])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    lines = [
+        line | {"samples_digest": samples_digest(steps.samples(line["step"] - 1))}
+        for line in metrics_of(run.path)
+    ]
+    run.metrics_file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_a_run_of_an_older_version_goes_on_and_its_identity_is_recorded_from_then_on(
+    world: Path, done: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, whole = _copy(done, tmp_path / "half", 6), _copy(done, tmp_path / "whole")
+    _as_an_older_version_left_it(whole)
+    _as_an_older_version_left_it(run)
+    assert _again(run) == 0
+    assert "checkpoint-4: does not record all that makes its run (an older version wrote it, " in caplog.text
+    assert "; not compared, but for the base as far as it is recorded (sample " in caplog.text
+    assert [line["samples_digest"] for line in metrics_of(run.path)] == [
+        line["samples_digest"] for line in metrics_of(whole.path)
+    ]
+    assert run_of(run.path).plan.samples_digest == "positions"
+    assert run_of(run.path).facts(6)["identity"] == run_of(done.path).facts(6)["identity"]
+    caplog.clear()
+    assert _again(run) == 0
+    assert "does not record" not in caplog.text
+    assert run_of(run.path).plan.samples_digest == "positions"
+
+
+def test_an_older_version_s_base_is_compared_as_far_as_it_was_recorded(
+    done: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _copy(done, tmp_path, 6)
+    _as_an_older_version_left_it(run)
+    for module in ("resume", "request"):
+        monkeypatch.setattr(f"trainer.{module}.old_base_identity", lambda _: "0" * 64)
     assert _again(run) == 2
     said = capsys.readouterr().err
     assert "model.content: the run has" in said
@@ -423,7 +534,15 @@ def test_another_base_behind_the_same_name_is_refused_by_its_content(
     assert marker is not None
     assert marker.kind == "REFUSED"
     assert _again(run, "--allow", "model.content") == 0
-    assert "the adapter goes on over other weights than it was trained on" in caplog.text
-    assert run_of(run.path).facts(6)["base_identity"] == "0" * 64
-    monkeypatch.setattr("trainer.request.base_identity", lambda recipe: "1" * 64)
-    assert _again(run) == 2  # what was allowed was that other base, not any
+
+
+def test_lost_and_doubled_figures_are_said_at_the_resume(
+    done: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _copy(done, tmp_path, 6)
+    lines = run.metrics_file.read_text().splitlines()
+    run.metrics_file.write_text("\n".join([lines[0], lines[0], lines[1], lines[2][:30], *lines[3:]]))
+    assert _again(run) == 0
+    assert "had more than one line of step 1;" in caplog.text
+    assert "has no whole line of step 3 (" in caplog.text
+    assert [line["step"] for line in metrics_of(run.path)] == [1, 2, 4, 5, 6]

@@ -14,11 +14,12 @@ from launch.errors import CheckpointError, ConfigError
 from launch.plan import Begin, Plan, samples_consumed, step_plan
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.run_identity import RunIdentity
 from launch.runs import (
     Continuation,
     continue_run,
     refuse_an_end_behind,
-    refuse_another_dataset,
+    refuse_another_identity,
 )
 from launch.steps import step_samples
 from tests.attempts import BATCH, INDEX, attempt, planned, recipe_of, save_step
@@ -199,28 +200,34 @@ def test_a_run_whose_own_recipe_cannot_be_read_says_which_file_and_what_to_do(
 # its data and its end
 
 
+def rows_of(fingerprint: str) -> RunIdentity:
+    return RunIdentity({"data.train.rows": fingerprint})
+
+
 def test_other_rows_behind_the_same_words_are_refused_unless_allowed(run: RunDirectory) -> None:
-    old, new = INDEX.fingerprint, "e" * 64
-    assert refuse_another_dataset(run, new, ()) == []
+    old, new = rows_of(INDEX.fingerprint), rows_of("e" * 64)
+    assert refuse_another_identity(run, new, ()) == []
     attempt(run, recipe_of())
-    assert refuse_another_dataset(run, new, ()) == []  # no step, nothing to lose
+    assert refuse_another_identity(run, new, ()) == []  # no step, nothing to lose
     attempt(run, recipe_of(), save=5)
-    assert refuse_another_dataset(run, old, ()) == []
+    assert refuse_another_identity(run, old, ()) == []
     for useless in ([], ["data.loss"], ["training.seed"]):
-        with pytest.raises(ConfigError, match=r"data\.content: the run has 'ffff.*--allow data\.content"):
-            refuse_another_dataset(run, new, useless)
+        with pytest.raises(
+            ConfigError, match=r"data\.train\.rows: the run has 'ffff.*--allow data\.train\.rows"
+        ):
+            refuse_another_identity(run, new, useless)
     for allow in (["data.content"], ["data.dataset"]):
-        (change,) = refuse_another_dataset(run, new, allow)
-        assert (change.key, change.old, change.new) == ("data.content", old[:12], new[:12])
+        (change,) = refuse_another_identity(run, new, allow)
+        assert (change.key, change.old, change.new) == ("data.train.rows", "f" * 64, "e" * 64)
     run.plan_file.write_text("{")  # then the checkpoint's own words decide, in the trainer
-    assert refuse_another_dataset(run, new, ()) == []
+    assert refuse_another_identity(run, new, ()) == []
 
 
 def test_a_source_on_other_rows_is_refused_unless_allowed(run: RunDirectory, other: Path) -> None:
-    assert refuse_another_dataset(run, INDEX.fingerprint, (), other) == []
+    assert refuse_another_identity(run, rows_of(INDEX.fingerprint), (), other) == []
     with pytest.raises(ConfigError, match=r"checkpoint-10: was begun otherwise"):
-        refuse_another_dataset(run, "e" * 64, (), other)
-    assert len(refuse_another_dataset(run, "e" * 64, ("data.content",), other)) == 1
+        refuse_another_identity(run, rows_of("e" * 64), (), other)
+    assert len(refuse_another_identity(run, rows_of("e" * 64), ("data.content",), other)) == 1
 
 
 def test_an_end_that_lies_behind_the_run_is_refused_before_anything_is_written(

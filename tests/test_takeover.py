@@ -131,7 +131,11 @@ def test_another_lora_is_refused_with_the_values(
     [(None, None), ({}, None), ({"revision": "main"}, None), ({"revision": "c" * 40}, "c" * 40)],
 )
 def test_a_base_of_which_only_a_name_is_known_is_not_called_the_recipes(
-    world: Path, tmp_path: Path, config: dict[str, Any] | None, known: str | None
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any] | None,
+    known: str | None,
 ) -> None:
     recipe = recipe_from_dict(recipe_values(world))
     found = take_over(make_adapter(world / "base", tmp_path / "adapter", r=8))
@@ -146,10 +150,12 @@ def test_a_base_of_which_only_a_name_is_known_is_not_called_the_recipes(
     newest, _ = newest_valid(tmp_path / "taken")
     assert newest is not None
     run = RunDirectory(tmp_path / "run")
-    refuse_another_run(Task(recipe, plan, index, run, known or "b" * 64), newest)
+    monkeypatch.setattr("trainer.resume.old_base_identity", lambda _: known or "b" * 64)
+    refuse_another_run(Task(recipe, plan, index, run), newest)
     if known:
+        monkeypatch.setattr("trainer.resume.old_base_identity", lambda _: "b" * 64)
         with pytest.raises(ConfigError, match=r"model\.content: the run has 'c"):
-            refuse_another_run(Task(recipe, plan, index, run, "b" * 64), newest)
+            refuse_another_run(Task(recipe, plan, index, run), newest)
 
 
 def test_a_folder_that_holds_nothing_is_refused(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from launch.errors import ConfigError, RunError, SamestepError
+from launch.index import row_digest
 from launch.launch_config import LaunchConfig
 from launch.plan import Plan, make_plan
 from launch.recipe_file import dump_recipe, recipe_from_dict
@@ -22,7 +23,7 @@ from launch.run_directory import RunDirectory, hold_lock, read_marker
 from tests.conftest import recipe_values
 from trainer.agreement import say_once
 from trainer.guards import check_adapters, check_finite
-from trainer.records import append_line, keep_lines_until, read_lines, samples_digest
+from trainer.records import append_line, keep_lines_until, read_lines, rows_digest, samples_digest
 from trainer.train import main
 
 
@@ -382,12 +383,41 @@ def test_later_lines_and_half_lines_go_when_a_run_resumes(tmp_path: Path) -> Non
         append_line(file, {"step": step})
     with file.open("a") as handle:
         handle.write('{"step": 6, "lo')
-    keep_lines_until(file, 3)
+    assert list(keep_lines_until(file, 3).flaws(range(1, 4))) == []
     assert [line["step"] for line in read_lines(file)] == [1, 2, 3]
 
 
-def test_the_digest_does_not_know_the_order() -> None:
+def test_lost_and_doubled_lines_are_named_and_of_each_step_one_is_left(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": step / 2}) for step in range(1, 11)]
+    lines[2] = lines[2][:9]  # cut
+    lines[4] = "[" * 20000
+    lines[5] = '{"loss": 3}'
+    lines[6:7] = []
+    lines.insert(1, json.dumps({"step": 1, "loss": 9}))
+    lines.append("\udcff")
+    file.write_text("\n".join(lines), errors="surrogateescape")
+    kept = keep_lines_until(file, 9)
+    assert [(line["step"], line["loss"]) for line in read_lines(file)] == [
+        (1, 9),
+        (2, 1),
+        (4, 2),
+        (8, 4),
+        (9, 4.5),
+    ]
+    doubled, lost = kept.flaws(range(1, 10))
+    assert f"{file}: had more than one line of step 1; the last of each is kept" == doubled
+    assert lost.startswith(f"{file}: has no whole line of steps 3, 5-7 (lost or damaged: 4)")
+    assert list(keep_lines_until(file, 9).flaws()) == []
+    file.unlink()
+    (lost,) = keep_lines_until(file, 9).flaws(range(1, 3))
+    assert "has no whole line of steps 1-2 (" in lost
+
+
+def test_the_digest_of_a_step_does_not_know_the_order_and_that_of_rows_not_their_places() -> None:
     assert samples_digest([3, 1, 2]) == samples_digest([1, 2, 3]) != samples_digest([1, 2, 4])
+    rows = [row_digest(bytes([number]), "why", ["so"]) for number in range(4)]
+    assert rows_digest(rows[:3]) == rows_digest(rows[2::-1]) != rows_digest(rows[1:])
 
 
 def test_plans_survive_their_file(done: RunDirectory) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,19 +24,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from launch.atomic_files import atomic_dir, atomic_write
+from launch.caches import cache_root, embedded_folder
 from launch.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.errors import ConfigError, SamestepError
 from launch.index import (
     SPLITS,
     Index,
     SplitName,
-    cache_root,
-    embedded_folder,
+    index_damage,
     index_path,
     read_index,
 )
 from launch.recipe import EMBEDDED, Recipe
 from launch.recipe_file import load_recipe
+from launch.run_identity import model_identity
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
@@ -44,6 +46,7 @@ from trainer.pretrained import fetch_base, load_processor
 from trainer.progress import Begin, progress_reports
 from trainer.speech import complain, speak_plainly
 
+logger = logging.getLogger("trainer")
 SHOWN_BAD_ROWS = 50
 
 
@@ -57,7 +60,10 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
     with _locked(cache_root() / "prepare.lock"), progress_reports(quiet=quiet) as begin:
         with _writing_the_cache():
             _build_embedded(recipe, begin)
-        fetch_base(recipe)
+        base = Path(fetch_base(recipe))
+        model_identity(base)  # remembered: all weights are read here, not before each start
+        if damage := index_damage(recipe):
+            logger.warning("%s; it is made anew", damage)
         return read_index(recipe) or _write_index(recipe, begin)
 
 
@@ -153,7 +159,7 @@ def _json_lines(bad: Sequence[BadRow]) -> str:
 def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
     """Write the index aside and move it into place whole, in the place of a damaged one."""
     facts = {
-        "fingerprint": hashlib.sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
+        "fingerprint": sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
         "rows": {split: len(rows) for split, rows in measured.items()},
         "dropped": len(bad),
         "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
@@ -163,7 +169,8 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
             pq.write_table(_table(rows), aside / f"{split}.parquet")
         if bad:
             (aside / DROPPED_ROWS).write_text(_json_lines(bad), encoding="utf-8")
-        (aside / "index.json").write_text(json.dumps(facts, indent=1))
+        digests = {file.name: sha256(file.read_bytes()).hexdigest() for file in aside.glob("*.parquet")}
+        (aside / "index.json").write_text(json.dumps({**facts, "files": digests}, indent=1))
         if index_path(recipe).exists():
             shutil.rmtree(index_path(recipe))
     index = read_index(recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoProcessor, Qwen2VLProcessor
 
+from launch.caches import embedded_folder
 from launch.errors import ConfigError
-from launch.index import embedded_folder
 from launch.recipe import EMBEDDED, Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
-    open_plain,
     printable,
-    read_bytes,
     read_mapping,
     reason_of,
 )
@@ -61,29 +58,6 @@ def base_name(recipe: Recipe) -> str:
     """How an adapter names its base: the hub id, so that it loads on any machine, or the local folder."""
     name = recipe.model.name_or_path
     return base_path(recipe) if name == EMBEDDED or Path(name).expanduser().is_dir() else name
-
-
-def base_identity(recipe: Recipe) -> str:
-    """What the base of a recipe is, beyond its name: see `folder_identity`."""
-    return folder_identity(Path(base_path(recipe)))
-
-
-def folder_identity(folder: Path) -> str:
-    """What a model is, beyond its name: the commit of a hub model, else a digest of its config and weight files.
-
-    Of a large file 64 blocks of 64 KiB are read, evenly spaced: another training changes them all.
-    """
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256(read_bytes(folder / "config.json", 4 * DOCUMENT))
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open_plain(file) as handle:
-            for block in range(64):
-                handle.seek(block * max(0, size - 2**16) // 63)
-                digest.update(handle.read(2**16))
-    return digest.hexdigest()
 
 
 def check_is_qwen2_vl(path: str) -> None:

@@ -75,7 +75,7 @@ def announce(task: Task, state: PartialState) -> None:
 
     Raises:
         ConfigError: a rank's packages or GPU are too old for the plan.
-        RunError: the launched strategy or world is not the plan's, or a rank made another plan or has another base.
+        RunError: the launched strategy or world is not the plan's, or a rank made another plan.
     """
     plan, launched = task.plan, launched_strategy(launched_config(os.environ), "LOCAL_RANK" in os.environ)
     logger.info(f"strategy {plan.strategy}, world size {state.num_processes}, run {task.run.path}")
@@ -100,15 +100,14 @@ def announce(task: Task, state: PartialState) -> None:
             )
 
     together(check)
-    everyone = gather((plan.digest(), task.base))
+    everyone = gather(plan.digest())
     odd = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
 
     def compare() -> None:
         if odd:
-            what = "plan" if everyone[odd[0]][0] != everyone[0][0] else "base model"
             raise RunError(
-                f"its {what} differs from rank {odd[0]}'s ({len(odd)} ranks differ); the nodes see other data, "
-                "models, recipes or library versions; share HF_HOME and SAMESTEP_CACHE, or make them alike"
+                f"its plan differs from rank {odd[0]}'s ({len(odd)} ranks differ); the nodes see other data, "
+                "recipes or library versions; share SAMESTEP_CACHE, or make them alike"
             )
 
     on_rank_0(compare)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write, naming, sync
-from launch.untrusted_files import TABLE, parse_json, read_text
+from launch.untrusted_files import TABLE, parse_json, read_bytes, read_text
 
 
 def samples_digest(samples: Iterable[int]) -> str:
-    """sha256 (hex, 16 digits) of the sorted sample ids of a step: equal for every layout of the same run."""
+    """sha256 (hex, 16 digits) of the sorted positions of a step's samples: what runs of older versions go on with."""
     return hashlib.sha256(json.dumps(sorted(int(sample) for sample in samples)).encode()).hexdigest()[:16]
+
+
+def rows_digest(rows: Iterable[bytes]) -> str:
+    """sha256 (hex, 16 digits) of the sorted content digests of a step's rows: equal for every layout of a run.
+
+    It names what was seen, wherever it stands in the split.
+    """
+    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()[:16]
 
 
 def append_line(file: Path, values: Mapping[str, Any]) -> None:
@@ -23,16 +32,52 @@ def append_line(file: Path, values: Mapping[str, Any]) -> None:
         handle.write(json.dumps(values) + "\n")
 
 
-def keep_lines_until(file: Path, step: int) -> None:
-    """Remove the lines of later steps, which a resumed run takes again, and a line that a kill cut short."""
+@dataclass(frozen=True)
+class Kept:
+    """What a file of figures has after a resume: its `steps`, in their order, and those that were there `doubled`."""
+
+    file: Path
+    steps: tuple[int, ...] = ()
+    doubled: tuple[int, ...] = ()
+
+    def flaws(self, expected: Iterable[int] = ()) -> Iterator[str]:
+        """What is not as promised, one line a step, in words."""
+        if self.doubled:
+            yield f"{self.file}: had more than one line of {numbers(self.doubled)}; the last of each is kept"
+        if lost := sorted({*expected} - {*self.steps}):
+            yield (
+                f"{self.file}: has no whole line of {numbers(lost)} (lost or damaged: {len(lost)}); the run goes on, "
+                "its checkpoints are not touched by that"
+            )
+
+
+def numbers(steps: Sequence[int]) -> str:
+    """`step 3`, `steps 3, 5-7`."""
+    ranges: list[list[int]] = []
+    for step in sorted({*steps}):
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
+    return f"step{'s' if len({*steps}) > 1 else ''} {shown}"
+
+
+def keep_lines_until(file: Path, step: int) -> Kept:
+    """Remove the lines of later steps, which a resumed run takes again, second lines of a step, and what is no line."""
     if not file.exists():
-        return
-    kept = [
-        line
-        for line in read_text(file, TABLE).splitlines()
-        if (parsed := _parse(line)) and parsed["step"] <= step
-    ]
-    atomic_write(file, "".join(f"{line}\n" for line in kept))
+        return Kept(file)
+    lines: dict[int, str] = {}
+    doubled = []
+    for line in read_bytes(file, TABLE).decode(errors="replace").splitlines():
+        parsed = _step_of(line)
+        if parsed is None or parsed > step:
+            continue
+        if parsed in lines:
+            doubled.append(parsed)
+        lines[parsed] = line
+    atomic_write(file, "".join(f"{line}\n" for line in lines.values()))
+    return Kept(file, tuple(lines), tuple(doubled))
 
 
 def bring_to_disk(file: Path) -> None:
@@ -42,12 +87,14 @@ def bring_to_disk(file: Path) -> None:
             sync(file)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _step_of(line: str) -> int | None:
+    """The step that a whole line is of; None for anything else."""
     try:
-        parsed: dict[str, Any] = json.loads(line)
-    except ValueError:
+        parsed = json.loads(line)
+        step = parsed["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return parsed
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

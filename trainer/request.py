@@ -11,21 +11,30 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from launch.changes import consequences, tie_contents
+from launch.changes import consequences, content_changes, tie_contents
 from launch.data_report import known_notes, summary
 from launch.errors import ConfigError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
+from launch.model_files import old_base_identity
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe
 from launch.recipe_file import find_recipe, load_recipe
 from launch.replan import plan_on
 from launch.rules import refuse_config
 from launch.run_directory import RunDirectory, open_run
-from launch.runs import continue_run, plan_to_keep, refuse_an_end_behind, refuse_another_dataset
+from launch.run_identity import RunIdentity
+from launch.runs import (
+    continue_run,
+    plan_to_keep,
+    planned_identity,
+    refuse_an_end_behind,
+    refuse_another_identity,
+)
 from launch.untrusted_files import read_text
+from trainer.identity import identity_of, is_first_of_node
 from trainer.prepare import prepare
-from trainer.pretrained import base_identity
+from trainer.pretrained import base_path
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -41,11 +50,20 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 def prepare_first(options: argparse.Namespace) -> Index:
     """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
     recipe = recipe_of(options)
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    return read_index(recipe) or prepare(recipe, quiet=not first)
+    first = is_first_of_node()
+    index = read_index(recipe) or prepare(recipe, quiet=not first)
+    if first:
+        identity_of(recipe, index)  # remembered: all weights may have to be read
+    return index
 
 
-def read_task(options: argparse.Namespace, index: Index, state: PartialState, gpu_memory: int | None) -> Task:
+def read_task(
+    options: argparse.Namespace,
+    index: Index,
+    identity: RunIdentity,
+    state: PartialState,
+    gpu_memory: int | None,
+) -> Task:
     """Recipe, plan and run directory; a plain launch plans here.
 
     Raises:
@@ -55,21 +73,24 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState, gp
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
         plan = Plan.from_json(read_text(run.plan_file))
-        if index.fingerprint != plan.dataset_fingerprint:
+        if found := content_changes(planned_identity(plan), identity):
             raise ConfigError(
-                f"{run.plan_file}: was made for other data (fingerprint {plan.dataset_fingerprint[:12]}, here "
-                f"{index.fingerprint[:12]}); run the same `samestep run` again to plan anew"
+                [
+                    *(f"{change.key}: {change.comparison('planned for')}" for change in found),
+                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(found)}); run "
+                    "the same `samestep run` again to plan anew",
+                ]
             )
         refuse_config(recipe, plan.strategy, plan.nodes, config)
         if gpu_memory is not None and not plan.gpu_memory:  # planned on a machine that did not know it
             plan = plan_on(recipe, index, plan, gpu_memory)
-        return make_task(recipe, plan, index, run)
+        return make_task(recipe, plan, index, run, identity)
     run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
     source = continuation.source
     allowed = continuation.allowed if source else options.allow
-    other_data = refuse_another_dataset(run, index.fingerprint, allowed, source)
-    for consequence in consequences([*continuation.changed, *other_data]):
+    others = refuse_another_identity(run, identity, allowed, source)
+    for consequence in consequences([*continuation.changed, *others]):
         logger.warning(f"allowed: {consequence}")
     for line in summary(known_notes(recipe) or []):
         logger.info(f"{recipe.data.dataset}: {line}")
@@ -91,15 +112,24 @@ def read_task(options: argparse.Namespace, index: Index, state: PartialState, gp
         started_from=continuation.started_from,
         config=config,
         gpu_memory=gpu_memory,
+        samples_digest=continuation.samples_digest,
     )
     refuse_an_end_behind(run, plan.max_steps, source)
-    return make_task(recipe, plan, index, run, source)
+    return make_task(recipe, plan, index, run, identity, source)
 
 
 def make_task(
-    recipe: Recipe, plan: Plan, index: Index, run: RunDirectory, source: Path | None = None
+    recipe: Recipe,
+    plan: Plan,
+    index: Index,
+    run: RunDirectory,
+    identity: RunIdentity,
+    source: Path | None = None,
 ) -> Task:
     """With what is allowed about data and base tied to those of now."""
-    base = base_identity(recipe)
-    contents = {"data.content": index.fingerprint, "model.content": base}
-    return Task(recipe, replace(plan, allowed=tie_contents(plan.allowed, contents)), index, run, base, source)
+    contents = dict(identity.parts)
+    if not {"model.content", "model.name_or_path", "model.revision"}.isdisjoint(plan.allowed):
+        # Also of a base that an older version recorded.
+        contents["model.content"] = old_base_identity(Path(base_path(recipe)))
+    plan = replace(plan, allowed=tie_contents(plan.allowed, contents), identity=dict(identity.parts))
+    return Task(recipe, plan, index, run, source)

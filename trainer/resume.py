@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
 
-from launch.changes import CONTENT_KEYS, changes, consequences, refuse_changes
+from launch.changes import Change, changes, consequences, content_changes, refuse_changes
 from launch.errors import CheckpointError
+from launch.model_files import old_base_identity, old_kind
 from launch.plan import samples_consumed
 from launch.recipe import altering_values
 from launch.rotation import clear_unpublished
 from launch.run_directory import RunDirectory, is_done_at, lock_holder
-from launch.runs import refuse_lost_checkpoints
+from launch.run_identity import recorded_identity, short
+from launch.runs import planned_identity, refuse_lost_checkpoints, started_from_of
 from launch.survey import Checkpoint, newest_valid
+from trainer.pretrained import base_path
 from trainer.records import keep_lines_until, read_lines
 from trainer.task import Task
 
@@ -65,12 +68,13 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: its manifest does not say which recipe wrote it; it is of another version, "
             "choose another --name, or --fresh to move the old run aside"
         )
-    old = {**facts["recipe"], **dict(zip(CONTENT_KEYS, _contents(facts, task.base), strict=True))}
-    here = (plan.dataset_fingerprint, task.base)
-    new = {**altering_values(task.recipe), **dict(zip(CONTENT_KEYS, here, strict=True))}
-    found = changes(old, new)
-    refuse_changes(found, plan.allowed, str(checkpoint.folder))
-    for consequence in consequences([change for change in found if change.key in CONTENT_KEYS]):
+    contents = _content_changes(task, checkpoint)
+    refuse_changes(
+        [*changes(facts["recipe"], altering_values(task.recipe)), *contents],
+        plan.allowed,
+        str(checkpoint.folder),
+    )
+    for consequence in consequences(contents):
         logger.warning("allowed: %s", consequence)
     if checkpoint.step > plan.max_steps:
         raise CheckpointError(
@@ -86,15 +90,39 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
         )
 
 
-def _contents(facts: dict[str, Any], base: str) -> tuple[object, object]:
-    """Of data and base. What was taken over does not know its base (null), so that cannot differ from `base`."""
-    return facts.get("dataset_fingerprint"), facts.get("base_identity") or base
+def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
+    """What is recorded of data and base, and differs. What is not recorded is not compared, which is said."""
+    facts, now = checkpoint.facts, planned_identity(task.plan)
+    recorded = recorded_identity(facts)
+    found = content_changes(recorded, now)
+    if not (missing := recorded.missing()):
+        return found
+    old = facts.get("base_identity")  # of an older version; null where it was taken over and not known
+    compared = ""
+    if old_kind(old) is not None:
+        here = old_base_identity(Path(base_path(task.recipe)))
+        compared = f", but for the base as far as it is recorded ({old_kind(old)} {short(str(old))})"
+        if here != old:
+            found = [*found, Change("model.content", old, here)]
+    logger.info(
+        "%s: does not record all that makes its run (an older version wrote it, or it was taken over); not compared%s: "
+        "%s; recorded from now on",
+        checkpoint.folder,
+        compared,
+        ", ".join(missing),
+    )
+    return found
 
 
 def forget_after(run: RunDirectory, step: int) -> None:
-    """Remove the figures of steps that will be taken again."""
-    keep_lines_until(run.metrics_file, step)
-    keep_lines_until(run.evaluations_file, step)
+    """Remove the figures of steps that will be taken again, and what damage did to those of the others."""
+    lines = keep_lines_until(run.metrics_file, step)
+    first = min(lines.steps, default=1) if started_from_of(run) else 1  # with the source's next step
+    for problem in (
+        *lines.flaws(range(first, step + 1)),
+        *keep_lines_until(run.evaluations_file, step).flaws(),
+    ):
+        logger.warning("%s", problem)
 
 
 def evaluation_is_missing(task: Task, step: int) -> bool:

@@ -187,7 +187,7 @@ def facts_of(task: Task, step: int, learning_rate: float, form: Form) -> dict[st
         "recipe": altering_values(recipe),
         "recipe_fingerprint": plan.recipe_fingerprint,
         "dataset_fingerprint": plan.dataset_fingerprint,
-        "base_identity": task.base,
+        "identity": plan.identity,
         "quantization": recipe.quantization.model_dump() | {"quant_storage": plan.quant_storage},
         "started_from": plan.started_from,
         "versions": plan.versions,

@@ -46,7 +46,7 @@ from trainer.guards import (
 from trainer.loaders import evaluation_batches, open_loader, scored_texts, shortest_sample, training_batches
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
 from trainer.preemption import Agreed, Watch
-from trainer.records import append_line, samples_digest
+from trainer.records import append_line, rows_digest, samples_digest
 from trainer.reports import reporters
 from trainer.saving import Saver, load_checkpoint, publish_adapter
 from trainer.schedule import enter_schedule, say_another_rate
@@ -318,7 +318,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "target_tokens": int(split.target_tokens[samples].sum()),
             "tokens": int(split.tokens[samples].sum()),
             "samples": len(samples),
-            "samples_digest": samples_digest(samples),
+            "samples_digest": self._digest_of(samples),
             "seconds": round(now - self._clock, 4),
         }
         self._record(self.run_directory.metrics_file, values)
@@ -330,6 +330,13 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.args, self.state, self.control, {**shown, "epoch": self.state.epoch}
             )
         self._clock = time.perf_counter()
+
+    def _digest_of(self, samples: Any) -> str:
+        """Of a step's samples, as this run names them."""
+        if self.plan.samples_digest == "positions":
+            return samples_digest(samples)
+        digests = self.index.splits["train"].digests
+        return rows_digest(digests[sample] for sample in samples)
 
     def _say_first_step(self) -> None:
         self.clock.passed("step")

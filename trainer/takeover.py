@@ -20,6 +20,7 @@ from transformers import TrainerState
 from launch.errors import CheckpointError, SamestepError
 from launch.index import Index, read_index
 from launch.manifest import MANIFEST
+from launch.model_files import COMMIT
 from launch.option_values import for_argparse, place
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
@@ -27,7 +28,6 @@ from launch.recipe import Recipe, altering_values
 from launch.recipe_file import find_recipe, load_recipe
 from launch.untrusted_files import printable
 from trainer.checkpoint.adapter import Missing, adapter_of
-from trainer.checkpoint.base_model import COMMIT
 from trainer.checkpoint.foreign import TakenOver, take_over
 from trainer.checkpoint.portable import ADAPTER_FILE, OPTIMIZER_FILE
 from trainer.prepare import prepare

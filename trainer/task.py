@@ -15,12 +15,11 @@ from launch.run_directory import RunDirectory
 class Task:
     """Recipe, plan and place of one run; equal on all ranks.
 
-    `base`: `base_identity` of the model; `source`: the checkpoint of another run to begin with.
+    `source`: the checkpoint of another run to begin with.
     """
 
     recipe: Recipe
     plan: Plan
     index: Index
     run: RunDirectory
-    base: str
     source: Path | None = None

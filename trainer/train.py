@@ -37,10 +37,11 @@ from trainer.agreement import (
 from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
 from trainer.building import build
 from trainer.first_step import FirstStep
+from trainer.identity import agree_on_identity
 from trainer.preemption import Watch, watching
 from trainer.probe import settle
 from trainer.processes import announce, smallest_gpu, start_processes
-from trainer.request import prepare_first, read_task
+from trainer.request import prepare_first, read_task, recipe_of
 from trainer.resume import evaluation_is_missing, forget_after, is_over, resume_point
 from trainer.sft import PlannedTrainer
 from trainer.speech import speak_plainly
@@ -106,7 +107,9 @@ def train_once(
     """
     clock = clock or FirstStep(time.time())
     memory = smallest_gpu(state.device)
-    task = together(lambda: read_task(options, index, state, memory))
+    recipe = together(lambda: recipe_of(options))
+    identity = agree_on_identity(recipe, index)
+    task = together(lambda: read_task(options, index, identity, state, memory))
     announce(task, state)
     if from_rank_0(lambda: is_over(task)):
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import re
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.changes import Change, content_changes, is_allowed, refuse_unknown_parts
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST
+from launch.model_files import old_base_identity, old_kind
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
+from launch.run_identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
+from launch.runs import old_plan, planned_identity
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.adapter import Adapter
 from trainer.checkpoint.reading import Layout, checked, read_json, unreadable_is_refused
 from trainer.checkpoint.shards import read_base_shards
-from trainer.pretrained import folder_identity
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -61,28 +64,62 @@ def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
 
 
 @unreadable_is_refused()
-def check_base(adapter: Adapter, folder: Path) -> BaseCheck:
-    """Hold a base against what the newest checkpoint of the adapter's run says of the training's.
+def check_base(adapter: Adapter, folder: Path, allow: Sequence[str] = ()) -> BaseCheck:
+    """Hold a base against what the newest checkpoint of the adapter's run says of the training's, part by part.
+
+    `allow`: parts, or `model.content` for all, that may differ.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it is another; every part that differs is named, with both digests.
     """
-    identity, where = _trained_on(adapter.path)
-    if identity is None:
+    refuse_unknown_parts(allow, MODEL_PARTS)
+    recorded, where = recorded_at(adapter.path)
+    if recorded is None:
         return BaseCheck(False, where)
-    found = folder_identity(folder)
-    kinds = ["commit" if COMMIT.fullmatch(each) else "content" for each in (identity, found)]
-    if kinds[0] != kinds[1]:
+    if not recorded.only(*MODEL_PARTS).parts:
+        return _check_old(adapter.path, folder, where, allow)
+    now = model_identity(folder)
+    found = content_changes(recorded, now)
+    if refused := [change for change in found if not is_allowed(change, allow)]:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    *(f"{change.key}: {change.comparison(f'{where} has')}" for change in refused),
+                    f"{folder}: is not the base that the run was trained on (parts that differ: {len(refused)}); give "
+                    f"the same one with --base-model, or --allow {' --allow '.join(each.key for each in refused)}",
+                ]
+            )
+        )
+    if found:
+        told = "; ".join(f"{change.key}: {change.comparison(f'{where} has')}" for change in found)
+        return BaseCheck(True, f"it differs as allowed; {told}")
+    weights = short(now.parts[WEIGHTS])
+    return BaseCheck(True, f"the same content (weights {weights}, {len(now.parts)} parts) as in {where}")
+
+
+def _check_old(source: Path, folder: Path, where: str, allow: Sequence[str]) -> BaseCheck:
+    """By what older versions recorded: the commit of a hub model, or a sample of its weights."""
+    identity = _newest_facts(source)[0].get("base_identity")
+    kind, found = old_kind(identity), old_base_identity(folder)
+    if kind is None:
+        return BaseCheck(False, f"{where} does not say what its base was")
+    if old_kind(found) != kind:
         return BaseCheck(
             False,
-            f"{where} knows its base by its {kinds[0]}, and of the one given the {kinds[1]} alone is known",
+            f"{where} knows its base by its {kind}, and of the one given the {old_kind(found)} alone is known",
+        )
+    if found != identity and "model.content" in allow:
+        return BaseCheck(
+            True, f"another as allowed ({kind} {short(found)}, {short(str(identity))} in {where})"
         )
     if found != identity:
         raise CheckpointError(
-            f"{folder}: is not the base that the run was trained on ({found[:12]} here, {identity[:12]} in "
-            f"{where}); give the same revision with --base-model"
+            f"{folder}: is not the base that the run was trained on ({kind} {short(found)} here, "
+            f"{short(str(identity))} in {where}); give the same one with --base-model, or --allow model.content"
         )
-    return BaseCheck(True, f"the same {kinds[0]} ({identity[:12]}) as in {where}")
+    if kind == "sample":
+        return BaseCheck(True, f"the same sampled content ({short(found)}, not all bytes) as in {where}")
+    return BaseCheck(True, f"the same commit ({short(found)}) as in {where}")
 
 
 @unreadable_is_refused()
@@ -112,26 +149,56 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
     return found
 
 
-def _trained_on(source: Path) -> tuple[str | None, str]:
-    """The `base_identity` of the newest checkpoint beside an adapter, and where it stands; else None and the reason."""
+def old_base_change(source: Path, folder: Path) -> Change | None:
+    """How a base differs from what an older version recorded beside an adapter, as far as the two can be compared."""
+    identity = _newest_facts(source)[0].get("base_identity")
+    found = old_base_identity(folder)
+    comparable = old_kind(identity) is not None and old_kind(identity) == old_kind(found)
+    return Change("model.content", identity, found) if comparable and identity != found else None
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Which parts of the run's identity may differ."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="go on although this part differs from the training's, such as model.processor; may be repeated",
+    )
+
+
+def recorded_at(source: Path) -> tuple[RunIdentity | None, str]:
+    """What the newest checkpoint beside an adapter recorded, else the run's plan; and where. Or None and the reason."""
+    facts, where = _newest_facts(source)
+    if facts:
+        return recorded_identity(facts), where
+    run = run_of(source)
+    if run is not None and (plan := old_plan(run)) is not None and plan.identity:
+        return planned_identity(plan), run.plan_file.name
+    return None, where
+
+
+def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
+    """The facts of the newest checkpoint beside an adapter, and where they stand; else none and the reason."""
     run = run_of(source)
     if (source / MANIFEST).is_file():
         folders = [source]
     elif run is not None:
         folders = list(reversed(run.checkpoints()))
     else:
-        return None, f"{source.name} is no checkpoint of samestep and lies in no run"
+        return {}, f"{source.name} is no checkpoint of samestep and lies in no run"
     reason = "no checkpoint of the run is left, which would say what its base was"
     for folder in folders:
         where = f"{folder.name}/{MANIFEST}"
         try:
-            identity = read_mapping(folder / MANIFEST, TABLE)["facts"].get("base_identity")
-        except (*UNREADABLE, LookupError, TypeError, AttributeError):
+            facts = read_mapping(folder / MANIFEST, TABLE)["facts"]
+        except (*UNREADABLE, LookupError):
             continue  # never published: says nothing
-        if identity:
-            return printable(str(identity)), where
+        if isinstance(facts, dict) and (facts.get("identity") or facts.get("base_identity")):
+            return facts, where
         reason = f"{where} does not say what its base was"
-    return None, reason
+    return {}, reason
 
 
 def _revision(name: str, adapter: Adapter) -> str:

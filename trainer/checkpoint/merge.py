@@ -31,6 +31,7 @@ from launch.recipe_file import find_recipe
 from launch.screen import add_row
 from trainer.checkpoint.adapter import Missing
 from trainer.checkpoint.aside import written_aside
+from trainer.checkpoint.base_model import add_allow
 from trainer.checkpoint.card import merge_record, model_card
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of
 from trainer.checkpoint.merge_plan import (
@@ -180,12 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--recipe", help="the training's recipe, for --base dequantized of an adapter outside a run"
     )
     add_adapter_options(parser)
+    add_allow(parser)
     given = parser.parse_args(arguments)
     speak_plainly()
     try:
         recipe = None if given.recipe is None else find_recipe(given.recipe)
         missing: Missing = missing_of(given)
-        report = merge(MergeRequest(given.source, given.output, given.base, given.dtype, recipe, missing))
+        report = merge(
+            MergeRequest(
+                given.source, given.output, given.base, given.dtype, recipe, missing, tuple(given.allow)
+            )
+        )
     except SamestepError as error:
         return complain(error)
     print_report(report, Console(highlight=False, soft_wrap=True))

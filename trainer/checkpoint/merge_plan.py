@@ -74,7 +74,10 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What is asked for. `recipe`: of an adapter outside a run, for `base: dequantized`."""
+    """What is asked for. `recipe`: of an adapter outside a run, for `base: dequantized`.
+
+    `allow`: parts of the base that may differ from the training's.
+    """
 
     source: Path
     output: Path
@@ -82,6 +85,7 @@ class MergeRequest:
     dtype: DtypeChoice = "auto"
     recipe: Path | None = None
     missing: Missing = field(default_factory=Missing)
+    allow: tuple[str, ...] = ()
 
 
 @unreadable_is_refused()
@@ -96,7 +100,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     adapter = read_adapter(request.source, request.missing)
     refuse_untrained(adapter)
     folder = find_base(adapter, request.missing.base_model)
-    base_check = check_base(adapter, folder)
+    base_check = check_base(adapter, folder, request.allow)
     refuse_quantized_base(folder)
     shards = tuple(read_base_shards(folder))
     targets = match_targets(adapter, folder, shards)

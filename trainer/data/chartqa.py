@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from launch.caches import cache_root, embedded_folder
 from launch.errors import ConfigError
+from launch.file_digests import files_digest
 from launch.index import (
     SplitName,
-    cache_root,
-    embedded_folder,
     local_dataset,
     split_files,
     split_parts,
@@ -103,12 +103,14 @@ def _open_local(folder: Path, split: SplitName, wanted: str) -> datasets.Dataset
             raise ConfigError(
                 f"data.{split}: {file} cannot be read ({reason_of(error)}); copy it again"
             ) from error
+    content = files_digest(files)
     return _load(
         lambda: datasets.load_dataset(
             "parquet",
             data_files={name: [str(file) for file in files]},
             split=f"{name}{part}",
-            cache_dir=str(cache_root() / "datasets"),
+            # `datasets` knows its tables by the times of the files, which a rewritten file may have kept.
+            cache_dir=str(cache_root() / "datasets" / content),
         ),
         f"data.{split}: {wanted} of {folder}",
     )

@@ -50,12 +50,13 @@ PATIENCE = timedelta(days=1)  # of a rank that has answered its batches and wait
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """What is asked for. `allow`: parts of the run's identity that may differ from the training's."""
 
     run: RunDirectory
     split: SplitName
     models: tuple[ModelName, ...]
     max_samples: int | None
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from launch.run_directory import RunDirectory
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
 from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
-from trainer.checkpoint.base_model import check_base, find_base, run_of
+from trainer.checkpoint.base_model import add_allow, check_base, find_base, run_of
 from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.checkpoint.merge import merge, print_report
 from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
@@ -82,6 +82,7 @@ class Request:
     recipe_file: Path
     missing: Missing
     both_bases: bool = False
+    allow: tuple[str, ...] = ()
 
 
 def compare(request: Request) -> Comparison:
@@ -193,7 +194,11 @@ def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
     with _room_beside(first) as room:
         twin = Path(room, first.name)
         print_report(
-            merge(MergeRequest(request.source, twin, other, dtype, request.recipe_file, request.missing)),
+            merge(
+                MergeRequest(
+                    request.source, twin, other, dtype, request.recipe_file, request.missing, request.allow
+                )
+            ),
             Console(highlight=False, soft_wrap=True),
         )
         yield {**folders, f"merged, {other}": twin}
@@ -314,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the run whose recipe names the data (default: the source's)",
     )
     add_adapter_options(parser)
+    add_allow(parser)
     given = parser.parse_args(arguments)
     speak_plainly()
     try:
@@ -329,7 +335,7 @@ def _request(given: argparse.Namespace) -> Request:
     adapter = read_adapter(source, missing)
     recipe_file = recipe_file_of(source, given.run_dir)
     base = find_base(adapter, missing.base_model)
-    check_base(adapter, base)
+    check_base(adapter, base, given.allow)
     return Request(
         source=source,
         adapter=adapter,
@@ -340,6 +346,7 @@ def _request(given: argparse.Namespace) -> Request:
         recipe_file=recipe_file,
         missing=missing,
         both_bases=given.both_bases,
+        allow=tuple(given.allow),
     )
 
 

@@ -12,9 +12,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,8 @@ from launch.option_values import for_argparse, place, whole
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from launch.typed import VARIABLE, command
-from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
+from trainer.agreement import end_process, from_rank_0, leave_processes, on_rank_0, say_once, together
+from trainer.checkpoint.base_model import add_allow
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -44,6 +46,7 @@ from trainer.evaluation.answers import (
     answer_all,
     check_request,
 )
+from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metrics import Accuracy, Prediction, mcnemar, summary
 from trainer.prepare import prepare
 from trainer.relaxed_accuracy import correct
@@ -56,9 +59,13 @@ _COMMAND = Path(sys.executable).with_name("samestep")
 
 
 def result_of(
-    task: Task, questions: Sequence[Question], answers: Sequence[Answer], world_size: int
+    task: Task,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    world_size: int,
+    identity: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that eval.json holds.
+    """Everything that eval.json holds. `identity`: as of `hold_against_training`.
 
     Raises:
         RunError: a question has not exactly one answer of every model.
@@ -95,6 +102,7 @@ def result_of(
         "questions": len(questions),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
         "world_size": world_size,
+        **identity,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "accuracy": accuracy,
         "mcnemar_p": {
@@ -203,13 +211,16 @@ def parse(arguments: Sequence[str] | None) -> Request:
         type=for_argparse(whole("--max-samples", 1, 10**9)),
         help="ask only so many questions, spread over the split",
     )
+    add_allow(parser)
     given = parser.parse_args(arguments)
     models = tuple(dict.fromkeys(part.strip() for part in given.models.split(",")))
     unknown = [model for model in models if model not in MODELS]
     if unknown:
         parser.error(f"--models: unknown {', '.join(map(repr, unknown))}; choose of {', '.join(MODELS)}")
     run = RunDirectory(given.run_dir.expanduser().absolute())
-    return Request(run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples)
+    return Request(
+        run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples, tuple(given.allow)
+    )
 
 
 def prepared(request: Request) -> Task:
@@ -226,12 +237,13 @@ def prepared(request: Request) -> Task:
 
 def evaluate(task: Task, state: PartialState) -> None:
     """Answer on all ranks, gather; rank 0 writes and prints."""
+    identity = from_rank_0(lambda: hold_against_training(task))
     share = together(lambda: answer_all(task, state))
     gathered: list[tuple[list[Question], list[Answer]]] = gather_object([share])
 
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
-        result = result_of(task, share[0], answers, state.num_processes)
+        result = result_of(task, share[0], answers, state.num_processes, identity)
         write_result(result, task.request.run.eval_file(task.request.split, task.request.max_samples))
         print_result(result, task.request, Console(highlight=False, soft_wrap=True))
 

@@ -31,8 +31,8 @@ from typing import IO, Any, Literal
 import psutil
 
 from launch.atomic_files import LOCK_MODE, atomic_write
+from launch.caches import cache_root
 from launch.errors import ConfigError
-from launch.index import cache_root
 from launch.untrusted_files import UNREADABLE, read_bytes, read_json
 from trainer.features.file import Features, FlawError, Kind, encode, read
 from trainer.features.identity import differences

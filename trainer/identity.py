@@ -1,0 +1,54 @@
+"""What a run is made of, as its processes find it: looked at once a node, the same on all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launch.errors import RunError
+from launch.index import Index
+from launch.recipe import Recipe
+from launch.run_identity import RunIdentity, data_identity, model_identity, short
+from trainer.agreement import gather, on_rank_0, together
+from trainer.pretrained import base_path
+
+
+def identity_of(recipe: Recipe, index: Index) -> RunIdentity:
+    """Of a recipe whose base and data are here. Large files are read once in a cache's lifetime. ConfigError."""
+    base = model_identity(Path(base_path(recipe)))
+    return RunIdentity({**base.parts, **data_identity(index).parts})
+
+
+def is_first_of_node() -> bool:
+    """Of the processes that the launcher started on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
+    """The identity of the run, found by the first process of every node. A collective.
+
+    Raises:
+        ConfigError: a base cannot be read.
+        RunError: the nodes have different ones.
+    """
+    mine = together(lambda: identity_of(recipe, index) if is_first_of_node() else None)
+    everyone = gather(mine)
+    first = everyone[0]
+    assert first is not None  # rank 0 is the first of its node
+
+    def compare() -> None:
+        for rank, other in enumerate(everyone):
+            odd = [
+                part
+                for part in first.parts
+                if other is not None and other.parts.get(part) != first.parts[part]
+            ]
+            if other is not None and odd:
+                raise RunError(
+                    f"{odd[0]}: is another on the node of rank {rank} ({short(other.parts.get(odd[0], ''))}, "
+                    f"{short(first.parts[odd[0]])} on rank 0's; parts that differ: {len(odd)}); share HF_HOME and "
+                    "SAMESTEP_CACHE between the nodes, or make their models and data alike"
+                )
+
+    on_rank_0(compare)
+    return first

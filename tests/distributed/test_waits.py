@@ -35,8 +35,9 @@ def recipe(world: Path, tmp_path: Path) -> Path:
 
 def _seconds_to_end(everybody: list[psutil.Process]) -> float:
     began = time.monotonic()
-    _, alive = psutil.wait_procs(everybody, timeout=2 * LIMIT_S)
+    ended, alive = psutil.wait_procs(everybody, timeout=2 * LIMIT_S)
     assert not alive
+    assert 0 not in [member.returncode for member in ended]
     return time.monotonic() - began
 
 
@@ -50,7 +51,6 @@ def test_a_launcher_that_is_killed_while_its_processes_import_leaves_none(recipe
         everybody = family(process.pid)
         psutil.Process(launcher_of(process.pid)).kill()
         took = _seconds_to_end(everybody)
-        assert process.wait() == 1
     assert took < LIMIT_S
     words = log.read_text()
     assert words.count("the process that waited for it is gone; ended") == 2
@@ -73,7 +73,7 @@ def test_a_run_in_little_shared_memory_takes_its_steps_and_a_lost_micro_batch_do
     own = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     command = [*own, "sh", "-c", SMALL, "sh", *launch_command(1, arguments)]
     with started(command, log) as process:
-        wait_until(lambda: max(published_steps(run.path), default=0) == 3 or process.poll() is not None, 120)
+        wait_until(lambda: max(published_steps(run.path), default=0) == 1 or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
         everybody = family(process.pid)
         (trainer,) = (member for member in everybody if member.ppid() == process.pid)
@@ -84,5 +84,5 @@ def test_a_run_in_little_shared_memory_takes_its_steps_and_a_lost_micro_batch_do
     assert words.count("/dev/shm: 2.1 MB of 2.1 MB free, micro-batches read ahead may take") == 1
     assert "they come through pipes" in words
     assert "asked to stop (preempted) and without progress for" in words
-    assert [line["step"] for line in metrics_of(run.path)] == [1, 2, 3]
+    assert [line["step"] for line in metrics_of(run.path)] == [1]  # micro-batches 0 and 1
     assert read_marker(run) is None  # it was asked, and did not get there

@@ -30,7 +30,7 @@ PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed w
 def start_processes() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
     find_deepspeed_config()
-    _stay_on_this_machine()
+    stay_on_this_machine()
     if uses_deepspeed():  # builds its collectives for CPUs with `ninja`, which lies beside Python
         beside = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
@@ -60,7 +60,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
-def _stay_on_this_machine() -> None:
+def stay_on_this_machine() -> None:
     """gloo listens on the address of the machine's name, for everybody; ranks that are all here meet on loopback."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None and local == os.environ.get("WORLD_SIZE") and Path("/sys/class/net/lo").exists():

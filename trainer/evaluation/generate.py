@@ -43,6 +43,7 @@ from trainer.evaluation.answers import (
 )
 from trainer.evaluation.metrics import Accuracy, Prediction, correct, mcnemar, summary
 from trainer.prepare import prepare
+from trainer.processes import stay_on_this_machine
 from trainer.speech import speak_plainly
 
 # The result: rank 0 ----------------------------------------------------------------------
@@ -240,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speak_plainly()
     try:
         task = prepared(request)
+        stay_on_this_machine()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         evaluate(task, state)
     except SamestepError as error:

@@ -13,6 +13,7 @@ import psutil
 from launch.atomic_files import atomic_write
 from launch.children import STARTED
 from launch.untrusted_files import read_mapping
+from trainer import WATCHDOG
 
 FILE_KEY = "first_step"
 
@@ -40,6 +41,7 @@ class FirstStep:
         now = time.time() if now is None else now
         self._parts[part] = self._parts.get(part, 0.0) + now - self._last
         self._last = now
+        WATCHDOG.heartbeat()
 
     def seconds(self) -> dict[str, float]:
         """Of each part in the order of time, those of no length left out; `total` of all."""

@@ -49,6 +49,7 @@ from trainer.evaluation.answers import (
 from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metrics import Accuracy, Prediction, mcnemar, summary
 from trainer.prepare import prepare
+from trainer.processes import stay_on_this_machine
 from trainer.relaxed_accuracy import correct
 from trainer.speech import speak_plainly
 
@@ -256,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speak_plainly()
     try:
         task = prepared(request)
+        stay_on_this_machine()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         evaluate(task, state)
     except SamestepError as error:

@@ -25,14 +25,14 @@ def write_table(file: Path, seed: int, results: Sequence[Result]) -> None:
     lines = [
         "# What `make test-faults` showed",
         "",
-        f"Random chains of faults against a run of {STEPS} steps (a tiny Qwen2-VL, nf4, dropout, gloo), each followed by",
-        "the same `samestep run` and nothing else; two chains at a time.",
+        f"Random chains of faults against a run of {STEPS} steps (a tiny Qwen2-VL, nf4, dropout, gloo), each followed",
+        "by the same `samestep run` and nothing else; two chains at a time.",
         "",
-        f"- *Hung*: processes were left {Limits().end:.0f} s after a fault, or no step was taken {Limits().start:.0f} s "
-        "after a start.",
+        f"- *Hung*: processes were left {Limits().end:.0f} s after a fault, or no step was taken "
+        f"{Limits().start:.0f} s after a start.",
         "- *By hand*: the same command failed.",
-        "- *Lost*: in the end it is not the undisturbed run (same layout: any byte of the adapter, any figure of a step;",
-        "  moved: more than 1e-6), or a whole checkpoint or the step of an announced stop was not gone on from.",
+        "- *Lost*: in the end it is not the undisturbed run (same layout: any byte of the adapter, any figure of a",
+        "  step; moved: more than 1e-6), or a whole checkpoint or the step of an announced stop was not gone on from.",
         "",
         f"Seed {seed}. {stamp()} " + ", ".join(f"{name} {version(name)}" for name in _VERSIONS) + ".",
         "",

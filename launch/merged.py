@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launch.adapter_file import WEIGHTS, read_digest
 from launch.run_directory import RunDirectory
@@ -23,13 +24,25 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
     weights, config = run.adapter / WEIGHTS, merged / "config.json"
     if not (weights.is_file() and config.is_file()):
         return False
-    try:
-        recorded = json.loads((merged / RECORD).read_text(encoding="utf-8")).get(DIGEST)
-    except (OSError, ValueError, AttributeError):
-        recorded = None
+    recorded = merged_digest(merged)
     if recorded is None:
         return config.stat().st_mtime < weights.stat().st_mtime
     return read_digest(run.adapter) not in (recorded, None)
+
+
+def merged_digest(merged: Path) -> str | None:
+    """Of which adapter a merged model is, as `read_digest`; None where no merge recorded it, or there is no model."""
+    recorded = read_record(merged).get(DIGEST)
+    return None if recorded is None else str(recorded)
+
+
+def read_record(merged: Path) -> dict[str, Any]:
+    """merge.json of a merged model; empty where there is none that can be read."""
+    try:
+        recorded = json.loads((merged / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def merge_behind(run: RunDirectory, merged: Path) -> str | None:

@@ -10,18 +10,40 @@ from pathlib import Path
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
+from launch.manifest import CHECKPOINT_NAME, read_manifest
 from launch.merged import made_anew, merge_behind
 from launch.run_directory import RunDirectory
 from launch.screen import say
-from launch.start import choose_topology, refuse_missing_gpus
+from launch.start import choose_topology, find_run, refuse_missing_gpus
 
 EVALUATED_MODELS = ("base", "adapter", "shuffled", "merged")
 
 
-def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
+def find_evaluated(name: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
+    """A run by name or path, or one of its checkpoints by path (RUN/checkpoint-STEP): (run, step or None).
+
+    Raises:
+        ConfigError: there is no such run.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    named = CHECKPOINT_NAME.fullmatch(path.name)
+    if not named or named[2] or len(path.parts) < 2:
+        return find_run(name, runs_dir), None
+    run = find_run(str(path.parent), runs_dir)
+    read_manifest(run.checkpoint(int(named[1])), verify=True)
+    return run, int(named[1])
+
+
+def refuse_missing_models(run: RunDirectory, models: Sequence[str], checkpoint: int | None = None) -> None:
     """ConfigError for every model that the run does not have (yet)."""
     problems = []
-    if {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
+    if checkpoint is not None:
+        if "merged" in models:
+            problems.append(
+                f"--models: merged is of the run's last adapter, not of checkpoint-{checkpoint}; leave it out"
+            )
+    elif {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
         problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
     if "merged" in models and not (run.merged / "config.json").is_file():
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
@@ -34,12 +56,18 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
 
 
 def evaluate(
-    run: RunDirectory, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
+    run: RunDirectory,
+    models: Sequence[str],
+    arguments: Sequence[str],
+    gpus_per_node: int | None,
+    checkpoint: int | None = None,
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
-    refuse_missing_models(run, models)
+    refuse_missing_models(run, models, checkpoint)
+    if checkpoint is not None:
+        arguments = [*arguments, "--checkpoint", str(checkpoint)]
     command = trainer_command(
         topology,
         "trainer.evaluation.generate",

@@ -7,16 +7,26 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Processes, RunArgument, RunsDir, example
+from launch.arguments import Processes, RunsDir, example
 from launch.errors import ConfigError
 from launch.screen import say
 
 commands = typer.Typer()
 
 
-@commands.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
+@commands.command(
+    epilog=example(
+        "samestep evaluate embedded --models base,adapter,shuffled",
+        "samestep evaluate runs/embedded/checkpoint-20 --models adapter",
+    )
+)
 def evaluate(
-    run: RunArgument,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[/checkpoint-N]", help="Name or folder of a run, or one of its checkpoints."
+        ),
+    ],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     models: Annotated[
         str,
@@ -29,18 +39,21 @@ def evaluate(
     gpus_per_node: Processes = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
-    from launch import results, start
+    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json).
+
+    Answers of other models to the same questions stay in that file.
+    """
+    from launch import results
     from launch.index import SPLITS
 
-    found = start.find_run(run, runs_dir)
+    found, checkpoint = results.find_evaluated(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     if split not in SPLITS:
         raise ConfigError(
             f"--split: {split!r} is none of {', '.join(SPLITS)}; which rows they hold, the recipe says"
         )
     chosen = [model.strip() for model in models.split(",")]
-    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node)
+    results.evaluate(found, chosen, ["--split", split, *limit], gpus_per_node, checkpoint)
 
 
 AdapterConfig = Annotated[

@@ -49,7 +49,7 @@ class Attempt:
         self.run, self.mark, self.log, self.condition = run, mark, log, condition
         self.resumed_at = max(published_steps(run.path), default=0)
         self.began = time.time()
-        environment = {**child_environment(), MARK: mark, "SAMESTEP_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        environment = {**run_environment(cache), MARK: mark}
         if condition.startswith("environment"):
             environment |= OTHER_LAUNCHER
         words = list(command)
@@ -137,6 +137,13 @@ def send(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def run_environment(cache: Path) -> dict[str, str]:
+    """Of `samestep run`: a cache of its own, and what DeepSpeed compiles where no other checkout compiles it anew."""
+    extensions = ROOT / "runs" / "faults" / "extensions"
+    own = {"SAMESTEP_CACHE": str(cache), "TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1"}
+    return {**child_environment(), **own}
 
 
 def run_command(recipe: Path, runs: Path, name: str, strategy: str, processes: int) -> list[str]:

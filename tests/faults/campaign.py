@@ -21,9 +21,9 @@ from pathlib import Path
 from threading import Event
 
 from tests.conftest import write_world
-from tests.distributed.launching import ROOT, child_environment
+from tests.distributed.launching import ROOT
 from tests.distributed.recorded import apart, write_recipe
-from tests.faults.attempt import run_command
+from tests.faults.attempt import run_command, run_environment
 from tests.faults.chain import EVERY, STEPS, Limits, Place, Result, play
 from tests.faults.drawing import LAYOUTS, draw_chain
 from tests.faults.table import write_table
@@ -127,8 +127,9 @@ def say(text: str) -> None:
 def _run_straight(place: Place, strategy: str, processes: int) -> None:
     runs = place.folder / "straight"
     command = run_command(place.recipe, runs, f"{strategy}-{processes}", strategy, processes)
-    environment = {**child_environment(), "SAMESTEP_CACHE": str(place.cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=run_environment(place.cache), cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{command}: failed undisturbed\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
 

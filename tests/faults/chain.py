@@ -202,10 +202,10 @@ class _Player:
             self.pending.clear()
 
     def _blame(self, trouble: str) -> None:
-        """The faults since the last step; without one the chain's last."""
-        for outcome in self.pending or self.result.outcomes[-1:]:
+        """The latest fault. Those before it are still to be seen survived."""
+        for outcome in self.result.outcomes[-1:]:
             outcome.trouble = outcome.trouble or trouble
-        self.pending.clear()
+        self.pending = [outcome for outcome in self.pending if not outcome.trouble]
 
     def _wait(self, done: Any, starts: int = 2) -> bool:
         """Until `done(attempt)`; False when the run was done before. An attempt that fails by itself is repeated once.

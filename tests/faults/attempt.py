@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from launch.run_directory import RunDirectory
@@ -89,6 +90,10 @@ class Attempt:
                 return int(last["step"]) - self.resumed_at
         return 0
 
+    def born(self, fault: Fault) -> bool:
+        """What the fault's moment is counted from is there: its victim, or the ranks."""
+        return bool(self.victims(replace(fault, target="rank") if fault.phase == "importing" else fault))
+
     def victims(self, fault: Fault) -> list[int]:
         """The processes that a fault is meant for, as far as they have been born."""
         found = {pid: _arguments(pid) for pid in self.alive()}
@@ -108,7 +113,7 @@ class Attempt:
 
     def reached(self, fault: Fault, born: float) -> bool:
         """It is the moment of the fault. `born`: when its victim was first seen."""
-        if fault.phase == "start":
+        if fault.phase in ("start", "importing"):
             return time.time() - born >= fault.seconds
         if fault.phase == "meeting":
             return "world size" in self.log.read_text(errors="replace") or any(

@@ -249,8 +249,8 @@ class _Player:
         born: list[float] = []
 
         def is_time(attempt: Attempt) -> bool:
-            if not born and fault.phase in ("start", "meeting"):
-                if not attempt.victims(fault):
+            if not born and fault.phase in ("start", "importing", "meeting"):
+                if not attempt.born(fault):
                     return False
                 born.append(time.time())
             return attempt.reached(fault, born[0] if born else 0) and bool(attempt.victims(fault))
@@ -330,7 +330,7 @@ class _Player:
         self.pending.append(outcome)
         fails = fault.action.startswith("files")
         try:
-            self._wait(lambda attempt: not fails and attempt.steps_taken() >= fault.ahead)
+            self._wait(lambda attempt: not fails and attempt.steps_taken() >= fault.ahead, starts=1)
         except _StuckError:
             if not outcome.trouble:
                 raise

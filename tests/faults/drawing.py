@@ -6,8 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["start", "meeting", "steps", "save", "between"]
-"""While it imports, while its processes look for each other, between steps, inside a save; or while nothing runs."""
+Phase = Literal["start", "importing", "meeting", "steps", "save", "between"]
+"""While the victim starts, while the ranks import, while they look for each other, between steps, inside a save; or
+while nothing runs."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ DAMAGES = (
 class Fault:
     """One fault. `action` and `target` name it; the numbers say when and where, as shares from 0 to 1.
 
-    `seconds`: after the victim's birth in the phase `start`, or how long a stopped process stays so; `ahead`: steps
-    beyond where the attempt went on.
+    `seconds`: after the birth of the victim (`start`) or of the ranks (`importing`), or how long a stopped process
+    stays so; `ahead`: steps beyond where the attempt went on.
     """
 
     action: str
@@ -79,6 +80,7 @@ class Fault:
     def __str__(self) -> str:
         when = {
             "start": f"{self.seconds:.1f} s after its start",
+            "importing": f"{self.seconds:.1f} s after the ranks' start",
             "meeting": "while the processes meet",
             "steps": f"{self.ahead} steps on",
             "save": "inside a save",
@@ -107,12 +109,12 @@ def _draw_fault(draw: random.Random) -> Fault:
     action = draw.choices(tuple(_DRAWN), tuple(weight for weight, _, _ in _DRAWN.values()))[0]
     _, targets, phases = _DRAWN[action]
     phase = draw.choice(phases)
-    longest = 4.0 if phase == "start" else 3.0
+    longest = 3.0 if phase in ("meeting", "steps", "save") else 4.0
     seconds = round(draw.uniform(0.1, longest), 1)
     return Fault(action, draw.choice(targets), phase, seconds, draw.randint(1, 5), draw.random())
 
 
-_RUNNING: tuple[Phase, ...] = ("start", "meeting", "steps", "steps", "save")
+_RUNNING: tuple[Phase, ...] = ("start", "importing", "meeting", "steps", "steps", "save")
 _NOTHING_RUNS: tuple[Phase, ...] = ("between",)
 _DRAWN: dict[str, tuple[int, tuple[str, ...], tuple[Phase, ...]]] = {
     "kill -9 of": (24, ("rank", "launcher", "top", "all", "data worker"), _RUNNING),
@@ -121,7 +123,7 @@ _DRAWN: dict[str, tuple[int, tuple[str, ...], tuple[Phase, ...]]] = {
     "SIGHUP to": (5, VICTIMS, _RUNNING),
     "SIGSTOP and SIGCONT of": (6, VICTIMS, _RUNNING),
     "SIGSTOP and kill -9 of": (6, VICTIMS, _RUNNING),
-    "full disk": (6, ("",), ("start", "steps", "steps", "save")),
+    "full disk": (6, ("",), ("start", "importing", "steps", "save")),
     "files of at most 20 kB": (3, ("",), _NOTHING_RUNS),
     "damaged or missing,": (20, DAMAGES, _NOTHING_RUNS),
     "environment of another launcher": (4, ("",), _NOTHING_RUNS),

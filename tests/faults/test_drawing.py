@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.faults.drawing import DAMAGES, LAYOUTS, draw_chain
+from typing import get_args
+
+from tests.faults.drawing import DAMAGES, LAYOUTS, Phase, draw_chain
 
 CHAINS = range(200)
 
@@ -19,6 +21,6 @@ def test_every_action_every_victim_and_every_damage_is_met_in_the_long_run() -> 
     faults = [fault for chain in chains for fault in chain.faults]
     victims = {fault.target for fault in faults if fault.action == "kill -9 of"}
     assert victims == {"rank", "launcher", "top", "all", "data worker"}
-    assert {fault.phase for fault in faults} == {"start", "meeting", "steps", "save", "between"}
+    assert {fault.phase for fault in faults} == {*get_args(Phase)}
     assert {fault.target for fault in faults if fault.action.startswith("damaged")} == {*DAMAGES}
     assert len({fault.action for fault in faults}) == 12

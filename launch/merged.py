@@ -45,6 +45,39 @@ def read_record(merged: Path) -> dict[str, Any]:
     return recorded if isinstance(recorded, dict) else {}
 
 
+def is_merged_already(adapter: Path, merged: Path, base: str, dtype: str | None) -> bool:
+    """The same merge is there, whole: of this adapter, onto this kind of base, in this type.
+
+    `base`: `original` or `dequantized`. `dtype`: None for the base's own.
+    """
+    record = read_record(merged)
+    stored = {"float32": "F32", "bfloat16": "BF16"}.get(dtype or "")
+    same_dtype = record.get("dtypes") == [stored] if stored else record.get("converted") == 0
+    if record.get("base") != base or not same_dtype or record.get(DIGEST) is None:
+        return False
+    return (
+        record[DIGEST] == read_digest(adapter)
+        and (merged / "config.json").is_file()
+        and _weights_are_whole(merged)
+    )
+
+
+def _weights_are_whole(folder: Path) -> bool:
+    """Every weight file is as long as its header says, and all that the index names are there."""
+    from safetensors import SafetensorError, safe_open
+
+    files = set(folder.glob("*.safetensors"))
+    try:
+        for index in folder.glob("*.safetensors.index.json"):
+            files |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        for file in files:
+            with safe_open(file, "np"):
+                pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+        return False
+    return bool(files)
+
+
 def merge_behind(run: RunDirectory, merged: Path) -> str | None:
     """In a line, that `merged` is of another adapter than the run's, and what makes it anew; None: it is not."""
     if not is_of_another_adapter(run, merged):

@@ -11,7 +11,7 @@ from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
 from launch.manifest import CHECKPOINT_NAME, read_manifest
-from launch.merged import made_anew, merge_behind
+from launch.merged import is_merged_already, made_anew, merge_behind
 from launch.run_directory import RunDirectory
 from launch.screen import say
 from launch.start import choose_topology, find_run, refuse_missing_gpus
@@ -128,8 +128,16 @@ def merge(
         run = RunDirectory(folder)
         output = run.merged_dequantized if options.base == "dequantized" else run.merged
     flags = options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER)
-    with _out_of_the_way(folder, output):
-        call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
+    if not options.flags(*_OF_THE_ADAPTER) and _is_merged_already(folder, output, options):
+        say(
+            f"{output}: merged already, of this adapter"
+            + ("" if compare else "; --compare sets it beside its base")
+        )
+        if not compare:
+            return True
+    else:
+        with _out_of_the_way(folder, output):
+            call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
     if compare is False:
         return True
     if not in_a_run:
@@ -138,6 +146,12 @@ def merge(
     flags = [*options.flags(*_OF_THE_ADAPTER), *both]
     call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
     return True
+
+
+def _is_merged_already(source: Path, output: Path, options: MergeOptions) -> bool:
+    run = RunDirectory(source)
+    adapter = run.adapter if run.recipe_file.is_file() else source
+    return is_merged_already(adapter, output, options.base or "original", options.dtype)
 
 
 @contextmanager

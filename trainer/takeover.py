@@ -22,14 +22,14 @@ from launch.index import Index, read_index
 from launch.manifest import MANIFEST
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
-from launch.recipe import Recipe, altering_values
+from launch.recipe import EMBEDDED, Recipe, altering_values
 from launch.recipe_file import find_recipe, load_recipe
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.base_model import COMMIT
 from trainer.checkpoint.foreign import TakenOver, take_over
 from trainer.checkpoint.portable import ADAPTER_FILE, OPTIMIZER_FILE
 from trainer.prepare import prepare
-from trainer.pretrained import base_name
+from trainer.pretrained import base_name, base_path
 from trainer.speech import complain, speak_plainly
 
 STATE_FILE = "trainer_state.json"
@@ -141,7 +141,9 @@ def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
     if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
         old["lora.target_modules"] = sorted(targets)
     base = config.get("base_model_name_or_path")
-    if base and base not in (base_name(recipe), recipe.model.name_or_path):
+    name = recipe.model.name_or_path
+    same = {name, base_path(recipe) if name == EMBEDDED else base_name(recipe)}
+    if base and base not in same:
         old["model.name_or_path"] = base
     return old
 

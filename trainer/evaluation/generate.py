@@ -31,6 +31,7 @@ from launch.merged import merge_behind, merged_digest
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from trainer.agreement import end_process, leave_processes, on_rank_0, say_once, together
+from trainer.checkpoint.card import refresh_figures
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -250,6 +251,7 @@ def evaluate(task: Task, state: PartialState) -> None:
         result = result_of(task, share[0], answers, state.num_processes)
         kept = with_earlier_answers(result, request.file, weights_of(request), request.adapter)
         write_result(kept, request.file)
+        refresh_figures(request.run)
         print_result(kept, request, Console(highlight=False, soft_wrap=True))
 
     on_rank_0(conclude)

@@ -37,10 +37,12 @@ def launch_command(
 ) -> list[str]:
     """argv that starts this node's processes of `python -m module *module_args`.
 
+    By `trainer.launcher`, which is `accelerate launch` for a program that waits for it.
+
     `port`: of the rendezvous, free on the first node. `cpu_threads`: of each process (by accelerate: 1).
     Process counts go on the command line: accelerate 1.15 without them raises, or starts another number.
     """
-    command = [python, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    command = [python, "-m", "trainer.launcher", "--config_file", str(config_file)]
     command += ["--num_machines", str(layout.nodes), "--num_processes", str(layout.world_size)]
     command += ["--machine_rank", str(machine_rank), "--main_process_ip", main_process_ip]
     command += ["--main_process_port", str(port)]

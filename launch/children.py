@@ -13,10 +13,12 @@ from types import FrameType
 import psutil
 
 from launch.errors import SamestepError
+from launch.launcher_variables import PARENT, remove_launcher_variables
 
 STARTED = "SAMESTEP_STARTED"
 """In the environment of a launcher: when it was started, in seconds since 1970."""
 
+_told: set[str] = set()
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -47,6 +49,7 @@ def wait_for(
     With `ask_to_stop` it goes there and the second Ctrl-C kills the child with all its descendants; else it goes to
     the group and the third Ctrl-C kills. So each arrives once, whether a terminal sent it to all or somebody to this
     process alone. A terminal that closes takes nothing down: what is still said goes nowhere.
+    The child is told who waits for it, and gets no variables of another job's launcher.
     """
     last = 3 if ask_to_stop is None else 2
     interrupts = 0
@@ -82,7 +85,7 @@ def wait_for(
     ]
     before = {number: signal.signal(number, receive) for number in heeded}
     try:
-        process = subprocess.Popen(command, env=environment, process_group=0)
+        process = subprocess.Popen(command, env=_for_child(environment), process_group=0)
         for number in early:
             pass_on(process, number)
         status = process.wait()
@@ -90,6 +93,21 @@ def wait_for(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _for_child(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """What is taken out is said, once."""
+    given = dict(os.environ if environment is None else environment)
+    if (said := remove_launcher_variables(given)) and said not in _told:
+        _told.add(said)
+        tell(said)
+    return {**given, PARENT: str(os.getpid())}
+
+
+def tell(text: str) -> None:
+    """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import psutil
 
 from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
-from launch.children import STARTED, processes_with, wait_for
+from launch.children import STARTED, processes_with, tell, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
 from launch.plan import Plan
@@ -30,6 +30,7 @@ from launch.run_directory import (
 
 MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
+LEFT_PATIENCE_S = 900.0  # longer than the patience of any trainer with itself
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ def wait_for_trainer(run: RunDirectory) -> None:
     """A launcher that is killed leaves its trainers: ask them to stop at the next step boundary, wait until they did.
 
     They are known by their command line: one that still imports holds no lock and does not know that it is alone.
+    Each ends by itself when it does not get there (trainer/watchdog.py); one that is frozen is killed in the end.
     """
     words, asked, began = [str(run.path), MARKER_DECIDES], False, time.monotonic()
-    try:
-        while processes_with(words):
+    with _asking_meanwhile(run):
+        while left := processes_with(words):
+            waited = time.monotonic() - began
             # Data workers have the same command line and notice within 5 s that their trainer died.
-            if not asked and time.monotonic() - began > LINGERING_S:
+            if not asked and waited > LINGERING_S:
                 asked = True
                 if read_marker(run) is None:
                     with contextlib.suppress(OSError):
@@ -103,18 +106,39 @@ def wait_for_trainer(run: RunDirectory) -> None:
                 tell(
                     f"{run.path}: the launcher has ended, waiting for its processes; Ctrl-C ends them at once"
                 )
+            if waited > LEFT_PATIENCE_S:
+                tell(f"{run.path}: {len(left)} processes did not end in {waited:.0f} s, killed")
+                _kill(left)
             time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _asking_meanwhile(run: RunDirectory) -> Iterator[None]:
+    """A Ctrl-C kills the trainers that are left; any other request to stop goes to them, and is waited for."""
+    ask = ask_to_stop(run)
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            ask(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    try:
+        for number in heeded:
+            signal.signal(number, receive)
+        yield
     except KeyboardInterrupt:
-        for trainer in processes_with(words):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                trainer.kill()
+        _kill(processes_with([str(run.path), MARKER_DECIDES]))
         raise
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
-def tell(text: str) -> None:
-    """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
-    with contextlib.suppress(OSError, RuntimeError):
-        print(text, file=sys.stderr, flush=True)
+def _kill(trainers: Sequence[psutil.Process]) -> None:
+    for trainer in trainers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            trainer.kill()
 
 
 def run_command(plan: Plan, run: RunDirectory, machine: Machine) -> list[str]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.adapter_file import is_whole
+from launch.children import tell
 from launch.errors import ConfigError, SamestepError
-from launch.launching import Machine, launch, tell
+from launch.launching import Machine, launch
 from launch.plan import Plan
 from launch.recipe import Recipe, recipe_fingerprint
 from launch.recipe_file import find_recipe, load_recipe

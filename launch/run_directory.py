@@ -139,6 +139,13 @@ def write_marker(run: RunDirectory, kind: MarkerKind, text: str = "") -> None:
             (run.path / other).unlink(missing_ok=True)
 
 
+def leave_stopped(run: RunDirectory, reason: str, where: str = "before it began") -> None:
+    """STOPPED for an attempt that is given up before its first step; a disk that takes no word gets none."""
+    with contextlib.suppress(OSError):
+        write_marker(run, "STOPPED", f"{reason}: {where}")
+        clear_requests(run)
+
+
 def read_marker(run: RunDirectory) -> Marker | None:
     """The marker of the last attempt; None while it runs or when it died without a word."""
     for kind in get_args(MarkerKind):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.changes import Change
-from launch.children import call_module
+from launch.children import call_module, tell
 from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import CPU_PROCESSES, compute_capability, gpu_memory, gpus_present
 from launch.index import base_is_there, read_index
-from launch.launching import ALONE, Machine, launch, tell
+from launch.launching import ALONE, Machine, launch
 from launch.plan import Plan, make_plan
 from launch.recipe import Recipe
 from launch.recipe_file import find_recipe, load_recipe

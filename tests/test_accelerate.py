@@ -23,7 +23,7 @@ def test_one_node() -> None:
         python="python",
     )
     assert command == [
-        *("python", "-m", "accelerate.commands.launch"),
+        *("python", "-m", "trainer.launcher"),
         *("--config_file", "/configs/with space/ddp.yaml"),
         *("--num_machines", "1", "--num_processes", "2"),
         *("--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--main_process_port", "4711"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 
 from launch.errors import RunError
+from trainer.data import hand_over
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import Batches
 
@@ -74,3 +78,86 @@ def test_workers_end_with_an_error_of_the_data_while_its_traceback_is_kept() -> 
         next(iter(loader))
     assert kept.tb is not None
     assert set(multiprocessing.active_children()) <= before
+
+
+class _Tensors(Batches):
+    """Batches of 0.4 MB; number 2 of the `odd` ones can go through no queue."""
+
+    odd = False
+
+    def batch(self, number: int) -> Any:
+        if self.odd and number == 2:
+            return lambda: None
+        return {"inputs": {"x": torch.full((10, 10_000), float(number)), "none": torch.empty(0, 3)}}
+
+
+class _Unsendable(_Tensors):
+    odd = True
+
+
+def _values(batches: Iterable[Any]) -> list[float]:
+    return [float(batch["inputs"]["x"][3, 7]) for batch in batches]
+
+
+def test_batches_that_find_no_shared_memory_come_through_the_pipe(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned = Loader(_Tensors(), range(6), total=6, workers=2, pin_memory=False, by_pipe=True)
+    assert _values(planned) == [0, 1, 2, 3, 4, 5]
+
+    def full(self: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the workers are forked
+    unplanned = Loader(_Tensors(), range(6), total=6, workers=2, pin_memory=False)
+    assert _values(unplanned) == [0, 1, 2, 3, 4, 5]
+    assert capfd.readouterr().err.count("a data worker goes on through its pipe") == 2
+
+
+def test_a_file_size_limit_loses_no_batch() -> None:
+    program = (
+        "import resource; from tests.test_loader import _Tensors, _values; from trainer.data.loader import Loader\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "print(_values(Loader(_Tensors(), range(4), total=4, workers=1, pin_memory=False)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "[0.0, 1.0, 2.0, 3.0]\n", ended.stderr
+
+
+def test_a_batch_that_is_lost_ends_the_reading_with_what_there_is_of_shared_memory(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    loader = Loader(_Unsendable(), range(6), total=6, workers=1, pin_memory=False)
+    began = time.monotonic()
+    with pytest.raises(
+        RunError, match=r"data workers: a micro-batch is lost .*/dev/shm has .* MB free.*--shm-size"
+    ):
+        _values(loader)
+    assert time.monotonic() - began < 20
+    assert "cannot hand over a micro-batch" in capfd.readouterr().err
+
+
+def test_a_worker_that_is_killed_ends_the_reading() -> None:
+    loader = Loader(_Ones(), range(10_000), total=10_000, workers=1, pin_memory=False)
+    kept = iter(loader)
+    next(kept)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(RunError, match=r"a micro-batch is lost .*(killed|exited unexpectedly)"):
+        list(kept)
+
+
+def test_small_shared_memory_is_measured_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def way(free: float, workers: int = 4) -> hand_over.Way:
+        monkeypatch.setattr(hand_over, "free_shared_memory", lambda: (int(free), 64_000_000))
+        return hand_over.choose_way(workers, 4, 1_000_000, 2)
+
+    assert way(64e6) == hand_over.Way(4)  # 2 readings x 2 ranks x 4 workers x 4 ahead x 1 MB
+    pipe = way(63e6)
+    assert (pipe.workers, pipe.by_pipe) == (4, True)
+    assert "/dev/shm: 63.0 MB of 64.0 MB free, micro-batches read ahead may take 64.0 MB" in pipe.said
+    assert way(1e5).workers == 0
+    assert "each rank reads its data itself" in way(1e5).said
+    assert way(1e5, workers=0) == hand_over.Way(0)

@@ -3,8 +3,12 @@
 import logging
 import os
 
-LAUNCHER = os.getppid()
-"""The parent's process id, read before the imports of substance: a launcher may die in the seconds that they take."""
+from launch.launcher_variables import PARENT
+from trainer import watchdog
+
+WATCHDOG = watchdog.start(os.environ)
+"""Begins before the imports of substance: a launcher may die in the seconds that they take."""
+os.environ.pop(PARENT, None)  # meant for this process, not for its children
 
 # Packed micro-batches differ in size; segments of GPU memory that grow leave no holes between them. PyTorch reads this
 # while it is imported. Whoever set something else keeps it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from launch.children import STARTED
+from trainer import WATCHDOG
 
 FILE_KEY = "first_step"
 
@@ -38,6 +39,7 @@ class FirstStep:
         now = time.time() if now is None else now
         self._parts[part] = self._parts.get(part, 0.0) + now - self._last
         self._last = now
+        WATCHDOG.heartbeat()
 
     def seconds(self) -> dict[str, float]:
         """Of each part in the order of time, those of no length left out; `total` of all."""

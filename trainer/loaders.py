@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from accelerate.logging import get_logger
+
 from launch.plan import Plan, validation_samples
 from launch.steps import MicroBatch, StepPlan, cost, deal
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
+from trainer.data.hand_over import choose_way
 from trainer.data.loader import Loader, data_workers
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch, assemble
 from trainer.task import Task
+
+logger = get_logger("trainer")
+_said: set[str] = set()
 
 
 def training_batches(task: Task, encoder: Encoder, steps: StepPlan, rank: int) -> MicroBatches:
@@ -31,14 +37,21 @@ def open_loader(
 ) -> Loader:
     """Hands over the micro-batches `numbers`; its data workers, if any, are forked when it is read."""
     samples = plan.global_batch_size / plan.world_size / plan.micro_batches
+    # Pixels of 16 samples are 0.2 GB of shared memory.
+    ahead = max(1, min(4, round(16 / samples)))
+    workers = data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers
+    way = choose_way(workers, ahead, round(samples * batches.sample_bytes()), plan.gpus_per_node)
+    if way.said and way.said not in _said:
+        _said.add(way.said)
+        logger.warning(way.said)
     return Loader(
         batches,
         numbers,
         total=len(batches),
-        workers=data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers,
+        workers=way.workers,
         pin_memory=pin_memory,
-        # Pixels of 16 samples are 0.2 GB of shared memory.
-        ahead=max(1, min(4, round(16 / samples))),
+        ahead=ahead,
+        by_pipe=way.by_pipe,
     )
 
 

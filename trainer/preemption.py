@@ -10,13 +10,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import get_args
 
 from launch.errors import RunError, SamestepError
-from launch.run_directory import RunDirectory, StopReason, requested_save, requested_stop
+from launch.run_directory import (
+    RunDirectory,
+    StopReason,
+    leave_stopped,
+    lock_holder,
+    requested_save,
+    requested_stop,
+)
+from trainer import WATCHDOG
 from trainer.agreement import gather, in_words, together
 
 STOP_SIGNALS: dict[signal.Signals, StopReason] = {
@@ -46,13 +54,18 @@ class Agreed:
 
 
 class Watch:
-    """The wishes of one rank. Rank 0 alone looks at the files: a node may see an older state of a shared disk."""
+    """The wishes of one rank. Rank 0 alone looks at the files: a node may see an older state of a shared disk.
 
-    def __init__(self, run: RunDirectory, rank: int, parent: int) -> None:
+    `parent`: the launcher's process id, None for a process that nobody waits for. `begins_at`: where the attempt
+    begins, for the marker, once that is known.
+    """
+
+    def __init__(self, run: RunDirectory, rank: int, parent: int | None) -> None:
         self._run, self._rank, self._parent = run, rank, parent
         self._signalled: StopReason | None = None
         self._interrupted = False
         self.failure: SamestepError | None = None
+        self.begins_at = ""
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler: the first of each kind is a wish; a second Ctrl-C ends the process at once."""
@@ -64,19 +77,38 @@ class Watch:
 
     def wishes(self) -> list[float]:
         """One number for each of `WISHES`: 1 where this rank knows of it."""
-        known: set[str] = set()
-        if self._signalled:
-            known.add(self._signalled)
-        if os.getppid() != self._parent:
-            known.add("orphaned")
+        WATCHDOG.heartbeat()
+        known: set[str] = {*self._stops()}
         if self.failure:
             known.add("fail")
-        if self._rank == 0:
-            if reason := requested_stop(self._run):
-                known.add(reason)
-            if requested_save(self._run):
-                known.add("save")
+        if self._rank == 0 and requested_save(self._run):
+            known.add("save")
         return [float(wish in known) for wish in WISHES]
+
+    def _stops(self) -> set[StopReason]:
+        known: set[StopReason] = set()
+        if self._signalled:
+            known.add(self._signalled)
+        if self._parent is not None and os.getppid() != self._parent:
+            known.add("orphaned")
+        if self._rank == 0 and (reason := requested_stop(self._run)):
+            known.add(reason)
+        return known
+
+    def wanted(self, numbers: bytes) -> StopReason | None:
+        """Why this rank should stop, as the watchdog sees it. `numbers`: of the signals since the last look.
+
+        Python calls a handler when the main thread is back from C, and a collective without the others never is.
+        """
+        for number in numbers:
+            if number in STOP_SIGNALS:
+                self._signalled = self._signalled or STOP_SIGNALS[signal.Signals(number)]
+        return next((reason for reason in REASONS if reason in self._stops()), None)
+
+    def give_up(self, reason: str) -> None:
+        """Before a hard end in front of the first step: nothing is lost, and the run has stopped as it was asked to."""
+        if self._rank == 0 and self.begins_at:
+            leave_stopped(self._run, reason, self.begins_at)
 
     def fail(self, error: Exception) -> None:
         """This rank cannot go on: the next step's all-reduce tells all, before the weights change."""
@@ -112,16 +144,45 @@ def warn_of_slow_save(seconds: float) -> str | None:
 
 
 @contextmanager
-def watching(run: RunDirectory, rank: int, parent: int) -> Iterator[Watch]:
-    """From here on signals are wishes; at the end they are again what they were.
+def watching(run: RunDirectory, rank: int, parent: int | None) -> Iterator[Watch]:
+    """From here on signals are wishes, which the watchdog sees too; at the end they are again what they were.
 
     `parent`: the launcher's process id, read when this process began. A signal that is ignored (`nohup`) stays so.
     """
     watch = Watch(run, rank, parent)
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    old = _unpublished(run)
     before = {number: signal.signal(number, watch.receive) for number in heeded}
+    woken = signal.set_wakeup_fd(WATCHDOG.wakeup, warn_on_full_buffer=False)
+    WATCHDOG.answer_stops(watch.wanted, watch.give_up, lambda: bool(_unpublished(run) - old))
     try:
         yield watch
     finally:
+        WATCHDOG.forget_stops()
+        signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_early_stops(run: RunDirectory) -> None:
+    """Before the run is taken: a stop that the start does not come to answer (a rendezvous without the others) ends it.
+
+    For a process that somebody waits for, who has cleared away what was asked of earlier attempts.
+    """
+
+    def give_up(reason: str) -> None:
+        if os.environ.get("RANK", "0") == "0" and lock_holder(run.path) is None:
+            leave_stopped(run, reason)
+
+    WATCHDOG.answer_stops(lambda _: requested_stop(run), give_up, orderly=False)
+
+
+def _unpublished(run: RunDirectory) -> set[tuple[int, int]]:
+    """What is being written beside its final name now, by any rank, or was when an attempt was killed."""
+    found = set()
+    for pattern in ("checkpoint-*.partial", f".{run.adapter.name}-*"):
+        for folder in run.path.glob(pattern):
+            with suppress(OSError):
+                about = folder.stat()
+                found.add((about.st_ino, about.st_ctime_ns))
+    return found

@@ -77,7 +77,11 @@ def _locked(file: Path) -> Iterator[None]:
     with _writing_the_cache():
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = file.open("a")
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares ({file})", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)  # a signal ends it, and the watchdog when nobody waits for us
     with handle:
         yield
 

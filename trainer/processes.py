@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,18 +30,41 @@ PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed w
 def start_processes() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
     find_deepspeed_config()
+    _stay_on_this_machine()
     if uses_deepspeed():  # builds its collectives for CPUs with `ninja`, which lies beside Python
         beside = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
         if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
             _announce_compiling()
-    if torch.cuda.is_available():
-        return PartialState(timeout=PATIENCE)
-    if (
-        uses_deepspeed()
-    ):  # with `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others
-        return PartialState(backend="gloo", timeout=PATIENCE)
-    return PartialState(cpu=True, timeout=PATIENCE)
+    with _interruptible():
+        if torch.cuda.is_available():
+            return PartialState(timeout=PATIENCE)
+        # With `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others.
+        if uses_deepspeed():
+            return PartialState(backend="gloo", timeout=PATIENCE)
+        return PartialState(cpu=True, timeout=PATIENCE)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A Ctrl-C ends the process at once: Python would hear of it when the other ranks have come."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change this
+        return
+    usual = signal.getsignal(signal.SIGINT)
+    if usual != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _stay_on_this_machine() -> None:
+    """gloo listens on the address of the machine's name, for everybody; ranks that are all here meet on loopback."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local is not None and local == os.environ.get("WORLD_SIZE") and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _announce_compiling() -> None:

@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 from launch.errors import RunError
 from launch.plan import Plan, samples_consumed, step_plan
+from trainer import WATCHDOG
 from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
 from trainer.checkpoint.card import adapter_card
@@ -177,6 +178,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, gradients staying on this rank where the engine lets them."""
+        WATCHDOG.heartbeat()
         if self._witness and self._loss_sum is None:
             self._say_labels(inputs)
         if self._out_of_memory:  # known to all in this step's reduction
@@ -326,6 +328,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         }
         self._record(self.run_directory.metrics_file, values)
         if step == self.resumed_at + 1:
+            WATCHDOG.steps_begin()
             self._say_first_step()
         if step % self.recipe.training.logging_steps == 0 or step == self.plan.max_steps:
             shown = {key: values[key] for key in ("loss", "grad_norm", "learning_rate")}

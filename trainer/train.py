@@ -18,10 +18,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from launch.errors import GpuMemoryError, RunError, SamestepError
+from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
 from launch.index import Index
+from launch.launcher_variables import refuse_odd_launch
 from launch.run_directory import RunDirectory, lock_holder, read_marker
-from trainer import LAUNCHER
+from trainer import WATCHDOG
 from trainer.agreement import (
     end_process,
     from_rank_0,
@@ -36,13 +37,13 @@ from trainer.agreement import (
 from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
 from trainer.building import build
 from trainer.first_step import FirstStep
-from trainer.preemption import Watch, watching
+from trainer.preemption import Watch, heed_early_stops, watching
 from trainer.probe import settle
 from trainer.processes import announce, smallest_gpu, start_processes
 from trainer.request import prepare_first, read_task
 from trainer.resume import evaluation_is_missing, forget_after, is_over, resume_point
 from trainer.sft import PlannedTrainer
-from trainer.speech import speak_plainly
+from trainer.speech import complain, speak_plainly
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -54,11 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speak_plainly()
     clock = FirstStep.of_this_process()
     try:
+        refuse_odd_launch(os.environ)
+    except ConfigError as error:
+        return complain(error)  # nobody else says it: who is the first process is among what is odd
+    if options.marker_decides:
+        heed_early_stops(RunDirectory(options.run_dir))
+    try:
         index = prepare_first(options)
         clock.passed("data")
         state = start_processes()
         clock.passed("processes")
-        train_once(options, index, state, LAUNCHER, clock)
+        train_once(options, index, state, WATCHDOG.parent, clock)
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -93,10 +100,10 @@ def train_once(
     options: argparse.Namespace,
     index: Index,
     state: PartialState,
-    launcher: int,
+    launcher: int | None,
     clock: FirstStep | None = None,
 ) -> None:
-    """From the request to the marker, inside an existing process group; `launcher`: the parent's process id.
+    """From the request to the marker, inside an existing process group; `launcher`: the process id of who waits.
 
     `clock`: of what came before, if anybody counted it.
 
@@ -170,6 +177,7 @@ def train(task: Task, state: PartialState, watch: Watch, clock: FirstStep) -> En
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
+    watch.begins_at = f"at step {step} of {task.plan.max_steps}"
     on_rank_0(lambda: forget_after(task.run, step))
     if reason := watch.agree().stop:
         return Ended(step, reason)

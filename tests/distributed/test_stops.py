@@ -30,6 +30,10 @@ from tests.distributed.launching import (
 from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, write_recipe
 
 STEPS = 40
+OF_ANOTHER_JOB = {
+    **{"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"},
+    **{"ACCELERATE_USE_FSDP": "true", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "7"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +91,30 @@ def _in_a_terminal(command: list[str]) -> Iterator[tuple[int, int]]:
         kill_all(family(pid))
 
 
-def test_every_announced_stop_loses_nothing_and_the_run_ends_as_if_none_had_been(place: Path) -> None:
+def _listening_addresses(processes: list[psutil.Process]) -> set[str]:
+    found = [connection for member in processes for connection in member.net_connections("inet")]
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
+
+
+def test_every_announced_stop_loses_nothing_and_the_run_ends_as_if_none_had_been(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, log, plain_log = RunDirectory(place / "stopped"), place / "log", place / "plain.log"
 
+    for name, value in OF_ANOTHER_JOB.items():
+        monkeypatch.setenv(name, value)
     with started(_samestep(place), log) as process:  # Ctrl-C
         _until_it_steps(run)
+        monkeypatch.undo()
+        assert _listening_addresses(family(process.pid)) == {"127.0.0.1"}
         interrupt(process)
         assert process.wait(timeout=60) == 0
     step = _assert_stopped(run, "user", 0)
     assert "stopping at the next step boundary; Ctrl-C again ends at once" in log.read_text()
+    assert (
+        "environment: not passed on: ACCELERATE_USE_FSDP, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+        in log.read_text()
+    )
     assert f"stopped (user: at step {step} of {STEPS})" in log.read_text()
 
     with started(_plain(place), plain_log) as process:  # TERM to a plain launcher, which passes it on

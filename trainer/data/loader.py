@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from launch.errors import SamestepError
+from launch.errors import RunError, SamestepError
+from trainer import WATCHDOG
+from trainer.data.hand_over import HandedOver, Pickled, describe_loss, end_with_lost_batches
 from trainer.data.micro_batches import Batches, PackedBatch
+
+PATIENCE_S = 600
+"""For one micro-batch of data workers that are alive: a disk that is out of reach, say."""
 
 
 def data_workers(processes_per_node: int) -> int:
@@ -37,7 +42,8 @@ class Loader:
     """Micro-batches in the given order, decoded ahead in `workers` processes (0: in this one).
 
     Its length is that of the whole run, `total`: `Trainer` derives the steps of its one "epoch" from it, also when
-    the run is resumed in the middle. `ahead`: micro-batches that each worker has ready or in work.
+    the run is resumed in the middle. `ahead`: micro-batches that each worker has ready or in work. `by_pipe`: they
+    come without shared memory.
     """
 
     def __init__(
@@ -49,18 +55,20 @@ class Loader:
         workers: int,
         pin_memory: bool,
         ahead: int = 4,
+        by_pipe: bool = False,
     ) -> None:
         self._total = total
         if workers:
             atexit.unregister(_end_workers)
             atexit.register(_end_workers)
         self._loader: DataLoader[Any] = DataLoader(
-            batches,
+            HandedOver(batches, by_pipe) if workers else batches,
             batch_size=None,
             sampler=_Numbers(numbers),
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=pin_memory,
+            timeout=PATIENCE_S if workers else 0,
             worker_init_fn=_start_worker,
         )
         self._reading: Generator[PackedBatch, None, None] | None = None
@@ -95,18 +103,42 @@ class Loader:
 
 
 def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
-    """What the workers hand over. The only reference to PyTorch's iterator is here: it ends with the generator."""
+    """What the workers hand over. The only reference to PyTorch's iterator is here: it ends with the generator.
+
+    Raises:
+        RunError: a worker died, or hands nothing over any more.
+    """
     try:
-        for batch in batches:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_lost(error):
+                    raise
+                raise RunError(describe_loss(error)) from None
+            if isinstance(batch, Pickled):
+                batch = batch.open()
             if isinstance(batch, SamestepError):
                 raise batch
+            WATCHDOG.heartbeat()
             yield batch
     finally:
         del batches  # or the traceback of an error would hold it
 
 
+def _is_lost(error: Exception) -> bool:
+    """What PyTorch raises about its workers, not what a batch raised in one of them (torch 2.14)."""
+    text = str(error)
+    return not isinstance(error, RuntimeError) or text.startswith(
+        ("DataLoader", "Pin memory", "Too many open")
+    )
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    end_with_lost_batches()
     # A stop is agreed by the ranks, which need their data until then. A rank that dies without a word is noticed
     # (PyTorch's watchdog looks for the parent every 5 s); one that ends calls `_end_workers`.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

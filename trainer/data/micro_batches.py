@@ -38,6 +38,10 @@ class Batches(Dataset["PackedBatch | SamestepError"]):
         """Micro-batch `number`."""
         raise AssertionError("every kind of micro-batches makes its own")
 
+    def sample_bytes(self) -> int:
+        """Of one sample, on the average."""
+        raise AssertionError("every kind of micro-batches knows its own")
+
 
 class MicroBatches(Batches):
     """This rank's micro-batches of a step plan by number: number i is micro-batch i % M of step i // M."""
@@ -57,6 +61,10 @@ class MicroBatches(Batches):
         target_tokens = int(self._split.target_tokens[self._plan.samples(step)].sum())
         return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
 
+    def sample_bytes(self) -> int:
+        """Of one sample, on the average."""
+        return _sample_bytes(self._split, self._encoder)
+
 
 class EvaluationBatches(Batches):
     """This rank's micro-batches of an evaluation."""
@@ -70,6 +78,18 @@ class EvaluationBatches(Batches):
     def batch(self, number: int) -> PackedBatch:
         """The micro-batch, packed; it belongs to no step."""
         return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
+
+    def sample_bytes(self) -> int:
+        """Of one sample, on the average."""
+        return _sample_bytes(self._split, self._encoder)
+
+
+def _sample_bytes(split: Split, encoder: Encoder) -> int:
+    """Pixels, as if no features were cached, and about eight numbers a token."""
+    images = encoder.processor.image_processor
+    of_token = images.merge_size**2 * 3 * images.temporal_patch_size * images.patch_size**2
+    pixels = of_token * encoder.pixels.itemsize
+    return int(split.visual_tokens.mean() * pixels + split.tokens.mean() * 64)
 
 
 def assemble(

@@ -1,0 +1,96 @@
+"""The environment variables by which a launcher talks to its processes: ours, accelerate's and torchrun's.
+
+Those of another job, left in a shell or passed on by a job's own launcher, would make a process dial that job's address
+or train another strategy. The launcher of a run sets all that it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from launch.errors import ConfigError
+
+PARENT = "SAMESTEP_PARENT"
+"""In the environment of a child: the process id of whoever waits for it. The child ends when that one is gone."""
+
+_ADDRESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_NAMES = frozenset(
+    (
+        *_ADDRESS,
+        *("LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
+        # accelerate 1.15 reads these for the number of processes, too
+        *("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        *("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    )
+)
+_PREFIXES = re.compile(r"(TORCHELASTIC|PET|ACCELERATE|FSDP|PARALLELISM_CONFIG)_")
+
+
+def launcher_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names in an environment that only a launcher should set for its own processes, sorted."""
+    return sorted(name for name in environment if name in _NAMES or _PREFIXES.match(name))
+
+
+def remove_launcher_variables(environment: MutableMapping[str, str]) -> str | None:
+    """Take another job's variables out of an environment; what to say about it, None where there were none."""
+    found = launcher_variables(environment)
+    for name in found:
+        del environment[name]
+    if not found:
+        return None
+    return (
+        f"environment: not passed on: {', '.join(found)} (of another job's launcher; this one sets its own)"
+    )
+
+
+def refuse_odd_launch(environment: Mapping[str, str]) -> None:
+    """Judge what a process was told about its place among others, before it dials anybody.
+
+    Raises:
+        ConfigError: a number is none, the address is not whole, or the launcher itself was started with all of it.
+    """
+    told = {name: environment[name] for name in _ADDRESS if name in environment}
+    problems = [
+        f"{name}: {environment[name]!r} is no number of a process or port; unset it, or start with accelerate launch"
+        for name in _NUMBERS
+        if name in environment and not environment[name].isdecimal()
+    ]
+    if "RANK" in told or "WORLD_SIZE" in told or "LOCAL_RANK" in told:
+        missing = [name for name in _ADDRESS if name not in told]
+        if missing:
+            problems.append(
+                f"environment: {', '.join(told)} without {', '.join(missing)}; unset what is left of another job, or "
+                "start with accelerate launch, which sets all of them"
+            )
+        elif not problems and int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+            problems.append(
+                f"RANK: {told['RANK']} of WORLD_SIZE {told['WORLD_SIZE']} processes; unset what is left of another job"
+            )
+        elif not problems and _is_inherited(told):
+            problems.append(
+                f"environment: {', '.join(told)} were there before the launcher began (another job's: "
+                f"{told['MASTER_ADDR']}:{told['MASTER_PORT']}); unset them"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_inherited(told: Mapping[str, str]) -> bool:
+    """The parent is a Python program, as launchers are, and was itself started with all of these variables.
+
+    A launcher sets them for its children alone, so they are another job's. Of a process whose parent cannot be looked
+    into (another user's, `srun`) nothing is known.
+    """
+    try:
+        parent = Path("/proc") / str(os.getppid())
+        if not (parent / "exe").samefile("/proc/self/exe"):
+            return False
+        given = (parent / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return all(f"{name}={value}".encode() in given for name, value in told.items())

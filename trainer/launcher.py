@@ -1,0 +1,77 @@
+"""`python -m trainer.launcher ARGUMENTS`: `accelerate launch ARGUMENTS` for a program that waits for it.
+
+What a launcher by itself does not do: it ends when whoever waits for it is gone, and when a stop is wanted while it
+still waits for other machines. Where all processes are on this machine, nobody else can reach their store.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.launcher_variables import PARENT
+from launch.run_directory import RunDirectory, leave_stopped, lock_holder, requested_stop
+from trainer import WATCHDOG
+
+LOOPBACK = "127.0.0.1"
+
+
+def main() -> None:
+    """Entry point: the command line is accelerate's."""
+    arguments = sys.argv[1:]
+    os.environ[PARENT] = str(os.getpid())
+    if folder := value_of("--run-dir", arguments):
+        watch_stops(RunDirectory(Path(folder)), is_first=value_of("--machine_rank", arguments) in (None, "0"))
+    from accelerate.commands import launch
+
+    if value_of("--num_machines", arguments) in (None, "1"):
+        listen_on_loopback()
+    launch.main()
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What follows an option on the command line."""
+    return arguments[arguments.index(option) + 1] if option in arguments else None
+
+
+def watch_stops(run: RunDirectory, is_first: bool) -> None:
+    """End when a stop is wanted and there is no process here yet that could answer it."""
+
+    def wanted(_: bytes) -> str | None:
+        return requested_stop(run) if not psutil.Process().children() else None
+
+    def give_up(reason: str) -> None:
+        if is_first and lock_holder(run.path) is None:
+            leave_stopped(run, reason)
+
+    WATCHDOG.answer_stops(wanted, give_up, orderly=False)
+
+
+def listen_on_loopback() -> None:
+    """Let torchrun's store be reached from this machine alone.
+
+    PyTorch 2.14's `TCPStore` listens on every interface, whatever its address; given a socket that is bound already,
+    it takes that. Without `static_tcp_rendezvous.TCPStore`, which torchrun makes its store with, nothing is changed.
+    """
+    rendezvous: Any = import_module("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+    store = rendezvous.TCPStore
+
+    def on_loopback(
+        host: str, port: int, world_size: int, is_master: bool, *more: Any, **options: Any
+    ) -> Any:
+        if is_master and host == LOOPBACK:
+            options["master_listen_fd"] = socket.create_server((LOOPBACK, port)).detach()
+        return store(host, port, world_size, is_master, *more, **options)
+
+    rendezvous.TCPStore = on_loopback
+
+
+if __name__ == "__main__":
+    main()

@@ -6,11 +6,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,61 +16,18 @@ from launch.run_directory import RunDirectory, read_marker
 from tests.distributed.recorded import apart, assert_the_same_to_the_byte, metrics_of
 from tests.faults.attempt import Attempt, run_command, send
 from tests.faults.damage import damage, valid_steps
+from tests.faults.disks import fill, plain_folder, small_disk
 from tests.faults.drawing import LAYOUTS, Chain, Fault, Layout
+from tests.faults.outcomes import Limits, Outcome, Result
 
 STEPS, EVERY = 80, 2
 TOLERANCE = 1e-6
-DISK_BYTES = 160 * 2**20  # `samestep run` asks for 100 MiB
 _SIGNALS = {
     "kill -9 of": signal.SIGKILL,
     "SIGTERM to": signal.SIGTERM,
     "SIGINT to": signal.SIGINT,
     "SIGHUP to": signal.SIGHUP,
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds: from a fault to the end of all processes; from a start to its first step."""
-
-    end: float = 60
-    start: float = 120
-
-
-@dataclass
-class Outcome:
-    """What became of one fault. `trouble`: hung, by hand or lost, and how that was seen; empty: survived.
-
-    `ended`: seconds until all processes had ended, None where they were to go on; `went_on`: seconds from the start
-    of the next attempt to its first step, None where the same attempt went on.
-    """
-
-    fault: str
-    kind: str
-    ended: float | None = None
-    went_on: float | None = None
-    trouble: str = ""
-
-
-@dataclass
-class Result:
-    """A chain that is over. `verdict`: how its run compares with the undisturbed one; `lost`: it is another run."""
-
-    number: int
-    layout: str
-    outcomes: list[Outcome] = field(default_factory=list)
-    verdict: str = ""
-    lost: bool = False
-    seconds: float = 0.0
-    missed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def of_json(values: dict[str, Any]) -> Result:
-        outcomes = [Outcome(**outcome) for outcome in values.pop("outcomes")]
-        return Result(outcomes=outcomes, **values)
 
 
 @dataclass(frozen=True)
@@ -104,7 +58,7 @@ def play(chain: Chain, place: Place, limits: Limits, stop: Event) -> Result:
     folder.mkdir(parents=True)
     needs_disk = any(fault.action == "full disk" for fault in chain.faults)
     began = time.monotonic()
-    with _disk(folder / "runs") if needs_disk else _folder(folder / "runs"):
+    with small_disk(folder / "runs") if needs_disk else plain_folder(folder / "runs"):
         player = _Player(chain, place, folder, limits, stop)
         try:
             player.play()
@@ -146,7 +100,7 @@ class _Player:
             self._finish()
         except _StuckError as trouble:
             self.result.verdict = f"given up: {trouble}"
-            self.result.lost = True
+            self.result.lost = not any(outcome.trouble for outcome in self.result.outcomes)
             return
         self._compare()
 
@@ -283,7 +237,7 @@ class _Player:
         """Returns whether the attempt is to go on by itself."""
         victims = attempt.victims(fault)
         if fault.action == "full disk":
-            _fill(self.run.path.parent, int(fault.share * 30_000))
+            fill(self.run.path.parent, int(fault.share * 30_000))
             return False
         if fault.action.startswith("SIGSTOP"):
             send(victims, signal.SIGSTOP)
@@ -367,27 +321,3 @@ class _Player:
 def _last_words(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "without a word"
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    path.mkdir()
-    yield
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """A small disk of its own."""
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", path], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
-def _fill(folder: Path, left: int) -> None:
-    """Leave so many bytes of the disk."""
-    with (folder / "filler").open("wb") as filler:
-        free = os.statvfs(folder)
-        os.posix_fallocate(filler.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left))

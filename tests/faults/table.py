@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.faults.chain import STEPS, Limits, Outcome, Result
+from tests.faults.chain import STEPS
+from tests.faults.outcomes import Limits, Outcome, Result
 from tests.long.results import stamp
 
 _VERSIONS = ("accelerate", "deepspeed", "transformers", "trl", "peft", "bitsandbytes")

@@ -52,10 +52,10 @@ run: install
 	$(BIN)/samestep evaluate embedded --models base,adapter,shuffled
 
 test: install
-	$(BIN)/python -m pytest -m "not long and not slurm and not faults and not gpu and not multigpu"
+	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
 
 test-long: install
-	$(BIN)/python -m pytest -m "long and not slurm"
+	$(BIN)/python -m pytest -m "long and not slurm and not faults"
 
 # Interrupted, it goes on with the same command.
 test-faults: install

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.campaign import campaign, troubles
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.long, pytest.mark.faults]
 
 
 def test_every_fault_is_survived_by_the_same_command_again() -> None:

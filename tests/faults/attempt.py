@@ -20,6 +20,9 @@ from tests.faults.drawing import Fault
 MARK = "SAMESTEP_FAULT_CHAIN"
 """In the environment of every process of a chain, whoever its parent is."""
 
+LAUNCHERS = {"trainer.launcher", "accelerate.commands.launch"}
+"""How a launcher is called, of those that a run starts."""
+
 LARGEST_FILE = 20_000  # bytes; the moments of the tiny adapter take 32 kB
 SMALL_SHM = "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "
 OTHER_LAUNCHER = {
@@ -97,7 +100,7 @@ class Attempt:
     def victims(self, fault: Fault) -> list[int]:
         """The processes that a fault is meant for, as far as they have been born."""
         found = {pid: _arguments(pid) for pid in self.alive()}
-        launchers = [pid for pid, words in found.items() if "accelerate.commands.launch" in words]
+        launchers = [pid for pid, words in found.items() if LAUNCHERS & {*words}]
         trainers = [pid for pid, words in found.items() if "trainer.train" in words and pid not in launchers]
         ranks = [pid for pid in trainers if _parent(pid) not in trainers]
         loaders = [pid for pid in trainers if pid not in ranks]

@@ -74,4 +74,6 @@ def _chain(result: Result) -> list[str]:
         ended = "" if outcome.ended is None else f", ended after {outcome.ended:.1f} s"
         went_on = "" if outcome.went_on is None else f", went on after {outcome.went_on:.1f} s"
         lines.append(f"   - {outcome.fault}: {outcome.trouble or 'survived'}{ended}{went_on}")
+    if result.missed:
+        lines.append(f"   - {result.missed} more came too late: the run was done")
     return lines

@@ -272,6 +272,7 @@ class _Player:
             layouts = [layout for layout in LAYOUTS if layout != self.layout]
             wanted = [layout for layout in layouts if str(layout) == fault.target]
             self.layout, self.moved = (wanted or layouts)[0], True
+            outcome.fault = outcome.kind = f"move to {self.layout}"
         else:
             self._under(fault, outcome)
             return

@@ -7,8 +7,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
+SEED ?= 1
+FAULTS ?= 100
 
-.PHONY: help install run test test-long test-slurm test-slurm-long slurm check docs
+.PHONY: help install run test test-long test-slurm test-slurm-long test-faults slurm check docs
 
 help:
 	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
@@ -16,6 +18,7 @@ help:
 	@echo "make test-long  the full matrices, within an hour; writes tests/long/RESULTS.md"
 	@echo "make test-slurm  on a real Slurm cluster on this machine, in minutes; root, installs Debian's packages of Slurm"
 	@echo "make test-slurm-long  twelve events on it; writes tests/slurm/RESULTS.md"
+	@echo "make test-faults SEED=1 FAULTS=100  chains of random faults, half an hour; root; writes tests/faults/RESULTS.md"
 	@echo "make check    set up, lint, types, imports, documentation"
 	@echo "make docs     set up, build the documentation into site/; every broken link is an error"
 	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
@@ -53,7 +56,11 @@ test: install
 	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
 
 test-long: install
-	$(BIN)/python -m pytest -m "long and not slurm"
+	$(BIN)/python -m pytest -m "long and not slurm and not faults"
+
+# Interrupted, it goes on with the same command.
+test-faults: install
+	SEED=$(SEED) FAULTS=$(FAULTS) $(BIN)/python -m pytest -s -m faults tests/faults
 
 test-slurm: install slurm
 	$(BIN)/python -m pytest -m "slurm and not long" tests/slurm

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.index import SPLITS, index_path
+from launch.untrusted_files import TABLE, parse_json, plain_size, read_text
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -46,19 +47,20 @@ class RowNote:
 
 def notes_of(recipe: Recipe, index: Path) -> list[RowNote]:
     """Everything that the index in the folder `index` left out or that a run of the recipe cannot score."""
-    notes = [RowNote(kind="dropped", **json.loads(line)) for line in _lines(index / DROPPED_ROWS)]
+    notes = [RowNote(kind="dropped", **parse_json(line)) for line in _lines(index / DROPPED_ROWS)]
     for split in SPLITS:
         notes += _label_notes(index / f"{split}.parquet", split, recipe.evaluation.max_new_tokens)
     return notes
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return read_text(file, TABLE).splitlines() if file.is_file() else []
 
 
 def _label_notes(file: Path, split: str, max_new_tokens: int) -> Iterator[RowNote]:
     import pyarrow.parquet as pq
 
+    plain_size(file)
     table = pq.ParquetFile(file).read(columns=["row", "answers", "answer_tokens"])
     for row, answers, needed in zip(*(column.to_pylist() for column in table.columns), strict=True):
         if answers > 1:

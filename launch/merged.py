@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launch.adapter_file import WEIGHTS, read_digest
 from launch.run_directory import RunDirectory
-from launch.untrusted_files import UNREADABLE, read_mapping
+from launch.untrusted_files import TABLE, UNREADABLE, path_inside, plain_size, read_mapping
 
 RECORD, DIGEST = "merge.json", "adapter_sha256"
 
@@ -23,13 +24,59 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
     weights, config = run.adapter / WEIGHTS, merged / "config.json"
     if not (weights.is_file() and config.is_file()):
         return False
-    try:
-        recorded = read_mapping(merged / RECORD).get(DIGEST)
-    except UNREADABLE:
-        recorded = None
+    recorded = merged_digest(merged)
     if recorded is None:
         return config.stat().st_mtime < weights.stat().st_mtime
     return read_digest(run.adapter) not in (recorded, None)
+
+
+def merged_digest(merged: Path) -> str | None:
+    """Of which adapter a merged model is, as `read_digest`; None where no merge recorded it, or there is no model."""
+    recorded = read_record(merged).get(DIGEST)
+    return None if recorded is None else str(recorded)
+
+
+def read_record(merged: Path) -> dict[str, Any]:
+    """merge.json of a merged model; empty where there is none that can be read."""
+    try:
+        return read_mapping(merged / RECORD)
+    except UNREADABLE:
+        return {}
+
+
+def is_merged_already(adapter: Path, merged: Path, base: str, dtype: str | None) -> bool:
+    """The same merge is there, whole: of this adapter, onto this kind of base, in this type.
+
+    `base`: `original` or `dequantized`. `dtype`: None for the base's own.
+    """
+    record = read_record(merged)
+    stored = {"float32": "F32", "bfloat16": "BF16"}.get(dtype or "")
+    same_dtype = record.get("dtypes") == [stored] if stored else record.get("converted") == 0
+    if record.get("base") != base or not same_dtype or record.get(DIGEST) is None:
+        return False
+    return (
+        record[DIGEST] == read_digest(adapter)
+        and (merged / "config.json").is_file()
+        and _weights_are_whole(merged)
+    )
+
+
+def _weights_are_whole(folder: Path) -> bool:
+    """Every weight file is as long as its header says, and all that the index names are there."""
+    from safetensors import SafetensorError, safe_open
+
+    files = set(folder.glob("*.safetensors"))
+    try:
+        for index in folder.glob("*.safetensors.index.json"):
+            names = read_mapping(index, TABLE)["weight_map"].values()
+            files |= {path_inside(folder, folder / name) for name in names}
+        for file in files:
+            plain_size(file)
+            with safe_open(file, "np"):
+                pass
+    except (*UNREADABLE, LookupError, TypeError, AttributeError, SafetensorError):
+        return False
+    return bool(files)
 
 
 def merge_behind(run: RunDirectory, merged: Path) -> str | None:

@@ -11,16 +11,38 @@ from launch.atomic_files import refuse_readonly
 from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
-from launch.merged import made_anew, merge_behind
+from launch.manifest import CHECKPOINT_NAME, read_manifest
+from launch.merged import is_merged_already, made_anew, merge_behind
 from launch.run_directory import RunDirectory
 from launch.screen import say
-from launch.start import choose_topology, refuse_missing_gpus
+from launch.start import choose_topology, find_run, refuse_missing_gpus
 
 
-def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
+def find_evaluated(name: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
+    """A run by name or path, or one of its checkpoints by path (RUN/checkpoint-STEP): (run, step or None).
+
+    Raises:
+        ConfigError: there is no such run.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    named = CHECKPOINT_NAME.fullmatch(path.name)
+    if not named or named[2] or len(path.parts) < 2:
+        return find_run(name, runs_dir), None
+    run = find_run(str(path.parent), runs_dir)
+    read_manifest(run.checkpoint(int(named[1])), verify=True)
+    return run, int(named[1])
+
+
+def refuse_missing_models(run: RunDirectory, models: Sequence[str], checkpoint: int | None = None) -> None:
     """ConfigError for every model that the run does not have (yet)."""
     problems = []
-    if {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
+    if checkpoint is not None:
+        if "merged" in models:
+            problems.append(
+                f"--models: merged is of the run's last adapter, not of checkpoint-{checkpoint}; leave it out"
+            )
+    elif {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
         problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
     if "merged" in models and not (run.merged / "config.json").is_file():
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
@@ -31,13 +53,19 @@ def refuse_missing_models(run: RunDirectory, models: Sequence[str]) -> None:
 
 
 def evaluate(
-    run: RunDirectory, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
+    run: RunDirectory,
+    models: Sequence[str],
+    arguments: Sequence[str],
+    gpus_per_node: int | None,
+    checkpoint: int | None = None,
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
-    refuse_missing_models(run, models)
+    refuse_missing_models(run, models, checkpoint)
     refuse_readonly(run.path, "the evaluation")
+    if checkpoint is not None:
+        arguments = [*arguments, "--checkpoint", str(checkpoint)]
     command = trainer_command(
         topology,
         "trainer.evaluation.generate",
@@ -100,8 +128,16 @@ def merge(
         output = run.merged_dequantized if options.base == "dequantized" else run.merged
     allowed = [word for part in options.allow for word in ("--allow", part)]
     flags = [*options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER), *allowed]
-    with _out_of_the_way(folder, output):
-        call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
+    if not options.flags(*_OF_THE_ADAPTER) and _is_merged_already(folder, output, options):
+        say(
+            f"{output}: merged already, of this adapter"
+            + ("" if compare else "; --compare sets it beside its base")
+        )
+        if not compare:
+            return True
+    else:
+        with _out_of_the_way(folder, output):
+            call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])
     if compare is False:
         return True
     if not in_a_run:
@@ -110,6 +146,12 @@ def merge(
     flags = [*options.flags(*_OF_THE_ADAPTER), *both, *allowed]
     call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
     return True
+
+
+def _is_merged_already(source: Path, output: Path, options: MergeOptions) -> bool:
+    run = RunDirectory(source)
+    adapter = run.adapter if run.recipe_file.is_file() else source
+    return is_merged_already(adapter, output, options.base or "original", options.dtype)
 
 
 @contextmanager

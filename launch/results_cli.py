@@ -7,16 +7,28 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import AllowPart, Processes, RunArgument, RunsDir, example
+from launch.arguments import AllowPart, Processes, RunsDir, example
 from launch.option_values import named, one_of, place, positive, several_of, whole
 from launch.screen import say
 
 commands = typer.Typer()
 
 
-@commands.command(epilog=example("samestep evaluate embedded --models base,adapter,shuffled"))
+@commands.command(
+    epilog=example(
+        "samestep evaluate embedded --models base,adapter,shuffled",
+        "samestep evaluate runs/embedded/checkpoint-20 --models adapter",
+    )
+)
 def evaluate(
-    run: RunArgument,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[/checkpoint-N]",
+            parser=named("RUN"),
+            help="Name or folder of a run, or one of its checkpoints.",
+        ),
+    ],
     split: Annotated[
         str,
         typer.Option(
@@ -48,14 +60,17 @@ def evaluate(
     allow: AllowPart = [],  # noqa: B006 - typer copies it
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json)."""
-    from launch import results, start
+    """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json).
 
-    found = start.find_run(run, runs_dir)
+    Answers of other models to the same questions stay in that file.
+    """
+    from launch import results
+
+    found, checkpoint = results.find_evaluated(run, runs_dir)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     chosen = [model.strip() for model in models.split(",")]
     allowed = [word for part in allow for word in ("--allow", part)]
-    results.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node)
+    results.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node, checkpoint)
 
 
 AdapterConfig = Annotated[

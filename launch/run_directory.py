@@ -90,12 +90,16 @@ class RunDirectory:
     def merged_dequantized(self) -> Path:
         return self.path / "merged-dequantized"
 
-    def eval_file(self, split: str = "test", samples: int | None = None) -> Path:
-        """Figures and answers of the last evaluation of a split, or of so many samples of it.
+    def eval_file(
+        self, split: str = "test", samples: int | None = None, checkpoint: int | None = None
+    ) -> Path:
+        """Figures and answers of every model that was evaluated on a split, or on so many samples of it.
 
-        `eval.json` is that of the whole test split: a look at a few samples does not replace it.
+        `eval.json` is that of the whole test split and the run's adapter: a look at a few samples, or at the checkpoint
+        after `checkpoint` steps, does not replace it.
         """
-        parts = ["eval", *([] if split == "test" else [split]), *([] if samples is None else [str(samples)])]
+        parts = ["eval", *([] if checkpoint is None else [f"checkpoint-{checkpoint}"])]
+        parts += [*([] if split == "test" else [split]), *([] if samples is None else [str(samples)])]
         return self.path / f"{'-'.join(parts)}.json"
 
     def checkpoint(self, step: int) -> Path:

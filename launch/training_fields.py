@@ -44,7 +44,7 @@ _BY_REASON: dict[str, str] = {
         save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint""",
     "running the same command again resumes from the newest published checkpoint; remove it": """
         resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint""",
-    "the run keeps its last adapter, and every checkpoint can be evaluated; remove it": """
+    "the run keeps its last adapter, and `samestep evaluate RUN/checkpoint-N` scores another; remove it": """
         load_best_model_at_end metric_for_best_model greater_is_better""",
     "set it in the section hub": """
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",

@@ -65,17 +65,20 @@ def write_charts(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
     return folder
 
 
+def write_world(folder: Path) -> None:
+    """The `charts/` and the `base/` of a small world."""
+    from trainer.model.tiny import random_tiny
+
+    rows = {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())}
+    write_charts(folder / "charts", rows)
+    random_tiny(folder / "base")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with `charts/`, `base/` and `cache/`, the last one being samestep's cache for the whole session."""
-    from trainer.model.tiny import random_tiny
-
     folder = tmp_path_factory.mktemp("world")
-    write_charts(
-        folder / "charts",
-        {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())},
-    )
-    random_tiny(folder / "base")
+    write_world(folder)
     before = os.environ.get("SAMESTEP_CACHE")
     os.environ["SAMESTEP_CACHE"] = str(folder / "cache")
     yield folder

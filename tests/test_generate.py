@@ -1,26 +1,32 @@
 """Answers: those of plain calls, for any number of ranks; their figures; failures that all ranks share."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from launch.index import read_index
 from launch.publishing import publish
 from launch.recipe import Recipe
 from launch.recipe_file import dump_recipe, recipe_from_dict
+from launch.results import find_evaluated
 from launch.run_directory import RunDirectory
 from launch.run_identity import MODEL_PARTS, find_identity
 from tests.adapters import random_adapter, write_run
 from tests.conftest import recipe_values
 from tests.distributed.launching import accelerate_launch
+from trainer.checkpoint.portable import save_adapter
 from trainer.data.chartqa import chat, open_split
 from trainer.data.images import decode_image
 from trainer.evaluation.answers import Question, make_batches, other_images, spread
 from trainer.evaluation.generate import main
+from trainer.evaluation.kept import with_earlier_answers
 from trainer.pretrained import load_processor
 
 
@@ -138,6 +144,82 @@ def test_what_is_evaluated_is_held_against_what_was_trained(
     written = json.loads(run.eval_file("test", 2).read_text())
     assert written["differs"].keys() == {"model.processor", rows}
     assert written["differs"]["model.processor"]["run"] == "a" * 32
+
+
+def test_answers_of_other_models_stay_and_those_of_other_weights_are_kept_under_another_name(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = RunDirectory(shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*")))
+    asked = ["--run-dir", str(here.path), "--max-samples", "4", "--models"]
+    file = here.eval_file("test", 4)
+    assert main([*asked, "base"]) == 0
+    base = json.loads(file.read_text())
+    assert main([*asked, "adapter"]) == 0
+    both = json.loads(file.read_text())
+    assert list(both["accuracy"]) == ["base", "adapter"]
+    assert both["accuracy"]["base"] == base["accuracy"]["base"]
+    assert [each["base"] for each in both["predictions"]] == [each["base"] for each in base["predictions"]]
+    assert both["mcnemar_p"].keys() == {"base -> adapter"}
+    assert both["finished_of"]["base"] == base["finished"]
+    assert f"base: answers of {base['finished']}, kept" in capsys.readouterr().out
+    assert not list(here.path.glob("eval-4.*-*"))
+
+    weights = here.adapter / "adapter_model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights)
+    assert main([*asked, "shuffled"]) == 0
+    now = json.loads(file.read_text())
+    assert list(now["accuracy"]) == ["base", "shuffled"]
+    (old,) = here.path.glob("eval-4.*-*")
+    assert json.loads(old.read_text()) == both
+    assert f"that one is now {old}" in capsys.readouterr().out
+
+
+def test_answer_files_of_older_versions_are_read(result: dict[str, Any], tmp_path: Path) -> None:
+    new = {"weights", "finished_of", "prompts_sha256"}
+    older = {key: value for key, value in result.items() if key not in new}
+    only_base = {**result, "accuracy": {"base": result["accuracy"]["base"]}}
+    weights: dict[str, str | None] = {"base": None, "adapter": "a", "shuffled": "a", "merged": None}
+    file, adapter = tmp_path / "eval.json", tmp_path / "adapter"
+    file.write_text(json.dumps(older))
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    os.utime(adapter / "adapter_model.safetensors", (1, 1))  # no younger than the answers
+    kept = with_earlier_answers(only_base, file, weights, adapter)
+    assert (kept.models, kept.aside) == (("adapter", "shuffled"), None)
+    assert kept.result["accuracy"] == result["accuracy"]
+    soon = time.time() + 60
+    os.utime(adapter / "adapter_model.safetensors", (soon, soon))  # trained on since
+    kept = with_earlier_answers(only_base, file, weights, adapter)
+    assert kept.models == ()
+    assert kept.aside is not None
+    file.write_text(json.dumps({**older, "max_new_tokens": 7}))
+    assert with_earlier_answers(only_base, file, weights, adapter).aside is not None
+    file.write_text("half")  # is not thrown away either
+    assert with_earlier_answers(only_base, file, weights, adapter).aside is not None
+    file.unlink()
+    assert with_earlier_answers(only_base, file, weights, adapter).aside is None
+
+
+def test_a_checkpoint_is_evaluated_by_its_path(
+    run: RunDirectory, recipe: Recipe, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside = run.path / "checkpoint-3.partial"
+    save_adapter(random_adapter(recipe), aside)
+    publish(aside, run.checkpoint(3), {"step": 3})
+    run.plan_file.touch()
+    assert find_evaluated(str(run.checkpoint(3)), Path("runs")) == (run, 3)
+    assert find_evaluated(str(run.path), Path("runs")) == (run, None)
+    asked = ["--run-dir", str(run.path), "--checkpoint", "3", "--models"]
+    assert main([*asked, "adapter"]) == 0
+    written = json.loads(run.eval_file(checkpoint=3).read_text())
+    assert run.eval_file(checkpoint=3).name == "eval-checkpoint-3.json"
+    answers = [[each["adapter"] for each in one["predictions"]] for one in (written, result)]
+    assert answers[0] == answers[1]
+    assert main([*asked, "merged"]) == 2
+    assert "merged is of the run's last adapter, not of checkpoint-3" in capsys.readouterr().err
+    (run.checkpoint(3) / "adapter_config.json").write_text("{}")
+    assert main([*asked, "adapter"]) == 2
+    assert "has another size" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_refused_with_what_to_do(

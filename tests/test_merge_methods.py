@@ -17,9 +17,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
+from launch.caches import embedded_folder
 from launch.errors import CheckpointError
 from launch.model_files import old_base_identity
 from launch.publishing import publish
@@ -32,12 +34,14 @@ from tests.merging import WEIGHTS, change_config, make_adapter, merge, merged_by
 from trainer.checkpoint import merge as merging
 from trainer.checkpoint.adapter import read_adapter
 from trainer.checkpoint.base_model import check_base
+from trainer.checkpoint.card import adapter_card, refresh_figures
 from trainer.checkpoint.merge import main
 from trainer.checkpoint.merge_plan import MergePlan, MergeRequest, plan_merge
 from trainer.checkpoint.names import memory_name
 from trainer.checkpoint.verify import MergeReport, verify
 from trainer.model.base import load_base
 from trainer.model.tiny import random_tiny
+from trainer.pretrained import load_processor
 
 
 @pytest.fixture(scope="module")
@@ -364,14 +368,49 @@ def test_the_card_says_base_data_recipe_figures_and_how_to_load(world: Path, tmp
         "Training loss 2.500 at step 1, 1.250 at step 6",
         "| adapter | 40.0 % | 4 of 10 |",
         "Qwen2VLForConditionalGeneration.from_pretrained",
-        "vllm serve",
-        "PeftModel.from_pretrained",
+        "vllm serve .",
+        'PeftModel.from_pretrained(base, "../adapter")',
     ):
         assert words in card
+    accuracy["overall"]["percent"] = 50.0
+    run.eval_file().write_text(json.dumps(result))
+    refresh_figures(run)
+    refreshed = (run.merged / "README.md").read_text()
+    assert refreshed == card.replace("40.0 %", "50.0 %")
     (run.path / "eval.json").write_text("half")
     shutil.rmtree(run.merged)
     merge(run.path, run.merged)
     assert "40.0" not in (run.merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_code_of_the_cards_runs_as_it_stands(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    values = recipe_values(world)
+    if embedded:  # its base lies in the cache of whoever loads it
+        monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
+        shutil.copytree(world / "base", embedded_folder() / "model")
+        values["model"]["name_or_path"] = "embedded"
+    recipe = recipe_from_dict(values)
+    run = write_run(recipe, tmp_path / "run")
+    named = json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == ("embedded" if embedded else str(world / "base"))
+    (run.adapter / "README.md").write_text(adapter_card(run, recipe, named))
+    load_processor(recipe).save_pretrained(str(run.adapter))
+    merge(run.path, run.merged)
+    for folder, pieces in ((run.merged, 2), (run.adapter, 1)):
+        code = re.findall(
+            r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE
+        )
+        assert len(code) == pieces
+        monkeypatch.chdir(folder)
+        made: dict[str, Any] = {}
+        for piece in code:
+            exec(piece, made)
+        assert isinstance(made["model"], PeftModel)
+        assert any(weight.any() for name, weight in made["model"].named_parameters() if ".lora_B." in name)
+        assert made["processor"].tokenizer("bar").input_ids
 
 
 def test_the_config_stays_the_bases_and_the_source_stays(base: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from launch.adapter_file import read_digest
 from launch.errors import ConfigError
@@ -99,6 +101,41 @@ def test_merge_makes_it_anew_and_keeps_the_old_one_under_another_name(
     assert told.count("was of another adapter") == 1
     assert f"that one is now {old.relative_to(Path.cwd())}" in told
     assert [line.partition(":")[0] for line in merges_behind(run)] == [str(run.merged_dequantized)]
+
+
+def test_a_merge_that_is_there_whole_is_done_already(
+    run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = read_digest(run.adapter)
+    _merge(run, run.merged, base="original", dtypes=["F32"], converted=0, adapter_sha256=digest)
+    weights = run.merged / "model.safetensors"
+    save_file({"a": np.zeros(4, np.float32)}, weights)
+    started = len(launcher.commands)
+    for same in ([], ["--dtype", "float32"], ["--no-compare"]):
+        assert samestep("merge", "embedded", *same) == 0
+        assert "runs/embedded/merged: merged already, of this adapter" in capsys.readouterr().out.replace(
+            "\n", ""
+        )
+    assert len(launcher.commands) == started
+    assert samestep("merge", "embedded", "--compare") == 0
+    assert "trainer.evaluation.compare" in launcher.commands[-1]
+    assert len(launcher.commands) == started + 1
+
+    def is_left_to_the_merge(*asked: str) -> bool:
+        before = len(launcher.commands)
+        samestep("merge", "embedded", "--no-compare", *asked)
+        return any("trainer.checkpoint.merge" in command for command in launcher.commands[before:])
+
+    assert is_left_to_the_merge("--dtype", "bfloat16")
+    assert is_left_to_the_merge("--base", "dequantized")
+    assert is_left_to_the_merge("--base-model", "elsewhere")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert is_left_to_the_merge()
+    weights.write_bytes(whole)
+    assert not is_left_to_the_merge()
+    _train(run, 2.0)
+    assert is_left_to_the_merge()
 
 
 def test_a_merge_that_recorded_no_adapter_is_judged_by_its_age(run: RunDirectory) -> None:

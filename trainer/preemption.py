@@ -182,7 +182,7 @@ def heed_early_stops(run: RunDirectory) -> None:
 def _unpublished(run: RunDirectory) -> set[tuple[int, int]]:
     """What is being written beside its final name now, by any rank, or was when an attempt was killed."""
     found = set()
-    for pattern in ("checkpoint-*.partial", f".{run.adapter.name}-*"):
+    for pattern in ("checkpoint-*.partial", f".{run.adapter.name}.*"):
         for folder in run.path.glob(pattern):
             with suppress(OSError):
                 about = folder.stat()

@@ -55,9 +55,12 @@ def _may_be_of_hub(name: str) -> bool:
 
 
 def base_name(recipe: Recipe) -> str:
-    """How an adapter names its base: the hub id, so that it loads on any machine, or the local folder."""
+    """How an adapter names its base: the hub id, so that it loads on any machine, or the local folder.
+
+    The embedded base has its name alone: every machine builds it in its own cache.
+    """
     name = recipe.model.name_or_path
-    return base_path(recipe) if name == EMBEDDED or Path(name).expanduser().is_dir() else name
+    return base_path(recipe) if name != EMBEDDED and Path(name).expanduser().is_dir() else name
 
 
 def check_is_qwen2_vl(path: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -194,10 +194,16 @@ def facts_of(task: Task, step: int, learning_rate: float, form: Form) -> dict[st
     }
 
 
-def publish_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None) -> None:
-    """Write the result of a run, replacing an older one whole. On rank 0. `weights`: as of `save_adapter`."""
+def publish_adapter(
+    model: PeftModel, folder: Path, weights: dict[str, Tensor] | None, beside: Callable[[Path], object]
+) -> None:
+    """Write the result of a run, replacing an older one whole. On rank 0.
+
+    `weights`: as of `save_adapter`. `beside`: writes into a folder what belongs beside the adapter.
+    """
     with atomic_dir(folder) as aside:
         save_adapter(model, aside, weights)
+        beside(aside)
         if folder.exists():
             shutil.rmtree(folder)
 

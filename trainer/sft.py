@@ -28,6 +28,8 @@ from launch.plan import Plan, samples_consumed, step_plan
 from trainer import WATCHDOG
 from trainer.agreement import from_rank_0, on_rank_0, together
 from trainer.arguments import training_arguments
+from trainer.checkpoint.card import adapter_card
+from trainer.checkpoint.merge_plan import CARD
 from trainer.data.encoder import Encoder
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches
@@ -47,6 +49,7 @@ from trainer.guards import (
 from trainer.loaders import evaluation_batches, open_loader, scored_texts, shortest_sample, training_batches
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
 from trainer.preemption import Agreed, Watch
+from trainer.pretrained import base_name
 from trainer.records import append_line, rows_digest, samples_digest
 from trainer.reports import reporters
 from trainer.saving import Saver, load_checkpoint, publish_adapter
@@ -473,6 +476,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.encoder.features.close()
 
     def save_final_adapter(self) -> None:
-        """Write `adapter/`, replacing an older one whole."""
-        weights = self.engine.weights()
-        on_rank_0(lambda: publish_adapter(self.model, self.run_directory.adapter, weights))
+        """Write `adapter/`, replacing an older one whole: with the processor of the training, and a card."""
+        weights, run, recipe = self.engine.weights(), self.run_directory, self.recipe
+
+        def beside(folder: Path) -> None:
+            self.encoder.processor.save_pretrained(str(folder))
+            (folder / CARD).write_text(adapter_card(run, recipe, base_name(recipe)), encoding="utf-8")
+
+        on_rank_0(lambda: publish_adapter(self.model, run.adapter, weights, beside))

@@ -24,14 +24,14 @@ from launch.model_files import COMMIT
 from launch.option_values import for_argparse, place
 from launch.plan import Begin
 from launch.publishing import aside_folder, publish
-from launch.recipe import Recipe, altering_values
+from launch.recipe import EMBEDDED, Recipe, altering_values
 from launch.recipe_file import find_recipe, load_recipe
 from launch.untrusted_files import printable
 from trainer.checkpoint.adapter import Missing, adapter_of
 from trainer.checkpoint.foreign import TakenOver, take_over
 from trainer.checkpoint.portable import ADAPTER_FILE, OPTIMIZER_FILE
 from trainer.prepare import prepare
-from trainer.pretrained import base_name
+from trainer.pretrained import base_name, base_path
 from trainer.speech import complain, speak_plainly
 
 STATE_FILE = "trainer_state.json"
@@ -150,7 +150,9 @@ def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
     if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
         old["lora.target_modules"] = sorted(targets)
     base = config.get("base_model_name_or_path")
-    if base and base not in (base_name(recipe), recipe.model.name_or_path):
+    name = recipe.model.name_or_path
+    same = {name, base_path(recipe) if name == EMBEDDED else base_name(recipe)}
+    if base and base not in same:
         old["model.name_or_path"] = base
     return old
 

@@ -24,7 +24,7 @@ def record(heading: str, rows: Sequence[tuple[str, str]]) -> None:
     """Write the section of a test that passed, in the place of its older one; the others stay."""
     sections = read_sections(RESULTS.read_text()) if RESULTS.exists() else {}
     table = [f"| {what} | {found} |" for what, found in rows]
-    sections[heading] = "\n".join([_stamp(), "", "| what | found |", "|---|---|", *table])
+    sections[heading] = "\n".join([stamp(), "", "| what | found |", "|---|---|", *table])
     write_sections(sections)
 
 
@@ -43,15 +43,24 @@ def write_sections(sections: dict[str, str]) -> None:
 def write_table(file: Path, head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A file with one table: what it is, when and where it was measured, the rows."""
     lines = [" | ".join(columns), "|".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
-    file.write_text(f"{head}\n{_stamp()}\n\n" + "".join(f"| {line} |\n" for line in lines))
+    file.write_text(f"{head}\n{stamp()}\n\n" + "".join(f"| {line} |\n" for line in lines))
 
 
-def _stamp() -> str:
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"):
-        commit += " with changes"
+def commit() -> str:
+    """What is tried: the commit, and whether anything but such tables differs from it."""
+    found = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git(
+        "status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}", ":!tests/faults/RESULTS.md"
+    )
+    return f"{found} with changes" if changed else found
+
+
+def stamp() -> str:
+    """When, of what and where a table was measured."""
     cores = len(os.sched_getaffinity(0))
-    return f"{date.today().isoformat()}, commit {commit}, {cores} cores, torch {version('torch')} on the CPU."
+    return (
+        f"{date.today().isoformat()}, commit {commit()}, {cores} cores, torch {version('torch')} on the CPU."
+    )
 
 
 def _git(*words: str) -> str:

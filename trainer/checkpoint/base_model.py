@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.caches import embedded_folder
 from launch.changes import Change, content_changes, is_allowed, refuse_unknown_parts
 from launch.errors import CheckpointError
 from launch.manifest import MANIFEST
 from launch.model_files import old_base_identity, old_kind
-from launch.recipe import Recipe
+from launch.recipe import EMBEDDED, Recipe
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from launch.run_identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
@@ -134,7 +135,11 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
         raise CheckpointError(
             f"{adapter.path}: its adapter_config.json names no base model; give it with --base-model"
         )
-    folder = Path(name).expanduser()
+    folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
+    if name == EMBEDDED and not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: the embedded base is not in the cache; run `samestep prepare embedded`"
+        )
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")

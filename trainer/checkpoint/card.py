@@ -1,4 +1,4 @@
-"""README.md and merge.json of a merged model: where it comes from, what it scores, how it is loaded."""
+"""README.md of an adapter and of a merged model, and merge.json: where it comes from, its scores, how it is loaded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.adapter_file import digest_of
-from launch.merged import DIGEST
+from launch.adapter_file import CONFIG, WEIGHTS, digest_of
+from launch.atomic_files import atomic_write
+from launch.merged import DIGEST, is_of_another_adapter
 from launch.recipe import EMBEDDED, Recipe
 from launch.run_directory import RunDirectory
-from launch.untrusted_files import TABLE, parse_json, read_json, read_text
+from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
 from trainer.checkpoint.base_model import recipe_of, run_of
-from trainer.checkpoint.merge_plan import MergePlan, MergeRequest
+from trainer.checkpoint.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.checkpoint.verify import MergeReport
+
+_FIGURES_BEGIN, _FIGURES_END = (
+    "<!-- figures, written anew by `samestep evaluate` -->",
+    "<!-- end of the figures -->",
+)
 
 
 def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> str:
@@ -26,10 +32,45 @@ def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> s
         f"# {name}, merged\n",
         _what(base, plan, report),
         _training(recipe, plan),
-        _figures(run),
-        _loading(base),
+        figures_of(run),
+        _loading(),
+        _loading_the_adapter(recipe, base, _adapter_beside(plan)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def adapter_card(run: RunDirectory, recipe: Recipe, base: str) -> str:
+    """The text of README.md of a run's own adapter. `base`: as the adapter names it."""
+    lora = recipe.lora
+    what = (
+        f"A LoRA adapter (r {lora.r}, alpha {lora.lora_alpha}) for {base}, with the processor of its base.\n"
+    )
+    parts = [
+        _front_matter(base, recipe, "peft", "adapter"),
+        f"# {recipe.name}, adapter\n",
+        what,
+        _training_of(recipe),
+        figures_of(run),
+        "## How to load it\n\nIn this folder:\n",
+        _loading_the_adapter(recipe, base, "."),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def refresh_figures(run: RunDirectory) -> None:
+    """Write the figures that the run has now into the cards that this module wrote for its adapter."""
+    for folder in (run.adapter, run.merged, run.merged_dequantized):
+        card = folder / CARD
+        if folder != run.adapter and is_of_another_adapter(run, folder):
+            continue
+        try:
+            text = read_text(card)
+        except UNREADABLE:
+            continue
+        before, begin, rest = text.partition(_FIGURES_BEGIN)
+        _, end, after = rest.partition(_FIGURES_END)
+        if begin and end:
+            atomic_write(card, before + figures_of(run).rstrip("\n") + after)
 
 
 def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
@@ -63,10 +104,12 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def _front_matter(base: str, recipe: Recipe | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+def _front_matter(
+    base: str, recipe: Recipe | None, library: str = "transformers", relation: str = "finetune"
+) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
     if _is_hub_id(base):
-        lines += [f"base_model: {base}", "base_model_relation: finetune"]
+        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
     if recipe and _is_hub_id(recipe.data.dataset):
         lines += ["datasets:", f"- {recipe.data.dataset}"]
     return "\n".join([*lines, "---", ""])
@@ -93,6 +136,10 @@ def _what(base: str, plan: MergePlan, report: MergeReport) -> str:
 def _training(recipe: Recipe | None, plan: MergePlan) -> str:
     if recipe is None:
         return f"## Training\n\nThe adapter came as: {plan.adapter.form}. Nothing else is known of its training.\n"
+    return _training_of(recipe)
+
+
+def _training_of(recipe: Recipe) -> str:
     data, training = recipe.data, recipe.training
     dataset = "mini ChartQA drawn from plotly's tables" if data.dataset == EMBEDDED else data.dataset
     steps = (
@@ -111,11 +158,11 @@ def _training(recipe: Recipe | None, plan: MergePlan) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
 
 
-def _figures(run: RunDirectory | None) -> str:
+def figures_of(run: RunDirectory | None) -> str:
     """Of metrics.jsonl and eval.json, as far as they are there; what is damaged is left out."""
     if run is None:
         return ""
-    lines = []
+    lines = [_FIGURES_BEGIN]
     if steps := [record for record in _records(run.metrics_file) if "loss" in record]:
         lines.append(f"Training loss {steps[0]['loss']:.3f} at step {steps[0]['step']}, "
                      f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']}.")  # fmt: skip
@@ -133,7 +180,9 @@ def _figures(run: RunDirectory | None) -> str:
         lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not evaluated yet
-    return "## Figures\n\n" + "\n".join(lines) + "\n" if lines else ""
+    if len(lines) > 1:
+        lines.insert(1, "## Figures\n")
+    return "\n".join([*lines, _FIGURES_END]) + "\n"
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -143,24 +192,49 @@ def _records(file: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _loading(base: str) -> str:
-    return f"""## How to load it
+def _loading() -> str:
+    return """## How to load it
 
-transformers:
+In this folder, with transformers:
 
 ```python
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-model = Qwen2VLForConditionalGeneration.from_pretrained("THIS_FOLDER", dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+model = Qwen2VLForConditionalGeneration.from_pretrained(".", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(".")
 ```
 
-vLLM: `vllm serve THIS_FOLDER`
+With vLLM: `vllm serve .`
+"""
 
-The adapter alone, with PEFT (its folder is not this one):
+
+def _adapter_beside(plan: MergePlan) -> str | None:
+    """Where the adapter's folder is found from the merged model's; None where it came in another form."""
+    run = run_of(plan.adapter.path)
+    folder = run.adapter if run is not None and plan.adapter.path == run.path else plan.adapter.path
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        return None
+    return os.path.relpath(folder, plan.output)
+
+
+def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -> str:
+    """The code that adds the adapter in `folder` to its base with PEFT. The processor lies in the card's own folder."""
+    if folder is None:
+        return ""
+    before, name = "", f'"{base}"'
+    if recipe is not None and recipe.model.name_or_path == EMBEDDED:
+        before = (
+            "from launch.index import embedded_folder  # samestep's; `samestep prepare embedded` builds it\n"
+        )
+        name = 'embedded_folder() / "model"'
+    elif recipe is not None and recipe.model.revision != "main" and _is_hub_id(base):
+        name += f', revision="{recipe.model.revision}"'
+    return f"""The adapter on its base, with PEFT:
 
 ```python
-from peft import PeftModel
-base = Qwen2VLForConditionalGeneration.from_pretrained("{base}", dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, "ADAPTER_FOLDER")
+{before}from peft import PeftModel
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+base = Qwen2VLForConditionalGeneration.from_pretrained({name}, dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, "{folder}")
+processor = AutoProcessor.from_pretrained(".")
 ```
 """

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
@@ -27,12 +28,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from launch.atomic_files import refuse_readonly
 from launch.errors import ConfigError, RunError
 from launch.index import SPLITS, Index, SplitName
+from launch.manifest import read_manifest
 from launch.merged import merge_behind
 from launch.plan import compute_dtype_of
 from launch.recipe import Recipe
 from launch.run_directory import RunDirectory
 from trainer.base_files import refuse_unsafe_base
-from trainer.checkpoint.portable import load_adapter
+from trainer.checkpoint.foreign import SHARDS, read_sharded
+from trainer.checkpoint.portable import load_adapter, put_adapter
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
@@ -50,13 +53,28 @@ PATIENCE = timedelta(days=1)  # of a rank that has answered its batches and wait
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. `allow`: parts of the run's identity that may differ from the training's."""
+    """What is asked for.
+
+    `allow`: parts of the run's identity that may differ from the training's. `checkpoint`: the step of the checkpoint
+    that is asked instead of the run's last adapter.
+    """
 
     run: RunDirectory
     split: SplitName
     models: tuple[ModelName, ...]
     max_samples: int | None
     allow: tuple[str, ...] = ()
+    checkpoint: int | None = None
+
+    @property
+    def adapter(self) -> Path:
+        """The folder with the adapter."""
+        return self.run.adapter if self.checkpoint is None else self.run.checkpoint(self.checkpoint)
+
+    @property
+    def file(self) -> Path:
+        """Where the answers are kept."""
+        return self.run.eval_file(self.split, self.max_samples, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -245,7 +263,10 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
     model: Qwen2VLForConditionalGeneration | PeftModel = load_base(recipe, device)
     if {"adapter", "shuffled"} & set(request.models):
         model = add_lora(model, recipe)
-        load_adapter(model, request.run.adapter)
+        if (sharded := read_sharded(request.adapter)) is not None:
+            put_adapter(model, sharded.tensors, request.adapter / SHARDS)
+        else:
+            load_adapter(model, request.adapter)
     model.eval()
     return Replica(model, processor, rows, recipe.evaluation.max_new_tokens, DTYPES[compute_dtype_of(recipe)])
 
@@ -269,7 +290,13 @@ def check_request(request: Request) -> None:
     run, problems = request.run, []
     if not run.recipe_file.is_file():
         raise ConfigError(f"--run-dir {run.path}: has no recipe.yaml; give the directory of a run")
-    if {"adapter", "shuffled"} & set(request.models) and not (run.adapter / "adapter_config.json").is_file():
+    if request.checkpoint is not None:
+        read_manifest(request.adapter, verify=True)
+        if "merged" in request.models:
+            problems.append(
+                f"--models: merged is of the run's last adapter, not of {request.adapter.name}; leave it out"
+            )
+    elif {"adapter", "shuffled"} & {*request.models} and not (run.adapter / "adapter_config.json").is_file():
         problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
     if "merged" in request.models and not (run.merged / "config.json").is_file():
         problems.append(

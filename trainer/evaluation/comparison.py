@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +88,7 @@ def difference(merged: Tensor, other: Tensor) -> Difference:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Two tables for people, then one line of JSON for programs."""
+    """Two tables."""
     title = (
         f"logits ({comparison.dtype}) at {comparison.positions} answer tokens "
         f"of {comparison.samples} validation samples"
@@ -123,4 +122,3 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         accuracy = f"{answers.accuracy:.1f} % ({answers.correct})"
         table.add_row(answers.model, f"{100 * answers.same:.1f} %", accuracy)
     console.print(table)
-    console.print(json.dumps(asdict(comparison)), markup=False)

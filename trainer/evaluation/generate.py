@@ -7,7 +7,7 @@ some of the batches. The batches themselves do not depend on the number of ranks
 """
 
 import argparse
-import json
+import hashlib
 import os
 import shlex
 import shutil
@@ -24,16 +24,18 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
-from launch.atomic_files import atomic_write
+from launch.adapter_file import read_digest
 from launch.errors import RunError, SamestepError
 from launch.index import SPLITS, read_index
-from launch.merged import merge_behind
+from launch.manifest import read_manifest
+from launch.merged import merge_behind, merged_digest
 from launch.option_values import for_argparse, place, whole
 from launch.recipe_file import load_recipe
 from launch.run_directory import RunDirectory
 from launch.typed import VARIABLE, command
 from trainer.agreement import end_process, from_rank_0, leave_processes, on_rank_0, say_once, together
 from trainer.checkpoint.base_model import add_allow
+from trainer.checkpoint.card import refresh_figures
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -47,7 +49,8 @@ from trainer.evaluation.answers import (
     check_request,
 )
 from trainer.evaluation.identity import hold_against_training
-from trainer.evaluation.metrics import Accuracy, Prediction, mcnemar, summary
+from trainer.evaluation.kept import Kept, compared, with_earlier_answers, write_result
+from trainer.evaluation.metrics import Accuracy, Prediction, summary
 from trainer.prepare import prepare
 from trainer.processes import stay_on_this_machine
 from trainer.relaxed_accuracy import correct
@@ -95,50 +98,58 @@ def result_of(
         ]
         accuracy[model] = summary(scored)
         outcomes[model] = [correct(each["prediction"], each["target"]) for each in scored]
-    pairs = (("base", "adapter"), ("shuffled", "adapter"), ("merged", "adapter"))
+    predictions = [
+        {
+            "row": question.row,
+            "query": question.query,
+            "label": list(question.label),
+            "human_or_machine": question.human_or_machine,
+            **{
+                model: {
+                    "prediction": given[question.row]["prediction"],
+                    "correct": outcomes[model][position],
+                    **({"image_of_row": given[question.row]["image_row"]} if model == "shuffled" else {}),
+                }
+                for model, given in by_model.items()
+            },
+        }
+        for position, question in enumerate(questions)
+    ]
+    weights, finished = weights_of(request), datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "run": request.run.name,
         "split": request.split,
         "source": getattr(recipe.data, request.split),
         "questions": len(questions),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "prompts_sha256": hashlib.sha256("\0".join(q.prompt for q in questions).encode()).hexdigest(),
         "world_size": world_size,
         **identity,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": finished,
+        "finished_of": dict.fromkeys(by_model, finished),
+        "weights": {model: weights[model] for model in by_model},
         "accuracy": accuracy,
-        "mcnemar_p": {
-            f"{before} -> {after}": mcnemar(outcomes[before], outcomes[after])
-            for before, after in pairs
-            if before in outcomes and after in outcomes
-        },
-        "predictions": [
-            {
-                "row": question.row,
-                "query": question.query,
-                "label": list(question.label),
-                "human_or_machine": question.human_or_machine,
-                **{
-                    model: {
-                        "prediction": given[question.row]["prediction"],
-                        "correct": outcomes[model][position],
-                        **({"image_of_row": given[question.row]["image_row"]} if model == "shuffled" else {}),
-                    }
-                    for model, given in by_model.items()
-                },
-            }
-            for position, question in enumerate(questions)
-        ],
+        "mcnemar_p": compared(predictions, request.models),
+        "predictions": predictions,
     }
 
 
-def write_result(result: dict[str, Any], file: Path) -> None:
-    """Replace `file` in one step."""
-    atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+def weights_of(request: Request) -> dict[str, str | None]:
+    """What every model that can be asked is of, in the models' order; None where that is not known."""
+    adapter = read_digest(request.adapter)
+    if request.checkpoint is not None:  # whatever form its adapter has
+        adapter = str(read_manifest(request.adapter)["sha256"])
+    return {
+        "base": None,
+        "adapter": adapter,
+        "shuffled": adapter,
+        "merged": merged_digest(request.run.merged),
+    }
 
 
-def print_result(result: dict[str, Any], request: Request, console: Console) -> None:
+def print_result(kept: Kept, request: Request, console: Console) -> None:
     """The accuracies as a table, then the paths and what to type next."""
-    run = request.run
+    run, result = request.run, kept.result
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
     title = f"relaxed accuracy on {result['questions']} questions of {result['source']}"
     table = Table(title=title, title_justify="left")
@@ -150,10 +161,17 @@ def print_result(result: dict[str, Any], request: Request, console: Console) -> 
     console.print(table)
     for pair, probability in result["mcnemar_p"].items():
         console.print(f"McNemar {pair}: p = {probability:.2g}")
+    for model in kept.models:
+        console.print(f"{model}: answers of {result['finished_of'][model]}, kept", markup=False)
+    if kept.aside is not None:
+        console.print(
+            f"{_short(request.file)}: was of other weights or questions; that one is now {_short(kept.aside)}",
+            markup=False,
+        )
     paths = {
         "adapter": run.adapter,
         "merged": run.merged,
-        "answers": run.eval_file(request.split, request.max_samples),
+        "answers": request.file,
         "every step": run.metrics_file,
     }
     console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
@@ -213,15 +231,20 @@ def parse(arguments: Sequence[str] | None) -> Request:
         help="ask only so many questions, spread over the split",
     )
     add_allow(parser)
+    parser.add_argument(
+        "--checkpoint",
+        type=for_argparse(whole("--checkpoint", 0, 10**9)),
+        metavar="STEP",
+        help="the run's checkpoint of that step (default: its adapter)",
+    )
     given = parser.parse_args(arguments)
     models = tuple(dict.fromkeys(part.strip() for part in given.models.split(",")))
     unknown = [model for model in models if model not in MODELS]
     if unknown:
         parser.error(f"--models: unknown {', '.join(map(repr, unknown))}; choose of {', '.join(MODELS)}")
     run = RunDirectory(given.run_dir.expanduser().absolute())
-    return Request(
-        run, given.split, cast("tuple[ModelName, ...]", models), given.max_samples, tuple(given.allow)
-    )
+    chosen = cast("tuple[ModelName, ...]", models)
+    return Request(run, given.split, chosen, given.max_samples, tuple(given.allow), given.checkpoint)
 
 
 def prepared(request: Request) -> Task:
@@ -244,9 +267,12 @@ def evaluate(task: Task, state: PartialState) -> None:
 
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
+        request = task.request
         result = result_of(task, share[0], answers, state.num_processes, identity)
-        write_result(result, task.request.run.eval_file(task.request.split, task.request.max_samples))
-        print_result(result, task.request, Console(highlight=False, soft_wrap=True))
+        kept = with_earlier_answers(result, request.file, weights_of(request), request.adapter)
+        write_result(kept, request.file)
+        refresh_figures(request.run)
+        print_result(kept, request, Console(highlight=False, soft_wrap=True))
 
     on_rank_0(conclude)
 

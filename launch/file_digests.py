@@ -11,18 +11,17 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.atomic_files import atomic_write
 from launch.caches import cache_root
 from launch.errors import ConfigError
-from launch.untrusted_files import LINE, UNREADABLE, open_plain, read_mapping
+from launch.untrusted_files import LINE, UNREADABLE, UntrustedFileError, open_plain, read_mapping
 
 REMEMBERED = 4 << 20
 """Bytes from which on a file's digest is remembered: below, reading is as fast as looking up."""
@@ -31,6 +30,7 @@ ANNOUNCED = 1 << 30
 SETTLED_S = 2.0
 """How old a change must be before a digest is remembered: another one within the clock's step would not show."""
 _BLOCK = 8 << 20
+_known: dict[_State, str] = {}  # by this process, whose cache may be read-only
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def files_digest(files: Sequence[Path]) -> str:
 def _digests(files: Sequence[Path]) -> list[str]:
     found = [_recall(state) if (state := _state_of(file)).size >= REMEMBERED else None for file in files]
     unknown = [file for file, digest in zip(files, found, strict=True) if digest is None]
-    total = sum(_state_of(file).size for file in unknown)
-    if total < REMEMBERED:
+    states = [_state_of(file) for file in unknown]
+    if sum(state.size for state in states) < REMEMBERED:
         return [digest or _read(file) for file, digest in zip(files, found, strict=True)]
-    with _one_at_a_time():  # of several processes or nodes one reads, the others find it remembered
+    with _one_at_a_time(states):  # of several processes or nodes one reads, the others find it remembered
+        total = sum(state.size for state in states if _recall(state) is None)
         if total >= ANNOUNCED:
             with contextlib.suppress(OSError):  # nobody may be there to hear
                 print(
@@ -75,16 +76,18 @@ def _digests(files: Sequence[Path]) -> list[str]:
 
 
 def _state_of(file: Path) -> _State:
+    """Of a file as it is now: it is opened, for NFS may answer `stat` with what was true a minute ago."""
     try:
         path = file.resolve(strict=True)
-        return _state(path, path.stat())
+        with open_plain(path, buffering=0) as handle:
+            return _state(path, os.fstat(handle.fileno()))
+    except UntrustedFileError as error:
+        raise ConfigError(f"{path}: {error.reason}; copy the folder again") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise _unreadable(file, error) from None
 
 
 def _state(path: Path, status: os.stat_result) -> _State:
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{path}: is no plain file; copy the folder again")
     return _State(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
@@ -116,11 +119,15 @@ def _read(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _place(state: _State) -> Path:
-    return cache_root() / "digests" / f"{hashlib.sha256(state.path.encode()).hexdigest()[:32]}.json"
+def _place(*states: _State, kind: str = "json") -> Path:
+    """Not by the path alone: nodes that share the cache have each a copy of their own on a disk of their own."""
+    name = hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_root() / "digests" / f"{name}.{kind}"
 
 
 def _recall(state: _State) -> str | None:
+    if state in _known:
+        return _known[state]
     try:
         told = read_mapping(_place(state), LINE)
     except UNREADABLE:
@@ -130,23 +137,21 @@ def _recall(state: _State) -> str | None:
 
 
 def _remember(state: _State, digest: str) -> None:
-    """In one rename; a cache that cannot be written costs another reading, nothing else."""
+    """A cache that cannot be written costs another reading by the next process, nothing else."""
+    _known[state] = digest
     place = _place(state)
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
-        os.close(descriptor)
-        Path(aside).write_text(json.dumps({"file": asdict(state), "digest": digest}), encoding="utf-8")
-        Path(aside).replace(place)
+        atomic_write(place, json.dumps({"file": asdict(state), "digest": digest}))
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """While large files are read. Where the cache cannot be written or locked, several may read at once."""
+def _one_at_a_time(states: Sequence[_State]) -> Iterator[None]:
+    """While these large files are read. Where the cache cannot be written or locked, several may read at once."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            folder = cache_root() / "digests"
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = held.enter_context((folder / ".lock").open("a"))
+            place = _place(*states, kind="lock")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = held.enter_context(place.open("a"))
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

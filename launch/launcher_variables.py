@@ -16,6 +16,9 @@ from launch.errors import ConfigError
 PARENT = "SAMESTEP_PARENT"
 """In the environment of a child: the process id of whoever waits for it. The child ends when that one is gone."""
 
+MARKER_DECIDES = "--marker-decides"
+"""On the command line of a trainer that somebody waits for, who reads the marker."""
+
 _ADDRESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _NAMES = frozenset(

@@ -16,6 +16,7 @@ from launch.accelerate import Layout, cpu_threads_of, free_port, launch_command
 from launch.children import STARTED, processes_with, tell, wait_for
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
+from launch.launcher_variables import MARKER_DECIDES
 from launch.plan import Plan
 from launch.resources import resource
 from launch.run_directory import (
@@ -29,7 +30,6 @@ from launch.run_directory import (
     request_stop,
 )
 
-MARKER_DECIDES = "--marker-decides"  # to a trainer that somebody waits for, who reads the marker
 LINGERING_S = 6.0
 LEFT_PATIENCE_S = 900.0  # longer than the patience of any trainer with itself
 
@@ -94,7 +94,7 @@ def wait_for_trainer(run: RunDirectory) -> None:
     They are known by their command line: one that still imports holds no lock and does not know that it is alone.
     Each ends by itself when it does not get there (trainer/watchdog.py); one that is frozen is killed in the end.
     """
-    words, asked, began = [str(run.path), MARKER_DECIDES], False, time.monotonic()
+    words, asked, killed, began = [str(run.path), MARKER_DECIDES], False, False, time.monotonic()
     with _asking_meanwhile(run):
         while left := processes_with(words):
             waited = time.monotonic() - began
@@ -108,7 +108,9 @@ def wait_for_trainer(run: RunDirectory) -> None:
                     f"{run.path}: the launcher has ended, waiting for its processes; Ctrl-C ends them at once"
                 )
             if waited > LEFT_PATIENCE_S:
-                tell(f"{run.path}: {len(left)} processes did not end in {waited:.0f} s, killed")
+                if not killed:  # said once: one that waits for a disk ends when that is back
+                    tell(f"{run.path}: {len(left)} processes did not end in {waited:.0f} s, killed")
+                killed = True
                 _kill(left)
             time.sleep(0.2)
 

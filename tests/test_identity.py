@@ -124,10 +124,39 @@ def test_a_large_file_is_read_once_and_again_when_it_is_rewritten_with_its_old_t
     assert files_digest([file]) != first
     assert len(reads) == 4
     for damage in ("", "[1]", '{"digest": "0"}', "[" * 30000):
-        (place,) = (tmp_path / "cache" / "digests").glob("*.json")
-        place.write_text(damage)
+        for place in (tmp_path / "cache" / "digests").glob("*.json"):
+            place.write_text(damage)
+        file_digests._known.clear()  # another process
         assert files_digest([file]) != first
     assert len(reads) == 8
+    file_digests._known.clear()
+    assert files_digest([file]) != first
+    assert len(reads) == 8
+
+
+def test_copies_on_disks_of_their_own_are_remembered_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that share the cache have one path for what each copied to its own disk. Others may read the record."""
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_digests, "REMEMBERED", 1000)
+    monkeypatch.setattr(file_digests, "SETTLED_S", -1.0)
+    disk = tmp_path / "disk"
+    for node in ("one", "two"):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "weights").write_bytes(b"a" * 2000)
+    digests = set()
+    for node in ("one", "two", "one", "two"):
+        if len(digests) and node == "one":
+            monkeypatch.setattr(file_digests, "_read", lambda _: pytest.fail("read again"))
+        file_digests._known.clear()
+        (tmp_path / node).rename(disk)  # keeps the file as it is
+        digests.add(files_digest([disk / "weights"]))
+        disk.rename(tmp_path / node)
+    assert len(digests) == 1
+    modes = {place.stat().st_mode & 0o777 for place in (tmp_path / "cache" / "digests").iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
 
 
 def test_a_cache_that_cannot_be_written_costs_another_reading_and_nothing_else(

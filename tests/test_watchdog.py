@@ -17,11 +17,24 @@ import psutil
 import pytest
 
 from launch.children import processes_with
-from launch.launcher_variables import PARENT
-from launch.run_directory import Marker, RunDirectory, read_marker, request_stop
-from trainer import WATCHDOG, watchdog
+from launch.launcher_variables import MARKER_DECIDES, PARENT
+from launch.run_directory import (
+    Marker,
+    RunDirectory,
+    clear_markers,
+    read_marker,
+    request_stop,
+    write_marker,
+)
+from trainer import WATCHDOG, launcher, watchdog
 from trainer.preemption import heed_early_stops, watching
-from trainer.watchdog import PATIENCE_S, SAVE_PATIENCE_S, Watchdog, parent_of_this_process
+from trainer.watchdog import (
+    OTHERS_PATIENCE_S,
+    PATIENCE_S,
+    SAVE_PATIENCE_S,
+    Watchdog,
+    parent_of_this_process,
+)
 
 
 class EndedError(Exception):
@@ -51,6 +64,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
+def _let_pass(clock: Clock, watched: Watchdog, seconds: float) -> None:
+    """With a look every second, the last at the end."""
+    for _ in range(int(seconds)):
+        clock.now += 1
+        watched.look()
+
+
 def _asked(reason: str | None) -> Callable[[bytes], str | None]:
     return lambda _: reason
 
@@ -77,13 +97,12 @@ def test_a_stop_that_is_answered_has_all_the_time_it_needs_and_one_that_is_not_h
     watched.answer_stops(_asked("user"), given_up.append)
     for _ in range(10):
         watched.look()
-        clock.now += PATIENCE_S - 1
+        _let_pass(clock, watched, PATIENCE_S - 1)
         watched.heartbeat()
     watched.look()
     assert not given_up
-    clock.now += PATIENCE_S
     with pytest.raises(EndedError, match=r"asked to stop \(user\) and without progress for 20 s"):
-        watched.look()
+        _let_pass(clock, watched, PATIENCE_S)
     assert given_up == ["user"]  # no step was taken: nothing is lost
 
 
@@ -99,12 +118,38 @@ def test_slow_steps_teach_patience_and_are_not_given_up_as_if_none_had_been_take
         watched.heartbeat()
     asked.append("time")
     watched.look()
-    clock.now += 3 * 70 - 1
-    watched.look()
-    clock.now += 1
+    _let_pass(clock, watched, 3 * 70 - 1)
     with pytest.raises(EndedError):
-        watched.look()
+        _let_pass(clock, watched, 1)
     assert not given_up
+
+
+def test_the_micro_batches_of_the_first_step_teach_patience_within_bounds(clock: Clock) -> None:
+    watched = Watchdog(None)
+    for slow, patience in (
+        (30, 90),
+        (3600, SAVE_PATIENCE_S),
+    ):  # a process that was suspended for an hour, say
+        watched.answer_stops(_asked("user"), lambda _: None)
+        watched.micro_batch_begins()
+        clock.now += slow
+        watched.micro_batch_begins()
+        watched.steps_begin()
+        watched.look()
+        _let_pass(clock, watched, patience - 1)
+        with pytest.raises(EndedError):
+            _let_pass(clock, watched, 1)
+
+
+def test_the_time_in_which_a_process_was_suspended_is_not_held_against_it(clock: Clock) -> None:
+    watched = Watchdog(None)
+    watched.answer_stops(_asked("user"), lambda _: None)
+    watched.look()
+    clock.now += 3600
+    watched.look()
+    _let_pass(clock, watched, PATIENCE_S - 1)
+    with pytest.raises(EndedError):
+        _let_pass(clock, watched, 1)
 
 
 def test_a_save_under_way_is_not_cut_off_and_not_waited_for_without_end(clock: Clock) -> None:
@@ -113,11 +158,9 @@ def test_a_save_under_way_is_not_cut_off_and_not_waited_for_without_end(clock: C
     watched.answer_stops(_asked("user"), lambda _: None, lambda: saving[0])
     watched.steps_begin()
     watched.look()
-    clock.now += SAVE_PATIENCE_S - 1
-    watched.look()
-    clock.now += 1
+    _let_pass(clock, watched, SAVE_PATIENCE_S - 1)
     with pytest.raises(EndedError):
-        watched.look()
+        _let_pass(clock, watched, 1)
 
 
 def test_a_signal_is_seen_while_the_main_thread_hears_none(tmp_path: Path) -> None:
@@ -128,7 +171,7 @@ def test_a_signal_is_seen_while_the_main_thread_hears_none(tmp_path: Path) -> No
         while watch._signalled is None:  # the thread looks for itself
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert watch._signalled == "preempted"
+        assert watch._signalled == "terminated"
 
 
 def test_what_is_given_up_before_its_first_step_has_stopped_as_asked(
@@ -141,22 +184,54 @@ def test_what_is_given_up_before_its_first_step_has_stopped_as_asked(
         with watching(run, rank, 0 if rank else None) as watch:  # rank 1 knows it from its parent
             watch.begins_at = "at step 3 of 9"
             watched.look()
-            clock.now += PATIENCE_S
             with pytest.raises(EndedError):
-                watched.look()
+                _let_pass(clock, watched, PATIENCE_S)
         assert read_marker(run) == left
     assert not run.stop_file.exists()
 
     (run.path / "STOPPED").unlink()
-    heed_early_stops(run)
-    watched.look()
-    clock.now += PATIENCE_S
-    watched.look()
-    request_stop(run, "user")
-    watched.look()
-    clock.now += PATIENCE_S
-    with pytest.raises(EndedError):
+    for rank, patience, word in (
+        ("1", OTHERS_PATIENCE_S, None),  # after the first, which it would take down
+        ("0", PATIENCE_S, Marker("STOPPED", "user: before it began")),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        run.stop_file.unlink(missing_ok=True)
+        heed_early_stops(run)
         watched.look()
+        _let_pass(clock, watched, PATIENCE_S)
+        request_stop(run, "user")
+        watched.look()
+        _let_pass(clock, watched, patience - 1)
+        with pytest.raises(EndedError):
+            _let_pass(clock, watched, 1)
+        assert read_marker(run) == word
+
+
+def test_a_launcher_heeds_the_stops_of_those_it_trains_with_and_leaves_its_processes_alone(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a run that is evaluated, which would lose its marker."""
+    run = RunDirectory(tmp_path)
+    write_marker(run, "DONE", "step 9")
+    request_stop(run, "user")
+    monkeypatch.setattr("trainer.launcher.WATCHDOG", watched := Watchdog(None))
+    monkeypatch.setattr("accelerate.commands.launch.main", lambda: None)
+    monkeypatch.setenv(PARENT, "")  # `main` sets it
+    arguments = ["launcher", "--num_machines", "2", "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    launcher.main()
+    watched.look()
+    _let_pass(clock, watched, 2 * PATIENCE_S)
+    assert read_marker(run) == Marker("DONE", "step 9")
+    assert watched.spares_children
+
+    clear_markers(run)
+    monkeypatch.setattr(sys, "argv", [*arguments, MARKER_DECIDES])
+    launcher.main()
+    monkeypatch.setattr(psutil.Process, "children", lambda _: [])
+    watched.look()
+    with pytest.raises(EndedError):
+        _let_pass(clock, watched, PATIENCE_S)
     assert read_marker(run) == Marker("STOPPED", "user: before it began")
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import psutil
 
-from launch.launcher_variables import PARENT
+from launch.launcher_variables import MARKER_DECIDES, PARENT
 from launch.run_directory import RunDirectory, leave_stopped, lock_holder, requested_stop
 from trainer import WATCHDOG
+from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 LOOPBACK = "127.0.0.1"
 
@@ -27,7 +28,11 @@ def main() -> None:
     """Entry point: the command line is accelerate's."""
     arguments = sys.argv[1:]
     os.environ[PARENT] = str(os.getpid())
-    if folder := value_of("--run-dir", arguments):
+    WATCHDOG.spares_children = True  # they notice, and stop in good order where they can
+    folder = value_of("--run-dir", arguments)
+    if (
+        folder and MARKER_DECIDES in arguments
+    ):  # not those that evaluate a run, which a STOP file does not mean
         watch_stops(RunDirectory(Path(folder)), is_first=value_of("--machine_rank", arguments) in (None, "0"))
     from accelerate.commands import launch
 
@@ -45,13 +50,15 @@ def watch_stops(run: RunDirectory, is_first: bool) -> None:
     """End when a stop is wanted and there is no process here yet that could answer it."""
 
     def wanted(_: bytes) -> str | None:
-        return requested_stop(run) if not psutil.Process().children() else None
+        reason = requested_stop(run)
+        return reason if reason and not psutil.Process().children() else None
 
     def give_up(reason: str) -> None:
         if is_first and lock_holder(run.path) is None:
             leave_stopped(run, reason)
 
-    WATCHDOG.answer_stops(wanted, give_up, orderly=False)
+    patience = PATIENCE_S if is_first else OTHERS_PATIENCE_S
+    WATCHDOG.answer_stops(wanted, give_up, orderly=False, patience=patience)
 
 
 def listen_on_loopback() -> None:

@@ -27,6 +27,7 @@ from launch.run_directory import (
 )
 from trainer import WATCHDOG
 from trainer.agreement import gather, in_words, together
+from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REASONS: tuple[StopReason, ...] = get_args(StopReason)  # the first that anybody gives is the run's
@@ -172,11 +173,14 @@ def heed_early_stops(run: RunDirectory) -> None:
     For a process that somebody waits for, who has cleared away what was asked of earlier attempts.
     """
 
+    is_first = os.environ.get("RANK", "0") == "0"
+
     def give_up(reason: str) -> None:
-        if os.environ.get("RANK", "0") == "0" and lock_holder(run.path) is None:
+        if is_first and lock_holder(run.path) is None:
             leave_stopped(run, reason)
 
-    WATCHDOG.answer_stops(lambda _: requested_stop(run), give_up, orderly=False)
+    patience = PATIENCE_S if is_first else OTHERS_PATIENCE_S
+    WATCHDOG.answer_stops(lambda _: requested_stop(run), give_up, orderly=False, patience=patience)
 
 
 def _unpublished(run: RunDirectory) -> set[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.logging import get_logger
 
 from launch.changes import consequences, content_changes, tie_contents
 from launch.data_report import known_notes, summary
-from launch.errors import ConfigError
+from launch.errors import ConfigError, SamestepError
 from launch.index import Index, read_index
 from launch.launch_config import launched_config, launched_strategy
 from launch.model_files import old_base_identity
@@ -53,7 +54,8 @@ def prepare_first(options: argparse.Namespace) -> Index:
     first = is_first_of_node()
     index = read_index(recipe) or prepare(recipe, quiet=not first)
     if first:
-        identity_of(recipe, index)  # remembered: all weights may have to be read
+        with suppress(SamestepError):  # of one node alone, maybe: told to all ranks when they know each other
+            identity_of(recipe, index)  # remembered: all weights may have to be read
     return index
 
 

@@ -178,7 +178,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, gradients staying on this rank where the engine lets them."""
-        WATCHDOG.heartbeat()
+        WATCHDOG.micro_batch_begins()
         if self._witness and self._loss_sum is None:
             self._say_labels(inputs)
         if self._out_of_memory:  # known to all in this step's reduction

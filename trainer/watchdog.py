@@ -23,8 +23,13 @@ from launch.launcher_variables import PARENT
 LOOK_S = 0.5
 PATIENCE_S = 20.0
 """Without progress after a request to stop; torchrun gives the other ranks 30 s more, which is less than a minute."""
+OTHERS_PATIENCE_S = 90.0
+"""The same for processes beside the first, before the run is taken: the first one leaves the marker and must not be
+ended with them, and on another machine a shared disk may show a STOP file for a minute after it was removed (NFS)."""
 SAVE_PATIENCE_S = 600.0
-"""The same while a checkpoint is being written, which must not be cut off."""
+"""The same while a checkpoint is being written, which must not be cut off; and the most that slow steps teach."""
+FROZEN_S = 5.0
+"""Between two looks: the whole process was suspended (SIGSTOP), or C code held the interpreter's lock."""
 _LAUNCHED = (
     "TORCHELASTIC_RUN_ID",
     "ACCELERATE_MIXED_PRECISION",
@@ -36,12 +41,18 @@ def _is_not_saving() -> bool:
 
 
 class Watchdog:
-    """What the thread looks at. `parent`: the process id of whoever waits for this process; None: nobody does."""
+    """What the thread looks at. `parent`: the process id of whoever waits for this process; None: nobody does.
+
+    `spares_children`: at a hard end they are left alone.
+    """
 
     def __init__(self, parent: int | None) -> None:
         self.parent = parent
-        self._alive_at = time.monotonic()
-        self._slowest: float | None = None  # between two signs of progress since the first step; None before
+        self.spares_children = False
+        self._alive_at = self._looked_at = self._woke_at = time.monotonic()
+        self._patience = PATIENCE_S
+        self._slowest = 0.0  # between two signs of progress since the first micro-batch
+        self._computes = self._has_stepped = False
         self._answer: Callable[[bytes], str | None] | None = None
         self._is_saving: Callable[[], bool] = _is_not_saving
         self._orderly = False
@@ -56,14 +67,19 @@ class Watchdog:
     def heartbeat(self) -> None:
         """Something was done: a micro-batch, a step, a phase of the start."""
         now = time.monotonic()
-        if self._slowest is not None:
+        if self._computes:
             self._slowest = max(self._slowest, now - self._alive_at)
         self._alive_at = now
 
-    def steps_begin(self) -> None:
-        """The first step is done: from here on a slow step teaches patience, and an end the hard way costs steps."""
+    def micro_batch_begins(self) -> None:
+        """Of a step: from the first one on, what is slow teaches patience."""
         self.heartbeat()
-        self._slowest = self._slowest or 0.0
+        self._computes = True
+
+    def steps_begin(self) -> None:
+        """The first step is done: from here on an end the hard way costs steps."""
+        self.heartbeat()
+        self._computes = self._has_stepped = True
 
     def answer_stops(
         self,
@@ -71,16 +87,18 @@ class Watchdog:
         give_up: Callable[[str], None],
         is_saving: Callable[[], bool] = _is_not_saving,
         orderly: bool = True,
+        patience: float = PATIENCE_S,
     ) -> None:
         """From here on the main thread answers; `wanted` says why it should stop, None while nobody asks.
 
         It is given the numbers of the signals that `wakeup` (`signal.set_wakeup_fd`) has heard of since the last look.
         `give_up`: called before the hard end of a process that has taken no step yet, with that reason. Unless
-        `orderly`, a process whose parent is gone still ends at once.
+        `orderly`, a process whose parent is gone still ends at once. `patience`: seconds, at least.
         """
         self._heard()
         self._is_saving, self._give_up, self._orderly = is_saving, give_up, orderly
-        self._slowest = self._asked_at = None
+        self._patience = patience
+        self._computes, self._has_stepped, self._slowest, self._asked_at = False, False, 0.0, None
         self._answer = wanted
 
     def forget_stops(self) -> None:
@@ -89,19 +107,22 @@ class Watchdog:
 
     def look(self) -> None:
         """Once; does not return when the process has to end."""
-        answer = self._answer
+        answer, now = self._answer, time.monotonic()
+        if now - self._looked_at > FROZEN_S:
+            self._woke_at = now  # nobody could make progress meanwhile
+        self._looked_at = now
         if self.is_orphaned() and not (answer and self._orderly):
             self.end("the process that waited for it is gone")
         reason = answer(self._heard()) if answer else None
         if reason is None:
             self._asked_at = None
             return
-        self._asked_at = self._asked_at or time.monotonic()
-        waited = time.monotonic() - max(self._asked_at, self._alive_at)
-        patience = max(PATIENCE_S, 3 * (self._slowest or 0.0))
+        self._asked_at = self._asked_at or now
+        waited = now - max(self._asked_at, self._alive_at, self._woke_at)
+        patience = max(self._patience, min(3 * self._slowest, SAVE_PATIENCE_S))
         if waited < patience or (waited < SAVE_PATIENCE_S and self._is_saving()):
             return
-        if self._slowest is None:
+        if not self._has_stepped:
             self._give_up(reason)
         self.end(f"asked to stop ({reason}) and without progress for {waited:.0f} s")
 
@@ -112,12 +133,13 @@ class Watchdog:
             return b""
 
     def end(self, why: str) -> NoReturn:
-        """End this process and all that it started, in the middle of whatever they do."""
+        """End this process, and all that it started unless they are spared, in the middle of whatever they do."""
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         line = f"error: {rank}{why}; ended (process {os.getpid()}), the same command goes on\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())  # whatever locks the streams of Python are held
-        kill_descendants()
+        if not self.spares_children:
+            kill_descendants()
         os._exit(1)
 
     def watch(self) -> None:

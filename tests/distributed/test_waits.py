@@ -83,6 +83,6 @@ def test_a_run_in_little_shared_memory_takes_its_steps_and_a_lost_micro_batch_do
     words = log.read_text()
     assert words.count("/dev/shm: 2.1 MB of 2.1 MB free, micro-batches read ahead may take") == 1
     assert "they come through pipes" in words
-    assert "asked to stop (preempted) and without progress for" in words
+    assert "asked to stop (terminated) and without progress for" in words
     assert [line["step"] for line in metrics_of(run.path)] == [1]  # micro-batches 0 and 1
     assert read_marker(run) is None  # it was asked, and did not get there

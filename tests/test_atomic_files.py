@@ -265,3 +265,15 @@ def test_what_was_there_before_stays_when_it_is_refused(
     write_marker(run, "STOPPED", "user")
     assert samestep("run", *EMBEDDED) == 2
     assert run.plan_file.exists()
+
+
+def test_a_new_run_that_has_taken_steps_stays_when_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.launcher import EMBEDDED, samestep, stand_in
+
+    launcher = stand_in(monkeypatch, tmp_path)
+    launcher.marker, launcher.text = "REFUSED", "another rank wrote to another disk"
+    launcher.meanwhile = lambda run, _: run.metrics_file.write_text('{"step": 1}\n')
+    assert samestep("run", *EMBEDDED) == 2
+    assert (tmp_path / "runs" / "embedded" / "metrics.jsonl").exists()

@@ -91,6 +91,18 @@ def test_work_without_an_end_is_ended_and_said() -> None:
     assert trial(lambda: json.loads("[]")) is None
 
 
+def test_a_machine_with_a_limit_of_its_own_still_tries() -> None:
+    program = """
+import psutil, resource
+from trainer.bounded import trial
+size = psutil.Process().memory_info().vms + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+print(trial(lambda: None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

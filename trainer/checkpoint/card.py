@@ -224,7 +224,7 @@ def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -
     before, name = "", f'"{base}"'
     if recipe is not None and recipe.model.name_or_path == EMBEDDED:
         before = (
-            "from launch.index import embedded_folder  # samestep's; `samestep prepare embedded` builds it\n"
+            "from launch.caches import embedded_folder  # samestep's; `samestep prepare embedded` builds it\n"
         )
         name = 'embedded_folder() / "model"'
     elif recipe is not None and recipe.model.revision != "main" and _is_hub_id(base):

@@ -31,6 +31,7 @@ from tests.conftest import chart_rows, recipe_values, write_charts
 from tests.merging import change_config, make_adapter, rename_keys
 from trainer.bounded import trial
 from trainer.checkpoint.adapter import read_adapter
+from trainer.checkpoint.adapter_config import refuse_endless_patterns
 from trainer.checkpoint.base_model import find_base
 from trainer.checkpoint.distributed import distributed_keys, load_distributed
 from trainer.checkpoint.foreign import take_over
@@ -146,6 +147,16 @@ def test_patterns_that_peft_writes_are_read(world: Path, tmp_path: Path) -> None
     ranks = {pair.module.split("layers.")[1]: (len(pair.a), pair.scaling) for pair in read_adapter(own).pairs}
     assert ranks["0.self_attn.q_proj"] == (2, 8)
     assert ranks["0.self_attn.v_proj"][0] == 3
+
+
+def test_a_rank_and_an_alpha_for_every_module_of_a_large_model_are_no_endless_patterns() -> None:
+    names = [
+        f"layers.{layer}.{part}_proj"
+        for layer in range(80)
+        for part in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+    values = dict.fromkeys(names, 4)
+    refuse_endless_patterns(Path(), {"rank_pattern": values, "alpha_pattern": values}, names)
 
 
 # Code ---------------------------------------------------------------------------------------

@@ -150,11 +150,9 @@ def test_patterns_that_peft_writes_are_read(world: Path, tmp_path: Path) -> None
 
 
 def test_a_rank_and_an_alpha_for_every_module_of_a_large_model_are_no_endless_patterns() -> None:
-    names = [
-        f"layers.{layer}.{part}_proj"
-        for layer in range(80)
-        for part in ("q", "k", "v", "o", "gate", "up", "down")
-    ]
+    linears = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    layers = [f"model.language_model.layers.{layer}" for layer in range(120)]
+    names = [f"{layer}.{linear}_proj" for layer in layers for linear in linears]
     values = dict.fromkeys(names, 4)
     refuse_endless_patterns(Path(), {"rank_pattern": values, "alpha_pattern": values}, names)
 

@@ -70,7 +70,8 @@ def follow_umask(folder: Path) -> None:
     probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
-            path.chmod(mode)
+            with suppress(OSError):  # a disk that changes no modes: no reason to lose what was saved
+                path.chmod(mode)
 
 
 def refuse_readonly(folder: Path, what: str) -> None:

@@ -28,6 +28,10 @@ class InUseError(ConfigError):
     """Somebody else trains the run now."""
 
 
+class UnansweredError(ConfigError):
+    """A scheduler gave no answer: the job may be queued all the same."""
+
+
 class NoSpaceError(ConfigError):
     """The disk has no room for a run now."""
 

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -176,7 +177,7 @@ def for_argparse(parse: Callable[[str], T]) -> Callable[[str], T]:
 def _line(option: str, value: str, remedy: str = "give one, or leave the option out") -> str:
     if not value.strip():
         raise ConfigError(f"{option}: {value!r} says nothing; {remedy}")
-    if not value.isprintable():
+    if any(not char.isprintable() and unicodedata.category(char) != "Zs" for char in value):  # Zs: spaces
         raise ConfigError(f"{option}: {_shown(value)} holds what is no character of a line; {remedy}")
     return value
 

@@ -22,8 +22,15 @@ from typing import Literal, get_args
 
 from launch.adapter_file import is_whole
 from launch.atomic_files import LOCK_MODE, atomic_write, naming
-from launch.errors import ConfigError, InUseError, SamestepError
-from launch.untrusted_files import UNREADABLE, UntrustedFileError, open_plain, printable, read_text
+from launch.errors import ConfigError, InUseError, SamestepError, UnansweredError
+from launch.untrusted_files import (
+    UNREADABLE,
+    UntrustedFileError,
+    open_at_once,
+    open_plain,
+    printable,
+    read_text,
+)
 
 MarkerKind = Literal["DONE", "STOPPED", "REFUSED"]
 StopReason = Literal["user", "preempted", "time", "terminated", "orphaned"]
@@ -116,6 +123,10 @@ class RunDirectory:
             if (match := _CHECKPOINT.fullmatch(entry.name))
         ]
         return [entry for _, entry in sorted(found) if entry.is_dir()]
+
+    def has_work(self) -> bool:
+        """Something in it took steps to make: it is not to go when a request is refused late."""
+        return bool(self.checkpoints()) or self.adapter.exists() or self.metrics_file.exists()
 
 
 @dataclass(frozen=True)
@@ -275,7 +286,7 @@ def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
 def _open_lock(path: Path, flags: int) -> int:
     """In a folder where others may write, what lies there may be a link to a file that is dear to us, or a pipe."""
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, LOCK_MODE)
+        descriptor = open_at_once(path, flags | os.O_NOFOLLOW, LOCK_MODE)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _no_lock(path) from None
@@ -328,14 +339,14 @@ def make_folder(run: RunDirectory) -> bool:
 def removed_on_failure(run: RunDirectory, new: bool) -> Iterator[None]:
     """A run's folder that is `new`, made by the caller, goes again when the block is refused or finds no room.
 
-    Not when somebody else has taken it meanwhile, nor at a Ctrl-C: the same command goes on.
+    Not when somebody else has taken it meanwhile, or may have; nor at a Ctrl-C: the same command goes on.
     """
     try:
         yield
-    except InUseError:
+    except (InUseError, UnansweredError):
         raise
     except (SamestepError, OSError):
-        if new:
+        if new and not run.has_work():
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, UnansweredError
 from launch.sbatch_options import overriding_variables
 from launch.slurm_output import JobFacts, parse_job, parse_job_id
 
@@ -21,11 +21,21 @@ _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
 def sbatch(script: Path, text: str, *options: str) -> str:
-    """Submit a script of this `text`; returns the job id. ConfigError when sbatch refuses, in its words."""
+    """Submit a script of this `text`; returns the job id.
+
+    Raises:
+        ConfigError: sbatch refuses, in its words.
+        UnansweredError: nobody knows whether the job is queued.
+    """
     done = _slurm("sbatch", "--parsable", *options, str(script), without=overriding_variables(text))
     if done.returncode:
         words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         said = "; ".join(word for word in words if word.strip()) or "without a word"
+        if "timed out" in said:  # of sbatch, not of the controller, which may have taken the job
+            raise UnansweredError(
+                f"sbatch: no answer about {script.name} ({said}); see `squeue` whether the job is there before you "
+                "submit again"
+            )
         raise ConfigError(
             f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
             "see `sinfo` and `sacctmgr show assoc` for what you may use"
@@ -77,6 +87,6 @@ def _slurm(*command: str, without: Collection[str] = ()) -> subprocess.Completed
     except FileNotFoundError:
         raise ConfigError(f"{command[0]}: not found in PATH; run this where Slurm is installed") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(
+        raise UnansweredError(
             f"{command[0]}: gives no answer ({error}); is the controller up? see `scontrol ping`"
         ) from None

@@ -360,7 +360,7 @@ def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
         return launch(planned.plan, run, machine)
     except ConfigError as refused:
         others_take_it = isinstance(refused, InUseError) or machine.nodes > 1  # the others read there why
-        if new and not others_take_it and not run.checkpoints():
+        if new and not others_take_it and not run.has_work():
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from launch import ledger, start
 from launch.atomic_files import atomic_write
 from launch.caches import cache_root, hugging_face_home
-from launch.errors import ConfigError
+from launch.errors import ConfigError, UnansweredError
 from launch.resources import resource
 from launch.run_directory import (
     RunDirectory,
@@ -205,12 +205,14 @@ def write(submission: Submission) -> Path:
 def queue(submission: Submission) -> list[tuple[str, str]]:
     """Write and submit all; returns (script, job id) in order. ConfigError with sbatch's own words.
 
-    When the first one is refused, a run directory that was not there before goes again.
+    When the first one is refused, a run directory that was not there before goes again; not where there was no answer.
     """
     run = submission.planned.run
     with removed_on_failure(run, new=make_folder(run)):
         try:
             first = sbatch(write(submission), submission.script)
+        except UnansweredError:
+            raise
         except ConfigError as error:
             if re.search(r"processors|cpu|node config", str(error), re.IGNORECASE):
                 raise ConfigError(f"{error} (cpus_per_process: {submission.cpus})") from None

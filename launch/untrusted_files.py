@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Hashable
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ LINE, DOCUMENT, TABLE = 2**16, 2**22, 2**28
 DEPTH = 64  # of mappings and lists inside each other
 _NODES = 50_000  # values of a YAML text, each alias counted as all that it stands for
 _INTEGER_BITS = 256  # transformers writes a tokenizer's missing limit as 10**30
-_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_LEASE_S = 45.0  # that the holder of a lease gets, /proc/sys/fs/lease-break-time
 
 
 class UntrustedFileError(ConfigError, ValueError):
@@ -54,7 +54,7 @@ def open_plain(
 
     def opener(name: str, flags: int) -> int:
         try:
-            descriptor = os.open(name, flags | _FLAGS | (0 if follow_symlinks else os.O_NOFOLLOW))
+            descriptor = open_at_once(name, flags | os.O_NOCTTY | (0 if follow_symlinks else os.O_NOFOLLOW))
         except OSError as error:
             if error.errno == errno.ENXIO:
                 raise UntrustedFileError(path, "is no plain file (a device or socket)") from None
@@ -69,6 +69,19 @@ def open_plain(
         return descriptor
 
     return open(path, "rb", buffering, opener=opener)
+
+
+def open_at_once(name: str | Path, flags: int, mode: int = 0o666) -> int:
+    """As `os.open`, not waiting for whoever may write into a pipe. Whoever holds a lease on the file (the server of a
+    shared disk, for its clients) has been told to give it back, and is waited for."""
+    deadline = time.monotonic() + _LEASE_S
+    while True:
+        try:
+            return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def plain_size(path: str | Path) -> int:
@@ -234,7 +247,9 @@ class _StrictLoader(yaml.SafeLoader):
             self._weights[anchor] = self._nodes - before
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Keys are judged as they are written: constructing merges others into them (`<<: *defaults`)."""
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -242,7 +257,7 @@ class _StrictLoader(yaml.SafeLoader):
             if key.value in seen:
                 raise _refused(f"key {key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # No key of ours takes a date: `name: 2026-11-28` is a name, and 2026-99-99 no error of Python's.

@@ -130,6 +130,18 @@ def test_modes_follow_the_umask(umask: int, file: int, folder: int, tmp_path: Pa
     assert found == {"adapter": folder, **dict.fromkeys(files, file)}
 
 
+def test_a_disk_that_changes_no_modes_keeps_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with atomic_dir(tmp_path / "adapter") as aside:
+        (aside / "weights").touch(mode=0o600)
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["weights"]
+
+
 def test_the_mode_of_a_link_s_target_elsewhere_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "secret").touch(mode=0o600)
     (tmp_path / "folder").mkdir()
@@ -265,3 +277,15 @@ def test_what_was_there_before_stays_when_it_is_refused(
     write_marker(run, "STOPPED", "user")
     assert samestep("run", *EMBEDDED) == 2
     assert run.plan_file.exists()
+
+
+def test_a_new_run_that_has_taken_steps_stays_when_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.launcher import EMBEDDED, samestep, stand_in
+
+    launcher = stand_in(monkeypatch, tmp_path)
+    launcher.marker, launcher.text = "REFUSED", "another rank wrote to another disk"
+    launcher.meanwhile = lambda run, _: run.metrics_file.write_text('{"step": 1}\n')
+    assert samestep("run", *EMBEDDED) == 2
+    assert (tmp_path / "runs" / "embedded" / "metrics.jsonl").exists()

@@ -31,6 +31,7 @@ from tests.conftest import chart_rows, recipe_values, write_charts
 from tests.merging import change_config, make_adapter, rename_keys
 from trainer.bounded import trial
 from trainer.checkpoint.adapter import read_adapter
+from trainer.checkpoint.adapter_config import refuse_endless_patterns
 from trainer.checkpoint.base_model import find_base
 from trainer.checkpoint.distributed import distributed_keys, load_distributed
 from trainer.checkpoint.foreign import take_over
@@ -91,6 +92,18 @@ def test_work_without_an_end_is_ended_and_said() -> None:
     assert trial(lambda: json.loads("[]")) is None
 
 
+def test_a_machine_with_a_limit_of_its_own_still_tries() -> None:
+    program = """
+import psutil, resource
+from trainer.bounded import trial
+size = psutil.Process().memory_info().vms + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+print(trial(lambda: None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -134,6 +147,14 @@ def test_patterns_that_peft_writes_are_read(world: Path, tmp_path: Path) -> None
     ranks = {pair.module.split("layers.")[1]: (len(pair.a), pair.scaling) for pair in read_adapter(own).pairs}
     assert ranks["0.self_attn.q_proj"] == (2, 8)
     assert ranks["0.self_attn.v_proj"][0] == 3
+
+
+def test_a_rank_and_an_alpha_for_every_module_of_a_large_model_are_no_endless_patterns() -> None:
+    linears = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    layers = [f"model.language_model.layers.{layer}" for layer in range(120)]
+    names = [f"{layer}.{linear}_proj" for layer in layers for linear in linears]
+    values = dict.fromkeys(names, 4)
+    refuse_endless_patterns(Path(), {"rank_pattern": values, "alpha_pattern": values}, names)
 
 
 # Code ---------------------------------------------------------------------------------------

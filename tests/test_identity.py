@@ -120,6 +120,8 @@ def test_a_large_file_is_read_once_and_again_when_it_is_rewritten_with_its_old_t
     assert {files_digest([file]) for _ in range(3)} == {first}
     assert len(reads) == 3
     assert capsys.readouterr().err.count("once, to know its content by a digest") == 3
+    (place,) = (tmp_path / "cache" / "digests").glob("*.json")
+    assert place.stat().st_mode == file.stat().st_mode  # others who share the cache can read it
     rewritten(file, b"a" * 1999 + b"b")
     assert files_digest([file]) != first
     assert len(reads) == 4

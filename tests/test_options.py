@@ -109,6 +109,7 @@ def test_a_value_that_cannot_be_is_refused_in_one_line_that_names_it(
 def test_what_can_be_is_taken_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert place("--output")("~/a b") == Path("/home/me/a b")
+    assert place("--output")("実験\u30001") == Path("実験\u30001")  # a space as others write it
     assert place("--runs-dir")(Path("runs")) == Path("runs")  # type: ignore[arg-type]  # typer reads defaults too
     assert (whole("--nodes", 1)("16"), whole("--nodes", 1)(1)) == (16, 1)  # type: ignore[arg-type]
     assert positive("--lora-alpha")("1e-3") == 1e-3

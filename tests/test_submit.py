@@ -154,6 +154,15 @@ def test_the_words_of_sbatch_are_passed_on(
     assert not _run().path.exists()
 
 
+def test_a_job_that_may_be_queued_keeps_its_folder(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("sbatch", "echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1")
+    assert samestep(*SUBMIT) == 2
+    assert "Socket timed out); see `squeue` whether the job is there" in capsys.readouterr().err
+    assert (_run().path / "submit.sbatch").exists()
+
+
 def test_a_refused_job_does_not_take_an_older_run_away(slurm: FakeSlurm) -> None:
     assert samestep(*SUBMIT) == 0
     slurm.answer("sbatch", "exit 1")

@@ -1,7 +1,9 @@
 """The gate for files that somebody else wrote: nothing blocks, nothing is unbounded, everything wrong is one line."""
 
+import fcntl
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -43,7 +45,6 @@ PAST_THE_GATE = {
     "merged.py:_weights_are_whole": "safetensors opens by name; plain_size looks first",
     "publishing.py:_bring_to_disk": "what this process or its ranks just wrote",
     "publishing.py:publish": "parses what it has just dumped",
-    "run_directory.py:_open_lock": "a gate of its own: neither a link, nor waited for, nor changed before it is ours",
     "submit.py:prepare": "files of the installed package",
 }
 
@@ -209,6 +210,21 @@ def test_yaml_that_people_write_is_read() -> None:
         **{"a": "2e-4", "b": 1.5e-3, "c": True, "d": None, "e": [1, 2], "f": "x"}
     }
     assert parse_yaml("[" * 64 + "]" * 64)
+    merged = "x: &x {a: 1, b: 2}\ny:\n  z: &z {<<: *x, a: 3}\nw: {<<: *z, b: 4}"  # w is made before z
+    assert parse_yaml(merged)["w"] == {"a": 3, "b": 4}
+
+
+def test_a_file_that_another_program_holds_a_lease_on_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("a: 1")
+    descriptor = os.open(file, os.O_RDWR)
+    before = signal.signal(signal.SIGIO, lambda *_: fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+    try:  # as the server of a shared disk does for its clients
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        assert read_yaml(file) == {"a": 1}
+    finally:
+        os.close(descriptor)
+        signal.signal(signal.SIGIO, before)
 
 
 def test_a_path_that_a_file_gives_stays_in_its_folder(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def leave_reason(run: RunDirectory, error: SamestepError, new: bool = False) -> 
     with contextlib.suppress(OSError):
         if not isinstance(error, ConfigError | CheckpointError):
             return
-        if new and not run.checkpoints():
+        if new and not run.has_work():
             shutil.rmtree(run.path)
         else:
             write_marker(run, "REFUSED", str(error))

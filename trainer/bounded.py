@@ -51,8 +51,10 @@ def _limited(work: Callable[[], object], telling: Connection, seconds: int, memo
     gc.disable()  # what the parent holds on a GPU is not this child's to free
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    size = psutil.Process().memory_info().vms + memory
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    size, most = psutil.Process().memory_info().vms + memory, resource.getrlimit(resource.RLIMIT_AS)[1]
+    # A limit that the machine has already (`ulimit -v`) cannot be raised, and is stricter.
+    if most == resource.RLIM_INFINITY or size < most:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     try:
         work()
         telling.send(None)

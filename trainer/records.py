@@ -12,6 +12,8 @@ from typing import Any
 from launch.atomic_files import atomic_write, naming, sync
 from launch.untrusted_files import TABLE, parse_json, read_bytes, read_text
 
+_MOST = 16 * TABLE  # bytes of the figures: ten million steps
+
 
 def samples_digest(samples: Iterable[int]) -> str:
     """sha256 (hex, 16 digits) of the sorted positions of a step's samples: what runs of older versions go on with."""
@@ -69,7 +71,7 @@ def keep_lines_until(file: Path, step: int) -> Kept:
         return Kept(file)
     lines: dict[int, str] = {}
     doubled = []
-    for line in read_bytes(file, TABLE).decode(errors="replace").splitlines():
+    for line in read_bytes(file, _MOST).decode(errors="replace").splitlines():
         parsed = _step_of(line)
         if parsed is None or parsed > step:
             continue
@@ -99,4 +101,4 @@ def _step_of(line: str) -> int | None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All lines, oldest first."""
-    return [parse_json(line) for line in read_text(file, TABLE).splitlines()] if file.exists() else []
+    return [parse_json(line) for line in read_text(file, _MOST).splitlines()] if file.exists() else []

@@ -7,6 +7,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
+DEFAULT_TESTS := "not long and not slurm and not gpu and not multigpu"
 SEED ?= 1
 FAULTS ?= 100
 
@@ -52,8 +53,10 @@ run: install
 		echo "$(BIN)/samestep merge embedded"; $(BIN)/samestep merge embedded; fi
 	$(BIN)/samestep evaluate embedded --models base,adapter,shuffled
 
+# Launches of several processes use all cores by themselves, and deadlines are theirs: one after another.
 test: install
-	$(BIN)/python -m pytest -m "not long and not slurm and not gpu and not multigpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m $(DEFAULT_TESTS) --ignore tests/distributed
+	$(BIN)/python -m pytest -m $(DEFAULT_TESTS) tests/distributed
 
 test-long: install
 	$(BIN)/python -m pytest -m "long and not slurm and not faults"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.option_values import memory_size, named, place, text, whole
+from launch.option_values import allowed_part, memory_size, named, place, text, whole
 
 RecipeArgument = Annotated[
     str,
@@ -47,6 +47,7 @@ AllowPart = Annotated[
     typer.Option(
         "--allow",
         metavar="PART",
+        parser=allowed_part,
         help="Go on although this part differs from the training's, such as model.processor; may be repeated.",
     ),
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.run_identity import DATA_PARTS, MODEL_PARTS, PARTS, RunIdentity, short, what_is
+from launch.untrusted_files import printable
 
 CONTENT_KEYS = ("data.content", "model.content")
 OTHER_RUN = "choose another --name, or --fresh to move the old run aside"
@@ -152,7 +153,7 @@ def _refuse_unknown(allowed: Sequence[str], keys: Sequence[str], what: str) -> N
             continue
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {near[0]}?" if near else "name a key that the refusal names"
-        problems.append(f"--allow {key}: no {what} has that name ({len(keys)} have); {hint}")
+        problems.append(f"--allow {printable(key)[:60]}: no {what} has that name ({len(keys)} have); {hint}")
     if problems:
         raise ConfigError(problems)
 

@@ -100,7 +100,9 @@ SignalLead = Annotated[
 MaxCrashes = Annotated[
     int,
     typer.Option(
-        min=1, metavar="N", help="Give up after N attempts in a row that save no step; dead nodes count half."
+        metavar="N",
+        parser=whole("--max-crashes", 1, 1000),
+        help="Give up after N attempts in a row that save no step; dead nodes count half.",
     ),
 ]
 

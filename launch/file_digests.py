@@ -13,13 +13,13 @@ import json
 import os
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.atomic_files import atomic_write
 from launch.caches import cache_root
 from launch.errors import ConfigError
 from launch.untrusted_files import LINE, UNREADABLE, open_plain, read_mapping
@@ -134,10 +134,7 @@ def _remember(state: _State, digest: str) -> None:
     place = _place(state)
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
-        os.close(descriptor)
-        Path(aside).write_text(json.dumps({"file": asdict(state), "digest": digest}), encoding="utf-8")
-        Path(aside).replace(place)
+        atomic_write(place, json.dumps({"file": asdict(state), "digest": digest}))
 
 
 @contextmanager

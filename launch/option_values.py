@@ -84,6 +84,15 @@ def positive(option: str) -> Callable[[str], float]:
     return parse
 
 
+def allowed_part(value: str) -> str:
+    """A part of the run's identity, or all parts of its data or model, for `--allow` of merge and evaluate."""
+    from launch.changes import refuse_unknown_parts
+    from launch.run_identity import PARTS
+
+    refuse_unknown_parts([value], PARTS)
+    return value
+
+
 def one_of(option: str, choices: Sequence[str], remedy: str = "choose one") -> Callable[[str], str]:
     """One of a few words."""
 

@@ -1,6 +1,6 @@
 """Comparison: nothing but rounding where the merge is right, plain to see where the wrong model lies in the folder."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from tests.adapters import write_run
 from tests.conftest import recipe_values
 from tests.merging import merge
 from trainer.data.chartqa import Row
+from trainer.evaluation import compare
 from trainer.evaluation.compare import main
-from trainer.evaluation.comparison import Seen, answered, difference
+from trainer.evaluation.comparison import Comparison, Seen, answered, difference, print_comparison
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,17 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def compared(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["--samples", "4", *arguments]) == 0
-    shown = capsys.readouterr().out
-    found: dict[str, Any] = json.loads(shown.splitlines()[-1])
-    return found
+    """What the command found, behind the tables that it prints."""
+    found: list[Comparison] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            compare,
+            "print_comparison",
+            lambda comparison, console: (found.append(comparison), print_comparison(comparison, console)),
+        )
+        assert main(["--samples", "4", *arguments]) == 0
+    assert found[0].reference in capsys.readouterr().out
+    return asdict(found[0])
 
 
 def test_both_merges_are_set_beside_the_model_as_it_was_trained(

@@ -102,3 +102,15 @@ def test_troubleshooting_quotes_messages_that_the_code_says() -> None:
     )
     assert len(headings) >= 25
     assert [heading for heading in headings if heading not in texts] == []
+
+
+def test_every_test_that_holds_a_fault_exists() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "tests" / "FAULTS.md").read_text()))
+    assert len(named) > 80
+    defined = {
+        (file, node.name)
+        for file in {file for file, _ in named}
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {(file, test) for file, test in named if test} <= defined

@@ -53,6 +53,7 @@ HOSTILE: dict[str, list[str]] = {
     "--container": TEXTS,
     "--device": ["", "tpu", "CUDA"],
     "--signal-lead": ["", "0", "-1", "x", "65536"],
+    "--max-crashes": ["", "0", "-1", "x", "1001"],
     "--then": ["push", "merge,x", "\n"],
     "--rank": ["", "-1", "x"],
 }

@@ -27,6 +27,10 @@ ALLOWED = {
     ("trainer/features/store.py", "_memory_bytes", "read_text"),
     # A file of the user's own, opened to be locked and written.
     ("trainer/features/store.py", "_locked", "os.open"),
+    # What this process has just written.
+    ("trainer/prepare.py", "_publish", "read_bytes"),
+    # What a data worker of this process sent through its own pipe.
+    ("trainer/data/hand_over.py", "unpickle", "pickle.loads"),
     # What `samestep prepare` made of the embedded charts in its own cache.
     ("trainer/model/tiny_lessons.py", "read_lessons", "read_table"),
     ("trainer/data/embedded.py", "question_kinds", "read_text"),

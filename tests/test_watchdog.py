@@ -128,7 +128,7 @@ def test_a_signal_is_seen_while_the_main_thread_hears_none(tmp_path: Path) -> No
         while watch._signalled is None:  # the thread looks for itself
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert watch._signalled == "preempted"
+        assert watch._signalled == "terminated"
 
 
 def test_what_is_given_up_before_its_first_step_has_stopped_as_asked(

@@ -105,13 +105,13 @@ class Pickled:
 
     data: bytes
 
-    def open(self) -> Any:
+    def unpickle(self) -> Any:
         """The batch."""
         return pickle.loads(self.data)
 
     def pin_memory(self) -> Any:
         """The batch in pinned memory; called by PyTorch's thread that pins."""
-        return pin_memory(self.open())
+        return pin_memory(self.unpickle())
 
 
 def _share(value: Any) -> None:

@@ -119,7 +119,7 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
                     raise
                 raise RunError(describe_loss(error)) from None
             if isinstance(batch, Pickled):
-                batch = batch.open()
+                batch = batch.unpickle()
             if isinstance(batch, SamestepError):
                 raise batch
             WATCHDOG.heartbeat()

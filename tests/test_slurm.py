@@ -369,10 +369,12 @@ def test_nothing_of_another_job_around_the_shell_is_believed(
     for name, value in of_another.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_CONF", "/etc/x")
+    monkeypatch.setenv("SLURM_HINT", "nomultithread")
     assert _play(cluster, _hostile_job(cluster)).returncode == 0
     environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
     assert not environment.keys() & of_another.keys()
     assert environment["SLURM_CONF"] == "/etc/x"
+    assert environment["SLURM_HINT"] == "nomultithread"  # a step without it would get half of the cores
     assert (environment["JOB"], environment["RESTART"]) == ("40", "0")
     step = _calls(cluster, "srun")
     assert step[:3] == ["--export=ALL", "--input=none", "--cpus-per-task=4"]

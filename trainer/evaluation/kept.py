@@ -8,6 +8,7 @@ another name.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -106,7 +107,10 @@ def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> di
 def write_result(kept: Kept, file: Path) -> None:
     """Replace `file` in one step, after the older one got its other name."""
     if kept.aside is not None:
-        file.rename(kept.aside)
+        try:
+            os.link(file, kept.aside)  # ended right here, nothing is missing under the name that is looked at
+        except OSError:  # a disk without hard links
+            file.rename(kept.aside)
     atomic_write(file, json.dumps(kept.result, indent=1, ensure_ascii=False) + "\n")
 
 

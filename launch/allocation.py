@@ -48,7 +48,7 @@ from launch.slurm_output import (
     parse_nodes,
     parse_queue,
 )
-from launch.untrusted_files import printable_lines
+from launch.untrusted_files import UNREADABLE, printable_lines
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
 
@@ -202,11 +202,18 @@ def close_open_attempts(run: RunDirectory, allocation: Allocation, nodes: Sequen
     for attempt in ledger.read_ledger(run).attempts:
         if attempt.how is None:
             ended = ledger.how_it_ended(run)
-            if read_marker(run) is None:
+            if not _has_marker(run):
                 dead = dead_nodes(nodes, expand_nodes(attempt.nodes))
                 how: ledger.How = "node_fail" if dead or attempt.job == allocation.job else "crashed"
                 ended = End(how, "left no word: its node died, or KILL came", ",".join(dead))
             _write_end(run, ended, attempt.job, attempt.restart)
+
+
+def _has_marker(run: RunDirectory) -> bool:
+    try:
+        return read_marker(run) is not None
+    except UNREADABLE:
+        return True
 
 
 def wait_for_the_lock(run: RunDirectory) -> None:

@@ -178,8 +178,12 @@ def read_marker(run: RunDirectory) -> Marker | None:
 
 
 def is_done_at(run: RunDirectory, max_steps: int) -> bool:
-    """The run has taken its last step of `max_steps`, and its adapter is there, whole."""
-    return read_marker(run) == Marker("DONE", f"step {max_steps}") and is_whole(run.adapter)
+    """The run has taken its last step of `max_steps`, and its adapter is whole. A damaged marker says nothing."""
+    try:
+        marker = read_marker(run)
+    except UntrustedFileError:
+        return False
+    return marker == Marker("DONE", f"step {max_steps}") and is_whole(run.adapter)
 
 
 def clear_markers(run: RunDirectory) -> None:

@@ -206,6 +206,16 @@ def test_attempts_whose_node_died_are_closed_by_the_next_and_count(
     assert "job 41: no step was saved in 6 attempts in a row" in attempts[6].reason
 
 
+def test_a_marker_that_cannot_be_read_is_no_reason_to_refuse_the_next_attempt(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    (run.path / "STOPPED").write_bytes(b"\xff\xfe")
+    _attempt(monkeypatch, 1)
+    assert _begin(run, capsys)[0] == 0
+    assert [one.how for one in ledger.read_ledger(run).attempts] == ["crashed", None]
+
+
 def test_a_job_may_crash_as_often_as_it_was_submitted_for(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

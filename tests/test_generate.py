@@ -24,7 +24,7 @@ from tests.distributed.launching import accelerate_launch
 from trainer.checkpoint.portable import save_adapter
 from trainer.data.chartqa import chat, open_split
 from trainer.data.images import decode_image
-from trainer.evaluation.answers import Question, make_batches, other_images, spread
+from trainer.evaluation.answers import Question, answer_all, make_batches, other_images, spread
 from trainer.evaluation.generate import main
 from trainer.evaluation.kept import with_earlier_answers
 from trainer.pretrained import load_processor
@@ -174,6 +174,28 @@ def test_answers_of_other_models_stay_and_those_of_other_weights_are_kept_under_
     assert f"that one is now {old}" in capsys.readouterr().out
 
 
+def test_answers_are_of_the_weights_that_gave_them(
+    run: RunDirectory, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on replaces its adapter while the questions are answered."""
+    here = RunDirectory(shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*")))
+    weights = here.adapter / "adapter_model.safetensors"
+
+    def answers_meanwhile(*words: Any) -> Any:
+        found = answer_all(*words)
+        save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights)
+        return found
+
+    monkeypatch.setattr("trainer.evaluation.generate.answer_all", answers_meanwhile)
+    asked = ["--run-dir", str(here.path), "--max-samples", "4", "--models"]
+    assert main([*asked, "adapter"]) == 0
+    file = here.eval_file("test", 4)
+    assert json.loads(file.read_text())["weights"] == {"adapter": result["weights"]["adapter"]}
+    monkeypatch.undo()
+    assert main([*asked, "base"]) == 0
+    assert list(json.loads(file.read_text())["accuracy"]) == ["base"]
+
+
 def test_answer_files_of_older_versions_are_read(result: dict[str, Any], tmp_path: Path) -> None:
     new = {"weights", "finished_of", "prompts_sha256"}
     older = {key: value for key, value in result.items() if key not in new}
@@ -187,6 +209,18 @@ def test_answer_files_of_older_versions_are_read(result: dict[str, Any], tmp_pat
     kept = with_earlier_answers(only_base, file, weights, adapter)
     assert (kept.models, kept.aside) == (("adapter", "shuffled"), None)
     assert kept.result["accuracy"] == result["accuracy"]
+    # Scored by the rule of now, and what the file said of a base that was not asked again stays said.
+    spoilt = json.loads(json.dumps(older))
+    spoilt["predictions"][0]["adapter"]["correct"] = not spoilt["predictions"][0]["adapter"]["correct"]
+    spoilt["differs"] = {"model.weights": {"run": "a", "here": "b"}}
+    file.write_text(json.dumps(spoilt))
+    fewer = {key: value for key, value in result["identity"].items() if key != "model.weights"}
+    kept = with_earlier_answers({**only_base, "identity": fewer}, file, weights, adapter)
+    assert kept.result["accuracy"] == result["accuracy"]
+    assert kept.result["predictions"] == result["predictions"]
+    assert kept.result["identity"] == result["identity"]
+    assert kept.result["differs"].keys() == {"model.weights"}
+    file.write_text(json.dumps(older))
     soon = time.time() + 60
     os.utime(adapter / "adapter_model.safetensors", (soon, soon))  # trained on since
     kept = with_earlier_answers(only_base, file, weights, adapter)

@@ -377,6 +377,10 @@ def test_the_card_says_base_data_recipe_figures_and_how_to_load(world: Path, tmp
     refresh_figures(run)
     refreshed = (run.merged / "README.md").read_text()
     assert refreshed == card.replace("40.0 %", "50.0 %")
+    run.eval_file().write_text(json.dumps(result | {"weights": {"adapter": "of an older one"}}))
+    refresh_figures(run)
+    assert "50.0 %" not in (run.merged / "README.md").read_text()
+    run.metrics_file.write_text('{"step": 1, "loss": null}\n')  # no figure, and no reason to fail
     (run.path / "eval.json").write_text("half")
     shutil.rmtree(run.merged)
     merge(run.path, run.merged)
@@ -396,7 +400,7 @@ def test_the_code_of_the_cards_runs_as_it_stands(
     run = write_run(recipe, tmp_path / "run")
     named = json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == ("embedded" if embedded else str(world / "base"))
-    (run.adapter / "README.md").write_text(adapter_card(run, recipe, named))
+    (run.adapter / "README.md").write_text(adapter_card(run, recipe, named, run.adapter))
     load_processor(recipe).save_pretrained(str(run.adapter))
     merge(run.path, run.merged)
     for folder, pieces in ((run.merged, 2), (run.adapter, 1)):

@@ -20,6 +20,7 @@ from launch.run_directory import (
     clear_markers,
     clear_requests,
     hold_lock,
+    is_done_at,
     lock_holder,
     open_run,
     read_marker,
@@ -266,3 +267,11 @@ def test_looking_at_the_lock_never_keeps_a_trainer_from_taking_it(tmp_path: Path
     threading.Timer(0.3, os.close, [looking]).start()
     with hold_lock(tmp_path):
         pass
+
+
+def test_a_damaged_marker_does_not_keep_the_same_command_from_going_on(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (run.path / "REFUSED").write_bytes(b"\xff\x00\x9b")
+    assert not is_done_at(run, 8)
+    clear_markers(run)
+    assert read_marker(run) is None

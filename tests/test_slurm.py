@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch import launcher_variables
 from launch.accelerate import launch_command
 from launch.errors import ConfigError, RunError
 from launch.resources import resource
@@ -346,6 +347,14 @@ def test_a_task_of_an_array_speaks_of_itself_alone(cluster: Path, monkeypatch: p
     assert launched[launched.index("--log_dir") + 1].endswith("/logs/40_2.1/node-3")
 
 
+def test_jobs_by_the_thousand_fit_into_an_argument(cluster: Path) -> None:
+    line = " ".join(word.ljust(width) for word, width in (("40", 60), ("RUNNING", 20), ("1", 20)))
+    _program(cluster / "bin" / "squeue", f"for _ in {{1..3000}}; do echo '{line}'; done")
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    begin = _calls(cluster, "launch.allocation.begin")
+    assert len(parse_queue(begin[begin.index("--queue") + 1])) == 3000
+
+
 def test_nothing_of_another_job_around_the_shell_is_believed(
     cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,18 +363,36 @@ def test_nothing_of_another_job_around_the_shell_is_believed(
         **{"SLURM_ARRAY_JOB_ID": "39", "SLURM_ARRAY_TASK_ID": "1", "SLURM_HET_SIZE": "2", "SRUN_EXACT": "1"},
         **{"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "9", "SQUEUE_STATES": "PD", "PMI_RANK": "3"},
         **{"SBATCH_ARRAY_INX": "1-9", "SINFO_PARTITION": "x", "SLURM_EXPORT_ENV": "NONE"},
-        **{"WORLD_SIZE": "4", "MASTER_ADDR": "elsewhere", "ACCELERATE_USE_FSDP": "true", "PET_NNODES": "9"},
+        **dict.fromkeys(launcher_variables._NAMES, "4"),
+        **{"ACCELERATE_USE_FSDP": "true", "PET_NNODES": "9", "FSDP_VERSION": "2", "TORCHELASTIC_RUN_ID": "x"},
     }
     for name, value in of_another.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_CONF", "/etc/x")
+    monkeypatch.setenv("SLURM_HINT", "nomultithread")
     assert _play(cluster, _hostile_job(cluster)).returncode == 0
     environment = dict(entry.split("=", 1) for entry in _calls(cluster, "environment"))
     assert not environment.keys() & of_another.keys()
     assert environment["SLURM_CONF"] == "/etc/x"
+    assert environment["SLURM_HINT"] == "nomultithread"  # a step without it would get half of the cores
     assert (environment["JOB"], environment["RESTART"]) == ("40", "0")
     step = _calls(cluster, "srun")
     assert step[:3] == ["--export=ALL", "--input=none", "--cpus-per-task=4"]
+
+
+def test_what_a_container_sets_of_the_step_does_not_reach_the_launcher(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enroot's hook for images with PyTorch (50-slurm-pytorch.sh): a single process would take it for its launcher."""
+    srun = (cluster / "bin" / "srun").read_text()
+    of_the_step = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=n1 MASTER_PORT=50000"
+    _program(cluster / "bin" / "srun", srun.replace("SLURM_NODEID=3", f"SLURM_NODEID=3 {of_the_step}"))
+    python = (cluster / "python").read_text()
+    _program(cluster / "python", python.replace("esac", '*) env -0 >"$CALLS.launched" ;; esac'))
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    launched = {entry.partition("=")[0] for entry in _calls(cluster, "launched")}
+    assert "PET_RDZV_ID" in launched
+    assert not launched & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def test_gpus_of_this_job_are_kept(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,9 @@ def describe_targets(
     for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
         mine = [place for place in targets if begin <= place < end]
         first = begin + 1 if wanted is None else end - len(mine)
-        text = unicodedata.normalize("NFC", tokenizer.decode(ids[first:end]))
+        text = unicodedata.normalize(
+            "NFC", tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
+        )
         if (
             not mine
             or mine != list(range(first, end))

@@ -481,6 +481,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
         def beside(folder: Path) -> None:
             self.encoder.processor.save_pretrained(str(folder))
-            (folder / CARD).write_text(adapter_card(run, recipe, base_name(recipe)), encoding="utf-8")
+            card = adapter_card(run, recipe, base_name(recipe), folder)
+            (folder / CARD).write_text(card, encoding="utf-8")
 
         on_rank_0(lambda: publish_adapter(self.model, run.adapter, weights, beside))

@@ -109,7 +109,7 @@ class Attempt:
             "top": [self.top.pid] if self.top.poll() is None else [],
             "launcher": launchers[:1],
             "rank": _one_of(ranks, fault.share),
-            "data worker": _one_of(loaders, fault.share) or _one_of(ranks, fault.share),
+            "data worker": _one_of(loaders, fault.share),
             "all": [*ranks, *sorted(found.keys() - {*ranks})] if launchers or fault.phase == "start" else [],
         }
         return chosen[fault.target or "top"]
@@ -140,11 +140,14 @@ class Attempt:
         self.top.wait()
 
 
-def send(pids: Sequence[int], number: signal.Signals) -> None:
-    """A signal to each that is still there."""
+def send(pids: Sequence[int], number: signal.Signals) -> bool:
+    """A signal to each that is still there; returns whether there was one."""
+    found = False
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+            found = True
+    return found
 
 
 def run_environment(cache: Path) -> dict[str, str]:

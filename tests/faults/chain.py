@@ -157,6 +157,8 @@ class _Player:
 
     def _blame(self, trouble: str) -> None:
         """The latest fault. Those before it are still to be seen survived."""
+        if not self.result.outcomes:
+            raise _StuckError(f"undisturbed: {trouble}")
         for outcome in self.result.outcomes[-1:]:
             outcome.trouble = outcome.trouble or trouble
         self.pending = [outcome for outcome in self.pending if not outcome.trouble]
@@ -217,6 +219,10 @@ class _Player:
         self.result.outcomes.append(outcome)
         struck = time.monotonic()
         goes_on = self._hit(fault, attempt)
+        if goes_on is None:
+            self.result.outcomes.pop()
+            self.result.missed += 1
+            return
         self.pending.append(outcome)
         if goes_on:
             return
@@ -233,20 +239,20 @@ class _Player:
         if self._is_done():
             self._close_pending(attempt)
 
-    def _hit(self, fault: Fault, attempt: Attempt) -> bool:
-        """Returns whether the attempt is to go on by itself."""
+    def _hit(self, fault: Fault, attempt: Attempt) -> bool | None:
+        """Returns whether the attempt is to go on by itself; None when its victims have just ended."""
         victims = attempt.victims(fault)
         if fault.action == "full disk":
             fill(self.run.path.parent, int(fault.share * 30_000))
             return False
         if fault.action.startswith("SIGSTOP"):
-            send(victims, signal.SIGSTOP)
+            if not send(victims, signal.SIGSTOP):
+                return None
             time.sleep(fault.seconds)
             thaw = fault.action.startswith("SIGSTOP and SIGCONT")
             send(victims, signal.SIGCONT if thaw else signal.SIGKILL)
             return thaw
-        send(victims, _SIGNALS[fault.action])
-        return False
+        return False if send(victims, _SIGNALS[fault.action]) else None
 
     def _judge_stop(self, fault: Fault, outcome: Outcome) -> None:
         """An announced stop between steps loses none of them."""
@@ -290,7 +296,10 @@ class _Player:
             if not outcome.trouble:
                 raise
         self.condition = ""  # has its trouble, and the rest of the chain a run without it
-        if fails:
+        if fails and self._is_done():  # it never came to save anything
+            self.result.outcomes.pop()
+            self.result.missed += 1
+        elif fails:
             assert self.attempt is not None
             outcome.ended = time.time() - self.attempt.began
             outcome.went_on = None

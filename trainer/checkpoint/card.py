@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from launch.adapter_file import CONFIG, WEIGHTS, digest_of
+from launch.adapter_file import CONFIG, WEIGHTS, digest_of, read_digest
 from launch.atomic_files import atomic_write
 from launch.merged import DIGEST, is_of_another_adapter
 from launch.recipe import EMBEDDED, Recipe
@@ -17,6 +18,7 @@ from trainer.checkpoint.base_model import recipe_of, run_of
 from trainer.checkpoint.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.checkpoint.verify import MergeReport
 
+logger = logging.getLogger("trainer")
 _FIGURES_BEGIN, _FIGURES_END = (
     "<!-- figures, written anew by `samestep evaluate` -->",
     "<!-- end of the figures -->",
@@ -33,15 +35,15 @@ def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> s
         f"# {name}, merged\n",
         _what(base, plan, report),
         _training(recipe, plan),
-        figures_of(run),
+        figures_of(run, digest_of(plan.adapter.contents)),
         _loading(),
         _loading_the_adapter(recipe, base, _adapter_beside(plan)),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def adapter_card(run: RunDirectory, recipe: Recipe, base: str) -> str:
-    """The text of README.md of a run's own adapter. `base`: as the adapter names it."""
+def adapter_card(run: RunDirectory, recipe: Recipe, base: str, folder: Path) -> str:
+    """The text of README.md of a run's own adapter, which lies in `folder`. `base`: as the adapter names it."""
     lora = recipe.lora
     what = (
         f"A LoRA adapter (r {lora.r}, alpha {lora.lora_alpha}) for {base}, with the processor of its base.\n"
@@ -51,7 +53,7 @@ def adapter_card(run: RunDirectory, recipe: Recipe, base: str) -> str:
         f"# {recipe.name}, adapter\n",
         what,
         _training_of(recipe),
-        figures_of(run),
+        figures_of(run, read_digest(folder)),
         "## How to load it\n\nIn this folder:\n",
         _loading_the_adapter(recipe, base, "."),
     ]
@@ -71,7 +73,10 @@ def refresh_figures(run: RunDirectory) -> None:
         before, begin, rest = text.partition(_FIGURES_BEGIN)
         _, end, after = rest.partition(_FIGURES_END)
         if begin and end:
-            atomic_write(card, before + figures_of(run).rstrip("\n") + after)
+            try:
+                atomic_write(card, before + figures_of(run, read_digest(run.adapter)).rstrip("\n") + after)
+            except OSError as error:  # another user's; the answers are written
+                logger.warning("%s: keeps its older figures (%s)", card, error.strerror or error)
 
 
 def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
@@ -159,27 +164,40 @@ def _training_of(recipe: Recipe) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
 
 
-def figures_of(run: RunDirectory | None) -> str:
-    """Of metrics.jsonl and eval.json, as far as they are there; what is damaged is left out."""
+def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
+    """Of metrics.jsonl and eval.json, as far as they are there; what is damaged, or of other weights, is left out.
+
+    `adapter`: the digest of the card's adapter; a run that went on has the answers of its older one.
+    """
     if run is None:
         return ""
     lines = [_FIGURES_BEGIN]
-    if steps := [record for record in _records(run.metrics_file) if "loss" in record]:
-        lines.append(f"Training loss {steps[0]['loss']:.3f} at step {steps[0]['step']}, "
-                     f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']}.")  # fmt: skip
+    try:
+        if steps := [record for record in _records(run.metrics_file) if "loss" in record]:
+            lines.append(f"Training loss {steps[0]['loss']:.3f} at step {steps[0]['step']}, "
+                         f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']}.")  # fmt: skip
+    except (ValueError, LookupError, TypeError):
+        pass  # lines that no trainer writes
     try:
         result = read_json(run.eval_file(), TABLE)
-        overall = {model: groups["overall"] for model, groups in result["accuracy"].items()}
+        overall = {
+            model: groups["overall"]
+            for model, groups in result["accuracy"].items()
+            if model == "base"
+            or None in (told := result.get("weights", {}).get(model), adapter)
+            or told == adapter
+        }
         rows = [
             f"| {model} | {each['percent']:.1f} % | {each['correct']} of {each['count']} |"
             for model, each in overall.items()
             if each["percent"] is not None
         ]
-        lines.append(
-            f"\nRelaxed accuracy on {result['questions']} questions of the {result['split']} split:\n"
-        )
-        lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
-    except (OSError, ValueError, KeyError, TypeError):
+        if rows:
+            lines.append(
+                f"\nRelaxed accuracy on {result['questions']} questions of the {result['split']} split:\n"
+            )
+            lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # not evaluated yet
     if len(lines) > 1:
         lines.insert(1, "## Figures\n")

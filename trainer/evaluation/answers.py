@@ -128,14 +128,16 @@ def read_questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[
     questions, first_rows = [], dict[str, int]()
     for sample in spread(len(split), request.max_samples):
         number = int(split.rows[sample])
-        row = rows[number]
+        with naming_row(f"data: row {number} of the split"):
+            row = rows[number]
+            prompt = encoder.texts(row)[0]
         questions.append(
             Question(
                 row=number,
                 query=row.query,
                 label=tuple(row.label),
                 human_or_machine=row.human_or_machine,
-                prompt=encoder.texts(row)[0],
+                prompt=prompt,
                 image_row=first_rows.setdefault(hashlib.sha256(row.image).hexdigest(), number),
                 text_tokens=int(split.text_tokens[sample]),
                 visual_tokens=int(split.visual_tokens[sample]),

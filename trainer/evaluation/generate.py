@@ -67,9 +67,11 @@ def result_of(
     questions: Sequence[Question],
     answers: Sequence[Answer],
     world_size: int,
+    weights: Mapping[str, str | None],
     identity: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that eval.json holds. `identity`: as of `hold_against_training`.
+    """Everything that eval.json holds. `weights`: as of `weights_of`, before they were loaded; `identity`: as of
+    `hold_against_training`.
 
     Raises:
         RunError: a question has not exactly one answer of every model.
@@ -115,7 +117,7 @@ def result_of(
         }
         for position, question in enumerate(questions)
     ]
-    weights, finished = weights_of(request), datetime.now(UTC).isoformat(timespec="seconds")
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "run": request.run.name,
         "split": request.split,
@@ -261,14 +263,15 @@ def prepared(request: Request) -> Task:
 
 def evaluate(task: Task, state: PartialState) -> None:
     """Answer on all ranks, gather; rank 0 writes and prints."""
-    identity = from_rank_0(lambda: hold_against_training(task))
+    # A run that goes on meanwhile, or a merge, may replace the weights: the answers are of those that are there now.
+    identity, weights = from_rank_0(lambda: (hold_against_training(task), weights_of(task.request)))
     share = together(lambda: answer_all(task, state))
     gathered: list[tuple[list[Question], list[Answer]]] = gather_object([share])
 
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
         request = task.request
-        result = result_of(task, share[0], answers, state.num_processes, identity)
+        result = result_of(task, share[0], answers, state.num_processes, weights, identity)
         kept = with_earlier_answers(result, request.file, weights_of(request), request.adapter)
         write_result(kept, request.file)
         refresh_figures(request.run)

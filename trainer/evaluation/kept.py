@@ -8,6 +8,7 @@ another name.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,8 @@ from typing import Any
 from launch.adapter_file import WEIGHTS
 from launch.atomic_files import atomic_write
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
-from trainer.evaluation.metrics import mcnemar
+from trainer.evaluation.metrics import Accuracy, mcnemar, summary
+from trainer.relaxed_accuracy import correct
 
 PAIRS = (("base", "adapter"), ("shuffled", "adapter"), ("merged", "adapter"))
 """Models that are compared question by question."""
@@ -40,8 +42,9 @@ def with_earlier_answers(
 ) -> Kept:
     """A result with the answers that `file` holds of other models. Writes nothing.
 
-    `result`: what eval.json holds of the models asked now. `weights`: what every model is of now, in the models' order;
-    None where that is not known. `adapter`: its folder, whose age judges files that do not say it.
+    `result`: what eval.json holds of the models asked now, of the weights that answered. `weights`: what every model is
+    of now, in the models' order; None where that is not known. `adapter`: its folder, whose age judges files that do
+    not say it. Earlier answers are scored again: the rule may have changed since.
     """
     older = _read(file)
     if older is None:
@@ -55,18 +58,38 @@ def with_earlier_answers(
     answers = {each["row"]: each for each in older["predictions"]}
     predictions = [
         {key: each[key] for key in _QUESTION}
-        | {m: (each if m in each else answers[each["row"]])[m] for m in models}
+        | {m: _scored(answers[each["row"]][m], each) if m in carried else each[m] for m in models}
         for each in result["predictions"]
     ]
+    # Of all models in the file: an evaluation of the merged one alone says nothing of the base's weights.
+    facts: dict[str, Any] = {
+        key: {**older.get(key, {}), **result[key]} for key in ("identity", "differs") if key in result
+    }
     whole = {
         **result,
-        "weights": {m: weights[m] for m in models},
+        **facts,
+        "weights": {m: weights[m] if m in carried else result["weights"][m] for m in models},
         "finished_of": {m: _finished(older, m) if m in carried else result["finished"] for m in models},
-        "accuracy": {m: older["accuracy"][m] if m in carried else result["accuracy"][m] for m in models},
+        "accuracy": {m: _accuracy(m, predictions) if m in carried else result["accuracy"][m] for m in models},
         "predictions": predictions,
         "mcnemar_p": compared(predictions, models),
     }
     return Kept(whole, tuple(carried), _free_name(file) if stale else None)
+
+
+def _scored(answer: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
+    return {**answer, "correct": correct(answer["prediction"], question["label"][0])}
+
+
+def _accuracy(model: str, predictions: Sequence[dict[str, Any]]) -> dict[str, Accuracy]:
+    return summary(
+        {
+            "prediction": each[model]["prediction"],
+            "target": each["label"][0],
+            "human_or_machine": each["human_or_machine"],
+        }
+        for each in predictions
+    )
 
 
 def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, float]:
@@ -84,7 +107,10 @@ def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> di
 def write_result(kept: Kept, file: Path) -> None:
     """Replace `file` in one step, after the older one got its other name."""
     if kept.aside is not None:
-        file.rename(kept.aside)
+        try:
+            os.link(file, kept.aside)  # ended right here, nothing is missing under the name that is looked at
+        except OSError:  # a disk without hard links
+            file.rename(kept.aside)
     atomic_write(file, json.dumps(kept.result, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -95,7 +121,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         models = list(older["accuracy"])
         for each in older["predictions"]:
             _ = [each[key] for key in _QUESTION] + [each[model]["correct"] for model in models]
-        _ = [older["accuracy"][model]["overall"] for model in models]
+            _ = [each[model]["prediction"].strip() for model in models]
     except (*UNREADABLE, LookupError, TypeError, AttributeError):
         return None
     return older

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -30,7 +31,19 @@ def small_disk(path: Path) -> Iterator[None]:
 
 
 def fill(folder: Path, left: int) -> None:
-    """Leave so many bytes of the disk."""
+    """Leave so many bytes of the disk, or fewer where the run writes meanwhile."""
     with (folder / "filler").open("wb") as filler:
-        free = os.statvfs(folder)
-        os.posix_fallocate(filler.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left))
+        for _ in range(50):
+            free = os.statvfs(folder)
+            room = free.f_bavail * free.f_frsize
+            if room <= left:  # the run itself has filled it
+                return
+            try:
+                os.posix_fallocate(filler.fileno(), 0, room - left)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # what was free is taken already
+                    raise
+                filler.truncate(0)
+            else:
+                return
+    raise RuntimeError(f"{folder}: cannot be filled; it changes faster than it can be measured")

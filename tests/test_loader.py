@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from launch.errors import RunError
 from trainer.data import hand_over
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, lost_worker
 from trainer.data.micro_batches import Batches
 
 
@@ -147,6 +148,21 @@ def test_a_worker_that_is_killed_ends_the_reading() -> None:
         child.kill()
     with pytest.raises(RunError, match=r"a micro-batch is lost .*(killed|exited unexpectedly)"):
         list(kept)
+
+
+def test_a_worker_that_is_killed_while_its_rank_computes_is_said_in_words() -> None:
+    loader = Loader(_Ones(), range(10_000), total=10_000, workers=1, pin_memory=False)
+    kept = iter(loader)
+    next(kept)
+    (worker,) = multiprocessing.active_children()
+    threading.Timer(1, worker.kill).start()
+    with pytest.raises(RuntimeError) as raised:
+        time.sleep(60)  # PyTorch raises it here
+    lost = lost_worker(raised.value)
+    assert lost is not None
+    assert "a micro-batch is lost (DataLoader worker" in str(lost)
+    assert lost_worker(RuntimeError("of a batch")) is None
+    kept.close()
 
 
 def test_small_shared_memory_is_measured_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from trainer.agreement import (
 )
 from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
 from trainer.building import build
+from trainer.data.loader import lost_worker
 from trainer.first_step import FirstStep
 from trainer.identity import agree_on_identity
 from trainer.preemption import Watch, heed_early_stops, watching
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SamestepError as error:
         return end_badly(error, options)
     except RuntimeError as error:
-        if (lost := lost_contact(error)) is None:
+        if (lost := lost_contact(error) or lost_worker(error)) is None:
             raise
         return end_badly(lost, options)
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone

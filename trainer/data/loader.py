@@ -115,9 +115,9 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not _is_lost(error):
+                if (lost := lost_worker(error)) is None:
                     raise
-                raise RunError(describe_loss(error)) from None
+                raise lost from None
             if isinstance(batch, Pickled):
                 batch = batch.unpickle()
             if isinstance(batch, SamestepError):
@@ -128,12 +128,14 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
         del batches  # or the traceback of an error would hold it
 
 
-def _is_lost(error: Exception) -> bool:
-    """What PyTorch raises about its workers, not what a batch raised in one of them (torch 2.14)."""
-    text = str(error)
-    return not isinstance(error, RuntimeError) or text.startswith(
-        ("DataLoader", "Pin memory", "Too many open")
-    )
+def lost_worker(error: Exception) -> RunError | None:
+    """What PyTorch raises about its data workers, in words; None for what a batch raised in one of them.
+
+    Its handler of SIGCHLD raises it wherever the rank is, in the middle of a step too (torch 2.14,
+    `torch/utils/data/_utils/signal_handling.py`).
+    """
+    named = str(error).startswith(("DataLoader", "Pin memory", "Too many open"))
+    return RunError(describe_loss(error)) if named or not isinstance(error, RuntimeError) else None
 
 
 def _start_worker(_: int) -> None:

@@ -42,8 +42,6 @@ class EndedError(Exception):
 
 
 class Clock:
-    sleep = staticmethod(time.sleep)  # the thread of this process goes on
-
     def __init__(self) -> None:
         self.now = 1000.0
 

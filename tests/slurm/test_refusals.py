@@ -68,7 +68,8 @@ def test_a_run_that_gets_nowhere_stops_after_three_attempts(cluster: Cluster, tm
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
     book = ledger.read_ledger(run)
     assert [attempt.how for attempt in book.attempts] == ["crashed"] * 3
-    assert "no step was saved in 3 attempts in a row" in (ledger.reason_to_give_up(book.attempts) or "")
+    reason = ledger.reason_to_give_up(book.attempts, ledger.MAX_CRASHES)
+    assert "no step was saved in 3 attempts in a row" in (reason or "")
     told = cluster.samestep("status", run.name, "--runs-dir", str(cluster.runs), "--json").stdout
     (found,) = json.loads(told)
     assert (found["state"], found["crashed"]) == ("failed", 3)

@@ -295,7 +295,11 @@ def _open_lock(path: Path, flags: int) -> int:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _no_lock(path) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_ours(os.pread(descriptor, 201, 0)):
+    status = os.fstat(descriptor)
+    # A file with this one name is the lock, whatever a fault has left in it.
+    if not stat.S_ISREG(status.st_mode) or (
+        status.st_nlink > 1 and not _is_ours(os.pread(descriptor, 201, 0))
+    ):
         os.close(descriptor)
         raise _no_lock(path)
     return descriptor

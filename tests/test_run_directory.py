@@ -191,6 +191,14 @@ def test_a_file_that_lies_in_the_place_of_a_lock_keeps_its_content(
     assert victim.read_text() == "dear to us"
 
 
+def test_a_lock_that_a_fault_has_filled_with_anything_is_taken(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_bytes(bytes(range(256)) * 4)
+    assert lock_holder(tmp_path) is None
+    with hold_lock(tmp_path):
+        assert "process" in (lock_holder(tmp_path) or "")
+    assert lock_holder(tmp_path) is None
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_plain_file_is_no_lock(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / ".lock")

@@ -137,7 +137,7 @@ def prepare(
     epilog=example(
         "samestep run recipes/embedded.yaml --set training.max_steps=8 --name short",
         "samestep run recipes/embedded.yaml --set training.max_steps=16 --name short --allow training.max_steps",
-        "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-20 "
+        "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-140 "
         "--set training.learning_rate=1e-4 --allow training.learning_rate",
         "samestep run qwen2vl_7b_chartqa --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1 "
         "--main-process-port 29500",

@@ -17,7 +17,7 @@ commands = typer.Typer()
 @commands.command(
     epilog=example(
         "samestep evaluate embedded --models base,adapter,shuffled",
-        "samestep evaluate runs/embedded/checkpoint-20 --models adapter",
+        "samestep evaluate runs/embedded/checkpoint-140 --models adapter",
     )
 )
 def evaluate(
@@ -104,7 +104,7 @@ BaseModel = Annotated[
 @commands.command(
     epilog=example(
         "samestep merge embedded",
-        "samestep merge runs/embedded/checkpoint-20 --output m20",
+        "samestep merge runs/embedded/checkpoint-140 --output m140",
         "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
     )
 )

@@ -13,6 +13,8 @@ from launch.run_directory import RunDirectory
 from launch.untrusted_files import TABLE, UNREADABLE, path_inside, plain_size, read_mapping
 
 RECORD, DIGEST = "merge.json", "adapter_sha256"
+COMPARISON = "comparison.json"
+"""In a merged model: how it differs from base + adapter. Written last, so a merge without it is not compared yet."""
 
 
 def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:

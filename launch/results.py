@@ -12,7 +12,7 @@ from launch.children import ChildError, call_module, wait_for
 from launch.errors import ConfigError
 from launch.launching import child_environment, trainer_command
 from launch.manifest import CHECKPOINT_NAME, read_manifest
-from launch.merged import is_merged_already, made_anew, merge_behind
+from launch.merged import COMPARISON, is_merged_already, made_anew, merge_behind
 from launch.run_directory import RunDirectory
 from launch.screen import say
 from launch.start import choose_topology, find_run, refuse_missing_gpus
@@ -30,7 +30,12 @@ def find_evaluated(name: str, runs_dir: Path) -> tuple[RunDirectory, int | None]
     if not named or named[2] or len(path.parts) < 2:
         return find_run(name, runs_dir), None
     run = find_run(str(path.parent), runs_dir)
-    read_manifest(run.checkpoint(int(named[1])), verify=True)
+    checkpoint = run.checkpoint(int(named[1]))
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint}: no such checkpoint; `samestep checkpoints {run.path}` shows those there are"
+        )
+    read_manifest(checkpoint, verify=True)
     return run, int(named[1])
 
 
@@ -73,6 +78,10 @@ def evaluate(
     )
     ended = wait_for(command, child_environment(topology))
     if ended.interrupted:
+        say(
+            f"{run.path}: the evaluation was interrupted; the same command starts it again",
+            to_stderr=True,
+        )
         raise KeyboardInterrupt
     if ended.status:
         raise ChildError("evaluate", ended.status)
@@ -129,12 +138,11 @@ def merge(
     allowed = [word for part in options.allow for word in ("--allow", part)]
     flags = [*options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER), *allowed]
     if not options.flags(*_OF_THE_ADAPTER) and _is_merged_already(folder, output, options):
-        say(
-            f"{output}: merged already, of this adapter"
-            + ("" if compare else "; --compare sets it beside its base")
-        )
-        if not compare:
+        compared = (output / COMPARISON).is_file() or not in_a_run
+        if compare is False or (compare is None and compared):
+            say(f"{output}: merged already, of this adapter; --compare sets it beside its base")
             return True
+        say(f"{output}: merged already, of this adapter; now it is compared with base + adapter")
     else:
         with _out_of_the_way(folder, output):
             call_module("trainer.checkpoint.merge", [str(folder), "--output", str(output), *flags])

@@ -13,7 +13,7 @@ _PLACES = {"file", "path", "dir", "folder", "sock", "url", "uri"}
 _SWITCHES = {"", "0", "1", "true", "false", "yes", "no", "on", "off"}
 _ALONE = re.compile(r"hf_\w+|sk-\S{6,}|gh[pousr]_[A-Za-z0-9]{3,}")
 """The whole value of a variable or an option: Hugging Face, OpenAI and others, GitHub. Places and groups may be called
-so: a partition hf_gpu, a folder /work/ghs_lab."""
+so: a partition hf_gpu, a folder /data/ghs_lab."""
 _VALUE = re.compile(
     r"""
       (?<![A-Za-z0-9])(?:

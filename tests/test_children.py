@@ -289,3 +289,13 @@ def test_a_process_is_known_by_whole_words_of_its_command_line_while_it_lives() 
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert processes_with(words) == []
     process.wait()
+
+
+@pytest.mark.parametrize("begin", ["import trainer", "import trainer.speech; trainer.speech.speak_plainly()"])
+def test_an_interrupt_at_any_moment_of_a_command_shows_no_traceback(begin: str) -> None:
+    program = f"{begin}\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert "Traceback" not in ended.stderr
+    failed = subprocess.run([sys.executable, "-c", f"{begin}\n1 / 0"], capture_output=True, text=True)
+    assert "ZeroDivisionError" in failed.stderr

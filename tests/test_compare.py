@@ -1,5 +1,6 @@
 """Comparison: nothing but rounding where the merge is right, plain to see where the wrong model lies in the folder."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def test_both_merges_are_set_beside_the_model_as_it_was_trained(
     users.mkdir()
     (users / "merge.json").write_text("{}")
     found = compared(capsys, "--source", str(run.path), "--merged", str(run.merged), "--both-bases")
+    assert json.loads((run.merged / "comparison.json").read_text())["reference"] == found["reference"]
     assert (found["samples"], found["dtype"], found["reference"]) == (4, "float32", "4-bit base + adapter")
     assert found["positions"] > 4
     original, dequantized = found["merged"]
@@ -75,6 +77,7 @@ def test_a_folder_with_another_model_shows(
         capsys, "--source", str(run.adapter), "--merged", str(world / "base"), "--run-dir", str(run.path)
     )
     assert found["merged"][0]["model"] == "merged, base"
+    assert not (world / "base" / "comparison.json").exists()  # no merge of ours
     assert found["merged"][0]["unmerged"]["largest"] > 0.1
     assert found["merged"][0]["unmerged"]["mean"] > 0.001
 

@@ -111,6 +111,11 @@ def test_a_merge_that_is_there_whole_is_done_already(
     weights = run.merged / "model.safetensors"
     save_file({"a": np.zeros(4, np.float32)}, weights)
     started = len(launcher.commands)
+    assert samestep("merge", "embedded") == 0  # an interrupted command compared nothing yet
+    assert ["trainer.evaluation.compare" in command for command in launcher.commands[started:]] == [True]
+    assert "merged already, of this adapter; now it is compared" in capsys.readouterr().out.replace("\n", "")
+    (run.merged / "comparison.json").write_text("{}")
+    started = len(launcher.commands)
     for same in ([], ["--dtype", "float32"], ["--no-compare"]):
         assert samestep("merge", "embedded", *same) == 0
         assert "runs/embedded/merged: merged already, of this adapter" in capsys.readouterr().out.replace(

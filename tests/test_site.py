@@ -133,7 +133,7 @@ def test_words_that_only_look_like_secrets_are_no_secrets(tmp_path: Path) -> Non
         " HF_TOKEN_PATH: /home/me/token, SSH_AUTH_SOCK: /run/agent, HF_HUB_DISABLE_IMPLICIT_TOKEN: '1', PWD: /work,\n"
         " HF_HOME: /data/hf_cache/sk-learn, GIT: 'ssh://git@host/a', ARROW: 'disk-abcdefgh'}\n"
         "options: [--exclusive, '--gres=nvme:1', '--mem-per-cpu=4G', '--wckey=a', '--exclusi=user', '--plugin=a']\n"
-        "partition: hf_gpu\naccount: sk-biophysics\npython: /work/ghs_lab/venv/bin/python\n"
+        "partition: hf_gpu\naccount: sk-biophysics\npython: /data/ghs_lab/venv/bin/python\n"
         f"container: {{runtime: apptainer, image: 'docker://ubuntu:24.04@sha256:{'0f' * 32}'}}"
     )
     site = load_site(file, {})

@@ -5,7 +5,9 @@ import os
 
 from launch.launcher_variables import PARENT
 from trainer import watchdog
+from trainer.interrupts import hide_interrupts
 
+hide_interrupts()
 WATCHDOG = watchdog.start(os.environ)
 """Begins before the imports of substance: a launcher may die in the seconds that they take."""
 os.environ.pop(PARENT, None)  # meant for this process, not for its children

@@ -35,10 +35,16 @@ def main() -> None:
     ):  # not those that evaluate a run, which a STOP file does not mean
         watch_stops(RunDirectory(Path(folder)), is_first=value_of("--machine_rank", arguments) in (None, "0"))
     from accelerate.commands import launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     if value_of("--num_machines", arguments) in (None, "1"):
         listen_on_loopback()
-    launch.main()
+    try:
+        launch.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SignalException as error:  # how torchrun ends of a signal, which is no error of its own
+        sys.exit(128 + error.sigval)
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -144,7 +144,7 @@ class Watchdog:
 
     def watch(self) -> None:
         """For ever. What a look itself meets (a disk out of reach) is no reason to close the eyes."""
-        pause = threading.Event()  # never set; not `time.sleep`, which tests replace for all threads
+        pause = threading.Event()  # never set; `time.sleep` is what tests replace, for all threads
         while not pause.wait(LOOK_S):
             try:
                 self.look()

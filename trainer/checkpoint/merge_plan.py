@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.errors import CheckpointError
-from launch.merged import RECORD
+from launch.merged import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, open_plain
 from trainer.checkpoint.adapter import Adapter, Missing, Pair, Saved, read_adapter, refuse_untrained
 from trainer.checkpoint.aside import refuse_place
@@ -35,7 +35,7 @@ STORED = {"bfloat16": "BF16", "float32": "F32"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 CARD = "README.md"
 _NOT_COPIED = (
-    "*.index.json", ADAPTER_CONFIG, RECORD, "trainer_state.json", "manifest.json", "recipe.json",
+    "*.index.json", ADAPTER_CONFIG, RECORD, COMPARISON, "trainer_state.json", "manifest.json", "recipe.json",
 )  # fmt: skip
 
 

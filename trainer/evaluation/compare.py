@@ -10,10 +10,11 @@ shown too: that difference is the price of leaving the quantized weights the ada
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
+from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.index import read_index
-from launch.merged import RECORD
+from launch.merged import COMPARISON, RECORD
 from launch.option_values import for_argparse, place, whole
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
@@ -327,7 +329,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SamestepError as error:
         return complain(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
+    for folder in given.merged:
+        keep_comparison(comparison, folder)
     return 0
+
+
+def keep_comparison(comparison: Comparison, merged: Path) -> None:
+    """Beside the record of a merge of ours. A folder that cannot be written costs another comparison, nothing else."""
+    if (merged / RECORD).is_file():
+        with suppress(OSError):
+            atomic_write(merged / COMPARISON, json.dumps(asdict(comparison), indent=1) + "\n")
 
 
 def _request(given: argparse.Namespace) -> Request:

@@ -26,8 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.random_base import build, recipe_settings
-from benchmarks.throughput import RECIPE
+from benchmarks.random_base import RECIPE, build, recipe_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +39,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     build(options)
     settings = recipe_settings(options.folder, 1, options.set)
-    subprocess.run([sys.executable, "-m", "launch.cli", "prepare", RECIPE, *settings], check=True)
+    subprocess.run([sys.executable, "-m", "launch.cli.main", "prepare", RECIPE, *settings], check=True)
     starts = []
     for _ in range(options.starts):
         starts.append(start(options, settings))
@@ -77,7 +76,7 @@ def start(options: argparse.Namespace, settings: list[str]) -> dict[str, float]:
         drop_from_cache(options.folder / "base")
     with tempfile.TemporaryDirectory() as kernels:
         environment = {**os.environ, **({"TRITON_CACHE_DIR": kernels} if options.new_kernels else {})}
-        command = [sys.executable, "-m", "launch.cli", "run", RECIPE, *settings]
+        command = [sys.executable, "-m", "launch.cli.main", "run", RECIPE, *settings]
         command += [
             "--strategy",
             options.strategy,

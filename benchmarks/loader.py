@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.random_base import build
-from benchmarks.throughput import RECIPE, recipe_arguments
-from launch.plan import make_plan, step_plan
-from launch.recipe_file import find_recipe, load_recipe
+from benchmarks.random_base import RECIPE, build, recipe_arguments
+from launch.planning.plan import make_plan, step_plan
+from launch.recipe.loading import find_recipe, load_recipe
 from trainer.data import encoder, micro_batches
 from trainer.data.chartqa import open_split
 from trainer.data.loader import Loader

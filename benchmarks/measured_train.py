@@ -23,13 +23,13 @@ import torch.distributed as dist
 
 from benchmarks import gpu_trace
 from benchmarks.scaling import random_deal
-from launch import steps
+from launch.planning import step_plan
 from trainer import train
-from trainer.agreement import end_process, leave_processes
+from trainer.checks.sharding import resident_bytes, whole_bytes
+from trainer.distributed.collectives import end_process, leave_processes
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
-from trainer.sft import PlannedTrainer
-from trainer.sharding_guards import resident_bytes, whole_bytes
+from trainer.loop.trainer import PlannedTrainer
 
 REPEATS = 20
 
@@ -167,7 +167,7 @@ def main() -> int:
     """As `trainer.train`; returns its exit status."""
     folder, profiled_step, assignment, *arguments = sys.argv[1:]
     if assignment == "random":
-        steps.deal = random_deal
+        step_plan.deal = random_deal
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.throughput import build, recipe_arguments
+from benchmarks.random_base import build, recipe_arguments
 
 if TYPE_CHECKING:
-    from launch.index import Index
-    from launch.recipe import Recipe
+    from launch.inputs.dataset_index import Index
+    from launch.recipe.schema import Recipe
 
 CASES = "resident/0/8 resident/0/16 packed/0/8 packed/2/16 packed/1/4 packed/1/16"
 
@@ -76,7 +76,7 @@ def come_down(options: argparse.Namespace) -> None:
 
     import torch
 
-    from trainer.records import read_lines
+    from trainer.metrics_log import read_lines
     from trainer.train import main as train
 
     if torch.cuda.is_available():
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     """
     import torch
 
-    from launch.recipe_file import find_recipe, load_recipe
+    from launch.recipe.loading import find_recipe, load_recipe
     from trainer.model.base import (
         DTYPES,
         add_lora,
@@ -159,10 +159,10 @@ def run_case(
     """Forward and backward of two micro-batches; the second finds gradients and what the libraries keep."""
     import torch
 
-    from launch.memory import Packed, Settings, load_of, memory_of
-    from launch.settings import Machine, kernels_of
-    from launch.shape import read_shape
-    from launch.steps import MicroBatch
+    from launch.inputs.model_shape import read_shape
+    from launch.planning.auto_settings import Machine, kernels_of
+    from launch.planning.memory import Packed, Settings, load_of, memory_of
+    from launch.planning.step_plan import MicroBatch
     from trainer.data.chartqa import open_split
     from trainer.data.encoder import Encoder
     from trainer.data.micro_batches import assemble

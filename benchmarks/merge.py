@@ -46,7 +46,7 @@ def write_base(folder: Path, layers: int) -> None:
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    from trainer.model.tiny import random_tiny
+    from trainer.embedded.tiny_model import random_tiny
 
     random_tiny(folder)  # for processor and tokenizer
     (folder / "model.safetensors").unlink()
@@ -138,7 +138,7 @@ def write_adapter(folder: Path, base: Path, layers: int) -> None:
 
 def write_recipe(file: Path, base: Path) -> None:
     """The default recipe, which says how the base was quantized."""
-    from launch.recipe_file import dump_recipe, find_recipe, load_recipe
+    from launch.recipe.loading import dump_recipe, find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"), [f"model.name_or_path={base}"])
     file.write_text(dump_recipe(recipe))
@@ -163,7 +163,7 @@ def do(way: str, work: Path, output: Path) -> None:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         merged.save_pretrained(output, max_shard_size="4GB")
     else:
-        from trainer.checkpoint.merge import main as merge
+        from trainer.export.merge import main as merge
 
         kind = way.removeprefix("samestep ")
         recipe = ["--recipe", str(work / "recipe.yaml")] if kind == "dequantized" else []

@@ -28,9 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launching import child_environment, family, kill_all, launch_command
 from benchmarks.multi_gpu_figures import Measured, judge, report, summarize
 from benchmarks.random_base import recipe_settings
-from tests.distributed.launching import child_environment, family, kill_all, launch_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "qwen2vl_7b_chartqa"

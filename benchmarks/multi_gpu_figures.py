@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scaling import LORA_BYTES, all_reduce_seconds, random_deal, rank_costs
-from launch.index import read_index
-from launch.plan import Plan, step_plan
-from launch.recipe_file import load_recipe
-from launch.run_directory import RunDirectory, read_marker
+from launch.inputs.dataset_index import read_index
+from launch.planning.plan import Plan, step_plan
+from launch.recipe.loading import load_recipe
+from launch.run.directory import RunDirectory, read_marker
 
 WARM_UP = 2
 LOSS_TOLERANCE = 2e-3
@@ -27,7 +27,7 @@ class Measured:
     """One run. Lists of steps are in their order, lists of ranks too; shares are of the step time.
 
     `outcome`: the marker, or how it ended without one. `counted`: places of the steps that times are taken from.
-    `work`: what the slowest rank has to do in the counted steps, in `launch.steps.cost`'s unit.
+    `work`: what the slowest rank has to do in the counted steps, in `launch.planning.step_plan.cost`'s unit.
     """
 
     name: str

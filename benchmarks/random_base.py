@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+RECIPE = "qwen2vl_7b_chartqa"
+
 GLOBAL_BATCH = 32
 
 
@@ -48,8 +50,8 @@ def write_base(folder: Path, shape: str, charts: Path) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
     from launch.atomic_files import atomic_dir
-    from launch.recipe_file import find_recipe, load_recipe
-    from trainer.model.tiny import TinyShape, make_processor, train_tokenizer
+    from launch.recipe.loading import find_recipe, load_recipe
+    from trainer.embedded.tiny_model import TinyShape, make_processor, train_tokenizer
 
     recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"))
     questions = pq.read_table(charts / "train-00000.parquet", columns=["query"]).column("query").to_pylist()
@@ -171,3 +173,8 @@ def chart_row(draw: random.Random) -> dict[str, Any]:
         "label": [str(draw.randint(0, 9999))],
         "human_or_machine": 0,
     }
+
+
+def recipe_arguments(options: argparse.Namespace) -> list[str]:
+    """What all sides change in the default recipe."""
+    return recipe_settings(options.folder, options.steps, options.set, training__warmup_steps=1)

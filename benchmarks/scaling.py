@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --recipe qwen2vl_7b_chartqa       # the real ones, after `samestep prepare`
 
 Three ways to give the samples of a step to the ranks: `random`, `padded` (random, and micro-batches of 4 padded to
-their longest sample, as plain trl runs them) and `balanced` (`launch.deal`, what samestep does). A step lasts as long
-as its slowest rank's work (`launch.steps.cost`) and the all-reduce of the adapters' gradients. Speed of the ranks and
+their longest sample, as plain trl runs them) and `balanced` (`launch.planning.load_balance`, what samestep does). A step lasts as long
+as its slowest rank's work (`launch.planning.step_plan.cost`) and the all-reduce of the adapters' gradients. Speed of the ranks and
 of the network are assumptions (`--tflops`, `--in-node`, `--between-nodes`); data loading is not in it.
 """
 
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.deal import MicroBatch, deal
-from launch.steps import cost
+from launch.planning.load_balance import MicroBatch, deal
+from launch.planning.step_plan import cost
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -89,7 +89,7 @@ def random_deal(
     budget: int,
     micro_batches: int | None = None,
 ) -> list[list[MicroBatch]]:
-    """As `launch.deal.deal` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
+    """As `launch.planning.load_balance.deal` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
 
     Deterministic in the samples, so that all ranks find the same. The budget is not kept: a rank's micro-batches are
     level in tokens, and as many as are asked for.
@@ -190,8 +190,8 @@ def chart_lengths(count: int, seed: int = 0) -> Lengths:
 
 def prepared_lengths(recipe_name: str, overrides: Sequence[str] = ()) -> Lengths:
     """Of a recipe's training split, from its index. SystemExit when it is not prepared."""
-    from launch.index import read_index
-    from launch.recipe_file import find_recipe, load_recipe
+    from launch.inputs.dataset_index import read_index
+    from launch.recipe.loading import find_recipe, load_recipe
 
     index = read_index(load_recipe(find_recipe(recipe_name), list(overrides)))
     if index is None:

@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.launching import accelerate_launch
 from benchmarks.random_base import write_base, write_charts
-from launch.recipe_file import dump_recipe, recipe_from_dict
-from tests.distributed.launching import drive
-from tests.distributed.recorded import metrics_of
+from launch.recipe.loading import dump_recipe, recipe_from_dict
 
 
 def main() -> None:
@@ -47,11 +46,16 @@ def main() -> None:
     began = time.perf_counter()
     name = f"capped-{time.time_ns()}"
     request = [str(recipe), "--runs-dir", str(options.folder), "--name", name]
-    printed = drive(2, [(request, None)], options.folder, strategy="fsdp")
+    done = accelerate_launch(2, ["benchmarks.capped_train", *request], strategy="fsdp", limit=600)
+    if done.returncode:
+        sys.exit(done.stdout)
+    metrics = [
+        json.loads(line) for line in (options.folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
     figures = {
         "cap_gib": options.cap_gib,
-        "peaks_gib": [float(peak) for peak in re.findall(r"peak ([0-9.]+) GiB", printed)],
-        "losses": [line["loss"] for line in metrics_of(options.folder / name)],
+        "peaks_gib": [float(peak) for peak in re.findall(r"peak ([0-9.]+) GiB", done.stdout)],
+        "losses": [line["loss"] for line in metrics],
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

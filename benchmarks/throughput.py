@@ -33,13 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.random_base import build, recipe_settings
+from benchmarks.launching import family, kill_all
+from benchmarks.random_base import build
 from benchmarks.throughput_report import finished, report
-from tests.distributed.launching import family, kill_all
 
-__all__ = ["build", "recipe_arguments"]
-
-RECIPE = "qwen2vl_7b_chartqa"
 OURS = ("samestep", "samestep-cached", "samestep-disk")
 SIDES = (*OURS, "tuned", "notebook")
 DEFAULT_SIDES = ("samestep", "samestep-cached", "tuned", "notebook")
@@ -124,7 +121,7 @@ def parse() -> argparse.Namespace:
 
 def chosen_sides(asked: str) -> list[str]:
     """Without those that this version of samestep has not."""
-    from launch.recipe import Recipe
+    from launch.recipe.schema import Recipe
 
     data: Any = Recipe.model_fields["data"].annotation
     sides = [side for side in asked.split(",") if side]
@@ -147,11 +144,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.side in OURS:
         return throughput_sides.run_samestep(options)
     return throughput_sides.run_trl(options)
-
-
-def recipe_arguments(options: argparse.Namespace) -> list[str]:
-    """What all sides change in the default recipe."""
-    return recipe_settings(options.folder, options.steps, options.set, training__warmup_steps=1)
 
 
 def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:

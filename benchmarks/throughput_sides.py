@@ -20,13 +20,12 @@ import torch
 
 from benchmarks import gpu_trace
 from benchmarks.flops import sample_flops
-from benchmarks.random_base import GLOBAL_BATCH
-from benchmarks.throughput import RECIPE, recipe_arguments
-from launch.index import Index
-from launch.plan import Plan, make_plan, step_plan
-from launch.recipe import Recipe
-from launch.recipe_file import find_recipe, load_recipe
-from launch.steps import StepPlan
+from benchmarks.random_base import GLOBAL_BATCH, RECIPE, recipe_arguments
+from launch.inputs.dataset_index import Index
+from launch.planning.plan import Plan, make_plan, step_plan
+from launch.planning.step_plan import StepPlan
+from launch.recipe.loading import find_recipe, load_recipe
+from launch.recipe.schema import Recipe
 from trainer.prepare import prepare
 
 FIRST_PROFILED, PROFILED = 4, 2
@@ -48,7 +47,7 @@ TRL = {
 
 def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
     """`trainer.train` on one device, as `samestep run` starts it."""
-    from trainer.records import read_lines
+    from trainer.metrics_log import read_lines
     from trainer.train import main as train
 
     side = options.side
@@ -128,7 +127,7 @@ class Recording:
 
     def watch(self, first: int) -> None:
         """Put it at the end of the trainer's steps; `first`: of the profiled steps, or 0 for none."""
-        from trainer.sft import PlannedTrainer
+        from trainer.loop.trainer import PlannedTrainer
 
         write_step = PlannedTrainer.write_step
         self._first = first if torch.cuda.is_available() else 0

@@ -11,10 +11,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
-from launch.cli import app
-from launch.recipe import Recipe, Section
-from launch.rules import rule_rows
-from launch.training_fields import REFUSED_TRAINING_FIELDS
+from launch.cli.main import app
+from launch.recipe.refused_fields import REFUSED_TRAINING_FIELDS
+from launch.recipe.schema import Recipe, Section
+from launch.rules.checks import rule_rows
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def recipe_page() -> Iterator[str]:
-    """Every key of a recipe with its default and what to give, from the fields of `launch.recipe.Recipe`."""
+    """Every key of a recipe with its default and what to give, from the fields of `launch.recipe.schema.Recipe`."""
     yield "# Recipe\n"
     yield (
         "A recipe is a YAML file that says what is trained. It never names a GPU count. Keys keep the names of "

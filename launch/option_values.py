@@ -25,14 +25,14 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, of Linux's file systems
 
 def text(option: str) -> Callable[[str], str]:
     """Words that can be shown and written: not none, nothing that is no character of a line."""
-    return lambda value: _line(option, value)
+    return lambda value: line_of_text(option, value)
 
 
 def place(option: str) -> Callable[[str], Path]:
     """A path that the system could have, whether there is something or not; `~` is the home folder."""
 
     def parse(value: str | os.PathLike[str]) -> Path:
-        path = Path(_line(option, os.fspath(value), "give a path"))
+        path = Path(line_of_text(option, os.fspath(value), "give a path"))
         parts = [len(os.fsencode(part)) for part in path.parts]
         if max(parts, default=0) > _LONGEST_NAME or sum(parts) + len(parts) > _LONGEST_PATH:
             raise ConfigError(f"{option}: {_shown(str(path))} is too long for a path; give another one")
@@ -85,15 +85,6 @@ def positive(option: str) -> Callable[[str], float]:
     return parse
 
 
-def allowed_part(value: str) -> str:
-    """A part of the run's identity, or all parts of its data or model, for `--allow` of merge and evaluate."""
-    from launch.changes import refuse_unknown_parts
-    from launch.run_identity import PARTS
-
-    refuse_unknown_parts([value], PARTS)
-    return value
-
-
 def one_of(option: str, choices: Sequence[str], remedy: str = "choose one") -> Callable[[str], str]:
     """One of a few words."""
 
@@ -118,33 +109,6 @@ def several_of(option: str, choices: Sequence[str], none: bool = False) -> Calla
         if unknown and not (none and value == ""):
             raise ConfigError(f"{option}: unknown {', '.join(unknown[:5])}; choose of {', '.join(choices)}")
         return ",".join(words)
-
-    return parse
-
-
-def site_value(option: str, key: str) -> Callable[[str], str]:
-    """What the site file could say as well: judged as there."""
-
-    def parse(value: str) -> str:
-        from launch.site import load_site
-
-        try:
-            load_site(None, {key: _line(option, value)})
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(f"{key}:", f"{option}:", 1)) from None
-        return value
-
-    return parse
-
-
-def memory_size(option: str) -> Callable[[str], str]:
-    """The memory of a GPU, as it was written."""
-
-    def parse(value: str) -> str:
-        from launch.settings import parse_gpu_memory
-
-        parse_gpu_memory(value, option)
-        return value
 
     return parse
 
@@ -174,7 +138,7 @@ def for_argparse(parse: Callable[[str], T]) -> Callable[[str], T]:
     return convert
 
 
-def _line(option: str, value: str, remedy: str = "give one, or leave the option out") -> str:
+def line_of_text(option: str, value: str, remedy: str = "give one, or leave the option out") -> str:
     if not value.strip():
         raise ConfigError(f"{option}: {value!r} says nothing; {remedy}")
     if any(not char.isprintable() and unicodedata.category(char) != "Zs" for char in value):  # Zs: spaces

@@ -67,7 +67,7 @@ def write_charts(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
 
 def write_world(folder: Path) -> None:
     """The `charts/` and the `base/` of a small world."""
-    from trainer.model.tiny import random_tiny
+    from trainer.embedded.tiny_model import random_tiny
 
     rows = {split: chart_rows(count, seed) for seed, (split, count) in enumerate(SPLIT_SIZES.items())}
     write_charts(folder / "charts", rows)
@@ -91,7 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def foreign(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of three steps by plain library code, each beside the `truth` of its processes' memory."""
-    from tests.foreign.launching import write_foreign_checkpoints
+    from tests.helpers.foreign.launching import write_foreign_checkpoints
 
     folder = tmp_path_factory.mktemp("foreign")
     write_foreign_checkpoints(world / "base", folder)

@@ -34,8 +34,8 @@ from benchmarks.scaling import (
     rank_costs,
     simulate,
 )
-from launch.deal import MicroBatch
-from launch.steps import cost
+from launch.planning.load_balance import MicroBatch
+from launch.planning.step_plan import cost
 
 
 def test_counted_operations_are_those_of_the_performance_notes() -> None:

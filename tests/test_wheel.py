@@ -41,14 +41,14 @@ def run_outside(unpacked: Path, tmp_path: Path, *command: str) -> subprocess.Com
 
 
 def test_the_command_answers_outside_the_repository(unpacked: Path, tmp_path: Path) -> None:
-    done = run_outside(unpacked, tmp_path, "-m", "launch.cli", "plan", "--help")
+    done = run_outside(unpacked, tmp_path, "-m", "launch.cli.main", "plan", "--help")
     assert done.returncode == 0, done.stderr
     assert "samestep plan" in done.stdout
 
 
 def test_recipes_and_configurations_are_found_outside_the_repository(unpacked: Path, tmp_path: Path) -> None:
     program = (
-        "from launch.recipe_file import find_recipe, load_recipe; from launch.resources import resource\n"
+        "from launch.recipe.loading import find_recipe, load_recipe; from launch.resources import resource\n"
         "print(find_recipe('recipes/notebook.yaml')); print(load_recipe(find_recipe('embedded')).name)\n"
         "print(resource('accelerate_configs', 'ddp.yaml'))\n"
     )
@@ -69,7 +69,16 @@ def test_every_shipped_file_of_the_repository_is_in_the_wheel(unpacked: Path) ->
 
 def test_a_wrong_recipe_is_two_lines_and_status_two(unpacked: Path, tmp_path: Path) -> None:
     done = run_outside(
-        unpacked, tmp_path, "-m", "launch.cli", "plan", "embedded", "--set", "lora.r=x", "--set", "loar.r=1"
+        unpacked,
+        tmp_path,
+        "-m",
+        "launch.cli.main",
+        "plan",
+        "embedded",
+        "--set",
+        "lora.r=x",
+        "--set",
+        "loar.r=1",
     )
     assert done.returncode == 2
     assert done.stdout == ""

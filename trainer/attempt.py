@@ -16,20 +16,20 @@ from accelerate.logging import get_logger
 
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
-from launch.plan import Plan
-from launch.replan import plan_with_less
-from launch.run_directory import (
+from launch.planning.auto_settings import recomputation
+from launch.planning.oom_fallback import plan_with_less
+from launch.planning.plan import Plan
+from launch.run.directory import (
     RunDirectory,
     StopReason,
     clear_markers,
     clear_requests,
-    hold_lock,
     make_folder,
     removed_on_failure,
     write_marker,
 )
-from launch.runs import adopt, keep_plan, write_request
-from launch.settings import recomputation
+from launch.run.lock import hold_lock
+from launch.run.request_files import adopt, keep_plan, write_request
 from launch.untrusted_files import read_text
 from trainer.task import Task
 

@@ -9,7 +9,7 @@ from transformers import Qwen2VLProcessor
 
 from launch.errors import ConfigError
 from launch.untrusted_files import printable
-from trainer.bounded import trial
+from trainer.sandbox import trial
 
 _FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Where transformers 5 looks for it, the first one counts."""

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from launch.errors import RunError
-from launch.index import Index
-from launch.recipe import Recipe
-from launch.run_identity import RunIdentity, data_identity, model_identity, short
-from trainer.agreement import gather, on_rank_0, together
+from launch.inputs.dataset_index import Index
+from launch.inputs.identity import RunIdentity, data_identity, model_identity, short
+from launch.recipe.schema import Recipe
+from trainer.distributed.collectives import gather, on_rank_0, together
 from trainer.pretrained import base_path
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from launch.launcher_variables import MARKER_DECIDES, PARENT
-from launch.run_directory import RunDirectory, leave_stopped, lock_holder, requested_stop
+from launch.run.directory import RunDirectory, leave_stopped, requested_stop
+from launch.run.lock import lock_holder
 from trainer import WATCHDOG
 from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 

@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from launch.atomic_files import atomic_dir, atomic_write
-from launch.caches import cache_root, embedded_folder
-from launch.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.errors import ConfigError, SamestepError
-from launch.index import (
+from launch.inputs.caches import cache_root, embedded_folder
+from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
+from launch.inputs.dataset_index import (
     SPLITS,
     Index,
     SplitName,
@@ -35,16 +35,16 @@ from launch.index import (
     index_path,
     read_index,
 )
-from launch.recipe import EMBEDDED, Recipe
-from launch.recipe_file import load_recipe
-from launch.run_identity import model_identity
+from launch.inputs.identity import model_identity
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import EMBEDDED, Recipe
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
-from trainer.prefill import fill, survey
+from trainer.logging_setup import complain, speak_plainly
+from trainer.prepare_vision import fill, survey
 from trainer.pretrained import fetch_base, load_processor
-from trainer.progress import Begin, progress_reports
-from trainer.speech import complain, speak_plainly
+from trainer.progress_bars import Begin, progress_reports
 
 logger = logging.getLogger("trainer")
 SHOWN_BAD_ROWS = 50
@@ -97,8 +97,8 @@ def _build_embedded(recipe: Recipe, begin: Begin) -> None:
     """Draw the charts and train the tiny base on first use. Imported here: only embedded recipes need matplotlib."""
     if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
         return
-    from trainer.data.embedded import build_charts
-    from trainer.model.tiny_base import build_tiny
+    from trainer.embedded.pretrain import build_tiny
+    from trainer.embedded.questions import build_charts
 
     charts, model = embedded_folder() / "data", embedded_folder() / "model"
     if not charts.is_dir():

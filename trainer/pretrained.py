@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoProcessor, Qwen2VLProcessor
 
-from launch.caches import embedded_folder
 from launch.errors import ConfigError
-from launch.recipe import EMBEDDED, Recipe
+from launch.inputs.caches import embedded_folder
+from launch.recipe.schema import EMBEDDED, Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.index import Index
-from launch.plan import Plan
-from launch.recipe import Recipe
-from launch.run_directory import RunDirectory
+from launch.inputs.dataset_index import Index
+from launch.planning.plan import Plan
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,16 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
-from launch.index import Index
+from launch.inputs.dataset_index import Index
 from launch.launcher_variables import refuse_odd_launch
 from launch.option_values import for_argparse, place
-from launch.run_directory import RunDirectory, lock_holder, read_marker
+from launch.run.directory import RunDirectory, read_marker
+from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.agreement import (
+from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
+from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
+from trainer.data.loader import lost_worker
+from trainer.distributed.collectives import (
     end_process,
     from_rank_0,
     in_words,
@@ -35,18 +39,15 @@ from trainer.agreement import (
     say_once,
     together,
 )
-from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
-from trainer.building import build
-from trainer.data.loader import lost_worker
-from trainer.first_step import FirstStep
+from trainer.distributed.process_group import announce, smallest_gpu, start_processes
+from trainer.distributed.stop_requests import Watch, heed_early_stops, watching
 from trainer.identity import agree_on_identity
-from trainer.preemption import Watch, heed_early_stops, watching
-from trainer.probe import settle
-from trainer.processes import announce, smallest_gpu, start_processes
-from trainer.request import prepare_first, read_task, recipe_of
-from trainer.resume import evaluation_is_missing, forget_after, is_over, resume_point
-from trainer.sft import PlannedTrainer
-from trainer.speech import complain, speak_plainly
+from trainer.logging_setup import complain, speak_plainly
+from trainer.loop.build import build
+from trainer.loop.oom_trial import settle
+from trainer.loop.trainer import PlannedTrainer
+from trainer.setup import prepare_first, read_task, recipe_of
+from trainer.startup_timer import FirstStep
 from trainer.task import Task
 
 logger = get_logger("trainer")

@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from trainer import train, watchdog
-from trainer.agreement import end_process
-from trainer.data.hand_over import HandedOver
+from trainer.data.worker_transport import HandedOver
+from trainer.distributed.collectives import end_process
 
 _get = HandedOver.__getitem__
 

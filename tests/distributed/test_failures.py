@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 
-from launch.recipe_file import dump_recipe, recipe_from_dict
+from benchmarks.launching import accelerate_launch
+from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
-from tests.distributed.launching import accelerate_launch
-from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of
+from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of
 from trainer.train import main as train
 
 
@@ -20,7 +20,7 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
     values["lora"] = {"lora_dropout": 0.05}
     recipe.write_text(dump_recipe(recipe_from_dict(values)))
     arguments = [
-        "tests.distributed.fail_on_rank_1",
+        "tests.helpers.distributed.fail_on_rank_1",
         str(recipe),
         "--runs-dir",
         str(tmp_path),

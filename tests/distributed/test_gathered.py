@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.here import drive_here
-from tests.distributed.launching import accelerate_launch
-from tests.distributed.recorded import apart, write_recipe
+from benchmarks.launching import accelerate_launch
+from tests.helpers.distributed.here import drive_here
+from tests.helpers.distributed.recorded import apart, write_recipe
 
 RUNS: dict[str, bool | int] = {
     "plain-none": False,
@@ -39,7 +39,9 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         requests.append([str(file), "--runs-dir", str(folder), "--name", name])
     (folder / "requests").write_text(json.dumps(requests[:-1]))
-    done = accelerate_launch(2, ["tests.distributed.gathered", str(folder / "requests")], strategy="zero3")
+    done = accelerate_launch(
+        2, ["tests.helpers.distributed.gathered", str(folder / "requests")], strategy="zero3"
+    )
     assert done.returncode == 0, done.stdout
     drive_here([(requests[-1], None)])
     return folder

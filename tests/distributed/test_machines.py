@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.accelerate import free_port
-from launch.run_directory import Marker, RunDirectory, read_marker
-from tests.distributed.launching import (
+from launch.local.accelerate_command import free_port
+from launch.run.directory import Marker, RunDirectory, read_marker
+from tests.helpers.distributed.launching import (
     drive,
     interrupt,
     machine_command,
@@ -16,7 +16,7 @@ from tests.distributed.launching import (
     started,
     wait_until,
 )
-from tests.distributed.recorded import apart, metrics_of, run_of, write_recipe
+from tests.helpers.distributed.recorded import apart, metrics_of, run_of, write_recipe
 
 STEPS = 40
 

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_directory import read_marker
-from tests.distributed.here import drive_here
-from tests.distributed.launching import drive
-from tests.distributed.recorded import adapter_of, apart, evaluations_of, metrics_of, run_of, write_recipe
+from launch.run.directory import read_marker
+from tests.helpers.distributed.here import drive_here
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import (
+    adapter_of,
+    apart,
+    evaluations_of,
+    metrics_of,
+    run_of,
+    write_recipe,
+)
 
 WORLD_SIZES = (1, 2, 3, 4)
 KINDS = ("plain", "nf4")

@@ -13,21 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_directory import RunDirectory, read_marker
-from tests.distributed.launching import (
-    ROOT,
+from benchmarks.launching import ROOT, family, kill_all, launch_command
+from launch.run.directory import RunDirectory, read_marker
+from tests.helpers.distributed.launching import (
     drive,
-    family,
     interrupt,
-    kill_all,
-    launch_command,
     launcher_of,
     published_steps,
     started,
     wait_until,
     workers,
 )
-from tests.distributed.recorded import assert_the_same_to_the_byte, metrics_of, write_recipe
+from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, metrics_of, write_recipe
 
 STEPS = 40
 OF_ANOTHER_JOB = {
@@ -51,7 +48,15 @@ def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _samestep(place: Path) -> list[str]:
-    command = [sys.executable, "-m", "launch.cli", "run", str(place / "recipe.yaml"), "--gpus-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli.main",
+        "run",
+        str(place / "recipe.yaml"),
+        "--gpus-per-node",
+        "2",
+    ]
     return [*command, "--runs-dir", str(place), "--name", "stopped"]
 
 

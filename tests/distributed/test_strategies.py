@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.drive import FIXED, SILENT, TRIED
-from tests.distributed.here import drive_here
-from tests.distributed.launching import drive
-from tests.distributed.recorded import (
+from tests.helpers.distributed.drive import FIXED, SILENT, TRIED
+from tests.helpers.distributed.here import drive_here
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import (
     apart,
     assert_came_down,
     assert_the_same_to_the_byte,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.killing import Hit, survive
-from tests.distributed.launching import drive
-from tests.distributed.recorded import assert_the_same_to_the_byte, write_recipe
+from tests.helpers.distributed.killing import Hit, survive
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, write_recipe
 
 HITS = {
     1: (Hit("all", True, 1), Hit("rank", True, 1), Hit("launcher", False, 2)),

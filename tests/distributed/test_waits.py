@@ -11,16 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_directory import RunDirectory, read_marker
-from tests.distributed.launching import (
-    family,
-    launch_command,
-    launcher_of,
-    published_steps,
-    started,
-    wait_until,
-)
-from tests.distributed.recorded import metrics_of, write_recipe
+from benchmarks.launching import family, launch_command
+from launch.run.directory import RunDirectory, read_marker
+from tests.helpers.distributed.launching import launcher_of, published_steps, started, wait_until
+from tests.helpers.distributed.recorded import metrics_of, write_recipe
 
 LIMIT_S = 60
 SMALL = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
@@ -43,7 +37,7 @@ def _seconds_to_end(everybody: list[psutil.Process]) -> float:
 
 def test_a_launcher_that_is_killed_while_its_processes_import_leaves_none(recipe: Path) -> None:
     log = recipe.parent / "log"
-    command = [sys.executable, "-m", "launch.cli", "run", str(recipe), "--gpus-per-node", "2"]
+    command = [sys.executable, "-m", "launch.cli.main", "run", str(recipe), "--gpus-per-node", "2"]
     with started([*command, "--runs-dir", str(recipe.parent), "--name", "killed"], log) as process:
         # The first child prepares the data and has none of its own.
         wait_until(lambda: len(family(process.pid)) == 4 or process.poll() is not None, limit=120, pause=0.05)

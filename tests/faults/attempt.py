@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.run_directory import RunDirectory
-from tests.distributed.launching import ROOT, child_environment, published_steps
+from benchmarks.launching import ROOT, child_environment
+from launch.run.directory import RunDirectory
 from tests.faults.drawing import Fault
+from tests.helpers.distributed.launching import published_steps
 
 MARK = "SAMESTEP_FAULT_CHAIN"
 """In the environment of every process of a chain, whoever its parent is."""
@@ -162,7 +163,7 @@ def run_command(recipe: Path, runs: Path, name: str, strategy: str, processes: i
     command = [
         sys.executable,
         "-m",
-        "launch.cli",
+        "launch.cli.main",
         "run",
         str(recipe),
         "--runs-dir",

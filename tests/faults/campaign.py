@@ -20,14 +20,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 
+from benchmarks.launching import ROOT
 from tests.conftest import write_world
-from tests.distributed.launching import ROOT
-from tests.distributed.recorded import apart, write_recipe
 from tests.faults.attempt import run_command, run_environment
 from tests.faults.chain import EVERY, STEPS, Place, play
 from tests.faults.drawing import LAYOUTS, draw_chain
 from tests.faults.outcomes import Limits, Result
 from tests.faults.table import write_table
+from tests.helpers.distributed.recorded import apart, write_recipe
 from tests.long.results import commit
 
 TABLE = Path(__file__).with_name("RESULTS.md")

@@ -12,13 +12,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from launch.run_directory import RunDirectory, read_marker
-from tests.distributed.recorded import apart, assert_the_same_to_the_byte, metrics_of
+from launch.run.directory import RunDirectory, read_marker
 from tests.faults.attempt import Attempt, run_command, send
 from tests.faults.damage import damage, valid_steps
 from tests.faults.disks import fill, plain_folder, small_disk
 from tests.faults.drawing import LAYOUTS, Chain, Fault, Layout
 from tests.faults.outcomes import Limits, Outcome, Result
+from tests.helpers.distributed.recorded import apart, assert_the_same_to_the_byte, metrics_of
 
 STEPS, EVERY = 80, 2
 TOLERANCE = 1e-6

@@ -7,8 +7,8 @@ import random
 import shutil
 from pathlib import Path
 
-from launch.run_directory import RunDirectory
-from launch.survey import survey
+from launch.checkpoints.scan import survey
+from launch.run.directory import RunDirectory
 
 GARBAGE = bytes(random.Random(0).randrange(256) for _ in range(400))
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import Recipe
-from launch.recipe_file import recipe_from_dict
+from launch.recipe.loading import recipe_from_dict
+from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder

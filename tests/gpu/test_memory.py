@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.memory import layer_bytes, load_of
-from launch.recipe_file import recipe_from_dict
-from launch.settings import Machine, kernels_of
-from launch.shape import ModelShape, read_shape
+from launch.inputs.model_shape import ModelShape, read_shape
+from launch.planning.auto_settings import Machine, kernels_of
+from launch.planning.memory import layer_bytes, load_of
+from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
-from tests.saved import saved_bytes
+from tests.helpers.saved import saved_bytes
 from trainer.model.base import DTYPES, add_lora, load_base, prepare_training
 from trainer.model.dropout import SampleDropout
 

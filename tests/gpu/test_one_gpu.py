@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import Recipe
-from launch.recipe_file import dump_recipe, recipe_from_dict
-from launch.run_directory import RunDirectory
+from launch.recipe.loading import dump_recipe, recipe_from_dict
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.packing import cumulative, pack
+from trainer.metrics_log import read_lines
 from trainer.model.attention import Segments, _loop, varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
 from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
-from trainer.records import read_lines
 from trainer.train import main
 
 pytestmark = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from trainer.checkpoint.nf4 import Rounding
+from trainer.export.requantize import Rounding
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.run_directory import RunDirectory, read_marker
-from tests.distributed.drive import FIXED, TRIED
-from tests.distributed.launching import (
+from benchmarks.launching import family
+from launch.run.directory import RunDirectory, read_marker
+from tests.helpers.distributed.drive import FIXED, TRIED
+from tests.helpers.distributed.launching import (
     drive,
-    family,
     launcher_of,
     published_steps,
     started,
     wait_until,
     workers,
 )
-from tests.distributed.recorded import (
+from tests.helpers.distributed.recorded import (
     GPU_TOLERANCES,
     apart,
     assert_came_down,
@@ -40,7 +40,7 @@ from tests.distributed.recorded import (
     write_recipes_of_dtypes,
     write_tried_recipe,
 )
-from trainer.checkpoint import consolidate, merge
+from trainer.export import consolidate, merge
 
 GPUS = min(8, torch.cuda.device_count())
 pytestmark = [
@@ -150,7 +150,7 @@ def test_killed_ranks_and_stopped_launchers_end_everywhere_and_the_run_goes_on_e
 
     def command(name: str) -> list[str]:
         request = ["--strategy", strategy, "--gpus-per-node", str(GPUS), "--runs-dir", str(tmp_path)]
-        return [sys.executable, "-m", "launch.cli", "run", str(recipe), *request, "--name", name]
+        return [sys.executable, "-m", "launch.cli.main", "run", str(recipe), *request, "--name", name]
 
     with started(command("straight"), log) as process:
         assert process.wait(timeout=300) == 0, log.read_text()

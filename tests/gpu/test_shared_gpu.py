@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.drive import FIXED, TRIED
-from tests.distributed.launching import accelerate_launch, drive
-from tests.distributed.recorded import (
+from benchmarks.launching import accelerate_launch
+from tests.helpers.distributed.drive import FIXED, TRIED
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import (
     GPU_TOLERANCES,
     apart,
     assert_came_down,
@@ -93,7 +94,7 @@ def test_bytes_that_sharding_changes_are_noticed_before_a_step(
     )
     requests = tmp_path / "requests.json"
     requests.write_text(f'[[["{recipe}", "--runs-dir", "{tmp_path}", "--name", "run"], null]]')
-    ended = accelerate_launch(2, ["tests.distributed.drive", str(requests)], strategy="fsdp")
+    ended = accelerate_launch(2, ["tests.helpers.distributed.drive", str(requests)], strategy="fsdp")
     assert ended.returncode != 0
     assert re.search(
         r"sharding changed the packed 4-bit bytes of decoder layer \d+ \(\d+ of \d+", ended.stdout

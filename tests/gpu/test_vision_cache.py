@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.recorded import apart, write_recipe
+from tests.helpers.distributed.recorded import apart, write_recipe
 from trainer import train
-from trainer.features.file import Features, Kind
-from trainer.features.store import name_of, open_cache
-from trainer.features.writer import FeatureWriter
 from trainer.prepare import main as prepare
+from trainer.vision_cache.file import Features, Kind
+from trainer.vision_cache.store import name_of, open_cache
+from trainer.vision_cache.writer import FeatureWriter
 
 pytestmark = [
     pytest.mark.gpu,

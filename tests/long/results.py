@@ -10,7 +10,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.distributed.launching import ROOT
+from benchmarks.launching import ROOT
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEAD = """# What `make test-long` showed

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.killing import Hit, choose_hits, survive
-from tests.distributed.launching import drive
-from tests.distributed.recorded import assert_the_same_to_the_byte, sha256_of, write_recipe
+from tests.helpers.distributed.killing import Hit, choose_hits, survive
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, sha256_of, write_recipe
 from tests.long.results import record
 
 pytestmark = pytest.mark.long

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.accelerate import free_port
-from tests.distributed.launching import drive, machine_command, started
-from tests.distributed.recorded import apart, run_of, write_recipe
+from launch.local.accelerate_command import free_port
+from tests.helpers.distributed.launching import drive, machine_command, started
+from tests.helpers.distributed.recorded import apart, run_of, write_recipe
 from tests.long.results import record
 
 pytestmark = pytest.mark.long

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launch.run_directory import Marker, RunDirectory, read_marker
-from tests.distributed.launching import drive
-from tests.distributed.recorded import apart, run_of, write_recipe
+from launch.run.directory import Marker, RunDirectory, read_marker
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import apart, run_of, write_recipe
 from tests.long.results import record
 
 pytestmark = pytest.mark.long

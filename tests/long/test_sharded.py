@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import Plan
-from tests.distributed.killing import choose_hits, survive
-from tests.distributed.launching import drive
-from tests.distributed.recorded import (
+from launch.planning.plan import Plan
+from tests.helpers.distributed.killing import choose_hits, survive
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import (
     apart,
     assert_the_same_to_the_byte,
     run_of,
@@ -18,8 +18,8 @@ from tests.distributed.recorded import (
     write_recipe,
 )
 from tests.long.results import record
-from trainer.checkpoint.foreign import take_over
-from trainer.model.tiny import random_tiny
+from trainer.embedded.tiny_model import random_tiny
+from trainer.formats.detect import take_over
 
 pytestmark = pytest.mark.long
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.rules import STRATEGIES
-from launch.run_directory import Marker, RunDirectory, read_marker
-from tests.distributed.launching import drive
-from tests.distributed.recorded import apart, evaluations_of, run_of, write_recipe
+from launch.run.directory import Marker, RunDirectory, read_marker
+from launch.strategies import STRATEGIES
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import apart, evaluations_of, run_of, write_recipe
 from tests.long.results import record
 
 pytestmark = pytest.mark.long

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import ledger
+from benchmarks.launching import ROOT, child_environment
 from launch.resources import resource
-from launch.run_directory import RunDirectory
-from launch.slurm_output import JobFacts, parse_job
-from tests.distributed.launching import ROOT, child_environment
+from launch.run.directory import RunDirectory
+from launch.slurm import attempts
+from launch.slurm.output import JobFacts, parse_job
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 EMBEDDED = {
@@ -67,7 +67,7 @@ class Cluster:
 
     def samestep(self, *words: str) -> subprocess.CompletedProcess[str]:
         """The command of this checkout, on the login node."""
-        return self.on(sys.executable, "-m", "launch.cli", *words)
+        return self.on(sys.executable, "-m", "launch.cli.main", *words)
 
     def submit(self, name: str, *words: str, steps: int = 8, **site: Any) -> RunDirectory:
         """Submit the embedded recipe for nodes without GPUs."""
@@ -98,7 +98,7 @@ class Cluster:
 
     def until_gone(self, run: RunDirectory, limit: float = 400) -> str:
         """Wait until the run's job is neither queued nor running; returns its last state."""
-        job = ledger.read_ledger(run).job
+        job = attempts.read_ledger(run).job
         assert job is not None
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         wait(lambda: self.job(job).state in over, limit, lambda: self.words_of(run), pause=1)
@@ -107,7 +107,7 @@ class Cluster:
     def words_of(self, run: RunDirectory) -> str:
         """The job's log and the ledger, for a message."""
         logs = "".join(file.read_text() for file in sorted((run.path / "logs").glob("*.out")))
-        book = ledger.ledger_file(run)
+        book = attempts.ledger_file(run)
         return f"{logs}\n{book.read_text() if book.exists() else 'no ledger'}\n{self.on('squeue').stdout}"
 
     def is_down(self, node: str) -> bool:
@@ -116,7 +116,7 @@ class Cluster:
 
     def nodes_of(self, run: RunDirectory) -> list[str]:
         """Numbers of the nodes of the attempt under way, the head first."""
-        attempt = ledger.read_ledger(run).open
+        attempt = attempts.read_ledger(run).open
         assert attempt is not None
         return [name[1:] for name in self.on("scontrol", "show", "hostnames", attempt.nodes).stdout.split()]
 
@@ -184,7 +184,7 @@ def until_it_steps(cluster: Cluster, run: RunDirectory, restart: int, steps: int
     """Wait until the attempt with this number has taken steps of its own."""
 
     def stepped() -> bool:
-        attempt = ledger.read_ledger(run).open
+        attempt = attempts.read_ledger(run).open
         if attempt is None or attempt.restart < restart or not run.metrics_file.exists():
             return False
         of_now = run.metrics_file.stat().st_mtime > attempt.began + 2
@@ -197,7 +197,7 @@ def train_here(name: str, runs: Path, processes: int, steps: int) -> RunDirector
     """The same recipe on this machine, without Slurm."""
     words = ["--runs-dir", str(runs), "--name", name, "--gpus-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "run", "embedded", *words, *overrides(steps)],
+        [sys.executable, "-m", "launch.cli.main", "run", "embedded", *words, *overrides(steps)],
         capture_output=True,
         text=True,
         check=False,

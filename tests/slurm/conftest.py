@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import ROOT, child_environment
+from benchmarks.launching import ROOT, child_environment
 from tests.slurm.cluster import Cluster, missing, start
 
 
@@ -28,7 +28,7 @@ def machine() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def embedded(machine: None) -> None:
     """The embedded charts and the tiny base, in the user's cache: minutes when they are not there yet."""
-    command = [sys.executable, "-m", "launch.cli", "prepare", "embedded"]
+    command = [sys.executable, "-m", "launch.cli.main", "prepare", "embedded"]
     subprocess.run(command, check=True, env=child_environment(), cwd=ROOT)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 
-from launch import ledger
-from launch.children import processes_with
-from launch.ledger import How
-from launch.run_directory import RunDirectory, request_stop
+from launch.run.directory import RunDirectory, request_stop
+from launch.slurm import attempts as ledger
+from launch.slurm.attempts import How
+from launch.subprocesses import processes_with
 from tests.slurm.cluster import Cluster, last_step, until_it_steps, wait
 
 

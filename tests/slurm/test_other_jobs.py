@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import ledger
-from launch.run_directory import RunDirectory
+from launch.run.directory import RunDirectory
+from launch.slurm import attempts
 from tests.slurm.cluster import Cluster, template_by_hand, wait
 
 pytestmark = pytest.mark.slurm
@@ -23,7 +23,7 @@ while :; do
   sleep 0.1
 done
 [ "$SLURM_NODEID" != 0 ] || PYTHON -c 'import os, pathlib
-from launch.run_directory import RunDirectory, write_marker
+from launch.run.directory import RunDirectory, write_marker
 run = RunDirectory(pathlib.Path(os.environ["RUN"]))
 kind, _, text = (run.path / "marker").read_text().strip().partition(" ")
 write_marker(run, kind, text)'
@@ -48,7 +48,7 @@ def _by_hand(cluster: Cluster, trainer: Path, name: str, *options: str, inside: 
 
 
 def _ends(run: RunDirectory, job: str) -> list[tuple[int, str | None]]:
-    return [(one.restart, one.how) for one in ledger.read_ledger(run).attempts if one.job == job]
+    return [(one.restart, one.how) for one in attempts.read_ledger(run).attempts if one.job == job]
 
 
 def test_what_happens_to_a_task_of_an_array_happens_to_no_other(cluster: Cluster, trainer: Path) -> None:
@@ -59,16 +59,16 @@ def test_what_happens_to_a_task_of_an_array_happens_to_no_other(cluster: Cluster
 
     def says() -> str:
         logs = "".join(file.read_text() for file in sorted(trainer.parent.glob("*.out")))
-        return f"{logs}\n{ledger.read_ledger(even)}\n{ledger.read_ledger(odd)}\n{cluster.on('squeue').stdout}"
+        return f"{logs}\n{attempts.read_ledger(even)}\n{attempts.read_ledger(odd)}\n{cluster.on('squeue').stdout}"
 
-    wait(lambda: len(ledger.read_ledger(even).attempts) == 2, 60, says)
-    first, second = sorted(ledger.read_ledger(even).attempts, key=lambda one: one.how == "refused")
+    wait(lambda: len(attempts.read_ledger(even).attempts) == 2, 60, says)
+    first, second = sorted(attempts.read_ledger(even).attempts, key=lambda one: one.how == "refused")
     assert {first.job, second.job} == {f"{array}_0", f"{array}_2"}, says()
     assert (second.how, f"job {first.job} of this run is under way" in second.reason) == ("refused", True), (
         says()
     )
     assert "tasks of an array need runs of their own" in second.reason
-    wait(lambda: ledger.read_ledger(odd).open is not None, 60, says)
+    wait(lambda: attempts.read_ledger(odd).open is not None, 60, says)
     # The warning of the end comes to one, and its sibling is cancelled.
     assert cluster.on("scancel", "--signal=USR1", "--batch", first.job).returncode == 0
     assert cluster.on("scancel", f"{array}_1").returncode == 0
@@ -102,20 +102,20 @@ def test_a_job_that_is_submitted_inside_of_another_gets_what_it_asks_for(
         )
         assert _ends(whose, job) == [(0, "done")], cluster.words_of(whose)
     assert "rror" not in "".join(file.read_text() for file in trainer.parent.glob("*.out"))
-    cluster.on("scancel", ledger.read_ledger(run).submitted[0])
+    cluster.on("scancel", attempts.read_ledger(run).submitted[0])
 
 
 def test_a_node_that_failed_is_left_out_of_the_next_attempt(cluster: Cluster, trainer: Path) -> None:
     run = cluster.submit("without", "--nodes", "2", python=str(trainer))
-    wait(lambda: ledger.read_ledger(run).open is not None, 60, lambda: cluster.words_of(run))
+    wait(lambda: attempts.read_ledger(run).open is not None, 60, lambda: cluster.words_of(run))
     node = f"n{cluster.nodes_of(run)[-1]}"
     (run.path / "lost").touch()
     cluster.control("crash", node[1:])
     cluster.on("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    wait(lambda: ledger.read_ledger(run).open is None, 60, lambda: cluster.words_of(run))
+    wait(lambda: attempts.read_ledger(run).open is None, 60, lambda: cluster.words_of(run))
     cluster.control("start")  # it is back before the job is, which would get it again
-    wait(lambda: len(ledger.read_ledger(run).attempts) == 2, 60, lambda: cluster.words_of(run))
-    first, second = ledger.read_ledger(run).attempts
+    wait(lambda: len(attempts.read_ledger(run).attempts) == 2, 60, lambda: cluster.words_of(run))
+    first, second = attempts.read_ledger(run).attempts
     assert (first.how, first.failed_nodes) == ("node_fail", node), cluster.words_of(run)
     assert f"{node} idle" in cluster.on("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T").stdout
     assert node not in [f"n{name}" for name in cluster.nodes_of(run)], cluster.words_of(run)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import ledger
-from launch.run_directory import RunDirectory, request_stop
+from launch.run.directory import RunDirectory, request_stop
+from launch.slurm import attempts
 from tests.slurm.cluster import Cluster, until_it_steps, wait
 
 pytestmark = pytest.mark.slurm
@@ -52,10 +52,10 @@ def test_a_run_that_is_refused_on_the_nodes_is_not_queued_again(cluster: Cluster
     run = cluster.submit("other-data", "--nodes", "2", options=["--hold"])
     plan = json.loads(run.plan_file.read_text())
     run.plan_file.write_text(json.dumps({**plan, "dataset_fingerprint": "0" * 64}))
-    cluster.on("scontrol", "release", ledger.read_ledger(run).job or "")
+    cluster.on("scontrol", "release", attempts.read_ledger(run).job or "")
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
-    assert ledger.read_ledger(run).attempts[-1].how == "refused"
-    assert "was made for other data" in ledger.read_ledger(run).attempts[-1].reason
+    assert attempts.read_ledger(run).attempts[-1].how == "refused"
+    assert "was made for other data" in attempts.read_ledger(run).attempts[-1].reason
 
 
 def test_a_run_that_gets_nowhere_stops_after_three_attempts(cluster: Cluster, tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_a_run_that_gets_nowhere_stops_after_three_attempts(cluster: Cluster, tm
     python.chmod(0o755)
     run = cluster.submit("nowhere", "--nodes", "2", python=str(python))
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
-    book = ledger.read_ledger(run)
+    book = attempts.read_ledger(run)
     assert [attempt.how for attempt in book.attempts] == ["crashed"] * 3
-    reason = ledger.reason_to_give_up(book.attempts, ledger.MAX_CRASHES)
+    reason = attempts.reason_to_give_up(book.attempts, attempts.MAX_CRASHES)
     assert "no step was saved in 3 attempts in a row" in (reason or "")
     told = cluster.samestep("status", run.name, "--runs-dir", str(cluster.runs), "--json").stdout
     (found,) = json.loads(told)
@@ -80,24 +80,24 @@ def test_a_run_that_the_user_stops_is_not_queued_again_and_what_follows_does_not
     cluster: Cluster,
 ) -> None:
     run = cluster.submit("stopped", "--nodes", "2", "--then", "evaluate", steps=400)
-    first = ledger.read_ledger(run).job or ""
-    wait(lambda: ledger.read_ledger(run).open is not None, 200, lambda: cluster.words_of(run))
+    first = attempts.read_ledger(run).job or ""
+    wait(lambda: attempts.read_ledger(run).open is not None, 200, lambda: cluster.words_of(run))
     # A second job, when the first has begun and its trainer has not taken the lock: turned away.
     second = _submit_again(cluster, run)
     _until(cluster, run, second, "FAILED")
     until_it_steps(cluster, run, 0, 2)
     request_stop(run, "user")
     assert cluster.until_gone(run) == "FAILED", cluster.words_of(run)
-    ends = [(attempt.job, attempt.how) for attempt in ledger.read_ledger(run).attempts]
+    ends = [(attempt.job, attempt.how) for attempt in attempts.read_ledger(run).attempts]
     assert ends == [(first, "stopped"), (second, "refused")], cluster.words_of(run)
-    assert f"job {first} of this run is under way" in ledger.read_ledger(run).attempts[1].reason
+    assert f"job {first} of this run is under way" in attempts.read_ledger(run).attempts[1].reason
     _until(cluster, run, str(int(first) + 1), "CANCELLED")  # the evaluation
     # The same script goes on; and a job that is cancelled stays cancelled.
     again = _submit_again(cluster, run)
     until_it_steps(cluster, run, 0, 2)
     cluster.on("scancel", again)
     _until(cluster, run, again, "CANCELLED")
-    last = ledger.read_ledger(run).attempts[-1]
+    last = attempts.read_ledger(run).attempts[-1]
     assert (last.how, last.job) == ("stopped", again)
     assert last.last_step > last.first_step > 0
 

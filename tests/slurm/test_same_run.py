@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import ledger
-from launch.run_directory import RunDirectory, read_marker
-from tests.distributed.recorded import apart, sha256_of
+from launch.run.directory import RunDirectory, read_marker
+from launch.slurm import attempts
+from tests.helpers.distributed.recorded import apart, sha256_of
 from tests.slurm.cluster import Cluster, last_step, template_by_hand, train_here, wait
 
 pytestmark = pytest.mark.slurm
@@ -35,9 +35,9 @@ def test_one_two_and_four_nodes_are_the_run_of_this_machine(
     for run in submitted.values():
         assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     hand = RunDirectory(cluster.runs / "hand")
-    wait(lambda: ledger.read_ledger(hand).job is not None, 200, lambda: cluster.on("squeue").stdout)
+    wait(lambda: attempts.read_ledger(hand).job is not None, 200, lambda: cluster.on("squeue").stdout)
     assert cluster.until_gone(hand) == "COMPLETED", cluster.words_of(hand)
-    assert ledger.read_ledger(hand).job == by_hand.stdout.strip()
+    assert attempts.read_ledger(hand).job == by_hand.stdout.strip()
     for nodes, run in {**submitted, 0: hand}.items():
         losses, weights = apart(run.path, here.path)
         assert losses < 1e-6, nodes
@@ -66,13 +66,13 @@ def _look_at(cluster: Cluster, run: RunDirectory) -> None:
     marker = read_marker(run)
     assert marker is not None
     assert marker.kind == "DONE"
-    assert len(ledger.read_ledger(run).attempts) == 1
+    assert len(attempts.read_ledger(run).attempts) == 1
     assert last_step(run) == STEPS
 
 
 def test_what_follows_runs_after_a_good_end(cluster: Cluster) -> None:
     run = cluster.submit("then", "--then", "merge", steps=2)
     assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
-    merge = str(int(ledger.read_ledger(run).job or 0) + 1)
+    merge = str(int(attempts.read_ledger(run).job or 0) + 1)
     wait(lambda: cluster.job(merge).state == "COMPLETED", 400, lambda: cluster.words_of(run), pause=1)
     assert (run.merged / "config.json").is_file()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import ledger
-from launch.slurm_output import expand_nodes
-from tests.distributed.recorded import assert_the_same_to_the_byte, sha256_of
+from launch.slurm import attempts as ledger
+from launch.slurm.output import expand_nodes
+from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, sha256_of
 from tests.long.results import write_table
 from tests.slurm.cluster import Cluster, start, train_here
 from tests.slurm.events import ANNOUNCED, COUNTED, SUDDEN, Outcome, mounted, order, survive, unmounted

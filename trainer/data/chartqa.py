@@ -10,16 +10,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from launch.caches import cache_root, embedded_folder
 from launch.errors import ConfigError
-from launch.file_digests import files_digest
-from launch.index import (
+from launch.inputs.caches import cache_root, embedded_folder
+from launch.inputs.dataset_index import (
     SplitName,
     local_dataset,
     split_files,
     split_parts,
 )
-from launch.recipe import EMBEDDED, Recipe
+from launch.inputs.file_digests import files_digest
+from launch.recipe.schema import EMBEDDED, Recipe
 from launch.untrusted_files import TABLE, UNREADABLE, plain_size, read_bytes, reason_of
 
 COLUMNS = ("image", "query", "label", "human_or_machine")

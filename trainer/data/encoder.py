@@ -16,7 +16,7 @@ from launch.errors import RunError
 from trainer.data.chartqa import Row, chat
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError, reason_of
-from trainer.features.store import FeatureCache, name_of
+from trainer.vision_cache.store import FeatureCache, name_of
 
 IGNORED = -100
 """The label of a token that the loss does not count (PyTorch's `ignore_index`)."""

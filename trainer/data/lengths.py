@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, SamestepError
-from launch.index import row_digest
+from launch.inputs.dataset_index import row_digest
 from launch.untrusted_files import printable
 from trainer.data.chartqa import Row, Rows, image_bytes
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
+from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import RowError, reason_of
-from trainer.progress import Report
-from trainer.relaxed_accuracy import correct
+from trainer.progress_bars import Report
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""

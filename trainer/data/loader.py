@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from launch.errors import RunError, SamestepError
 from trainer import WATCHDOG
-from trainer.data.hand_over import HandedOver, Pickled, describe_loss, end_with_lost_batches
 from trainer.data.micro_batches import Batches, PackedBatch
+from trainer.data.worker_transport import HandedOver, Pickled, describe_loss, end_with_lost_batches
 
 PATIENCE_S = 600
 """For one micro-batch of data workers that are alive: a disk that is out of reach, say."""

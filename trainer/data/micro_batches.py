@@ -8,8 +8,8 @@ from typing import TypedDict
 from torch.utils.data import Dataset
 
 from launch.errors import RunError, SamestepError
-from launch.index import Split, row_digest
-from launch.steps import MicroBatch, StepPlan
+from launch.inputs.dataset_index import Split, row_digest
+from launch.planning.step_plan import MicroBatch, StepPlan
 from trainer.data.chartqa import Row, Rows
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack

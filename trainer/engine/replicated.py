@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from trainer.checkpoint.portable import State, inject, snapshot
-from trainer.checkpoint.sharded import DistributedPart, dealt
+from trainer.formats.portable import State, inject, snapshot
+from trainer.formats.sharded import DistributedPart, dealt
 
 
 class Replicated:

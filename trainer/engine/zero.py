@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from launch.errors import RunError
-from trainer.agreement import together
-from trainer.checkpoint.portable import MOMENTS, State, step_device
-from trainer.checkpoint.sharded import Kept, ZeroPart
+from trainer.distributed.collectives import together
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
-from trainer.model.trial import decoder_layers
+from trainer.formats.portable import MOMENTS, State, step_device
+from trainer.formats.sharded import Kept, ZeroPart
+from trainer.model.layer_stand_ins import decoder_layers
 
 logger = get_logger("trainer")
 _MOST_FETCHES = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
@@ -78,7 +78,7 @@ class Zero:
         _put_a_float_first(model)
         _gather_whole_layers(model)
         options = AcceleratorState().deepspeed_plugin.deepspeed_config["zero_optimization"]
-        sizes = _one_layer_ahead(model)  # `launch.config_rules` refuses a file that has them
+        sizes = _one_layer_ahead(model)  # `launch.rules.config_rules` refuses a file that has them
         options |= sizes
         base: Any = model.get_base_model()
         inner = base.model

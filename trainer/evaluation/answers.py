@@ -26,20 +26,20 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from launch.atomic_files import refuse_readonly
+from launch.checkpoints.manifest import read_manifest
 from launch.errors import ConfigError, RunError
-from launch.index import SPLITS, Index, SplitName
-from launch.manifest import read_manifest
-from launch.merged import merge_behind
-from launch.plan import compute_dtype_of
-from launch.recipe import Recipe
-from launch.run_directory import RunDirectory
+from launch.inputs.dataset_index import SPLITS, Index, SplitName
+from launch.planning.plan import compute_dtype_of
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
+from launch.run.merged_model import merge_behind
 from trainer.base_files import refuse_unsafe_base
-from trainer.checkpoint.foreign import SHARDS, read_sharded
-from trainer.checkpoint.portable import load_adapter, put_adapter
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.formats.detect import SHARDS, read_sharded
+from trainer.formats.portable import load_adapter, put_adapter
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 

@@ -29,20 +29,14 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
-from launch.index import read_index
-from launch.merged import COMPARISON, RECORD
+from launch.inputs.dataset_index import read_index
 from launch.option_values import for_argparse, place, whole
-from launch.recipe import Recipe
-from launch.recipe_file import load_recipe
-from launch.run_directory import RunDirectory
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
+from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
-from trainer.checkpoint.adapter import Adapter, Missing, read_adapter
-from trainer.checkpoint.base_model import add_allow, check_base, find_base, run_of
-from trainer.checkpoint.consolidate import add_adapter_options, missing_of, write_adapter
-from trainer.checkpoint.merge import merge, print_report
-from trainer.checkpoint.merge_plan import BaseKind, DtypeChoice, MergeRequest
-from trainer.checkpoint.reading import read_json
 from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
@@ -58,10 +52,16 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
+from trainer.export.adapter import Adapter, Missing, read_adapter
+from trainer.export.base_model import add_allow, check_base, find_base, run_of
+from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
+from trainer.export.merge import merge, print_report
+from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
+from trainer.formats.validated import read_json
+from trainer.logging_setup import complain, speak_plainly
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
-from trainer.speech import complain, speak_plainly
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32

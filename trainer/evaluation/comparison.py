@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trainer.data.chartqa import Row
-from trainer.relaxed_accuracy import correct
+from trainer.data.relaxed_accuracy import correct
 
 UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 

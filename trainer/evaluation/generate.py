@@ -24,18 +24,25 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
-from launch.adapter_file import read_digest
+from launch.checkpoints.adapter_file import read_digest
+from launch.checkpoints.manifest import read_manifest
 from launch.errors import RunError, SamestepError
-from launch.index import SPLITS, read_index
-from launch.manifest import read_manifest
-from launch.merged import merge_behind, merged_digest
+from launch.inputs.dataset_index import SPLITS, read_index
+from launch.invocation import VARIABLE, command
 from launch.option_values import for_argparse, place, whole
-from launch.recipe_file import load_recipe
-from launch.run_directory import RunDirectory
-from launch.typed import VARIABLE, command
-from trainer.agreement import end_process, from_rank_0, leave_processes, on_rank_0, say_once, together
-from trainer.checkpoint.base_model import add_allow
-from trainer.checkpoint.card import refresh_figures
+from launch.recipe.loading import load_recipe
+from launch.run.directory import RunDirectory
+from launch.run.merged_model import merge_behind, merged_digest
+from trainer.data.relaxed_accuracy import correct
+from trainer.distributed.collectives import (
+    end_process,
+    from_rank_0,
+    leave_processes,
+    on_rank_0,
+    say_once,
+    together,
+)
+from trainer.distributed.process_group import stay_on_this_machine
 from trainer.evaluation.answers import (
     MODELS,
     PATIENCE,
@@ -49,12 +56,12 @@ from trainer.evaluation.answers import (
     check_request,
 )
 from trainer.evaluation.identity import hold_against_training
-from trainer.evaluation.kept import Kept, compared, with_earlier_answers, write_result
 from trainer.evaluation.metrics import Accuracy, Prediction, summary
+from trainer.evaluation.stored_answers import Kept, compared, with_earlier_answers, write_result
+from trainer.export.base_model import add_allow
+from trainer.export.model_card import refresh_figures
+from trainer.logging_setup import speak_plainly
 from trainer.prepare import prepare
-from trainer.processes import stay_on_this_machine
-from trainer.relaxed_accuracy import correct
-from trainer.speech import speak_plainly
 
 # The result: rank 0 ----------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from launch.changes import content_changes, is_allowed, refuse_unknown_parts
 from launch.errors import ConfigError
-from launch.run_identity import MODEL_PARTS, PARTS
-from trainer.checkpoint.base_model import old_base_change, recorded_at
+from launch.inputs.identity import MODEL_PARTS, PARTS
+from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
 from trainer.evaluation.answers import Task
+from trainer.export.base_model import old_base_change, recorded_at
 from trainer.identity import identity_of
 from trainer.pretrained import base_path
 

@@ -1,10 +1,10 @@
-"""Relaxed accuracy over many questions (the rule: `trainer.relaxed_accuracy`), and what a figure is worth."""
+"""Relaxed accuracy over many questions (the rule: `trainer.data.relaxed_accuracy`), and what a figure is worth."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-from trainer.relaxed_accuracy import correct
+from trainer.data.relaxed_accuracy import correct
 
 GROUPS = {0: "human", 1: "augmented"}  # by ChartQA's column human_or_machine
 

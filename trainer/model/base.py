@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 from launch.errors import ConfigError
-from launch.recipe import Recipe
+from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout

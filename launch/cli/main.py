@@ -1,0 +1,363 @@
+"""The `samestep` command. Imports of substance are inside the commands: `--help` stays fast."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from launch.atomic_files import place_of
+from launch.cli.cluster import commands as cluster_commands
+from launch.cli.options import (
+    Allow,
+    Fresh,
+    GpuMemory,
+    Overrides,
+    Processes,
+    RecipeArgument,
+    RunArgument,
+    RunName,
+    RunsDir,
+    Source,
+    example,
+    nodes_option,
+)
+from launch.cli.results import commands as results_commands
+from launch.cli.tables import say_allowed, show_memory, show_plan
+from launch.console import add_row, emit, say
+from launch.errors import ConfigError, SamestepError
+from launch.invocation import as_typed, remember_command
+from launch.option_values import host, whole
+from launch.untrusted_files import printable, printable_lines
+
+if TYPE_CHECKING:
+    from launch.local import planned_run
+
+
+app = typer.Typer(
+    help="One QLoRA fine-tuning recipe, the same training run on one GPU, several GPUs or several nodes.",
+    epilog="Begin with: samestep run recipes/embedded.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from launch.versions import version_line
+
+        say(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def samestep(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show this version and the libraries'."
+        ),
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
+]
+
+_PLACE_ERRORS = (
+    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENXIO),
+)
+
+
+@app.command(
+    epilog=example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8 --gpu-memory 24GB")
+)
+def plan(
+    recipe: RecipeArgument,
+    strategy: Strategy = None,
+    nodes: Annotated[int, nodes_option("Machines.")] = 1,
+    gpus_per_node: Processes = None,
+    gpu_memory: GpuMemory = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
+    from launch.inputs import identity as run_identity
+    from launch.local import planned_run
+    from launch.local.topology import choose_topology, for_gpus_of
+    from launch.recipe.loading import find_recipe, load_recipe
+    from launch.rules.checks import refuse_topology
+
+    file = find_recipe(recipe)
+    loaded = load_recipe(file, overrides)
+    topology = for_gpus_of(choose_topology(strategy, nodes, gpus_per_node), gpu_memory)
+    refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
+    index = planned_run.load_index(file, loaded, overrides)
+    identity = run_identity.find_identity(loaded, index)
+    show_plan(planned_run.plan_of(loaded, index, topology, loaded.name, identity=identity))
+    show_memory(loaded, index, topology)
+
+
+@app.command(
+    epilog=example(
+        "samestep prepare qwen2vl_7b_chartqa",
+        "samestep prepare qwen2vl_7b_chartqa --vision --set data.vision_cache=disk",
+    )
+)
+def prepare(
+    recipe: RecipeArgument,
+    vision: Annotated[
+        bool,
+        typer.Option(
+            "--vision",
+            help="Also run the vision tower over every image, on a GPU if there is one, and keep the features on "
+            "disk (7B: about 5 MB an image). Started again, it goes on.",
+        ),
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Validate the data, count its tokens and fetch the base weights, into the cache. Needs no GPU."""
+    from launch.local import planned_run
+    from launch.recipe.loading import find_recipe, load_recipe
+
+    file = find_recipe(recipe)
+    load_recipe(file, overrides)
+    planned_run.prepare(file, overrides, vision=vision)
+
+
+@app.command(
+    epilog=example(
+        "samestep run recipes/embedded.yaml --set training.max_steps=8 --name short",
+        "samestep run recipes/embedded.yaml --set training.max_steps=16 --name short --allow training.max_steps",
+        "samestep run recipes/embedded.yaml --name gentle --from runs/embedded/checkpoint-140 "
+        "--set training.learning_rate=1e-4 --allow training.learning_rate",
+        "samestep run qwen2vl_7b_chartqa --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1 "
+        "--main-process-port 29500",
+    )
+)
+def run(
+    recipe: RecipeArgument,
+    strategy: Strategy = None,
+    gpus_per_node: Processes = None,
+    gpu_memory: GpuMemory = None,
+    name: RunName = None,
+    runs_dir: RunsDir = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    allow: Allow = [],  # noqa: B006
+    source: Source = None,
+    nodes: Annotated[
+        int, nodes_option("Machines; give the same command on each, and its --machine-rank.")
+    ] = 1,
+    machine_rank: Annotated[
+        int,
+        typer.Option(
+            metavar="R",
+            parser=whole("--machine-rank", 0),
+            help="Number of this machine, from 0; the first writes the run.",
+        ),
+    ] = 0,
+    main_process_ip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IP",
+            parser=host("--main-process-ip"),
+            help="Where machine 0 is found.",
+            show_default="this machine",
+        ),
+    ] = None,
+    main_process_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            parser=whole("--main-process-port", 1, 65535),
+            help="A free port there.",
+            show_default="any",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
+        ),
+    ] = False,
+) -> None:
+    """Train a recipe on this machine, or on several that share the runs' folder. The same command again resumes.
+
+    Ctrl-C, or a file STOP in the run's folder, stops it at the next step boundary with a checkpoint; a file SAVE
+    writes a checkpoint there.
+    """
+    from launch.local import multi_machine, planned_run
+    from launch.local.launcher import Machine
+
+    machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
+    request = planned_run.RunRequest(
+        recipe,
+        tuple(overrides),
+        strategy,
+        gpus_per_node,
+        name,
+        runs_dir,
+        fresh,
+        tuple(allow),
+        source,
+        None,
+        machine,
+        gpu_memory,
+    )
+    multi_machine.refuse_machine(machine)
+    if machine_rank > 0 and not dry_run:
+        marker = multi_machine.join(request)
+        say(f"{marker.kind.lower()} ({marker.text})")
+        return
+    if dry_run:
+        _foretell(request)
+        return
+    with multi_machine.telling_others(request):
+        _run_here(request)
+
+
+def _foretell(request: planned_run.RunRequest) -> None:
+    """The plan, where the run would go on, and the command; trains nothing."""
+    from launch.local import planned_run
+    from launch.local.import_checkpoint import take_over_foreign
+    from launch.local.launcher import run_command
+
+    planned = planned_run.plan_run(take_over_foreign(request))
+    say_allowed(planned.changed)
+    show_plan(planned.plan)
+    say(planned_run.outlook(planned, request))
+    if request.fresh or not planned_run.is_done(planned):
+        say(_shell(run_command(planned.plan, planned.run, request.machine)))
+
+
+def _run_here(request: planned_run.RunRequest) -> None:
+    """Plan and train, on this machine or as the first of several."""
+    from launch.local import planned_run
+    from launch.local.execute import claim, execute_twice
+    from launch.local.import_checkpoint import take_over_foreign
+
+    request = take_over_foreign(request)
+    planned = planned_run.plan_run(request)
+    with claim(planned, request):
+        if not request.fresh and planned_run.is_done(planned):
+            say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
+            return
+        say_allowed(planned.changed)
+        with planned_run.moved_aside(planned.run, request.fresh) as old:
+            if old:
+                say(f"the older run is now {old}")
+            show_plan(planned.plan)
+            marker = execute_twice(planned, request)
+        if marker.kind == "STOPPED":
+            say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
+            return
+        say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
+
+
+@app.command(epilog=example("samestep checkpoints embedded"))
+def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file."""
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.checkpoints.scan import survey
+    from launch.monitor.checkpoint_table import COLUMNS, reasons, rows
+    from launch.run.find import find_run
+    from launch.run.request_files import old_plan
+
+    place = find_run(run, runs_dir, whole=False)
+    console = Console(highlight=False)
+    with console.status("reading") as status:  # says nothing where nobody watches
+        found = survey(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+    if not found and place.adapter.exists():
+        say(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
+        return
+    if not found:
+        say(
+            f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
+        )
+        return
+    title = Text(printable(f"checkpoints of {place.name}"))
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for row in rows(found, time.time()):
+        add_row(table, *row)
+    console.print(table)
+    for line in reasons(found, old_plan(place)):
+        say(line)
+
+
+app.add_typer(results_commands)
+reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
+
+
+@reference.command(epilog=example("samestep rules"))
+def rules() -> None:
+    """Show what is refused before anything starts, and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.rules.checks import rule_rows
+
+    table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
+    for name, reason in rule_rows():
+        add_row(table, name, reason)
+    Console(highlight=False).print(table)
+
+
+@reference.command(epilog=example("samestep schema > recipe.schema.json"))
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    import json
+
+    from launch.recipe.schema import recipe_schema
+
+    emit(json.dumps(recipe_schema(), indent=1))
+
+
+app.add_typer(reference)
+app.add_typer(cluster_commands)
+
+
+def main() -> None:
+    """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
+    remember_command()
+    try:
+        app(prog_name="samestep")
+    except SamestepError as error:
+        _complain(str(error), error.exit_status)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
+        _complain(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
+
+
+def _complain(text: str, status: int) -> NoReturn:
+    print(printable_lines(as_typed(text)), file=sys.stderr)
+    sys.exit(status)
+
+
+def _shell(command: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(command)
+
+
+if __name__ == "__main__":
+    main()

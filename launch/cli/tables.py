@@ -1,0 +1,64 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launch.console import add_row, say
+from launch.untrusted_files import printable
+
+if TYPE_CHECKING:
+    from launch.inputs.dataset_index import Index
+    from launch.local.topology import Topology
+    from launch.planning.plan import Plan
+    from launch.recipe.schema import Recipe
+    from launch.run.changes import Change
+
+
+def show_plan(plan: Plan, to_stderr: bool = False) -> None:
+    """Print the plan as one table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from launch.planning.plan import plan_rows
+
+    table = Table(
+        "number",
+        "value",
+        title=Text(printable(f"plan of {plan.name}")),
+        title_justify="left",
+        show_header=False,
+    )
+    for name, value in plan_rows(plan):
+        add_row(table, name, value)
+    Console(highlight=False, stderr=to_stderr).print(table)
+
+
+def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
+    """Print what each strategy needs on these GPUs; `reserved` counts what is not PyTorch's as well."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.planning.oom_fallback import memory_rows
+    from launch.planning.plan import Where
+    from launch.units import gib
+
+    where = Where(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
+    rows = memory_rows(recipe, index, where)
+    if not rows:
+        return
+    known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"
+    table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
+    table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
+    for row in rows:
+        add_row(table, *row)
+    Console(highlight=False).print(table)
+
+
+def say_allowed(changed: Sequence[Change]) -> None:
+    from launch.run.changes import consequences
+
+    for consequence in consequences(changed):
+        say(f"allowed: {consequence}")

@@ -1,0 +1,50 @@
+"""What commands print on the terminal, and what happens when nobody is there to read it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+
+from rich.table import Table
+
+from launch.invocation import as_typed
+from launch.untrusted_files import printable_lines
+
+
+def say(text: str, to_stderr: bool = False) -> None:
+    """Print lines of words; what would move a terminal is made visible in them."""
+    emit(printable_lines(as_typed(text)), to_stderr)
+
+
+def write_to_nowhere(descriptor: int) -> None:
+    """What reads or writes there from now on meets /dev/null."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def tell(text: str) -> None:
+    """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(printable_lines(text), file=sys.stderr, flush=True)
+
+
+def emit(text: str, to_stderr: bool = False) -> None:
+    """Print a text as it is: a script, a schema, JSON. When nobody reads any more (`| tee` dies of the same Ctrl-C),
+    the exit status still counts."""
+    out = sys.stderr if to_stderr else sys.stdout
+    try:
+        print(text, file=out, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        write_to_nowhere(out.fileno())
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Add a row whose cells are text: rich would take `[old]` in a path for markup, and fail for `[/old]`."""
+    from rich.text import Text
+
+    table.add_row(*(Text(printable_lines(cell)) for cell in cells))

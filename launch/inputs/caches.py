@@ -1,0 +1,89 @@
+"""Where what several runs share lies: the caches, the embedded set in them, and the base models. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.recipe.schema import EMBEDDED
+
+if TYPE_CHECKING:
+    from launch.recipe.schema import Recipe
+
+# What the embedded charts and the tiny base come from.
+EMBEDDED_SOURCES = (
+    "trainer/embedded/charts.py",
+    "trainer/embedded/questions.py",
+    "trainer/embedded/tables.py",
+    "trainer/embedded/tiny_model.py",
+    "trainer/embedded/pretrain.py",
+    "trainer/embedded/pretrain_data.py",
+    "trainer/embedded/pretrain_model.py",
+)
+EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
+
+
+def cache_root() -> Path:
+    """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
+    if chosen := os.environ.get("SAMESTEP_CACHE"):
+        return Path(chosen).expanduser().resolve()
+    return hugging_face_home().parent / "samestep"
+
+
+def hugging_face_home() -> Path:
+    """`$HF_HOME`, or its default as huggingface_hub has it."""
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser().resolve()
+
+
+def embedded_folder() -> Path:
+    """Where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
+    return cache_root() / f"embedded-{embedded_version()}"
+
+
+@cache
+def embedded_version() -> str:
+    """sha256 (hex, 12 digits) of the code and the package versions that the embedded set is made with."""
+    root = Path(__file__).resolve().parents[2]
+    parts = [(root / source).read_bytes() for source in EMBEDDED_SOURCES]
+    parts.append(json.dumps(versions_of(EMBEDDED_PACKAGES)).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of installed packages, by name."""
+    return {package: version(package) for package in packages}
+
+
+def base_is_there(recipe: Recipe) -> bool:
+    """A look for the base model's folder, without the libraries that load it: what is missing, `prepare` fetches."""
+    name = recipe.model.name_or_path
+    if name == EMBEDDED:
+        return (embedded_folder() / "model" / "config.json").is_file()
+    if (Path(name).expanduser() / "config.json").is_file():
+        return True
+    hub = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
+    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*.safetensors"))
+
+
+def config_file(recipe: Recipe) -> Path | None:
+    """Where config.json of a recipe's base lies: in its folder, the embedded one, or the hub's cache; None: nowhere."""
+    name = recipe.model.name_or_path
+    folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if name == EMBEDDED or folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,191 @@
+"""What is made of a run that has trained: evaluated, merged, consolidated; each by a child of the trainer's side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.atomic_files import refuse_readonly
+from launch.checkpoints.manifest import CHECKPOINT_NAME, read_manifest
+from launch.console import say
+from launch.errors import ConfigError
+from launch.local.launcher import child_environment, trainer_command
+from launch.local.topology import choose_topology, refuse_missing_gpus
+from launch.run.directory import RunDirectory
+from launch.run.find import find_run
+from launch.run.merged_model import COMPARISON, is_merged_already, made_anew, merge_behind
+from launch.subprocesses import ChildError, call_module, wait_for
+
+
+def find_evaluated(name: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
+    """A run by name or path, or one of its checkpoints by path (RUN/checkpoint-STEP): (run, step or None).
+
+    Raises:
+        ConfigError: there is no such run.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    named = CHECKPOINT_NAME.fullmatch(path.name)
+    if not named or named[2] or len(path.parts) < 2:
+        return find_run(name, runs_dir), None
+    run = find_run(str(path.parent), runs_dir)
+    checkpoint = run.checkpoint(int(named[1]))
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint}: no such checkpoint; `samestep checkpoints {run.path}` shows those there are"
+        )
+    read_manifest(checkpoint, verify=True)
+    return run, int(named[1])
+
+
+def refuse_missing_models(run: RunDirectory, models: Sequence[str], checkpoint: int | None = None) -> None:
+    """ConfigError for every model that the run does not have (yet)."""
+    problems = []
+    if checkpoint is not None:
+        if "merged" in models:
+            problems.append(
+                f"--models: merged is of the run's last adapter, not of checkpoint-{checkpoint}; leave it out"
+            )
+    elif {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
+        problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
+    if "merged" in models and not (run.merged / "config.json").is_file():
+        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
+    if "merged" in models and (behind := merge_behind(run, run.merged)):
+        problems.append(behind)
+    if problems:
+        raise ConfigError(problems)
+
+
+def evaluate(
+    run: RunDirectory,
+    models: Sequence[str],
+    arguments: Sequence[str],
+    gpus_per_node: int | None,
+    checkpoint: int | None = None,
+) -> None:
+    """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
+    topology = choose_topology(None, 1, gpus_per_node)
+    refuse_missing_gpus(topology)
+    refuse_missing_models(run, models, checkpoint)
+    refuse_readonly(run.path, "the evaluation")
+    if checkpoint is not None:
+        arguments = [*arguments, "--checkpoint", str(checkpoint)]
+    command = trainer_command(
+        topology,
+        "trainer.evaluation.generate",
+        ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
+    )
+    ended = wait_for(command, child_environment(topology))
+    if ended.interrupted:
+        say(
+            f"{run.path}: the evaluation was interrupted; the same command starts it again",
+            to_stderr=True,
+        )
+        raise KeyboardInterrupt
+    if ended.status:
+        raise ChildError("evaluate", ended.status)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What `samestep merge` and `consolidate` pass on; None and empty where nothing was said."""
+
+    base: str | None = None
+    dtype: str | None = None
+    recipe: str | None = None
+    adapter_config: Path | None = None
+    lora_alpha: float | None = None
+    base_model: str | None = None
+    allow: Sequence[str] = ()
+
+    def flags(self, *names: str) -> list[str]:
+        """The command line of those named that were given."""
+        given = [(name, getattr(self, name)) for name in names]
+        return [
+            word
+            for name, value in given
+            if value is not None
+            for word in (
+                f"--{name.replace('_', '-')}",
+                f"{value:g}" if isinstance(value, float) else str(value),
+            )
+        ]
+
+
+_OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")
+
+
+def merge(
+    source: str, output: Path | None, options: MergeOptions, compare: bool | None, runs_dir: Path
+) -> bool:
+    """Start `trainer.export.merge`, then the comparison of its result. ChildError when either fails.
+
+    `compare`: None compares inside a run, True compares the merge onto the other base too, False does not compare.
+    Returns False when the result could not be compared: an adapter outside a run has no data.
+    """
+    folder = _find_source(source, runs_dir)
+    in_a_run = any(RunDirectory(place).recipe_file.is_file() for place in (folder, folder.parent))
+    if compare and not in_a_run:
+        raise ConfigError(
+            f"--compare: {folder} lies in no run, whose recipe would name the data; leave it out"
+        )
+    if output is None:
+        if not RunDirectory(folder).recipe_file.is_file():
+            raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
+        run = RunDirectory(folder)
+        output = run.merged_dequantized if options.base == "dequantized" else run.merged
+    allowed = [word for part in options.allow for word in ("--allow", part)]
+    flags = [*options.flags("base", "dtype", "recipe", *_OF_THE_ADAPTER), *allowed]
+    if not options.flags(*_OF_THE_ADAPTER) and _is_merged_already(folder, output, options):
+        compared = (output / COMPARISON).is_file() or not in_a_run
+        if compare is False or (compare is None and compared):
+            say(f"{output}: merged already, of this adapter; --compare sets it beside its base")
+            return True
+        say(f"{output}: merged already, of this adapter; now it is compared with base + adapter")
+    else:
+        with _out_of_the_way(folder, output):
+            call_module("trainer.export.merge", [str(folder), "--output", str(output), *flags])
+    if compare is False:
+        return True
+    if not in_a_run:
+        return False
+    both = ["--both-bases"] if compare else []
+    flags = [*options.flags(*_OF_THE_ADAPTER), *both, *allowed]
+    call_module("trainer.evaluation.compare", ["--source", str(folder), "--merged", str(output), *flags])
+    return True
+
+
+def _is_merged_already(source: Path, output: Path, options: MergeOptions) -> bool:
+    run = RunDirectory(source)
+    adapter = run.adapter if run.recipe_file.is_file() else source
+    return is_merged_already(adapter, output, options.base or "original", options.dtype)
+
+
+@contextmanager
+def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
+    """What a run's own folder for merges holds of another adapter gets another name; nothing else is touched."""
+    run = RunDirectory(source)
+    if output.absolute() not in (run.merged.absolute(), run.merged_dequantized.absolute()):
+        yield
+        return
+    with made_anew(run, output) as old:
+        yield
+    if old is not None and old.exists():
+        say(f"{output}: was of another adapter; that one is now {old}")
+
+
+def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
+    """Start `trainer.export.consolidate`. ChildError when it fails."""
+    folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
+    call_module("trainer.export.consolidate", [str(folder), "--output", str(output), *flags])
+
+
+def _find_source(source: str, runs_dir: Path) -> Path:
+    """A run by name below `runs_dir`, or a folder or file by path. ConfigError when there is none."""
+    named = runs_dir.expanduser() / source
+    found = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
+    if not found.exists():
+        raise ConfigError(f"{source}: no such run or folder ({named}, {found}); see --runs-dir")
+    return found

@@ -1,0 +1,252 @@
+"""What is refused before anything starts: one named rule per forbidden combination."""
+
+import difflib
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+from launch.inputs.model_shape import LAYER_LINEARS, read_shape, unreached
+from launch.rules.request import Request, Rule
+from launch.strategies import SHARDING, STRATEGIES, storage_of
+
+FLOORS = {
+    "torch": "2.11",
+    "transformers": "5.23",
+    "trl": "1.16",
+    "peft": "0.21",
+    "accelerate": "1.15",
+    "bitsandbytes": "0.50",
+    "deepspeed": "0.19.8",
+}
+"""Versions below which something measured does not hold; accelerate below 1.15 saves one rank's share (#4206)."""
+
+
+def strategy_is_available(request: Request) -> str | None:
+    """A strategy is the stem of a file in accelerate_configs/ that the trainer knows."""
+    if request.strategy in STRATEGIES:
+        return None
+    near = difflib.get_close_matches(request.strategy.lower(), STRATEGIES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see `samestep plan --help`"
+    return f"--strategy: {request.strategy!r} is none of {', '.join(STRATEGIES)}; {hint}"
+
+
+def topology_is_positive(request: Request) -> str | None:
+    """At least one process on at least one node."""
+    if request.nodes >= 1 and request.gpus_per_node >= 1:
+        return None
+    return (
+        f"--nodes, --gpus-per-node: at least 1 of each is needed "
+        f"({request.nodes} nodes, {request.gpus_per_node} processes a node); give numbers from 1 on"
+    )
+
+
+def single_is_one_process(request: Request) -> str | None:
+    """accelerate would start N processes that know nothing of each other and write one folder."""
+    if request.strategy != "single" or request.world_size <= 1:
+        return None
+    return (
+        f"--strategy: single is one process ({request.world_size} asked for); "
+        "use --strategy ddp, or --nodes 1 --gpus-per-node 1"
+    )
+
+
+def fsdp_has_gpus(request: Request) -> str | None:
+    """On CPUs accelerate makes ddp of fsdp, or runs that know nothing of each other, without an error."""
+    if request.strategy != "fsdp" or request.device != "cpu":
+        return None
+    return (
+        f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
+        "or say of GPUs elsewhere how much memory they have (`samestep plan --gpu-memory`)"
+    )
+
+
+def every_process_gets_a_sample(request: Request) -> str | None:
+    """A process that never holds a sample of a step is bought for nothing."""
+    size = request.recipe.batch.global_batch_size
+    if request.world_size <= size:
+        return None
+    return (
+        f"batch.global_batch_size: a step has fewer samples than there are processes "
+        f"({size} < {request.world_size}); start at most {size} processes, or raise it"
+    )
+
+
+def data_fills_one_step(request: Request) -> str | None:
+    """With fewer samples than one global batch, a step would hold a sample twice."""
+    size = request.recipe.batch.global_batch_size
+    if request.samples >= size:
+        return None
+    return (
+        f"data.train: fewer samples than one step ({request.samples:,} < {size:,}); "
+        f"choose a larger split, or lower batch.global_batch_size to {max(request.samples, 1)}"
+    )
+
+
+def run_has_a_step(request: Request) -> str | None:
+    """A share of an epoch can be less than one global batch."""
+    if request.max_steps >= 1 or request.samples < request.recipe.batch.global_batch_size:
+        return None  # the second is data_fills_one_step's to say
+    return (
+        f"training.num_train_epochs: less than one whole step "
+        f"({request.recipe.training.num_train_epochs:g} epochs of {request.samples:,} samples, "
+        f"{request.recipe.batch.global_batch_size:,} a step); raise it, or set training.max_steps"
+    )
+
+
+def micro_batch_holds_the_longest_sample(request: Request) -> str | None:
+    """A sample is never cut: cutting takes image tokens away."""
+    if request.budget >= request.longest:
+        return None
+    return (
+        f"batch.micro_batch_tokens: the longest sample does not fit "
+        f"({request.longest:,} tokens > {request.budget:,}); raise it to {request.longest:,} or more, "
+        "or lower data.max_pixels"
+    )
+
+
+def warm_up_ends_within_the_run(request: Request) -> str | None:
+    """A warm-up longer than the run never reaches the learning rate."""
+    warm_up = request.recipe.training.warmup_steps
+    if warm_up < 1 or request.max_steps < 1 or warm_up < request.max_steps:
+        return None
+    return (
+        f"training.warmup_steps: the warm-up does not end within the run "
+        f"({warm_up:g} of {request.max_steps:,} steps); lower it, or give a share below 1"
+    )
+
+
+def upload_is_available(request: Request) -> str | None:
+    """Nothing pushes to the hub yet."""
+    if not request.recipe.hub.push:
+        return None
+    return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
+
+
+def lora_names_layers_that_are_there(request: Request) -> str | None:
+    """PEFT passes over a name that reaches nothing; LoRA outside the decoder layers would not train as asked."""
+    asked = request.recipe.lora.target_modules
+    if isinstance(asked, str):
+        return None
+    shape = read_shape(request.recipe)
+    idle = unreached(asked, None if isinstance(shape, str) else shape.layers)
+    if not idle:
+        return None
+    known = [name.rpartition(".")[2] for name in LAYER_LINEARS]
+    near = difflib.get_close_matches(idle[0].rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]}? there" if near else "there"
+    return (
+        f"lora.target_modules: {', '.join(map(repr, idle))} names no linear layer of the decoder layers "
+        f"({len(idle)} of {len(asked)}); {hint} are {', '.join(known)}, or give `all-linear` without a list"
+    )
+
+
+def sharded_weights_stay_packed(request: Request) -> str | None:
+    """Weights held dequantized on every GPU are what sharding is there to avoid."""
+    if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
+        return None
+    return (
+        f"model.resident_weights: true with --strategy {request.strategy}, which shares the 4-bit weights out; "
+        "set it to auto or false, or use --strategy ddp"
+    )
+
+
+def deepspeed_can_be_imported(request: Request) -> str | None:
+    """zero2 and zero3 are DeepSpeed's."""
+    if not request.packages_here or not request.strategy.startswith("zero"):
+        return None
+    if find_spec("deepspeed") is not None:
+        return None
+    return f"--strategy: {request.strategy} needs DeepSpeed, which is not installed; pip install deepspeed, or use fsdp"
+
+
+def fsdp_stores_floats(request: Request) -> str | None:
+    """FSDP leaves bytes whole on every rank, and its copies rewrite bfloat16 that looks like NaN."""
+    storage = request.quant_storage or storage_of(request.strategy)
+    if request.strategy != "fsdp" or not request.recipe.quantization.load_in_4bit:
+        return None
+    if storage in ("float16", "float32"):
+        return None
+    return f"quant_storage: fsdp cannot shard 4-bit weights stored as {storage}; store them as float16 or float32"
+
+
+def versions_are_those_that_were_measured(request: Request) -> str | None:
+    """Below these versions something that this relies on does not hold."""
+    if not request.packages_here:
+        return None
+    found = request.versions or _installed()
+    old = [
+        f"{name} {found[name]} < {floor}"
+        for name, floor in FLOORS.items()
+        if (name != "deepspeed" or request.strategy.startswith("zero"))
+        and name in found
+        and Version(found[name]) < Version(floor)
+    ]
+    return f"versions: too old ({', '.join(old)}); install the versions of constraints.txt" if old else None
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in FLOORS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # the login node of a cluster may lack them
+    return found
+
+
+def gpu_computes_bfloat16(request: Request) -> str | None:
+    """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
+    capability, recipe = request.capability, request.recipe
+    if capability is None or capability >= (8, 0):
+        return None
+    # Also of a quantized base: embeddings, norms, output head and vision tower are not in 4 bits.
+    asked = {"model.dtype": recipe.model.dtype}
+    if recipe.quantization.load_in_4bit:
+        asked = {"quantization.bnb_4bit_compute_dtype": recipe.quantization.bnb_4bit_compute_dtype, **asked}
+    wrong = [key for key, dtype in asked.items() if dtype == "bfloat16"]
+    if not wrong:
+        return None
+    return (
+        f"{', '.join(wrong)}: bfloat16 on a GPU of compute capability {capability[0]}.{capability[1]} "
+        "(8.0 is needed); set to float32, or use a newer GPU"
+    )
+
+
+MACHINE_RULES: tuple[Rule, ...] = (
+    deepspeed_can_be_imported,
+    fsdp_stores_floats,
+    versions_are_those_that_were_measured,
+    gpu_computes_bfloat16,
+)
+
+SCHEMA_RULES: tuple[tuple[str, str], ...] = (
+    (
+        "training.optim",
+        "8-bit and paged optimizers break sharded saves (bitsandbytes#89, #1381): torch's AdamW only",
+    ),
+    (
+        "training.gradient_checkpointing_kwargs",
+        "reentrant recomputation fails under ddp: it is ours, non-reentrant",
+    ),
+    ("quantization.bnb_4bit_quant_storage", "the plan's: uint8 where replicated, float16 where FSDP shards"),
+    ("batch", "no world size in a recipe: the global batch is what is trained"),
+)
+"""What a recipe cannot say at all, and why."""
+
+REQUEST_RULES: tuple[Rule, ...] = (
+    strategy_is_available,
+    topology_is_positive,
+    single_is_one_process,
+    fsdp_has_gpus,
+    every_process_gets_a_sample,
+    lora_names_layers_that_are_there,
+    sharded_weights_stay_packed,
+    upload_is_available,
+)
+DATA_RULES: tuple[Rule, ...] = (
+    data_fills_one_step,
+    run_has_a_step,
+    micro_batch_holds_the_longest_sample,
+    warm_up_ends_within_the_run,
+)

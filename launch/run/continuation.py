@@ -1,0 +1,264 @@
+"""What stands between a request and a run directory: what may differ, where the run goes on, what is written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launch.checkpoints.adapter_file import CONFIG
+from launch.checkpoints.manifest import MANIFEST, read_manifest
+from launch.checkpoints.scan import Checkpoint, newest_valid
+from launch.errors import CheckpointError, ConfigError
+from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
+from launch.planning.plan import Begin, Plan, SamplesDigest
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import altering_values
+from launch.run.changes import (
+    OTHER_RUN,
+    Change,
+    changes,
+    content_changes,
+    refuse_changes,
+    refuse_unknown_keys,
+    still_allowed,
+)
+from launch.run.request_files import old_plan
+
+if TYPE_CHECKING:
+    from launch.recipe.schema import Recipe
+    from launch.run.directory import RunDirectory
+
+_OTHER_SOURCE = "begin with another checkpoint, or from nothing"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a request goes on with what was begun before: nothing, the run itself, or `source`, another run's checkpoint.
+
+    `source` is None once the run has a checkpoint of its own; `started_from` says for ever where it came from.
+    `samples_digest`: the form that the run's figures have so far.
+    """
+
+    begin: Begin = field(default_factory=Begin)
+    allowed: tuple[str, ...] = ()
+    changed: tuple[Change, ...] = ()
+    source: Path | None = None
+    started_from: str = ""
+    samples_digest: SamplesDigest = "content"
+
+
+class _Facts(BaseModel):
+    """What a plan needs to know of a checkpoint, of all that the trainer writes into its manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: int
+    samples_consumed: int
+    global_batch_size: int
+    begin: Begin
+    recipe: dict[str, Any]
+    dataset_fingerprint: str
+    identity: dict[str, str] = {}
+
+
+def continue_run(
+    run: RunDirectory, recipe: Recipe, allow: Sequence[str], source: Path | None = None
+) -> Continuation:
+    """Hold a request against the run that was begun under its name, or against `source`. Writes nothing.
+
+    What was allowed once stays so: the run may have been killed before a checkpoint of its own said it.
+
+    Raises:
+        ConfigError: the recipe differs in values that are not allowed to, all of them named.
+        CheckpointError: `source` is no published checkpoint of ours, or damaged.
+    """
+    refuse_unknown_keys(allow, list(altering_values(recipe)))
+    changed = _changed_since(run, recipe, allow)
+    size, old = recipe.batch.global_batch_size, old_plan(run)
+    before = old.started_from if old else ""
+    now = str(source.expanduser().resolve()) if source else before  # killed before the copy was there: again
+    if now != before and _has_begun(run):
+        raise ConfigError(
+            f"--from: the run {run.name} began with {before or 'nothing'}, not with {now}; leave --from out to go "
+            f"on with it, or {OTHER_RUN}"
+        )
+    carried = still_allowed(old.allowed, allow) if old and now == before else []
+    allowed = tuple(sorted({*allow, *carried}))
+    if not now or _has_begun(run):
+        digest: SamplesDigest = old.samples_digest if old and _has_begun(run) else "content"
+        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now, digest)
+    facts = _facts_of_source(Path(now))
+    changed = changes(facts.recipe, altering_values(recipe))
+    refuse_changes(changed, allowed, now, _OTHER_SOURCE)
+    return Continuation(_begin_at(facts, size), allowed, tuple(changed), Path(now), now)
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    """There is something that another beginning would lose."""
+    return bool(run.checkpoints()) or run.adapter.exists()
+
+
+def refuse_lost_checkpoints(
+    run: RunDirectory, passed_over: Sequence[Checkpoint] = (), begins_at: int = 0
+) -> None:
+    """Where no checkpoint is valid, and training would begin anew in the place of what was there.
+
+    `passed_over`: those that cannot be used; `begins_at`: the step that the run's plan goes on from.
+
+    Raises:
+        CheckpointError: the run has a result, checkpoints or a beginning that would be lost.
+    """
+    if (run.adapter / CONFIG).is_file() and not run.checkpoints():
+        raise CheckpointError(
+            f"{run.adapter}: the run has a result and no checkpoint to go on from (0 are left); bring one back from "
+            "a copy, or begin anew with --fresh"
+        )
+    if damaged := [checkpoint for checkpoint in passed_over if checkpoint.published]:
+        names = ", ".join(checkpoint.folder.name for checkpoint in damaged)
+        raise CheckpointError(
+            f"{run.path}: every published checkpoint is damaged ({names}; {damaged[0].problems[0]}); "
+            "bring one back from a copy, or begin anew with --fresh"
+        )
+    if begins_at:
+        raise CheckpointError(
+            f"{run.path}: goes on from step {begins_at} by its plan, and no checkpoint is there; "
+            "bring one back from a copy, or begin anew with --fresh"
+        )
+
+
+def _changed_since(run: RunDirectory, recipe: Recipe, allow: Sequence[str]) -> list[Change]:
+    if not run.recipe_file.is_file():
+        return []
+    try:
+        before = load_recipe(run.recipe_file)
+    except ConfigError as error:
+        raise ConfigError(
+            [*error.problems, f"{run.recipe_file}: what the run was begun with cannot be read; {OTHER_RUN}"]
+        ) from None
+    found = changes(altering_values(before), altering_values(recipe))
+    refuse_changes(found, allow, str(run.path))
+    return found
+
+
+def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> Begin:
+    """Where the arithmetic of a run begins: as its newest checkpoint says, for steps of `size` samples.
+
+    That is read only where the size changed, now or before: then the plan's word is not enough, for the checkpoint
+    that the plan began with may have been damaged since.
+    """
+    same = old is not None and old.global_batch_size == size
+    if not run.checkpoints():
+        return old.begin if old and same and run.adapter.exists() else Begin()
+    if old and same and old.begin == Begin():
+        return Begin()
+    newest, _ = newest_valid(run.path)
+    return _begin_at(_read_facts(newest.folder, newest.facts), size) if newest else Begin()
+
+
+def _begin_at(facts: _Facts, size: int) -> Begin:
+    """The arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
+    return facts.begin if facts.global_batch_size == size else Begin(facts.step, facts.samples_consumed)
+
+
+def refuse_another_identity(
+    run: RunDirectory, identity: RunIdentity, allow: Sequence[str], source: Path | None = None
+) -> list[Change]:
+    """Rows, weights or settings that differ behind the same words, unless allowed, which are returned.
+
+    A run without a step has nothing to lose; what an older version did not record is not compared. `source`: the
+    checkpoint of another run to begin with.
+    """
+    if source is not None:
+        recorded = recorded_identity(_facts_of_source(source).model_dump(exclude_unset=True))
+        place, instead = str(source), _OTHER_SOURCE
+    else:
+        plan = old_plan(run) if _has_begun(run) else None
+        recorded = planned_identity(plan) if plan else RunIdentity({})
+        place, instead = str(run.path), OTHER_RUN
+    found = content_changes(recorded, identity)
+    refuse_changes(found, allow, place, instead)
+    return found
+
+
+def planned_identity(plan: Plan) -> RunIdentity:
+    """What a plan was made for; of one that an older version made, the rows of training alone."""
+    return RunIdentity({**plan.identity, TRAIN_ROWS: plan.dataset_fingerprint})
+
+
+def refuse_an_end_behind(run: RunDirectory, max_steps: int, source: Path | None = None) -> None:
+    """ConfigError when the run, or the checkpoint it is to begin with, has taken more than `max_steps` steps."""
+    if source is not None:
+        step = _facts_of_source(source).step
+    elif any(int(folder.name.partition("-")[2]) > max_steps for folder in run.checkpoints()):
+        newest, _ = newest_valid(run.path)
+        step = newest.step if newest else 0
+    else:
+        return
+    if step > max_steps:
+        raise ConfigError(
+            f"training.max_steps: {source or run.path} is beyond that end already ({max_steps:,} < {step:,} steps); "
+            f"raise it or training.num_train_epochs, or {_OTHER_SOURCE if source else OTHER_RUN}"
+        )
+
+
+def _facts_of_source(source: Path) -> _Facts:
+    if not source.is_dir():
+        raise CheckpointError(f"--from: no such folder ({source}); see `samestep checkpoints` of the old run")
+    if not (source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"--from: {source} has no {MANIFEST}, so it is no checkpoint of samestep; "
+            "`samestep run --from` takes over what other libraries wrote"
+        )
+    return _read_facts(source, read_manifest(source, verify=True)["facts"])
+
+
+def _read_facts(folder: Path, facts: dict[str, Any]) -> _Facts:
+    told = {name: facts[name] for name in _Facts.model_fields if name in facts}
+    try:
+        return _Facts.model_validate_json(json.dumps(told))
+    except ValidationError as error:
+        missing = ", ".join(sorted({str(detail["loc"][0]) for detail in error.errors()}))
+        raise CheckpointError(
+            f"{folder}: its manifest does not say what a plan needs ({missing}); it is of another version or kind, "
+            "use a checkpoint that `samestep run` wrote"
+        ) from None
+
+
+_ASKED = (
+    ("model", "resident_weights"),
+    ("training", "gradient_checkpointing"),
+    ("batch", "micro_batch_tokens"),
+    ("batch", "global_batch_size"),
+    ("lora", "r"),
+    ("lora", "target_modules"),
+)
+"""What the settings of a plan depend on, of what may change between two attempts at a run."""
+
+
+def plan_to_keep(
+    run: RunDirectory, recipe: Recipe, hardware: Mapping[str, Any], fingerprint: str
+) -> Plan | None:
+    """The plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
+
+    `hardware`: fields of the plan to be made (strategy, nodes, gpus_per_node, device, gpu_memory). So a run that goes
+    on takes the settings that it was tried with, or that it came down to when it ran out of memory.
+    """
+    old = old_plan(run)
+    if old is None or old.dataset_fingerprint != fingerprint:
+        return None
+    if any(getattr(old, name) != value for name, value in hardware.items()):
+        return None
+    try:
+        asked = load_recipe(run.recipe_file)
+    except ConfigError:
+        return None
+    same = all(
+        getattr(getattr(asked, section), key) == getattr(getattr(recipe, section), key)
+        for section, key in _ASKED
+    )
+    return old if same else None

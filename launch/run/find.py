@@ -1,0 +1,25 @@
+"""A run by its name or its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.errors import ConfigError
+from launch.run.directory import RunDirectory
+
+
+def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
+    """A run by name below `runs_dir`, or by path. ConfigError when there is none.
+
+    `whole`: with its recipe and plan; without, a folder that has a checkpoint will do.
+    """
+    path = Path(name).expanduser()
+    candidates = [runs_dir.expanduser() / name, path] if len(path.parts) == 1 else [path]
+    for candidate in candidates:
+        run = RunDirectory(candidate.absolute())
+        if run.recipe_file.is_file() and run.plan_file.is_file():
+            return run
+        if not whole and any(run.path.glob("checkpoint-*")):
+            return run
+    places = ", ".join(str(candidate) for candidate in candidates)
+    raise ConfigError(f"{name}: no such run ({places}); give the name or the folder of a run, see --runs-dir")

@@ -1,0 +1,362 @@
+"""`python -m launch.slurm.job begin|end`: what a job decides on its first node, before and after its processes run.
+
+Called by slurm/train.sbatch. Standard output belongs to that script; what a reader should know goes to standard error,
+the job's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from launch.atomic_files import atomic_write
+from launch.errors import CheckpointError, ConfigError, InUseError, NoSpaceError, RunError, SamestepError
+from launch.hardware import compute_capability
+from launch.recipe.loading import load_recipe
+from launch.resources import resource
+from launch.rules.checks import refuse_unfit_machine
+from launch.run.directory import (
+    RunDirectory,
+    clear_markers,
+    clear_requests,
+    read_marker,
+    requested_stop,
+    write_marker,
+)
+from launch.run.lock import hold_lock, lock_holder, refuse_if_running
+from launch.run.request_files import adopt, write_request
+from launch.slurm import attempts as ledger
+from launch.slurm.attempts import MAX_CRASHES, End
+from launch.slurm.failed_nodes import dead_nodes, nodes_to_exclude
+from launch.slurm.job_plan import Allocation, JobPlan, plan_job, run_of
+from launch.slurm.output import (
+    ENDING,
+    RUNNING,
+    JobFacts,
+    Nodes,
+    QueuedJob,
+    expand_nodes,
+    parse_job,
+    parse_nodes,
+    parse_queue,
+)
+from launch.untrusted_files import UNREADABLE, printable_lines
+
+PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
+
+
+# before ---------------------------------------------------------------------------------------
+
+
+def begin(options: argparse.Namespace) -> int:
+    """Print what to start: run directory, accelerate's configuration, processes a node; nothing when all is done.
+
+    Prints `requeue` instead when something is in the way that may be gone later; the attempt counts.
+
+    Raises:
+        SamestepError: the request is refused, or the run gets nowhere. The ledger says why.
+    """
+    allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
+    queue = parse_queue(options.queue)
+    run = run_of(options)
+    try:
+        return _begin(options, allocation, queue, run)
+    except (InUseError, NoSpaceError, OSError) as error:
+        return try_later(run, allocation, queue, error)
+    except SamestepError as error:
+        _write_unstarted(run, allocation, End("refused", str(error)))
+        if isinstance(error, ConfigError | CheckpointError) and not lock_holder(run.path):
+            with suppress(OSError):
+                write_marker(run, "REFUSED", str(error))
+        raise
+
+
+def _begin(
+    options: argparse.Namespace, allocation: Allocation, queue: Sequence[QueuedJob], run: RunDirectory
+) -> int:
+    now = time.time()
+    refuse_parts(allocation, parse_job(options.job, allocation.job))
+    refuse_another_job(run, allocation, queue, now)
+    wait_for_the_lock(run)  # before anything is read or written: somebody may be training
+    job = plan_job(options, allocation)
+    if job.done:
+        _say(f"{run.path}: done already, adapter in {run.adapter}")
+        return 0
+    refuse_this_node(run, job)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
+        refuse_another_job(run, allocation, queue, now)
+        close_open_attempts(run, allocation, parse_nodes(options.nodes))
+        before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart)
+        if reason := ledger.reason_to_give_up(before, allocation.max_crashes):
+            raise RunError(f"{run.path}: job {allocation.job}: {reason}")
+        if requested_stop(run) == "user":
+            _answer_stop(run, allocation, job)
+            return 1
+        _take(run, allocation, job)
+    restarts = ledger.counted(ledger.read_ledger(run).restarts())
+    which = f"attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list}"
+    _say(f"{run.path}: {which} ({restarts})")
+    config = resource("accelerate_configs", f"{job.plan.strategy}.yaml")
+    print(run.path, config, job.plan.gpus_per_node, sep="\n")
+    return 0
+
+
+def refuse_parts(allocation: Allocation, job: JobFacts | None) -> None:
+    """ConfigError for a heterogeneous job, of which this script would use the first part alone."""
+    if job is not None and job.heterogeneous:
+        raise ConfigError(
+            f"job {allocation.job}: is heterogeneous, and a run needs nodes of one kind; submit without `:` and "
+            "without `#SBATCH hetjob`"
+        )
+
+
+def refuse_this_node(run: RunDirectory, job: JobPlan) -> None:
+    """ConfigError for packages and GPUs that do not fit the plan: where it was made, there may be others."""
+    capability = compute_capability() if job.plan.device == "cuda" else None
+    recipe = job.planned.recipe if job.planned else load_recipe(run.recipe_file)
+    refuse_unfit_machine(recipe, job.plan.strategy, capability)
+
+
+def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
+    """From here on the run is this attempt's: its trainer takes the lock a minute later, and no job comes between."""
+    if job.planned is not None:
+        write_request(run, job.planned.recipe, job.planned.plan)
+        if job.planned.continuation.source is not None:
+            adopt(job.planned.continuation.source, run)
+    # From now on no other attempt asks for a stop.
+    atomic_write(ledger.attempt_file(run), f"{allocation.job}.{allocation.restart}\n")
+    clear_markers(run)
+    clear_requests(run)
+    ledger.write_event(run, "start", **_begun(run, allocation))
+
+
+def _answer_stop(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
+    text = f"user: at step {ledger.newest_step(run)} of {job.plan.max_steps}"
+    write_marker(run, "STOPPED", text)
+    clear_requests(run)
+    _write_unstarted(run, allocation, End("stopped", text))
+    _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
+
+
+def refuse_another_job(
+    run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], now: float
+) -> None:
+    """One job at a time: also between the start of an attempt and the minute when its trainer takes the lock.
+
+    Raises:
+        RunError: another job of the run is running, or has just begun as a task of the same array: it will bring
+            the run to its end.
+        InUseError: another one is ending, or began while `queue` was asked for.
+    """
+    attempt = ledger.read_ledger(run).open
+    if attempt is None or attempt.job == allocation.job:
+        return
+    state = {job.job: job.state for job in queue}.get(attempt.job, "")
+    sibling = allocation.is_sibling(attempt.job)
+    if state in RUNNING or (sibling and attempt.began > now):
+        remedy = f"`scancel {attempt.job}` ends it"
+        if sibling:
+            remedy = "tasks of an array need runs of their own, for example OPTIONS=(--name mine-$SLURM_ARRAY_TASK_ID)"
+        raise RunError(
+            f"{run.path}: job {attempt.job} of this run is under way ({state.lower() or 'it has just begun'}) and goes "
+            f"on by itself; {remedy}"
+        )
+    if state in ENDING or attempt.began > now:
+        raise InUseError(f"{run.path}: job {attempt.job} of this run is {state.lower() or 'just beginning'}")
+
+
+def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], error: Exception) -> int:
+    """Print `requeue` for an attempt that could not begin, which counts as one that crashed.
+
+    Raises:
+        RunError: that happened too often, or the job may not be queued again.
+    """
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{error.filename or run.path}: {error.strerror or error}"
+    _write_unstarted(run, allocation, End("crashed", reason))
+    attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
+    if told := ledger.reason_to_give_up(attempts, allocation.max_crashes):
+        raise RunError(f"{reason}; job {allocation.job} is not queued again: {told}")
+    if any(job.job == allocation.job and not job.requeueable for job in queue):
+        raise RunError(f"{reason}; job {allocation.job} may not be queued again (--no-requeue)")
+    _say(f"{reason}; job {allocation.job} is queued again")
+    print("requeue")
+    return 0
+
+
+def close_open_attempts(run: RunDirectory, allocation: Allocation, nodes: Sequence[Nodes]) -> None:
+    """Write down how attempts ended that could not do it themselves: their node died, or KILL came first.
+
+    Of the same job that is a dead node: for nothing else that ends its script without a word does Slurm queue it again.
+    """
+    for attempt in ledger.read_ledger(run).attempts:
+        if attempt.how is None:
+            ended = ledger.how_it_ended(run)
+            if not _has_marker(run):
+                dead = dead_nodes(nodes, expand_nodes(attempt.nodes))
+                how: ledger.How = "node_fail" if dead or attempt.job == allocation.job else "crashed"
+                ended = End(how, "left no word: its node died, or KILL came", ",".join(dead))
+            _write_end(run, ended, attempt.job, attempt.restart)
+
+
+def _has_marker(run: RunDirectory) -> bool:
+    try:
+        return read_marker(run) is not None
+    except UNREADABLE:
+        return True
+
+
+def wait_for_the_lock(run: RunDirectory) -> None:
+    """Processes of an earlier attempt of this run may still be dying, or hang on a node that lost its network.
+
+    Raises:
+        InUseError: they do not end.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while (holder := lock_holder(run.path)) and time.monotonic() < deadline:
+        _say(f"{run.path}: waiting for {holder}, which still holds it")
+        time.sleep(5)
+    refuse_if_running(run)
+
+
+# after ------------------------------------------------------------------------------------------
+
+
+def end(options: argparse.Namespace) -> int:
+    """Write down how the attempt ended; print what the script is to do: `requeue`, and `exclude=NODES` once it is.
+
+    Returns the job's exit status: 0 for a run that is done, or is in the queue again.
+    """
+    allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
+    run = RunDirectory(Path(options.run))
+    job, nodes = parse_job(options.job, allocation.job), parse_nodes(options.nodes)
+    used = expand_nodes(allocation.node_list)
+    dead = dead_nodes(nodes, used)
+    ended, queued = ledger.with_job(ledger.how_it_ended(run, options.asked, dead), job, allocation.restart)
+    _write_end(run, replace(ended, failed_nodes=",".join(dead)), allocation.job, allocation.restart)
+    step = ledger.newest_step(run)
+    _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
+    if ended.how not in ledger.RESTARTED:
+        return {"done": 0, "refused": 2}.get(ended.how, 1)
+    attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
+    if reason := ledger.reason_to_give_up(attempts, allocation.max_crashes):
+        raise RunError(f"{run.path}: job {allocation.job} is not queued again: {reason}")
+    exclude = ""
+    if job is not None and (left_out := nodes_to_exclude(attempts, job, nodes, used)) != sorted(job.excluded):
+        exclude = f"exclude={','.join(left_out)}"
+        _say(f"nodes left out from now on: {', '.join(left_out) or 'none'}")
+    if queued:
+        _say("Slurm has queued the job again")
+        if exclude:
+            print(exclude)
+        return 0
+    if job is not None and not job.requeueable:
+        raise RunError(
+            f"{run.path}: job {allocation.job} may not be queued again (--no-requeue); submit its script anew, "
+            "it goes on from the newest checkpoint"
+        )
+    print(f"requeue {exclude}".strip())
+    return 0
+
+
+def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
+    """The facts of an attempt that begins now."""
+    return {
+        "job": allocation.job,
+        "restart": allocation.restart,
+        "began": time.time(),
+        "first_step": ledger.newest_step(run),
+        "log": _log_file(),
+        "nodes": allocation.node_list,
+        "max_crashes": allocation.max_crashes,
+    }
+
+
+def _write_unstarted(run: RunDirectory, allocation: Allocation, ended: End) -> None:
+    """One line for an attempt that never began; none where there is no run yet, or no room."""
+    begun = _begun(run, allocation)
+    facts = {**begun, **asdict(ended), "last_step": begun["first_step"], "ended": begun["began"]}
+    with suppress(OSError):
+        ledger.write_event(run, "unstarted", **facts)
+
+
+def _write_end(run: RunDirectory, ended: End, job: str, restart: int) -> None:
+    """A disk that is full must not keep the job from being queued again: the next attempt closes this one."""
+    which = {"job": job, "restart": restart}
+    facts = {**asdict(ended), **which, "last_step": ledger.newest_step(run), "ended": time.time()}
+    try:
+        ledger.write_event(run, "end", **facts)
+    except OSError as error:
+        _say(f"{ledger.ledger_file(run)}: cannot be written ({error.strerror}); make room")
+
+
+def _log_file() -> str:
+    """Where this job's words go, when that is a file: as Slurm opened it for the script."""
+    try:
+        path = Path("/proc/self/fd/2").resolve()
+        return str(path) if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%F %T')} {printable_lines(text)}", file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, as the batch script gives it."""
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.job", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("begin", help="before the processes run")
+    first.add_argument("target", help="a recipe, or the folder of a run")
+    first.add_argument("--device", choices=["", "cuda", "cpu"], default="", help="default: what is here")
+    first.add_argument("--strategy", help="default: single for one process, else ddp")
+    first.add_argument("--processes", type=int, help="of a node (default: its GPUs, 2 on a CPU)")
+    first.add_argument("--name", help="of the run (default: the recipe's)")
+    first.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    first.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    first.add_argument("--allow", action="append", default=[], metavar="KEY")
+    first.add_argument(
+        "--queue", default="", help="this user's jobs: squeue --Format=JobArrayID,State,Requeue"
+    )
+    first.set_defaults(act=begin)
+    last = commands.add_parser("end", help="after the processes ended")
+    last.add_argument("run", help="the folder of the run")
+    last.add_argument("--asked", default="", help="what the script was asked to stop for: preempted or time")
+    last.set_defaults(act=end)
+    for command in (first, last):
+        command.add_argument(
+            "--attempt", required=True, metavar="JOB.RESTART", help="JOB: of an array JOB_TASK"
+        )
+        command.add_argument("--job", default="", help="what `scontrol show job -o` prints of this job")
+        command.add_argument(
+            "--nodes", default="", help="the partition's: sinfo --format='%%c,%%m,%%G,%%f|%%T|%%N'"
+        )
+        command.add_argument("--max-crashes", type=int, default=MAX_CRASHES, help="in a row, without a step")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(arguments)
+    try:
+        return int(options.act(options))
+    except SamestepError as error:
+        print(printable_lines(f"error: {error}"), file=sys.stderr, flush=True)
+        return error.exit_status
+    except OSError as error:
+        words = f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        print(printable_lines(words), file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

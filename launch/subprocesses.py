@@ -1,0 +1,160 @@
+"""Child processes of the command line: started and waited for, whatever arrives meanwhile."""
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import psutil
+
+from launch.console import tell, write_to_nowhere
+from launch.errors import SamestepError
+from launch.launcher_variables import PARENT, remove_launcher_variables
+
+STARTED = "SAMESTEP_STARTED"
+"""In the environment of a launcher: when it was started, in seconds since 1970."""
+
+_told: set[str] = set()
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class ChildError(SamestepError):
+    """A child process that has already said what is wrong; carries its exit status."""
+
+    def __init__(self, what: str, status: int) -> None:
+        self.exit_status = status if status in (1, 2) else 1
+        super().__init__(f"{what}: did not finish (exit status {status}); see its words above")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended. `interrupted`: after a Ctrl-C; `killed`: after the Ctrl-C that ends at once."""
+
+    status: int
+    interrupted: bool = False
+    killed: bool = False
+
+
+def wait_for(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    ask_to_stop: Callable[[int], None] | None = None,
+) -> Ended:
+    """Run a child in a process group of its own to its end; every request to stop is passed on.
+
+    With `ask_to_stop` it goes there and the second Ctrl-C kills the child with all its descendants; else it goes to
+    the group and the third Ctrl-C kills. So each arrives once, whether a terminal sent it to all or somebody to this
+    process alone. A terminal that closes takes nothing down: what is still said goes nowhere.
+    The child is told who waits for it, and gets no variables of another job's launcher.
+    """
+    last = 3 if ask_to_stop is None else 2
+    interrupts = 0
+    early: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if process is None:
+            early.append(number)
+        else:
+            pass_on(process, number)
+
+    def pass_on(child: subprocess.Popen[bytes], number: int) -> None:
+        if interrupts >= last:
+            _kill_all(child)
+        elif ask_to_stop is None:
+            _send(child, number)
+        else:
+            try:
+                ask_to_stop(number)
+            except OSError:  # the place to ask is gone
+                _send(child, number)
+
+    # A hang-up that is ignored (`nohup`) stays so.
+    heeded = [
+        number
+        for number in _STOP_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, receive) for number in heeded}
+    try:
+        # Nothing that is started asks anything: a library that would is answered by the end of the file.
+        process = subprocess.Popen(
+            command, env=_for_child(environment), process_group=0, stdin=subprocess.DEVNULL
+        )
+        for number in early:
+            pass_on(process, number)
+        status = process.wait()
+        return Ended(status, interrupts > 0, interrupts >= last)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _for_child(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """What is taken out is said, once."""
+    given = dict(os.environ if environment is None else environment)
+    if (said := remove_launcher_variables(given)) and said not in _told:
+        _told.add(said)
+        tell(said)
+    return {**given, PARENT: str(os.getpid())}
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """torchrun starts its workers in sessions of their own: a signal to the group does not reach them.
+
+    Each is frozen before its children are counted, so that none is born meanwhile.
+    """
+    family: set[psutil.Process] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        root.suspend()
+        while born := {*root.children(recursive=True)} - family:
+            family |= born
+            for member in born:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.suspend()
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    _send(process, signal.SIGKILL)
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that is gone is an error (EIO), and the run is not over."""
+    for descriptor in (0, 1, 2):
+        # One that hung up says no longer that it is a terminal, only that it is a character device.
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                write_to_nowhere(descriptor)
+
+
+def processes_with(words: Sequence[str]) -> list[psutil.Process]:
+    """The live processes of this machine that were started with all these arguments, whoever their parent is."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {*words} <= {*(process.info["cmdline"] or ())}
+    ]
+
+
+def call_module(module: str, arguments: Sequence[str]) -> None:
+    """Run `python -m module` to its end. Raises ChildError with its exit status."""
+    ended = wait_for([sys.executable, "-m", module, *arguments])
+    if ended.interrupted:
+        raise KeyboardInterrupt
+    if ended.status:
+        raise ChildError(f"python -m {module}", ended.status)

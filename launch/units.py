@@ -1,0 +1,24 @@
+"""Sizes and durations in words."""
+
+from __future__ import annotations
+
+GIB = 2**30
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 2**20: small ones with three digits behind the point."""
+    value = size / 2**20
+    return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def age(seconds: float) -> str:
+    """A time in a unit that leaves few digits. The clock of another machine may be ahead: never below 0."""
+    for unit, length, least in (("days", 86400, 2 * 86400), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= least:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(int(seconds), 0)} s"
+
+
+def gib(count: int | float) -> str:
+    """Bytes for a reader."""
+    return f"{count / GIB:,.1f} GiB"

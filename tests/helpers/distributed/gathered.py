@@ -1,0 +1,121 @@
+"""Started by `accelerate launch` under zero3: runs whose decoder layers are watched as they come together and go.
+
+A run named `fused-...` computes them by `trainer.model.fused`, with its kernels in Triton's interpreter and plain
+PyTorch for Liger's. `<run>.json`, beside each run, is what rank 0 saw: [`training` of a micro-batch or `evaluation`,
+all-gathers, layers that stayed whole, whether they are fused].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tests.trainer.model.test_fused import plain_norm
+from trainer import train
+from trainer.distributed.collectives import end_process, leave_processes
+from trainer.loop.trainer import PlannedTrainer
+from trainer.model import attention, base, fused
+from trainer.model.layer_stand_ins import decoder_layers
+
+_gather = partition_parameters._dist_allgather_fn
+COLLECTIVES = [0]
+
+
+class _Plain:
+    """An autograd function of Liger's that PyTorch differentiates by itself."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self.apply = compute
+
+
+def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def turn(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
+
+    return turn(query), turn(key)
+
+
+def _norm_of_sum(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return plain_norm(x + residual, *rest)
+
+
+def _stock(*_: Any, **__: Any) -> Any:
+    return NotImplemented
+
+
+FUSED = [
+    mock.patch.object(base, "_no_kernels", return_value=None),
+    mock.patch.object(fused, "rms_norm_forward", plain_norm),
+    mock.patch.object(fused, "fused_add_rms_norm_forward", _norm_of_sum),
+    mock.patch.object(fused, "LigerRopeFunction", _Plain(_turn)),
+    mock.patch.object(fused, "LigerSiLUMulFunction", _Plain(lambda gate, up: silu(gate) * up)),
+    mock.patch.object(fused, "varlen", attention._loop),
+    mock.patch.object(fused, "vision_attention", _stock),
+    mock.patch.object(fused, "quick_gelu", _stock),
+]
+
+
+def _count(*args: Any, **kwargs: Any) -> Any:
+    COLLECTIVES[0] += 1
+    return _gather(*args, **kwargs)
+
+
+def _whole_layers(trainer: PlannedTrainer) -> list[int]:
+    """Numbers of the layers of which any weight is here whole, or on its way."""
+    layers = decoder_layers(trainer.model)
+    return [
+        number
+        for number, layer in enumerate(layers)
+        if any(cast(Any, w).ds_status is not ZeroParamStatus.NOT_AVAILABLE for w in layer.parameters())
+    ]
+
+
+def watched(what: str, inner: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
+    """A method of the trainer: the collectives that it takes, and what it leaves together."""
+
+    def method(self: PlannedTrainer, *args: Any, **kwargs: Any) -> Any:
+        COLLECTIVES[0] = 0
+        result = inner(self, *args, **kwargs)
+        forward = cast(Any, decoder_layers(self.model)[0].forward)
+        seen.append([what, COLLECTIVES[0], _whole_layers(self), forward.__func__ is fused.decoder_layer])
+        return result
+
+    return method
+
+
+def main() -> None:
+    """Arguments: a JSON file with a list of arguments of `trainer.train`."""
+    asked = [train.parse(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
+    indexes = [train.prepare_first(options) for options in asked]
+    state = train.start_processes()
+    partition_parameters._dist_allgather_fn = _count
+    for options, index in zip(asked, indexes, strict=True):
+        seen: list[Any] = []
+        with ExitStack() as stack:
+            for patch in FUSED if options.name.startswith("fused") else []:
+                stack.enter_context(patch)
+            for what, name in (("training", "training_step"), ("evaluation", "evaluate")):
+                inner = getattr(PlannedTrainer, name)
+                stack.enter_context(mock.patch.object(PlannedTrainer, name, watched(what, inner, seen)))
+            train.train_once(options, index, state, os.getppid())
+        if state.is_main_process:
+            (options.runs_dir / f"{options.name}.json").write_text(json.dumps(seen))
+    leave_processes()
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The fused linear layers with their LoRA against PEFT's own, in Triton's interpreter on a CPU or on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.recipe.loading import recipe_from_dict
+from tests.conftest import recipe_values
+from trainer.model import fused
+from trainer.model.base import add_lora, load_base, trainable_parameters
+from trainer.model.dropout import use_sample_dropout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CLOSE = (
+    {"rtol": 1e-3, "atol": 1e-4} if DEVICE.type == "cpu" else {"rtol": 5e-2, "atol": 5e-2}
+)  # TensorFloat32
+TOKENS = 21
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone(
+    world: Path, packed: bool, dropout: float
+) -> None:
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = packed
+    values["lora"] = {"lora_dropout": dropout, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    recipe = recipe_from_dict(values)
+    model = add_lora(load_base(recipe, DEVICE), recipe).train()
+    draw = torch.Generator().manual_seed(0)
+    parameters = trainable_parameters(model)
+    for parameter in parameters.values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) / 10)
+    language: Any = model.get_base_model().model.language_model
+    keys = use_sample_dropout(language, 1)
+    if keys is not None:
+        samples = torch.arange(TOKENS, device=DEVICE) // 5
+        keys.current = keys.of(3, samples, torch.arange(TOKENS, device=DEVICE) % 5)
+    layer = language.layers[0]
+    groups = [
+        (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+        (layer.mlp.gate_proj, layer.mlp.up_proj),
+        (layer.self_attn.o_proj,),
+    ]
+    x = torch.randn(1, TOKENS, language.config.hidden_size, generator=draw).to(DEVICE)
+
+    def run(compute: Any) -> list[torch.Tensor]:
+        """Outputs, the gradient of the input and those of the adapters."""
+        leaf = x.clone().requires_grad_()
+        outputs = [output for group in groups for output in compute(leaf, group)]
+        sum(((number + 1) * output.sin().sum() for number, output in enumerate(outputs))).backward()
+        found = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        model.zero_grad()
+        assert leaf.grad is not None
+        return [*(output.detach() for output in outputs), leaf.grad, *found]
+
+    mine = run(fused.linears)
+    theirs = run(lambda leaf, group: [module(leaf) for module in group])
+    assert len(mine) == len(theirs) == 6 + 1 + 6
+    for found, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *_: Any) -> tuple[Any, ...]:
+    """In place of Liger's kernels, which take no number in Triton's interpreter."""
+    deviations = (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
+    return x * deviations * weight, x, deviations.flatten()
+
+
+def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(fused, "rms_norm_forward", plain_norm)
+        added = lambda x, residual, *rest: plain_norm(x + residual, *rest)  # noqa: E731
+        monkeypatch.setattr(fused, "fused_add_rms_norm_forward", added)
+    draw = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 1, TOKENS, 48, generator=draw).to(DEVICE)
+    weights = torch.randn(2, 48, generator=draw).to(DEVICE)
+
+    def run(mine: bool, keep: bool) -> list[Any]:
+        """`keep`: the sum is used after its norm too."""
+        leaves = [side.clone().requires_grad_() for side in (x, residual)]
+        if mine:
+            first, total = fused._NormOfSum.apply(*leaves, weights[0], 1e-6)
+            second, total = fused._Norm.apply(total, weights[1], 1e-6)
+        else:
+            total = leaves[0] + leaves[1]
+            first, second = (plain_norm(total, weight, 1e-6)[0] for weight in weights)
+        outputs = [first, second, total] if keep else [first, second]
+        torch.stack([output.sin().sum() for output in outputs]).sum().backward()
+        return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves)]
+
+    for keep in (True, False):
+        for found, expected in zip(run(True, keep), run(False, keep), strict=True):
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_from_dict(recipe_values(world))
+    language: Any = load_base(recipe, DEVICE).model.language_model
+    calls: list[int] = []
+
+    def computed(module: Any, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        calls.append(module.self_attn.layer_idx)
+        return hidden.sin()  # needs its input in the backward pass
+
+    monkeypatch.setattr(fused, "_decoder_layer", computed)
+    for layer in language.layers:
+        fused._replace(layer, fused.decoder_layer)
+    language.train().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    hidden = torch.ones(1, 3, 8, device=DEVICE, requires_grad=True)
+    for layer in language.layers:
+        hidden = layer(hidden)
+    assert calls == list(range(len(language.layers)))
+    hidden.pow(2).sum().backward()
+    again = [number for number in reversed(range(len(language.layers))) if number % 2 == 0]
+    assert calls[len(language.layers) :] == again

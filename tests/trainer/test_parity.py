@@ -1,0 +1,209 @@
+"""Our numbers are those of transformers and PEFT alone, one sample at a time, from image files of every size.
+
+The stock side knows nothing of ours: Pillow opens the files, `AutoProcessor` and `Qwen2VLForConditionalGeneration` do
+the rest, and the mask is found in the text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.functional import cross_entropy
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+from launch.planning.step_plan import MicroBatch
+from launch.recipe.loading import recipe_from_dict
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
+from tests.conftest import recipe_values
+from tests.helpers.adapters import random_adapter, write_run
+from trainer.data.chartqa import open_split
+from trainer.data.encoder import Encoder
+from trainer.data.micro_batches import assemble
+from trainer.embedded.tiny_model import SMALL_CORPUS, TinyShape, make_model, make_processor, train_tokenizer
+from trainer.evaluation.answers import Replica
+from trainer.model.base import prepare_training
+from trainer.prepare import prepare
+from trainer.pretrained import load_processor
+
+SIZES = (
+    (1, 1), (1, 3), (3, 1), (3, 3), (2, 2), (1, 200), (200, 1), (5, 900),
+    (13, 7), (27, 27), (28, 28), (29, 29), (27, 57), (56, 56), (57, 55), (14, 140),
+    (64, 64), (100, 30), (42, 84), (97, 131), (112, 56), (140, 139), (168, 112), (199, 301),
+    (224, 224), (333, 77), (300, 300), (420, 300), (512, 384), (800, 557), (640, 1136), (2400, 1800),
+)  # fmt: skip
+"""Width and height: needles up to the processor's limit, sizes beside its multiples of 28, and beyond its bounds."""
+MODES = ("turned", "L", "RGBA", "P", "LA", "CMYK")
+NEW_TOKENS = 4
+
+
+def _write_images(folder: Path) -> list[Path]:
+    """A drawing of every size, each in one of the modes that files have."""
+    folder.mkdir()
+    files = []
+    for number, (width, height) in enumerate(SIZES):
+        image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+        canvas = ImageDraw.Draw(image)
+        for bar in range(5):
+            left, top = bar * width // 5, (number * 7 + bar * 31) % (height + 1)
+            colour = tuple((number * 37 + bar * 91 + channel * 53) % 256 for channel in range(3))
+            canvas.rectangle((left, top, left + width // 7, height), fill=colour)
+        files.append(_save(image, MODES[number % len(MODES)], folder / f"{width}x{height}"))
+    return files
+
+
+def _save(image: Image.Image, mode: str, place: Path) -> Path:
+    """Write a file in `mode`; `turned`: a JPEG that its EXIF tag turns by 90 degrees."""
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x112] = 6
+        image.save(file := place.with_suffix(".jpg"), exif=exif)
+        return file
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").rotate(90).resize(image.size))
+    image.convert(mode).save(file := place.with_suffix(".tiff" if mode == "CMYK" else ".png"))
+    return file
+
+
+def _write_base(folder: Path) -> None:
+    """Random weights large enough that the picture decides the answer, and transformers' own bounds of pixels."""
+    shape = TinyShape(initializer_range=0.08, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+    tokenizer = train_tokenizer(SMALL_CORPUS, vocab_size=448)
+    make_model(tokenizer, shape, 1).save_pretrained(folder)
+    make_processor(tokenizer, shape).save_pretrained(folder)
+
+
+class Stock:
+    """The plain way: one image file, one question, one forward."""
+
+    def __init__(self, base: Path, adapter: Path, system_message: str) -> None:
+        self.processor = AutoProcessor.from_pretrained(base)
+        plain = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+        self.model = PeftModel.from_pretrained(plain, str(adapter)).eval()
+        self.system_message = system_message
+
+    def inputs(self, file: Path, question: str, answer: str | None) -> Any:
+        chat = [
+            {"role": "system", "content": [{"type": "text", "text": self.system_message}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        ]
+        if answer is not None:
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
+        image = ImageOps.exif_transpose(Image.open(file))
+        return self.processor(text=[text], images=[image], return_tensors="pt")
+
+    @torch.no_grad()
+    def loss(self, file: Path, question: str, answer: str) -> float:
+        """Summed over what follows `<|im_start|>assistant` and its line break."""
+        inputs = self.inputs(file, question, answer)
+        ids = inputs["input_ids"][0]
+        opening = self.processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
+        begin = max(
+            place for place in range(len(ids)) if ids[place : place + len(opening)].tolist() == opening
+        ) + len(opening)
+        logits = self.model(**inputs).logits[0]
+        return float(cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="sum"))
+
+    @torch.no_grad()
+    def answer(self, file: Path, question: str) -> str:
+        inputs = self.inputs(file, question, None)
+        ids = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return _write_images(tmp_path_factory.mktemp("parity") / "images")
+
+
+@pytest.fixture(scope="module")
+def recipe(world: Path, files: list[Path]) -> Recipe:
+    folder = files[0].parent.parent
+    _write_base(folder / "base")
+    rows = [
+        {
+            "image": {"bytes": file.read_bytes(), "path": None},
+            "query": f"How high is bar {number}" + "?" * (number % 4 + 1),
+            "label": [("7", "Yes", "the blue one", "12.5")[number % 4]],
+            "human_or_machine": number % 2,
+        }
+        for number, file in enumerate(files)
+    ]
+    (folder / "charts").mkdir()
+    for split, count in (("train", len(rows)), ("val", 1), ("test", 1)):
+        pq.write_table(pa.Table.from_pylist(rows[:count]), folder / "charts" / f"{split}.parquet")
+    values = recipe_values(world)
+    values["model"]["name_or_path"] = str(folder / "base")
+    values["data"]["dataset"] = str(folder / "charts")
+    return recipe_from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, files: list[Path]) -> RunDirectory:
+    return write_run(recipe, files[0].parent.parent / "run")
+
+
+@pytest.fixture(scope="module")
+def stock(recipe: Recipe, run: RunDirectory) -> Stock:
+    return Stock(Path(recipe.model.name_or_path), run.adapter, recipe.data.system_message)
+
+
+def _questions(recipe: Recipe) -> list[tuple[str, str]]:
+    rows = open_split(recipe, "train")
+    return [(rows[number].query, rows[number].label[0]) for number in range(len(rows))]
+
+
+def test_packed_losses_are_those_of_the_stock_model_on_each_image_file_alone(
+    recipe: Recipe, files: list[Path], stock: Stock
+) -> None:
+    asked = _questions(recipe)
+    alone = torch.tensor(
+        [stock.loss(file, *texts) for file, texts in zip(files, asked, strict=True)], dtype=torch.float64
+    )
+    split = prepare(recipe, quiet=True).splits["train"]
+    encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
+    model, rows = random_adapter(recipe), open_split(recipe, "train")
+    prepare_training(model, recipe)
+    model.eval()  # no dropout, which the stock model draws otherwise
+    together = torch.empty_like(alone)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    for begin in range(0, len(order), 8):
+        samples = tuple(order[begin : begin + 8])
+        batch = assemble(rows, split, encoder, MicroBatch(samples, filler=False), 0, 1)
+        inputs = dict(batch["inputs"])
+        labels = inputs.pop("shift_labels")[0]
+        with torch.no_grad():
+            losses = cross_entropy(model(**inputs).logits[0], labels, reduction="none")
+        parts = losses.split(split.target_tokens[list(samples)].tolist())
+        together[list(samples)] = torch.stack([part.sum() for part in parts]).double()
+    off = (together - alone).abs() / alone
+    assert off.max() <= 1e-5, [(SIZES[number], float(off[number])) for number in off.argsort()[-3:]]
+    swapped = [stock.loss(files[number - 1], *asked[number]) for number in range(12)]
+    apart = (torch.tensor(swapped) - alone[:12]).abs() / alone[:12]
+    assert (apart > 1e-3).all()  # another picture is another loss: what is compared hangs on the image
+
+
+def test_answers_are_those_of_the_stock_model_on_each_image_file_alone(
+    recipe: Recipe, files: list[Path], stock: Stock
+) -> None:
+    prepare(recipe, quiet=True)
+    processor, rows = load_processor(recipe), open_split(recipe, "train")
+    encoder = Encoder(processor, recipe.data.system_message, "answer")
+    replica = Replica(random_adapter(recipe), processor, rows, NEW_TOKENS, torch.float32)
+    numbers = range(len(files))
+    prompts = [encoder.texts(rows[number])[0] for number in numbers]
+    answers = replica.answers(prompts[:16], numbers[:16]) + replica.answers(prompts[16:], numbers[16:])
+    expected = [
+        stock.answer(file, question) for file, (question, _) in zip(files, _questions(recipe), strict=True)
+    ]
+    assert answers == expected
+    assert len(set(answers)) > 16

@@ -1,0 +1,159 @@
+"""What sharding could do to a decoder layer without an error: change bytes, change answers, or not shard at all."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launch.errors import RunError
+from trainer.checks.training import may_differ_by
+from trainer.distributed.collectives import together
+from trainer.model.attention import Segments
+from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
+
+RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a whole decoder layer is, to be held against its shards.
+
+    `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of the weights; `constants`:
+    bytes of the quantization constants, which stay whole on every rank.
+    """
+
+    packed: dict[str, int]
+    output: Tensor
+    bytes: int
+    constants: int = 0
+
+
+@torch.no_grad()
+def layer_facts(layer: nn.Module) -> LayerFacts:
+    """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
+    packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
+    size = sum(parameter.nbytes for parameter in frozen_weights(layer))
+    return LayerFacts(packed, _output(layer), size, _constants(layer))
+
+
+def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: int) -> None:
+    """Gather every layer once: same packed bytes, same output as before it was sharded; and it is really sharded.
+
+    A collective. FSDP2 with `bfloat16` storage rewrites bytes that look like NaN on a GPU (torch 2.11), and leaves
+    `uint8` storage whole on every rank (accelerate 1.15), both without an error.
+
+    Raises:
+        RunError: on all ranks.
+    """
+    layers = decoder_layers(model)
+    gathered = (
+        _gathered_by_zero if hasattr(next(iter(layers[0].parameters())), "ds_tensor") else _gathered_by_fsdp
+    )
+    for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
+        local = resident_bytes(layer)
+        with gathered(layer):
+            after = layer_facts(layer)
+        together(partial(_compare_layer, number, before, after, local, world_size))
+
+
+def resident_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's frozen weights on this rank: its share where they are sharded, constants included."""
+    return sum(_local_bytes(parameter) for parameter in frozen_weights(layer)) + _constants(layer)
+
+
+def whole_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's frozen weights over all ranks, constants included."""
+    return sum(
+        int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
+        for weight in frozen_weights(layer)
+    ) + _constants(layer)
+
+
+@contextmanager
+def _gathered_by_fsdp(layer: Any) -> Iterator[None]:
+    layer.unshard()
+    yield
+    layer.reshard()
+
+
+def _gathered_by_zero(layer: nn.Module) -> AbstractContextManager[None]:
+    import deepspeed
+
+    return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(list(layer.parameters())))
+
+
+def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: int, world_size: int) -> None:
+    if changed := sorted(name for name, sum_ in before.packed.items() if after.packed.get(name) != sum_):
+        raise RunError(
+            f"model: sharding changed the packed 4-bit bytes of decoder layer {number} ({len(changed)} of "
+            f"{len(before.packed)} weights, such as {changed[0]}); use float16 or float32 storage, or --strategy ddp"
+        )
+    apart = (before.output.float() - after.output.float()).abs().max().item()
+    size = max(1.0, before.output.float().abs().max().item())  # one rounding of bfloat16 at 2 to 4 is 0.0156
+    if not apart <= size * may_differ_by(before.output.dtype):
+        raise RunError(
+            f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
+            "install the versions of constraints.txt, or use --strategy ddp"
+        )
+    limit = (1 / world_size + RESIDENT_MARGIN) * before.bytes + before.constants
+    if world_size > 1 and local > limit:
+        raise RunError(
+            f"model: decoder layer {number} is not sharded: {local:,} of its {before.bytes:,} bytes are resident, at "
+            f"most {limit:,.0f} may be on {world_size} processes; use --strategy ddp"
+        )
+
+
+def _packed_weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name.removesuffix(".base_layer"), module.weight  # PEFT's name for what it wraps
+
+
+def _checksum(weight: Tensor) -> int:
+    # A copy: numpy would pin the storage, which FSDP frees by resizing it to nothing.
+    return zlib.crc32(weight.detach().contiguous().view(torch.uint8).to("cpu", copy=True).numpy().data)
+
+
+def _constants(layer: nn.Module) -> int:
+    """Bytes of the quantization constants, which stay whole on every rank; the small code tables are not counted."""
+    states = [
+        getattr(module, "quant_state", None) for module in layer.modules() if isinstance(module, Linear4bit)
+    ]
+    found = [state for state in states if state is not None]
+    nested = [state.state2 for state in found if getattr(state, "state2", None) is not None]
+    return sum(state.absmax.nbytes for state in (*found, *nested))
+
+
+def _local_bytes(parameter: nn.Parameter) -> int:
+    if hasattr(parameter, "ds_tensor"):
+        return int(parameter.ds_tensor.nbytes)
+    return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
+
+
+def _output(layer: nn.Module) -> Tensor:
+    """On 8 tokens of fixed random numbers without positions, on the CPU."""
+    attention: Any = layer.self_attn
+    parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
+    device, dtype = cast(Tensor, parameter).device, cast(Tensor, parameter).dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8, attention.hidden_size, generator=generator).to(device, dtype)
+    cos = torch.ones(1, 8, attention.head_dim, device=device, dtype=dtype)
+    whole = Segments(torch.tensor([0, 8], dtype=torch.int32, device=device), (8,))
+    was_training = layer.training
+    layer.eval()
+    # Not `layer(...)`: FSDP2's hook would take a layer that is called alone for the root of the model.
+    output: Tensor = cast(Any, layer).forward(
+        hidden, position_embeddings=(cos, torch.zeros_like(cos)), segments=whole
+    )
+    layer.train(was_training)
+    return output.cpu()

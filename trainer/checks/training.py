@@ -1,0 +1,238 @@
+"""What could corrupt a run without an error is checked here and named."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.errors import RunError
+from launch.planning.plan import Plan
+from launch.strategies import _EXPECTED
+from trainer.distributed.collectives import gather, together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def may_differ_by(dtype: torch.dtype) -> float:
+    """The most that an output may differ by before and after wrapping.
+
+    0 in fp32 on a CPU; a GPU's libraries choose another kernel when weights lie elsewhere in memory (4.8e-7 seen).
+    """
+    if dtype == torch.float32:
+        return 1e-4 if torch.cuda.is_available() else 0.0
+    return 1e-2
+
+
+_NOISE_OF_LOGITS = 0.5  # in 16 bits, by another kernel: five times what was seen in bfloat16
+
+
+def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> None:
+    """Every rank: world size, distributed type and wrapper class are what the plan says.
+
+    `accelerate launch` can start one process where several were asked for, or wrap nothing (accelerate 1.15,
+    `MULTI_CPU` with `num_processes: 2`; FSDP on a CPU), and reports success.
+
+    Raises:
+        RunError: they are not.
+    """
+    types, wrapper = _EXPECTED[plan.strategy]
+    found = (accelerator.num_processes, accelerator.distributed_type.value, type(wrapped).__name__)
+    if found[0] != plan.world_size or found[1] not in types or found[2] != wrapper:
+        raise RunError(
+            f"rank {accelerator.process_index}: the launcher started {found[0]} processes of type {found[1]} with the "
+            f"model in {found[2]}, the plan wants {plan.world_size}, {' or '.join(sorted(types))}, {wrapper}; "
+            "check the accelerate config and --num_processes"
+        )
+
+
+def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
+    """Adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
+
+    Raises:
+        RunError: they do not.
+    """
+    if not parameters:
+        raise RunError("model: nothing trains; lora.target_modules matched no layer")
+    for name, parameter in parameters.items():
+        if "lora_" not in name:
+            raise RunError(f"model: {name} would train; only LoRA weights may")
+        if parameter.dtype != torch.float32:
+            raise RunError(f"model: the adapter {name} is {parameter.dtype}, not float32")
+
+
+def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bool = False) -> None:
+    """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
+
+    `gathered`: the layers' weights now come together elsewhere in memory, so that products may take another kernel.
+    In 16 bits that alone moves the answers: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
+    the first layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first
+    two steps stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less
+    than -log p: what is all but certain stays so. A collective.
+
+    Raises:
+        RunError: on all ranks.
+    """
+    apart = (before.float() - after.float()).abs()
+    allowed = torch.full_like(apart, may_differ_by(dtype))
+    if gathered and dtype != torch.float32:
+        allowed = allowed.maximum(_NOISE_OF_LOGITS * before.float().abs().clamp(max=1.0))
+
+    def compare() -> None:
+        if not (apart <= allowed).all():
+            place = (apart - allowed).nan_to_num(math.inf).argmax()
+            raise RunError(
+                "model: it answers otherwise since it was wrapped (the log-probability of a target differs by "
+                f"{apart.view(-1)[place]:.3g}, {allowed.view(-1)[place]:.3g} allowed); install the versions of "
+                "constraints.txt, or use another --strategy"
+            )
+
+    together(compare)
+
+
+def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
+    """After a resume all ranks hold the same adapter. A collective.
+
+    Raises:
+        RunError: on all ranks.
+    """
+    digest = hashlib.sha256()
+    for parameter in parameters.values():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    told = gather(digest.hexdigest())
+    odd = [rank for rank, other in enumerate(told) if other != told[0]]
+
+    def compare() -> None:
+        if odd:
+            raise RunError(
+                f"rank {odd[0]}: resumed with another adapter than rank 0 ({len(odd)} ranks differ); the nodes "
+                "see other files, share the run directory"
+            )
+
+    together(compare)
+
+
+def describe_targets(
+    inputs: Mapping[str, Any], samples: Sequence[int], scored: Sequence[str | None], tokenizer: Any
+) -> str:
+    """Hold what the first micro-batch scores against what each of its samples should; in words for the log.
+
+    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the text of each sample's targets, None
+    for all its tokens but the first.
+
+    Raises:
+        RunError: a sample's targets are not exactly the tokens of that text, the last of the sample.
+    """
+    ids, ends = inputs["input_ids"][0].tolist(), inputs["text_cu_seqlens"].tolist()
+    targets = dict(
+        zip((inputs["scored_positions"] + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True)
+    )
+    for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
+        mine = [place for place in targets if begin <= place < end]
+        first = begin + 1 if wanted is None else end - len(mine)
+        text = unicodedata.normalize(
+            "NFC", tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
+        )
+        if (
+            not mine
+            or mine != list(range(first, end))
+            or [targets[place] for place in mine] != ids[first:end]
+            or (wanted is not None and text != unicodedata.normalize("NFC", wanted))
+        ):
+            found = tokenizer.decode([targets[place] for place in mine])
+            raise RunError(
+                f"data.loss: sample {sample} scores {len(mine):,} of its {end - begin:,} tokens, {found[:200]!r}, "
+                f"where {'all but the first' if wanted is None else repr(wanted[:200])} should be; the tokenizer "
+                "and the chat template do not fit each other"
+            )
+    first, last = (tokenizer.decode([int(inputs["shift_labels"][0, place])]) for place in (0, -1))
+    return (
+        f"first micro-batch: {len(targets):,} of {len(ids):,} tokens are targets ({len(targets) / len(ids):.1%}), "
+        f"the first {first!r}, the last {last!r}"
+    )
+
+
+class GradientWitness:
+    """Sees the gradients of the first step of an attempt, in whatever way the engine takes them away."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._largest: dict[str, Tensor] = {}
+        self.excused = False
+        """This rank did not get to its gradients; then nobody's are judged."""
+        self._names = list(parameters)
+        self._handles = [
+            parameter.register_hook(partial(self._see, name)) for name, parameter in parameters.items()
+        ]
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        largest = gradient.detach().abs().amax()
+        known = self._largest.get(name)
+        self._largest[name] = largest if known is None else torch.maximum(known, largest)
+
+    def check(self) -> None:
+        """After the step's last backward; looks no more afterwards. A collective.
+
+        Raises:
+            RunError: on all ranks, for an adapter without gradients, or a lora_B whose are zero on all ranks.
+        """
+        for handle in self._handles:
+            handle.remove()
+        known = list(self._largest)
+        values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
+        told = gather(None if self.excused else dict(zip(known, values, strict=True)))
+        seen_by_rank = [seen for seen in told if seen is not None]
+
+        def compare() -> None:
+            if len(seen_by_rank) < len(told):
+                return
+            silent = [name for name in self._names if not any(name in seen for seen in seen_by_rank)]
+            zero = [
+                name
+                for name in self._names
+                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in seen_by_rank)
+            ]
+            if odd := silent or zero:
+                what = "no gradient" if silent else "a gradient of zero"
+                raise RunError(
+                    f"model: {len(odd)} of {len(self._names)} adapters got {what} in the first step, such as {odd[0]}; "
+                    "they would not train; install the versions of constraints.txt, or use another --strategy"
+                )
+
+        together(compare)
+
+
+def check_taken(norm: float, step: int) -> None:
+    """After DeepSpeed's backward, which takes the step: the loss was finite, the gradients may not have been.
+
+    Raises:
+        RunError: they were not (DeepSpeed 0.19 then leaves the weights as they are).
+    """
+    if not math.isfinite(norm):
+        error = RunError(
+            f"step {step}: the gradient norm is {norm}, so DeepSpeed took no step; the newest checkpoint is whole; "
+            "lower training.learning_rate"
+        )
+        error.agreed = True  # the norm is of all ranks
+        raise error
+
+
+def check_finite(loss: float, grad_norm: float, step: int, samples: list[int]) -> None:
+    """Before the weights change, on every rank with the same numbers.
+
+    Raises:
+        RunError: loss or gradient norm is not a finite number.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        error = RunError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights are unchanged; the step's "
+            f"samples are {samples}; lower training.learning_rate, or look at these samples"
+        )
+        error.agreed = True  # the numbers are sums over all ranks
+        raise error

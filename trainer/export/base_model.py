@@ -1,0 +1,278 @@
+"""The unquantized base that an adapter is merged into: found, checked, and known to be the one of the training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.checkpoints.manifest import MANIFEST
+from launch.errors import CheckpointError
+from launch.inputs.caches import embedded_folder
+from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
+from launch.inputs.model_files import old_base_identity, old_kind
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import EMBEDDED, Recipe
+from launch.run.changes import Change, content_changes, is_allowed, refuse_unknown_parts
+from launch.run.continuation import planned_identity
+from launch.run.directory import RunDirectory
+from launch.run.request_files import old_plan
+from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
+from trainer.base_files import refuse_unsafe_base
+from trainer.export.adapter import Adapter
+from trainer.formats.safetensors_blocks import read_base_shards
+from trainer.formats.validated import Layout, checked, read_json, unreadable_is_refused
+
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
+
+
+@dataclass(frozen=True)
+class BaseCheck:
+    """Whether a base was held against the training's: `how`, or why it could not be."""
+
+    compared: bool
+    how: str
+
+    def __str__(self) -> str:
+        return f"base {'' if self.compared else 'not '}compared with the training's: {self.how}"
+
+
+class _Config(Layout):
+    """What is read of config.json."""
+
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+
+
+def run_of(source: Path) -> RunDirectory | None:
+    """The run directory that `source` is, or lies in; None outside a run."""
+    source = source.expanduser().absolute()
+    for folder in (source, source.parent):
+        if RunDirectory(folder).recipe_file.is_file():
+            return RunDirectory(folder)
+    return None
+
+
+def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
+    """The recipe of the run that `source` belongs to, or `recipe_file`; None without one."""
+    if recipe_file is not None:
+        return load_recipe(recipe_file)
+    run = run_of(source)
+    return load_recipe(run.recipe_file) if run else None
+
+
+@unreadable_is_refused()
+def check_base(adapter: Adapter, folder: Path, allow: Sequence[str] = ()) -> BaseCheck:
+    """Hold a base against what the newest checkpoint of the adapter's run says of the training's, part by part.
+
+    `allow`: parts, or `model.content` for all, that may differ.
+
+    Raises:
+        CheckpointError: it is another; every part that differs is named, with both digests.
+    """
+    refuse_unknown_parts(allow, MODEL_PARTS)
+    recorded, where = recorded_at(adapter.path)
+    if recorded is None:
+        return BaseCheck(False, where)
+    if not recorded.only(*MODEL_PARTS).parts:
+        return _check_old(adapter.path, folder, where, allow)
+    now = model_identity(folder)
+    found = content_changes(recorded, now)
+    if refused := [change for change in found if not is_allowed(change, allow)]:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    *(f"{change.key}: {change.comparison(f'{where} has')}" for change in refused),
+                    f"{folder}: is not the base that the run was trained on (parts that differ: {len(refused)}); give "
+                    f"the same one with --base-model, or --allow {' --allow '.join(each.key for each in refused)}",
+                ]
+            )
+        )
+    if found:
+        told = "; ".join(f"{change.key}: {change.comparison(f'{where} has')}" for change in found)
+        return BaseCheck(True, f"it differs as allowed; {told}")
+    weights = short(now.parts[WEIGHTS])
+    return BaseCheck(True, f"the same content (weights {weights}, {len(now.parts)} parts) as in {where}")
+
+
+def _check_old(source: Path, folder: Path, where: str, allow: Sequence[str]) -> BaseCheck:
+    """By what older versions recorded: the commit of a hub model, or a sample of its weights."""
+    identity = _newest_facts(source)[0].get("base_identity")
+    kind, found = old_kind(identity), old_base_identity(folder)
+    if kind is None:
+        return BaseCheck(False, f"{where} does not say what its base was")
+    if old_kind(found) != kind:
+        return BaseCheck(
+            False,
+            f"{where} knows its base by its {kind}, and of the one given the {old_kind(found)} alone is known",
+        )
+    if found != identity and "model.content" in allow:
+        return BaseCheck(
+            True, f"another as allowed ({kind} {short(found)}, {short(str(identity))} in {where})"
+        )
+    if found != identity:
+        raise CheckpointError(
+            f"{folder}: is not the base that the run was trained on ({kind} {short(found)} here, "
+            f"{short(str(identity))} in {where}); give the same one with --base-model, or --allow model.content"
+        )
+    if kind == "sample":
+        return BaseCheck(True, f"the same sampled content ({short(found)}, not all bytes) as in {where}")
+    return BaseCheck(True, f"the same commit ({short(found)}) as in {where}")
+
+
+@unreadable_is_refused()
+def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
+    """The folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    name = base_model or adapter.base
+    if not name:
+        raise CheckpointError(
+            f"{adapter.path}: its adapter_config.json names no base model; give it with --base-model"
+        )
+    folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
+    if name == EMBEDDED and not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: the embedded base is not in the cache; run `samestep prepare embedded`"
+        )
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
+        refuse_unsafe_base(folder, None)
+        return folder.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
+        )
+    found = _snapshot(name, _revision(name, adapter))
+    refuse_unsafe_base(found, None)
+    return found
+
+
+def old_base_change(source: Path, folder: Path) -> Change | None:
+    """How a base differs from what an older version recorded beside an adapter, as far as the two can be compared."""
+    identity = _newest_facts(source)[0].get("base_identity")
+    found = old_base_identity(folder)
+    comparable = old_kind(identity) is not None and old_kind(identity) == old_kind(found)
+    return Change("model.content", identity, found) if comparable and identity != found else None
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Which parts of the run's identity may differ."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="go on although this part differs from the training's, such as model.processor; may be repeated",
+    )
+
+
+def recorded_at(source: Path) -> tuple[RunIdentity | None, str]:
+    """What the newest checkpoint beside an adapter recorded, else the run's plan; and where. Or None and the reason."""
+    facts, where = _newest_facts(source)
+    if facts:
+        return recorded_identity(facts), where
+    run = run_of(source)
+    if run is not None and (plan := old_plan(run)) is not None and plan.identity:
+        return planned_identity(plan), run.plan_file.name
+    return None, where
+
+
+def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
+    """The facts of the newest checkpoint beside an adapter, and where they stand; else none and the reason."""
+    run = run_of(source)
+    if (source / MANIFEST).is_file():
+        folders = [source]
+    elif run is not None:
+        folders = list(reversed(run.checkpoints()))
+    else:
+        return {}, f"{source.name} is no checkpoint of samestep and lies in no run"
+    reason = "no checkpoint of the run is left, which would say what its base was"
+    for folder in folders:
+        where = f"{folder.name}/{MANIFEST}"
+        try:
+            facts = read_mapping(folder / MANIFEST, TABLE)["facts"]
+        except (*UNREADABLE, LookupError):
+            continue  # never published: says nothing
+        if isinstance(facts, dict) and (facts.get("identity") or facts.get("base_identity")):
+            return facts, where
+        reason = f"{where} does not say what its base was"
+    return {}, reason
+
+
+def _revision(name: str, adapter: Adapter) -> str:
+    """The revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
+    recipe = recipe_of(adapter.path)
+    if recipe is not None and recipe.model.name_or_path == name:
+        return recipe.model.revision
+    return adapter.revision if adapter.revision and adapter.base == name else "main"
+
+
+def _snapshot(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = ["*.safetensors", *COPIED]
+    try:
+        cached = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+        )
+        read_base_shards(cached)
+        return cached
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{printable(name)[:200]}: is no folder and no hub id (owner/name); correct it with --base-model"
+        ) from error
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not in the cache, or only a part of it
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{printable(name)}: the hub knows no such model; correct --base-model or log in"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{printable(name)}: the base at revision {printable(revision)} is not in the cache and the hub "
+            f"cannot be reached ({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a "
+            "network and the same HF_HOME, or give a local folder with --base-model"
+        ) from error
+
+
+def refuse_quantized_base(folder: Path) -> None:
+    """CheckpointError when a model's weights are stored quantized."""
+    quantization = _config(folder).quantization_config
+    if quantization:
+        kind = printable(str(quantization.get("quant_method", "unknown method")))[:60]
+        raise CheckpointError(
+            f"{folder}: its weights are quantized ({kind}); merging would round the sum again, "
+            "give the original bf16 or fp32 model with --base-model"
+        )
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether a model's lm_head is its embedding."""
+    config = _config(folder)
+    return bool(config.tie_word_embeddings or (config.text_config or {}).get("tie_word_embeddings"))
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether a model sees images."""
+    return _config(folder).vision_config is not None
+
+
+def _config(folder: Path) -> _Config:
+    file = folder / "config.json"
+    return checked(_Config, read_json(file), file)

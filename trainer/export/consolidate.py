@@ -1,0 +1,151 @@
+"""A checkpoint of any form -> an adapter folder that `PeftModel.from_pretrained` loads.
+
+    python -m trainer.export.consolidate CHECKPOINT --output DIR [--adapter-config FILE | --lora-alpha N]
+
+CHECKPOINT is one of ours, or one that plain transformers, trl, accelerate or DeepSpeed wrote: of DDP or one process,
+FSDP (sharded, or in one file), ZeRO-1 to 3, a universal checkpoint, `accelerate merge-weights`, `zero_to_fp32.py`.
+One CPU and no process group are enough. Keys of older transformers get their present names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import save_file
+
+from launch.console import add_row
+from launch.errors import CheckpointError, SamestepError
+from launch.option_values import for_argparse, place, positive
+from trainer.export.adapter import Adapter, Missing, adapter_of, read_adapter
+from trainer.export.adapter_config import written_module
+from trainer.export.output_folder import refuse_place, written_aside
+from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TakenOver, take_over
+from trainer.formats.validated import read_tensors
+from trainer.logging_setup import complain, speak_plainly
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """What was found, and where the adapter lies now."""
+
+    found: TakenOver
+    adapter: Adapter
+    output: Path
+
+
+def consolidate(source: Path, output: Path, missing: Missing | None = None) -> Consolidated:
+    """Write the adapter of a checkpoint of any form as a PEFT adapter folder, and compare what was written.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read whole (then nothing is written), or the file read back differs.
+    """
+    output = output.expanduser().absolute()
+    refuse_place(output, 0)
+    found = take_over(source)
+    adapter = adapter_of(found, missing or Missing())
+    refuse_place(output, sum(tensor.nbytes for tensor in adapter.tensors.values()) + 2**20)
+    with written_aside(output) as aside:
+        write_adapter(adapter, aside)
+    return Consolidated(found, adapter, output)
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """`adapter_config.json` and `adapter_model.safetensors`, read back and compared."""
+    tensors = {key: tensor.contiguous().clone() for key, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+    written = read_tensors(folder / ADAPTER_WEIGHTS)
+    differing = [key for key, tensor in tensors.items() if not _same(tensor, written.get(key))]
+    again = read_adapter(folder)
+    if differing or len(again.pairs) != len(adapter.pairs):
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: {len(differing)} of {len(tensors)} tensors were not written as they are; "
+            "the disk may be faulty, write to another place"
+        )
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def print_consolidated(done: Consolidated, console: Console) -> None:
+    """What was found, what is in the adapter, and what the checkpoint does not hold."""
+    found, adapter = done.found, done.adapter
+    table = Table(title=Text(f"adapter: {done.output}"), show_header=False, title_justify="left")
+    add_row(table, "found", f"{found.form} in {found.source}")
+    renamed = sum(written_module(found, pair.module) != pair.module for pair in adapter.pairs)
+    names = f", {renamed} of them under names of an older transformers" if renamed else ""
+    add_row(table, "lora pairs", f"{len(adapter.pairs)}{names}")
+    if adapter.saved:
+        add_row(table, "saved whole", f"{len(adapter.saved)} tensors of modules_to_save")
+    if silent := adapter.silent:
+        add_row(table, "untrained", f"{len(silent)} pairs are zero ({', '.join(silent[:3])})")
+    add_row(table, "r, lora_alpha", f"{adapter.config['r']}, {adapter.config['lora_alpha']}")
+    add_row(table, "base", str(adapter.base or "not named; give it when you load or merge"))
+    add_row(table, "step", "not known" if found.step is None else str(found.step))
+    add_row(
+        table,
+        "optimizer",
+        f"moments of {len(found.moments) // 3} parameters" if found.moments else "no moments",
+    )
+    console.print(table)
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """What may be said where a checkpoint does not say it."""
+    parser.add_argument(
+        "--adapter-config",
+        type=for_argparse(place("--adapter-config")),
+        help="adapter_config.json (or its folder) of a checkpoint without one",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=for_argparse(positive("--lora-alpha")),
+        help="of a checkpoint without adapter_config.json",
+    )
+    parser.add_argument(
+        "--base-model", help="folder or hub id of the unquantized base; default: the one the adapter names"
+    )
+
+
+def missing_of(given: argparse.Namespace) -> Missing:
+    """The values of `add_adapter_options`."""
+    return Missing(given.adapter_config, given.lora_alpha, given.base_model)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export.consolidate",
+        description="Make a PEFT adapter folder of a checkpoint of any form, on one CPU.",
+        epilog="example: python -m trainer.export.consolidate old_run/checkpoint-500 --output adapter",
+    )
+    parser.add_argument("source", type=for_argparse(place("source")), help="the checkpoint")
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder to write; must not exist",
+    )
+    add_adapter_options(parser)
+    given = parser.parse_args(arguments)
+    speak_plainly()
+    try:
+        done = consolidate(given.source, given.output, missing_of(given))
+    except SamestepError as error:
+        return complain(error)
+    print_consolidated(done, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: what another library trained, as a checkpoint of ours.
+
+Adapter, moments and step are taken over where the form has them; what is lost is said. `samestep run RECIPE --from
+CHECKPOINT` starts it, and then begins a run with the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import TrainerState
+
+from launch.checkpoints.manifest import MANIFEST
+from launch.checkpoints.publish import aside_folder, publish
+from launch.errors import CheckpointError, SamestepError
+from launch.inputs.dataset_index import Index, read_index
+from launch.inputs.model_files import COMMIT
+from launch.option_values import for_argparse, place
+from launch.planning.plan import Begin
+from launch.recipe.loading import find_recipe, load_recipe
+from launch.recipe.schema import EMBEDDED, Recipe, altering_values
+from launch.untrusted_files import printable
+from trainer.export.adapter import Missing, adapter_of
+from trainer.formats.detect import TakenOver, take_over
+from trainer.formats.portable import ADAPTER_FILE, OPTIMIZER_FILE
+from trainer.logging_setup import complain, speak_plainly
+from trainer.prepare import prepare
+from trainer.pretrained import base_name, base_path
+
+STATE_FILE = "trainer_state.json"
+_NOT_CONTINUED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.import_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m trainer.import_checkpoint recipe.yaml old_run/checkpoint-500 --output taken",
+    )
+    parser.add_argument("recipe", help="the recipe that is to go on")
+    parser.add_argument(
+        "source",
+        type=for_argparse(place("source")),
+        help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed",
+    )
+    parser.add_argument(
+        "--output",
+        type=for_argparse(place("--output")),
+        required=True,
+        help="folder in which checkpoint-<step> is written",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
+    )
+    given = parser.parse_args(arguments)
+    speak_plainly()
+    try:
+        recipe = load_recipe(find_recipe(given.recipe), given.set)
+        index = read_index(recipe) or prepare(recipe)
+        found = take_over(given.source)
+        refuse_what_we_do_not_train(recipe, found)
+        write_checkpoint(recipe, index, found, given.output)
+    except SamestepError as error:
+        return complain(error)
+    print(
+        f"{printable(str(given.source))}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}"
+    )
+    for lost in (*found.lost, *_lost_always(recipe, found)):
+        print(f"not taken over: {lost}")
+    return 0
+
+
+def refuse_what_we_do_not_train(recipe: Recipe, found: TakenOver) -> None:
+    """What a recipe cannot say would be dropped in silence: another scale, say, or another base.
+
+    Raises:
+        CheckpointError: it is no whole LoRA, or of a kind that this training does not continue.
+    """
+    if (found.source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{found.source}: is a checkpoint of samestep; give it to `samestep run --from` as it is"
+        )
+    adapter_of(found, Missing() if found.config else Missing(lora_alpha=recipe.lora.lora_alpha))
+    config = found.config or {}
+    if refused := [name for name in _NOT_CONTINUED if config.get(name)]:
+        raise CheckpointError(
+            f"{found.source}: its adapter uses {', '.join(refused)}, which a run here does not continue; merge it "
+            "(`samestep merge`) and train on the result, or go on with the library that wrote it"
+        )
+
+
+def write_checkpoint(recipe: Recipe, index: Index, found: TakenOver, output: Path) -> Path:
+    """Publish `checkpoint-<step>` below `output`, replacing an older one; returns its folder.
+
+    Its facts say of the old run what is known (LoRA, base), and for the rest what the recipe says.
+    """
+    step = found.step or 0
+    aside = aside_folder(output, step)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(
+        {key: tensor.float().contiguous() for key, tensor in found.tensors.items()}, aside / ADAPTER_FILE
+    )
+    if found.moments:
+        moments = {name: tensor.float().contiguous() for name, tensor in found.moments.items()}
+        save_file(moments, aside / OPTIMIZER_FILE)
+    lora_config(recipe, found).save_pretrained(str(aside))
+    TrainerState(global_step=step, train_batch_size=1).save_to_json(str(aside / STATE_FILE))
+    facts = {
+        "step": step,
+        "samples_consumed": step * recipe.batch.global_batch_size,
+        "form": "portable",
+        "strategy": found.form,
+        "world_size": None,
+        "global_batch_size": recipe.batch.global_batch_size,
+        "begin": {"step": Begin().step, "sample": Begin().sample},
+        "learning_rate": None,
+        "recipe": altering_values(recipe) | old_values(recipe, found),
+        "dataset_fingerprint": index.fingerprint,
+        "base_identity": known_base(found),
+        "taken_over_from": str(found.source.absolute()),
+        "lost": list(found.lost),
+    }
+    final = output / f"checkpoint-{step}"
+    publish(aside, final, facts, replace=True)
+    return final
+
+
+def known_base(found: TakenOver) -> str | None:
+    """The commit of the old run's base; None where its adapter_config.json has but a name, which is any model's."""
+    revision = (found.config or {}).get("revision") or ""
+    return revision if COMMIT.fullmatch(revision) else None
+
+
+def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
+    """The recipe values that the old run is known to have had otherwise: of its adapter_config.json, or its tensors."""
+    config = found.config or {"r": _rank_of(found)}
+    old = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
+    targets = config.get("target_modules")
+    wanted = recipe.lora.target_modules
+    if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
+        old["lora.target_modules"] = sorted(targets)
+    base = config.get("base_model_name_or_path")
+    name = recipe.model.name_or_path
+    same = {name, base_path(recipe) if name == EMBEDDED else base_name(recipe)}
+    if base and base not in same:
+        old["model.name_or_path"] = base
+    return old
+
+
+def lora_config(recipe: Recipe, found: TakenOver) -> LoraConfig:
+    """The adapter_config.json of what was taken over: its own values, the recipe's where it has none."""
+    chosen, own = recipe.lora, found.config or {}
+    values: dict[str, Any] = {
+        "r": own.get("r", _rank_of(found)),
+        "lora_alpha": own.get("lora_alpha", chosen.lora_alpha),
+        "lora_dropout": own.get("lora_dropout", chosen.lora_dropout),
+        "target_modules": own.get("target_modules", chosen.target_modules),
+    }
+    config = LoraConfig(**values, task_type="CAUSAL_LM", inference_mode=True)
+    config.base_model_name_or_path = own.get("base_model_name_or_path") or base_name(recipe)
+    return config
+
+
+def _rank_of(found: TakenOver) -> int:
+    return next(tensor.shape[0] for key, tensor in found.tensors.items() if ".lora_A." in key)
+
+
+def _taken(found: TakenOver) -> Iterator[str]:
+    yield f"the adapter ({len(found.tensors)} tensors)"
+    if found.moments:
+        yield f"the optimizer's moments of {len(found.moments) // 3} parameters"
+    if found.step is not None:
+        yield "the step"
+
+
+def _lost_always(recipe: Recipe, found: TakenOver) -> Iterator[str]:
+    sample = (found.step or 0) * recipe.batch.global_batch_size
+    yield (
+        f"the order of its samples: this run goes on at sample {sample:,} of its own stream, so some are seen again "
+        "and some not in the epoch under way"
+    )
+    yield "the learning-rate schedule: the recipe's is entered at that step"
+    yield "what its base was quantized to, and its data: the recipe's are taken for the same"
+    if known_base(found) is None:
+        yield "which weights its base had: it says no more than a name, the recipe's are taken for the same"
+    if found.config is None:
+        yield f"lora_alpha, which the form does not store: taken from the recipe ({recipe.lora.lora_alpha})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""How the trainer's commands speak: our words plainly, the libraries' only when something is the matter."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import stat
+import sys
+import warnings
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from launch.errors import SamestepError
+from launch.invocation import as_typed
+from launch.untrusted_files import printable_lines
+
+
+def speak_plainly() -> None:
+    """Our own messages from INFO on, the libraries' from WARNING on, their deprecations among themselves never.
+
+    Every command calls it first: it also settles what the libraries read from the environment when they wake.
+    """
+    _outlive_the_listeners()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed 0.19 else warns that it found none
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
+    for library in ("transformers", "datasets"):  # whose words have handlers of their own
+        for handler in logging.getLogger(library).handlers:
+            handler.setFormatter(_Printable())
+    logging.getLogger("trainer").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+class _Printable(logging.Formatter):
+    """A message may quote what others wrote: no terminal obeys it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+class _Listener(io.FileIO):
+    """A terminal or a pipe that may end while the run goes on: what is written to it then is lost, and nothing else."""
+
+    def write(self, data: Any) -> int:
+        """As `FileIO.write`; after a terminal hung up (EIO) or a reader went (EPIPE) all is taken for written."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return memoryview(data).nbytes
+
+
+def _outlive_the_listeners() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # a program that caught our words (pytest)
+            continue
+        if isinstance(stream, io.TextIOWrapper) and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raw = _Listener(descriptor, "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
+            )
+            setattr(sys, name, text)
+
+
+def complain(error: SamestepError) -> int:
+    """Say what went wrong on stderr, without a traceback; returns the exit status."""
+    print(f"error: {printable_lines(as_typed(str(error)))}", file=sys.stderr, flush=True)
+    return error.exit_status

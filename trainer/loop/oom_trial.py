@@ -1,0 +1,137 @@
+"""The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
+
+No collective is in the trial, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it is
+tried before anything is wrapped, and decoder layers that are shared out have stand-ins (`trainer.model.layer_stand_ins`).
+What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
+moves.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from numpy.typing import NDArray
+
+from launch.errors import GpuMemoryError
+from launch.planning.auto_settings import recomputation
+from launch.planning.memory import bytes_of_first_step
+from launch.planning.oom_fallback import plan_with_less
+from launch.planning.plan import Plan
+from launch.planning.step_plan import MicroBatch
+from launch.run.request_files import keep_plan
+from launch.strategies import SHARDING
+from trainer.data.chartqa import open_split
+from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.distributed.collectives import from_rank_0, gather, on_rank_0, together
+from trainer.loop.trainer import PlannedTrainer
+from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, shared_out, stand_ins
+
+logger = get_logger("trainer")
+DEVICES = ("cuda",)
+SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
+GATHERED_LAYERS = 2  # beside the one that computes: the next, as it arrives and as it is taken apart
+
+
+def settle(trainer: PlannedTrainer) -> None:
+    """Come down from the plan's settings to some that all ranks can hold, and write them into plan.json. A collective.
+
+    Raises:
+        GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
+    """
+    if trainer.plan.settings_tried or trainer.args.device.type not in DEVICES:
+        return
+    while not all(gather(holds_largest(trainer))):
+        smaller = from_rank_0(lambda: _smaller(trainer))
+        trainer.take_plan(smaller)
+        logger.warning(
+            f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
+            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
+        )
+    trainer.take_plan(replace(trainer.plan, settings_tried=True))
+    on_rank_0(lambda: keep_plan(trainer.run_directory, trainer.plan))
+
+
+def _smaller(trainer: PlannedTrainer) -> Plan:
+    asked = trainer.recipe, trainer.index, trainer.plan
+    found = plan_with_less(*asked, reloading=False)
+    if found is None:
+        after = plan_with_less(*asked, reloading=True)
+        raise GpuMemoryError(
+            f"GPU: out of memory with the largest micro-batch ({trainer.plan.micro_batch_tokens:,} tokens); "
+            + (
+                "the same command goes on with 4-bit weights that are not held dequantized"
+                if after
+                else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
+                "training.gradient_checkpointing and model.resident_weights to auto"
+                + ("" if trainer.plan.strategy in SHARDING else ", or use --strategy fsdp")
+            )
+        )
+    return found
+
+
+def holds_largest(trainer: PlannedTrainer) -> bool:
+    """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
+    packed = together(lambda: _largest(trainer))
+    with shared_out(trainer.model) if trainer.plan.strategy == "zero3" else nullcontext():
+        return together(lambda: _holds(trainer, packed))
+
+
+def _largest(trainer: PlannedTrainer) -> PackedBatch:
+    split = trainer.index.splits["train"]
+    chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
+    return assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
+
+
+def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
+    device = trainer.args.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _forward_and_backward(trainer, packed)
+        held = True
+    except torch.OutOfMemoryError:
+        held = False
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    gc.collect()  # the frames of the error held activations
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return held
+
+
+def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
+    device = trainer.args.device
+    spare = torch.empty(_to_come(trainer), dtype=torch.uint8, device=device)
+    trainer.model.train()
+    with stand_ins(trainer.model, device) if trainer.plan.strategy in SHARDING else nullcontext():
+        loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
+        loss.backward()
+    del spare
+
+
+def _to_come(trainer: PlannedTrainer) -> int:
+    """Bytes that are not there yet: of the optimizer, of layers that come together, and a spare part of the GPU."""
+    plan, device = trainer.plan, trainer.args.device
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    found = bytes_of_first_step(plan.strategy, plan.world_size, count)
+    if plan.strategy in SHARDING:
+        found += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
+    if device.type == "cuda":
+        found += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return found
+
+
+def largest_micro_batch(tokens: NDArray[np.int64], budget: int) -> MicroBatch:
+    """Samples that together come as near to the budget as the longest ones first do; positions in the split."""
+    chosen, left = [], budget
+    for sample in np.argsort(-tokens, kind="stable").tolist():
+        if tokens[sample] <= left:
+            chosen.append(sample)
+            left -= int(tokens[sample])
+        if left < int(tokens.min()):
+            break
+    return MicroBatch(tuple(sorted(chosen)), filler=False)

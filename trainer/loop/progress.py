@@ -1,0 +1,160 @@
+"""What a user watches while a run goes on: a progress bar on rank 0, and trackio."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launch.recipe.schema import Recipe
+from launch.run.directory import RunDirectory
+from launch.untrusted_files import LINE, printable, read_text
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the last loss; on a log file, a line every `logging_steps`."""
+
+    def __init__(self, resumed_at: int) -> None:
+        self._console = Console(stderr=True)
+        self._resumed_at = resumed_at
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._console.is_terminal:
+            return
+        progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+        )
+        self._bar = (progress, progress.add_task("", total=state.max_steps, completed=self._resumed_at))
+        progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = " ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items())
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, description=shown)
+        else:
+            print(f"step {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, completed=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar:
+            self._bar[0].stop()
+
+
+class Trackio(TrainerCallback):
+    """Logs to trackio, local unless `tracking.space_id` names a Space; one run per name, continued on resume.
+
+    Not transformers' own callback: that one also stores the whole configuration of model and trainer, this the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, run_directory: RunDirectory) -> None:
+        self._recipe, self._run_directory = recipe, run_directory
+        self._run: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._recipe.tracking.space_id is None:
+            # trackio 0.43 takes these over an absent space_id: the recipe says local.
+            for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+                os.environ.pop(variable, None)
+        try:
+            import trackio
+
+            self._run = trackio.init(
+                project=self._recipe.tracking.project,
+                name=tracking_name(self._run_directory),
+                space_id=self._recipe.tracking.space_id,
+                config=self._recipe.model_dump(mode="json"),
+                resume="allow",
+                embed=False,
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs:
+            self._guarded(lambda run: run.log(dict(logs), step=state.global_step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._guarded(lambda run: run.finish())
+
+    def _guarded(self, action: Callable[[Any], None]) -> None:
+        """Whatever ails the tracker, the training goes on: metrics.jsonl has it all."""
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
+
+
+def tracking_name(run: RunDirectory) -> str:
+    """One name for all attempts of a run, another for a run of the same name begun afresh."""
+    file = run.path / ".trackio"
+    if not file.exists():
+        file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return printable(read_text(file, LINE).strip())
+
+
+def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
+    """What rank 0 shows of a run; nothing on the others."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return []
+    shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
+    if recipe.tracking.report_to == "trackio":
+        shown.append(Trackio(recipe, run))
+    return shown

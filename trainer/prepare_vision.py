@@ -1,0 +1,217 @@
+"""`samestep prepare --vision`: the features of every image of a recipe, computed once before any run wants them.
+
+What is there already is left as it is, so a fill that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
+
+from launch.errors import ConfigError, RunError, SamestepError
+from launch.inputs.dataset_index import Index, SplitName
+from launch.planning.plan import compute_dtype_of, validation_samples
+from launch.recipe.schema import Recipe
+from trainer.data.chartqa import Rows, open_split
+from trainer.data.images import decode_image
+from trainer.data.loader import data_workers
+from trainer.data.packing import cumulative
+from trainer.data.row_errors import naming_row
+from trainer.model.attention import Segments
+from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.vision import image_features
+from trainer.pretrained import load_processor
+from trainer.progress_bars import Report
+from trainer.vision_cache.cache_key import facts_of, kind_of
+from trainer.vision_cache.file import Features
+from trainer.vision_cache.store import (
+    SPARED,
+    FeatureCache,
+    FullError,
+    describe,
+    gigabytes,
+    name_of,
+    open_cache,
+)
+
+PASS_TOKENS = 4096
+"""Visual tokens that the tower takes together, but for a larger single image."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One distinct image: a row that has it, and its visual tokens."""
+
+    split: SplitName
+    row: int
+    name: str
+    visual_tokens: int
+
+
+_Processed = tuple[Tensor, tuple[int, int, int]]
+"""An image's pixels [P, patch features] and its patches in time, height and width."""
+_Encoded = tuple[Wanted, Tensor, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What is to be done: the images without features, and what computes and keeps them."""
+
+    recipe: Recipe
+    model: Qwen2VLForConditionalGeneration
+    cache: FeatureCache
+    rows: dict[SplitName, Rows]
+    processor: Any
+    images: int
+    missing: list[Wanted]
+    said: list[str]
+
+
+def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
+    """Which images training and its evaluations will want that have no features yet; `report` is told the samples.
+
+    Raises:
+        ConfigError: they would not fit.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(recipe).image_processor
+    model = load_base(recipe, device, layers=False)
+    facts = facts_of(recipe, model.model.visual, processor)
+    cache = open_cache("disk", kind_of(model.model.visual, facts), facts)
+    try:
+        cache.recount()
+    except OSError as error:
+        raise ConfigError(
+            f"SAMESTEP_VISION_CACHE: {cache.folder} cannot be written ({error.strerror or error}); give permission, "
+            "or name another folder"
+        ) from error
+    rows: dict[SplitName, Rows] = {
+        "train": open_split(recipe, "train"),
+        "validation": open_split(recipe, "validation"),
+    }
+    images = list(_wanted(recipe, index, rows, report))
+    missing = [image for image in images if not cache.holds(image.name)]
+    needed = sum(cache.kind.bytes_of(image.visual_tokens) for image in missing)
+    _refuse_want_of_room(cache, needed)
+    said = [
+        *describe(cache, facts),
+        f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
+        f"{gigabytes(needed)}",
+    ]
+    return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
+
+
+def fill(filling: Filling, report: Report) -> None:
+    """Compute and keep what is missing; `report` is told the images whose files are there.
+
+    Raises:
+        RunError: an image cannot be read any more, or the disk does not take them.
+    """
+    prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
+    pixels = _Pixels(filling.rows, filling.missing, filling.processor)
+    loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
+    together: list[_Encoded] = []
+    count = len(filling.missing)
+    for number, (wanted, processed) in enumerate(zip(filling.missing, loader, strict=True), 1):
+        if isinstance(processed, SamestepError):
+            raise processed
+        together.append((wanted, *processed))
+        if number == count or sum(wanted.visual_tokens for wanted, _, _ in together) >= PASS_TOKENS:
+            _keep(filling.model, filling.cache, together)
+            report(number, count)
+            together = []
+
+
+def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: Report) -> Iterator[Wanted]:
+    """Every distinct image of the training split and of the samples that evaluations see."""
+    chosen: dict[SplitName, Sequence[int]] = {
+        "train": range(len(index.splits["train"])),
+        "validation": validation_samples(recipe, index).tolist(),
+    }
+    seen: set[str] = set()
+    total, done = sum(map(len, chosen.values())), 0
+    for split, samples in chosen.items():
+        facts = index.splits[split]
+        for sample in samples:
+            row = int(facts.rows[sample])
+            name = name_of(rows[split][row].image)
+            if name not in seen:
+                seen.add(name)
+                yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+            done += 1
+            if done % 256 == 0 or done == total:
+                report(done, total)
+
+
+def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
+    used, disk = cache.used_bytes(), shutil.disk_usage(cache.folder)
+    free = int(disk.free - SPARED * disk.total)
+    problems = []
+    if used + needed > cache.bound:
+        problems.append(
+            f"SAMESTEP_VISION_CACHE_GB: {gigabytes(needed)} more are needed, {gigabytes(used)} of "
+            f"{gigabytes(cache.bound)} are used ({gigabytes(cache.others_bytes())} by other towers or settings in "
+            f"{cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
+        )
+    if needed > free:
+        problems.append(
+            f"SAMESTEP_VISION_CACHE: {gigabytes(needed)} more are needed, {gigabytes(max(0, free))} can be used on "
+            f"the disk of {cache.root}; make room, or name a folder on another disk"
+        )
+    if needed and problems:
+        raise ConfigError(problems)
+
+
+class _Pixels(Dataset["_Processed | SamestepError"]):
+    """The processed pixels [P, patch features] and grid of each wanted image; an error is a value, as in `Batches`."""
+
+    def __init__(self, rows: dict[SplitName, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
+        self._rows, self._wanted, self._processor = rows, wanted, processor
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, number: int) -> _Processed | SamestepError:
+        wanted = self._wanted[number]
+        try:
+            with naming_row(f"data: {wanted.split} row {wanted.row}"):
+                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                encoded = self._processor(images=[image], return_tensors="pt")
+        except SamestepError as error:
+            return error
+        time, height, width = encoded["image_grid_thw"][0].tolist()
+        return encoded["pixel_values"], (time, height, width)
+
+
+def _keep(
+    model: Qwen2VLForConditionalGeneration,
+    cache: FeatureCache,
+    together: Sequence[_Encoded],
+) -> None:
+    """The tower over some images at once, and a file for each."""
+    grids = torch.tensor([grid for _, _, grid in together])
+    lengths = tuple(height * width for time, height, width in grids.tolist() for _ in range(time))
+    features = image_features(
+        model.model,
+        torch.cat([values for _, values, _ in together]).to(model.device),
+        grids.to(model.device),
+        get_vision_position_ids(grids, cache.kind.merge).to(model.device),
+        Segments(cumulative(lengths).to(model.device), lengths),
+    ).cpu()
+    for (wanted, _, grid), part in zip(
+        together, features.split([wanted.visual_tokens for wanted, _, _ in together]), strict=True
+    ):
+        try:
+            cache.write(wanted.name, Features(part, grid))
+        except (FullError, OSError) as error:
+            raise RunError(
+                f"{cache.folder}: cannot be filled further ({error}); make room and give the same command again"
+            ) from error

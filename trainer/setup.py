@@ -1,0 +1,137 @@
+"""From the command line to the task: recipe, data, plan and run directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+
+from launch.errors import ConfigError, SamestepError
+from launch.inputs.data_report import known_notes, summary
+from launch.inputs.dataset_index import Index, read_index
+from launch.inputs.identity import RunIdentity
+from launch.inputs.model_files import old_base_identity
+from launch.planning.oom_fallback import plan_on
+from launch.planning.plan import Plan, make_plan
+from launch.recipe.loading import find_recipe, load_recipe
+from launch.recipe.schema import Recipe
+from launch.rules.accelerate_config import launched_config, launched_strategy
+from launch.rules.checks import refuse_config
+from launch.run.changes import consequences, content_changes, tie_contents
+from launch.run.continuation import (
+    continue_run,
+    plan_to_keep,
+    planned_identity,
+    refuse_an_end_behind,
+    refuse_another_identity,
+)
+from launch.run.directory import RunDirectory, open_run
+from launch.untrusted_files import read_text
+from trainer.identity import identity_of, is_first_of_node
+from trainer.prepare import prepare
+from trainer.pretrained import base_path
+from trainer.task import Task
+
+logger = get_logger("trainer")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that was asked for."""
+    if options.run_dir is not None:
+        return load_recipe(RunDirectory(options.run_dir).recipe_file)
+    return load_recipe(find_recipe(options.recipe), options.set)
+
+
+def prepare_first(options: argparse.Namespace) -> Index:
+    """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
+    recipe = recipe_of(options)
+    first = is_first_of_node()
+    index = read_index(recipe) or prepare(recipe, quiet=not first)
+    if first:
+        with suppress(SamestepError):  # of one node alone, maybe: told to all ranks when they know each other
+            identity_of(recipe, index)  # remembered: all weights may have to be read
+    return index
+
+
+def read_task(
+    options: argparse.Namespace,
+    index: Index,
+    identity: RunIdentity,
+    state: PartialState,
+    gpu_memory: int | None,
+) -> Task:
+    """Recipe, plan and run directory; a plain launch plans here.
+
+    Raises:
+        ConfigError: the plan does not fit what was launched, or the run belongs to another recipe.
+    """
+    recipe, config = recipe_of(options), launched_config(os.environ)
+    if options.run_dir is not None:
+        run = RunDirectory(options.run_dir.absolute())
+        plan = Plan.from_json(read_text(run.plan_file))
+        if found := content_changes(planned_identity(plan), identity):
+            raise ConfigError(
+                [
+                    *(f"{change.key}: {change.comparison('planned for')}" for change in found),
+                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(found)}); run "
+                    "the same `samestep run` again to plan anew",
+                ]
+            )
+        refuse_config(recipe, plan.strategy, plan.nodes, config)
+        if gpu_memory is not None and not plan.gpu_memory:  # planned on a machine that did not know it
+            plan = plan_on(recipe, index, plan, gpu_memory)
+        return make_task(recipe, plan, index, run, identity)
+    run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
+    continuation = continue_run(run, recipe, options.allow, options.source)
+    source = continuation.source
+    allowed = continuation.allowed if source else options.allow
+    others = refuse_another_identity(run, identity, allowed, source)
+    for consequence in consequences([*continuation.changed, *others]):
+        logger.warning(f"allowed: {consequence}")
+    for line in summary(known_notes(recipe) or []):
+        logger.info(f"{recipe.data.dataset}: {line}")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hardware: dict[str, Any] = {
+        "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),
+        "nodes": max(1, state.num_processes // local),
+        "gpus_per_node": local,
+        "device": state.device.type,
+    }
+    plan = make_plan(
+        recipe,
+        index,
+        **hardware,
+        before=plan_to_keep(run, recipe, {**hardware, "gpu_memory": gpu_memory or 0}, index.fingerprint),
+        name=run.name,
+        begin=continuation.begin,
+        allowed=continuation.allowed,
+        started_from=continuation.started_from,
+        config=config,
+        gpu_memory=gpu_memory,
+        samples_digest=continuation.samples_digest,
+    )
+    refuse_an_end_behind(run, plan.max_steps, source)
+    return make_task(recipe, plan, index, run, identity, source)
+
+
+def make_task(
+    recipe: Recipe,
+    plan: Plan,
+    index: Index,
+    run: RunDirectory,
+    identity: RunIdentity,
+    source: Path | None = None,
+) -> Task:
+    """With what is allowed about data and base tied to those of now."""
+    contents = dict(identity.parts)
+    if not {"model.content", "model.name_or_path", "model.revision"}.isdisjoint(plan.allowed):
+        # Also of a base that an older version recorded.
+        contents["model.content"] = old_base_identity(Path(base_path(recipe)))
+    plan = replace(plan, allowed=tie_contents(plan.allowed, contents), identity=dict(identity.parts))
+    return Task(recipe, plan, index, run, source)

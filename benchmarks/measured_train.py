@@ -26,7 +26,7 @@ from benchmarks.scaling import random_deal
 from launch.planning import step_plan
 from trainer import train
 from trainer.checks.sharding import resident_bytes, whole_bytes
-from trainer.distributed.collectives import end_process, leave_processes
+from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.loop.trainer import PlannedTrainer
@@ -167,7 +167,7 @@ def main() -> int:
     """As `trainer.train`; returns its exit status."""
     folder, profiled_step, assignment, *arguments = sys.argv[1:]
     if assignment == "random":
-        step_plan.deal = random_deal
+        step_plan.assign = random_deal
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 
@@ -179,7 +179,7 @@ def main() -> int:
 
     def leave() -> None:
         clock.finish()
-        leave_processes()
+        destroy_process_group()
 
     train.settle, train.leave_processes = settle_after, leave
     return train.main(arguments)

@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
         prepare_training,
         trainable_parameters,
     )
-    from trainer.model.resident import hold_dequantized
+    from trainer.model.resident import dequantize_weights
     from trainer.prepare import prepare
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     dequantized, results = False, []
     for case in sorted(cases, key=lambda case: case.resident):
         if case.resident and not dequantized:
-            dequantized = hold_dequantized(base, compute_dtype) > 0
+            dequantized = dequantize_weights(base, compute_dtype) > 0
         language = base.model.language_model
         language.activation_checkpointing_disable()
         if case.every:

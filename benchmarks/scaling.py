@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.planning.load_balance import MicroBatch, deal
+from launch.planning.load_balance import MicroBatch, assign
 from launch.planning.step_plan import cost
 
 Ints = NDArray[np.int64]
@@ -89,7 +89,7 @@ def random_deal(
     budget: int,
     micro_batches: int | None = None,
 ) -> list[list[MicroBatch]]:
-    """As `launch.planning.load_balance.deal` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
+    """As `launch.planning.load_balance.assign` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
 
     Deterministic in the samples, so that all ranks find the same. The budget is not kept: a rank's micro-batches are
     level in tokens, and as many as are asked for.
@@ -152,7 +152,7 @@ def simulate(
     for _ in range(steps):
         samples = draw.integers(len(costs), size=ranks * samples_per_rank)
         if assignment == "balanced":
-            work = rank_costs(deal(samples, lengths.tokens, costs, ranks, budget), costs)
+            work = rank_costs(assign(samples, lengths.tokens, costs, ranks, budget), costs)
         else:
             dealt = random_deal(samples, lengths.tokens, costs, ranks, budget)
             work = rank_costs(dealt, costs) if assignment == "random" else padded_costs(dealt, lengths)

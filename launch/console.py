@@ -13,7 +13,7 @@ from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 
 
-def say(text: str, to_stderr: bool = False) -> None:
+def echo(text: str, to_stderr: bool = False) -> None:
     """Print lines of words; what would move a terminal is made visible in them."""
     emit(printable_lines(as_typed(text)), to_stderr)
 
@@ -25,7 +25,7 @@ def write_to_nowhere(descriptor: int) -> None:
     os.close(nowhere)
 
 
-def tell(text: str) -> None:
+def log_stderr(text: str) -> None:
     """Say what nobody may be there to hear: a terminal that is gone, or a print that this one interrupted."""
     with contextlib.suppress(OSError, RuntimeError):
         print(printable_lines(text), file=sys.stderr, flush=True)

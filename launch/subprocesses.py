@@ -12,7 +12,7 @@ from types import FrameType
 
 import psutil
 
-from launch.console import tell, write_to_nowhere
+from launch.console import log_stderr, write_to_nowhere
 from launch.errors import SamestepError
 from launch.launcher_variables import PARENT, remove_launcher_variables
 
@@ -104,7 +104,7 @@ def _for_child(environment: Mapping[str, str] | None) -> dict[str, str]:
     given = dict(os.environ if environment is None else environment)
     if (said := remove_launcher_variables(given)) and said not in _told:
         _told.add(said)
-        tell(said)
+        log_stderr(said)
     return {**given, PARENT: str(os.getpid())}
 
 

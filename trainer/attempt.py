@@ -29,14 +29,14 @@ from launch.run.directory import (
     write_marker,
 )
 from launch.run.lock import hold_lock
-from launch.run.request_files import adopt, keep_plan, write_request
+from launch.run.request_files import copy_checkpoint, keep_plan, write_request
 from launch.untrusted_files import read_text
 from trainer.task import Task
 
 logger = get_logger("trainer")
 
 
-def take_run(task: Task, held: ExitStack, waited_for: bool = False) -> bool:
+def acquire_run(task: Task, held: ExitStack, waited_for: bool = False) -> bool:
     """Rank 0: lock the run for this process's lifetime and write what it is about to do.
 
     `waited_for`: `samestep run` has cleared away what was asked of earlier attempts. Returns whether the run's folder
@@ -55,7 +55,7 @@ def _write(task: Task, waited_for: bool) -> None:
         forget_old_stop(task.run)
     write_request(task.run, task.recipe, task.plan)
     if task.source is not None:
-        adopt(task.source, task.run)
+        copy_checkpoint(task.source, task.run)
     atomic_write(task.run.environment_file, json.dumps(environment(task.plan), indent=1) + "\n")
 
 
@@ -91,7 +91,7 @@ class Ended:
     stop: StopReason | None = None
 
 
-def leave_marker(task: Task, ended: Ended) -> None:
+def write_exit_marker(task: Task, ended: Ended) -> None:
     """Say how the attempt ended; what was asked of it is answered."""
     if ended.stop:
         text = f"{ended.stop}: at step {ended.step} of {task.plan.max_steps}"
@@ -102,7 +102,7 @@ def leave_marker(task: Task, ended: Ended) -> None:
     clear_requests(task.run)
 
 
-def leave_smaller_plan(task: Task) -> None:
+def write_smaller_plan(task: Task) -> None:
     """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
     with contextlib.suppress(OSError):
         plan = Plan.from_json(read_text(task.run.plan_file))
@@ -118,7 +118,7 @@ def leave_smaller_plan(task: Task) -> None:
         )
 
 
-def leave_reason(run: RunDirectory, error: SamestepError, new: bool = False) -> None:
+def write_exit_reason(run: RunDirectory, error: SamestepError, new: bool = False) -> None:
     """Write why a request was refused where `samestep run` looks for it; a failed run leaves no marker.
 
     `new`: nobody waits for the reason, and the folder is of this attempt: what is refused leaves none.

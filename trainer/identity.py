@@ -9,7 +9,7 @@ from launch.errors import RunError
 from launch.inputs.dataset_index import Index
 from launch.inputs.identity import RunIdentity, data_identity, model_identity, short
 from launch.recipe.schema import Recipe
-from trainer.distributed.collectives import gather, on_rank_0, together
+from trainer.distributed.collectives import gather_objects, run_on_all_ranks, run_on_main
 from trainer.pretrained import base_path
 
 
@@ -31,8 +31,8 @@ def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
         ConfigError: a base cannot be read.
         RunError: the nodes have different ones.
     """
-    mine = together(lambda: identity_of(recipe, index) if is_first_of_node() else None)
-    everyone = gather(mine)
+    mine = run_on_all_ranks(lambda: identity_of(recipe, index) if is_first_of_node() else None)
+    everyone = gather_objects(mine)
     first = everyone[0]
     assert first is not None  # rank 0 is the first of its node
 
@@ -50,5 +50,5 @@ def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
                     "SAMESTEP_CACHE between the nodes, or make their models and data alike"
                 )
 
-    on_rank_0(compare)
+    run_on_main(compare)
     return first

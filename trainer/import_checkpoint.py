@@ -18,19 +18,19 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 
 from launch.checkpoints.manifest import MANIFEST
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.errors import CheckpointError, SamestepError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
-from launch.planning.plan import Begin
+from launch.planning.plan import StreamOffset
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import EMBEDDED, Recipe, altering_values
 from launch.untrusted_files import printable
-from trainer.export.adapter import Missing, adapter_of
-from trainer.formats.detect import TakenOver, take_over
+from trainer.export.adapter import AdapterOverrides, adapter_of
+from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
 from trainer.formats.portable import ADAPTER_FILE, OPTIMIZER_FILE
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare import prepare
 from trainer.pretrained import base_name, base_path
 
@@ -62,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
     given = parser.parse_args(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         recipe = load_recipe(find_recipe(given.recipe), given.set)
         index = read_index(recipe) or prepare(recipe)
-        found = take_over(given.source)
+        found = import_checkpoint(given.source)
         refuse_what_we_do_not_train(recipe, found)
         write_checkpoint(recipe, index, found, given.output)
     except SamestepError as error:
-        return complain(error)
+        return print_error(error)
     print(
         f"{printable(str(given.source))}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}"
     )
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def refuse_what_we_do_not_train(recipe: Recipe, found: TakenOver) -> None:
+def refuse_what_we_do_not_train(recipe: Recipe, found: ImportedCheckpoint) -> None:
     """What a recipe cannot say would be dropped in silence: another scale, say, or another base.
 
     Raises:
@@ -89,7 +89,9 @@ def refuse_what_we_do_not_train(recipe: Recipe, found: TakenOver) -> None:
         raise CheckpointError(
             f"{found.source}: is a checkpoint of samestep; give it to `samestep run --from` as it is"
         )
-    adapter_of(found, Missing() if found.config else Missing(lora_alpha=recipe.lora.lora_alpha))
+    adapter_of(
+        found, AdapterOverrides() if found.config else AdapterOverrides(lora_alpha=recipe.lora.lora_alpha)
+    )
     config = found.config or {}
     if refused := [name for name in _NOT_CONTINUED if config.get(name)]:
         raise CheckpointError(
@@ -98,13 +100,13 @@ def refuse_what_we_do_not_train(recipe: Recipe, found: TakenOver) -> None:
         )
 
 
-def write_checkpoint(recipe: Recipe, index: Index, found: TakenOver, output: Path) -> Path:
+def write_checkpoint(recipe: Recipe, index: Index, found: ImportedCheckpoint, output: Path) -> Path:
     """Publish `checkpoint-<step>` below `output`, replacing an older one; returns its folder.
 
     Its facts say of the old run what is known (LoRA, base), and for the rest what the recipe says.
     """
     step = found.step or 0
-    aside = aside_folder(output, step)
+    aside = partial_folder(output, step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file(
@@ -122,7 +124,7 @@ def write_checkpoint(recipe: Recipe, index: Index, found: TakenOver, output: Pat
         "strategy": found.form,
         "world_size": None,
         "global_batch_size": recipe.batch.global_batch_size,
-        "begin": {"step": Begin().step, "sample": Begin().sample},
+        "begin": {"step": StreamOffset().step, "sample": StreamOffset().sample},
         "learning_rate": None,
         "recipe": altering_values(recipe) | old_values(recipe, found),
         "dataset_fingerprint": index.fingerprint,
@@ -135,13 +137,13 @@ def write_checkpoint(recipe: Recipe, index: Index, found: TakenOver, output: Pat
     return final
 
 
-def known_base(found: TakenOver) -> str | None:
+def known_base(found: ImportedCheckpoint) -> str | None:
     """The commit of the old run's base; None where its adapter_config.json has but a name, which is any model's."""
     revision = (found.config or {}).get("revision") or ""
     return revision if COMMIT.fullmatch(revision) else None
 
 
-def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
+def old_values(recipe: Recipe, found: ImportedCheckpoint) -> dict[str, Any]:
     """The recipe values that the old run is known to have had otherwise: of its adapter_config.json, or its tensors."""
     config = found.config or {"r": _rank_of(found)}
     old = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
@@ -157,7 +159,7 @@ def old_values(recipe: Recipe, found: TakenOver) -> dict[str, Any]:
     return old
 
 
-def lora_config(recipe: Recipe, found: TakenOver) -> LoraConfig:
+def lora_config(recipe: Recipe, found: ImportedCheckpoint) -> LoraConfig:
     """The adapter_config.json of what was taken over: its own values, the recipe's where it has none."""
     chosen, own = recipe.lora, found.config or {}
     values: dict[str, Any] = {
@@ -171,11 +173,11 @@ def lora_config(recipe: Recipe, found: TakenOver) -> LoraConfig:
     return config
 
 
-def _rank_of(found: TakenOver) -> int:
+def _rank_of(found: ImportedCheckpoint) -> int:
     return next(tensor.shape[0] for key, tensor in found.tensors.items() if ".lora_A." in key)
 
 
-def _taken(found: TakenOver) -> Iterator[str]:
+def _taken(found: ImportedCheckpoint) -> Iterator[str]:
     yield f"the adapter ({len(found.tensors)} tensors)"
     if found.moments:
         yield f"the optimizer's moments of {len(found.moments) // 3} parameters"
@@ -183,7 +185,7 @@ def _taken(found: TakenOver) -> Iterator[str]:
         yield "the step"
 
 
-def _lost_always(recipe: Recipe, found: TakenOver) -> Iterator[str]:
+def _lost_always(recipe: Recipe, found: ImportedCheckpoint) -> Iterator[str]:
     sample = (found.step or 0) * recipe.batch.global_batch_size
     yield (
         f"the order of its samples: this run goes on at sample {sample:,} of its own stream, so some are seen again "

@@ -20,7 +20,7 @@ from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 
 
-def speak_plainly() -> None:
+def setup_logging() -> None:
     """Our own messages from INFO on, the libraries' from WARNING on, their deprecations among themselves never.
 
     Every command calls it first: it also settles what the libraries read from the environment when they wake.
@@ -48,7 +48,7 @@ class _Printable(logging.Formatter):
         return printable_lines(super().format(record))
 
 
-class _Listener(io.FileIO):
+class HangupSafeStream(io.FileIO):
     """A terminal or a pipe that may end while the run goes on: what is written to it then is lost, and nothing else."""
 
     def write(self, data: Any) -> int:
@@ -69,14 +69,14 @@ def _outlive_the_listeners() -> None:
         except (AttributeError, OSError, ValueError):  # a program that caught our words (pytest)
             continue
         if isinstance(stream, io.TextIOWrapper) and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raw = _Listener(descriptor, "w", closefd=False)
+            raw = HangupSafeStream(descriptor, "w", closefd=False)
             text = io.TextIOWrapper(
                 io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
             )
             setattr(sys, name, text)
 
 
-def complain(error: SamestepError) -> int:
+def print_error(error: SamestepError) -> int:
     """Say what went wrong on stderr, without a traceback; returns the exit status."""
     print(f"error: {printable_lines(as_typed(str(error)))}", file=sys.stderr, flush=True)
     return error.exit_status

@@ -82,7 +82,7 @@ def keep_lines_until(file: Path, step: int) -> Kept:
     return Kept(file, tuple(lines), tuple(doubled))
 
 
-def bring_to_disk(file: Path) -> None:
+def sync_to_disk(file: Path) -> None:
     """Before a checkpoint is published: a power cut must not take the figures of the steps that it keeps."""
     if file.exists():
         with naming(file):

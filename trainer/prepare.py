@@ -41,7 +41,7 @@ from launch.recipe.schema import EMBEDDED, Recipe
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare_vision import fill, survey
 from trainer.pretrained import fetch_base, load_processor
 from trainer.progress_bars import Begin, progress_reports
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="fill the cache of vision features too (data.vision_cache: disk)",
     )
     options = parser.parse_args(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         index = prepare(recipe, quiet=options.quiet)
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.vision:
             prepare_vision(recipe, index, quiet=options.quiet)
     except SamestepError as error:
-        return complain(error)
+        return print_error(error)
     except KeyboardInterrupt:  # what is there stays; started again, it goes on
         return 130
     return 0

@@ -25,26 +25,26 @@ from launch.option_values import for_argparse, place
 from launch.run.directory import RunDirectory, read_marker
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.attempt import Ended, leave_marker, leave_reason, leave_smaller_plan, take_run
+from trainer.attempt import Ended, acquire_run, write_exit_marker, write_exit_reason, write_smaller_plan
 from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
+    broadcast_from_main,
+    destroy_process_group,
     end_process,
-    from_rank_0,
-    in_words,
-    leave_processes,
     lost_contact,
-    on_rank_0,
     out_of_memory,
-    say_once,
-    together,
+    report_error,
+    run_on_all_ranks,
+    run_on_main,
+    to_user_error,
 )
-from trainer.distributed.process_group import announce, smallest_gpu, start_processes
-from trainer.distributed.stop_requests import Watch, heed_early_stops, watching
+from trainer.distributed.process_group import check_same_plan, init_process_group, smallest_gpu
+from trainer.distributed.stop_requests import StopRequests, heed_early_stops, stop_requests
 from trainer.identity import agree_on_identity
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 from trainer.loop.build import build
-from trainer.loop.oom_trial import settle
+from trainer.loop.oom_trial import fit_to_memory
 from trainer.loop.trainer import PlannedTrainer
 from trainer.setup import prepare_first, read_task, recipe_of
 from trainer.startup_timer import FirstStep
@@ -56,18 +56,18 @@ logger = get_logger("trainer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
-    speak_plainly()
+    setup_logging()
     clock = FirstStep.of_this_process()
     try:
         refuse_odd_launch(os.environ)
     except ConfigError as error:
-        return complain(error)  # nobody else says it: who is the first process is among what is odd
+        return print_error(error)  # nobody else says it: who is the first process is among what is odd
     if options.marker_decides:
         heed_early_stops(RunDirectory(options.run_dir))
     try:
         index = prepare_first(options)
         clock.passed("data")
-        state = start_processes()
+        state = init_process_group()
         clock.passed("processes")
         train_once(options, index, state, WATCHDOG.parent, clock)
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return end_badly(lost, options)
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
-        return end_badly(in_words(error), options)
-    leave_processes()
+        return end_badly(to_user_error(error), options)
+    destroy_process_group()
     return 0
 
 
@@ -94,8 +94,8 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
     if options.marker_decides and first and lock_holder(options.run_dir) is None:
         # Nobody took the run: what is refused so early must not look like a crash either. Before the ranks part: the
         # others look for it then.
-        leave_reason(RunDirectory(options.run_dir), error)
-    status = say_once(error)
+        write_exit_reason(RunDirectory(options.run_dir), error)
+    status = report_error(error)
     told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
     return 0 if told else status
 
@@ -116,28 +116,28 @@ def train_once(
     """
     clock = clock or FirstStep(time.time())
     memory = smallest_gpu(state.device)
-    recipe = together(lambda: recipe_of(options))
+    recipe = run_on_all_ranks(lambda: recipe_of(options))
     identity = agree_on_identity(recipe, index)
-    task = together(lambda: read_task(options, index, identity, state, memory))
-    announce(task, state)
-    if from_rank_0(lambda: is_over(task)):
+    task = run_on_all_ranks(lambda: read_task(options, index, identity, state, memory))
+    check_same_plan(task, state)
+    if broadcast_from_main(lambda: is_over(task)):
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
         return
     with ExitStack() as held:
-        new = from_rank_0(lambda: take_run(task, held, options.marker_decides))
-        watch = held.enter_context(watching(task.run, state.process_index, launcher))
+        new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
+        watch = held.enter_context(stop_requests(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch, clock)
         except torch.OutOfMemoryError as error:  # where others wait for this rank: the launcher will end them
-            leave_smaller_plan(task)
+            write_smaller_plan(task)
             raise out_of_memory(error) from None
         except SamestepError as error:
             if state.is_main_process:
-                leave_reason(task.run, error, new and not options.marker_decides)
+                write_exit_reason(task.run, error, new and not options.marker_decides)
                 if isinstance(error, GpuMemoryError):
-                    leave_smaller_plan(task)
+                    write_smaller_plan(task)
             raise
-        on_rank_0(lambda: leave_marker(task, ended))
+        run_on_main(lambda: write_exit_marker(task, ended))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -186,26 +186,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(task: Task, state: PartialState, watch: Watch, clock: FirstStep) -> Ended:
+def train(task: Task, state: PartialState, watch: StopRequests, clock: FirstStep) -> Ended:
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
-    checkpoint = from_rank_0(lambda: resume_point(task))  # a node may see an older state of a shared disk
+    checkpoint = broadcast_from_main(
+        lambda: resume_point(task)
+    )  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
     watch.begins_at = f"at step {step} of {task.plan.max_steps}"
-    on_rank_0(lambda: forget_after(task.run, step))
+    run_on_main(lambda: forget_after(task.run, step))
     if reason := watch.agree().stop:
         return Ended(step, reason)
-    evaluation_missing = from_rank_0(lambda: evaluation_is_missing(task, step))
+    evaluation_missing = broadcast_from_main(lambda: evaluation_is_missing(task, step))
     clock.passed("plan")
     trainer = build(task, state, watch, step, clock)
     try:
-        settle(trainer)
+        fit_to_memory(trainer)
         clock.passed("trial")
         if reason := watch.agree().stop:
             return Ended(step, reason)
         take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
     finally:
         trainer.finish()  # while the run is still ours and signals are wishes
-    together(watch.raise_failure)
+    run_on_all_ranks(watch.raise_failure)
     reached, stop = trainer.state.global_step, trainer.agreed.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_given_up):
         return Ended(reached, stop)

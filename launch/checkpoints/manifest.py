@@ -50,7 +50,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path, TABLE)
         if not isinstance(manifest, dict) or not manifest.keys() >= {"facts", "files", "sha256"}:
             raise CheckpointError(f"{path}: is no manifest (facts, files and sha256 are needed); {_OLDER}")
-        sealed, seal = str(manifest["sha256"]), seal_of(manifest["facts"], manifest["files"])
+        sealed, seal = str(manifest["sha256"]), checksum_of(manifest["facts"], manifest["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; the checkpoint was never completed, {_OLDER}") from None
     except UNREADABLE as error:
@@ -173,6 +173,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
 
 
-def seal_of(facts: object, files: object) -> str:
+def checksum_of(facts: object, files: object) -> str:
     """sha256 of what a manifest says: no other file would notice a changed bit in it."""
     return hashlib.sha256(json.dumps({"facts": facts, "files": files}, sort_keys=True).encode()).hexdigest()

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write, follow_umask, sync
-from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, Entries, entries, not_plain, seal_of
-from launch.checkpoints.rotation import discard, rename_away
-from launch.checkpoints.scan import examine
+from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, Entries, checksum_of, entries, not_plain
+from launch.checkpoints.rotation import remove, rename_away
+from launch.checkpoints.scan import inspect_checkpoint
 from launch.errors import CheckpointError
 from launch.untrusted_files import printable
 
 
-def aside_folder(run_dir: Path, step: int) -> Path:
+def partial_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it is published."""
     return run_dir / f"checkpoint-{step}.partial"
 
 
-def bring_to_disk(aside: Path, names: Iterable[str]) -> Entries:
+def sync_and_hash(aside: Path, names: Iterable[str]) -> Entries:
     """Flush files of an unpublished checkpoint; what the manifest will say of them. Every rank does it for its own."""
     return {name: _bring_to_disk(aside / name) for name in names}
 
@@ -37,7 +37,7 @@ def publish(
     Every file reaches the disk before the manifest names it, and the manifest before the folder gets its
     name: a crash at any moment leaves either no checkpoint of that name or a whole one. A damaged folder in
     the place of `final` is replaced. `facts`: what the trainer wants to know on resuming (JSON); its `step`
-    is the one in the name of `final`. `known`: of `bring_to_disk` on the ranks that wrote these files.
+    is the one in the name of `final`. `known`: of `sync_and_hash` on the ranks that wrote these files.
     Raises CheckpointError when a file is known and not seen here (its rank writes to another disk), when a valid
     checkpoint stands there already (its whole content is read) and is not to be replaced, or when `aside` holds
     what is no plain file.
@@ -46,7 +46,7 @@ def publish(
     if not named or named[2] or facts.get("step") != int(named[1]):
         raise ValueError(f"{final}: facts of step {facts.get('step')} do not belong to a folder of this name")
     stands = not replace and os.path.lexists(final)
-    if stands and examine(final, int(named[1]), published=True, verify=True).valid:
+    if stands and inspect_checkpoint(final, int(named[1]), published=True, verify=True).valid:
         raise CheckpointError(f"{final}: a checkpoint of this step is published; resume from it or remove it")
     (aside / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed
     found, problems = entries(aside)
@@ -65,7 +65,7 @@ def publish(
     files = {name: known.get(name) or _bring_to_disk(aside / name) for name in found}
     # What JSON makes of the facts (text keys, lists) is what will be read back and sealed again.
     content = json.loads(json.dumps({"facts": facts, "files": files}))
-    sealed = {**content, "sha256": seal_of(content["facts"], content["files"])}
+    sealed = {**content, "sha256": checksum_of(content["facts"], content["files"])}
     atomic_write(aside / MANIFEST, json.dumps(sealed, indent=1) + "\n")
     for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
         sync(folder)
@@ -73,7 +73,7 @@ def publish(
     aside.rename(final)
     sync(final.parent)
     if replaced:
-        discard(replaced)
+        remove(replaced)
 
 
 def _bring_to_disk(path: Path) -> dict[str, Any]:

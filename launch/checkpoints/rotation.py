@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.atomic_files import sync
-from launch.checkpoints.scan import examine, folders_of, named_like
+from launch.checkpoints.scan import folders_of, inspect_checkpoint, named_like
 from launch.errors import CheckpointError
 from launch.untrusted_files import reason_of
 
@@ -38,13 +38,13 @@ def rotate(run_dir: Path, keep: int, newest: int | None = None) -> None:
     wanted, older = keep, []
     for step, folder in reversed(published):
         if wanted:
-            wanted -= examine(folder, step, published=True, verify=True).valid
-        elif examine(folder, step, published=True, verify=False).valid:
+            wanted -= inspect_checkpoint(folder, step, published=True, verify=True).valid
+        elif inspect_checkpoint(folder, step, published=True, verify=False).valid:
             older.append(folder)
     for folder in reversed(older):
         removed = rename_away(folder)
         sync(run_dir)  # or a power cut could bring back the name without some of the files
-        discard(removed)
+        remove(removed)
 
 
 def clear_unpublished(run_dir: Path) -> list[Path]:
@@ -68,7 +68,7 @@ def clear_unpublished(run_dir: Path) -> list[Path]:
 def _finish_removals(run_dir: Path) -> None:
     """Remove what a crash, or a reader on NFS, left of checkpoints that were taken away."""
     for path, _ in named_like(run_dir, _REMOVED):
-        discard(path)
+        remove(path)
 
 
 def rename_away(folder: Path) -> Path:
@@ -77,7 +77,7 @@ def rename_away(folder: Path) -> Path:
     return folder.rename(next(path for path in names if not os.path.lexists(path)))
 
 
-def discard(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove what no longer counts. A file that a reader holds open on NFS must not end the run over it."""
     with suppress(OSError):
         _remove(path)

@@ -29,7 +29,7 @@ class Checkpoint:
         return self.published and not self.problems
 
 
-def survey(
+def scan_checkpoints(
     run_dir: Path, verify: bool = True, telling: Callable[[Path], None] = lambda _: None
 ) -> list[Checkpoint]:
     """Every checkpoint of a run, published or not, oldest step first.
@@ -40,7 +40,7 @@ def survey(
     found = []
     for step, published, folder in folders_of(run_dir):
         telling(folder)
-        found.append(examine(folder, step, published, verify))
+        found.append(inspect_checkpoint(folder, step, published, verify))
     # A run under way may have published, or rotated away, what it had a moment ago.
     return [checkpoint for checkpoint in found if os.path.lexists(checkpoint.folder)]
 
@@ -53,7 +53,7 @@ def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """
     passed_over: list[Checkpoint] = []
     for step, published, folder in reversed(folders_of(run_dir)):
-        checkpoint = examine(folder, step, published, verify=True)
+        checkpoint = inspect_checkpoint(folder, step, published, verify=True)
         if checkpoint.valid:
             return checkpoint, passed_over
         passed_over.append(checkpoint)
@@ -76,7 +76,7 @@ def named_like(run_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.M
         ) from None
 
 
-def examine(folder: Path, step: int, published: bool, verify: bool) -> Checkpoint:
+def inspect_checkpoint(folder: Path, step: int, published: bool, verify: bool) -> Checkpoint:
     """What is to be known of one folder. Raises nothing: whatever is wrong becomes a problem."""
     size = sum(status.st_size for status in entries(folder)[0].values())
     if not published:

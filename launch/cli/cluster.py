@@ -23,7 +23,7 @@ from launch.cli.options import (
     site_value,
 )
 from launch.cli.tables import show_plan
-from launch.console import add_row, emit, say
+from launch.console import add_row, echo, emit
 from launch.invocation import command
 from launch.option_values import named, one_of, place, several_of, text, whole
 from launch.slurm.attempts import MAX_CRASHES
@@ -161,7 +161,7 @@ def submit(
     same again.
     """
     from launch.local import planned_run
-    from launch.local.import_checkpoint import take_over_foreign
+    from launch.local.import_checkpoint import import_foreign_checkpoint
     from launch.slurm import submit as cluster
     from launch.slurm.site import load_site
 
@@ -176,11 +176,11 @@ def submit(
     asked = planned_run.RunRequest(
         recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
     )
-    asked = take_over_foreign(cluster.choose(asked, chosen, nodes, gpus_per_node))
+    asked = import_foreign_checkpoint(cluster.choose(asked, chosen, nodes, gpus_per_node))
     submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)
     _show(submission, to_stderr=dry_run)
     if dry_run:
-        say(planned_run.outlook(submission.planned, submission.request), to_stderr=True)
+        echo(planned_run.describe_start(submission.planned, submission.request), to_stderr=True)
         for text in (submission.script, *submission.follow_ups.values()):
             emit(text)
         return
@@ -189,23 +189,25 @@ def submit(
 
 def _queue(submission: Submission, fresh: bool) -> None:
     from launch.local import planned_run
-    from launch.local.execute import claim
+    from launch.local.execute import reserve_name
     from launch.slurm import submit as cluster
 
     planned = submission.planned
-    with claim(planned, submission.request):
+    with reserve_name(planned, submission.request):
         cluster.refuse_if_queued(planned.run)
         if not fresh and planned_run.is_done(planned):
-            say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
+            echo(
+                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
+            )
             return
         with planned_run.moved_aside(planned.run, fresh) as old:
             if old:
-                say(f"the older run is now {old}")
+                echo(f"the older run is now {old}")
             queued = cluster.queue(submission)
     emit(submission.script)
     for script, job in queued:
-        say(f"queued as job {job}: {planned.run.path / script}")
-    say(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
+        echo(f"queued as job {job}: {planned.run.path / script}")
+    echo(f"see: {command()} status {planned.run.name}; {command()} logs {planned.run.name} --follow")
 
 
 @commands.command(epilog=example("samestep status", "samestep status embedded --json"))
@@ -240,11 +242,11 @@ def status(
         emit(json.dumps([one.to_json() for one in found], indent=1))
         return
     if not found:
-        say(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
+        echo(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
         return
     _show_table([row(one, now) for one in found])
     for note in (note for one in found for note in one.notes):
-        say(note)
+        echo(note)
 
 
 @commands.command(epilog=example("samestep logs embedded --follow", "samestep logs embedded --rank 3"))
@@ -310,9 +312,9 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
         lambda: log_files(run, rank),
         lambda: end_of(run, show_job, time.time()),
         write,
-        lambda: say(waits_for(run, show_job, time.time()), to_stderr=True),
+        lambda: echo(waits_for(run, show_job, time.time()), to_stderr=True),
     )
-    say(ended, to_stderr=True)
+    echo(ended, to_stderr=True)
     if not spoken:
         raise never_spoke(run, rank)
 

@@ -28,7 +28,7 @@ from launch.cli.options import (
 )
 from launch.cli.results import commands as results_commands
 from launch.cli.tables import say_allowed, show_memory, show_plan
-from launch.console import add_row, emit, say
+from launch.console import add_row, echo, emit
 from launch.errors import ConfigError, SamestepError
 from launch.invocation import as_typed, remember_command
 from launch.option_values import host, whole
@@ -53,7 +53,7 @@ def _show_version(asked: bool) -> None:
     if asked:
         from launch.versions import version_line
 
-        say(version_line())
+        echo(version_line())
         raise typer.Exit
 
 
@@ -220,51 +220,53 @@ def run(
     multi_machine.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:
         marker = multi_machine.join(request)
-        say(f"{marker.kind.lower()} ({marker.text})")
+        echo(f"{marker.kind.lower()} ({marker.text})")
         return
     if dry_run:
-        _foretell(request)
+        _dry_run(request)
         return
     with multi_machine.telling_others(request):
         _run_here(request)
 
 
-def _foretell(request: planned_run.RunRequest) -> None:
+def _dry_run(request: planned_run.RunRequest) -> None:
     """The plan, where the run would go on, and the command; trains nothing."""
     from launch.local import planned_run
-    from launch.local.import_checkpoint import take_over_foreign
+    from launch.local.import_checkpoint import import_foreign_checkpoint
     from launch.local.launcher import run_command
 
-    planned = planned_run.plan_run(take_over_foreign(request))
+    planned = planned_run.plan_run(import_foreign_checkpoint(request))
     say_allowed(planned.changed)
     show_plan(planned.plan)
-    say(planned_run.outlook(planned, request))
+    echo(planned_run.describe_start(planned, request))
     if request.fresh or not planned_run.is_done(planned):
-        say(_shell(run_command(planned.plan, planned.run, request.machine)))
+        echo(_shell(run_command(planned.plan, planned.run, request.machine)))
 
 
 def _run_here(request: planned_run.RunRequest) -> None:
     """Plan and train, on this machine or as the first of several."""
     from launch.local import planned_run
-    from launch.local.execute import claim, execute_twice
-    from launch.local.import_checkpoint import take_over_foreign
+    from launch.local.execute import execute_with_oom_retry, reserve_name
+    from launch.local.import_checkpoint import import_foreign_checkpoint
 
-    request = take_over_foreign(request)
+    request = import_foreign_checkpoint(request)
     planned = planned_run.plan_run(request)
-    with claim(planned, request):
+    with reserve_name(planned, request):
         if not request.fresh and planned_run.is_done(planned):
-            say(f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew")
+            echo(
+                f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
+            )
             return
         say_allowed(planned.changed)
         with planned_run.moved_aside(planned.run, request.fresh) as old:
             if old:
-                say(f"the older run is now {old}")
+                echo(f"the older run is now {old}")
             show_plan(planned.plan)
-            marker = execute_twice(planned, request)
+            marker = execute_with_oom_retry(planned, request)
         if marker.kind == "STOPPED":
-            say(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
+            echo(f"stopped ({marker.text}): {planned.run.path}; the same command goes on")
             return
-        say(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
+        echo(f"done: {planned.run.path}, adapter in {planned.run.adapter}")
 
 
 @app.command(epilog=example("samestep checkpoints embedded"))
@@ -276,7 +278,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.checkpoints.scan import survey
+    from launch.checkpoints.scan import scan_checkpoints
     from launch.monitor.checkpoint_table import COLUMNS, reasons, rows
     from launch.run.find import find_run
     from launch.run.request_files import old_plan
@@ -284,12 +286,12 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
     place = find_run(run, runs_dir, whole=False)
     console = Console(highlight=False)
     with console.status("reading") as status:  # says nothing where nobody watches
-        found = survey(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+        found = scan_checkpoints(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
     if not found and place.adapter.exists():
-        say(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
+        echo(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
         return
     if not found:
-        say(
+        echo(
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
@@ -299,7 +301,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
         add_row(table, *row)
     console.print(table)
     for line in reasons(found, old_plan(place)):
-        say(line)
+        echo(line)
 
 
 app.add_typer(results_commands)
@@ -340,15 +342,15 @@ def main() -> None:
     try:
         app(prog_name="samestep")
     except SamestepError as error:
-        _complain(str(error), error.exit_status)
+        _print_error(str(error), error.exit_status)
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
         remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
-        _complain(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
+        _print_error(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
 
 
-def _complain(text: str, status: int) -> NoReturn:
+def _print_error(text: str, status: int) -> NoReturn:
     print(printable_lines(as_typed(text)), file=sys.stderr)
     sys.exit(status)
 

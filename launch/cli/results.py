@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.cli.options import AllowPart, Processes, RunsDir, example
-from launch.console import say
+from launch.console import echo
 from launch.option_values import named, one_of, place, positive, several_of, whole
 
 commands = typer.Typer()
@@ -174,7 +174,7 @@ def merge(
         None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
     )
     if not postprocess.merge(source, output, options, compare, runs_dir):
-        say("not compared with base + adapter: the adapter lies in no run, which would name the data")
+        echo("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
 @commands.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))

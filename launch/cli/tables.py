@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.console import add_row, say
+from launch.console import add_row, echo
 from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     from rich.table import Table
 
     from launch.planning.oom_fallback import memory_rows
-    from launch.planning.plan import Where
+    from launch.planning.plan import Hardware
     from launch.units import gib
 
-    where = Where(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
+    where = Hardware(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
     rows = memory_rows(recipe, index, where)
     if not rows:
         return
@@ -61,4 +61,4 @@ def say_allowed(changed: Sequence[Change]) -> None:
     from launch.run.changes import consequences
 
     for consequence in consequences(changed):
-        say(f"allowed: {consequence}")
+        echo(f"allowed: {consequence}")

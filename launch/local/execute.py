@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from launch.console import tell
+from launch.console import log_stderr
 from launch.errors import ConfigError, InUseError, RunError
 from launch.local.launcher import ALONE, Machine, launch
 from launch.local.planned_run import PlannedRun, RunRequest, check_request, find_beginning, plan_run
 from launch.run.directory import Marker, clear_markers, clear_requests, make_folder, removed_on_failure
 from launch.run.lock import hold_lock
-from launch.run.request_files import adopt, old_plan, write_request
+from launch.run.request_files import copy_checkpoint, old_plan, write_request
 
 
 @contextmanager
-def claim(planned: PlannedRun, request: RunRequest) -> Iterator[None]:
+def reserve_name(planned: PlannedRun, request: RunRequest) -> Iterator[None]:
     """Keep the run's name from a second `samestep run`, which may have come first while data was prepared."""
     planned.run.path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(planned.run.path.parent, f".{planned.run.name}.lock"):
@@ -38,7 +38,7 @@ def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)
         if planned.continuation.source is not None:
-            adopt(planned.continuation.source, run)
+            copy_checkpoint(planned.continuation.source, run)
     try:
         return launch(planned.plan, run, machine)
     except ConfigError as refused:
@@ -48,7 +48,7 @@ def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
         raise
 
 
-def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:
+def execute_with_oom_retry(planned: PlannedRun, request: RunRequest) -> Marker:
     """As `execute`; once more, from the newest checkpoint, when a GPU ran out of memory and smaller settings are known.
 
     With several machines there is no second time: the others would have to be told.
@@ -63,5 +63,5 @@ def execute_twice(planned: PlannedRun, request: RunRequest) -> Marker:
             or smaller.out_of_memory <= planned.plan.out_of_memory
         ):
             raise
-    tell("a GPU ran out of memory; once more, with settings that need less of it")
+    log_stderr("a GPU ran out of memory; once more, with settings that need less of it")
     return execute(plan_run(replace(request, fresh=False)), request.machine)

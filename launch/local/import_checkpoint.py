@@ -20,7 +20,7 @@ from launch.run.request_files import started_from_of
 from launch.subprocesses import call_module
 
 
-def take_over_foreign(request: RunRequest) -> RunRequest:
+def import_foreign_checkpoint(request: RunRequest) -> RunRequest:
     """A `--from` of another library becomes a checkpoint of ours, in the cache, and the request one of that.
 
     Starts `trainer.import_checkpoint` unless that was done for this checkpoint and run. ChildError when it is refused.

@@ -12,7 +12,7 @@ from types import FrameType
 
 import psutil
 
-from launch.console import tell
+from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
 from launch.launcher_variables import MARKER_DECIDES
@@ -83,7 +83,7 @@ def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:
 
     def ask(number: int) -> None:
         request_stop(run, reason_of_sigterm() if number == signal.SIGTERM else "user")
-        tell("stopping at the next step boundary; Ctrl-C again ends at once")
+        log_stderr("stopping at the next step boundary; Ctrl-C again ends at once")
 
     return ask
 
@@ -104,12 +104,12 @@ def wait_for_trainer(run: RunDirectory) -> None:
                 if read_marker(run) is None:
                     with contextlib.suppress(OSError):
                         request_stop(run, "orphaned")
-                tell(
+                log_stderr(
                     f"{run.path}: the launcher has ended, waiting for its processes; Ctrl-C ends them at once"
                 )
             if waited > LEFT_PATIENCE_S:
                 if not killed:  # said once: one that waits for a disk ends when that is back
-                    tell(f"{run.path}: {len(left)} processes did not end in {waited:.0f} s, killed")
+                    log_stderr(f"{run.path}: {len(left)} processes did not end in {waited:.0f} s, killed")
                 killed = True
                 _kill(left)
             time.sleep(0.2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import is_whole
-from launch.console import tell
+from launch.console import log_stderr
 from launch.errors import ConfigError, SamestepError
 from launch.local.launcher import Machine, launch
 from launch.local.planned_run import RunRequest
@@ -86,7 +86,7 @@ def _done_before(run: RunDirectory, recipe: Recipe) -> Marker | None:
 def _wait_for_request(run: RunDirectory) -> None:
     """Until the first machine, which holds the run's name, has written what it wants; ConfigError when it does not."""
     if not _is_requested(run):
-        tell(f"waiting for machine 0 to begin {run.path}")
+        log_stderr(f"waiting for machine 0 to begin {run.path}")
     began, old = time.monotonic(), _refusal(run)
     while not _is_requested(run):
         waited = time.monotonic() - began

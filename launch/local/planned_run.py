@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.checkpoints.scan import Checkpoint, newest_valid
-from launch.console import tell
+from launch.console import log_stderr
 from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import compute_capability
 from launch.inputs import identity as run_identity
@@ -86,7 +86,7 @@ def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> I
         index = read_index(recipe)
     else:  # `prepare` says it itself
         for line in summary(known_notes(recipe) or []):
-            tell(f"{recipe.data.dataset}: {line}")
+            log_stderr(f"{recipe.data.dataset}: {line}")
     if index is None:
         raise RunError(f"{recipe_file}: prepare ended without an index; run `samestep prepare {recipe_file}`")
     return index
@@ -209,7 +209,7 @@ def is_done(planned: PlannedRun) -> bool:
     return is_done_at(planned.run, planned.plan.max_steps)
 
 
-def outlook(planned: PlannedRun, request: RunRequest) -> str:
+def describe_start(planned: PlannedRun, request: RunRequest) -> str:
     """In one line, where the request would begin, go on, or find the run done. Writes nothing.
 
     Raises CheckpointError where training would be refused: the run has a result, and no checkpoint to go on from.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
 from launch.checkpoints.manifest import CHECKPOINT_NAME, read_manifest
-from launch.console import say
+from launch.console import echo
 from launch.errors import ConfigError
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.topology import choose_topology, refuse_missing_gpus
@@ -79,7 +79,7 @@ def evaluate(
     )
     ended = wait_for(command, child_environment(topology))
     if ended.interrupted:
-        say(
+        echo(
             f"{run.path}: the evaluation was interrupted; the same command starts it again",
             to_stderr=True,
         )
@@ -141,9 +141,9 @@ def merge(
     if not options.flags(*_OF_THE_ADAPTER) and _is_merged_already(folder, output, options):
         compared = (output / COMPARISON).is_file() or not in_a_run
         if compare is False or (compare is None and compared):
-            say(f"{output}: merged already, of this adapter; --compare sets it beside its base")
+            echo(f"{output}: merged already, of this adapter; --compare sets it beside its base")
             return True
-        say(f"{output}: merged already, of this adapter; now it is compared with base + adapter")
+        echo(f"{output}: merged already, of this adapter; now it is compared with base + adapter")
     else:
         with _out_of_the_way(folder, output):
             call_module("trainer.export.merge", [str(folder), "--output", str(output), *flags])
@@ -173,7 +173,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
     with made_anew(run, output) as old:
         yield
     if old is not None and old.exists():
-        say(f"{output}: was of another adapter; that one is now {old}")
+        echo(f"{output}: was of another adapter; that one is now {old}")
 
 
 def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:

@@ -64,7 +64,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSettings:
     """Settings with what they need (None where the model's shape is not known) and why they were taken."""
 
     micro_batch_tokens: int
@@ -97,7 +97,7 @@ def choose(
     strategy: str,
     world_size: int,
     batches: Batches,
-) -> Choice:
+) -> ChosenSettings:
     """The fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
 
     `shape`: of the base model, or why it is not known. Where it or the memory is not known, what needs the least.
@@ -121,7 +121,7 @@ def choose(
     if recipe.batch.micro_batch_tokens == "auto":
         tokens = _evened_out(tokens, batches)
     memory = memory_of(load, batches.packed(tokens), settings)
-    return Choice(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
+    return ChosenSettings(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
 
 
 def less_than(memory: Memory) -> int:
@@ -204,24 +204,24 @@ def _evened_out(tokens: int, batches: Batches) -> int:
     return batches.longest if more is None else min(tokens, more + 1)
 
 
-def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) -> Choice:
+def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) -> ChosenSettings:
     """What needs little memory, whatever there is of it."""
     asked, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
     tokens = CAUTIOUS_SAMPLES * batches.longest if asked == "auto" else asked
     resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
     settings = Settings(resident, 1 if every == "auto" else int(every))
     memory = memory_of(load, batches.packed(tokens), settings) if load else None
-    return Choice(tokens, settings, memory, reason)
+    return ChosenSettings(tokens, settings, memory, reason)
 
 
-def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> Choice:
+def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> ChosenSettings:
     """Nothing fits, says the arithmetic: the least that the recipe allows, for the first micro-batch to decide."""
     least = _cautious(recipe, batches, load, "")
     asked = recipe.batch.micro_batch_tokens
     tokens = batches.longest if asked == "auto" else asked
     needed = memory_of(load, batches.packed(tokens), least.settings)
     reason = f"planned {gib(needed.reserved)} do not fit {gib(memory)}"
-    return Choice(tokens, least.settings, needed, reason, False)
+    return ChosenSettings(tokens, least.settings, needed, reason, False)
 
 
 # words ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from launch.errors import ConfigError
 
-_COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `deal`
+_COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `assign`
 _BALANCED = 500  # levelling stops when the heaviest rank is within 1/500 of the mean: no step is timed finer
 _MOST_TRIES = 6_000  # samples offered in levelling: about 10 ms; few ranks or many samples need far less
 
@@ -31,7 +31,7 @@ class MicroBatch:
     filler: bool
 
 
-def deal(
+def assign(
     samples: ArrayLike,
     tokens: ArrayLike,
     costs: ArrayLike,
@@ -61,9 +61,9 @@ def deal(
             f"{positions.size:,} samples ({sum(lengths):,} tokens); use {least} or more"
         )
     work = _whole_costs(np.asarray(costs, dtype=np.float64)[positions])
-    ranks = _deal_samples_first(lengths, work, world_size, budget, micro_batches)
+    ranks = _assign_samples_first(lengths, work, world_size, budget, micro_batches)
     if ranks is None:
-        ranks = _deal_bins_first(lengths, work, world_size, budget, micro_batches)
+        ranks = _assign_bins_first(lengths, work, world_size, budget, micro_batches)
     names: list[int] = positions.tolist()
     filler = MicroBatch((names[lengths.index(min(lengths))],), filler=True)
     return [[_micro_batch(group, names, filler) for group in groups] for groups in ranks]
@@ -126,7 +126,7 @@ def _whole_costs(costs: NDArray[np.float64]) -> list[int]:
     return whole
 
 
-def _deal_samples_first(
+def _assign_samples_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups] | None:
     """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
@@ -141,7 +141,7 @@ def _deal_samples_first(
     return ranks
 
 
-def _deal_bins_first(
+def _assign_bins_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups]:
     """Pack the whole step, deal the bins to ranks, then level by swaps that keep bins within the budget."""
@@ -190,13 +190,13 @@ def _level(
 
     No bin grows beyond `budget` tokens.
     """
-    levelling = _Levelling(work, lengths, bin_of, rank_of_bin, budget)
+    levelling = RankBalancer(work, lengths, bin_of, rank_of_bin, budget)
     while not levelling.is_level() and levelling.lower_heaviest():
         pass
     return levelling.bin_of[: len(bin_of)]
 
 
-class _Levelling:
+class RankBalancer:
     """Which sample is in which bin while samples are swapped, and what each rank and bin then holds."""
 
     def __init__(

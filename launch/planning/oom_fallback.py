@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from launch.planning.auto_settings import Choice, less_than, recomputation
-from launch.planning.plan import Plan, Where, choose_settings, dealt, peak_of
+from launch.planning.auto_settings import ChosenSettings, less_than, recomputation
+from launch.planning.plan import Hardware, Plan, balanced_steps, choose_settings, peak_of
 from launch.strategies import STRATEGIES
 from launch.units import gib
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
     """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
-    where = Where(plan.strategy, plan.world_size, plan.device, gpu_memory)
+    where = Hardware(plan.strategy, plan.world_size, plan.device, gpu_memory)
     chosen = choose_settings(recipe, index, where, plan.begin)
     return replace(_with_choice(recipe, index, plan, chosen), gpu_memory=gpu_memory)
 
@@ -37,7 +37,7 @@ def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool)
             "training": recipe.training.model_copy(update={"gradient_checkpointing": plan.recompute_every}),
         }
     )
-    where = Where(plan.strategy, plan.world_size, plan.device)
+    where = Hardware(plan.strategy, plan.world_size, plan.device)
     now = choose_settings(fixed, index, where, plan.begin).memory
     if now is None:
         return None
@@ -48,9 +48,9 @@ def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool)
     return replace(_with_choice(recipe, index, plan, chosen), settings_tried=False)
 
 
-def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: Choice) -> Plan:
+def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: ChosenSettings) -> Plan:
     tokens = chosen.micro_batch_tokens
-    steps = dealt(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
+    steps = balanced_steps(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
     return replace(
         plan,
         micro_batch_tokens=tokens,
@@ -62,7 +62,7 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: Choice) -> Pl
     )
 
 
-def memory_rows(recipe: Recipe, index: Index, where: Where) -> list[tuple[str, ...]]:
+def memory_rows(recipe: Recipe, index: Index, where: Hardware) -> list[tuple[str, ...]]:
     """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
     rows: list[tuple[str, ...]] = []
     for strategy in STRATEGIES:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
 from launch.inputs.model_shape import read_shape
-from launch.planning.auto_settings import Choice, Machine, batches_of, choose, recomputation
+from launch.planning.auto_settings import ChosenSettings, Machine, batches_of, choose, recomputation
 from launch.planning.memory import Settings
 from launch.planning.step_plan import StepPlan, cost, plan_steps, steps_of
 from launch.recipe.schema import Recipe, recipe_fingerprint
@@ -43,7 +43,7 @@ SamplesDigest = Literal["positions", "content"]
 
 
 @dataclass(frozen=True)
-class Begin:
+class StreamOffset:
     """Where the plan's arithmetic begins: step `step` sees the stream from position `sample` on.
 
     0, 0 but for a run that went on with another global batch size.
@@ -100,7 +100,7 @@ class Plan:
     out_of_memory: int
     data_workers: int | None
     versions: dict[str, str]
-    begin: Begin = field(default_factory=Begin)
+    begin: StreamOffset = field(default_factory=StreamOffset)
     allowed: list[str] = field(default_factory=list)
     started_from: str = ""
     identity: dict[str, str] = field(default_factory=dict)
@@ -156,7 +156,7 @@ def make_plan(
     gpus_per_node: int,
     device: str,
     name: str = "",
-    begin: Begin = Begin(),
+    begin: StreamOffset = StreamOffset(),
     allowed: Sequence[str] = (),
     started_from: str = "",
     config: LaunchConfig | None = None,
@@ -180,9 +180,9 @@ def make_plan(
     least = least_budget(recipe, longest)
     request = Request(recipe, strategy, nodes, gpus_per_node, len(tokens), max_steps, least, longest, config)
     refuse_request(replace(request, device=device, packages_here=packages_here))
-    where = Where(strategy, request.world_size, device, gpu_memory)
+    where = Hardware(strategy, request.world_size, device, gpu_memory)
     chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
-    steps = dealt(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
+    steps = balanced_steps(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
     compute_dtype, workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
@@ -225,7 +225,7 @@ def make_plan(
 
 
 @dataclass(frozen=True)
-class Where:
+class Hardware:
     """What a run's settings are chosen for. `gpu_memory`: bytes of the smallest GPU, None: not known."""
 
     strategy: str
@@ -234,7 +234,9 @@ class Where:
     gpu_memory: int | None = None
 
 
-def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = Begin()) -> Choice:
+def choose_settings(
+    recipe: Recipe, index: Index, where: Hardware, begin: StreamOffset = StreamOffset()
+) -> ChosenSettings:
     """The settings that are `auto`, for a strategy and its GPUs. Tries some deals of the whole run: a second or two."""
     train = index.splits["train"]
     size = recipe.batch.global_batch_size
@@ -244,18 +246,20 @@ def choose_settings(recipe: Recipe, index: Index, where: Where, begin: Begin = B
         longest_of(index),
         size,
         where.world_size,
-        lambda budget: dealt(recipe, index, where.world_size, budget, max_steps, begin).micro_batches,
+        lambda budget: (
+            balanced_steps(recipe, index, where.world_size, budget, max_steps, begin).micro_batches
+        ),
     )
     machine = Machine(where.device, where.gpu_memory)
     return choose(recipe, machine, read_shape(recipe), where.strategy, where.world_size, batches)
 
 
-def _choice_of(plan: Plan) -> Choice:
+def _choice_of(plan: Plan) -> ChosenSettings:
     settings = Settings(plan.resident_weights, plan.recompute_every)
-    return Choice(plan.micro_batch_tokens, settings, None, plan.settings_reason)
+    return ChosenSettings(plan.micro_batch_tokens, settings, None, plan.settings_reason)
 
 
-def peak_of(chosen: Choice) -> int:
+def peak_of(chosen: ChosenSettings) -> int:
     """Bytes that PyTorch's allocator is planned to reach, 0: not known."""
     return chosen.memory.peak if chosen.memory else 0
 
@@ -271,8 +275,8 @@ def least_budget(recipe: Recipe, longest: int) -> int:
     return longest if asked == "auto" else asked
 
 
-def dealt(
-    recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: Begin
+def balanced_steps(
+    recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: StreamOffset
 ) -> StepPlan:
     """The step plan with the fewest micro-batches of a budget in tokens. ConfigError as `plan_steps`."""
     train = index.splits["train"]
@@ -318,7 +322,7 @@ def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
-def whole_steps(recipe: Recipe, samples: int, begin: Begin = Begin()) -> tuple[int, int]:
+def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset = StreamOffset()) -> tuple[int, int]:
     """Optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
 
     `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.

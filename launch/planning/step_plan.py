@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from launch.errors import ConfigError
-from launch.planning.load_balance import MicroBatch, deal, most_micro_batches, too_long
+from launch.planning.load_balance import MicroBatch, assign, most_micro_batches, too_long
 
-__all__ = ["MicroBatch", "StepPlan", "cost", "deal", "plan_steps", "step_samples", "steps_of"]
+__all__ = ["MicroBatch", "StepPlan", "cost", "assign", "plan_steps", "step_samples", "steps_of"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -136,7 +136,7 @@ class StepPlan:
 
     def ranks(self, step: int) -> list[list[MicroBatch]]:
         """The micro-batches of every rank."""
-        return deal(
+        return assign(
             self.samples(step), self.tokens, self.costs, self.world_size, self.budget, self.micro_batches
         )
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from launch.errors import ConfigError
 from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_TRAINING_FIELDS
 from launch.recipe.schema import EMBEDDED, Recipe
-from launch.recipe.validation_errors import explain
+from launch.recipe.validation_errors import validation_errors
 from launch.resources import resource_folder, resource_names
 from launch.untrusted_files import parse_yaml, read_yaml, reason_of
 
@@ -72,7 +72,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error, Recipe, _refusals())) from None
+        raise ConfigError(validation_errors(error, Recipe, _refusals())) from None
 
 
 def _refusals() -> dict[str, str]:

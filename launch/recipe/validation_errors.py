@@ -14,7 +14,7 @@ _SHOWN = 80  # characters of a value or a key
 _MOST = 100  # problems
 
 
-def explain(
+def validation_errors(
     error: ValidationError, root: Root, refusals: Mapping[str, str], whole: str = "a recipe"
 ) -> list[str]:
     """One line per key. `refusals`: key that is refused by name -> reason, with what to do; dotted, or in any section.

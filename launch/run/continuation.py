@@ -15,7 +15,7 @@ from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
-from launch.planning.plan import Begin, Plan, SamplesDigest
+from launch.planning.plan import Plan, SamplesDigest, StreamOffset
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import altering_values
 from launch.run.changes import (
@@ -44,7 +44,7 @@ class Continuation:
     `samples_digest`: the form that the run's figures have so far.
     """
 
-    begin: Begin = field(default_factory=Begin)
+    begin: StreamOffset = field(default_factory=StreamOffset)
     allowed: tuple[str, ...] = ()
     changed: tuple[Change, ...] = ()
     source: Path | None = None
@@ -60,7 +60,7 @@ class _Facts(BaseModel):
     step: int
     samples_consumed: int
     global_batch_size: int
-    begin: Begin
+    begin: StreamOffset
     recipe: dict[str, Any]
     dataset_fingerprint: str
     identity: dict[str, str] = {}
@@ -145,7 +145,7 @@ def _changed_since(run: RunDirectory, recipe: Recipe, allow: Sequence[str]) -> l
     return found
 
 
-def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> Begin:
+def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> StreamOffset:
     """Where the arithmetic of a run begins: as its newest checkpoint says, for steps of `size` samples.
 
     That is read only where the size changed, now or before: then the plan's word is not enough, for the checkpoint
@@ -153,16 +153,18 @@ def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> Begin:
     """
     same = old is not None and old.global_batch_size == size
     if not run.checkpoints():
-        return old.begin if old and same and run.adapter.exists() else Begin()
-    if old and same and old.begin == Begin():
-        return Begin()
+        return old.begin if old and same and run.adapter.exists() else StreamOffset()
+    if old and same and old.begin == StreamOffset():
+        return StreamOffset()
     newest, _ = newest_valid(run.path)
-    return _begin_at(_read_facts(newest.folder, newest.facts), size) if newest else Begin()
+    return _begin_at(_read_facts(newest.folder, newest.facts), size) if newest else StreamOffset()
 
 
-def _begin_at(facts: _Facts, size: int) -> Begin:
+def _begin_at(facts: _Facts, size: int) -> StreamOffset:
     """The arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
-    return facts.begin if facts.global_batch_size == size else Begin(facts.step, facts.samples_consumed)
+    return (
+        facts.begin if facts.global_batch_size == size else StreamOffset(facts.step, facts.samples_consumed)
+    )
 
 
 def refuse_another_identity(

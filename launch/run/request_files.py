@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.manifest import MANIFEST, read_manifest
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.data_report import keep_report
 from launch.planning.plan import Plan
@@ -16,7 +16,7 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 
 
-def adopt(source: Path, run: RunDirectory) -> None:
+def copy_checkpoint(source: Path, run: RunDirectory) -> None:
     """Copy a checkpoint of another run into this one, unless it has checkpoints. The caller holds the run's lock.
 
     Raises:
@@ -26,7 +26,7 @@ def adopt(source: Path, run: RunDirectory) -> None:
         return
     manifest = read_manifest(source, verify=True)
     step = int(manifest["facts"]["step"])
-    aside = aside_folder(run.path, step)
+    aside = partial_folder(run.path, step)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         for name in (*manifest["files"], MANIFEST):

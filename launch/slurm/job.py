@@ -30,7 +30,7 @@ from launch.run.directory import (
     write_marker,
 )
 from launch.run.lock import hold_lock, lock_holder, refuse_if_running
-from launch.run.request_files import adopt, write_request
+from launch.run.request_files import copy_checkpoint, write_request
 from launch.slurm import attempts as ledger
 from launch.slurm.attempts import MAX_CRASHES, End
 from launch.slurm.failed_nodes import dead_nodes, nodes_to_exclude
@@ -129,7 +129,7 @@ def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
     if job.planned is not None:
         write_request(run, job.planned.recipe, job.planned.plan)
         if job.planned.continuation.source is not None:
-            adopt(job.planned.continuation.source, run)
+            copy_checkpoint(job.planned.continuation.source, run)
     # From now on no other attempt asks for a stop.
     atomic_write(ledger.attempt_file(run), f"{allocation.job}.{allocation.restart}\n")
     clear_markers(run)

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from launch.errors import ConfigError
 from launch.recipe.schema import Section
-from launch.recipe.validation_errors import explain
+from launch.recipe.validation_errors import validation_errors
 from launch.slurm.sbatch_options import why_not
 from launch.slurm.secrets_in_text import is_secret
 from launch.untrusted_files import UntrustedFileError, read_yaml, reason_of
@@ -125,7 +125,9 @@ def load_site(file: Path | None, changes: dict[str, object]) -> Site:
         return Site.model_validate(values)
     except ValidationError as error:
         place = f"{file}: " if file else ""
-        raise ConfigError([f"{place}{line}" for line in explain(error, Site, {}, "a site file")]) from None
+        raise ConfigError(
+            [f"{place}{line}" for line in validation_errors(error, Site, {}, "a site file")]
+        ) from None
 
 
 def _read(file: Path) -> dict[str, object]:

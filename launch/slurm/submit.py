@@ -19,7 +19,7 @@ from launch.planning.auto_settings import parse_gpu_memory
 from launch.resources import resource
 from launch.run.directory import RunDirectory, clear_markers, clear_requests, make_folder, removed_on_failure
 from launch.run.lock import hold_lock
-from launch.run.request_files import adopt, write_request
+from launch.run.request_files import copy_checkpoint, write_request
 from launch.slurm import attempts
 from launch.slurm.commands import most_cpus, sbatch, show_job
 from launch.slurm.output import ENDING, RUNNING, WAITING, seconds_of
@@ -194,7 +194,7 @@ def write(submission: Submission) -> Path:
         clear_requests(run)
         write_request(run, planned.recipe, planned.plan)
         if planned.continuation.source is not None:
-            adopt(planned.continuation.source, run)
+            copy_checkpoint(planned.continuation.source, run)
     for name, text in {SCRIPT: submission.script, **submission.follow_ups}.items():
         atomic_write(run.path / name, text)
     return run.path / SCRIPT

@@ -7,7 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
-from launch.checkpoints.scan import survey
+from launch.checkpoints.scan import scan_checkpoints
 from launch.run.directory import RunDirectory
 
 GARBAGE = bytes(random.Random(0).randrange(256) for _ in range(400))
@@ -15,7 +15,7 @@ GARBAGE = bytes(random.Random(0).randrange(256) for _ in range(400))
 
 def valid_steps(run: RunDirectory) -> list[int]:
     """Steps of the checkpoints that a run could go on from, oldest first."""
-    return [found.step for found in survey(run.path) if found.valid] if run.path.is_dir() else []
+    return [found.step for found in scan_checkpoints(run.path) if found.valid] if run.path.is_dir() else []
 
 
 def damage(target: str, run: RunDirectory, cache: Path, share: float) -> None:

@@ -11,7 +11,7 @@ from launch.planning.plan import Plan, make_plan, samples_consumed
 from launch.recipe.schema import Recipe, altering_values
 from launch.run.continuation import Continuation, continue_run
 from launch.run.directory import RunDirectory
-from launch.run.request_files import adopt, write_request
+from launch.run.request_files import copy_checkpoint, write_request
 from tests.helpers.checkpoints import write_aside
 from tests.helpers.indexes import embedded_recipe, make_index
 
@@ -48,7 +48,7 @@ def attempt(
     plan = planned(recipe, continuation)
     write_request(run, recipe, plan)
     if continuation.source:
-        adopt(continuation.source, run)
+        copy_checkpoint(continuation.source, run)
     if save is not None:
         save_step(run, recipe, plan, save)
     return plan

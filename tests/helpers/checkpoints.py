@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.checkpoints.scan import newest_valid
 
 ADAPTER, STATES = "adapter.safetensors", "rank states/0.json"
@@ -13,7 +13,7 @@ ADAPTER, STATES = "adapter.safetensors", "rank states/0.json"
 
 def write_aside(run_dir: Path, step: int) -> Path:
     """A checkpoint of 1,000 + 12 bytes (11 below step 10, 13 from 100) that is complete and not published."""
-    aside = aside_folder(run_dir, step)
+    aside = partial_folder(run_dir, step)
     (aside / "rank states").mkdir(parents=True)
     (aside / ADAPTER).write_bytes(bytes([step % 256]) * 1000)
     (aside / STATES).write_text(f'{{"step": {step}}}')

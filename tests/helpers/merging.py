@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from trainer.export import merge as merging
-from trainer.export.adapter import Missing
+from trainer.export.adapter import AdapterOverrides
 from trainer.export.merge_plan import MergeRequest
 from trainer.export.verify import MergeReport
 
@@ -46,7 +46,9 @@ def rename_keys(folder: Path, rename: Callable[[str], str], file: str = WEIGHTS)
 
 
 def merge(source: Path, output: Path, *, base_model: str | None = None, **asked: Any) -> MergeReport:
-    return merging.merge(MergeRequest(source, output, missing=Missing(base_model=base_model), **asked))
+    return merging.merge(
+        MergeRequest(source, output, missing=AdapterOverrides(base_model=base_model), **asked)
+    )
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from launch.atomic_files import atomic_dir, atomic_write, follow_umask, place_of
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.checkpoints.rotation import rotate
 from launch.checkpoints.scan import newest_valid
 from launch.run.directory import RunDirectory, make_folder, request_stop, write_marker
@@ -45,7 +45,7 @@ def _write_a_run(run: RunDirectory) -> None:
     with hold_lock(run.path.parent, f".{run.name}.lock"):
         make_folder(run)
         with hold_lock(run.path):
-            aside = aside_folder(run.path, 3)
+            aside = partial_folder(run.path, 3)
             (aside / "shards").mkdir(parents=True)
             save_file(TENSORS, aside / "adapter_model.safetensors")
             save_file(TENSORS, aside / "shards" / "a.safetensors")
@@ -64,8 +64,8 @@ def _go_on_with_it(run: RunDirectory) -> None:
         newest, _ = newest_valid(run.path)
         assert newest is not None
         for step in (newest.step + 3, newest.step + 6):
-            aside_folder(run.path, step).mkdir()
-            publish(aside_folder(run.path, step), run.checkpoint(step), {"step": step})
+            partial_folder(run.path, step).mkdir()
+            publish(partial_folder(run.path, step), run.checkpoint(step), {"step": step})
         rotate(run.path, 2)
         write_marker(run, "DONE", "step 9")
         with run.metrics_file.open("a") as file:

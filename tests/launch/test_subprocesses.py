@@ -292,7 +292,7 @@ def test_a_process_is_known_by_whole_words_of_its_command_line_while_it_lives() 
 
 
 @pytest.mark.parametrize(
-    "begin", ["import trainer", "import trainer.logging_setup; trainer.logging_setup.speak_plainly()"]
+    "begin", ["import trainer", "import trainer.logging_setup; trainer.logging_setup.setup_logging()"]
 )
 def test_an_interrupt_at_any_moment_of_a_command_shows_no_traceback(begin: str) -> None:
     program = f"{begin}\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)"

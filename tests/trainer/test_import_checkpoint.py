@@ -18,7 +18,7 @@ from launch.checkpoints.manifest import read_manifest
 from launch.checkpoints.scan import newest_valid
 from launch.cli import main as cli
 from launch.errors import ConfigError
-from launch.local.import_checkpoint import take_over_foreign
+from launch.local.import_checkpoint import import_foreign_checkpoint
 from launch.local.planned_run import RunRequest
 from launch.recipe.loading import recipe_from_dict
 from launch.run.continuation import Continuation
@@ -29,7 +29,7 @@ from tests.helpers.distributed.recorded import adapter_of, metrics_of, run_of, w
 from tests.helpers.launcher import EMBEDDED, samestep, stand_in
 from tests.helpers.merging import make_adapter
 from trainer.checkpoint.resume import refuse_another_run
-from trainer.formats.detect import take_over
+from trainer.formats.detect import import_checkpoint
 from trainer.formats.key_names import adapter_key
 from trainer.import_checkpoint import main, write_checkpoint
 from trainer.task import Task
@@ -85,7 +85,7 @@ def test_a_whole_run_is_no_checkpoint_of_another_library(
     with pytest.raises(
         ConfigError, match=r"is a run, not one of its checkpoints; give its newest, .*checkpoint-4"
     ):
-        take_over_foreign(
+        import_foreign_checkpoint(
             RunRequest(asked[0], (), None, None, "new", tmp_path / "runs", False, (), Path(asked[-1]))
         )
 
@@ -138,7 +138,7 @@ def test_a_base_of_which_only_a_name_is_known_is_not_called_the_recipes(
     known: str | None,
 ) -> None:
     recipe = recipe_from_dict(recipe_values(world))
-    found = take_over(make_adapter(world / "base", tmp_path / "adapter", r=8))
+    found = import_checkpoint(make_adapter(world / "base", tmp_path / "adapter", r=8))
     assert found.config is not None
     ours = {"lora_alpha": recipe.lora.lora_alpha, "lora_dropout": recipe.lora.lora_dropout}
     found = replace(found, config=None if config is None else {**found.config, **ours, **config})

@@ -23,7 +23,7 @@ from launch.run.directory import RunDirectory, read_marker
 from launch.run.lock import hold_lock
 from tests.conftest import recipe_values
 from trainer.checks.training import check_adapters, check_finite
-from trainer.distributed.collectives import say_once
+from trainer.distributed.collectives import report_error
 from trainer.metrics_log import append_line, keep_lines_until, read_lines, rows_digest, samples_digest
 from trainer.train import main
 
@@ -273,9 +273,9 @@ def test_what_is_refused_before_the_run_is_taken_leaves_its_reason_for_who_waits
 
     def part(error: SamestepError) -> int:  # from here on the other ranks look for the reason
         found.append(read_marker(run))
-        return say_once(error)
+        return report_error(error)
 
-    monkeypatch.setattr("trainer.train.say_once", part)
+    monkeypatch.setattr("trainer.train.report_error", part)
     assert main(["--run-dir", str(run.path), "--marker-decides"]) == 0
     (marker,) = found
     assert marker is not None

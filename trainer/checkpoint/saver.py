@@ -22,14 +22,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.atomic_files import atomic_dir
 from launch.checkpoints.manifest import Entries
-from launch.checkpoints.publish import aside_folder, bring_to_disk, publish
+from launch.checkpoints.publish import partial_folder, publish, sync_and_hash
 from launch.checkpoints.rotation import rotate
 from launch.planning.plan import samples_consumed
 from launch.recipe.schema import altering_values
 from trainer import metrics_log
 from trainer.checkpoint.background import Publisher
-from trainer.distributed.collectives import gather, lost_contact, together
-from trainer.distributed.stop_requests import Watch, warn_of_slow_save
+from trainer.distributed.collectives import gather_objects, lost_contact, run_on_all_ranks
+from trainer.distributed.stop_requests import StopRequests, warn_of_slow_save
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.formats.detect import SHARDS, read_sharded
@@ -37,9 +37,9 @@ from trainer.formats.portable import (
     OPTIMIZER_FILE,
     State,
     load_adapter,
-    matching_moments,
+    matching_optimizer_state,
     put_adapter,
-    read_moments,
+    read_optimizer_state,
     save_adapter,
     save_adapter_config,
     save_state,
@@ -73,7 +73,7 @@ class _Save:
 class Saver:
     """Writes the checkpoints of one attempt. Portable ones: rank 0 alone; sharded ones: every rank its part."""
 
-    def __init__(self, chosen: str, model: PeftModel, engine: Replicated | Zero, watch: Watch) -> None:
+    def __init__(self, chosen: str, model: PeftModel, engine: Replicated | Zero, watch: StopRequests) -> None:
         self._model, self._engine = model, engine
         self._group: dist.ProcessGroup | None = None  # of the threads; gloo, whatever the training uses
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -108,7 +108,7 @@ class Saver:
     def _write(self, save: _Save, part: State | DistributedPart | ZeroPart) -> None:
         """In the thread of each rank that has something to write."""
         began = time.perf_counter()
-        aside = aside_folder(save.task.run.path, save.step)
+        aside = partial_folder(save.task.run.path, save.step)
         try:
             if isinstance(part, State):
                 _make_anew(aside)
@@ -139,23 +139,25 @@ class Saver:
 
         def write() -> Entries:
             names = part.write(aside / SHARDS, self._group)
-            return bring_to_disk(aside, [f"{SHARDS}/{name}" for name in names])
+            return sync_and_hash(aside, [f"{SHARDS}/{name}" for name in names])
 
         def finish() -> None:
             if self._is_first:
                 save_adapter_config(self._model, aside)
                 self._publish(save, aside, known)
 
-        together(begin, self._group)
-        written = together(write, self._group)
-        known = {name: entry for entries in gather(written, self._group) for name, entry in entries.items()}
-        together(finish, self._group)
+        run_on_all_ranks(begin, self._group)
+        written = run_on_all_ranks(write, self._group)
+        known = {
+            name: entry for entries in gather_objects(written, self._group) for name, entry in entries.items()
+        }
+        run_on_all_ranks(finish, self._group)
 
     def _publish(self, save: _Save, aside: Path, known: Entries) -> None:
         run = save.task.run
         (aside / TRAINER_STATE_NAME).write_text(save.trainer_state)
-        metrics_log.bring_to_disk(run.metrics_file)
-        metrics_log.bring_to_disk(run.evaluations_file)
+        metrics_log.sync_to_disk(run.metrics_file)
+        metrics_log.sync_to_disk(run.evaluations_file)
         # What stands there was passed over when this attempt began: damaged, or out of reach for a moment.
         publish(aside, run.checkpoint(save.step), save.facts, replace=True, known=known)
 
@@ -222,7 +224,7 @@ def load_checkpoint(
     found = read_sharded(checkpoint)
     if found is not None:
         put_adapter(model, found.tensors, checkpoint / SHARDS)
-        return matching_moments(found.moments, shapes, checkpoint / SHARDS)
+        return matching_optimizer_state(found.moments, shapes, checkpoint / SHARDS)
     load_adapter(model, checkpoint)
     has_moments = (checkpoint / OPTIMIZER_FILE).exists()  # else taken over from a form without them
-    return read_moments(shapes, checkpoint) if has_moments else None
+    return read_optimizer_state(shapes, checkpoint) if has_moments else None

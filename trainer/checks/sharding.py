@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
 from trainer.checks.training import may_differ_by
-from trainer.distributed.collectives import together
+from trainer.distributed.collectives import run_on_all_ranks
 from trainer.model.attention import Segments
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
 
@@ -63,7 +63,7 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
         local = resident_bytes(layer)
         with gathered(layer):
             after = layer_facts(layer)
-        together(partial(_compare_layer, number, before, after, local, world_size))
+        run_on_all_ranks(partial(_compare_layer, number, before, after, local, world_size))
 
 
 def resident_bytes(layer: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from launch.errors import RunError
 from launch.planning.plan import Plan
 from launch.strategies import _EXPECTED
-from trainer.distributed.collectives import gather, together
+from trainer.distributed.collectives import gather_objects, run_on_all_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,7 +94,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
                 "constraints.txt, or use another --strategy"
             )
 
-    together(compare)
+    run_on_all_ranks(compare)
 
 
 def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -106,7 +106,7 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
     digest = hashlib.sha256()
     for parameter in parameters.values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    told = gather(digest.hexdigest())
+    told = gather_objects(digest.hexdigest())
     odd = [rank for rank, other in enumerate(told) if other != told[0]]
 
     def compare() -> None:
@@ -116,7 +116,7 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
                 "see other files, share the run directory"
             )
 
-    together(compare)
+    run_on_all_ranks(compare)
 
 
 def describe_targets(
@@ -159,7 +159,7 @@ def describe_targets(
     )
 
 
-class GradientWitness:
+class GradientCheck:
     """Sees the gradients of the first step of an attempt, in whatever way the engine takes them away."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -186,7 +186,7 @@ class GradientWitness:
             handle.remove()
         known = list(self._largest)
         values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
-        told = gather(None if self.excused else dict(zip(known, values, strict=True)))
+        told = gather_objects(None if self.excused else dict(zip(known, values, strict=True)))
         seen_by_rank = [seen for seen in told if seen is not None]
 
         def compare() -> None:
@@ -205,10 +205,10 @@ class GradientWitness:
                     "they would not train; install the versions of constraints.txt, or use another --strategy"
                 )
 
-        together(compare)
+        run_on_all_ranks(compare)
 
 
-def check_taken(norm: float, step: int) -> None:
+def check_step_taken(norm: float, step: int) -> None:
     """After DeepSpeed's backward, which takes the step: the loss was finite, the gradients may not have been.
 
     Raises:

@@ -18,7 +18,7 @@ from trainer.model.layer_stand_ins import decoder_layers
 
 
 @dataclass(frozen=True)
-class Whole:
+class ReferenceOutputs:
     """A model that no engine has wrapped yet: its answers to a sample, and its layers where they will be sharded."""
 
     sample: dict[str, Any]
@@ -28,16 +28,18 @@ class Whole:
 
 def whole_before_wrapping(
     model: PeftModel, strategy: str, read_sample: Callable[[], dict[str, Any]]
-) -> Whole | None:
+) -> ReferenceOutputs | None:
     """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
     if strategy in ("single", "fsdp"):
         return None
     facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
     sample = read_sample()
-    return Whole(sample, _answers(model, sample), facts)
+    return ReferenceOutputs(sample, _log_probs(model, sample), facts)
 
 
-def compare_with_whole(whole: Whole | None, model: PeftModel, wrapped: nn.Module, plan: Plan) -> None:
+def compare_with_whole(
+    whole: ReferenceOutputs | None, model: PeftModel, wrapped: nn.Module, plan: Plan
+) -> None:
     """Wrapped as it was whole. Collectives.
 
     Raises:
@@ -47,12 +49,12 @@ def compare_with_whole(whole: Whole | None, model: PeftModel, wrapped: nn.Module
         return
     if whole.layers:
         check_sharding(model, whole.layers, plan.world_size)
-    answers = _answers(wrapped, whole.sample)
+    answers = _log_probs(wrapped, whole.sample)
     check_logits(whole.answers, answers, DTYPES[plan.compute_dtype], gathered=bool(whole.layers))
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, sample: dict[str, Any]) -> Tensor:
+def _log_probs(model: nn.Module, sample: dict[str, Any]) -> Tensor:
     """Log-probabilities of the sample's targets, on the CPU. A wrapped model: all ranks at once."""
     was_training = model.training
     model.eval()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from launch.atomic_files import place_of
 from launch.errors import ConfigError, GpuMemoryError, RunError, SamestepError
 from launch.untrusted_files import UntrustedFileError
-from trainer.logging_setup import complain
+from trainer.logging_setup import print_error
 
 T = TypeVar("T")
 _REMEDIES = {
@@ -30,7 +30,7 @@ _REMEDIES = {
 }
 
 
-def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank and return its result; raise on every rank when it failed on any.
 
     A collective: all ranks call it at the same point. The message names the rank when there are several.
@@ -44,7 +44,7 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     try:
         result = action()
     except Exception as raised:
-        error = in_words(raised)
+        error = to_user_error(raised)
     failed = _first_failure(error, group)
     if failed is not None:
         failed.agreed = True
@@ -52,7 +52,7 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     return result  # type: ignore[return-value]
 
 
-def in_words(raised: Exception) -> SamestepError:
+def to_user_error(raised: Exception) -> SamestepError:
     """Any exception as the error that a user reads."""
     if isinstance(raised, UntrustedFileError):  # which others could not make of its words
         return ConfigError(raised.problems)
@@ -85,7 +85,7 @@ def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
 def _first_failure(error: SamestepError | None, group: dist.ProcessGroup | None) -> SamestepError | None:
     if not dist.is_initialized():
         return error
-    gathered = gather((type(error), str(error)) if error else None, group)
+    gathered = gather_objects((type(error), str(error)) if error else None, group)
     for rank, told in enumerate(gathered):
         if told is not None:
             kind, message = told
@@ -93,13 +93,13 @@ def _first_failure(error: SamestepError | None, group: dist.ProcessGroup | None)
     return None
 
 
-def on_rank_0(action: Callable[[], None]) -> None:
+def run_on_main(action: Callable[[], None]) -> None:
     """Run `action` on rank 0 alone; every rank waits for it and fails with it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    together(action if rank == 0 else lambda: None)
+    run_on_all_ranks(action if rank == 0 else lambda: None)
 
 
-def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of every rank, by rank (picklable)."""
     if not dist.is_initialized():
         return [value]
@@ -108,14 +108,14 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def from_rank_0(action: Callable[[], T]) -> T:
+def broadcast_from_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone and give every rank its result (picklable); all fail with it."""
     box: list[T | None] = [None]
 
     def run() -> None:
         box[0] = action()
 
-    on_rank_0(run)
+    run_on_main(run)
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
@@ -136,19 +136,19 @@ def lost_contact(error: RuntimeError) -> RunError | None:
     )
 
 
-def say_once(error: SamestepError) -> int:
+def report_error(error: SamestepError) -> int:
     """Say what went wrong: rank 0 for all when all know it, else the rank that it happened to. Returns the status."""
     if not dist.is_initialized():  # before the ranks know each other, those of a node find the same
-        return complain(error) if os.environ.get("LOCAL_RANK", "0") == "0" else error.exit_status
+        return print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else error.exit_status
     if not error.agreed:
-        return complain(error)  # the others are waiting somewhere: the launcher ends them
+        return print_error(error)  # the others are waiting somewhere: the launcher ends them
     if dist.get_rank() == 0:
-        complain(error)
-    leave_processes()
+        print_error(error)
+    destroy_process_group()
     return error.exit_status
 
 
-def leave_processes() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, all ranks together: the launcher ends the others as soon as one has failed."""
     if dist.is_initialized():
         dist.barrier()

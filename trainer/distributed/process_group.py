@@ -20,14 +20,14 @@ from launch.errors import RunError
 from launch.resources import resource
 from launch.rules.accelerate_config import launched_config, launched_strategy
 from launch.rules.checks import refuse_unfit_machine
-from trainer.distributed.collectives import gather, on_rank_0, together
+from trainer.distributed.collectives import gather_objects, run_on_all_ranks, run_on_main
 from trainer.task import Task
 
 logger = get_logger("trainer")
 PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed wait for each other
 
 
-def start_processes() -> PartialState:
+def init_process_group() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
     find_deepspeed_config()
     stay_on_this_machine()
@@ -93,11 +93,11 @@ def find_deepspeed_config() -> None:
 def smallest_gpu(device: torch.device) -> int | None:
     """Bytes of the smallest GPU of all ranks, None on CPUs. A collective."""
     mine = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    found = [memory for memory in gather(mine) if memory is not None]
+    found = [memory for memory in gather_objects(mine) if memory is not None]
     return min(found, default=None)
 
 
-def announce(task: Task, state: PartialState) -> None:
+def check_same_plan(task: Task, state: PartialState) -> None:
     """Say first what runs, and make sure that every rank runs the same.
 
     Raises:
@@ -126,8 +126,8 @@ def announce(task: Task, state: PartialState) -> None:
                 f"{plan.strategy}.yaml, or let `samestep run` start the processes"
             )
 
-    together(check)
-    everyone = gather(plan.digest())
+    run_on_all_ranks(check)
+    everyone = gather_objects(plan.digest())
     odd = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
 
     def compare() -> None:
@@ -137,7 +137,7 @@ def announce(task: Task, state: PartialState) -> None:
                 "recipes or library versions; share SAMESTEP_CACHE, or make them alike"
             )
 
-    on_rank_0(compare)
+    run_on_main(compare)
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

@@ -26,17 +26,17 @@ from launch.run.directory import (
 )
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.distributed.collectives import gather, in_words, together
+from trainer.distributed.collectives import gather_objects, run_on_all_ranks, to_user_error
 from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REASONS: tuple[StopReason, ...] = get_args(StopReason)  # the first that anybody gives is the run's
-WISHES = (*REASONS, "save", "fail")
+FLAGS = (*REASONS, "save", "fail")
 """What each number of `Watch.wishes` counts."""
 
 
 @dataclass(frozen=True)
-class Agreed:
+class AgreedRequests:
     """What all ranks know after they added up their wishes."""
 
     stop: StopReason | None = None
@@ -44,14 +44,14 @@ class Agreed:
     fail: bool = False
 
     @staticmethod
-    def of(sums: Sequence[float]) -> Agreed:
-        """From the sums over all ranks, in the order of `WISHES`."""
-        wished = {wish for wish, count in zip(WISHES, sums, strict=True) if count > 0}
+    def of(sums: Sequence[float]) -> AgreedRequests:
+        """From the sums over all ranks, in the order of `FLAGS`."""
+        wished = {wish for wish, count in zip(FLAGS, sums, strict=True) if count > 0}
         stop = next((reason for reason in REASONS if reason in wished), None)
-        return Agreed(stop, "save" in wished, "fail" in wished)
+        return AgreedRequests(stop, "save" in wished, "fail" in wished)
 
 
-class Watch:
+class StopRequests:
     """The wishes of one rank. Rank 0 alone looks at the files: a node may see an older state of a shared disk.
 
     `parent`: the launcher's process id, None for a process that nobody waits for. `begins_at`: where the attempt
@@ -74,14 +74,14 @@ class Watch:
         self._signalled = self._signalled or reason_of_signal(number)
 
     def wishes(self) -> list[float]:
-        """One number for each of `WISHES`: 1 where this rank knows of it."""
+        """One number for each of `FLAGS`: 1 where this rank knows of it."""
         WATCHDOG.heartbeat()
         known: set[str] = {*self._stops()}
         if self.failure:
             known.add("fail")
         if self._rank == 0 and requested_save(self._run):
             known.add("save")
-        return [float(wish in known) for wish in WISHES]
+        return [float(wish in known) for wish in FLAGS]
 
     def _stops(self) -> set[StopReason]:
         known: set[StopReason] = set()
@@ -110,7 +110,7 @@ class Watch:
 
     def fail(self, error: Exception) -> None:
         """This rank cannot go on: the next step's all-reduce tells all, before the weights change."""
-        self.failure = self.failure or in_words(error)
+        self.failure = self.failure or to_user_error(error)
 
     def raise_failure(self) -> None:
         """After the last step, when no other brings the failure to the other ranks."""
@@ -120,14 +120,14 @@ class Watch:
     def agreed_failure(self) -> SamestepError:
         """What all ranks raise once they know of a failure: that of the first rank that has one. A collective."""
         try:
-            together(self.raise_failure)
+            run_on_all_ranks(self.raise_failure)
         except SamestepError as error:
             return error
         return RunError("a rank could not go on and did not say why; see the words above")
 
-    def agree(self) -> Agreed:
+    def agree(self) -> AgreedRequests:
         """A collective of its own, for where no step's all-reduce comes by: before the first and in evaluations."""
-        return Agreed.of([sum(told) for told in zip(*gather(self.wishes()), strict=True)])
+        return AgreedRequests.of([sum(told) for told in zip(*gather_objects(self.wishes()), strict=True)])
 
 
 def reason_of_signal(number: int) -> StopReason:
@@ -147,12 +147,12 @@ def warn_of_slow_save(seconds: float) -> str | None:
 
 
 @contextmanager
-def watching(run: RunDirectory, rank: int, parent: int | None) -> Iterator[Watch]:
+def stop_requests(run: RunDirectory, rank: int, parent: int | None) -> Iterator[StopRequests]:
     """From here on signals are wishes, which the watchdog sees too; at the end they are again what they were.
 
     `parent`: the launcher's process id, read when this process began. A signal that is ignored (`nohup`) stays so.
     """
-    watch = Watch(run, rank, parent)
+    watch = StopRequests(run, rank, parent)
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     old = _unpublished(run)
     before = {number: signal.signal(number, watch.receive) for number in heeded}

@@ -17,8 +17,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from launch.atomic_files import atomic_dir
 from launch.errors import RunError
-from trainer.embedded.pretrain_data import Batch, Teacher, Training, corpus, read_lessons
-from trainer.embedded.pretrain_model import Student, same_size_images
+from trainer.embedded.pretrain_data import Batch, BatchSampler, Training, corpus, read_lessons
+from trainer.embedded.pretrain_model import BatchedModel, same_size_images
 from trainer.embedded.tiny_model import (
     VISUAL_TOKEN_PIXELS,
     TinyShape,
@@ -76,9 +76,9 @@ class Partner:
         return list(place)
 
 
-def teach(
+def train_tiny(
     model: Qwen2VLForConditionalGeneration,
-    teacher: Teacher,
+    teacher: BatchSampler,
     training: Training,
     progress: Progress | None = None,
     partner: Partner | None = None,
@@ -87,7 +87,7 @@ def teach(
 
     A batch goes through in halves, one after the other or one here and one at the `partner`: the same sums.
     """
-    student = Student(model, teacher.grid)
+    student = BatchedModel(model, teacher.grid)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -119,7 +119,7 @@ def teach(
     return losses
 
 
-def _gradient(student: Student, teacher: Teacher, half: Batch) -> torch.Tensor:
+def _gradient(student: BatchedModel, teacher: BatchSampler, half: Batch) -> torch.Tensor:
     """One flat tensor: the gradients of the summed loss, parameter by parameter, that loss, its number of tokens."""
     student.model.zero_grad()
     loss = student.loss(half.ids, half.labels, teacher.patches(half.images), half.start)
@@ -138,13 +138,13 @@ def _set_gradient(model: Qwen2VLForConditionalGeneration, flat: torch.Tensor) ->
     return parts[-1].item()
 
 
-def _school(charts: Path, training: Training) -> tuple[Qwen2VLForConditionalGeneration, Any, Teacher]:
+def _setup(charts: Path, training: Training) -> tuple[Qwen2VLForConditionalGeneration, Any, BatchSampler]:
     """(model, processor, teacher) at the start: the same in every process."""
     lessons = read_lessons(charts)
     tokenizer = train_tokenizer(corpus(lessons), vocab_size=1000)
     processor = make_processor(tokenizer, CHART_SHAPE)
     model = make_model(tokenizer, CHART_SHAPE, training.seed)
-    return model, processor, Teacher(processor, lessons, training)
+    return model, processor, BatchSampler(processor, lessons, training)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def _second_process(charts: Path, training: Training) -> Iterator[Partner | None
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_assist, args=(there, shared, charts, training), daemon=True)
-    with _deaf_to_interrupts():
+    with _ignore_sigint():
         process.start()
     there.close()
     try:
@@ -183,7 +183,7 @@ def _second_process(charts: Path, training: Training) -> Iterator[Partner | None
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _ignore_sigint() -> Iterator[None]:
     """A process started in here ignores Ctrl-C from its first instruction on: the terminal sends it to both."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may change this
@@ -198,9 +198,9 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _assist(pipe: Connection, shared: torch.Tensor, charts: Path, training: Training) -> None:
     """The second process: rank 1 of the training, whose model nobody needs. Ends quietly when rank 0 has ended."""
     torch.set_num_threads(1)
-    model, _, teacher = _school(charts, training)
+    model, _, teacher = _setup(charts, training)
     with suppress(RunError):  # rank 0 says what happened
-        teach(model, teacher, training, partner=Partner(1, pipe, shared))
+        train_tiny(model, teacher, training, partner=Partner(1, pipe, shared))
 
 
 def build_tiny(
@@ -213,8 +213,8 @@ def build_tiny(
     """
     training = training or Training()
     with _one_thread(), _second_process(charts, training) as partner:
-        model, processor, teacher = _school(charts, training)
-        teach(model, teacher, training, progress, partner)
+        model, processor, teacher = _setup(charts, training)
+        train_tiny(model, teacher, training, progress, partner)
     with atomic_dir(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

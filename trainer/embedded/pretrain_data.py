@@ -125,7 +125,7 @@ class Batch:
         return Batch(self.ids[rows], self.labels[rows], self.images[rows], self.start)
 
 
-class Teacher:
+class BatchSampler:
     """Makes the training batches: conversations about random charts in random colours."""
 
     def __init__(self, processor: Any, lessons: Lessons, training: Training) -> None:

@@ -40,7 +40,7 @@ def same_size_images(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
         config._attn_implementation = usual
 
 
-class Student:
+class BatchedModel:
     """A Qwen2-VL's own modules, called so that a batch of charts of one size goes through in few large products."""
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, grid: tuple[int, int]) -> None:

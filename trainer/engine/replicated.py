@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.formats.portable import State, inject, snapshot
-from trainer.formats.sharded import DistributedPart, dealt
+from trainer.formats.sharded import DistributedPart, partition_by_size
 
 
 class Replicated:
@@ -84,7 +84,7 @@ class Replicated:
         assert self._optimizer is not None
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        mine = {name: self.parameters[name] for name in dealt(sizes, ranks)[rank]}
+        mine = {name: self.parameters[name] for name in partition_by_size(sizes, ranks)[rank]}
         return DistributedPart(snapshot(self._optimizer, mine))
 
     def weights(self) -> dict[str, Tensor] | None:

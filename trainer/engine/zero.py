@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from launch.errors import RunError
-from trainer.distributed.collectives import together
+from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
 from trainer.formats.portable import MOMENTS, State, step_device
-from trainer.formats.sharded import Kept, ZeroPart
+from trainer.formats.sharded import InMemoryCheckpointEngine, ZeroPart
 from trainer.model.layer_stand_ins import decoder_layers
 
 logger = get_logger("trainer")
@@ -116,7 +116,7 @@ class Zero:
 
         def ask_first(*args: Any, **kwargs: Any) -> Any:
             del self._engine.step  # from now on the class's own again
-            together(self._all_were_reduced)
+            run_on_all_ranks(self._all_were_reduced)
             action()
             return take(*args, **kwargs)
 
@@ -162,7 +162,7 @@ class Zero:
         It writes in the middle of its collectives, where a rank with a full disk would leave the others waiting;
         so it is handed what only keeps the files.
         """
-        engine, kept, tag = self._engine, Kept(), f"global_step{step}"
+        engine, kept, tag = self._engine, InMemoryCheckpointEngine(), f"global_step{step}"
         own = engine.checkpoint_engine
         engine.checkpoint_engine = kept
         engine._copy_recovery_script = lambda _: None  # into the folder that is not there yet

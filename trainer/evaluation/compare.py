@@ -52,13 +52,13 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
-from trainer.export.adapter import Adapter, Missing, read_adapter
+from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_of
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.export.merge import merge, print_report
 from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
 from trainer.formats.validated import read_json
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -82,7 +82,7 @@ class Request:
     recipe: Recipe
     samples: int
     recipe_file: Path
-    missing: Missing
+    missing: AdapterOverrides
     both_bases: bool = False
     allow: tuple[str, ...] = ()
 
@@ -323,11 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_adapter_options(parser)
     add_allow(parser)
     given = parser.parse_args(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         comparison = compare(_request(given))
     except SamestepError as error:
-        return complain(error)
+        return print_error(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
     for folder in given.merged:
         keep_comparison(comparison, folder)

@@ -35,12 +35,12 @@ from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind, merged_digest
 from trainer.data.relaxed_accuracy import correct
 from trainer.distributed.collectives import (
+    broadcast_from_main,
+    destroy_process_group,
     end_process,
-    from_rank_0,
-    leave_processes,
-    on_rank_0,
-    say_once,
-    together,
+    report_error,
+    run_on_all_ranks,
+    run_on_main,
 )
 from trainer.distributed.process_group import stay_on_this_machine
 from trainer.evaluation.answers import (
@@ -60,7 +60,7 @@ from trainer.evaluation.metrics import Accuracy, Prediction, summary
 from trainer.evaluation.stored_answers import Kept, compared, with_earlier_answers, write_result
 from trainer.export.base_model import add_allow
 from trainer.export.model_card import refresh_figures
-from trainer.logging_setup import speak_plainly
+from trainer.logging_setup import setup_logging
 from trainer.prepare import prepare
 
 # The result: rank 0 ----------------------------------------------------------------------
@@ -271,8 +271,8 @@ def prepared(request: Request) -> Task:
 def evaluate(task: Task, state: PartialState) -> None:
     """Answer on all ranks, gather; rank 0 writes and prints."""
     # A run that goes on meanwhile, or a merge, may replace the weights: the answers are of those that are there now.
-    identity, weights = from_rank_0(lambda: (hold_against_training(task), weights_of(task.request)))
-    share = together(lambda: answer_all(task, state))
+    identity, weights = broadcast_from_main(lambda: (hold_against_training(task), weights_of(task.request)))
+    share = run_on_all_ranks(lambda: answer_all(task, state))
     gathered: list[tuple[list[Question], list[Answer]]] = gather_object([share])
 
     def conclude() -> None:
@@ -284,21 +284,21 @@ def evaluate(task: Task, state: PartialState) -> None:
         refresh_figures(request.run)
         print_result(kept, request, Console(highlight=False, soft_wrap=True))
 
-    on_rank_0(conclude)
+    run_on_main(conclude)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of every rank; returns the exit status."""
     request = parse(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         task = prepared(request)
         stay_on_this_machine()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         evaluate(task, state)
     except SamestepError as error:
-        return say_once(error)
-    leave_processes()
+        return report_error(error)
+    destroy_process_group()
     return 0
 
 

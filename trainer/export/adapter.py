@@ -20,13 +20,13 @@ from trainer.export.adapter_config import (
     refuse_unknown_methods,
     written_module,
 )
-from trainer.formats.detect import ADAPTER_CONFIG, TakenOver, take_over
+from trainer.formats.detect import ADAPTER_CONFIG, ImportedCheckpoint, import_checkpoint
 from trainer.formats.key_names import PREFIX, lora_part
 from trainer.formats.validated import checked, read_json
 
 
 @dataclass(frozen=True)
-class Missing:
+class AdapterOverrides:
     """What the command line says where a checkpoint has no adapter_config.json (FSDP writes none)."""
 
     adapter_config: Path | None = None
@@ -116,16 +116,16 @@ class Adapter:
         return [module for module in zero if module not in dora]
 
 
-def read_adapter(source: Path, missing: Missing | None = None) -> Adapter:
+def read_adapter(source: Path, missing: AdapterOverrides | None = None) -> Adapter:
     """Read and check the LoRA of a run directory, a checkpoint of any form, or an adapter folder.
 
     Raises:
         CheckpointError: it cannot be read whole, or uses what would not be merged exactly (by its name).
     """
-    return adapter_of(take_over(source), missing or Missing())
+    return adapter_of(import_checkpoint(source), missing or AdapterOverrides())
 
 
-def adapter_of(found: TakenOver, missing: Missing) -> Adapter:
+def adapter_of(found: ImportedCheckpoint, missing: AdapterOverrides) -> Adapter:
     """The checked adapter of a checkpoint that was read."""
     config, file = _config_of(found, missing)
     refuse_unknown_methods(file, config)
@@ -159,7 +159,7 @@ def refuse_untrained(adapter: Adapter) -> None:
 # The configuration -----------------------------------------------------------------------
 
 
-def _config_of(found: TakenOver, missing: Missing) -> tuple[dict[str, Any], Path]:
+def _config_of(found: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[dict[str, Any], Path]:
     if missing.adapter_config is not None:
         given = missing.adapter_config.expanduser()
         file = given / ADAPTER_CONFIG if given.is_dir() else given

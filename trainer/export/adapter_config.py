@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import printable
-from trainer.formats.detect import TakenOver
+from trainer.formats.detect import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
 from trainer.formats.validated import Layout
 from trainer.sandbox import trial
@@ -79,7 +79,7 @@ class Values(Layout):
         raise ValueError(f"neither a pattern nor a list of names: {value!r:.60}")
 
 
-def config_from_shapes(found: TakenOver, lora_alpha: float) -> dict[str, Any]:
+def config_from_shapes(found: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
     """The configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
     parts = {key: part for key in found.tensors if (part := lora_part(key)) is not None}
     ranks = {module: found.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"}
@@ -111,7 +111,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: simple(value) for key, value in config.items()}
 
 
-def in_present_names(found: TakenOver, config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
+def in_present_names(found: ImportedCheckpoint, config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
     """Patterns and targets that name modules as an older version did, with the names of the present one.
 
     Every module keeps the rank and alpha that its old name had; PEFT would quietly give it the defaults.
@@ -130,7 +130,7 @@ def in_present_names(found: TakenOver, config: dict[str, Any], modules: list[str
     return config
 
 
-def written_module(found: TakenOver, module: str) -> str:
+def written_module(found: ImportedCheckpoint, module: str) -> str:
     """The module's name in the version that wrote the checkpoint."""
     for side in ("lora_A", "lora_B"):
         raw = found.written_as.get(f"{PREFIX}{module}.{side}.weight")

@@ -25,24 +25,24 @@ from safetensors.torch import save_file
 from launch.console import add_row
 from launch.errors import CheckpointError, SamestepError
 from launch.option_values import for_argparse, place, positive
-from trainer.export.adapter import Adapter, Missing, adapter_of, read_adapter
+from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
 from trainer.export.output_folder import refuse_place, written_aside
-from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TakenOver, take_over
+from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ImportedCheckpoint, import_checkpoint
 from trainer.formats.validated import read_tensors
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 
 
 @dataclass(frozen=True)
 class Consolidated:
     """What was found, and where the adapter lies now."""
 
-    found: TakenOver
+    found: ImportedCheckpoint
     adapter: Adapter
     output: Path
 
 
-def consolidate(source: Path, output: Path, missing: Missing | None = None) -> Consolidated:
+def consolidate(source: Path, output: Path, missing: AdapterOverrides | None = None) -> Consolidated:
     """Write the adapter of a checkpoint of any form as a PEFT adapter folder, and compare what was written.
 
     Raises:
@@ -50,8 +50,8 @@ def consolidate(source: Path, output: Path, missing: Missing | None = None) -> C
     """
     output = output.expanduser().absolute()
     refuse_place(output, 0)
-    found = take_over(source)
-    adapter = adapter_of(found, missing or Missing())
+    found = import_checkpoint(source)
+    adapter = adapter_of(found, missing or AdapterOverrides())
     refuse_place(output, sum(tensor.nbytes for tensor in adapter.tensors.values()) + 2**20)
     with written_aside(output) as aside:
         write_adapter(adapter, aside)
@@ -117,9 +117,9 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def missing_of(given: argparse.Namespace) -> Missing:
+def missing_of(given: argparse.Namespace) -> AdapterOverrides:
     """The values of `add_adapter_options`."""
-    return Missing(given.adapter_config, given.lora_alpha, given.base_model)
+    return AdapterOverrides(given.adapter_config, given.lora_alpha, given.base_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,11 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_adapter_options(parser)
     given = parser.parse_args(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         done = consolidate(given.source, given.output, missing_of(given))
     except SamestepError as error:
-        return complain(error)
+        return print_error(error)
     print_consolidated(done, Console(highlight=False, soft_wrap=True))
     return 0
 

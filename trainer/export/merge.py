@@ -29,7 +29,7 @@ from launch.errors import SamestepError
 from launch.option_values import for_argparse, place
 from launch.recipe.loading import find_recipe
 from launch.run.merged_model import RECORD
-from trainer.export.adapter import Missing
+from trainer.export.adapter import AdapterOverrides
 from trainer.export.base_model import add_allow
 from trainer.export.consolidate import add_adapter_options, missing_of
 from trainer.export.merge_plan import (
@@ -45,7 +45,7 @@ from trainer.export.output_folder import written_aside
 from trainer.export.verify import BaseRows, MergeReport, verify
 from trainer.formats.safetensors_blocks import DTYPES, FLOATS, INDEX_FILE, write_shard
 from trainer.formats.validated import read_json
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 
 
 def merge(request: MergeRequest) -> MergeReport:
@@ -183,17 +183,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_adapter_options(parser)
     add_allow(parser)
     given = parser.parse_args(arguments)
-    speak_plainly()
+    setup_logging()
     try:
         recipe = None if given.recipe is None else find_recipe(given.recipe)
-        missing: Missing = missing_of(given)
+        missing: AdapterOverrides = missing_of(given)
         report = merge(
             MergeRequest(
                 given.source, given.output, given.base, given.dtype, recipe, missing, tuple(given.allow)
             )
         )
     except SamestepError as error:
-        return complain(error)
+        return print_error(error)
     print_report(report, Console(highlight=False, soft_wrap=True))
     return 0
 

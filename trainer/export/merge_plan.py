@@ -11,7 +11,7 @@ from typing import Literal
 from launch.errors import CheckpointError
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, open_plain
-from trainer.export.adapter import Adapter, Missing, Pair, Saved, read_adapter, refuse_untrained
+from trainer.export.adapter import Adapter, AdapterOverrides, Pair, Saved, read_adapter, refuse_untrained
 from trainer.export.base_model import (
     COPIED,
     BaseCheck,
@@ -84,7 +84,7 @@ class MergeRequest:
     base: BaseKind = "original"
     dtype: DtypeChoice = "auto"
     recipe: Path | None = None
-    missing: Missing = field(default_factory=Missing)
+    missing: AdapterOverrides = field(default_factory=AdapterOverrides)
     allow: tuple[str, ...] = ()
 
 

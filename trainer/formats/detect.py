@@ -1,6 +1,6 @@
 """Any checkpoint that holds a LoRA, ours or another library's, read into one form on one CPU.
 
-`take_over` finds out which form it is by the files that lie there; nothing is started and nothing is written.
+`import_checkpoint` finds out which form it is by the files that lie there; nothing is started and nothing is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.untrusted_files import TABLE, printable
 from trainer.formats.dcp import distributed_keys, load_distributed
 from trainer.formats.deepspeed import ZeroState, read_universal, read_zero, universal_folder, zero_folder
 from trainer.formats.key_names import adapter_key, adapter_keys, is_lora, parameter_name
-from trainer.formats.optimizer_state import named_moments, numbered_moments
+from trainer.formats.optimizer_state import by_index, by_name
 from trainer.formats.safetensors_blocks import read_shard, read_weight_map
 from trainer.formats.torch_files import load_mapping, mapping
 from trainer.formats.validated import (
@@ -45,7 +45,7 @@ _WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class TakenOver:
+class ImportedCheckpoint:
     """What a checkpoint holds of a LoRA training.
 
     `tensors`: by the keys of PEFT's adapter file, as stored. `config`: its adapter_config.json, if one lies there.
@@ -66,7 +66,7 @@ class TakenOver:
 
 
 @unreadable_is_refused()
-def take_over(source: Path) -> TakenOver:
+def import_checkpoint(source: Path) -> ImportedCheckpoint:
     """Read a checkpoint of any form.
 
     Raises:
@@ -97,7 +97,7 @@ _WHY_EMPTY = (
 )
 
 
-def _read(source: Path) -> TakenOver:
+def _read(source: Path) -> ImportedCheckpoint:
     if source.is_file():
         return _from_weights(source, [source])
     if (source / MANIFEST).is_file():  # one of ours: every file as it was published
@@ -115,7 +115,7 @@ def _read(source: Path) -> TakenOver:
 
 
 @unreadable_is_refused()
-def read_sharded(checkpoint: Path) -> TakenOver | None:
+def read_sharded(checkpoint: Path) -> ImportedCheckpoint | None:
     """A sharded checkpoint of ours, of any number of ranks, whose files were verified before; None for another form."""
     shards = _shards(checkpoint)
     return None if shards is None else _from_shards(shards)
@@ -128,7 +128,7 @@ def _shards(source: Path) -> Path | None:
     return source / SHARDS if (source / SHARDS).is_dir() else None
 
 
-def _from_shards(folder: Path) -> TakenOver:
+def _from_shards(folder: Path) -> ImportedCheckpoint:
     zero = zero_folder(folder)
     if zero is None:
         form = f"torch DCP, {len(list(folder.glob('*.distcp')))} files"
@@ -144,12 +144,12 @@ def _distributed(source: Path) -> Path | None:
     return source / DISTRIBUTED if (source / DISTRIBUTED).is_dir() else None
 
 
-def _from_distributed(folder: Path) -> TakenOver:
+def _from_distributed(folder: Path) -> ImportedCheckpoint:
     form = f"FSDP, sharded ({len(list(folder.glob('*.distcp')))} files)"
     return _read_distributed(folder, folder.parent / DISTRIBUTED_OPTIMIZER, form)
 
 
-def _read_distributed(folder: Path, optimizer: Path, form: str) -> TakenOver:
+def _read_distributed(folder: Path, optimizer: Path, form: str) -> ImportedCheckpoint:
     """`optimizer`: the folder with the moments, which may be the same one."""
     names = [name for name in distributed_keys(folder) if not name.startswith("optimizer.")]
     keys = adapter_keys(names, folder)
@@ -161,41 +161,43 @@ def _read_distributed(folder: Path, optimizer: Path, form: str) -> TakenOver:
         for name, tensor in load_distributed(optimizer, names).items():
             parameter, _, state = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
             states.setdefault(parameter, {})[state] = tensor
-        moments = named_moments(states)
-    return TakenOver(folder, form, *_renamed(tensors, keys), moments=moments)
+        moments = by_name(states)
+    return ImportedCheckpoint(folder, form, *_renamed(tensors, keys), moments=moments)
 
 
 def _full(source: Path) -> Path | None:
     return source / FULL if (source / FULL).is_file() else None
 
 
-def _from_full(file: Path) -> TakenOver:
+def _from_full(file: Path) -> ImportedCheckpoint:
     stored = _adapter_of(load_mapping(file), file)
     optimizer = file.with_name(FULL_OPTIMIZER)
     moments: dict[str, Tensor] = {}
     if optimizer.is_file():
-        moments = named_moments(mapping(load_mapping(optimizer).get("state"), optimizer, "state"))
-    return TakenOver(file.parent, "FSDP, in one file", *stored, moments=moments)
+        moments = by_name(mapping(load_mapping(optimizer).get("state"), optimizer, "state"))
+    return ImportedCheckpoint(file.parent, "FSDP, in one file", *stored, moments=moments)
 
 
 def _local_shards(source: Path) -> Path | None:
     return next(iter(sorted(source.glob("pytorch_model_fsdp*_rank*.bin"))), None)
 
 
-def _refuse_local_shards(file: Path) -> TakenOver:
+def _refuse_local_shards(file: Path) -> ImportedCheckpoint:
     raise CheckpointError(
         f"{file}: holds one rank's piece without its place (LOCAL_STATE_DICT, or use_dcp=False); load it with the "
         "same number of processes and save SHARDED_STATE_DICT"
     )
 
 
-def _from_zero_state(source: Path, state: ZeroState) -> TakenOver:
+def _from_zero_state(source: Path, state: ZeroState) -> ImportedCheckpoint:
     keys = adapter_keys(list(state.weights), source)
     moments = {}
     for name, tensor in state.moments.items():
         parameter, _, kind = name.rpartition(".")
         moments[f"{parameter_name(adapter_key(parameter)[0])}.{kind}"] = tensor
-    return TakenOver(source, state.form, *_renamed(state.weights, keys), moments=moments, step=state.step)
+    return ImportedCheckpoint(
+        source, state.form, *_renamed(state.weights, keys), moments=moments, step=state.step
+    )
 
 
 def _adapter_folder(source: Path) -> Path | None:
@@ -203,7 +205,7 @@ def _adapter_folder(source: Path) -> Path | None:
     return source if any((source / name).is_file() for name in names) else None
 
 
-def _from_adapter(folder: Path) -> TakenOver:
+def _from_adapter(folder: Path) -> ImportedCheckpoint:
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         file = folder / "adapter_model.bin"
@@ -213,17 +215,17 @@ def _from_adapter(folder: Path) -> TakenOver:
         )
     stored = _adapter_of(_load_any(file), file)
     if (folder / MANIFEST).is_file() and (folder / OPTIMIZER_FILE).is_file():
-        return TakenOver(
+        return ImportedCheckpoint(
             folder, "checkpoint of samestep", *stored, moments=read_tensors(folder / OPTIMIZER_FILE)
         )
     optimizer = folder / NUMBERED_OPTIMIZER
     if not optimizer.is_file():
-        return TakenOver(folder, "PEFT adapter", *stored)
-    return TakenOver(
+        return ImportedCheckpoint(folder, "PEFT adapter", *stored)
+    return ImportedCheckpoint(
         folder,
         "transformers Trainer (DDP or one process)",
         *stored,
-        moments=numbered_moments(load_mapping(optimizer), stored[0]),
+        moments=by_index(load_mapping(optimizer), stored[0]),
     )
 
 
@@ -231,7 +233,7 @@ def _weights(source: Path) -> Path | None:
     return next((source / name for name in _WEIGHTS if (source / name).is_file()), None)
 
 
-def _from_weights_folder(file: Path) -> TakenOver:
+def _from_weights_folder(file: Path) -> ImportedCheckpoint:
     if file.suffix != ".json":
         return _from_weights(file.parent, [file])
     names = sorted(set(read_weight_map(file).values()))
@@ -243,7 +245,7 @@ def _from_weights_folder(file: Path) -> TakenOver:
     return _from_weights(file.parent, [file.parent / name for name in names])
 
 
-def _from_weights(source: Path, files: list[Path]) -> TakenOver:
+def _from_weights(source: Path, files: list[Path]) -> ImportedCheckpoint:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _load_any(file)
@@ -252,10 +254,10 @@ def _from_weights(source: Path, files: list[Path]) -> TakenOver:
         raise CheckpointError(
             f"{source}: a model without a LoRA ({len(tensors)} tensors); give an adapter or a checkpoint of one"
         )
-    return TakenOver(source, "weights alone (`accelerate merge-weights`, `zero_to_fp32.py`)", *found)
+    return ImportedCheckpoint(source, "weights alone (`accelerate merge-weights`, `zero_to_fp32.py`)", *found)
 
 
-_FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], TakenOver]], ...] = (
+_FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], ImportedCheckpoint]], ...] = (
     (_shards, _from_shards),
     (zero_folder, lambda folder: _from_zero_state(folder, read_zero(folder))),
     (universal_folder, lambda folder: _from_zero_state(folder, read_universal(folder))),
@@ -291,7 +293,7 @@ def _renamed(
     return {key: stored[raw].detach() for raw, key in keys.items()}, {key: raw for raw, key in keys.items()}
 
 
-def _holders(found: TakenOver) -> list[Path]:
+def _holders(found: ImportedCheckpoint) -> list[Path]:
     """The folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
     folder = found.source if found.source.is_dir() else found.source.parent
     is_part = (
@@ -302,7 +304,7 @@ def _holders(found: TakenOver) -> list[Path]:
     return [folder, folder.parent] if is_part else [folder]
 
 
-def _with_step(found: TakenOver) -> TakenOver:
+def _with_step(found: ImportedCheckpoint) -> ImportedCheckpoint:
     for folder in _holders(found):
         if (folder / MANIFEST).is_file():
             return _with_losses(replace(found, step=int(read_manifest(folder)["facts"]["step"])))
@@ -316,13 +318,13 @@ def _with_step(found: TakenOver) -> TakenOver:
     return _with_losses(found)
 
 
-def _with_losses(found: TakenOver) -> TakenOver:
+def _with_losses(found: ImportedCheckpoint) -> ImportedCheckpoint:
     lost = [] if found.moments else ["the optimizer's moments"]
     lost += [] if found.step is not None else ["the number of steps"]
     return replace(found, lost=tuple(lost))
 
 
-def _with_config(found: TakenOver) -> TakenOver:
+def _with_config(found: ImportedCheckpoint) -> ImportedCheckpoint:
     for folder in _holders(found):
         if (folder / ADAPTER_CONFIG).is_file():
             return replace(

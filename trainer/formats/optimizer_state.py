@@ -20,7 +20,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-def named_moments(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def by_name(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Moments of an optimizer state whose keys are parameter names; {} unless every one has AdamW's moments."""
     found: dict[str, Tensor] = {}
     for raw, values in state.items():
@@ -35,7 +35,7 @@ def named_moments(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-def numbered_moments(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_index(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Moments of `optimizer.pt`, whose parameters are numbers in the order of the model's parameters.
 
     `tensors`: the adapter, by its keys. Transformers' Trainer puts parameters with weight decay into the first
@@ -55,7 +55,7 @@ def numbered_moments(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         moment = values.get("exp_avg") if isinstance(values, Mapping) else None
         if getattr(moment, "shape", None) != tensors[key].shape:
             return {}
-    return named_moments(chosen)
+    return by_name(chosen)
 
 
 def parameter_order(keys: Iterable[str]) -> list[str] | None:

@@ -132,19 +132,19 @@ def _read(file: Path) -> dict[str, Tensor]:
     return read_tensors(file, "resume from another checkpoint")
 
 
-def read_moments(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
+def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
     """The stored moments and step counts of these parameters (name -> shape), as `<parameter>.<moment or step>`.
 
     Raises:
         CheckpointError: the file holds other parameters or shapes.
     """
-    return matching_moments(_read(folder / OPTIMIZER_FILE), parameters, folder / OPTIMIZER_FILE)
+    return matching_optimizer_state(_read(folder / OPTIMIZER_FILE), parameters, folder / OPTIMIZER_FILE)
 
 
-def matching_moments(
+def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
-    """`stored`, once it holds the moments and step counts of these parameters. CheckpointError as `read_moments`."""
+    """`stored`, once it holds the moments and step counts of these parameters. CheckpointError as `read_optimizer_state`."""
     wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
     if wanted != stored.keys():
         odd = sorted(wanted ^ stored.keys())
@@ -165,7 +165,7 @@ def matching_moments(
 def inject(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
 ) -> None:
-    """Put moments and step counts, of `read_moments`, into a fresh optimizer over the same parameters."""
+    """Put moments and step counts, of `read_optimizer_state`, into a fresh optimizer over the same parameters."""
     for name, parameter in parameters.items():
         state: dict[str, Tensor] = {"step": moments[f"{name}.step"].to(step_device(optimizer, parameter))}
         for key in MOMENTS:

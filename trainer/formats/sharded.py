@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.futures import Future
 
 from launch.errors import RunError, SamestepError
-from trainer.distributed.collectives import in_words
+from trainer.distributed.collectives import to_user_error
 from trainer.formats.dcp import load_distributed
 from trainer.formats.detect import OPTIMIZER_PREFIX
 from trainer.formats.portable import State
 from trainer.formats.torch_files import load_torch
 
 
-def dealt(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     """The names for each rank to write, the sums of their sizes balanced: the largest first, each to who has least."""
     parts: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -89,7 +89,7 @@ class _Writer(FileSystemWriter):
 def _first_failure(error: CheckpointException) -> SamestepError:
     """What every rank was told of the ranks that failed, as `together` would say it."""
     rank, (cause, _) = min(error.failures.items())
-    words = in_words(cause if isinstance(cause, Exception) else RuntimeError(repr(cause)))
+    words = to_user_error(cause if isinstance(cause, Exception) else RuntimeError(repr(cause)))
     return words if rank == 0 else type(words)(f"rank {rank}: {words}")
 
 
@@ -120,7 +120,7 @@ class ZeroPart:
         return list(self.files)
 
 
-class Kept:
+class InMemoryCheckpointEngine:
     """In the place of DeepSpeed's checkpoint engine: keeps copies of what it is given to write, by file name."""
 
     def __init__(self) -> None:
@@ -174,5 +174,5 @@ def _refused(error: Exception, place: Path) -> SamestepError:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     if cause is None:
-        return in_words(error)
-    return in_words(OSError(cause.errno, cause.strerror, cause.filename or str(place)))
+        return to_user_error(error)
+    return to_user_error(OSError(cause.errno, cause.strerror, cause.filename or str(place)))

@@ -16,8 +16,8 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from launch.recipe.schema import Recipe
 from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
 from trainer.data.encoder import Encoder
-from trainer.distributed.collectives import together
-from trainer.distributed.stop_requests import Watch
+from trainer.distributed.collectives import run_on_all_ranks
+from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import DTYPES, add_lora, load_base
@@ -31,7 +31,9 @@ from trainer.vision_cache.store import FeatureCache, describe, open_cache, remov
 logger = get_logger("trainer")
 
 
-def build(task: Task, state: PartialState, watch: Watch, resumed_at: int, clock: FirstStep) -> PlannedTrainer:
+def build(
+    task: Task, state: PartialState, watch: StopRequests, resumed_at: int, clock: FirstStep
+) -> PlannedTrainer:
     """Base, LoRA and trainer on this rank's device.
 
     Raises:
@@ -39,7 +41,7 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int, clock:
     """
     if task.recipe.training.deterministic:
         make_deterministic()
-    encoder = together(
+    encoder = run_on_all_ranks(
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
     clock.passed("processor")
@@ -57,13 +59,13 @@ def build(task: Task, state: PartialState, watch: Watch, resumed_at: int, clock:
             clock,
         )
 
-    trainer = together(finish)
+    trainer = run_on_all_ranks(finish)
     clock.passed("trainer")
     return trainer
 
 
 def build_trainer(
-    model: PeftModel, task: Task, encoder: Encoder, watch: Watch, resumed_at: int, clock: FirstStep
+    model: PeftModel, task: Task, encoder: Encoder, watch: StopRequests, resumed_at: int, clock: FirstStep
 ) -> PlannedTrainer:
     """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
     trainer = PlannedTrainer(model, task, encoder, watch, resumed_at, clock)
@@ -90,7 +92,7 @@ def load_model(task: Task, device: torch.device) -> PeftModel:
     """Base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
     recipe, plan = task.recipe, task.plan
     if plan.strategy != "fsdp":
-        return together(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
+        return run_on_all_ranks(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
     whole: list[LayerFacts] = []
     mesh = mesh_of(plan.world_size, device)
 
@@ -103,7 +105,7 @@ def load_model(task: Task, device: torch.device) -> PeftModel:
         close_sharding(model, mesh)
         return model
 
-    model = together(read)
+    model = run_on_all_ranks(read)
     check_sharding(model, whole, plan.world_size)
     return model
 

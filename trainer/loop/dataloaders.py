@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accelerate.logging import get_logger
 
 from launch.planning.plan import Plan, validation_samples
-from launch.planning.step_plan import MicroBatch, StepPlan, cost, deal
+from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.loader import Loader, data_workers
@@ -30,7 +30,7 @@ def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBat
     chosen = validation_samples(task.recipe, task.index)
     costs = cost(split.text_tokens, split.visual_tokens)
     budget = max(task.plan.micro_batch_tokens, int(split.tokens.max()))
-    mine = deal(chosen, split.tokens, costs, task.plan.world_size, budget)[rank]
+    mine = assign(chosen, split.tokens, costs, task.plan.world_size, budget)[rank]
     return EvaluationBatches(open_split(task.recipe, "validation"), split, encoder, mine)
 
 

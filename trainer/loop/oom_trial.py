@@ -27,9 +27,9 @@ from launch.run.request_files import keep_plan
 from launch.strategies import SHARDING
 from trainer.data.chartqa import open_split
 from trainer.data.micro_batches import PackedBatch, assemble
-from trainer.distributed.collectives import from_rank_0, gather, on_rank_0, together
+from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
 from trainer.loop.trainer import PlannedTrainer
-from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, shared_out, stand_ins
+from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, temporarily_sharded, zero_weight_layers
 
 logger = get_logger("trainer")
 DEVICES = ("cuda",)
@@ -37,7 +37,7 @@ SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-bat
 GATHERED_LAYERS = 2  # beside the one that computes: the next, as it arrives and as it is taken apart
 
 
-def settle(trainer: PlannedTrainer) -> None:
+def fit_to_memory(trainer: PlannedTrainer) -> None:
     """Come down from the plan's settings to some that all ranks can hold, and write them into plan.json. A collective.
 
     Raises:
@@ -45,15 +45,15 @@ def settle(trainer: PlannedTrainer) -> None:
     """
     if trainer.plan.settings_tried or trainer.args.device.type not in DEVICES:
         return
-    while not all(gather(holds_largest(trainer))):
-        smaller = from_rank_0(lambda: _smaller(trainer))
+    while not all(gather_objects(largest_micro_batch_fits(trainer))):
+        smaller = broadcast_from_main(lambda: _smaller(trainer))
         trainer.take_plan(smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
             f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
         )
     trainer.take_plan(replace(trainer.plan, settings_tried=True))
-    on_rank_0(lambda: keep_plan(trainer.run_directory, trainer.plan))
+    run_on_main(lambda: keep_plan(trainer.run_directory, trainer.plan))
 
 
 def _smaller(trainer: PlannedTrainer) -> Plan:
@@ -74,11 +74,11 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
     return found
 
 
-def holds_largest(trainer: PlannedTrainer) -> bool:
+def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
     """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
-    packed = together(lambda: _largest(trainer))
-    with shared_out(trainer.model) if trainer.plan.strategy == "zero3" else nullcontext():
-        return together(lambda: _holds(trainer, packed))
+    packed = run_on_all_ranks(lambda: _largest(trainer))
+    with temporarily_sharded(trainer.model) if trainer.plan.strategy == "zero3" else nullcontext():
+        return run_on_all_ranks(lambda: _holds(trainer, packed))
 
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
@@ -107,7 +107,7 @@ def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
     device = trainer.args.device
     spare = torch.empty(_to_come(trainer), dtype=torch.uint8, device=device)
     trainer.model.train()
-    with stand_ins(trainer.model, device) if trainer.plan.strategy in SHARDING else nullcontext():
+    with zero_weight_layers(trainer.model, device) if trainer.plan.strategy in SHARDING else nullcontext():
         loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
         loss.backward()
     del spare

@@ -29,20 +29,20 @@ from launch.strategies import ZERO_STAGES
 from trainer import WATCHDOG
 from trainer.checkpoint.saver import Saver, load_checkpoint, publish_adapter
 from trainer.checks.training import (
-    GradientWitness,
+    GradientCheck,
     check_adapters,
     check_finite,
     check_launch,
     check_same_adapters,
-    check_taken,
+    check_step_taken,
     describe_targets,
 )
 from trainer.checks.wrapping import compare_with_whole, whole_before_wrapping
 from trainer.data.encoder import Encoder
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches
-from trainer.distributed.collectives import from_rank_0, on_rank_0, together
-from trainer.distributed.stop_requests import Agreed, Watch
+from trainer.distributed.collectives import broadcast_from_main, run_on_all_ranks, run_on_main
+from trainer.distributed.stop_requests import AgreedRequests, StopRequests
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.export.merge_plan import CARD
@@ -83,7 +83,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         model: PeftModel,
         task: Task,
         encoder: Encoder,
-        watch: Watch,
+        watch: StopRequests,
         resumed_at: int,
         clock: FirstStep,
     ) -> None:
@@ -91,7 +91,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.clock = clock
         recipe, plan = self.recipe, self.plan = task.recipe, task.plan
         self.index, self.run_directory = task.index, task.run
-        self.agreed, self.evaluation_given_up = Agreed(), False
+        self.agreed, self.evaluation_given_up = AgreedRequests(), False
         self.steps = step_plan(recipe, task.index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         super().__init__(
@@ -130,7 +130,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._moments: dict[str, Tensor] | None = None
         self._loss_sum: Tensor | None = None
         self._host_values = (float("nan"), float("nan"))
-        self._witness: GradientWitness | None = None
+        self._witness: GradientCheck | None = None
         self._out_of_memory = False
         self._clock = time.perf_counter()
 
@@ -259,7 +259,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         told = torch.tensor([0.0, *self.watch.wishes()], device=self.args.device)
         told[0] = cast(Tensor, self._loss_sum)
         (loss, *wished), norm = self.engine.add_up(told)
-        self.agreed = Agreed.of(wished)
+        self.agreed = AgreedRequests.of(wished)
         if self.agreed.fail:
             self.publisher.wait()  # the rank that could not write, and why, is known to all in a moment
             raise self.watch.agreed_failure()
@@ -277,7 +277,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(self.engine, Zero):
             norm = self.engine.norm()
             self._host_values = (self._host_values[0], norm)
-            check_taken(norm, self.state.global_step + 1)
+            check_step_taken(norm, self.state.global_step + 1)
             return norm
         self._hear_witness()
         norm = self._agree_on_step()
@@ -300,7 +300,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             scored = scored_texts(self.task, self.encoder, samples)
             return describe_targets(inputs["inputs"], samples, scored, tokenizer)
 
-        if said := from_rank_0(describe):
+        if said := broadcast_from_main(describe):
             logger.info(said)
 
     def check_reduced(self) -> None:
@@ -420,14 +420,16 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
         """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
-        whole = together(lambda: whole_before_wrapping(self.model, self.plan.strategy, self._shortest_sample))
+        whole = run_on_all_ranks(
+            lambda: whole_before_wrapping(self.model, self.plan.strategy, self._shortest_sample)
+        )
         with self.engine.outside_training(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.model_wrapped.train()
         self.engine.started(self.model_wrapped, self.optimizer.optimizer)
-        together(lambda: check_launch(self.plan, self.accelerator, self.model_wrapped))
+        run_on_all_ranks(lambda: check_launch(self.plan, self.accelerator, self.model_wrapped))
         compare_with_whole(whole, self.model, self.model_wrapped, self.plan)
-        self._witness = GradientWitness(self.parameters)
+        self._witness = GradientCheck(self.parameters)
         if isinstance(self.engine, Zero):
             self.engine.before_next_step(self._hear_witness)
         if resume_from_checkpoint is not None:
@@ -454,7 +456,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
         The moments are kept until there is an optimizer for them.
         """
-        self._moments = together(lambda: load_checkpoint(self.model, self._shapes, Path(checkpoint)))
+        self._moments = run_on_all_ranks(lambda: load_checkpoint(self.model, self._shapes, Path(checkpoint)))
         check_same_adapters(self.parameters)
         self.state.global_step, self.state.max_steps = self.resumed_at, self.plan.max_steps
 
@@ -488,4 +490,4 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             card = adapter_card(run, recipe, base_name(recipe), folder)
             (folder / CARD).write_text(card, encoding="utf-8")
 
-        on_rank_0(lambda: publish_adapter(self.model, run.adapter, weights, beside))
+        run_on_main(lambda: publish_adapter(self.model, run.adapter, weights, beside))

@@ -19,10 +19,10 @@ from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
-from trainer.model.head import score_targets
+from trainer.model.head import patch_forward_target_logprobs
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
-from trainer.model.resident import hold_dequantized
-from trainer.model.vision import Keep, take_packed_inputs
+from trainer.model.resident import dequantize_weights
+from trainer.model.vision import Keep, register_packed_inputs
 from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -201,11 +201,11 @@ def prepare_training(
     said = []
     if resident_weights:
         said.append(
-            f"4-bit weights held dequantized ({hold_dequantized(base, compute_dtype) / 2**30:.1f} GiB)"
+            f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
         )
     use_packed_attention(base)
-    score_targets(base)
-    take_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
+    patch_forward_target_logprobs(base)
+    register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])

@@ -28,7 +28,7 @@ class Scored(ModelOutput):
     log_probs: Tensor | None = None
 
 
-def score_targets(model: Qwen2VLForConditionalGeneration) -> None:
+def patch_forward_target_logprobs(model: Qwen2VLForConditionalGeneration) -> None:
     """Let the model's forward answer a packed micro-batch that has `shift_labels` [1, K] with `Scored`."""
     stock = model.forward
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from launch.errors import RunError
-from trainer.distributed.collectives import together
+from trainer.distributed.collectives import run_on_all_ranks
 
 _SLICE = 4 * 2**20
 
@@ -37,7 +37,7 @@ def layer_bytes(layer: nn.Module) -> int:
 
 
 @contextmanager
-def stand_ins(model: PeftModel, device: torch.device) -> Iterator[None]:
+def zero_weight_layers(model: PeftModel, device: torch.device) -> Iterator[None]:
     """Inside, all layers compute with the same zeros, and FSDP2 does not see them called. No collectives."""
     zeros: dict[tuple[str, str, torch.Size], Tensor] = {}
     own: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
@@ -74,7 +74,7 @@ class _Cut:
 
 
 @contextmanager
-def shared_out(model: PeftModel) -> Iterator[None]:
+def temporarily_sharded(model: PeftModel) -> Iterator[None]:
     """Inside, a rank holds its share of the decoder layers' frozen weights, as it will with ZeRO-3; their shapes stay.
 
     Before and afterwards it has them whole. They come back layer by layer, so that never more than one is there beside
@@ -86,15 +86,15 @@ def shared_out(model: PeftModel) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    away = together(
+    away = run_on_all_ranks(
         lambda: [[_cut(weight) for weight in frozen_weights(layer)] for layer in decoder_layers(model)]
     )
     yield
     for cuts in away:
-        wholes = together(partial(_room_for, cuts))
+        wholes = run_on_all_ranks(partial(_room_for, cuts))
         for cut, whole in zip(cuts, wholes, strict=True):
             dist.all_gather_into_tensor(whole, cut.share)
-        together(partial(_check, cuts, wholes))
+        run_on_all_ranks(partial(_check, cuts, wholes))
         for cut, whole in zip(cuts, wholes, strict=True):
             weight = cut.weight
             size = weight.numel() * weight.element_size()

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 
-def hold_dequantized(model: nn.Module, dtype: torch.dtype) -> int:
+def dequantize_weights(model: nn.Module, dtype: torch.dtype) -> int:
     """Replace every 4-bit linear layer by a plain one of the same values in `dtype`; returns the bytes they take.
 
     `dtype`: of the products. bitsandbytes dequantizes to the dtype that was quantized from, then converts, in each

@@ -22,7 +22,7 @@ Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
 """Told the names of images, their grids and their features [V, hidden] when the tower has computed them."""
 
 
-def take_packed_inputs(
+def register_packed_inputs(
     model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None, keep: Keep | None = None
 ) -> None:
     """Teach the model's forward the packed inputs of `trainer.data.packing.ModelInputs`; `keys` of its dropout.

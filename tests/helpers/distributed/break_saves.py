@@ -18,7 +18,7 @@ from launch.errors import SamestepError
 from trainer import train
 from trainer.distributed.collectives import end_process
 from trainer.formats.sharded import ZeroPart
-from trainer.logging_setup import speak_plainly
+from trainer.logging_setup import setup_logging
 
 _write = ZeroPart.write
 
@@ -49,7 +49,7 @@ def _die(part: ZeroPart, folder: Path, group: Any) -> list[str]:
 
 def main() -> None:
     """Arguments: those of `trainer.train` but `--name`."""
-    speak_plainly()
+    setup_logging()
     options = {name: train.parse([*sys.argv[1:], "--name", name]) for name in ("straight", "full", "killed")}
     index, state = train.prepare_first(options["full"]), train.start_processes()
     train.train_once(options["straight"], index, state, os.getppid())

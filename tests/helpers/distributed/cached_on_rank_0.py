@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
-from trainer.distributed.collectives import end_process, leave_processes
-from trainer.logging_setup import speak_plainly
+from trainer.distributed.collectives import destroy_process_group, end_process
+from trainer.logging_setup import setup_logging
 from trainer.loop.trainer import PlannedTrainer
 
 _finish = PlannedTrainer.finish
@@ -27,7 +27,7 @@ def _tell(self: PlannedTrainer) -> None:
 
 def main() -> None:
     """Arguments: those of `trainer.train`. `TOLD`: where each rank tells what it did."""
-    speak_plainly()
+    setup_logging()
     if os.environ["RANK"] == "1":
         os.environ["SAMESTEP_VISION_CACHE"] += "-of-rank-1"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -36,7 +36,7 @@ def main() -> None:
     options = train.parse(sys.argv[1:])
     index = train.prepare_first(options)
     train.train_once(options, index, train.start_processes(), os.getppid())
-    leave_processes()
+    destroy_process_group()
     end_process(0)
 
 

@@ -24,9 +24,9 @@ from launch.planning.plan import Plan
 from launch.run.directory import request_stop
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
-from trainer.checks.training import GradientWitness
-from trainer.distributed.collectives import end_process, leave_processes
-from trainer.logging_setup import speak_plainly
+from trainer.checks.training import GradientCheck
+from trainer.distributed.collectives import destroy_process_group, end_process
+from trainer.logging_setup import setup_logging
 from trainer.loop import oom_trial
 from trainer.loop import trainer as sft
 from trainer.loop.trainer import PlannedTrainer
@@ -54,12 +54,12 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
     """Train without the gradient of one lora_B; write down what that ends with, and whether any weight has changed."""
     seen: dict[str, nn.Parameter] = {}
 
-    def silence(parameters: dict[str, nn.Parameter]) -> GradientWitness:
+    def silence(parameters: dict[str, nn.Parameter]) -> GradientCheck:
         seen.update(parameters)
         next(value for name, value in parameters.items() if ".lora_B." in name).register_hook(
             torch.zeros_like
         )
-        return GradientWitness(parameters)
+        return GradientCheck(parameters)
 
     sft.GradientWitness = silence  # type: ignore[assignment, misc]
     try:
@@ -123,7 +123,7 @@ def _train(options: argparse.Namespace, index: Index, state: PartialState) -> No
 
 def main() -> None:
     """Arguments: a JSON file with a list of [arguments of `trainer.train`, step to stop at or null]."""
-    speak_plainly()
+    setup_logging()
     if torch.cuda.is_available():
         if "WORLD_SIZE" in os.environ and "OWN_GPUS" not in os.environ:
             share_one_gpu()
@@ -144,7 +144,7 @@ def main() -> None:
     if torch.cuda.is_available():
         gib = torch.cuda.max_memory_allocated() / 2**30
         sys.stdout.write(f"rank {state.process_index}: peak {gib:.2f} GiB\n")
-    leave_processes()
+    destroy_process_group()
     end_process(0)
 
 

@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from tests.trainer.model.test_fused import plain_norm
 from trainer import train
-from trainer.distributed.collectives import end_process, leave_processes
+from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model import attention, base, fused
 from trainer.model.layer_stand_ins import decoder_layers
@@ -113,7 +113,7 @@ def main() -> None:
             train.train_once(options, index, state, os.getppid())
         if state.is_main_process:
             (options.runs_dir / f"{options.name}.json").write_text(json.dumps(seen))
-    leave_processes()
+    destroy_process_group()
     end_process(0)
 
 

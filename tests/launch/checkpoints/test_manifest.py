@@ -14,7 +14,7 @@ import pytest
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.publish import publish
 from launch.checkpoints.rotation import clear_unpublished, rotate
-from launch.checkpoints.scan import Checkpoint, newest_valid, survey
+from launch.checkpoints.scan import Checkpoint, newest_valid, scan_checkpoints
 from launch.errors import CheckpointError
 from tests.helpers.checkpoints import (
     ADAPTER,
@@ -47,7 +47,7 @@ def test_a_published_checkpoint_is_read_back_with_its_facts_and_every_file(tmp_p
     assert sorted(manifest["files"]) == [ADAPTER, STATES]
     assert manifest["files"][ADAPTER]["bytes"] == 1000
     assert names(tmp_path) == {"checkpoint-20"}
-    (found,) = survey(tmp_path)
+    (found,) = scan_checkpoints(tmp_path)
     size = 1000 + len('{"step": 20}') + (final / MANIFEST).stat().st_size
     assert found == Checkpoint(final, 20, True, {"step": 20}, size, ())
     assert found.valid
@@ -63,12 +63,12 @@ def test_facts_are_sealed_as_json_reads_them_back(tmp_path: Path) -> None:
 def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet_or_in_time(tmp_path: Path) -> None:
     published(tmp_path, 100, 20, 3)
     assert newest_step(tmp_path) == 100
-    assert [found.step for found in survey(tmp_path)] == [3, 20, 100]
+    assert [found.step for found in scan_checkpoints(tmp_path)] == [3, 20, 100]
 
 
 def test_a_run_without_a_published_checkpoint_has_no_newest(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "not there") == (None, [])
-    assert survey(tmp_path / "not there") == clear_unpublished(tmp_path / "not there") == []
+    assert scan_checkpoints(tmp_path / "not there") == clear_unpublished(tmp_path / "not there") == []
     rotate(tmp_path / "not there", keep=2)
     write_aside(tmp_path, 20)
     (tmp_path / "checkpoint-30").mkdir()
@@ -84,12 +84,12 @@ def test_a_run_without_a_published_checkpoint_has_no_newest(tmp_path: Path) -> N
         (30, True),
         (20, False),
     ]
-    assert passed_over == survey(tmp_path)[::-1]
+    assert passed_over == scan_checkpoints(tmp_path)[::-1]
 
 
 def test_a_run_that_cannot_be_read_is_an_error_and_not_a_run_without_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for look in (survey, newest_valid, clear_unpublished):
+    for look in (scan_checkpoints, newest_valid, clear_unpublished):
         with pytest.raises(CheckpointError, match=r"file: cannot be read \(Not a directory\); "):
             look(tmp_path / "file")
 
@@ -239,11 +239,11 @@ def test_every_damage_is_named_passed_over_and_written_over(
     )
     assert all("; " in line and line == line.splitlines()[0] for line in passed_over.problems)
     assert (passed_over.step, passed_over.published, passed_over.valid) == (40, True, False)
-    assert survey(tmp_path) == [newest, passed_over]
+    assert scan_checkpoints(tmp_path) == [newest, passed_over]
     with pytest.raises(CheckpointError) as caught:
         read_manifest(bad, verify=True)
     assert str(caught.value).splitlines() == list(passed_over.problems)
-    assert [found.valid for found in survey(tmp_path, verify=False)] == [True, hidden]
+    assert [found.valid for found in scan_checkpoints(tmp_path, verify=False)] == [True, hidden]
     published(tmp_path, 40)
     assert newest_step(tmp_path) == 40
     assert read_manifest(good, verify=True)["facts"] == {"step": 20}
@@ -325,7 +325,7 @@ def test_a_link_to_a_whole_checkpoint_is_one_and_rotation_takes_only_the_link(tm
     published(run, 20, 40, 60)
     (run / "checkpoint-20").rename(archive)
     (run / "checkpoint-20").symlink_to(archive)
-    assert all(found.valid for found in survey(run))
+    assert all(found.valid for found in scan_checkpoints(run))
     rotate(run, keep=2)
     assert names(run) == {"checkpoint-40", "checkpoint-60"}
     assert (archive / MANIFEST).is_file()
@@ -349,7 +349,7 @@ def test_content_is_read_from_the_newest_down_and_only_as_far_as_needed(tmp_path
         assert {*read} - {"rank states"} == {"checkpoint-80", "checkpoint-60", "checkpoint-40"}
         read.clear()
         rotate(tmp_path, keep=3)  # nothing to remove, whatever they hold
-        survey(tmp_path, verify=False)
+        scan_checkpoints(tmp_path, verify=False)
         assert read == []
 
 
@@ -360,7 +360,7 @@ def test_what_vanishes_while_it_is_looked_at_is_left_out(tmp_path: Path) -> None
         if folder.name == "checkpoint-20":
             shutil.rmtree(folder)
 
-    assert [found.step for found in survey(tmp_path, telling=rotated_away)] == [40]
+    assert [found.step for found in scan_checkpoints(tmp_path, telling=rotated_away)] == [40]
 
 
 # publishing -------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.checkpoints.manifest import MANIFEST
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.checkpoints.rotation import clear_unpublished, rotate
-from launch.checkpoints.scan import newest_valid, survey
+from launch.checkpoints.scan import newest_valid, scan_checkpoints
 from launch.errors import CheckpointError
 from tests.helpers.checkpoints import (
     ADAPTER,
@@ -67,7 +67,7 @@ def test_what_claims_to_be_newer_than_the_one_just_published_does_not_push_it_ou
     """It could not be read when the run was resumed before it, and can again."""
     published(tmp_path, 10, 20, 30, 40, 60)
     rotate(tmp_path, keep=2, newest=30)
-    assert [found.step for found in survey(tmp_path)] == [20, 30, 40, 60]
+    assert [found.step for found in scan_checkpoints(tmp_path)] == [20, 30, 40, 60]
 
 
 def test_a_file_that_cannot_be_removed_does_not_end_a_rotation_and_is_removed_by_the_next(
@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_removed_does_not_end_a_rotation_and_is_removed_by
     with mock.patch.object(os, "rmdir", side_effect=OSError(39, "Directory not empty")):
         for left in (3, 4):
             rotate(tmp_path, keep=2)
-            assert [found.step for found in survey(tmp_path)] == [40, 60]
+            assert [found.step for found in scan_checkpoints(tmp_path)] == [40, 60]
             assert len(names(tmp_path)) == left
             published(tmp_path, 20)  # the same step once more, and the same name
     rotate(tmp_path, keep=2)
@@ -100,7 +100,7 @@ def test_what_was_never_published_is_named_and_cleared(
     (tmp_path / "checkpoint-60.partial").rename(tmp_path / "elsewhere")
     (tmp_path / "checkpoint-60.partial").symlink_to("elsewhere")
     cleared = clear_unpublished(tmp_path)
-    assert cleared == [aside_folder(tmp_path, 40), aside_folder(tmp_path, 60)]
+    assert cleared == [partial_folder(tmp_path, 40), partial_folder(tmp_path, 60)]
     assert names(tmp_path) == {"checkpoint-20", "checkpoint-40", "elsewhere"}
     assert names(tmp_path / "elsewhere") == {ADAPTER, "rank states"}
     write_aside(tmp_path, 80)
@@ -134,7 +134,7 @@ def test_whatever_happens_the_newest_valid_and_a_second_one_stay(
                 again = [damaged_step for damaged_step in damaged if damaged_step > max(sound, default=0)]
                 step += 0 if again and number else 1
                 new = min(again) if again and number else step
-                shutil.rmtree(aside_folder(run, new), ignore_errors=True)
+                shutil.rmtree(partial_folder(run, new), ignore_errors=True)
                 published(run, new)
                 sound.add(new)
                 damaged.pop(new, None)
@@ -146,7 +146,7 @@ def test_whatever_happens_the_newest_valid_and_a_second_one_stay(
             elif action == "rotate":
                 before = set(sound)
                 rotate(run, keep=number)
-                left = {found.step for found in survey(run, verify=False) if found.published}
+                left = {found.step for found in scan_checkpoints(run, verify=False) if found.published}
                 sound = {*sorted(sound)[-number:]}
                 assert left & before == sound
                 assert {bad for bad, seen in damaged.items() if seen} <= left
@@ -168,7 +168,7 @@ def test_whatever_happens_the_newest_valid_and_a_second_one_stay(
                     (folder / MANIFEST).unlink()
                 sound.remove(victim)
                 damaged[victim] = action != "flip"
-            assert {found.step for found in survey(run) if found.valid} == sound
+            assert {found.step for found in scan_checkpoints(run) if found.valid} == sound
             assert newest_step(run) == max(sound, default=None)
     shutil.rmtree(run)
 
@@ -217,7 +217,7 @@ def test_a_crash_at_any_operation_of_publish_leaves_the_old_newest_or_the_whole_
     published(template, 20)
     write_aside(template, 40)
     states = _states_after_every_crash(
-        template, lambda run: publish(aside_folder(run, 40), run / "checkpoint-40", {"step": 40})
+        template, lambda run: publish(partial_folder(run, 40), run / "checkpoint-40", {"step": 40})
     )
     newest = [newest_step(run) for run in states]
     assert newest == sorted(newest)
@@ -236,7 +236,7 @@ def test_a_crash_while_a_damaged_checkpoint_is_replaced_keeps_the_one_before(tmp
     change_one_bit(published(template, 20, 40) / ADAPTER)
     write_aside(template, 40)
     states = _states_after_every_crash(
-        template, lambda run: publish(aside_folder(run, 40), run / "checkpoint-40", {"step": 40})
+        template, lambda run: publish(partial_folder(run, 40), run / "checkpoint-40", {"step": 40})
     )
     newest = [newest_step(run) for run in states]
     assert newest == sorted(newest)
@@ -250,11 +250,11 @@ def test_a_crash_at_any_operation_of_rotate_leaves_each_checkpoint_whole_or_none
     template = tmp_path / "run"
     published(template, 20, 40, 60, 80)
     states = _states_after_every_crash(template, lambda run: rotate(run, keep=2))
-    left = [[found.step for found in survey(run) if found.valid] for run in states]
+    left = [[found.step for found in scan_checkpoints(run) if found.valid] for run in states]
     assert left == sorted(left, key=len, reverse=True)
     assert {tuple(steps) for steps in left} == {(20, 40, 60, 80), (40, 60, 80), (60, 80)}
     for run in states:
-        assert all(found.valid for found in survey(run))
+        assert all(found.valid for found in scan_checkpoints(run))
         rotate(run, keep=2)
         assert names(run) == {"checkpoint-60", "checkpoint-80"}
 
@@ -273,14 +273,14 @@ def test_a_disk_that_is_full_half_way_leaves_the_older_checkpoint_untouched(
                 write_aside(tmp_path, 40)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
             try:
-                aside = aside_folder(tmp_path, 40) if place == "manifest" else write_aside(tmp_path, 40)
+                aside = partial_folder(tmp_path, 40) if place == "manifest" else write_aside(tmp_path, 40)
                 publish(aside, tmp_path / "checkpoint-40", {"step": 40})
             except OSError as error:
                 os._exit(error.errno or 1)
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 27  # EFBIG: the write did fail
-    left = aside_folder(tmp_path, 40)
+    left = partial_folder(tmp_path, 40)
     if place == "files":
         assert (left / ADAPTER).stat().st_size == 100
     assert not [path for path in left.iterdir() if MANIFEST in path.name]
@@ -288,6 +288,6 @@ def test_a_disk_that_is_full_half_way_leaves_the_older_checkpoint_untouched(
     newest, (passed_over,) = newest_valid(tmp_path)
     assert newest is not None
     assert (newest.step, passed_over.published) == (20, False)
-    assert clear_unpublished(tmp_path) == [aside_folder(tmp_path, 40)]
+    assert clear_unpublished(tmp_path) == [partial_folder(tmp_path, 40)]
     published(tmp_path, 40)  # there is room again
     assert newest_step(tmp_path) == 40

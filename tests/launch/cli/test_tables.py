@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from launch.console import add_row, emit, say
+from launch.console import add_row, echo, emit
 
 
 def test_a_cell_is_text_whatever_it_looks_like() -> None:
@@ -33,8 +33,8 @@ def test_no_table_of_the_launcher_is_filled_past_that() -> None:
 
 
 def test_words_are_made_visible_and_texts_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    say("a\x1b[2J\tb\u202e\nc")
-    say("a\udcffb", to_stderr=True)  # a file's name of other bytes
+    echo("a\x1b[2J\tb\u202e\nc")
+    echo("a\udcffb", to_stderr=True)  # a file's name of other bytes
     said = capsys.readouterr()
     assert said.out == "a\\x1b[2J\\tb\\u202e\nc\n"
     assert said.err == "a\\udcffb\n"

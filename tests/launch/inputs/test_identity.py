@@ -332,12 +332,12 @@ def test_nodes_that_see_other_models_are_refused_and_the_part_is_named(
     index = prepare(recipe, quiet=True)
     mine = identity.identity_of(recipe, index)
     other = RunIdentity({**mine.parts, "model.processor": "b" * 32})
-    monkeypatch.setattr(identity, "gather", lambda found: [found, None, found, other])
+    monkeypatch.setattr(identity, "gather_objects", lambda found: [found, None, found, other])
     with pytest.raises(
         RunError, match=r"model\.processor: is another on the node of rank 3 \(bbbbbbbbbbbb, .*: 1\)"
     ):
         identity.agree_on_identity(recipe, index)
-    monkeypatch.setattr(identity, "gather", lambda found: [mine, found, mine])
+    monkeypatch.setattr(identity, "gather_objects", lambda found: [mine, found, mine])
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(identity, "identity_of", lambda *_: pytest.fail("looked"))
     assert identity.agree_on_identity(recipe, index) == mine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints.manifest import MANIFEST
-from launch.checkpoints.publish import aside_folder, publish
+from launch.checkpoints.publish import partial_folder, publish
 from launch.checkpoints.rotation import clear_unpublished
 from launch.checkpoints.scan import Checkpoint
 from launch.cli import main
@@ -67,12 +67,12 @@ def test_a_row_says_step_form_layout_size_age_and_that_it_is_valid(
 ) -> None:
     old = publish_with(run, 20, world_size=4, strategy="fsdp", form="sharded")
     new = publish_with(run, 100, world_size=2, strategy="ddp")
-    (aside_folder(run, 120)).mkdir()
-    (aside_folder(run, 120) / "part").write_bytes(b"0" * (5 * 2**20))
+    (partial_folder(run, 120)).mkdir()
+    (partial_folder(run, 120) / "part").write_bytes(b"0" * (5 * 2**20))
     now = time.time()
     os.utime(old / MANIFEST, (now, now - 3 * 3600 - 60))
     os.utime(new / MANIFEST, (now, now - 190))
-    os.utime(aside_folder(run, 120), (now, now - 61))
+    os.utime(partial_folder(run, 120), (now, now - 61))
     found, below = shown(capsys, "mine")
     size = f"{(1013 + (new / MANIFEST).stat().st_size) / 2**20:.3f}"
     assert list(found) == ["20 valid", "100 valid", "120 unpublished"]
@@ -81,7 +81,7 @@ def test_a_row_says_step_form_layout_size_age_and_that_it_is_valid(
     assert found["100 valid"] == ["100", "portable", "2", "ddp", size, "3 min", "valid"]
     assert found["120 unpublished"] == ["120", "?", "?", "?", "5.0", "1 min", "unpublished"]
     assert below[0] == "resuming would go on from step 100"
-    assert below[1].startswith(f"{aside_folder(run, 120)}: was never published (")
+    assert below[1].startswith(f"{partial_folder(run, 120)}: was never published (")
 
 
 def test_every_reason_is_one_whole_line_below_the_table(

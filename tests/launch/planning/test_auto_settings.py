@@ -8,7 +8,14 @@ import pytest
 
 from launch import hardware
 from launch.errors import ConfigError
-from launch.planning.auto_settings import Batches, Choice, Machine, choose, parse_gpu_memory, recomputation
+from launch.planning.auto_settings import (
+    Batches,
+    ChosenSettings,
+    Machine,
+    choose,
+    parse_gpu_memory,
+    recomputation,
+)
 from launch.planning.memory import Load, Settings
 from launch.rules import request_rules
 from launch.rules.request import Request
@@ -35,7 +42,9 @@ CHART_LIKE = Batches(
 )
 
 
-def on(gigabytes: float | None, *overrides: str, strategy: str = "single", world_size: int = 1) -> Choice:
+def on(
+    gigabytes: float | None, *overrides: str, strategy: str = "single", world_size: int = 1
+) -> ChosenSettings:
     machine = Machine("cuda", None if gigabytes is None else int(gigabytes * GIB))
     recipe = embedded_recipe(*DEFAULTS, *overrides)
     return choose(recipe, machine, SHAPE, strategy, world_size, CHART_LIKE)

@@ -12,9 +12,9 @@ from launch.errors import ConfigError
 from launch.planning.load_balance import micro_batches_needed
 from launch.planning.oom_fallback import memory_rows, plan_on, plan_with_less
 from launch.planning.plan import (
-    Begin,
+    Hardware,
     Plan,
-    Where,
+    StreamOffset,
     make_plan,
     plan_rows,
     samples_consumed,
@@ -158,7 +158,7 @@ def test_a_plan_from_before_runs_could_go_on_otherwise_begins_at_the_beginning()
 
 def test_a_plan_that_goes_on_otherwise_survives_being_written() -> None:
     plan = replace(
-        plan_for(embedded_recipe()), begin=Begin(3, 96), allowed=["data.content"], started_from="/a/b"
+        plan_for(embedded_recipe()), begin=StreamOffset(3, 96), allowed=["data.content"], started_from="/a/b"
     )
     assert Plan.from_json(plan.to_json()) == plan
     rows = dict(plan_rows(plan))
@@ -184,7 +184,7 @@ def test_the_plan_after_a_change_of_the_batch_size_trains_exactly_the_rest_of_th
         f"training.num_train_epochs={epochs}",
         "training.warmup_steps=0",
     )
-    begin = Begin(taken, taken * sizes[0])
+    begin = StreamOffset(taken, taken * sizes[0])
     plan = make_plan(
         recipe, index, strategy="ddp", nodes=1, gpus_per_node=world_size, device="cpu", begin=begin
     )
@@ -306,13 +306,13 @@ def test_a_plan_made_without_the_gpu_is_completed_where_the_gpu_is(monkeypatch: 
 
 def test_each_strategy_is_shown_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: SHAPE)
-    rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Where("ddp", 8, "cuda", 6 * GIB))
+    rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("ddp", 8, "cuda", 6 * GIB))
     fits = {row[0]: row[-1] for row in rows}
     assert [*fits] == ["ddp", "fsdp", "zero2", "zero3"]
     assert fits["fsdp"] == "yes"
     assert fits["ddp"].startswith("no, needs ")
-    assert [row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Where("single", 1, "cuda"))] == [
+    assert [row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("single", 1, "cuda"))] == [
         "single"
     ]
     monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: "config.json is not here")
-    assert memory_rows(embedded_recipe(*AUTO), CHARTS, Where("ddp", 8, "cuda", 6 * GIB)) == []
+    assert memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("ddp", 8, "cuda", 6 * GIB)) == []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from launch.errors import ConfigError
 from launch.planning.load_balance import micro_batches_needed, most_micro_batches
-from launch.planning.step_plan import MicroBatch, StepPlan, cost, deal, plan_steps, step_samples, steps_of
+from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost, plan_steps, step_samples, steps_of
 
 Ints = NDArray[np.int64]
 FINGERPRINT = "c" * 64
@@ -69,7 +69,7 @@ def check_deal(
     budget: int,
     micro_batches: int,
 ) -> None:
-    """What must hold for every deal: all samples once, one shape, the budget, the order, right fillers."""
+    """What must hold for every assign: all samples once, one shape, the budget, the order, right fillers."""
     assert [len(rank) for rank in ranks] == [micro_batches] * world_size
     assert dealt_samples(ranks) == Counter(samples.tolist())
     stream = samples.tolist()
@@ -265,7 +265,12 @@ def test_any_step_can_be_dealt_within_any_budget_not_below_its_longest_sample(da
         check_deal(of_run.ranks(step), samples, tokens, world_size, budget, of_run.micro_batches)
         more = of_run.micro_batches + spare
         check_deal(
-            deal(samples, tokens, costs, world_size, budget, more), samples, tokens, world_size, budget, more
+            assign(samples, tokens, costs, world_size, budget, more),
+            samples,
+            tokens,
+            world_size,
+            budget,
+            more,
         )
 
 
@@ -274,13 +279,13 @@ def test_any_step_can_be_dealt_within_any_budget_not_below_its_longest_sample(da
 def test_one_number_of_micro_batches_serves_every_step_and_fewer_do_not(world_size: int, budget: int) -> None:
     of_run = plan(world_size, budget=budget)
     needed = [
-        len(deal(of_run.samples(step), TOKENS, COSTS, world_size, budget)[0])
+        len(assign(of_run.samples(step), TOKENS, COSTS, world_size, budget)[0])
         for step in range(of_run.max_steps)
     ]
     assert of_run.micro_batches == max(needed)
     if of_run.micro_batches > 1:
         with pytest.raises(ConfigError, match="micro_batches"):
-            deal(
+            assign(
                 of_run.samples(needed.index(max(needed))),
                 TOKENS,
                 COSTS,
@@ -321,7 +326,7 @@ def test_the_micro_batches_fit_every_step_from_the_first_one_and_no_step_before(
 
 def test_a_rank_with_too_few_samples_runs_the_shortest_as_filler() -> None:
     tokens = np.array([10, 10, 10, 3, 10])
-    ranks = deal(np.arange(5), tokens, np.ones(5), world_size=2, budget=10)
+    ranks = assign(np.arange(5), tokens, np.ones(5), world_size=2, budget=10)
     fillers = [batch for rank in ranks for batch in rank if batch.filler]
     assert [len(rank) for rank in ranks] == [3, 3]
     assert fillers == [MicroBatch((3,), filler=True)]
@@ -331,13 +336,13 @@ def test_a_rank_with_too_few_samples_runs_the_shortest_as_filler() -> None:
 def test_a_rank_with_enough_samples_runs_no_filler() -> None:
     """Work and length pull apart here: levelling leaves a micro-batch empty beside one of two samples."""
     tokens, costs = np.array([6, 8, 10, 1, 7]), np.array([4, 4, 2, 9, 1])
-    ranks = deal(np.arange(5), tokens, costs, world_size=2, budget=13)
+    ranks = assign(np.arange(5), tokens, costs, world_size=2, budget=13)
     check_deal(ranks, np.arange(5), tokens, world_size=2, budget=13, micro_batches=2)
     assert not any(batch.filler for rank in ranks for batch in rank)
 
 
 def test_an_evaluation_with_fewer_samples_than_ranks_has_ranks_of_fillers_only() -> None:
-    ranks = deal([7, 2], TOKENS, COSTS, world_size=4, budget=LONGEST)
+    ranks = assign([7, 2], TOKENS, COSTS, world_size=4, budget=LONGEST)
     assert dealt_samples(ranks) == Counter([7, 2])
     assert sum(batch.filler for rank in ranks for batch in rank) == 2
 
@@ -345,7 +350,7 @@ def test_an_evaluation_with_fewer_samples_than_ranks_has_ranks_of_fillers_only()
 def test_a_whole_split_is_dealt_for_evaluation() -> None:
     samples = np.arange(2_500)
     budget = 4 * LONGEST
-    ranks = deal(samples, TOKENS, COSTS, world_size=8, budget=budget)
+    ranks = assign(samples, TOKENS, COSTS, world_size=8, budget=budget)
     check_deal(ranks, samples, TOKENS, 8, budget, len(ranks[0]))
 
 
@@ -415,7 +420,7 @@ def test_an_empty_split_is_refused() -> None:
 
 def test_a_sample_longer_than_the_budget_is_refused_by_the_deal_as_well() -> None:
     with pytest.raises(ConfigError, match=r"1,210 or more|longest sample"):
-        deal([0], [1_210], [1.0], world_size=1, budget=1_209)
+        assign([0], [1_210], [1.0], world_size=1, budget=1_209)
 
 
 # Work: its measure, its balance, the time it takes to plan

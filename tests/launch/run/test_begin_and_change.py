@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.identity import RunIdentity
-from launch.planning.plan import Begin, Plan, samples_consumed, step_plan
+from launch.planning.plan import Plan, StreamOffset, samples_consumed, step_plan
 from launch.planning.step_plan import step_samples
 from launch.recipe.loading import load_recipe
 from launch.run.continuation import (
@@ -83,9 +83,9 @@ def test_two_changes_of_the_batch_size_in_a_row_skip_nothing_and_repeat_nothing(
 
 def test_a_change_taken_back_before_it_was_saved_leaves_no_trace(run: RunDirectory) -> None:
     first = attempt(run, recipe_of(8), save=5)
-    assert attempt(run, recipe_of(4), BATCH).begin == Begin(5, 40)
+    assert attempt(run, recipe_of(4), BATCH).begin == StreamOffset(5, 40)
     again = attempt(run, recipe_of(8), BATCH)
-    assert (again.begin, again.max_steps) == (Begin(), first.max_steps)
+    assert (again.begin, again.max_steps) == (StreamOffset(), first.max_steps)
 
 
 def test_what_is_allowed_once_stays_so_for_the_same_command(run: RunDirectory) -> None:
@@ -120,7 +120,7 @@ def test_a_kill_between_the_two_files_of_a_request_allows_nothing(
         continue_run(run, changed, ())
     assert planned(changed, continue_run(run, changed, allow)) == expected
     back = continue_run(run, recipe_of(), ())
-    assert (back.begin, back.changed) == (Begin(), ())
+    assert (back.begin, back.changed) == (StreamOffset(), ())
 
 
 def test_a_request_is_replaced_whole_and_leaves_no_drafts(run: RunDirectory) -> None:
@@ -133,11 +133,11 @@ def test_the_plan_goes_back_when_the_checkpoint_of_the_change_is_damaged(run: Ru
     """Its own words would send the user round for ever: the change was at step 8, the run must go on at 5."""
     attempt(run, recipe_of(8), save=5)
     attempt(run, recipe_of(8), save=8)
-    assert attempt(run, recipe_of(4), BATCH).begin == Begin(8, 64)
+    assert attempt(run, recipe_of(4), BATCH).begin == StreamOffset(8, 64)
     change_one_bit(run.checkpoint(8) / ADAPTER)
-    assert attempt(run, recipe_of(4)).begin == Begin(5, 40)
+    assert attempt(run, recipe_of(4)).begin == StreamOffset(5, 40)
     shutil.rmtree(run.checkpoint(5))
-    assert attempt(run, recipe_of(4)).begin == Begin()
+    assert attempt(run, recipe_of(4)).begin == StreamOffset()
 
 
 @pytest.mark.parametrize("plan", ["", "{", "[]", '{"begin": null, "allowed": 7}', "null"])
@@ -147,11 +147,11 @@ def test_without_a_plan_that_can_be_read_the_checkpoint_says_where_the_arithmeti
     attempt(run, recipe_of(8), save=5)
     attempt(run, recipe_of(4), BATCH, save=9)
     run.plan_file.write_text(plan)
-    assert continue_run(run, recipe_of(4), ()) == Continuation(Begin(5, 40))
-    assert continue_run(run, recipe_of(2), (BATCH,)).begin == Begin(9, 56)
+    assert continue_run(run, recipe_of(4), ()) == Continuation(StreamOffset(5, 40))
+    assert continue_run(run, recipe_of(2), (BATCH,)).begin == StreamOffset(9, 56)
     run.plan_file.unlink()
     run.plan_file.mkdir()
-    assert continue_run(run, recipe_of(4), ()).begin == Begin(5, 40)
+    assert continue_run(run, recipe_of(4), ()).begin == StreamOffset(5, 40)
 
 
 def test_an_ordinary_run_is_not_read_to_be_continued(
@@ -159,7 +159,7 @@ def test_an_ordinary_run_is_not_read_to_be_continued(
 ) -> None:
     attempt(run, recipe_of(), save=5)
     monkeypatch.setattr("launch.run.continuation.newest_valid", lambda _: 1 / 0)
-    assert continue_run(run, recipe_of(), ()).begin == Begin()
+    assert continue_run(run, recipe_of(), ()).begin == StreamOffset()
 
 
 def test_a_checkpoint_that_does_not_say_where_it_stands_is_refused_only_where_that_matters(
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_does_not_say_where_it_stands_is_refused_only_where_th
 ) -> None:
     plan = attempt(run, recipe_of(8))
     save_step(run, recipe_of(8), plan, 5, global_batch_size=None, begin={"step": "x"})
-    assert continue_run(run, recipe_of(8), ()).begin == Begin()
+    assert continue_run(run, recipe_of(8), ()).begin == StreamOffset()
     with pytest.raises(CheckpointError, match=r"checkpoint-5: its manifest .* \(begin, global_batch_size\)"):
         continue_run(run, recipe_of(4), (BATCH,))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.console import say
-from launch.planning.plan import Begin, Plan
+from launch.console import echo
+from launch.planning.plan import Plan, StreamOffset
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory, read_marker, request_stop, requested_stop, write_marker
 from launch.subprocesses import processes_with
@@ -128,7 +128,7 @@ def test_another_batch_size_goes_on_from_the_samples_that_were_seen(stopped: Lau
     allow = ["--allow", "batch.global_batch_size", "--allow", "training.max_steps"]
     assert samestep("run", *smaller, *allow) == 0
     plan = plan_of()
-    assert plan.begin == Begin(3, 96)
+    assert plan.begin == StreamOffset(3, 96)
     assert plan.max_steps == 3 + (3 * 330 - 96) // 8
     stopped.marker = "STOPPED"
     assert samestep("run", *smaller) == 0
@@ -472,8 +472,8 @@ def test_what_nobody_reads_any_more_changes_nothing(monkeypatch: pytest.MonkeyPa
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        say("stopped")
-        say("and more")
+        echo("stopped")
+        echo("and more")
         monkeypatch.undo()
 
 

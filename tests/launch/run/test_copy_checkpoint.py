@@ -14,10 +14,10 @@ from launch.checkpoints.manifest import read_manifest
 from launch.checkpoints.publish import publish
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError
-from launch.planning.plan import Begin
+from launch.planning.plan import StreamOffset
 from launch.run.continuation import continue_run
 from launch.run.directory import RunDirectory
-from launch.run.request_files import adopt, write_request
+from launch.run.request_files import copy_checkpoint, write_request
 from tests.helpers.attempts import BATCH, attempt, planned, recipe_of
 from tests.helpers.checkpoints import ADAPTER, STATES, change_one_bit, names, write_aside
 
@@ -40,7 +40,7 @@ def other(tmp_path: Path) -> Path:
 def test_a_run_begins_with_a_verified_copy_of_another_runs_checkpoint(run: RunDirectory, other: Path) -> None:
     published = read_manifest(other)
     plan = attempt(run, recipe_of(), source=other)
-    assert (plan.begin, plan.started_from) == (Begin(), str(other))
+    assert (plan.begin, plan.started_from) == (StreamOffset(), str(other))
     newest, passed_over = newest_valid(run.path)
     assert newest is not None
     assert (newest.step, passed_over) == (10, [])
@@ -69,7 +69,7 @@ def test_a_run_killed_before_its_first_checkpoint_was_copied_copies_it_then(
     """With another batch size: from nothing, such a plan would begin in the middle of the stream."""
     changed = recipe_of(4, "training.learning_rate=0.5")
     first = continue_run(run, changed, (BATCH, "training.learning_rate"), other)
-    assert (first.begin, first.source) == (Begin(10, 80), other)
+    assert (first.begin, first.source) == (StreamOffset(10, 80), other)
     write_request(run, changed, planned(changed, first))
     again = continue_run(run, changed, (), other if repeated else None)
     assert again == first
@@ -129,8 +129,8 @@ def test_a_source_that_went_on_with_another_batch_size_hands_its_arithmetic_on(
     third = RunDirectory(tmp_path / "runs" / "third")
     attempt(third, recipe_of(8), save=5)
     attempt(third, recipe_of(4), BATCH, save=9)
-    assert continue_run(run, recipe_of(4), (), third.checkpoint(9)).begin == Begin(5, 40)
-    assert continue_run(run, recipe_of(2), (BATCH,), third.checkpoint(9)).begin == Begin(9, 56)
+    assert continue_run(run, recipe_of(4), (), third.checkpoint(9)).begin == StreamOffset(5, 40)
+    assert continue_run(run, recipe_of(2), (BATCH,), third.checkpoint(9)).begin == StreamOffset(9, 56)
 
 
 def test_a_source_is_the_same_by_whatever_way_it_is_named(
@@ -189,7 +189,7 @@ def test_a_source_that_is_not_whole_is_refused_and_nothing_is_written(
 
 def test_a_run_with_checkpoints_takes_no_copy(run: RunDirectory, other: Path) -> None:
     attempt(run, recipe_of(), save=3)
-    adopt(other, run)
+    copy_checkpoint(other, run)
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-3"]
 
 
@@ -197,7 +197,7 @@ def test_a_copy_that_was_cut_short_is_made_anew(run: RunDirectory, other: Path) 
     cut = run.path / "checkpoint-10.partial"
     (cut / "rank states").mkdir(parents=True)
     (cut / "rank states" / "9.json").write_text("of a killed copy")
-    adopt(other, run)
+    copy_checkpoint(other, run)
     assert names(run.path) == {"checkpoint-10"}
     assert read_manifest(run.checkpoint(10), verify=True)["files"] == read_manifest(other)["files"]
 
@@ -255,6 +255,6 @@ def test_a_copy_that_is_not_what_was_published_never_counts(
     monkeypatch.setattr("launch.run.continuation.shutil.copyfile", copy)
     monkeypatch.setattr("launch.run.continuation.publish", lambda *given: published.append(given))
     with pytest.raises(error, match=words):
-        adopt(other, run)
+        copy_checkpoint(other, run)
     assert published == []
     assert list(run.path.iterdir()) == []

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.checkpoints.manifest import read_manifest, seal_of
+from launch.checkpoints.manifest import checksum_of, read_manifest
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import DATA_PARTS, MODEL_PARTS
 from launch.inputs.model_files import old_base_identity
@@ -490,7 +490,7 @@ def _as_an_older_version_left_it(run: RunDirectory) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         del manifest["facts"]["identity"]
         manifest["facts"]["base_identity"] = old_base_identity(base)
-        manifest["sha256"] = seal_of(manifest["facts"], manifest["files"])
+        manifest["sha256"] = checksum_of(manifest["facts"], manifest["files"])
         (folder / "manifest.json").write_text(json.dumps(manifest))
     lines = [
         line | {"samples_digest": samples_digest(steps.samples(line["step"] - 1))}

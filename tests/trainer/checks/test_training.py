@@ -21,10 +21,10 @@ from tests.conftest import chart_png, recipe_values
 from trainer.checks import sharding
 from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
 from trainer.checks.training import (
-    GradientWitness,
+    GradientCheck,
     check_logits,
     check_same_adapters,
-    check_taken,
+    check_step_taken,
     describe_targets,
 )
 from trainer.data.chartqa import Row
@@ -225,7 +225,7 @@ def test_another_kernel_is_no_other_model_where_weights_are_gathered() -> None:
 def test_ranks_with_another_adapter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {"lora_A": nn.Parameter(torch.ones(2))}
     check_same_adapters(parameters)
-    monkeypatch.setattr("trainer.checks.training.gather", lambda mine: [mine, mine, "other", mine])
+    monkeypatch.setattr("trainer.checks.training.gather_objects", lambda mine: [mine, mine, "other", mine])
     with pytest.raises(
         RunError, match=r"rank 2: resumed with another adapter than rank 0 \(1 ranks differ\)"
     ):
@@ -290,17 +290,17 @@ def _adapters() -> dict[str, nn.Parameter]:
 def test_an_adapter_without_a_gradient_and_a_lora_b_with_none_but_zeros_are_noticed() -> None:
     parameters = _adapters()
     a, b = parameters.values()
-    witness = GradientWitness(parameters)
+    witness = GradientCheck(parameters)
     (a * 0 + b).sum().backward()  # as in the first step of all: lora_B is zero, so lora_A's gradient is
     witness.check()
     assert not a._backward_hooks
-    witness = GradientWitness(parameters)
+    witness = GradientCheck(parameters)
     b.sum().backward()
     with pytest.raises(
         RunError, match=r"1 of 2 adapters got no gradient in the first step, such as q\.lora_A"
     ):
         witness.check()
-    witness = GradientWitness(parameters)
+    witness = GradientCheck(parameters)
     (a + b * 0).sum().backward()
     with pytest.raises(
         RunError, match=r"1 of 2 adapters got a gradient of zero in the first step, such as q\.lora_B"
@@ -310,14 +310,16 @@ def test_an_adapter_without_a_gradient_and_a_lora_b_with_none_but_zeros_are_noti
 
 def test_a_rank_of_fillers_alone_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = _adapters()
-    witness = GradientWitness(parameters)
+    witness = GradientCheck(parameters)
     sum(parameter.sum() * 0 for parameter in parameters.values()).backward()  # type: ignore[union-attr]
-    monkeypatch.setattr("trainer.checks.training.gather", lambda mine: [mine, dict.fromkeys(mine, 1.0)])
+    monkeypatch.setattr(
+        "trainer.checks.training.gather_objects", lambda mine: [mine, dict.fromkeys(mine, 1.0)]
+    )
     witness.check()
 
 
 def test_a_step_that_was_taken_with_gradients_that_are_no_numbers_is_an_error() -> None:
-    check_taken(1.0, 3)
+    check_step_taken(1.0, 3)
     for norm in (float("nan"), float("inf")):
         with pytest.raises(RunError, match="step 3: the gradient norm is"):
-            check_taken(norm, 3)
+            check_step_taken(norm, 3)

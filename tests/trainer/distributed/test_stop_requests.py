@@ -13,33 +13,40 @@ import pytest
 
 from launch.errors import RunError
 from launch.run.directory import RunDirectory, request_stop
-from trainer.distributed.stop_requests import REASONS, WISHES, Agreed, Watch, warn_of_slow_save, watching
+from trainer.distributed.stop_requests import (
+    FLAGS,
+    REASONS,
+    AgreedRequests,
+    StopRequests,
+    stop_requests,
+    warn_of_slow_save,
+)
 
 
-def _wished(watch: Watch) -> set[str]:
-    return {wish for wish, count in zip(WISHES, watch.wishes(), strict=True) if count}
+def _wished(watch: StopRequests) -> set[str]:
+    return {wish for wish, count in zip(FLAGS, watch.wishes(), strict=True) if count}
 
 
 def _sums(*wishes: str) -> list[float]:
-    return [float(wishes.count(wish)) for wish in WISHES]
+    return [float(wishes.count(wish)) for wish in FLAGS]
 
 
 def test_nobody_wishes_anything_by_itself(tmp_path: Path) -> None:
-    watch = Watch(RunDirectory(tmp_path), 0, os.getppid())
+    watch = StopRequests(RunDirectory(tmp_path), 0, os.getppid())
     assert _wished(watch) == set()
-    assert watch.agree() == Agreed(None, False, False)
+    assert watch.agree() == AgreedRequests(None, False, False)
 
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_one_rank_is_enough_for_all_to_stop(reason: str) -> None:
-    assert Agreed.of(_sums(reason)) == Agreed(reason, False, False)  # type: ignore[arg-type]
+    assert AgreedRequests.of(_sums(reason)) == AgreedRequests(reason, False, False)  # type: ignore[arg-type]
 
 
 def test_what_somebody_wants_goes_before_what_the_scheduler_wants() -> None:
-    assert Agreed.of(_sums("orphaned", "time", "preempted", "user", "user")).stop == "user"
-    assert Agreed.of(_sums("orphaned", "terminated", "time", "preempted")).stop == "preempted"
-    assert Agreed.of(_sums("save", "save")) == Agreed(None, True, False)
-    assert Agreed.of(_sums("fail")) == Agreed(None, False, True)
+    assert AgreedRequests.of(_sums("orphaned", "time", "preempted", "user", "user")).stop == "user"
+    assert AgreedRequests.of(_sums("orphaned", "terminated", "time", "preempted")).stop == "preempted"
+    assert AgreedRequests.of(_sums("save", "save")) == AgreedRequests(None, True, False)
+    assert AgreedRequests.of(_sums("fail")) == AgreedRequests(None, False, True)
 
 
 @pytest.mark.parametrize(
@@ -49,22 +56,22 @@ def test_what_somebody_wants_goes_before_what_the_scheduler_wants() -> None:
 def test_the_stop_file_holds_its_reason(tmp_path: Path, text: str, reason: str) -> None:
     run = RunDirectory(tmp_path)
     run.stop_file.write_text(text)
-    assert _wished(Watch(run, 0, os.getppid())) == {reason}
-    assert _wished(Watch(run, 1, os.getppid())) == set()  # rank 0 looks for all
+    assert _wished(StopRequests(run, 0, os.getppid())) == {reason}
+    assert _wished(StopRequests(run, 1, os.getppid())) == set()  # rank 0 looks for all
 
 
 def test_an_earlier_stop_request_keeps_its_reason(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     request_stop(run, "user")
     request_stop(run, "preempted")
-    assert _wished(Watch(run, 0, os.getppid())) == {"user"}
+    assert _wished(StopRequests(run, 0, os.getppid())) == {"user"}
     assert [file.name for file in tmp_path.iterdir()] == ["STOP"]
 
 
 def test_a_save_file_is_a_wish_to_save(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.save_file.touch()
-    assert _wished(Watch(run, 0, os.getppid())) == {"save"}
+    assert _wished(StopRequests(run, 0, os.getppid())) == {"save"}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def test_signals_are_wishes_while_the_run_is_watched(
     for name in ("SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"):
         monkeypatch.delenv(name, raising=False)
     before = signal.getsignal(number)
-    with watching(RunDirectory(tmp_path), 1, os.getppid()) as watch:
+    with stop_requests(RunDirectory(tmp_path), 1, os.getppid()) as watch:
         os.kill(os.getpid(), number)
         assert _wished(watch) == {reason}
     assert signal.getsignal(number) is before
@@ -121,7 +128,7 @@ def test_a_worker_whose_parent_is_gone_wants_to_stop(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_said_with_its_file_and_known_to_be_common(tmp_path: Path) -> None:
-    watch = Watch(RunDirectory(tmp_path), 0, os.getppid())
+    watch = StopRequests(RunDirectory(tmp_path), 0, os.getppid())
     watch.raise_failure()
     watch.fail(OSError(28, "No space left on device", "metrics.jsonl"))
     watch.fail(ValueError("the first is what counts"))
@@ -140,7 +147,7 @@ def test_a_sigterm_in_a_job_is_the_schedulers(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "60")
-    with watching(RunDirectory(tmp_path), 1, os.getppid()) as watch:
+    with stop_requests(RunDirectory(tmp_path), 1, os.getppid()) as watch:
         os.kill(os.getpid(), signal.SIGTERM)
         assert _wished(watch) == {"preempted"}
 
@@ -148,7 +155,7 @@ def test_a_sigterm_in_a_job_is_the_schedulers(
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with watching(RunDirectory(tmp_path), 1, os.getppid()) as watch:
+        with stop_requests(RunDirectory(tmp_path), 1, os.getppid()) as watch:
             os.kill(os.getpid(), signal.SIGHUP)
             assert _wished(watch) == set()
     finally:
@@ -159,7 +166,7 @@ def test_a_folder_called_stop_or_save_is_no_request(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.stop_file.mkdir()
     run.save_file.mkdir()
-    assert _wished(Watch(run, 0, os.getppid())) == set()
+    assert _wished(StopRequests(run, 0, os.getppid())) == set()
 
 
 def test_a_save_of_more_than_half_the_warning_time_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,14 +89,14 @@ def test_the_training_path_computes_what_transformers_computes(charts: Path) -> 
     )
     processor = tiny_model.make_processor(tokenizer, pretrain.CHART_SHAPE)
     model = tiny_model.make_model(tokenizer, pretrain.CHART_SHAPE, seed=0).eval()
-    teacher = pretrain_data.Teacher(processor, lessons, pretrain_data.Training(batch=2))
+    teacher = pretrain_data.BatchSampler(processor, lessons, pretrain_data.Training(batch=2))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in lessons.images[:2]]
     seen = processor.image_processor(images=pictures, return_tensors="pt")
     batch = teacher.batch()
     ids, labels, start = batch.ids, batch.labels, batch.start
     patches = teacher.patches(lessons.images[:2])
     with pretrain_model.same_size_images(model), torch.no_grad():
-        student = pretrain_model.Student(model, teacher.grid)
+        student = pretrain_model.BatchedModel(model, teacher.grid)
         ours = student.loss(ids, labels, patches, start) / (labels[:, 1:] != -100).sum()
         positions = student.positions(start, ids.shape[1])
     ids[:, start : start + teacher.visual] = model.config.image_token_id
@@ -121,11 +121,11 @@ def test_training_lowers_the_loss(charts: Path) -> None:
     tokenizer = tiny_model.train_tokenizer(pretrain_data.corpus(lessons), vocab_size=1000)
     model = tiny_model.make_model(tokenizer, pretrain.CHART_SHAPE, seed=0)
     training = pretrain_data.Training(steps=8, batch=4, warmup_steps=2)
-    teacher = pretrain_data.Teacher(
+    teacher = pretrain_data.BatchSampler(
         tiny_model.make_processor(tokenizer, pretrain.CHART_SHAPE), lessons, training
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = pretrain.teach(model, teacher, training)
+    losses = pretrain.train_tiny(model, teacher, training)
     assert len(losses) == 8
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -161,7 +161,7 @@ def test_a_gradient_that_comes_after_the_reduction_ends_the_run_before_its_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _Ranks(monkeypatch, 1).become(0)
-    monkeypatch.setattr("trainer.engine.zero.together", lambda action: action())
+    monkeypatch.setattr("trainer.engine.zero.run_on_all_ranks", lambda action: action())
     zero, _ = _engine(3, [2, 3], rank=0, world=1)
     steps: list[str] = []
     zero._engine.step = lambda: steps.append("taken")

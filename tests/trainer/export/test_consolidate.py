@@ -20,11 +20,11 @@ from transformers import Qwen2VLForConditionalGeneration
 from launch.checkpoints.publish import publish
 from launch.errors import CheckpointError
 from tests.helpers.merging import make_adapter
-from trainer.export.adapter import Missing, read_adapter
+from trainer.export.adapter import AdapterOverrides, read_adapter
 from trainer.export.consolidate import consolidate, main, print_consolidated
 from trainer.export.merge import merge
 from trainer.export.merge_plan import MergeRequest
-from trainer.formats.detect import take_over
+from trainer.formats.detect import import_checkpoint
 from trainer.formats.key_names import adapter_key, adapter_keys, parameter_name
 from trainer.formats.optimizer_state import parameter_order
 
@@ -67,7 +67,9 @@ def test_a_checkpoint_of_every_engine_becomes_the_adapter_that_its_processes_hel
     foreign: Path, world: Path, tmp_path: Path, engine: str
 ) -> None:
     place, form = FORMS[engine]
-    alpha = Missing(lora_alpha=12, base_model=str(world / "base")) if engine == "fsdp_sharded" else None
+    alpha = (
+        AdapterOverrides(lora_alpha=12, base_model=str(world / "base")) if engine == "fsdp_sharded" else None
+    )
     done = consolidate(foreign / engine / place, tmp_path / "adapter", alpha)
     assert form in done.found.form
     weights, moments = truth(foreign / engine)
@@ -84,7 +86,10 @@ def test_a_checkpoint_of_every_engine_becomes_the_adapter_that_its_processes_hel
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_a_universal_checkpoint_holds_the_same_adapter_and_moments(foreign: Path, engine: str) -> None:
-    shards, universal = take_over(foreign / engine / STEP), take_over(foreign / engine / UNIVERSAL)
+    shards, universal = (
+        import_checkpoint(foreign / engine / STEP),
+        import_checkpoint(foreign / engine / UNIVERSAL),
+    )
     assert "universal" in universal.form
     assert_same(universal.tensors, shards.tensors)
     assert_same(universal.moments, shards.moments)
@@ -93,9 +98,9 @@ def test_a_universal_checkpoint_holds_the_same_adapter_and_moments(foreign: Path
 
 def test_weights_that_a_library_put_together_are_an_adapter_without_moments(foreign: Path) -> None:
     for found, engine in (
-        (take_over(foreign / "merge_weights"), "fsdp_sharded"),
-        (take_over(foreign / "merge_weights/model.safetensors"), "fsdp_sharded"),
-        (take_over(foreign / "zero3/zero_to_fp32"), "zero3"),
+        (import_checkpoint(foreign / "merge_weights"), "fsdp_sharded"),
+        (import_checkpoint(foreign / "merge_weights/model.safetensors"), "fsdp_sharded"),
+        (import_checkpoint(foreign / "zero3/zero_to_fp32"), "zero3"),
     ):
         assert "weights alone" in found.form
         assert found.lost == ("the optimizer's moments", "the number of steps")
@@ -108,18 +113,18 @@ def test_a_part_of_a_checkpoint_is_read_like_the_whole(foreign: Path) -> None:
         ("fsdp_sharded/checkpoint-3/pytorch_model_fsdp_0", "fsdp_sharded/checkpoint-3"),
         ("zero3/checkpoint-3/global_step3", "zero3/checkpoint-3"),
     ):
-        found = take_over(foreign / part)
-        assert_same(found.tensors, take_over(foreign / whole).tensors)
+        found = import_checkpoint(foreign / part)
+        assert_same(found.tensors, import_checkpoint(foreign / whole).tensors)
         assert found.step == 3
 
 
 def test_a_foreign_checkpoint_merges_at_once(foreign: Path, world: Path, tmp_path: Path) -> None:
-    missing = Missing(lora_alpha=12, base_model=str(world / "base"))
+    missing = AdapterOverrides(lora_alpha=12, base_model=str(world / "base"))
     consolidate(foreign / "fsdp_sharded" / STEP, tmp_path / "adapter", missing)
     expected = PeftModel.from_pretrained(
         Qwen2VLForConditionalGeneration.from_pretrained(world / "base"), str(tmp_path / "adapter")
     ).merge_and_unload()
-    for engine, said in (("fsdp_sharded", missing), ("zero3", Missing())):
+    for engine, said in (("fsdp_sharded", missing), ("zero3", AdapterOverrides())):
         report = merge(MergeRequest(foreign / engine / STEP, tmp_path / engine, missing=said))
         assert (report.pairs, report.changed) == (6, 6)
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "fsdp_sharded").state_dict()
@@ -132,7 +137,7 @@ def test_a_foreign_checkpoint_merges_at_once(foreign: Path, world: Path, tmp_pat
 
 def refused(source: Path, *words: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        read_adapter(source, Missing(lora_alpha=12))
+        read_adapter(source, AdapterOverrides(lora_alpha=12))
     for word in words:
         assert word in str(caught.value)
     return str(caught.value)
@@ -163,7 +168,7 @@ def test_a_missing_or_cut_file_is_refused_by_its_name(
     refused(own, Path(file).name if "model_states" not in file else "states.pt")
     (own / file).unlink()
     if file == "trainer_state.json":
-        assert take_over(own).lost == ("the number of steps",)
+        assert import_checkpoint(own).lost == ("the number of steps",)
         return
     refused(own, Path(file).name if "model_states" not in file else "model_states.pt")
 
@@ -293,7 +298,7 @@ def test_a_state_that_is_no_adamws_is_lost_and_the_adapter_is_not(
 ) -> None:
     own = make_adapter(world / "base", tmp_path / "own")
     torch.save(state, own / "optimizer.pt")
-    assert "the optimizer's moments" in take_over(own).lost
+    assert "the optimizer's moments" in import_checkpoint(own).lost
 
 
 @pytest.mark.parametrize("index", [[1], {"a": 5}, None])
@@ -306,7 +311,7 @@ def test_an_index_of_another_kind_is_refused_by_name(tmp_path: Path, index: obje
 def test_a_step_is_a_whole_number_or_refused(world: Path, tmp_path: Path, step: object) -> None:
     own = make_adapter(world / "base", tmp_path / "own")
     (own / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
-    assert take_over(own).step == 3
+    assert import_checkpoint(own).step == 3
     (own / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     refused(own, "trainer_state.json: global_step is no whole number from 0 on")
 
@@ -435,10 +440,10 @@ def test_our_own_checkpoint_gives_adapter_moments_and_step(foreign: Path, tmp_pa
     aside.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(foreign / "ddp" / STEP / name, aside)
-    moments = take_over(foreign / "ddp" / STEP).moments
+    moments = import_checkpoint(foreign / "ddp" / STEP).moments
     save_file(moments, aside / "optimizer.safetensors")
     publish(aside, tmp_path / "checkpoint-3", {"step": 3})
-    found = take_over(tmp_path / "checkpoint-3")
+    found = import_checkpoint(tmp_path / "checkpoint-3")
     assert (found.form, found.step, found.lost) == ("checkpoint of samestep", 3, ())
     assert_same(found.moments, moments)
     (tmp_path / "checkpoint-3/optimizer.safetensors").write_bytes(b"x")
@@ -451,5 +456,5 @@ def test_what_a_state_of_8_bit_moments_cannot_give_is_said(foreign: Path, tmp_pa
     for values in state["state"].values():
         values["state1"] = values.pop("exp_avg")
     torch.save(state, own / "optimizer.pt")
-    assert take_over(own).lost == ("the optimizer's moments",)
-    assert json.loads((own / "trainer_state.json").read_text())["global_step"] == take_over(own).step
+    assert import_checkpoint(own).lost == ("the optimizer's moments",)
+    assert json.loads((own / "trainer_state.json").read_text())["global_step"] == import_checkpoint(own).step

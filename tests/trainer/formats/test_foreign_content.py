@@ -33,12 +33,12 @@ from trainer.export.adapter import read_adapter
 from trainer.export.adapter_config import refuse_endless_patterns
 from trainer.export.base_model import find_base
 from trainer.formats.dcp import distributed_keys, load_distributed
-from trainer.formats.detect import take_over
+from trainer.formats.detect import import_checkpoint
 from trainer.formats.portable import State
 from trainer.formats.safetensors_blocks import block_rows, read_base_shards, read_shard
 from trainer.formats.sharded import DistributedPart
 from trainer.formats.torch_files import load_torch
-from trainer.logging_setup import complain, speak_plainly
+from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -302,7 +302,7 @@ def test_a_file_of_a_checkpoint_that_is_no_plain_file_is_refused_by_its_name(
         copy = Path(shutil.copytree(own, tmp_path / f"copy-{name}"))
         make(copy / name)
         if name in ("optimizer.pt", "trainer_state.json"):
-            assert take_over(copy).lost  # what is no plain file is not there
+            assert import_checkpoint(copy).lost  # what is no plain file is not there
         else:
             with refused(CheckpointError):
                 read_adapter(copy)
@@ -335,7 +335,7 @@ def test_latest_leads_nowhere_else_and_is_a_name(
                 file.truncate(6 * 2**30)
         if name == "latest" or content != b"a\x1b[2J\nerror: b":
             with refused(CheckpointError, *(word.replace("latest:", f"{name}:") for word in words)):
-                take_over(tmp_path)
+                import_checkpoint(tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -343,7 +343,7 @@ def test_a_count_of_ranks_is_not_believed(tmp_path: Path) -> None:
     state = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 10**12}}
     torch.save(state, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     with refused(CheckpointError, "999999999999 of 1000000000000 ranks' files are missing", "..."):
-        take_over(tmp_path)
+        import_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(10**15,), (-1,), ("a",), (2**70, 2)])
@@ -357,14 +357,14 @@ def test_shapes_that_the_vectors_do_not_hold_are_refused(tmp_path: Path, size: t
     torch.save({"optimizer_state_dict": own}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     torch.save({"param_shapes": [{"a": size}]}, tmp_path / "mp_rank_00_model_states.pt")
     with refused(CheckpointError, str(tmp_path)):
-        take_over(tmp_path)
+        import_checkpoint(tmp_path)
 
 
 def test_a_universal_checkpoint_leads_nowhere_else(tmp_path: Path) -> None:
     (tmp_path / "zero").mkdir()
     torch.save({"param_shapes": [{"../../a": (1,)}]}, tmp_path / "mp_rank_00_model_states.pt")
     with refused(CheckpointError, "names a file outside of its folder (../../a)"):
-        take_over(tmp_path)
+        import_checkpoint(tmp_path)
 
 
 def test_a_file_of_torch_that_says_more_than_it_holds_is_refused(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_metadata_that_its_files_do_not_bear_out_are_refused(
 ) -> None:
     folder = written(tmp_path / "dcp")
     rewritten(folder, change)
-    for look in (distributed_keys, lambda folder: load_distributed(folder, ["b"]), take_over):
+    for look in (distributed_keys, lambda folder: load_distributed(folder, ["b"]), import_checkpoint):
         with refused(CheckpointError, words):
             look(folder)  # type: ignore[operator]
 
@@ -463,7 +463,7 @@ def test_metadata_of_another_kind_are_one_line(tmp_path: Path, content: bytes, w
     folder = written(tmp_path / "dcp")
     (folder / ".metadata").write_bytes(content)
     with refused(CheckpointError, "/.metadata: cannot be read (", words):
-        take_over(folder)
+        import_checkpoint(folder)
 
 
 def test_metadata_that_are_too_large_or_a_pipe_are_one_line(tmp_path: Path) -> None:
@@ -471,10 +471,10 @@ def test_metadata_that_are_too_large_or_a_pipe_are_one_line(tmp_path: Path) -> N
     with (folder / ".metadata").open("wb") as file:
         file.truncate(2**36)
     with refused(CheckpointError, ".metadata: cannot be read (is too large"):
-        take_over(folder)
+        import_checkpoint(folder)
     pipe(folder / ".metadata")
     with refused(CheckpointError, ".metadata: cannot be read (is no plain file"):
-        take_over(folder)
+        import_checkpoint(folder)
 
 
 def test_a_deflated_part_of_a_distributed_checkpoint_is_not_expanded(tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_a_tensor_larger_than_memory_is_refused(tmp_path: Path) -> None:
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size + size)
     with refused(CheckpointError, "a.safetensors: "):  # by the system, or by us where it promises everything
-        take_over(file)
+        import_checkpoint(file)
 
 
 def test_the_index_of_weights_leads_nowhere_else(tmp_path: Path) -> None:
@@ -543,7 +543,7 @@ def test_the_index_of_weights_leads_nowhere_else(tmp_path: Path) -> None:
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        for look in (take_over, read_base_shards):
+        for look in (import_checkpoint, read_base_shards):
             with refused(CheckpointError, "index.json: names a file outside of its folder"):
                 look(folder)  # type: ignore[operator]
 
@@ -567,10 +567,10 @@ def test_names_of_others_do_not_move_the_terminal(
     with refused(CheckpointError, "q_proj\\nerror: all is well"):
         read_adapter(own)
     capsys.readouterr()
-    complain(CheckpointError("a\x1b[2J\nb\x07"))
+    print_error(CheckpointError("a\x1b[2J\nb\x07"))
     assert capsys.readouterr().err == "error: a\\x1b[2J\nb\\x07\n"
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
-    speak_plainly()
+    setup_logging()
     logging.getLogger("trainer").warning("loss of %s", "\x1b[2J")
     assert "loss of \\x1b[2J" in capsys.readouterr().err

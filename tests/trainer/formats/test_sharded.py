@@ -18,12 +18,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from launch.checkpoints.manifest import read_manifest
-from launch.checkpoints.publish import aside_folder, bring_to_disk, publish
+from launch.checkpoints.publish import partial_folder, publish, sync_and_hash
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError, RunError
 from launch.recipe.loading import recipe_from_dict
 from launch.run.directory import RunDirectory
-from launch.run.request_files import adopt
+from launch.run.request_files import copy_checkpoint
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter
 from tests.helpers.checkpoints import change_one_bit, halve
@@ -31,9 +31,9 @@ from tests.helpers.merging import merge
 from trainer.checkpoint.saver import LARGE, form_of, load_checkpoint
 from trainer.engine.replicated import Replicated
 from trainer.export.consolidate import consolidate
-from trainer.formats.detect import SHARDS, read_sharded, take_over
+from trainer.formats.detect import SHARDS, import_checkpoint, read_sharded
 from trainer.formats.portable import save_adapter, save_adapter_config
-from trainer.formats.sharded import DistributedPart, Kept, ZeroPart, dealt
+from trainer.formats.sharded import DistributedPart, InMemoryCheckpointEngine, ZeroPart, partition_by_size
 from trainer.import_checkpoint import refuse_what_we_do_not_train
 from trainer.model.base import trainable_parameters
 
@@ -61,10 +61,10 @@ def trained(world: Path) -> Trained:
 
 def _publish(trained: Trained, run: Path, step: int = 7) -> Path:
     """As one process saves it."""
-    aside = aside_folder(run, step)
+    aside = partial_folder(run, step)
     (aside / SHARDS).mkdir(parents=True)
     names = trained.engine.part(step).write(aside / SHARDS, None)
-    known = bring_to_disk(aside, [f"{SHARDS}/{name}" for name in names])
+    known = sync_and_hash(aside, [f"{SHARDS}/{name}" for name in names])
     save_adapter_config(trained.model, aside)
     publish(aside, run / f"checkpoint-{step}", {"step": step, "form": "sharded"}, known=known)
     return run / f"checkpoint-{step}"
@@ -88,11 +88,11 @@ def little_room(size: int) -> Iterator[None]:
 def test_every_tensor_is_written_by_one_rank_and_none_writes_much_more_than_another(
     sizes: dict[str, int], ranks: int
 ) -> None:
-    parts = dealt(sizes, ranks)
+    parts = partition_by_size(sizes, ranks)
     assert sorted(name for part in parts for name in part) == sorted(sizes)
     loads = [sum(sizes[name] for name in part) for part in parts]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
-    assert parts == dealt(dict(reversed(list(sizes.items()))), ranks)  # alike on all ranks
+    assert parts == partition_by_size(dict(reversed(list(sizes.items()))), ranks)  # alike on all ranks
 
 
 def test_auto_is_sharded_from_one_gigabyte_of_weights_and_moments_on() -> None:
@@ -109,7 +109,7 @@ def test_the_state_comes_back_to_the_bit_and_makes_an_adapter(trained: Trained, 
     checkpoint = _publish(trained, tmp_path)
     state = trained.engine.state()
     assert state is not None
-    found = take_over(checkpoint)
+    found = import_checkpoint(checkpoint)
     assert found.form == "sharded checkpoint of samestep (torch DCP, 1 files)"
     assert (found.source, found.step, found.lost) == (checkpoint, 7, ())
     assert found.moments.keys() == state.optimizer.keys()
@@ -143,7 +143,7 @@ def test_a_model_takes_the_adapter_and_gets_the_moments(
 
 
 def test_what_deepspeed_would_write_is_copied_before_the_next_step(tmp_path: Path) -> None:
-    kept, weight = Kept(), torch.ones(3)
+    kept, weight = InMemoryCheckpointEngine(), torch.ones(3)
     kept.save({"module": {}, "param_shapes": [{"w": torch.Size([3])}]}, "./step/model.pt")
     kept.save({"groups": [weight], "count": 2}, "./step/optimizer.pt")
     weight.zero_()
@@ -166,7 +166,7 @@ def test_it_merges_and_begins_another_run_like_a_portable_one(
     assert all(torch.equal(one[name], other[name]) for name in one)
     run = RunDirectory(tmp_path / "other")
     run.path.mkdir()
-    adopt(checkpoint, run)
+    copy_checkpoint(checkpoint, run)
     assert read_manifest(run.checkpoint(7), verify=True)["facts"]["copied_from"] == str(checkpoint)
     copy, original = (read_sharded(folder) for folder in (run.checkpoint(7), checkpoint))
     assert copy is not None
@@ -211,7 +211,7 @@ def test_a_damaged_or_missing_part_is_named_and_the_older_checkpoint_counts(
     older, newest = _publish(trained, tmp_path, 5), _publish(trained, tmp_path, 7)
     harm(newest / SHARDS / "__0_0.distcp")
     with pytest.raises(CheckpointError, match=r"shards/__0_0\.distcp: (has another|is missing)"):
-        take_over(newest)
+        import_checkpoint(newest)
     found, passed_over = newest_valid(tmp_path)
     assert found is not None
     assert found.folder == older
@@ -227,7 +227,7 @@ def test_a_part_that_nobody_verified_is_refused_in_words(trained: Trained, tmp_p
 
 
 def test_a_part_on_another_machines_own_disk_is_not_published(tmp_path: Path) -> None:
-    aside = aside_folder(tmp_path, 7)
+    aside = partial_folder(tmp_path, 7)
     aside.mkdir()
     known = {"shards/__1_0.distcp": {"bytes": 1000, "sha256": "0" * 64}}
     with pytest.raises(CheckpointError, match="put the run directory on a disk that all nodes share"):
@@ -243,6 +243,6 @@ def test_what_the_ranks_told_of_their_files_is_what_is_verified(trained: Trained
 def test_a_checkpoint_of_ours_is_not_taken_over_as_a_foreign_one(
     trained: Trained, world: Path, tmp_path: Path
 ) -> None:
-    found = take_over(_publish(trained, tmp_path))
+    found = import_checkpoint(_publish(trained, tmp_path))
     with pytest.raises((CheckpointError, ConfigError), match="is a checkpoint of samestep"):
         refuse_what_we_do_not_train(recipe_from_dict(recipe_values(world)), found)

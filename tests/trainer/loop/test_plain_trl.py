@@ -23,7 +23,7 @@ from tests.conftest import recipe_values
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
-from trainer.distributed.stop_requests import Watch
+from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.build import build_trainer
 from trainer.metrics_log import read_lines
 from trainer.model.base import add_lora, load_base
@@ -71,7 +71,7 @@ def ours(
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     seen = Gradients()
     model = add_lora(load_base(recipe, torch.device("cpu")), recipe)
-    task, watch = Task(recipe, plan, index, run), Watch(run, 0, os.getppid())
+    task, watch = Task(recipe, plan, index, run), StopRequests(run, 0, os.getppid())
     trainer = build_trainer(model, task, encoder, watch, 0, FirstStep(time.time()))
     trainer.add_callback(seen)
     trainer.train()

@@ -21,7 +21,7 @@ from trainer.model.base import add_lora, load_base
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rank 0 of two, whose collectives do nothing."""
-    monkeypatch.setattr(layer_stand_ins, "together", lambda action: action())
+    monkeypatch.setattr(layer_stand_ins, "run_on_all_ranks", lambda action: action())
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
@@ -62,7 +62,7 @@ def test_layers_come_back_as_they_were_and_one_at_a_time(
         whole.zero_()[: len(bytes_)] = bytes_
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
-    with layer_stand_ins.shared_out(model):
+    with layer_stand_ins.temporarily_sharded(model):
         weights = [weight for layer in layers for weight in layer_stand_ins.frozen_weights(layer)]
         assert _held(model) < size / 100
         assert [weight.shape for weight in weights] == shapes
@@ -78,6 +78,6 @@ def test_layers_come_back_as_they_were_and_one_at_a_time(
 def test_bytes_that_did_not_come_back_end_the_run(world: Path, two_ranks: None) -> None:
     with (
         pytest.raises(RunError, match="are not what they were before the largest micro-batch was tried"),
-        layer_stand_ins.shared_out(_model(world)),
+        layer_stand_ins.temporarily_sharded(_model(world)),
     ):
         pass  # nothing is gathered: rank 1 does not answer

@@ -15,7 +15,7 @@ import numpy as np
 
 from launch.errors import ConfigError
 from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, load_of, memory_of
-from launch.strategies import SHARDING
+from launch.strategies import STRATEGIES
 from launch.units import GIB, gib
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _residencies(recipe: Recipe, strategy: str) -> Sequence[bool]:
     if not recipe.quantization.load_in_4bit:
         return [False]
     if asked == "auto":
-        return [False] if strategy in SHARDING else [True, False]
+        return [False] if STRATEGIES[strategy].shards_layers else [True, False]
     return [asked]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from launch.strategies import _ZERO, SHARDING
+from launch.strategies import STRATEGIES
 from launch.units import GIB
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Load:
     @property
     def shares(self) -> int:
         """Processes that the decoder layers are cut over."""
-        return self.world_size if self.strategy in SHARDING else 1
+        return self.world_size if STRATEGIES[self.strategy].shards_layers else 1
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _loading_bytes(load: Load) -> int:
     The largest linear layer is there as it was read while it is quantized.
     """
     shape = load.shape
-    shares = load.shares if load.strategy == "fsdp" else 1
+    shares = load.shares if STRATEGIES[load.strategy].shards_while_loading else 1
     layers = shape.layers * _linear_bytes(load, shape.layer_weights, shares)
     whole = _linear_bytes(load, shape.layer_weights) if load.shares > 1 else 0
     read = _largest_linear(shape) * load.weight_bytes if load.load_in_4bit else 0
@@ -207,10 +207,11 @@ def _trained_bytes(load: Load) -> int:
 
 def bytes_of_first_step(strategy: str, world_size: int, count: int) -> int:
     """What `count` trained weights need beside themselves and their gradients: two moments; buckets of a reduction."""
-    if strategy in _ZERO:
+    engine = STRATEGIES[strategy].engine
+    if engine == "deepspeed":
         shared = 8 + 4 + 4  # moments, DeepSpeed's own copy, its part of the gradients
         return count * shared // world_size + _ZERO_BUCKET_BYTES
-    return count * (8 + (4 if strategy == "ddp" else 0))
+    return count * (8 + (4 if engine == "ddp" else 0))
 
 
 # activations ------------------------------------------------------------------------------

@@ -65,10 +65,10 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: ChosenSetting
 def memory_rows(recipe: Recipe, index: Index, where: Hardware) -> list[tuple[str, ...]]:
     """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
     rows: list[tuple[str, ...]] = []
-    for strategy in STRATEGIES:
-        if (strategy == "single") != (where.world_size == 1):
+    for name, strategy in STRATEGIES.items():
+        if strategy.is_one_process != (where.world_size == 1):
             continue
-        chosen = choose_settings(recipe, index, replace(where, strategy=strategy))
+        chosen = choose_settings(recipe, index, replace(where, strategy=name))
         if (memory := chosen.memory) is None:
             return []
         needs = f"needs {gib(memory.reserved)}"
@@ -80,5 +80,5 @@ def memory_rows(recipe: Recipe, index: Index, where: Hardware) -> list[tuple[str
                 *(["held dequantized"] if chosen.settings.resident_weights else []),
             ]
         )
-        rows.append((strategy, gib(memory.loading), gib(memory.training), settings, fits))
+        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits))
     return rows

@@ -22,7 +22,7 @@ from launch.planning.step_plan import StepPlan, cost, plan_steps, steps_of
 from launch.recipe.schema import Recipe, recipe_fingerprint
 from launch.rules.checks import refuse_request
 from launch.rules.request import Request
-from launch.strategies import storage_of
+from launch.strategies import STRATEGIES, Strategy
 from launch.units import gib
 from launch.untrusted_files import parse_json, read_text
 
@@ -90,7 +90,6 @@ class Plan:
     load_in_4bit: bool
     quant_storage: str
     compute_dtype: str
-    autocast: bool
     resident_weights: bool
     recompute_every: int
     settings_reason: str
@@ -107,9 +106,9 @@ class Plan:
     samples_digest: SamplesDigest = "positions"
 
     @property
-    def gradient_accumulation_steps(self) -> int:
-        """What Trainer and DeepSpeed call the micro-batches of a rank in one optimizer step."""
-        return self.micro_batches
+    def parallelism(self) -> Strategy:
+        """The value that the name `strategy` stands for."""
+        return STRATEGIES[self.strategy]
 
     def to_json(self) -> str:
         """Text of plan.json."""
@@ -119,11 +118,11 @@ class Plan:
     def from_json(text: str) -> Plan:
         """From the text of plan.json. ConfigError when it is damaged or of another version."""
         try:
-            parse_json(text)
+            values = parse_json(text)
         except ValueError as error:
             raise ConfigError(f"plan.json: not a plan ({error}); run the same `samestep run` again") from None
         try:
-            return _plan_reader().validate_json(text)
+            plan = _plan_reader().validate_json(json.dumps(_of_this_version(values)))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -131,6 +130,12 @@ class Plan:
                 f"plan.json: not a plan of this version ({f'{where}: ' if where else ''}{first['msg']}); "
                 "run the same `samestep run` again"
             ) from error
+        if plan.strategy not in STRATEGIES:
+            raise ConfigError(
+                f"plan.json: not a plan of this version (strategy: {plan.strategy!r:.40} is none of "
+                f"{', '.join(STRATEGIES)}); run the same `samestep run` again"
+            )
+        return plan
 
     @staticmethod
     def read(file: Path) -> Plan:
@@ -140,6 +145,15 @@ class Plan:
     def digest(self) -> str:
         """sha256 of the whole plan, hexadecimal: ranks compare it before they start."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _of_this_version(values: object) -> object:
+    """The content of a plan.json without the fields that older versions wrote and nobody read."""
+    return (
+        {key: value for key, value in values.items() if key != "autocast"}
+        if isinstance(values, dict)
+        else values
+    )
 
 
 @cache
@@ -183,7 +197,7 @@ def make_plan(
     where = Hardware(strategy, request.world_size, device, gpu_memory)
     chosen = choose_settings(recipe, index, where, begin) if before is None else _choice_of(before)
     steps = balanced_steps(recipe, index, request.world_size, chosen.micro_batch_tokens, max_steps, begin)
-    compute_dtype, workers = compute_dtype_of(recipe), recipe.training.dataloader_num_workers
+    workers = recipe.training.dataloader_num_workers
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
@@ -204,9 +218,8 @@ def make_plan(
         dataset_fingerprint=index.fingerprint,
         recipe_fingerprint=recipe_fingerprint(recipe),
         load_in_4bit=recipe.quantization.load_in_4bit,
-        quant_storage=storage_of(strategy),
-        compute_dtype=compute_dtype,
-        autocast=compute_dtype == "bfloat16",
+        quant_storage=STRATEGIES[strategy].quant_storage,
+        compute_dtype=compute_dtype_of(recipe),
         resident_weights=chosen.settings.resident_weights,
         recompute_every=chosen.settings.recompute_every,
         settings_reason=chosen.reason,
@@ -384,7 +397,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _notice(plan: Plan) -> str | None:
-    if plan.world_size == 1 and plan.strategy in ("fsdp", "zero2", "zero3"):
+    if plan.world_size == 1 and plan.parallelism.sharded != "nothing":
         return f"{plan.strategy} on one process shards nothing; `single` does the same with less"
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.resources import resource
+from launch.strategies import STRATEGIES, default_strategy
 from launch.untrusted_files import parse_json, parse_yaml, read_text, reason_of
 
 
@@ -32,7 +33,7 @@ def shipped_config(strategy: str) -> LaunchConfig:
 
     Raises ConfigError when it, or the DeepSpeed file that it names, cannot be read.
     """
-    file = resource("accelerate_configs", f"{strategy}.yaml")
+    file = resource("accelerate_configs", STRATEGIES[strategy].config_file)
     values = _read(file, parse_yaml)
     deepspeed, fsdp = (_section(file, values, key) for key in ("deepspeed_config", "fsdp_config"))
     zero: Mapping[str, Any] = {}
@@ -75,7 +76,7 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
         return f"zero{zero.get('stage', 0) if isinstance(zero, dict) else zero}"
     if config.fsdp:
         return "fsdp"
-    return "ddp" if several else "single"
+    return default_strategy(2 if several else 1).name
 
 
 def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from launch.recipe.schema import Recipe
 from launch.rules.accelerate_config import LaunchConfig, shipped_config
+from launch.strategies import STRATEGIES, Strategy
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Request:
     def launch(self) -> LaunchConfig:
         """What accelerate will be asked for."""
         return self.config or shipped_config(self.strategy)
+
+    @property
+    def parallelism(self) -> Strategy:
+        """What `strategy` names. An unknown name is refused by `strategy_is_available`; the others judge it as ddp."""
+        return STRATEGIES.get(self.strategy, STRATEGIES["ddp"])
 
     @property
     def world_size(self) -> int:

@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from launch.inputs.model_shape import LAYER_LINEARS, read_shape, unreached
 from launch.rules.request import Request, Rule
-from launch.strategies import SHARDING, STRATEGIES, storage_of
+from launch.strategies import STRATEGIES
 
 FLOORS = {
     "torch": "2.11",
@@ -43,7 +43,7 @@ def topology_is_positive(request: Request) -> str | None:
 
 def single_is_one_process(request: Request) -> str | None:
     """accelerate would start N processes that know nothing of each other and write one folder."""
-    if request.strategy != "single" or request.world_size <= 1:
+    if not request.parallelism.is_one_process or request.world_size <= 1:
         return None
     return (
         f"--strategy: single is one process ({request.world_size} asked for); "
@@ -53,7 +53,7 @@ def single_is_one_process(request: Request) -> str | None:
 
 def fsdp_has_gpus(request: Request) -> str | None:
     """On CPUs accelerate makes ddp of fsdp, or runs that know nothing of each other, without an error."""
-    if request.strategy != "fsdp" or request.device != "cpu":
+    if request.parallelism.engine != "fsdp" or request.device != "cpu":
         return None
     return (
         f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
@@ -143,7 +143,7 @@ def lora_names_layers_that_are_there(request: Request) -> str | None:
 
 def sharded_weights_stay_packed(request: Request) -> str | None:
     """Weights held dequantized on every GPU are what sharding is there to avoid."""
-    if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
+    if request.recipe.model.resident_weights is not True or not request.parallelism.shards_layers:
         return None
     return (
         f"model.resident_weights: true with --strategy {request.strategy}, which shares the 4-bit weights out; "
@@ -153,7 +153,7 @@ def sharded_weights_stay_packed(request: Request) -> str | None:
 
 def deepspeed_can_be_imported(request: Request) -> str | None:
     """zero2 and zero3 are DeepSpeed's."""
-    if not request.packages_here or not request.strategy.startswith("zero"):
+    if not request.packages_here or not request.parallelism.is_zero:
         return None
     if find_spec("deepspeed") is not None:
         return None
@@ -162,8 +162,8 @@ def deepspeed_can_be_imported(request: Request) -> str | None:
 
 def fsdp_stores_floats(request: Request) -> str | None:
     """FSDP leaves bytes whole on every rank, and its copies rewrite bfloat16 that looks like NaN."""
-    storage = request.quant_storage or storage_of(request.strategy)
-    if request.strategy != "fsdp" or not request.recipe.quantization.load_in_4bit:
+    storage = request.quant_storage or request.parallelism.quant_storage
+    if request.parallelism.engine != "fsdp" or not request.recipe.quantization.load_in_4bit:
         return None
     if storage in ("float16", "float32"):
         return None
@@ -178,7 +178,7 @@ def versions_are_those_that_were_measured(request: Request) -> str | None:
     old = [
         f"{name} {found[name]} < {floor}"
         for name, floor in FLOORS.items()
-        if (name != "deepspeed" or request.strategy.startswith("zero"))
+        if (name != "deepspeed" or request.parallelism.is_zero)
         and name in found
         and Version(found[name]) < Version(floor)
     ]

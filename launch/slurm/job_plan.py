@@ -110,7 +110,7 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
     strategy = plan.strategy
-    if strategy == "single" and allocation.nodes > 1:
+    if plan.parallelism.is_one_process and allocation.nodes > 1:
         strategy = choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
     topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None)
     place = run.path.parent

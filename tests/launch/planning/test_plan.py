@@ -46,7 +46,6 @@ def test_the_numbers_of_a_small_run() -> None:
     assert plan.steps_per_epoch == 330 / 32
     assert plan.longest_sample_tokens == 90
     assert plan.micro_batch_tokens == 360  # auto: four of the longest
-    assert plan.gradient_accumulation_steps == plan.micro_batches
 
 
 def test_the_notebook_takes_265_whole_steps() -> None:
@@ -205,19 +204,30 @@ def test_the_plan_after_a_change_of_the_batch_size_trains_exactly_the_rest_of_th
 
 
 @pytest.mark.parametrize(
-    ("overrides", "dtype", "autocast"),
+    ("overrides", "dtype"),
     [
-        (["quantization.bnb_4bit_compute_dtype=bfloat16"], "bfloat16", True),
-        (["quantization.bnb_4bit_compute_dtype=float32"], "float32", False),
-        (["quantization.load_in_4bit=false", "model.dtype=bfloat16"], "bfloat16", True),
-        (["quantization.load_in_4bit=false", "model.dtype=float32"], "float32", False),
+        (["quantization.bnb_4bit_compute_dtype=bfloat16"], "bfloat16"),
+        (["quantization.bnb_4bit_compute_dtype=float32"], "float32"),
+        (["quantization.load_in_4bit=false", "model.dtype=bfloat16"], "bfloat16"),
+        (["quantization.load_in_4bit=false", "model.dtype=float32"], "float32"),
     ],
 )
-def test_precision_follows_the_quantized_base_or_the_model(
-    overrides: list[str], dtype: str, autocast: bool
-) -> None:
-    plan = plan_for(embedded_recipe(*overrides))
-    assert (plan.compute_dtype, plan.autocast) == (dtype, autocast)
+def test_precision_follows_the_quantized_base_or_the_model(overrides: list[str], dtype: str) -> None:
+    assert plan_for(embedded_recipe(*overrides)).compute_dtype == dtype
+
+
+def test_a_plan_of_an_unknown_strategy_is_refused_with_those_there_are() -> None:
+    text = replace(plan_for(embedded_recipe()), strategy="zero9").to_json()
+    with pytest.raises(ConfigError, match=r"strategy: 'zero9' is none of single, ddp, fsdp, zero2, zero3"):
+        Plan.from_json(text)
+
+
+def test_a_plan_that_an_older_version_wrote_is_read() -> None:
+    plan = plan_for(embedded_recipe())
+    older = json.loads(plan.to_json()) | {"autocast": True}
+    for added_since in ("begin", "allowed", "started_from", "identity", "samples_digest"):
+        del older[added_since]
+    assert Plan.from_json(json.dumps(older)) == replace(plan, samples_digest="positions")
 
 
 def test_the_table_says_what_is_left_of_the_stream() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.scaling import LORA_BYTES, all_reduce_seconds, random_deal, rank_costs
 from launch.inputs.dataset_index import read_index
-from launch.planning.plan import Plan, step_plan
+from launch.planning.plan import Plan
+from launch.planning.run_steps import step_plan
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory, read_marker
 from launch.strategies import STRATEGIES

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.planning.auto_settings import parse_gpu_memory
+from launch.planning.topology import Topology
 from launch.strategies import STRATEGIES, default_strategy
-
-
-@dataclass(frozen=True)
-class Topology:
-    """How many processes of which strategy.
-
-    `gpu_memory`: bytes of the smallest GPU, None where not known; `packages_here`: they use this Python's packages.
-    """
-
-    strategy: str
-    nodes: int
-    gpus_per_node: int
-    device: str
-    gpu_memory: int | None = None
-    packages_here: bool = True
-
-    @property
-    def world_size(self) -> int:
-        """Processes on all nodes."""
-        return self.nodes * self.gpus_per_node
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:

@@ -34,7 +34,7 @@ _MOST_VALUES = 2**31 - 1  # of one tensor: kernels count in int32
 
 
 @dataclass(frozen=True)
-class Machine:
+class Gpus:
     """The GPUs a run will have, as far as known. `memory`: bytes of the smallest, None: not known; `device`: `cuda` or
     `cpu`."""
 
@@ -92,7 +92,7 @@ def batches_of(
 
 def choose(
     recipe: Recipe,
-    machine: Machine,
+    gpus: Gpus,
     shape: ModelShape | str,
     strategy: str,
     world_size: int,
@@ -104,24 +104,24 @@ def choose(
     """
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
-    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine))
-    if machine.memory is None:
-        what = "the GPU's memory is not known" if machine.device == "cuda" else "no GPU here"
+    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, gpus))
+    if gpus.memory is None:
+        what = "the GPU's memory is not known" if gpus.device == "cuda" else "no GPU here"
         return _cautious(
             recipe, batches, load, f"{what}, so little memory (--gpu-memory 24GB: for such GPUs)"
         )
     found = [
         (_tokens_of_work(batches, tokens, settings, load), tokens, settings)
         for settings in _open_settings(recipe, strategy, shape)
-        if (tokens := _largest_budget(recipe, machine.memory, load, settings, batches)) is not None
+        if (tokens := _largest_budget(recipe, gpus.memory, load, settings, batches)) is not None
     ]
     if not found:
-        return _too_large(recipe, machine.memory, load, batches)
+        return _too_large(recipe, gpus.memory, load, batches)
     _, tokens, settings = min(found, key=lambda entry: entry[0])
     if recipe.batch.micro_batch_tokens == "auto":
         tokens = _evened_out(tokens, batches)
     memory = memory_of(load, batches.packed(tokens), settings)
-    return ChosenSettings(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
+    return ChosenSettings(tokens, settings, memory, f"the fastest that fits {gib(gpus.memory)}", True)
 
 
 def less_than(memory: Memory) -> int:
@@ -129,13 +129,13 @@ def less_than(memory: Memory) -> int:
     return memory.reserved - (memory.activations + memory.temporary) // 10 - 1
 
 
-def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
+def kernels_of(recipe: Recipe, gpus: Gpus) -> Kernels:
     """How decoder layers will be computed there, as `trainer.model.base.prepare_training` decides it."""
     quantization = recipe.quantization
     dtypes = {recipe.model.dtype}
     if quantization.load_in_4bit:
         dtypes.add(quantization.bnb_4bit_compute_dtype)
-    cuda = machine.device == "cuda"
+    cuda = gpus.device == "cuda"
     installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
     fused = cuda and installed and dtypes == {"bfloat16"}
     return Kernels(fused, fused)
@@ -162,8 +162,8 @@ def _residencies(recipe: Recipe, strategy: str) -> Sequence[bool]:
 
 def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Load) -> float:
     """Time of an optimizer step, in tokens through one forward: forward, backward and what is recomputed."""
-    passes = 2 + (1 / settings.recompute_every if settings.recompute_every else 0)
-    dequantizations = 0 if settings.resident_weights or not load.load_in_4bit else passes
+    passes = 2 + (1 / settings.activation_checkpoint_every if settings.activation_checkpoint_every else 0)
+    dequantizations = 0 if settings.keep_dequantized or not load.load_in_4bit else passes
     each = _TOKENS_A_MICRO_BATCH + dequantizations * _TOKENS_A_DEQUANTIZATION
     return batches.step_tokens * passes + batches.count(tokens) * each
 

@@ -78,10 +78,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Settings:
-    """What trades memory for time and alters no number; as `launch.planning.plan.Plan` has them."""
+    """What trades memory for time and alters no number; `launch.planning.plan.PlannedSettings` adds why."""
 
-    resident_weights: bool
-    recompute_every: int
+    keep_dequantized: bool
+    """4-bit weights are held dequantized, instead of being dequantized for every product."""
+    activation_checkpoint_every: int
+    """Every n-th decoder layer's activations are recomputed in the backward pass; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
     kept, temporary = _training_peak(load, packed, settings)
     return Memory(
-        base=_base_bytes(replace(load, load_in_4bit=False) if settings.resident_weights else load),
+        base=_base_bytes(replace(load, load_in_4bit=False) if settings.keep_dequantized else load),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -251,7 +253,7 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
     shape, size, tokens = load.shape, load.activation_bytes, packed.tokens
     patches = packed.visual_tokens * shape.patches_per_token
     held = _held_bytes(load, packed, patches)
-    kept = [_is_recomputed(number, settings.recompute_every) for number in range(shape.layers)]
+    kept = [_is_recomputed(number, settings.activation_checkpoint_every) for number in range(shape.layers)]
     one, own_input = layer_bytes(load) * tokens, size * shape.hidden * tokens
     before, peak = 0, 0
     for recomputed in kept:
@@ -294,7 +296,7 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
     shape, size = load.shape, load.activation_bytes
     fused = load.kernels.fused
     inner = size * shape.intermediate * tokens
-    weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.resident_weights else 0
+    weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.keep_dequantized else 0
     product = max(inner + weight, inner if fused else 3 * inner)
     attention = tokens * shape.hidden * (6 * size if fused else 12)
     return max(product, attention) + 2 * size * shape.hidden * tokens

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
-from launch.planning.plan import Plan, SamplesDigest, StreamOffset
+from launch.planning.plan import Plan, RunHistory, SamplesDigest
+from launch.planning.step_plan import StreamOffset
+from launch.planning.topology import Topology
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import altering_values
 from launch.run.changes import (
@@ -37,19 +39,15 @@ _OTHER_SOURCE = "begin with another checkpoint, or from nothing"
 
 
 @dataclass(frozen=True)
-class Continuation:
+class Continuation(RunHistory):
     """How a request goes on with what was begun before: nothing, the run itself, or `source`, another run's checkpoint.
 
     `source` is None once the run has a checkpoint of its own; `started_from` says for ever where it came from.
-    `samples_digest`: the form that the run's figures have so far.
+    `changed`: values of the recipe that differ from before, and are allowed to.
     """
 
-    begin: StreamOffset = field(default_factory=StreamOffset)
-    allowed: tuple[str, ...] = ()
     changed: tuple[Change, ...] = ()
     source: Path | None = None
-    started_from: str = ""
-    samples_digest: SamplesDigest = "content"
 
 
 class _Facts(BaseModel):
@@ -91,11 +89,11 @@ def continue_run(
     allowed = tuple(sorted({*allow, *carried}))
     if not now or _has_begun(run):
         digest: SamplesDigest = old.samples_digest if old and _has_begun(run) else "content"
-        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now, digest)
+        return Continuation(_begin_of(run, old, size), allowed, now, digest, tuple(changed))
     facts = _facts_of_source(Path(now))
     changed = changes(facts.recipe, altering_values(recipe))
     refuse_changes(changed, allowed, now, _OTHER_SOURCE)
-    return Continuation(_begin_at(facts, size), allowed, tuple(changed), Path(now), now)
+    return Continuation(_begin_at(facts, size), allowed, now, changed=tuple(changed), source=Path(now))
 
 
 def _has_begun(run: RunDirectory) -> bool:
@@ -231,7 +229,7 @@ def _read_facts(folder: Path, facts: dict[str, Any]) -> _Facts:
         ) from None
 
 
-_ASKED = (
+_SETTINGS_DEPEND_ON = (
     ("model", "resident_weights"),
     ("training", "gradient_checkpointing"),
     ("batch", "micro_batch_tokens"),
@@ -242,25 +240,23 @@ _ASKED = (
 """What the settings of a plan depend on, of what may change between two attempts at a run."""
 
 
-def plan_to_keep(
-    run: RunDirectory, recipe: Recipe, hardware: Mapping[str, Any], fingerprint: str
-) -> Plan | None:
+def plan_to_keep(run: RunDirectory, recipe: Recipe, topology: Topology, fingerprint: str) -> Plan | None:
     """The plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
 
-    `hardware`: fields of the plan to be made (strategy, nodes, gpus_per_node, device, gpu_memory). So a run that goes
-    on takes the settings that it was tried with, or that it came down to when it ran out of memory.
+    `fingerprint`: of the dataset. So a run that goes on takes the settings that it was tried with, or that it came down
+    to when it ran out of memory.
     """
     old = old_plan(run)
     if old is None or old.dataset_fingerprint != fingerprint:
         return None
-    if any(getattr(old, name) != value for name, value in hardware.items()):
+    if old.topology != replace(topology, packages_here=True):
         return None
     try:
-        asked = load_recipe(run.recipe_file)
+        recipe_before = load_recipe(run.recipe_file)
     except ConfigError:
         return None
     same = all(
-        getattr(getattr(asked, section), key) == getattr(getattr(recipe, section), key)
-        for section, key in _ASKED
+        getattr(getattr(recipe_before, section), key) == getattr(getattr(recipe, section), key)
+        for section, key in _SETTINGS_DEPEND_ON
     )
     return old if same else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,16 +41,16 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
     Raises:
         GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
     """
-    if trainer.plan.settings_tried or trainer.args.device.type not in DEVICES:
+    if trainer.plan.settings.tried or trainer.args.device.type not in DEVICES:
         return
     while not all(gather_objects(largest_micro_batch_fits(trainer))):
         smaller = broadcast_from_main(lambda: _smaller(trainer))
         trainer.take_plan(smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
-            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
+            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
         )
-    trainer.take_plan(replace(trainer.plan, settings_tried=True))
+    trainer.take_plan(trainer.plan.with_settings(tried=True))
     run_on_main(lambda: keep_plan(trainer.run_directory, trainer.plan))
 
 

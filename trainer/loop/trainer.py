@@ -24,7 +24,8 @@ from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
 from launch.errors import RunError
-from launch.planning.plan import Plan, samples_consumed, step_plan
+from launch.planning.plan import Plan, samples_consumed
+from launch.planning.run_steps import step_plan
 from trainer import WATCHDOG
 from trainer.checkpoint.saver import Saver, load_checkpoint, publish_adapter
 from trainer.checks.training import (
@@ -117,8 +118,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.model,
             recipe,
             compute_dtype=DTYPES[plan.compute_dtype],
-            recompute_every=plan.recompute_every,
-            resident_weights=plan.resident_weights,
+            recompute_every=plan.settings.activation_checkpoint_every,
+            resident_weights=plan.settings.keep_dequantized,
             keep=self.features.keep if self.features else None,
         )
         logger.info(way)
@@ -228,7 +229,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan, self.task = plan, replace(self.task, plan=plan)
         self.steps = step_plan(self.recipe, self.index, plan)
         self.args.gradient_accumulation_steps = plan.micro_batches
-        recompute_layers(self.model, plan.recompute_every)
+        recompute_layers(self.model, plan.settings.activation_checkpoint_every)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

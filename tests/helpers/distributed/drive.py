@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.capped_train import cap_memory, share_one_gpu
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import Index
-from launch.planning import plan
+from launch.planning import make_plan
 from launch.planning.plan import Plan
 from launch.run.directory import request_stop
 from launch.strategies import STRATEGIES
@@ -133,7 +133,7 @@ def main() -> None:
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
     if storage := os.environ.get("PLANTED_STORAGE"):
-        plan.STRATEGIES = {
+        make_plan.STRATEGIES = {
             name: replace(strategy, quant_storage=storage) for name, strategy in STRATEGIES.items()
         }
     asked = json.loads(Path(sys.argv[1]).read_text())

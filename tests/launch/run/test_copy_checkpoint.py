@@ -14,7 +14,7 @@ from launch.checkpoints.manifest import read_manifest
 from launch.checkpoints.publish import publish
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError
-from launch.planning.plan import StreamOffset
+from launch.planning.step_plan import StreamOffset
 from launch.run.continuation import continue_run
 from launch.run.directory import RunDirectory
 from launch.run.request_files import copy_checkpoint, write_request

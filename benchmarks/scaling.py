@@ -6,7 +6,8 @@
 Three ways to give the samples of a step to the ranks: `random`, `padded` (random, and micro-batches of 4 padded to
 their longest sample, as plain trl runs them) and `balanced` (`launch.planning.load_balance`, what samestep does).
 A step lasts as long as its slowest rank's work (`launch.planning.step_plan.cost`) and the all-reduce of the adapters'
-gradients. Speed of the ranks and of the network are assumptions (`--tflops`, `--in-node`, `--between-nodes`); data loading is not in it.
+gradients. Speed of the ranks and of the network are assumptions (`--tflops`, `--in-node`, `--between-nodes`);
+data loading is not in it.
 """
 
 from __future__ import annotations

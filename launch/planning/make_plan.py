@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -37,30 +36,27 @@ def make_plan(
     history: RunHistory = RunHistory(),  # noqa: B008 - frozen
     identity: RunIdentity | None = None,
 ) -> Plan:
-    """Derive every number of a run.
-
-    `name`: of the run, the recipe's by default. `config`: what was launched, where that is known; else the shipped file
-    counts. `before`: a plan for the same recipe and topology, whose settings stay
-    (`launch.run.continuation.plan_to_keep`). Without it and the GPUs' memory, settings that are `auto` are those that
-    need little. `identity`: of the run, where it is known.
-
+    """Derive every number of a run. The keywords are what is known of it: its name (by default the recipe's), the
+    `config` of a launch under way (else the shipped file counts), its history and identity. `before`: a plan for the
+    same recipe and topology, whose settings stay (`launch.run.continuation.plan_to_keep`); without it and the GPUs'
+    memory, settings that are `auto` are those that need little.
     Raises ConfigError with every rule the request breaks.
     """
-    samples, longest, begin = len(index.splits["train"]), longest_of(index), history.begin
+    strategy, begin = topology.strategy, history.begin
+    samples, longest = len(index.splits["train"]), longest_of(index)
     max_steps, left = whole_steps(recipe, samples, begin)
-    least = least_budget(recipe, longest)
-    strategy, nodes, gpus_per_node = topology.strategy, topology.nodes, topology.gpus_per_node
-    request = Request(recipe, strategy, nodes, gpus_per_node, samples, max_steps, least, longest, config)
-    refuse_request(replace(request, device=topology.device, packages_here=topology.packages_here))
-    budget, settings = (
-        (before.micro_batch_tokens, before.settings) if before else _settings(recipe, index, topology, begin)
-    )
+    request = Request(
+        recipe, strategy, topology.nodes, topology.gpus_per_node, samples, max_steps,
+        least_budget(recipe, longest), longest, config, device=topology.device, packages_here=topology.packages_here,
+    )  # fmt: skip
+    refuse_request(request)
+    budget, settings = _settings(recipe, index, topology, begin, before)
     steps = balanced_steps(recipe, index, topology.world_size, budget, max_steps, begin)
     return Plan(
         name=name or recipe.name,
         strategy=strategy,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
+        nodes=topology.nodes,
+        gpus_per_node=topology.gpus_per_node,
         world_size=topology.world_size,
         device=topology.device,
         gpu_memory=topology.gpu_memory or 0,
@@ -90,9 +86,7 @@ def make_plan(
     )
 
 
-def choose_settings(
-    recipe: Recipe, index: Index, topology: Topology, begin: StreamOffset = StreamOffset()
-) -> ChosenSettings:
+def choose_settings(recipe: Recipe, index: Index, topology: Topology, begin: StreamOffset) -> ChosenSettings:
     """The settings that are `auto`, for a strategy and its GPUs. Tries some plans of all steps: a second or two."""
     train = index.splits["train"]
     max_steps, _ = whole_steps(recipe, len(train), begin)
@@ -107,9 +101,11 @@ def choose_settings(
 
 
 def _settings(
-    recipe: Recipe, index: Index, topology: Topology, begin: StreamOffset
+    recipe: Recipe, index: Index, topology: Topology, begin: StreamOffset, before: Plan | None
 ) -> tuple[int, PlannedSettings]:
-    """(tokens of a micro-batch, settings) of a run that nothing was tried for yet."""
+    """(tokens of a micro-batch, settings): those of `before`, or chosen anew, which no GPU has tried yet."""
+    if before:
+        return before.micro_batch_tokens, before.settings
     choice = choose_settings(recipe, index, topology, begin)
     return choice.micro_batch_tokens, planned_settings(choice)
 

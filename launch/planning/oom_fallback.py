@@ -9,6 +9,7 @@ from launch.planning.auto_settings import ChosenSettings, less_than, recomputati
 from launch.planning.make_plan import choose_settings, planned_settings
 from launch.planning.plan import Plan
 from launch.planning.run_steps import balanced_steps
+from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
 from launch.strategies import STRATEGIES
 from launch.units import gib
@@ -71,7 +72,7 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
     for name, strategy in STRATEGIES.items():
         if strategy.is_one_process != (topology.world_size == 1):
             continue
-        choice = choose_settings(recipe, index, replace(topology, strategy=name))
+        choice = choose_settings(recipe, index, replace(topology, strategy=name), StreamOffset())
         if (memory := choice.memory) is None:
             return []
         needs = f"needs {gib(memory.reserved)}"

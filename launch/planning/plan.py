@@ -44,7 +44,7 @@ class PlannedSettings(Settings):
 class RunHistory:
     """What a run carries over from what was begun before it: earlier attempts, or the checkpoint of another run."""
 
-    begin: StreamOffset = StreamOffset()
+    begin: StreamOffset = field(default_factory=StreamOffset)
     """Where the arithmetic of the sample stream begins."""
     allowed: tuple[str, ...] = ()
     """What may differ from older checkpoints (`--allow`)."""

@@ -70,7 +70,7 @@ def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, seen).round().astype(np.int64)
 
 
-def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset = StreamOffset()) -> tuple[int, int]:
+def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int, int]:
     """Optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
 
     `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.

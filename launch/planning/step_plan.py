@@ -84,7 +84,7 @@ class StreamOffset:
 
 @dataclass(frozen=True)
 class SampleStream:
-    """The endless stream of samples that the steps of a run see: one permutation of the split per epoch after another."""
+    """The endless stream of samples that the steps of a run see: a permutation of the split for every epoch."""
 
     n: int
     """Samples in the training split, so of one epoch."""
@@ -94,7 +94,7 @@ class SampleStream:
     """`training.seed` of the recipe."""
     fingerprint: str
     """Of the dataset: other rows come in another order."""
-    begin: StreamOffset = StreamOffset()
+    begin: StreamOffset = field(default_factory=StreamOffset)
     """The first step, and the position in the stream where it begins."""
 
     def samples(self, step: int) -> Ints:
@@ -201,7 +201,8 @@ def _impossible_steps(
     if world_size > stream.global_batch_size:
         yield (
             f"batch.global_batch_size: a step has fewer samples than there are processes "
-            f"({stream.global_batch_size} < {world_size}); start at most {stream.global_batch_size} processes, or raise it"
+            f"({stream.global_batch_size} < {world_size}); start at most {stream.global_batch_size} processes, "
+            "or raise it"
         )
     if lengths.size == 0:
         yield "data.train: the split is empty (0 rows); choose another split"
@@ -209,6 +210,7 @@ def _impossible_steps(
         yield too_long(int(lengths.max()), budget)
     if max_steps <= stream.begin.step:
         yield (
-            f"training.max_steps: there is no whole step left to train ({max_steps} in all, {stream.begin.step} taken); "
+            "training.max_steps: there is no whole step left to train "
+            f"({max_steps} in all, {stream.begin.step} taken); "
             "lower batch.global_batch_size, or raise training.num_train_epochs or training.max_steps"
         )

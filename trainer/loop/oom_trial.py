@@ -1,7 +1,8 @@
 """The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
 
 No collective is in the trial, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it is
-tried before anything is wrapped, and decoder layers that are shared out have stand-ins (`trainer.model.layer_stand_ins`).
+tried before anything is wrapped, and decoder layers that are shared out have stand-ins
+(`trainer.model.layer_stand_ins`).
 What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
 moves.
 """
@@ -48,7 +49,8 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
         trainer.take_plan(smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
-            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
+            f"{smaller.micro_batches} micro-batches a step, "
+            f"recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
         )
     trainer.take_plan(trainer.plan.with_settings(tried=True))
     run_on_main(lambda: keep_plan(trainer.run_directory, trainer.plan))

@@ -29,10 +29,10 @@ def read_digest(adapter: Path) -> str | None:
     from safetensors import SafetensorError, deserialize
 
     try:
-        found = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
+        tensors = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
     except (*UNREADABLE, SafetensorError):
         return None
-    return digest_of({name: tensor["data"] for name, tensor in found})
+    return digest_of({name: tensor["data"] for name, tensor in tensors})
 
 
 def digest_of(tensors: Mapping[str, bytes | bytearray | memoryview]) -> str:

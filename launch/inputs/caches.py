@@ -30,8 +30,8 @@ EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
 
 def cache_root() -> Path:
     """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
-    if chosen := os.environ.get("SAMESTEP_CACHE"):
-        return Path(chosen).expanduser().resolve()
+    if configured := os.environ.get("SAMESTEP_CACHE"):
+        return Path(configured).expanduser().resolve()
     return hugging_face_home().parent / "samestep"
 
 

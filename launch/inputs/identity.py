@@ -89,8 +89,10 @@ def data_identity(index: Index) -> RunIdentity:
     return RunIdentity({TRAIN_ROWS: index.fingerprint, **others})
 
 
-def recorded_identity(facts: Mapping[str, Any]) -> RunIdentity:
-    """What the facts of a checkpoint say; of one that an older version wrote, the rows of training alone."""
-    told, rows = facts.get("identity"), facts.get("dataset_fingerprint")
-    parts = {str(part): str(digest) for part, digest in told.items()} if isinstance(told, Mapping) else {}
+def recorded_identity(metadata: Mapping[str, Any]) -> RunIdentity:
+    """What the metadata of a checkpoint says; of one that an older version wrote, the rows of training alone."""
+    recorded, rows = metadata.get("identity"), metadata.get("dataset_fingerprint")
+    parts = (
+        {str(part): str(digest) for part, digest in recorded.items()} if isinstance(recorded, Mapping) else {}
+    )
     return RunIdentity({**parts, TRAIN_ROWS: str(rows)} if rows else parts)

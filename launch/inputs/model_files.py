@@ -52,10 +52,10 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(
         file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.safetensors")]
     )
-    found = f"it has {', '.join(others[:3])}" if others else "no weight file is there"
+    contents = f"it has {', '.join(others[:3])}" if others else "no weight file is there"
     raise ConfigError(
-        f"model.name_or_path: {folder} has no {SINGLE_FILE} and no {INDEX_FILE} ({found}); other forms cannot be told "
-        "apart or merged into: save the model with `save_pretrained` of transformers 5 and name that folder"
+        f"model.name_or_path: {folder} has no {SINGLE_FILE} and no {INDEX_FILE} ({contents}); other forms cannot be "
+        "told apart or merged into: save the model with `save_pretrained` of transformers 5 and name that folder"
     )
 
 

@@ -110,14 +110,14 @@ def choose(
         return _cautious(
             recipe, batches, load, f"{what}, so little memory (--gpu-memory 24GB: for such GPUs)"
         )
-    found = [
+    fitting = [
         (_tokens_of_work(batches, tokens, settings, load), tokens, settings)
         for settings in _open_settings(recipe, strategy, shape)
         if (tokens := _largest_budget(recipe, gpus.memory, load, settings, batches)) is not None
     ]
-    if not found:
+    if not fitting:
         return _too_large(recipe, gpus.memory, load, batches)
-    _, tokens, settings = min(found, key=lambda entry: entry[0])
+    _, tokens, settings = min(fitting, key=lambda entry: entry[0])
     if recipe.batch.micro_batch_tokens == "auto":
         tokens = _evened_out(tokens, batches)
     memory = memory_of(load, batches.packed(tokens), settings)
@@ -143,21 +143,23 @@ def kernels_of(recipe: Recipe, gpus: Gpus) -> Kernels:
 
 def _open_settings(recipe: Recipe, strategy: str, shape: ModelShape) -> Iterator[Settings]:
     """Every combination that the recipe allows."""
-    asked = recipe.training.gradient_checkpointing
+    checkpointing = recipe.training.gradient_checkpointing
     recomputed: Sequence[int] = (
-        [every for every in RECOMPUTED if every <= shape.layers] if asked == "auto" else [int(asked)]
+        [every for every in RECOMPUTED if every <= shape.layers]
+        if checkpointing == "auto"
+        else [int(checkpointing)]
     )
     for resident in _residencies(recipe, strategy):
         yield from (Settings(resident, every) for every in recomputed)
 
 
 def _residencies(recipe: Recipe, strategy: str) -> Sequence[bool]:
-    asked = recipe.model.resident_weights
+    keep_dequantized = recipe.model.resident_weights
     if not recipe.quantization.load_in_4bit:
         return [False]
-    if asked == "auto":
+    if keep_dequantized == "auto":
         return [False] if STRATEGIES[strategy].shards_layers else [True, False]
-    return [asked]
+    return [keep_dequantized]
 
 
 def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Load) -> float:
@@ -176,9 +178,9 @@ def _largest_budget(
     def fits(tokens: int) -> bool:
         return memory_of(load, batches.packed(tokens), settings).reserved <= memory
 
-    asked = recipe.batch.micro_batch_tokens
-    if asked != "auto":
-        return asked if fits(asked) else None
+    budget = recipe.batch.micro_batch_tokens
+    if budget != "auto":
+        return budget if fits(budget) else None
     low, high = batches.longest, max(batches.longest, min(batches.most_tokens, _most_tokens(load)))
     return _last(low, high, fits)
 
@@ -206,8 +208,8 @@ def _evened_out(tokens: int, batches: Batches) -> int:
 
 def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) -> ChosenSettings:
     """What needs little memory, whatever there is of it."""
-    asked, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
-    tokens = CAUTIOUS_SAMPLES * batches.longest if asked == "auto" else asked
+    budget, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
+    tokens = CAUTIOUS_SAMPLES * batches.longest if budget == "auto" else budget
     resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
     settings = Settings(resident, 1 if every == "auto" else int(every))
     memory = memory_of(load, batches.packed(tokens), settings) if load else None
@@ -217,8 +219,8 @@ def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) 
 def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> ChosenSettings:
     """Nothing fits, says the arithmetic: the least that the recipe allows, for the first micro-batch to decide."""
     least = _cautious(recipe, batches, load, "")
-    asked = recipe.batch.micro_batch_tokens
-    tokens = batches.longest if asked == "auto" else asked
+    budget = recipe.batch.micro_batch_tokens
+    tokens = batches.longest if budget == "auto" else budget
     needed = memory_of(load, batches.packed(tokens), least.settings)
     reason = f"planned {gib(needed.reserved)} do not fit {gib(memory)}"
     return ChosenSettings(tokens, least.settings, needed, reason, False)
@@ -233,14 +235,14 @@ def parse_gpu_memory(text: str, option: str = "--gpu-memory") -> int:
     Raises:
         ConfigError: it is not the size of a GPU that there could be; `option` is where it was said.
     """
-    found = re.fullmatch(
+    size = re.fullmatch(
         r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE | re.ASCII
     )
-    if found is None or not 1 <= float(found[1]) <= 10_000:
+    if size is None or not 1 <= float(size[1]) <= 10_000:
         raise ConfigError(
             f"{option}: {text[:60]!a} is not the memory of a GPU (1 to 10,000 GB); give that of one, for example 24GB"
         )
-    return int(float(found[1]) * GIB)
+    return int(float(size[1]) * GIB)
 
 
 def recomputation(every: int) -> str:

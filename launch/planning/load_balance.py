@@ -267,7 +267,7 @@ def _best_swap(
     `own`, `other`: (work, sample), ascending, of the heavier and the lighter rank, `gap` apart.
     Giving away g leaves the larger of the two `max(gap - g, g)` above the lighter rank's old load.
     """
-    best, found, end = gap, None, len(other)
+    best, swap, end = gap, None, len(other)
     for mine, give in own:
         if not mine:
             continue
@@ -280,9 +280,9 @@ def _best_swap(
                 if top >= best:
                     break
                 if fits(give, take):
-                    best, found = top, (give, take)
+                    best, swap = top, (give, take)
                     break
-    return found
+    return swap
 
 
 def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:

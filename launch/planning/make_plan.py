@@ -14,7 +14,7 @@ from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
 from launch.recipe.schema import Recipe, recipe_fingerprint
 from launch.rules.checks import refuse_request
-from launch.rules.request import Request
+from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def make_plan(
     strategy, begin = topology.strategy, history.begin
     samples, longest = len(index.splits["train"]), longest_of(index)
     max_steps, left = whole_steps(recipe, samples, begin)
-    request = Request(
+    request = PlanRequest(
         recipe, strategy, topology.nodes, topology.gpus_per_node, samples, max_steps,
         least_budget(recipe, longest), longest, config, device=topology.device, packages_here=topology.packages_here,
     )  # fmt: skip

@@ -80,10 +80,12 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
 
 
 def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    if found is None or isinstance(found, dict):
-        return found or {}
-    raise ConfigError(f"{file}: {key} is no section ({found!r:.40}); correct it, or restore the shipped file")
+    section = values.get(key)
+    if section is None or isinstance(section, dict):
+        return section or {}
+    raise ConfigError(
+        f"{file}: {key} is no section ({section!r:.40}); correct it, or restore the shipped file"
+    )
 
 
 def _read(file: Path, parse: Any) -> dict[str, Any]:

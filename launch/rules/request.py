@@ -11,7 +11,7 @@ from launch.strategies import STRATEGIES, Strategy
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What somebody wants to run, and the facts of the prepared data that can forbid it.
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
@@ -50,4 +50,4 @@ class Request:
         return self.nodes * self.gpus_per_node
 
 
-Rule = Callable[[Request], str | None]
+Rule = Callable[[PlanRequest], str | None]

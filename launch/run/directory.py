@@ -106,12 +106,12 @@ class RunDirectory:
         """Every folder called checkpoint-<step>, published or not, oldest step first."""
         if not self.path.is_dir():
             return []
-        found = [
+        numbered = [
             (int(match[1]), entry)
             for entry in self.path.iterdir()
             if (match := _CHECKPOINT.fullmatch(entry.name))
         ]
-        return [entry for _, entry in sorted(found) if entry.is_dir()]
+        return [entry for _, entry in sorted(numbered) if entry.is_dir()]
 
     def has_work(self) -> bool:
         """Something in it took steps to make: it is not to go when a request is refused late."""

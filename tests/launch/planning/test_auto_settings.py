@@ -18,7 +18,7 @@ from launch.planning.auto_settings import (
 )
 from launch.planning.memory import Load, Settings
 from launch.rules import request_rules
-from launch.rules.request import Request
+from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
 from launch.units import GIB
 from tests.helpers.indexes import SHAPE, embedded_recipe
@@ -59,7 +59,7 @@ def test_80_gb_hold_the_7b_weights_dequantized_and_half_a_step_without_recomputa
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rules_settings_and_memory_agree_on_which_strategies_share_the_layers_out(strategy: str) -> None:
     shared = Load(SHAPE, strategy, world_size=2).shares == 2
-    held = Request(embedded_recipe("model.resident_weights=true"), strategy, 1, 2, 8, 1, 400, 100)
+    held = PlanRequest(embedded_recipe("model.resident_weights=true"), strategy, 1, 2, 8, 1, 400, 100)
     assert (request_rules.sharded_weights_stay_packed(held) is not None) == shared
     assert on(1000, strategy=strategy, world_size=2).settings.keep_dequantized == (not shared)
 

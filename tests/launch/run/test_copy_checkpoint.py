@@ -44,7 +44,7 @@ def test_a_run_begins_with_a_verified_copy_of_another_runs_checkpoint(run: RunDi
     newest, passed_over = newest_valid(run.path)
     assert newest is not None
     assert (newest.step, passed_over) == (10, [])
-    assert newest.facts == {**published["facts"], "copied_from": str(other)}
+    assert newest.metadata == {**published["facts"], "copied_from": str(other)}
     copied = read_manifest(run.checkpoint(10), verify=True)
     assert copied["files"] == published["files"]
     assert not (run.checkpoint(10) / ADAPTER).samefile(other / ADAPTER)

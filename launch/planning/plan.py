@@ -177,8 +177,8 @@ class Plan:
         return Plan.from_json(read_text(file))
 
     def digest(self) -> str:
-        """sha256 of the whole plan, hexadecimal: ranks compare it before they start. Not stored anywhere."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 of the whole plan, hexadecimal: ranks compare it before they start. No file holds it."""
+        return hashlib.sha256(json.dumps(_flat(asdict(self)), sort_keys=True).encode()).hexdigest()
 
 
 def samples_consumed(plan: Plan, step: int) -> int:

@@ -41,17 +41,22 @@ def balanced_steps(
     )
 
 
+def stream_of(recipe: Recipe, plan: Plan) -> SampleStream:
+    """The stream of a plan: as `sample_stream`, without the index."""
+    return SampleStream(
+        n=plan.samples_per_epoch,
+        global_batch_size=plan.global_batch_size,
+        seed=recipe.training.seed,
+        fingerprint=plan.dataset_fingerprint,
+        begin=plan.begin,
+    )
+
+
 def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
     """The step plan of a plan: no search, `plan.micro_batches` was computed when the plan was made."""
     train = index.splits["train"]
     return StepPlan(
-        stream=SampleStream(
-            n=plan.samples_per_epoch,
-            global_batch_size=plan.global_batch_size,
-            seed=recipe.training.seed,
-            fingerprint=plan.dataset_fingerprint,
-            begin=plan.begin,
-        ),
+        stream=stream_of(recipe, plan),
         world_size=plan.world_size,
         max_steps=plan.max_steps,
         micro_batches=plan.micro_batches,

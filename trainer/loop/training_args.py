@@ -39,7 +39,7 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         max_length=None,
         # Said to accelerate 1.15, it would forget DeepSpeed on a CPU.
         use_cpu=plan.device == "cpu" and not plan.parallelism.is_zero,
-        # transformers 5.23 makes the process state anew; see `start_processes`.
+        # transformers 5.23 makes the process state anew; see `init_process_group`.
         ddp_backend="gloo" if plan.device == "cpu" and plan.parallelism.is_zero else None,
         eval_strategy="steps",
         eval_steps=recipe.evaluation.every_steps,

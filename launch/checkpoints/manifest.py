@@ -31,7 +31,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def read_manifest(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """The manifest of a published checkpoint: `facts` (metadata) as published, `files` {name: {bytes, sha256}}.
+    """Read the manifest of a published checkpoint: `facts` (metadata) as published, `files` {name: {bytes, sha256}}.
 
     Raises CheckpointError, a line for every file that is missing, has another size, is no plain file or was
     not published; with `verify` also for every file whose content has changed (which reads all of them).

@@ -32,7 +32,7 @@ class Checkpoint:
 def scan_checkpoints(
     run_dir: Path, verify: bool = True, telling: Callable[[Path], None] = lambda _: None
 ) -> list[Checkpoint]:
-    """Every checkpoint of a run, published or not, oldest step first.
+    """List every checkpoint of a run, published or not, oldest step first.
 
     With `verify` the whole content is read; `telling` hears of each folder before. Raises CheckpointError
     when the run's folder itself cannot be read: nothing found there would mean that nothing is there.

@@ -59,7 +59,7 @@ class Batches:
     count: Callable[[int], int]
 
     def packed(self, tokens: int) -> Packed:
-        """A micro-batch of so many tokens at its heaviest."""
+        """Return a micro-batch of so many tokens at its heaviest."""
         return Packed(tokens, math.ceil(tokens * self.visual), math.ceil(tokens * self.scored))
 
 
@@ -77,7 +77,7 @@ class ChosenSettings:
 def batches_of(
     split: Split, longest: int, global_batch_size: int, world_size: int, count: Callable[[int], int]
 ) -> Batches:
-    """From a training split; `longest`: of all splits."""
+    """Count them from a training split; `longest`: of all splits."""
     tokens = split.tokens
     heaviest = int(np.sort(tokens)[-min(global_batch_size, len(tokens)) :].sum())
     return Batches(
@@ -98,7 +98,7 @@ def choose(
     world_size: int,
     batches: Batches,
 ) -> ChosenSettings:
-    """The fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
+    """Choose the fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
 
     `shape`: of the base model, or why it is not known. Where it or the memory is not known, what needs the least.
     """
@@ -173,7 +173,7 @@ def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Loa
 def _largest_budget(
     recipe: Recipe, memory: int, load: Load, settings: Settings, batches: Batches
 ) -> int | None:
-    """The most tokens of a micro-batch that fit; None when the recipe's own, or the longest sample, does not."""
+    """Find the most tokens of a micro-batch that fit; None when the recipe's own, or the longest sample, does not."""
 
     def fits(tokens: int) -> bool:
         return memory_of(load, batches.packed(tokens), settings).reserved <= memory
@@ -200,7 +200,7 @@ def _last(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _evened_out(tokens: int, batches: Batches) -> int:
-    """The smallest budget with as few micro-batches: they then hold about as much each."""
+    """Find the smallest budget with as few micro-batches: they then hold about as much each."""
     count = batches.count(tokens)
     more = _last(batches.longest, tokens, lambda budget: batches.count(budget) > count)
     return batches.longest if more is None else min(tokens, more + 1)
@@ -230,7 +230,7 @@ def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> Cho
 
 
 def parse_gpu_memory(text: str, option: str = "--gpu-memory") -> int:
-    """Bytes of `24GB`, `24` or `24 GiB`: a card's name and what it has are both counted in 2**30 bytes.
+    """Return the bytes of `24GB`, `24` or `24 GiB`: a card's name and what it has are both counted in 2**30 bytes.
 
     Raises:
         ConfigError: it is not the size of a GPU that there could be; `option` is where it was said.
@@ -246,6 +246,6 @@ def parse_gpu_memory(text: str, option: str = "--gpu-memory") -> int:
 
 
 def recomputation(every: int) -> str:
-    """Which decoder layers' activations the backward pass computes again."""
+    """Say which decoder layers' activations the backward pass computes again."""
     ordinal = f"{every}{ {2: 'nd', 3: 'rd'}.get(every % 10 if every % 100 // 10 != 1 else 0, 'th') }"
     return {0: "none", 1: "all decoder layers"}.get(every, f"every {ordinal} decoder layer")

@@ -121,13 +121,13 @@ def planned_settings(choice: ChosenSettings) -> PlannedSettings:
 
 
 def warmup_steps_of(recipe: Recipe, max_steps: int) -> int:
-    """Warm-up in steps: as `TrainingArguments.get_warmup_steps` of transformers 5.23 (a share rounds up)."""
+    """Return the warm-up in steps: as `TrainingArguments.get_warmup_steps` of transformers 5.23 (a share rounds up)."""
     warmup = recipe.training.warmup_steps
     return int(warmup) if warmup >= 1 else math.ceil(max_steps * warmup)
 
 
 def compute_dtype_of(recipe: Recipe) -> str:
-    """dtype of the matrix products: bitsandbytes' for a quantized base, else the base's own."""
+    """Return the dtype of the matrix products: bitsandbytes' for a quantized base, else the base's own."""
     quantization = recipe.quantization
     return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else recipe.model.dtype
 

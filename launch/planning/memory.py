@@ -171,15 +171,15 @@ def _undivided_bytes(load: Load) -> int:
 
 
 def _base_bytes(load: Load) -> int:
-    """The frozen base while it trains; of sharded layers the one that computes and the next are whole."""
+    """Count the frozen base while it trains; of sharded layers the one that computes and the next are whole."""
     layer, layers = load.shape.layer_weights, load.shape.layers
     whole = 2 * _linear_bytes(load, layer) if load.shares > 1 else 0
     return _undivided_bytes(load) + layers * _linear_bytes(load, layer, load.shares) + whole
 
 
 def _loading_bytes(load: Load) -> int:
-    """The peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the trial of
-    the largest micro-batch, when one more is on its way.
+    """Count the peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the
+    trial of the largest micro-batch, when one more is on its way.
 
     The largest linear layer is there as it was read while it is quantized.
     """

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
-    """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
+    """Return the plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
     topology = replace(plan.topology, gpu_memory=gpu_memory)
     choice = choose_settings(recipe, index, topology, plan.begin)
     return replace(_with_choice(recipe, index, plan, choice, plan.settings.tried), gpu_memory=gpu_memory)
 
 
 def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool) -> Plan | None:
-    """After a GPU ran out of memory: the plan with settings that need less of it; None when the recipe allows none.
+    """Plan again with settings that need less, after a GPU ran out of memory; None when the recipe allows none.
 
     `reloading`: the weights will be loaded again, so that they may be held otherwise.
     """
@@ -55,7 +55,7 @@ def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool)
 
 
 def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSettings, tried: bool) -> Plan:
-    """The plan with other settings and micro-batches; its count of failed attempts stays."""
+    """Return the plan with other settings and micro-batches; its count of failed attempts stays."""
     tokens = choice.micro_batch_tokens
     steps = balanced_steps(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
     return replace(
@@ -67,7 +67,7 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSetting
 
 
 def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[str, ...]]:
-    """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
+    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits)."""
     rows: list[tuple[str, ...]] = []
     for name, strategy in STRATEGIES.items():
         if strategy.is_one_process != (topology.world_size == 1):

@@ -141,7 +141,7 @@ class Plan:
         return Topology(self.strategy, self.nodes, self.gpus_per_node, self.device, self.gpu_memory or None)
 
     def with_settings(self, **changes: Any) -> Plan:
-        """A copy with other values of fields of `settings`."""
+        """Return a copy with other values of fields of `settings`."""
         return replace(self, settings=replace(self.settings, **changes))
 
     def to_json(self) -> str:
@@ -150,7 +150,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """From the text of plan.json. ConfigError when it is damaged or of another version."""
+        """Parse the text of plan.json. ConfigError when it is damaged or of another version."""
         try:
             values = parse_json(text)
         except ValueError as error:
@@ -173,7 +173,7 @@ class Plan:
 
     @staticmethod
     def read(file: Path) -> Plan:
-        """As `from_json`, of the file. OSError when the disk does not give it."""
+        """Read a plan.json, as `from_json`. OSError when the disk does not give it."""
         return Plan.from_json(read_text(file))
 
     def digest(self) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def sample_stream(recipe: Recipe, index: Index, begin: StreamOffset) -> SampleStream:
-    """The stream of the training split that the steps of a recipe see."""
+    """Return the stream of the training split that the steps of a recipe see."""
     return SampleStream(
         n=len(index.splits["train"]),
         global_batch_size=recipe.batch.global_batch_size,
@@ -29,7 +29,7 @@ def sample_stream(recipe: Recipe, index: Index, begin: StreamOffset) -> SampleSt
 def balanced_steps(
     recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: StreamOffset
 ) -> StepPlan:
-    """The step plan with the fewest micro-batches of a budget in tokens. ConfigError as `plan_steps`."""
+    """Find the step plan with the fewest micro-batches of a budget in tokens. ConfigError as `plan_steps`."""
     train = index.splits["train"]
     return plan_steps(
         train.tokens,
@@ -42,7 +42,7 @@ def balanced_steps(
 
 
 def stream_of(recipe: Recipe, plan: Plan) -> SampleStream:
-    """The stream of a plan: as `sample_stream`, without the index."""
+    """Return the stream of a plan: as `sample_stream`, without the index."""
     return SampleStream(
         n=plan.samples_per_epoch,
         global_batch_size=plan.global_batch_size,
@@ -53,7 +53,7 @@ def stream_of(recipe: Recipe, plan: Plan) -> SampleStream:
 
 
 def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
-    """The step plan of a plan: no search, `plan.micro_batches` was computed when the plan was made."""
+    """Return the step plan of a plan: no search, `plan.micro_batches` was computed when the plan was made."""
     train = index.splits["train"]
     return StepPlan(
         stream=stream_of(recipe, plan),
@@ -67,7 +67,7 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
 
 
 def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
-    """Positions in the validation split of what an evaluation sees: at most `max_samples`, evenly over the split."""
+    """Pick the positions in the validation split that an evaluation sees: at most `max_samples`, spread evenly."""
     import numpy as np
 
     count = len(index.splits["validation"])
@@ -76,7 +76,7 @@ def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
 
 
 def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int, int]:
-    """Optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
+    """Count the optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
 
     `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.
     """
@@ -88,11 +88,11 @@ def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int,
 
 
 def longest_of(index: Index) -> int:
-    """Tokens of the longest sample of all splits."""
+    """Count the tokens of the longest sample of all splits."""
     return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
 
 
 def least_budget(recipe: Recipe, longest: int) -> int:
-    """The fewest tokens that a micro-batch may be planned with."""
+    """Return the fewest tokens that a micro-batch may be planned with."""
     budget = recipe.batch.micro_batch_tokens
     return longest if budget == "auto" else budget

@@ -62,7 +62,7 @@ def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
 
 
 def steps_of(n: int, epochs: float, global_batch_size: int, first_sample: int = 0) -> tuple[int, int]:
-    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last.
+    """Count the whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last.
 
     `first_sample`: samples of these passes that were seen before the first of the steps.
     """
@@ -98,7 +98,7 @@ class SampleStream:
     """The first step, and the position in the stream where it begins."""
 
     def samples(self, step: int) -> Ints:
-        """Positions in the split of the samples of one step, in stream order; int64 [global_batch_size].
+        """Return the positions in the split of the samples of one step, in stream order; int64 [global_batch_size].
 
         Steps count from 0 and never end. A step may lie across an epoch boundary, and may then hold one sample twice:
         once for each epoch. ValueError for a step before the first, or a stream without samples.
@@ -122,7 +122,7 @@ class SampleStream:
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, fingerprint: str, epoch: int) -> Ints:
-    """The order of one epoch.
+    """Draw the order of one epoch.
 
     Sorting raw PCG64 output instead of calling `Generator.permutation`: numpy promises the stream of a bit
     generator for ever, and the algorithms of Generator only within a version, while a run may be resumed on
@@ -155,17 +155,17 @@ class StepPlan:
     """Work of every sample of the split (`cost`), by position."""
 
     def samples(self, step: int) -> Ints:
-        """Positions in the split of the samples of `step`, in stream order."""
+        """Return the positions in the split of the samples of `step`, in stream order."""
         return self.stream.samples(step)
 
     def ranks(self, step: int) -> list[list[MicroBatch]]:
-        """The micro-batches of every rank."""
+        """Return the micro-batches of every rank."""
         return assign(
             self.samples(step), self.tokens, self.costs, self.world_size, self.budget, self.micro_batches
         )
 
     def micro_batches_of(self, step: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches of one rank, as many in every step."""
+        """Return the micro-batches of one rank, as many in every step."""
         return self.ranks(step)[rank]
 
 

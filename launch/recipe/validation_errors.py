@@ -100,7 +100,7 @@ def _unknown_key(root: Root, key: str, refusals: Mapping[str, str], whole: str) 
 
 
 def _fields(root: Root) -> dict[str, tuple[Any, str]]:
-    """Every dotted key, sections included -> its type and what to give for it."""
+    """Map every dotted key, sections included, to its type and what to give for it."""
     fields: dict[str, tuple[Any, str]] = {}
     for name, field in root.model_fields.items():
         section = _section_type(field.annotation)

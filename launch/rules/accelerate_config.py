@@ -24,12 +24,12 @@ class LaunchConfig:
     multinode_launcher: str = "standard"
 
     def fsdp_flag(self, key: str) -> bool:
-        """A switch of FSDP's: `true` in YAML and in the environment."""
+        """Read a switch of FSDP's: `true` in YAML and in the environment."""
         return str(self.fsdp.get(key, False)).lower() in ("true", "1", "yes")
 
 
 def shipped_config(strategy: str) -> LaunchConfig:
-    """Of the file in accelerate_configs/, which somebody may have edited.
+    """Read the file of a strategy in accelerate_configs/, which somebody may have edited.
 
     Raises ConfigError when it, or the DeepSpeed file that it names, cannot be read.
     """
@@ -49,7 +49,7 @@ def shipped_config(strategy: str) -> LaunchConfig:
 
 
 def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
-    """Of a launch under way: what `accelerate launch` (1.15) has put into the environment of its processes.
+    """Read that of a launch under way: what `accelerate launch` (1.15) has put into the environment of its processes.
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """

@@ -14,7 +14,7 @@ from launch.strategies import STRATEGIES
 
 
 def violations(request: PlanRequest) -> Iterator[str]:
-    """The message of every rule the request breaks."""
+    """Yield the message of every rule the request breaks."""
     return _broken((*_early(request), *DATA_RULES), request)
 
 

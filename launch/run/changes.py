@@ -80,7 +80,7 @@ class Change:
         return f"{self.key}: the run has {old}, the recipe {new}"
 
     def comparison(self, before: str) -> str:
-        """Of a part of the identity: what was found before, introduced by these words, and what is here."""
+        """Compare a part of the identity: what was found before, introduced by these words, and what is here."""
         old, new = self.shown()
         return f"{before} {old}, here it is {new} ({what_is(self.key)})"
 

@@ -159,7 +159,7 @@ def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> StreamOffset:
 
 
 def _begin_at(metadata: _Metadata, size: int) -> StreamOffset:
-    """The arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
+    """Take the arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
     return (
         metadata.begin
         if metadata.global_batch_size == size
@@ -243,7 +243,7 @@ _SETTINGS_DEPEND_ON = (
 
 
 def plan_to_keep(run: RunDirectory, recipe: Recipe, topology: Topology, fingerprint: str) -> Plan | None:
-    """The plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
+    """Return the plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
 
     `fingerprint`: of the dataset. So a run that goes on takes the settings that it was tried with, or that it came down
     to when it ran out of memory.

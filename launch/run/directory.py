@@ -103,7 +103,7 @@ class RunDirectory:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Every folder called checkpoint-<step>, published or not, oldest step first."""
+        """List every folder called checkpoint-<step>, published or not, oldest step first."""
         if not self.path.is_dir():
             return []
         numbered = [
@@ -127,7 +127,7 @@ class Marker:
 
 
 def open_run(runs_dir: str | Path, name: str) -> RunDirectory:
-    """The run called `name` below `runs_dir`. Refuses (ConfigError) a name that could leave that folder."""
+    """Name the run called `name` below `runs_dir`. Refuses (ConfigError) a name that could leave that folder."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
             f"--name: {name!r} is not a run name; use 1 to 100 letters, digits, '.', '_' or '-', "
@@ -152,7 +152,7 @@ def leave_stopped(run: RunDirectory, reason: str, where: str = "before it began"
 
 
 def read_marker(run: RunDirectory) -> Marker | None:
-    """The marker of the last attempt; None while it runs or when it died without a word.
+    """Read the marker of the last attempt; None while it runs or when it died without a word.
 
     Raises:
         UntrustedFileError: what lies there is no marker of ours, such as a folder.

@@ -221,6 +221,21 @@ def test_a_plan_that_an_older_version_wrote_is_read() -> None:
     assert Plan.from_json(json.dumps(older)) == replace(plan, samples_digest="positions")
 
 
+def test_a_plan_is_written_flat_with_the_keys_that_older_versions_read() -> None:
+    plan = plan_for(embedded_recipe()).with_settings(tried=True, out_of_memory=2)
+    written = json.loads(plan.to_json())
+    assert not any(isinstance(value, dict) for key, value in written.items() if key not in _MAPPINGS)
+    assert (written["settings_tried"], written["out_of_memory"]) == (True, 2)
+    assert written["settings_reason"] == plan.settings.reason
+    assert (written["resident_weights"], written["recompute_every"]) == (
+        plan.settings.keep_dequantized,
+        plan.settings.activation_checkpoint_every,
+    )
+
+
+_MAPPINGS = ("versions", "begin", "identity")
+
+
 def test_the_table_says_what_is_left_of_the_stream() -> None:
     rows = dict(plan_rows(plan_for(embedded_recipe())))
     assert rows["left of the stream"] == "30 samples left after the last whole step"

@@ -186,8 +186,8 @@ def samples_consumed(plan: Plan, step: int) -> int:
     return plan.begin.sample + (step - plan.begin.step) * plan.global_batch_size
 
 
-# plan.json is flat, as it always was, so that every version reads the plans of the others' runs: its key -> the field
-# of `settings`.
+# plan.json is flat, as older versions wrote it: a run that one of them planned goes on. Its key -> the field of
+# `settings`.
 _ON_DISK = {
     "resident_weights": "keep_dequantized",
     "recompute_every": "activation_checkpoint_every",

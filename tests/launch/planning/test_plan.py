@@ -221,7 +221,7 @@ def test_a_plan_that_an_older_version_wrote_is_read() -> None:
     assert Plan.from_json(json.dumps(older)) == replace(plan, samples_digest="positions")
 
 
-def test_a_plan_is_written_flat_with_the_keys_that_older_versions_read() -> None:
+def test_a_plan_is_written_flat_with_the_keys_of_older_versions() -> None:
     plan = plan_for(embedded_recipe()).with_settings(tried=True, out_of_memory=2)
     written = json.loads(plan.to_json())
     assert not any(isinstance(value, dict) for key, value in written.items() if key not in _MAPPINGS)

@@ -24,6 +24,7 @@ from launch.cli.options import (
     RunName,
     RunsDir,
     Source,
+    Strategy,
     example,
     nodes_option,
 )
@@ -69,11 +70,6 @@ def samestep(
 ) -> None:
     """Options without a command."""
 
-
-Strategy = Annotated[
-    str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
-]
 
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),

@@ -63,7 +63,7 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         )
         return GradientCheck(parameters)
 
-    sft.GradientWitness = silence  # type: ignore[assignment, misc]
+    sft.GradientCheck = silence  # type: ignore[assignment, misc]
     try:
         train.train_once(options, index, state, os.getppid())
     except SamestepError as error:

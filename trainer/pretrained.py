@@ -121,8 +121,8 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             ) from error
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
-            "HF_HOME, or set model.name_or_path to a local folder"
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
+            "machine with a network, or set model.name_or_path to a local folder"
         ) from error
     # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
     if missing := _missing_files(Path(path)):

@@ -36,6 +36,10 @@ def sbatch(script: Path, text: str, *options: str) -> str:
                 f"sbatch: no answer about {script.name} ({said}); see `squeue` whether the job is there before you "
                 "submit again"
             )
+        if "contact slurm controller" in said:
+            raise ConfigError(
+                f"sbatch: cannot reach the Slurm controller ({said}); submit again when `scontrol ping` says it is up"
+            )
         raise ConfigError(
             f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
             "see `sinfo` and `sacctmgr show assoc` for what you may use"

@@ -79,7 +79,8 @@ def _outlive_the_listeners() -> None:
             descriptor = stream.fileno()
         except (AttributeError, OSError, ValueError):  # a program that caught our words (pytest)
             continue
-        if isinstance(stream, io.TextIOWrapper) and not _is_replaced(stream):
+        # Only the process's own: a program that catches its words (pytest) has put a file of its own there.
+        if isinstance(stream, io.TextIOWrapper) and descriptor in (1, 2) and not _is_replaced(stream):
             raw = HangupSafeStream(descriptor)
             text = io.TextIOWrapper(
                 io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from transformers import AutoProcessor, Qwen2VLProcessor
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.untrusted_files import (
@@ -51,7 +52,7 @@ def base_path(recipe: Recipe) -> str:
 
 def _may_be_of_hub(name: str) -> bool:
     """It has the form of a hub id, and no folder here has that name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    return is_hub_id(name) and not Path(name).is_dir()
 
 
 def base_name(recipe: Recipe) -> str:

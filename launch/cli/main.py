@@ -75,6 +75,40 @@ Strategy = Annotated[
     typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
 ]
 
+MachineRank = Annotated[
+    int,
+    typer.Option(
+        metavar="R",
+        parser=whole("--machine-rank", 0),
+        help="Number of this machine, from 0; the first writes the run.",
+    ),
+]
+MainProcessIp = Annotated[
+    str | None,
+    typer.Option(
+        metavar="IP",
+        parser=host("--main-process-ip"),
+        help="Where machine 0 is found.",
+        show_default="this machine",
+    ),
+]
+MainProcessPort = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PORT",
+        parser=whole("--main-process-port", 1, 65535),
+        help="A free port there.",
+        show_default="any",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
+    ),
+]
+
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
@@ -173,39 +207,10 @@ def run(
     nodes: Annotated[
         int, nodes_option("Machines; give the same command on each, and its --machine-rank.")
     ] = 1,
-    machine_rank: Annotated[
-        int,
-        typer.Option(
-            metavar="R",
-            parser=whole("--machine-rank", 0),
-            help="Number of this machine, from 0; the first writes the run.",
-        ),
-    ] = 0,
-    main_process_ip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IP",
-            parser=host("--main-process-ip"),
-            help="Where machine 0 is found.",
-            show_default="this machine",
-        ),
-    ] = None,
-    main_process_port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            parser=whole("--main-process-port", 1, 65535),
-            help="A free port there.",
-            show_default="any",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
-        ),
-    ] = False,
+    machine_rank: MachineRank = 0,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a recipe on this machine, or on several that share the runs' folder. The same command again resumes.
 

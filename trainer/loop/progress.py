@@ -133,7 +133,7 @@ class Trackio(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         with self._quiet_when_local():
-            self._guarded(lambda run: run.finish())
+            self._guarded(lambda _: _finish_trackio())
 
     def _quiet_when_local(self) -> contextlib.AbstractContextManager[Any]:
         """trackio 0.43 prints "Uploading logs" and more for a database on this disk; a Space's address is shown."""
@@ -153,6 +153,13 @@ class Trackio(TrainerCallback):
     def _give_up(self, error: Exception) -> None:
         self._run = None
         logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
+
+
+def _finish_trackio() -> None:
+    """Not `Run.finish`: after that trackio 0.43 finishes the run once more, and says so, when the process ends."""
+    import trackio
+
+    trackio.finish()
 
 
 def tracking_name(run: RunDirectory) -> str:

@@ -35,7 +35,7 @@ def setup_logging() -> None:
     for library in ("transformers", "datasets"):  # whose words have handlers of their own
         for handler in logging.getLogger(library).handlers:
             handler.setFormatter(_Printable())
-            if isinstance(handler, logging.StreamHandler):  # opened before the streams were replaced
+            if isinstance(handler, logging.StreamHandler) and _is_replaced(sys.stderr):  # made before that
                 handler.setStream(sys.stderr)
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -88,8 +88,8 @@ def _outlive_the_listeners() -> None:
             setattr(sys, name, text)
 
 
-def _is_replaced(stream: io.TextIOWrapper) -> bool:
-    return isinstance(getattr(stream.buffer, "raw", None), HangupSafeStream)
+def _is_replaced(stream: Any) -> bool:
+    return isinstance(getattr(getattr(stream, "buffer", None), "raw", None), HangupSafeStream)
 
 
 def print_error(error: SamestepError) -> int:

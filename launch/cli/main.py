@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch.atomic_files import place_of
+from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
@@ -24,6 +25,7 @@ from launch.cli.options import (
     RunName,
     RunsDir,
     Source,
+    Strategy,
     example,
     nodes_option,
 )
@@ -69,11 +71,6 @@ def samestep(
 ) -> None:
     """Options without a command."""
 
-
-Strategy = Annotated[
-    str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
-]
 
 MachineRank = Annotated[
     int,
@@ -326,6 +323,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
 
 
 app.add_typer(results_commands)
+app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 

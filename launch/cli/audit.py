@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cli.options import Allow, Processes, RunArgument, RunsDir, Strategy, example
+from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, Strategy, example
 from launch.console import add_row, echo, emit
 from launch.errors import ConfigError
-from launch.option_values import named, step_range, whole
+from launch.option_values import named, one_of, step_range, whole
 
 commands = typer.Typer()
 
@@ -119,7 +119,7 @@ def replay(
     ] = 0,
     strategy: Strategy = None,
     gpus_per_node: Processes = None,
-    allow: Allow = [],  # noqa: B006
+    allow: AllowPart = [],  # noqa: B006
     runs_dir: RunsDir = Path("runs"),
     json: Json = False,
 ) -> None:
@@ -132,11 +132,14 @@ def replay(
     from launch.audit.replay import random_steps, refuse_steps_not_taken, replays
     from launch.local.planned_run import RunRequest
     from launch.run.find import find_run
+    from launch.strategies import STRATEGIES
 
-    place = find_run(run, runs_dir)
-    last = max(read_steps(place.metrics_file), default=0)
     if (steps is None) == (random is None):
         raise ConfigError("--steps: give the steps, such as 40:45, or --random 3")
+    if strategy is not None:
+        one_of("--strategy", tuple(STRATEGIES))(strategy)
+    place = find_run(run, runs_dir)
+    last = max(read_steps(place.metrics_file), default=0)
     if steps:
         refuse_steps_not_taken(steps, last)
     ranges = [steps] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]

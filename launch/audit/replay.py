@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from launch.atomic_files import atomic_write
 from launch.audit.diff import TOLERANCES, Parting, compare_steps, read_plan
 from launch.audit.figures import read_steps
 from launch.checkpoints.scan import Checkpoint, scan_checkpoints
@@ -160,7 +161,7 @@ def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None)
     shutil.copyfile(run.plan_file, copy.plan_file)
     steps = read_steps(run.metrics_file)
     kept = (json.dumps(steps[step]) + "\n" for step in sorted(steps) if step <= begin.step)
-    copy.metrics_file.write_text("".join(kept))
+    atomic_write(copy.metrics_file, "".join(kept))
     shutil.copytree(begin.folder, copy.path / begin.folder.name)
 
 

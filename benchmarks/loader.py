@@ -28,8 +28,8 @@ from benchmarks.random_base import RECIPE, build, recipe_arguments
 from launch.planning.plan import make_plan, step_plan
 from launch.recipe.loading import find_recipe, load_recipe
 from trainer.data import encoder, micro_batches
-from trainer.data.chartqa import open_split
 from trainer.data.loader import Loader
+from trainer.data.splits import open_split
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

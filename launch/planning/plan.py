@@ -282,7 +282,7 @@ def balanced_steps(
     train = index.splits["train"]
     return plan_steps(
         train.tokens,
-        cost(train.text_tokens, train.visual_tokens),
+        cost(train.text_tokens, train.visual_tokens, train.visual_squares),
         global_batch_size=recipe.batch.global_batch_size,
         world_size=world_size,
         budget=budget,
@@ -309,7 +309,7 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
         first_step=plan.begin.step,
         first_sample=plan.begin.sample,
         tokens=train.text_tokens + train.visual_tokens,
-        costs=cost(train.text_tokens, train.visual_tokens),
+        costs=cost(train.text_tokens, train.visual_tokens, train.visual_squares),
     )
 
 
@@ -319,7 +319,7 @@ def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
 
     count = len(index.splits["validation"])
     chosen = min(recipe.evaluation.max_samples, count)
-    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
+    return np.linspace(0, max(0, count - 1), chosen).round().astype(np.int64)
 
 
 def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset = StreamOffset()) -> tuple[int, int]:

@@ -6,7 +6,6 @@ the number of ranks, so neither do the answers.
 
 import contextlib
 import gc
-import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +33,10 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from trainer.base_files import refuse_unsafe_base
-from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows, open_split
 from trainer.formats.detect import SHARDS, read_sharded
 from trainer.formats.portable import load_adapter, put_adapter
 from trainer.model.base import DTYPES, add_lora, load_base
@@ -84,11 +83,12 @@ class Question:
     row: int
     query: str
     label: tuple[str, ...]
-    human_or_machine: int
+    human_or_machine: int | None
     prompt: str
-    image_row: int  # the first of the rows asked that shows this image, this one included
+    image_row: int  # the first of the rows asked that shows these images, this one included
     text_tokens: int
     visual_tokens: int
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -138,29 +138,36 @@ def read_questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[
                 label=tuple(row.label),
                 human_or_machine=row.human_or_machine,
                 prompt=prompt,
-                image_row=first_rows.setdefault(hashlib.sha256(row.image).hexdigest(), number),
+                image_row=first_rows.setdefault(row.images_digest, number),
                 text_tokens=int(split.text_tokens[sample]),
                 visual_tokens=int(split.visual_tokens[sample]),
+                images=len(row.images),
             )
         )
     return questions
 
 
 def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
-    """For every question the position of one with another image; the same for every call.
+    """For every question the position of one with other images, as many; the same for every call.
 
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
-    keeps its image, also where several questions share one.
+    keeps its image, also where several questions share one. Questions without an image, and the only one with so many,
+    stay as they are.
     """
-    first: dict[int, int] = {}
+    first: dict[int, dict[int, int]] = {}
     for position, question in enumerate(questions):
-        first.setdefault(question.image_row, position)
-    if len(first) < 2:
+        first.setdefault(question.images, {}).setdefault(question.image_row, position)
+    if not any(len(of_count) > 1 for count, of_count in first.items() if count):
         raise ConfigError("--models shuffled: all questions are on one image; ask more (--max-samples)")
-    cycle = list(first)
-    random.Random(seed).shuffle(cycle)
-    successor = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-    return [first[successor[question.image_row]] for question in questions]
+    successor: dict[int, int] = {}
+    for count in sorted(first):
+        cycle = list(first[count])
+        if count:
+            random.Random(seed).shuffle(cycle)
+            successor |= zip(cycle, cycle[1:] + cycle[:1], strict=True)
+        else:
+            successor |= zip(cycle, cycle, strict=True)
+    return [first[question.images][successor[question.image_row]] for question in questions]
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -181,7 +188,7 @@ class Replica:
     rows: Rows
     max_new_tokens: int
     compute_dtype: torch.dtype
-    _features: OrderedDict[int, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _features: OrderedDict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=OrderedDict)
 
     @property
     def base(self) -> Qwen2VLForConditionalGeneration:
@@ -192,36 +199,40 @@ class Replica:
         )
 
     @torch.inference_mode()
-    def image_features(self, image_row: int) -> tuple[Tensor, Tensor]:
-        """Features [V, hidden] and grid [1, 3] of a row's image, encoded alone: no batch changes them.
+    def image_features(self, image_row: int) -> list[tuple[Tensor, Tensor]]:
+        """Features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
         if image_row in self._features:
             self._features.move_to_end(image_row)
             return self._features[image_row]
-        device = self.base.device
         with naming_row(f"data: row {image_row} of the split"):
-            image = decode_image(self.rows[image_row].image)
-            encoded = self.processor.image_processor(images=[image], return_tensors="pt")
+            found = [self._encode(image) for image in self.rows[image_row].images]
+        self._features[image_row] = found
+        size = sum(features.nbytes for features, _ in found)
+        while len(self._features) * size > CACHE_BYTES:
+            self._features.popitem(last=False)
+        return found
+
+    def _encode(self, image: bytes) -> tuple[Tensor, Tensor]:
+        device = self.base.device
+        encoded = self.processor.image_processor(images=[decode_image(image)], return_tensors="pt")
         encoded = encoded.to(device)
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
-        features = output.pooler_output[0]
-        self._features[image_row] = features, grid
-        while len(self._features) * features.nbytes > CACHE_BYTES:
-            self._features.popitem(last=False)
-        return features, grid
+        return output.pooler_output[0], grid
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the image of a row."""
-        images = [self.image_features(row) for row in image_rows]
+        """Greedy answers, each to a prompt about the images of a row."""
+        of_prompts = [self.image_features(row) for row in image_rows]
+        images = [image for of_prompt in of_prompts for image in of_prompt]
         token = self.processor.image_token
         texts = [
-            prompt.replace(token, token * len(features), 1)
-            for prompt, (features, _) in zip(prompts, images, strict=True)
+            _with_visual_tokens(prompt, token, [len(features) for features, _ in of_prompt])
+            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
         ]
         device = self.base.device
         encoded = self.processor.tokenizer(
@@ -235,9 +246,15 @@ class Replica:
                 input_ids=input_ids,
                 attention_mask=encoded["attention_mask"],
                 mm_token_type_ids=(input_ids == self.processor.image_token_id).int(),
-                image_grid_thw=torch.cat([grid for _, grid in images]),
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
                 generation_config=self._greedy(),
+                **(
+                    {
+                        "image_grid_thw": torch.cat([grid for _, grid in images]),
+                        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+                    }
+                    if images
+                    else {}
+                ),
             )
         new = output[:, input_ids.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -254,6 +271,12 @@ class Replica:
             eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+
+
+def _with_visual_tokens(prompt: str, token: str, counts: Sequence[int]) -> str:
+    """With the token of each image repeated for its visual tokens."""
+    first, *rest = prompt.split(token)
+    return first + "".join(token * count + text for count, text in zip(counts, rest, strict=True))
 
 
 Loader = Callable[[Task, Qwen2VLProcessor, Rows, torch.device], Replica]

@@ -17,7 +17,7 @@ class Prediction(TypedDict):
 
     prediction: str
     target: str
-    human_or_machine: int
+    human_or_machine: int | None
 
 
 class Accuracy(TypedDict):
@@ -34,7 +34,8 @@ def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
     outcomes: dict[str, list[bool]] = {group: [] for group in (*GROUPS.values(), "overall")}
     for row in predictions:
         outcome = correct(row["prediction"], row["target"])
-        outcomes[GROUPS[row["human_or_machine"]]].append(outcome)
+        if row["human_or_machine"] is not None:
+            outcomes[GROUPS[row["human_or_machine"]]].append(outcome)
         outcomes["overall"].append(outcome)
     return {group: _accuracy(of_group) for group, of_group in outcomes.items()}
 

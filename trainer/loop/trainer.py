@@ -211,7 +211,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss.detach()
 
     def _count_images(self, inputs: Any) -> None:
-        self._images[0] += len(inputs["inputs"]["text_lengths"])
+        self._images[0] += inputs["images"]
         self._images[1] += len(inputs["inputs"]["fresh_grids"])
 
     def _give_up_step(self) -> Tensor:

@@ -41,7 +41,7 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         use_cpu=plan.device == "cpu" and not plan.strategy.startswith("zero"),
         # transformers 5.23 makes the process state anew; see `start_processes`.
         ddp_backend="gloo" if plan.device == "cpu" and plan.strategy.startswith("zero") else None,
-        eval_strategy="steps",
+        eval_strategy="no" if recipe.data.validation is None else "steps",
         eval_steps=recipe.evaluation.every_steps,
         save_strategy="steps",
         save_steps=recipe.checkpoint.every_steps,

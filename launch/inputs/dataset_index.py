@@ -101,6 +101,7 @@ def splits_of(recipe: Recipe) -> dict[SplitName, str]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
+<<<<<<< HEAD
     """The files of one split in a folder, of the first kind there is any of: `NAME.parquet`, `NAME-*.parquet`, also
     under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl` or .csv of an imagefolder."""
     name = parse_split(split).name
@@ -112,11 +113,18 @@ def split_files(folder: Path, split: str) -> list[Path]:
         for metadata in ("metadata.jsonl", "metadata.csv"):
             if (place / metadata).exists():
                 return [place / metadata]
+=======
+    """List the parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
+    name, _ = split_parts(split)
+    for place in (folder, folder / "data"):
+        if files := sorted([*place.glob(f"{name}.parquet"), *place.glob(f"{name}-*.parquet")]):
+            return files
+>>>>>>> main
     return []
 
 
 def local_dataset(recipe: Recipe) -> Path | None:
-    """The folder of a local dataset, None for a hub id or the embedded set."""
+    """Return the folder of a local dataset, None for a hub id or the embedded set."""
     name = recipe.data.dataset
     if name == EMBEDDED:
         return None
@@ -163,12 +171,12 @@ def index_key(recipe: Recipe) -> str:
 
 
 def index_path(recipe: Recipe) -> Path:
-    """The folder of the recipe's index, existing or not."""
+    """Return the folder of the recipe's index, existing or not."""
     return cache_root() / "index" / index_key(recipe)
 
 
 def read_index(recipe: Recipe) -> Index | None:
-    """The recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
+    """Read the recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
     try:
         return _read_index(index_path(recipe))
     except (FileNotFoundError, _DamagedIndexError):
@@ -176,7 +184,7 @@ def read_index(recipe: Recipe) -> Index | None:
 
 
 def index_damage(recipe: Recipe) -> str | None:
-    """Why the recipe's index cannot be believed, in a line; None where it is whole, or not made yet."""
+    """Say why the recipe's index cannot be believed, in a line; None where it is whole, or not made yet."""
     try:
         _read_index(index_path(recipe))
     except FileNotFoundError:

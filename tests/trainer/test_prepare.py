@@ -162,14 +162,14 @@ def test_wrong_columns_and_types_are_named(world: Path, tmp_path: Path) -> None:
         split: [{**row, "label": {"text": row["label"][0]}} for row in of_split]
         for split, of_split in rows.items()
     }
-    with pytest.raises(ConfigError, match="train row 0: label is {'text': '"):
+    with pytest.raises(ConfigError, match=r"train row 0: label is \{'text': '"):
         prepare(_recipe(world, dataset=str(write_charts(tmp_path / "texts", texts))), quiet=True)
     fewer = {
         split: [{key: row[key] for key in ("image", "query", "label")} for row in of_split]
         for split, of_split in rows.items()
     }
+    folder = write_charts(tmp_path / "fewer", fewer)
     with pytest.raises(ConfigError, match="lacks the columns human_or_machine"):
-        folder = write_charts(tmp_path / "fewer", fewer)
         prepare(_recipe(world, dataset=str(folder), format="chartqa"), quiet=True)
     numbers = {split: [{**row, "image": 3} for row in of_split] for split, of_split in rows.items()}
     with pytest.raises(ConfigError, match="the column image holds int64"):

@@ -101,8 +101,7 @@ def splits_of(recipe: Recipe) -> dict[SplitName, str]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-<<<<<<< HEAD
-    """The files of one split in a folder, of the first kind there is any of: `NAME.parquet`, `NAME-*.parquet`, also
+    """List the files of one split in a folder, of the first kind that is there: `NAME.parquet`, `NAME-*.parquet`, also
     under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl` or .csv of an imagefolder."""
     name = parse_split(split).name
     for suffix in ("parquet", "jsonl", "csv"):
@@ -113,13 +112,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
         for metadata in ("metadata.jsonl", "metadata.csv"):
             if (place / metadata).exists():
                 return [place / metadata]
-=======
-    """List the parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
-    name, _ = split_parts(split)
-    for place in (folder, folder / "data"):
-        if files := sorted([*place.glob(f"{name}.parquet"), *place.glob(f"{name}-*.parquet")]):
-            return files
->>>>>>> main
     return []
 
 

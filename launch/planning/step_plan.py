@@ -21,9 +21,6 @@ from pydantic import ConfigDict
 from launch.errors import ConfigError
 from launch.planning.load_balance import MicroBatch, assign, most_micro_batches, too_long
 
-<<<<<<< HEAD
-__all__ = ["MicroBatch", "StepPlan", "assign", "cost", "plan_steps", "step_samples", "steps_of"]
-=======
 __all__ = [
     "MicroBatch",
     "SampleStream",
@@ -34,7 +31,6 @@ __all__ = [
     "plan_steps",
     "steps_of",
 ]
->>>>>>> main
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -24,11 +24,6 @@ from launch.planning.oom_fallback import plan_with_less
 from launch.planning.plan import Plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
-<<<<<<< HEAD
-from launch.strategies import SHARDING
-=======
-from trainer.data.chartqa import open_split
->>>>>>> main
 from trainer.data.micro_batches import PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main

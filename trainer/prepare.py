@@ -137,7 +137,7 @@ def _write_index(recipe: Recipe, begin: Begin) -> Index:
 
 def _check_system_message(encoder: Encoder) -> None:
     """It is in every row: a special token in it spoils them all."""
-    if found := encoder.control_tokens.search(encoder.system_message):
+    if found := encoder.control_tokens.search(encoder.system_message or ""):
         raise ConfigError(
             f"data.system_message: holds the special token {found[0]}, which the model does not read as text; "
             "take it out"

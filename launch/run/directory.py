@@ -1,8 +1,9 @@
 """The run directory: the only state of a run, and who may write to it.
 
 runs/<name>/ holds recipe.yaml, plan.json, data_report.jsonl, environment.json, checkpoint-<step>/, adapter/, merged/,
-metrics.jsonl, evaluations.jsonl, eval.json, at most one marker (DONE, STOPPED or REFUSED) and the lock of the
-process that writes. Whoever wants something of a run under way puts a file there: STOP, with its reason, or SAVE.
+adapter-best/, metrics.jsonl, evaluations.jsonl, answers/, eval.json, at most one marker (DONE, STOPPED or REFUSED) and
+the lock of the process that writes. Whoever wants something of a run under way puts a file there: STOP, with its
+reason, or SAVE.
 """
 
 import contextlib
@@ -79,6 +80,15 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def best_adapter(self) -> Path:
+        return self.path / "adapter-best"
+
+    @property
+    def answers(self) -> Path:
+        """What every model answered, by weights, prompt, split and decoding."""
+        return self.path / "answers"
+
+    @property
     def merged(self) -> Path:
         return self.path / "merged"
 
@@ -87,14 +97,19 @@ class RunDirectory:
         return self.path / "merged-dequantized"
 
     def eval_file(
-        self, split: str = "test", samples: int | None = None, checkpoint: int | None = None
+        self,
+        split: str = "test",
+        samples: int | None = None,
+        checkpoint: int | None = None,
+        label: str = "",
     ) -> Path:
         """Figures and answers of every model that was evaluated on a split, or on so many samples of it.
 
-        `eval.json` is that of the whole test split and the run's adapter: a look at a few samples, or at the checkpoint
-        after `checkpoint` steps, does not replace it.
+        `eval.json` is that of the whole test split and the run's adapter: a look at a few samples, at the checkpoint
+        after `checkpoint` steps, or at what another folder holds, called `label`, does not replace it.
         """
-        parts = ["eval", *([] if checkpoint is None else [f"checkpoint-{checkpoint}"])]
+        parts = ["eval", *([label] if label else [])]
+        parts += [] if checkpoint is None else [f"checkpoint-{checkpoint}"]
         parts += [*([] if split == "test" else [split]), *([] if samples is None else [str(samples)])]
         return self.path / f"{'-'.join(parts)}.json"
 

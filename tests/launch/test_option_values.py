@@ -23,6 +23,7 @@ HOSTILE: dict[str, list[str]] = {
     "RECIPE": [*PATHS, "no-such-recipe", "."],
     "RUN": [*PATHS, "no-such-run"],
     "SOURCE": [*PATHS, "no-such-run"],
+    "TARGET": [*PATHS, "no-such-run", ".", "owner/name"],
     "--strategy": ["", "ddpp", "\n", LONG],
     "--nodes": COUNTS,
     "--gpus-per-node": COUNTS,
@@ -36,7 +37,8 @@ HOSTILE: dict[str, list[str]] = {
     "--main-process-ip": ["", " ", "a b", "http://x", "a\nb", "-x", LONG],
     "--main-process-port": ["", "x", "0", "-1", "65536", "99999999", "1e3"],
     "--split": ["", "val", "Test"],
-    "--models": ["", ",", "bass", "base,,adapter", LONG],
+    "--models": ["", ",", "bass", "base,,adapter", "checkpoint-", "base-prompt-x", LONG],
+    "--prompt": [*PATHS, "no-such-file", "."],
     "--max-samples": ["", "0", "-1", "x", "1.5"],
     "--output": PATHS,
     "--base": ["", "quantized"],
@@ -59,8 +61,8 @@ HOSTILE: dict[str, list[str]] = {
     "--rank": ["", "-1", "x"],
 }
 NEEDED = {"consolidate": ("--output", "adapter")}
-ARGUMENT = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "source": "SOURCE"}
-GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": "."}
+ARGUMENT = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "source": "SOURCE", "target": "TARGET"}
+GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": ".", "target": "embedded"}
 
 
 def _options() -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -144,12 +144,15 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
 
 
-def chat(system_message: str, row: Row, *, answer: bool) -> list[dict[str, Any]]:
-    """The row as messages for `processor.apply_chat_template`: system, user (image, question) and the answer."""
-    messages: list[dict[str, Any]] = [
-        {"role": "system", "content": [{"type": "text", "text": system_message}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.query}]},
-    ]
+def chat(system_message: str | None, row: Row, *, answer: bool) -> list[dict[str, Any]]:
+    """The row as messages for `processor.apply_chat_template`: system, user (image, question) and the answer.
+
+    Without a system message the chat template puts its own.
+    """
+    messages: list[dict[str, Any]] = []
+    if system_message is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": system_message}]})
+    messages.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.query}]})
     if answer:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": row.label[0]}]})
     return messages

@@ -49,7 +49,7 @@ class Encoder:
     """
 
     processor: Qwen2VLProcessor
-    system_message: str
+    system_message: str | None
     loss: str
     features: FeatureCache | None = None
     pixels: torch.dtype = torch.float32

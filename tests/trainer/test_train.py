@@ -305,7 +305,7 @@ def test_a_plan_for_another_strategy_than_was_launched_stops_before_anything_is_
     run.plan_file.write_text(json.dumps(json.loads(run.plan_file.read_text()) | {"strategy": "zero3"}))
     assert main(["--run-dir", str(run.path)]) == 1
     assert "--config_file: it launches single, the plan is for zero3; take " in capsys.readouterr().err
-    for module in ("request", "processes"):
+    for module in ("setup", "distributed.process_group"):
         monkeypatch.setattr(
             f"trainer.{module}.launched_config",
             lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),

@@ -1,7 +1,8 @@
 """The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
 
 No collective is in the trial, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it is
-tried before anything is wrapped, and decoder layers that are shared out have stand-ins (`trainer.model.layer_stand_ins`).
+tried before anything is wrapped, and decoder layers that are shared out have stand-ins
+(`trainer.model.layer_stand_ins`).
 What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
 moves.
 """

@@ -524,7 +524,7 @@ def test_an_older_version_s_base_is_compared_as_far_as_it_was_recorded(
 ) -> None:
     run = _copy(done, tmp_path, 6)
     _as_an_older_version_left_it(run)
-    for module in ("resume", "request"):
+    for module in ("checkpoint.resume", "setup"):
         monkeypatch.setattr(f"trainer.{module}.old_base_identity", lambda _: "0" * 64)
     assert _again(run) == 2
     said = capsys.readouterr().err

@@ -10,6 +10,7 @@ import typer
 
 from launch.cli.options import (
     Allow,
+    EarlyStop,
     Fresh,
     Overrides,
     RecipeArgument,
@@ -21,6 +22,7 @@ from launch.cli.options import (
     memory_size,
     nodes_option,
     site_value,
+    with_early_stop,
 )
 from launch.cli.tables import show_plan
 from launch.console import add_row, echo, emit
@@ -147,6 +149,7 @@ def submit(
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
     overrides: Overrides = [],  # noqa: B006 - typer copies it
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -174,7 +177,15 @@ def submit(
         cluster.refuse_missing_sbatch()
         cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = planned_run.RunRequest(
-        recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
+        recipe,
+        with_early_stop(overrides, early_stop),
+        strategy,
+        None,
+        name,
+        runs_dir,
+        fresh,
+        tuple(allow),
+        source,
     )
     asked = import_foreign_checkpoint(cluster.choose(asked, chosen, nodes, gpus_per_node))
     submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)

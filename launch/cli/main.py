@@ -14,6 +14,7 @@ from launch.atomic_files import place_of
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.options import (
     Allow,
+    EarlyStop,
     Fresh,
     GpuMemory,
     Overrides,
@@ -25,6 +26,7 @@ from launch.cli.options import (
     Source,
     example,
     nodes_option,
+    with_early_stop,
 )
 from launch.cli.results import commands as results_commands
 from launch.cli.tables import say_allowed, show_memory, show_plan
@@ -154,6 +156,7 @@ def run(
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
     overrides: Overrides = [],  # noqa: B006
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -205,7 +208,7 @@ def run(
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
         recipe,
-        tuple(overrides),
+        with_early_stop(overrides, early_stop),
         strategy,
         gpus_per_node,
         name,

@@ -181,13 +181,17 @@ def read_marker(run: RunDirectory) -> Marker | None:
     return None
 
 
-def is_done_at(run: RunDirectory, max_steps: int) -> bool:
-    """The run has taken its last step of `max_steps`, and its adapter is whole. A damaged marker says nothing."""
+def is_done_at(run: RunDirectory, max_steps: int, early_end: int | None = None) -> bool:
+    """The run has taken its last step of `max_steps`, and its adapter is whole. A damaged marker says nothing.
+
+    `early_end`: the step at which it ends all the same (`launch.run.evaluations`).
+    """
     try:
         marker = read_marker(run)
     except UntrustedFileError:
         return False
-    return marker == Marker("DONE", f"step {max_steps}") and is_whole(run.adapter)
+    ends = [Marker("DONE", f"step {step}") for step in (max_steps, early_end) if step is not None]
+    return marker in ends and is_whole(run.adapter)
 
 
 def clear_markers(run: RunDirectory) -> None:

@@ -136,13 +136,17 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 @dataclass
 class Replica:
-    """A model that answers, on one device, and the features of the images it has lately seen."""
+    """A model that answers, on one device, and the features of the images it has lately seen.
+
+    `synced`: its layers wait for those of the other ranks, so all generate as many tokens.
+    """
 
     model: Qwen2VLForConditionalGeneration | PeftModel
     processor: Qwen2VLProcessor
     rows: Rows
     max_new_tokens: int
     compute_dtype: torch.dtype
+    synced: bool = False
     _features: OrderedDict[int, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
 
     @property
@@ -200,6 +204,7 @@ class Replica:
                 image_grid_thw=torch.cat([grid for _, grid in images]),
                 mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
                 generation_config=self._greedy(),
+                synced_gpus=self.synced,
             )
         new = output[:, input_ids.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)

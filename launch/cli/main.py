@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch.atomic_files import place_of
+from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.options import (
     Allow,
@@ -308,6 +309,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 app.add_typer(results_commands)
+app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 

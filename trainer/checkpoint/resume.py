@@ -130,7 +130,7 @@ def forget_after(run: RunDirectory, step: int) -> None:
 
 
 def has_ended_early(task: Task, step: int) -> bool:
-    """The run stopped improving at a step, where it goes on after a kill: it has only to write its result. On rank 0."""
+    """The run has stopped improving where it goes on after a kill: only its result is missing. On rank 0."""
     end = early_end(task.run, task.recipe)
     return end is not None and end <= step
 

@@ -47,7 +47,7 @@ class _Question:
 
 
 class ScoredAnswers(TypedDict):
-    """What a line of `evaluations.jsonl` says of them: `accuracy` in percent of `answers`, whose texts have a digest."""
+    """What a line of `evaluations.jsonl` says of them: `accuracy` in percent, and a digest of their texts."""
 
     accuracy: float
     correct: int

@@ -61,7 +61,7 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         )
         return GradientCheck(parameters)
 
-    sft.GradientWitness = silence  # type: ignore[assignment, misc]
+    sft.GradientCheck = silence  # type: ignore[assignment, misc]
     try:
         train.train_once(options, index, state, os.getppid())
     except SamestepError as error:
@@ -137,7 +137,7 @@ def main() -> None:
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
     PlannedTrainer.training_step = ask_to_stop_in_time  # type: ignore[method-assign]
     indexes = [train.prepare_first(options) for options in requests]
-    state = train.start_processes()
+    state = train.init_process_group()
     for options, index in zip(requests, indexes, strict=True):
         special = {SILENT: silence_an_adapter, TRIED: try_largest, FIXED: plan_as_tried}
         special.get(options.name.partition("-")[0], _train)(options, index, state)

@@ -21,7 +21,6 @@ from peft import PeftModel
 from transformers import Qwen2VLProcessor
 
 from launch.recipe.schema import Recipe
-from launch.strategies import SHARDING
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
@@ -76,7 +75,7 @@ def score_answers(
     returned where it says so.
     """
     questions, mine = run_on_all_ranks(lambda: _share_of(task, processor))
-    synced = task.plan.strategy in SHARDING and task.plan.world_size > 1
+    synced = task.plan.parallelism.shards_layers and task.plan.world_size > 1
     rows = open_split(task.recipe, "validation")
     replica = Replica(
         model,

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from launch.planning.plan import compute_dtype_of
+from launch.planning.make_plan import compute_dtype_of
 from trainer.base_files import refuse_unsafe_base
 from trainer.data.chartqa import Rows
 from trainer.evaluation.answers import Replica

@@ -13,7 +13,7 @@ from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, SplitName
 from launch.inputs.identity import WEIGHTS, model_identity
-from launch.planning.plan import compute_dtype_of
+from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory

@@ -16,6 +16,7 @@ from launch.cli.cluster import commands as cluster_commands
 from launch.cli.data import commands as data_commands
 from launch.cli.options import (
     Allow,
+    EarlyStop,
     Fresh,
     GpuMemory,
     Overrides,
@@ -28,6 +29,7 @@ from launch.cli.options import (
     Strategy,
     example,
     nodes_option,
+    with_early_stop,
 )
 from launch.cli.results import commands as results_commands
 from launch.cli.tables import say_allowed, show_memory, show_plan
@@ -153,6 +155,7 @@ def run(
     name: RunName = None,
     runs_dir: RunsDir = Path("runs"),
     overrides: Overrides = [],  # noqa: B006
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -204,7 +207,7 @@ def run(
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
         recipe=recipe,
-        overrides=tuple(overrides),
+        overrides=with_early_stop(overrides, early_stop),
         strategy=strategy,
         gpus_per_node=gpus_per_node,
         name=name,

@@ -180,6 +180,10 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(20, ge=1, description="the steps between checkpoints, at least 1")
     keep: int = Field(3, ge=2, description="the number of valid checkpoints that stay, at least 2")
+    keep_best: Literal["eval_loss", "accuracy"] | None = Field(
+        None,
+        description="the metric whose best evaluation is saved, stays and becomes adapter-best/, or null: none does",
+    )
     first_step: bool = Field(
         False,
         description="true: save after the first step of every attempt too, to see that saving works; false",
@@ -198,6 +202,15 @@ class EvaluationSection(Section):
     metrics: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
         "auto",
         description="a list of relaxed_accuracy, exact_match, anls, token_f1 or module:function, or `auto`",
+    )
+    answers: int = Field(
+        0, ge=0, description="the validation answers that are generated and scored during training (0: none)"
+    )
+    answers_every: int = Field(
+        1, ge=1, description="of how many evaluations one scores answers, at least 1; the last one does"
+    )
+    early_stop: int = Field(
+        0, ge=0, description="the evaluations in a row without gain that end the run (0: it is not ended)"
     )
     max_new_tokens: int = Field(32, ge=1, description="the longest answer in tokens, at least 1")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -248,6 +261,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What no single field can see."""
     data, training = recipe.data, recipe.training
     yield from _wrong_splits(data)
+    if data.validation is None and (recipe.evaluation.answers or recipe.evaluation.early_stop):
+        yield "evaluation.answers: there is no validation split to ask (data.validation: null); name one"
     if data.columns is not None and data.format not in ("auto", "columns"):
         yield f"data.columns: is for data.format: columns, not {data.format}; drop one of the two"
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
@@ -263,6 +278,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield (
             f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
             "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
+        )
+    if recipe.checkpoint.keep_best == "accuracy" and not recipe.evaluation.answers:
+        yield (
+            "checkpoint.keep_best: accuracy is not measured during training (evaluation.answers: 0); set "
+            "evaluation.answers, or keep_best: eval_loss"
         )
     yield from _wrong_names(recipe)
     if recipe.hub.push and not recipe.hub.repo_id:

@@ -23,6 +23,7 @@ HOSTILE: dict[str, list[str]] = {
     "RECIPE": [*PATHS, "no-such-recipe", "."],
     "RUN": [*PATHS, "no-such-run"],
     "SOURCE": [*PATHS, "no-such-run"],
+    "TARGET": [*PATHS, "no-such-run", ".", "owner/name"],
     "--strategy": ["", "ddpp", "\n", LONG],
     "--nodes": COUNTS,
     "--gpus-per-node": COUNTS,
@@ -30,13 +31,15 @@ HOSTILE: dict[str, list[str]] = {
     "--name": ["", ".", "..", "a/b", "a b", "a\n", LONG, "-x"],
     "--runs-dir": PATHS,
     "--set": ["", "x", "=", "=1", "lora.=1", "lora.r=\x00", "lora.r={", "name.x=1", f"{LONG}=1"],
+    "--early-stop": ["", "-1", "x", "1.5"],
     "--allow": ["", "lora", "lora.rr", "\n"],
     "--from": [*PATHS, "no-such-checkpoint"],
     "--machine-rank": ["", "x", "-1", "1", "0.5"],
     "--main-process-ip": ["", " ", "a b", "http://x", "a\nb", "-x", LONG],
     "--main-process-port": ["", "x", "0", "-1", "65536", "99999999", "1e3"],
     "--split": ["", "val", "Test"],
-    "--models": ["", ",", "bass", "base,,adapter", LONG],
+    "--models": ["", ",", "bass", "base,,adapter", "checkpoint-", "base-prompt-x", LONG],
+    "--prompt": [*PATHS, "no-such-file", "."],
     "--max-samples": ["", "0", "-1", "x", "1.5"],
     "--output": PATHS,
     "--base": ["", "quantized"],
@@ -59,8 +62,8 @@ HOSTILE: dict[str, list[str]] = {
     "--rank": ["", "-1", "x"],
 }
 NEEDED = {"consolidate": ("--output", "adapter")}
-ARGUMENT = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "source": "SOURCE"}
-GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": "."}
+ARGUMENT = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "source": "SOURCE", "target": "TARGET"}
+GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": ".", "target": "embedded"}
 
 
 def _options() -> Iterator[tuple[str, str, tuple[str, ...]]]:

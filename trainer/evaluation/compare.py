@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
+from trainer.evaluation.loading import with_named_targets
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_of
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
@@ -92,16 +93,9 @@ def compare(request: Request) -> Comparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
-            _with_named_targets(request.adapter), Path(adapter)
+            with_named_targets(request.adapter), Path(adapter)
         )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
-
-
-def _with_named_targets(adapter: Adapter) -> Adapter:
-    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
-    named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
-    patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
-    return replace(adapter, config=adapter.config | named | patterns)
 
 
 def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
@@ -262,7 +256,7 @@ def answer_logits(
 ) -> Tensor:
     """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
-    conversation = replace(encoder, loss="answer").conversation(row)
+    conversation = encoder.conversation(row)
     device = next(model.parameters()).device
     with naming_row(f"data: the row that asks {row.query!r}"):
         images = [decode_image(image) for image in row.images] or None

@@ -21,12 +21,21 @@ class Prediction(TypedDict):
 
 
 class Accuracy(TypedDict):
-    """`percent` and its `standard_error` in percentage points; both None without a question."""
+    """`percent`, its `standard_error` and 95 % `interval` in percentage points; all None without a question."""
 
     percent: float | None
     standard_error: float | None
+    interval: list[float] | None
     correct: int
     count: int
+
+
+class Paired(TypedDict):
+    """Two models on the same questions: `gained` by the second, `lost` by it, and `p` of `mcnemar`."""
+
+    gained: int
+    lost: int
+    p: float
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
@@ -43,13 +52,37 @@ def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
 def _accuracy(outcomes: Sequence[bool]) -> Accuracy:
     count, right = len(outcomes), sum(outcomes)
     if count == 0:
-        return Accuracy(percent=None, standard_error=None, correct=0, count=0)
+        return Accuracy(percent=None, standard_error=None, interval=None, correct=0, count=0)
     share = right / count
     return Accuracy(
         percent=100 * share,
         standard_error=100 * math.sqrt(share * (1 - share) / count),
+        interval=wilson(right, count),
         correct=right,
         count=count,
+    )
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """The 95 % interval of a share in percent: Wilson's score interval (JASA 1927), which stays within 0 and 100.
+
+    Of few questions, or of nearly all right ones, the standard error says nothing.
+    """
+    z = 1.959963984540054  # of a normal distribution, 2.5 % lie above
+    share, square = right / count, z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / count / 4)
+    low = 0.0 if right == 0 else middle - half
+    high = 1.0 if right == count else middle + half
+    return [100 * low, 100 * high]
+
+
+def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """What changed between two models on the same questions. ValueError when their lengths differ."""
+    return Paired(
+        gained=sum(b < a for b, a in zip(before, after, strict=True)),
+        lost=sum(b > a for b, a in zip(before, after, strict=True)),
+        p=mcnemar(before, after),
     )
 
 

@@ -261,6 +261,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What no single field can see."""
     data, training = recipe.data, recipe.training
     yield from _wrong_splits(data)
+    yield from _wrong_metrics(recipe.evaluation.metrics)
     if data.validation is None and (recipe.evaluation.answers or recipe.evaluation.early_stop):
         yield "evaluation.answers: there is no validation split to ask (data.validation: null); name one"
     if data.columns is not None and data.format not in ("auto", "columns"):
@@ -301,6 +302,19 @@ def _wrong_splits(data: DataSection) -> Iterator[str]:
             yield f"data.train: {split!r} draws rows to be left out of training; write it as data.validation"
     if data.validation is not None and data.validation == data.test and "," in data.validation:
         yield "data.test: draws the same rows as data.validation; name another split, or null"
+
+
+METRICS = ("relaxed_accuracy", "exact_match", "anls", "token_f1")
+
+
+def _wrong_metrics(names: list[str] | str) -> Iterator[str]:
+    for name in () if names == "auto" else names:
+        module, colon, function = name.rpartition(":")
+        if name not in METRICS and not (colon and module and function.isidentifier()):
+            yield (
+                f"evaluation.metrics: {name!r} is not {', '.join(METRICS)} or module:function; write for example "
+                "scores:close for the function close in scores.py beside the recipe"
+            )
 
 
 def _wrong_names(recipe: Recipe) -> Iterator[str]:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from trainer.data.rows import chat
-from trainer.data.splits import open_split
 
 from launch.checkpoints.publish import publish
 from launch.recipe.loading import dump_recipe, recipe_from_dict
@@ -22,6 +20,8 @@ from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
 from tests.helpers.merging import merge
 from trainer.data.images import decode_image
+from trainer.data.rows import chat
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.generate import main
 from trainer.formats.portable import save_adapter

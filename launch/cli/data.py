@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from launch.cli.options import Overrides, RecipeArgument, example
 from launch.console import echo
 from launch.errors import ConfigError
-from launch.option_values import text, whole
+from launch.option_values import named, place, text, whole
 
 commands = typer.Typer()
 
@@ -39,10 +39,15 @@ def data(
     call_module("trainer.show_data", [str(file), "--rows", str(rows), *flags])
 
 
-Column = Annotated[
-    str | None,
-    typer.Option(metavar="COLUMN", show_default="by its name", help="The column, if it is named oddly."),
-]
+def _column(option: str, of: str) -> Any:
+    """An option that names a column of the table."""
+    return typer.Option(
+        option,
+        metavar="COLUMN",
+        parser=text(option),
+        show_default="by its name",
+        help=f"The column of the {of}.",
+    )
 
 
 @commands.command(
@@ -53,13 +58,16 @@ Column = Annotated[
 )
 def init(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="The recipe to write.", show_default="NAME.yaml")
+        Path | None,
+        typer.Argument(
+            metavar="FILE", parser=place("FILE"), help="The recipe to write.", show_default="NAME.yaml"
+        ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            parser=text("--data"),
+            parser=named("--data"),
             help="A folder with a table and images, or a hub id.",
             show_default="asked",
         ),
@@ -68,7 +76,7 @@ def init(
         str | None,
         typer.Option(
             metavar="MODEL",
-            parser=text("--model"),
+            parser=named("--model"),
             help="A hub id, a folder, or `embedded`.",
             show_default="asked",
         ),
@@ -79,9 +87,9 @@ def init(
             metavar="N", parser=whole("--gpus", 0, 100_000), help="GPUs it will run on.", show_default="asked"
         ),
     ] = None,
-    image: Column = None,
-    query: Column = None,
-    label: Column = None,
+    image: Annotated[str | None, _column("--image", "images")] = None,
+    query: Annotated[str | None, _column("--query", "questions")] = None,
+    label: Annotated[str | None, _column("--label", "answers")] = None,
 ) -> None:
     """Write a recipe with comments for your own data. Asks on a terminal for what no option says."""
     from launch.atomic_files import atomic_write
@@ -96,8 +104,8 @@ def init(
     model = model or (typer.prompt("model", default=DEFAULT_MODEL) if asks else DEFAULT_MODEL)
     if gpus is None:
         gpus = typer.prompt("GPUs", default=1, type=int) if asks else 1
-    named = {"image": image, "query": query, "label": label}
-    source = seen_data(data, {role: column for role, column in named.items() if column is not None})
+    columns = {"image": image, "query": query, "label": label}
+    source = seen_data(data, {role: column for role, column in columns.items() if column is not None})
     file = file or Path(f"{source.name}.yaml")
     if file.exists():
         raise ConfigError(f"{file}: is there already; give another name, or remove it")

@@ -60,10 +60,32 @@ HOSTILE: dict[str, list[str]] = {
     "--max-crashes": ["", "0", "-1", "x", "1001"],
     "--then": ["push", "merge,x", "\n"],
     "--rank": ["", "-1", "x"],
+    "FILE": PATHS,
+    "--data": [*PATHS, "no-such-folder", "."],
+    "--model": PATHS,
+    "--gpus": ["", "x", "-1", "1.5", "9" * 5000],
+    "--image": TEXTS,
+    "--query": TEXTS,
+    "--label": TEXTS,
+    "--rows": ["", "x", "-1", "1001"],
 }
 NEEDED = {"consolidate": ("--output", "adapter")}
-ARGUMENT = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "source": "SOURCE", "target": "TARGET"}
-GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": ".", "target": "embedded"}
+ARGUMENT = {
+    "recipe": "RECIPE",
+    "run": "RUN",
+    "runs": "RUN",
+    "source": "SOURCE",
+    "target": "TARGET",
+    "file": "FILE",
+}
+GOOD = {
+    "recipe": "embedded",
+    "run": "mine",
+    "runs": "mine",
+    "source": ".",
+    "target": "embedded",
+    "file": "my.yaml",
+}
 
 
 def _options() -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -48,7 +48,9 @@ def test_splits_chats_and_imagefolders_are_seen(tmp_path: Path) -> None:
     seen = seen_data(str(folder), {})
     assert dict(seen.splits) == {"train": "train", "validation": "val", "test": None}
     assert seen.columns is None
-    imagefolder = _table(tmp_path / "b" / "train", "metadata.csv", "file_name,query,label\na.png,?,1\n").parent
+    imagefolder = _table(
+        tmp_path / "b" / "train", "metadata.csv", "file_name,query,label\na.png,?,1\n"
+    ).parent
     assert seen_data(str(imagefolder), {}).columns == {
         "image": "file_name",
         "query": "query",

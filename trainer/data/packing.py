@@ -31,6 +31,9 @@ class ModelInputs(TypedDict):
     shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32
     text_lengths: tuple[int, ...]
+    read_positions: Tensor  # [S]: of each sample the tokens from the first scored one to its end
+    read_cu_seqlens: Tensor  # [N + 1] int32
+    read_lengths: tuple[int, ...]
     pixel_values: Tensor  # [P, patch features]
     image_grid_thw: Tensor  # [F, 3]
     fresh_positions: Tensor  # [Vf]: where their visual tokens lie in the row
@@ -74,10 +77,37 @@ def pack(
         shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
+        **_read_tokens(text_lengths, scored),
         fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
         cached_positions=(is_visual & is_cached).nonzero()[:, 0],
         cached_features=_joined([sample.features for sample in samples]),
         **_pack_fresh([sample for sample in samples if sample.features is None], merge),
+    )
+
+
+class _ReadTokens(TypedDict):
+    """The part of `ModelInputs` that the last decoder layer takes."""
+
+    read_positions: Tensor
+    read_cu_seqlens: Tensor
+    read_lengths: tuple[int, ...]
+
+
+def _read_tokens(lengths: Sequence[int], scored: Tensor) -> _ReadTokens:
+    """Of each sample the tokens from the first scored one to its end; two where none is scored, as in a filler.
+
+    Never one alone: FlashAttention takes rows of one query for decoding, and folds their heads.
+    """
+    ends = cumulative(lengths)[1:].tolist()
+    begins = []
+    for length, end in zip(lengths, ends, strict=True):
+        at = int(torch.searchsorted(scored, end - length))
+        first = int(scored[at]) if at < len(scored) else end
+        begins.append(min(first, max(end - 2, end - length)))
+    counts = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    return _ReadTokens(
+        read_positions=torch.cat(spans), read_cu_seqlens=cumulative(counts), read_lengths=counts
     )
 
 

@@ -20,6 +20,7 @@ from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.head import patch_forward_target_logprobs
+from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs
@@ -208,6 +209,7 @@ def prepare_training(
     register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
+        compute_read_tokens_only(base.model.language_model.layers[-1], plain_layer)
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 

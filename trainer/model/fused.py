@@ -27,6 +27,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
+from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 
 Forward = Callable[..., Any]
 
@@ -44,6 +45,7 @@ def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
         _replace(layer.mlp, swiglu_mlp)
         _replace(layer, decoder_layer)
         _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
+    compute_read_tokens_only(language.layers[-1], last_decoder_layer)
     _replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
@@ -132,6 +134,17 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
     attended, _ = module.self_attn(hidden_states=normed, **kwargs)
     norm = module.post_attention_layernorm
+    normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
+    return cast(Tensor, residual + module.mlp(normed))
+
+
+def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, **kwargs: Any) -> Tensor:
+    """`_decoder_layer` at the tokens read: [1, S, hidden] of [1, T, hidden]."""
+    norm = module.input_layernorm
+    normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    attended, _ = module.self_attn(normed, queries=read, linears=linears, **kwargs)
+    norm = module.post_attention_layernorm
+    residual = rows(residual, read.positions)
     normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
     return cast(Tensor, residual + module.mlp(normed))
 

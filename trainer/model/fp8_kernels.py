@@ -10,19 +10,27 @@ from torch import Tensor
 
 @triton.jit
 def _quantize(x, factors, values, scales, columns, SCALED: tl.constexpr, C: tl.constexpr):
-    """values [rows, columns] e4m3 and scales [rows] of x [rows, columns]; a row a program, read once."""
+    """values [rows, columns] e4m3 and scales [rows] of x [rows, columns]; a row a program, read twice."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, C)
-    there = column < columns
-    wide = tl.load(x + row * columns + column, mask=there, other=0.0).to(tl.float32)
-    if SCALED:
-        wide *= tl.load(factors + column, mask=there, other=0.0)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), axis=0), 1e-12), 448.0)
-    tl.store(scales + row, scale)
-    # A tensor of scales: `div_rn` of a row by a scalar is the division that the plain form does.
-    wide = tl.div_rn(wide, tl.full((C,), 0.0, tl.float32) + scale)
-    wide = tl.minimum(tl.maximum(wide, -448.0), 448.0)
-    tl.store(values + row * columns + column, wide.to(tl.float8e4nv), mask=there)
+    largest = tl.zeros((C,), dtype=tl.float32)
+    for begin in range(0, columns, C):
+        column = begin + tl.arange(0, C)
+        there = column < columns
+        wide = tl.load(x + row * columns + column, mask=there, other=0.0).to(tl.float32)
+        if SCALED:
+            wide *= tl.load(factors + column, mask=there, other=0.0)
+        largest = tl.maximum(largest, tl.abs(wide))
+    most = tl.maximum(tl.max(largest, axis=0), 1e-12)
+    factor = tl.div_rn(448.0, most)
+    tl.store(scales + row, tl.div_rn(most, 448.0))
+    for begin in range(0, columns, C):
+        column = begin + tl.arange(0, C)
+        there = column < columns
+        wide = tl.load(x + row * columns + column, mask=there, other=0.0).to(tl.float32)
+        if SCALED:
+            wide *= tl.load(factors + column, mask=there, other=0.0)
+        wide = tl.minimum(tl.maximum(wide * factor, -448.0), 448.0)
+        tl.store(values + row * columns + column, wide.to(tl.float8e4nv), mask=there)
 
 
 @triton.jit
@@ -40,7 +48,7 @@ def quantize_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block = min(4096, triton.next_power_of_2(columns))
     _quantize[(rows,)](
         x,
         x if factors is None else factors,
@@ -49,7 +57,7 @@ def quantize_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         columns,
         factors is not None,
         block,
-        num_warps=max(1, min(16, block // 1024)),
+        num_warps=max(1, block // 512),
     )
     return values, scales
 

@@ -77,13 +77,13 @@ def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any])
         kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
     )
     segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
-    names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
+    names, sizes, rows = (kwargs.pop(name) for name in ("fresh_images", "fresh_grids", "fresh_rows"))
     if not segments.lengths:
         return pixels
     features = image_features(model, pixels, grids, positions, segments)
     if keep is not None and names:
         keep(names, sizes, features)
-    return features
+    return features.index_select(0, rows) if len(rows) else features
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

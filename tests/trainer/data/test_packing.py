@@ -332,3 +332,16 @@ def test_no_gradient_goes_below_the_first_adapter(world: Path, samples: list[Any
     model(**_pack(samples[:2], encoder)).log_probs.sum().backward()
     hook.remove()
     assert wanted == [False]
+
+
+def test_the_tower_computes_an_image_once_that_several_samples_of_a_micro_batch_show(
+    packed: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    chosen = [samples[0], samples[1], samples[0], samples[2], samples[1]]
+    inputs = _pack(chosen, encoder)
+    assert inputs["fresh_grids"] == tuple(sample.grid for sample in samples[:3])
+    assert len(inputs["pixel_values"]) == sum(len(sample.pixel_values) for sample in samples[:3])
+    with torch.no_grad():
+        together = _packed_losses(packed, chosen, encoder)
+        alone = torch.cat([_packed_losses(packed, [sample], encoder) for sample in chosen])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Started by `accelerate launch` in the place of `trainer.train`: ranks that share one GPU, each with a part of its memory.
+"""Started by `accelerate launch` in the place of `trainer.train`: ranks that share one GPU and its memory.
 
     -m benchmarks.capped_train arguments of trainer.train ...
 
@@ -26,7 +26,7 @@ def share_one_gpu() -> None:
         process_group.find_deepspeed_config()
         return PartialState(backend="gloo", timeout=process_group.PATIENCE)
 
-    train.start_processes = start
+    train.init_process_group = start
 
 
 def cap_memory() -> None:

@@ -182,7 +182,7 @@ def main() -> int:
         clock.finish()
         destroy_process_group()
 
-    train.fit_to_memory, train.leave_processes = fit_afterwards, leave
+    train.fit_to_memory, train.destroy_process_group = fit_afterwards, leave
     return train.main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: what another library trained, as a checkpoint of ours.
+"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: what another library trained, made ours.
 
 Adapter, moments and step are taken over where the form has them; what is lost is said. `samestep run RECIPE --from
 CHECKPOINT` starts it, and then begins a run with the result.
@@ -23,7 +23,7 @@ from launch.errors import CheckpointError, SamestepError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
-from launch.planning.plan import StreamOffset
+from launch.planning.step_plan import StreamOffset
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import EMBEDDED, Recipe, altering_values
 from launch.untrusted_files import printable

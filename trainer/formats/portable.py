@@ -144,7 +144,7 @@ def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> 
 def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
-    """`stored`, once it holds the moments and step counts of these parameters. CheckpointError as `read_optimizer_state`."""
+    """`stored`, once it holds what AdamW keeps of these parameters. CheckpointError as `read_optimizer_state`."""
     wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
     if wanted != stored.keys():
         odd = sorted(wanted ^ stored.keys())

@@ -232,7 +232,8 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
         trainer.evaluate()
         trainer.clock.passed("evaluation")
     if step < max_steps and not trainer.agreed.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.garbage:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

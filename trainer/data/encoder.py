@@ -27,7 +27,7 @@ IGNORED = -100
 class EncodedImage:
     """One image of P patches and V = P / merge_size**2 visual tokens: its pixels, or its features where cached.
 
-    `grid`: patches in time, height and width; `name`: in the cache of features, where there is one.
+    `grid`: patches in time, height and width; `name`: the same for the same bytes.
     """
 
     grid: tuple[int, int, int]
@@ -104,7 +104,7 @@ class Encoder:
 
     def _encoded(self, text: str, images: Sequence[bytes]) -> tuple[Tensor, tuple[EncodedImage, ...]]:
         """Token ids [T], and the images with their pixels or cached features."""
-        names = [name_of(image) if self.features else "" for image in images]
+        names = [name_of(image) for image in images]
         cached = [self.features.read(name) if self.features else None for name in names]
         fresh = [decode_image(image) for image, known in zip(images, cached, strict=True) if known is None]
         input_ids = None

@@ -1,4 +1,4 @@
-"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: what another library trained, as a checkpoint of ours.
+"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: make a checkpoint of another library's.
 
 Adapter, moments and step are taken over where the form has them; what is lost is said. `samestep run RECIPE --from
 CHECKPOINT` starts it, and then begins a run with the result.

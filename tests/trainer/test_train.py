@@ -163,7 +163,7 @@ def test_figures_that_find_no_room_stop_the_run_with_a_message(
         raise OSError(28, "No space left on device", str(file))
 
     recipe = _write(world, tmp_path / "recipe.yaml")
-    monkeypatch.setattr("trainer.loop.trainer.append_line", full)
+    monkeypatch.setattr("trainer.loop.callbacks.append_line", full)
     assert _train(recipe, "run") == 1
     said = capsys.readouterr().err
     assert "metrics.jsonl: No space left on device (disk at " in said
@@ -305,7 +305,7 @@ def test_a_plan_for_another_strategy_than_was_launched_stops_before_anything_is_
     run.plan_file.write_text(json.dumps(json.loads(run.plan_file.read_text()) | {"strategy": "zero3"}))
     assert main(["--run-dir", str(run.path)]) == 1
     assert "--config_file: it launches single, the plan is for zero3; take " in capsys.readouterr().err
-    for module in ("request", "processes"):
+    for module in ("setup", "distributed.process_group"):
         monkeypatch.setattr(
             f"trainer.{module}.launched_config",
             lambda _: LaunchConfig("here", deepspeed={"zero_optimization": {"stage": 2}}),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
-from trainer.checks.training import may_differ_by
+from trainer.checks.training import output_tolerance
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.model.attention import Segments
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
@@ -100,7 +100,7 @@ def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: in
         )
     apart = (before.output.float() - after.output.float()).abs().max().item()
     size = max(1.0, before.output.float().abs().max().item())  # one rounding of bfloat16 at 2 to 4 is 0.0156
-    if not apart <= size * may_differ_by(before.output.dtype):
+    if not apart <= size * output_tolerance(before.output.dtype):
         raise RunError(
             f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
             "install the versions of constraints.txt, or use --strategy ddp"

@@ -25,7 +25,7 @@ from launch.errors import RunError, SamestepError
 from trainer.distributed.collectives import to_user_error
 from trainer.formats.dcp import load_distributed
 from trainer.formats.detect import OPTIMIZER_PREFIX
-from trainer.formats.portable import State
+from trainer.formats.portable import TrainedState
 from trainer.formats.torch_files import load_torch
 
 
@@ -41,13 +41,13 @@ def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class DistributedPart:
+class DcpRankState:
     """The share of one rank in a state that all ranks have: copies of it.
 
     DCP would deal out whole tensors as well, by size, but only after every rank had copied all of them.
     """
 
-    state: State
+    state: TrainedState
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> list[str]:
         """Write it into a folder that is there; the names of its files. A collective of `group`, which raises on all.
@@ -94,7 +94,7 @@ def _first_failure(error: CheckpointException) -> SamestepError:
 
 
 @dataclass(frozen=True)
-class ZeroPart:
+class ZeroRankState:
     """What DeepSpeed saves on one rank: file below the folder -> its content, copied. A text is a text file."""
 
     files: dict[str, Any]

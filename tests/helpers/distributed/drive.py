@@ -27,8 +27,7 @@ from trainer import train
 from trainer.checks.training import GradientCheck
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.logging_setup import setup_logging
-from trainer.loop import oom_trial
-from trainer.loop import trainer as sft
+from trainer.loop import oom_trial, preparation
 from trainer.loop.trainer import PlannedTrainer
 
 STOP_AT: dict[str, int] = {}
@@ -61,7 +60,7 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         )
         return GradientCheck(parameters)
 
-    sft.GradientWitness = silence  # type: ignore[assignment, misc]
+    preparation.GradientCheck = silence  # type: ignore[assignment, misc]
     try:
         train.train_once(options, index, state, os.getppid())
     except SamestepError as error:
@@ -137,7 +136,7 @@ def main() -> None:
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
     PlannedTrainer.training_step = ask_to_stop_in_time  # type: ignore[method-assign]
     indexes = [train.prepare_first(options) for options in requests]
-    state = train.start_processes()
+    state = train.init_process_group()
     for options, index in zip(requests, indexes, strict=True):
         special = {SILENT: silence_an_adapter, TRIED: try_largest, FIXED: plan_as_tried}
         special.get(options.name.partition("-")[0], _train)(options, index, state)

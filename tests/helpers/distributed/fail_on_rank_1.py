@@ -26,7 +26,7 @@ from trainer.distributed.collectives import end_process
 from trainer.loop import dataloaders, oom_trial
 from trainer.loop.trainer import PlannedTrainer
 
-_loss, _publish, _assemble = PlannedTrainer._loss, saver.publish, dataloaders.assemble
+_loss, _publish, _assemble = PlannedTrainer.micro_batch_loss, saver.publish, dataloaders.assemble
 _full_once = {"later"}
 
 
@@ -74,14 +74,14 @@ def train_named(name: str, state: PartialState, *more: str) -> argparse.Namespac
 def main() -> int:
     """Arguments: those of `trainer.train`."""
     train.prepare_first(train.parse(sys.argv[1:]))
-    state = train.start_processes()
+    state = train.init_process_group()
     dataloaders.assemble = _unreadable
     train_named("unreadable", state)
     dataloaders.assemble = _assemble
     saver.publish = _full
     train_named("full", state)
     saver.publish = _publish
-    PlannedTrainer._loss = _out_of_memory  # type: ignore[method-assign]
+    PlannedTrainer.micro_batch_loss = _out_of_memory  # type: ignore[method-assign]
     train_named("later", state)
     train_named("later", state)
     oom_trial.DEVICES = ("cpu",)
@@ -90,7 +90,7 @@ def main() -> int:
     oom_trial.DEVICES = ()
     plan = Plan.from_json((runs / "tried" / "plan.json").read_text())
     train_named("fixed", state, "--set", f"batch.micro_batch_tokens={plan.micro_batch_tokens}")
-    PlannedTrainer._loss = _poisoned  # type: ignore[method-assign]
+    PlannedTrainer.micro_batch_loss = _poisoned  # type: ignore[method-assign]
     return train.main()
 
 

@@ -1,4 +1,4 @@
-"""Started by `accelerate launch` in the place of `trainer.train`: ranks that share one GPU, each with a part of its memory.
+"""Started by `accelerate launch` in the place of `trainer.train`: ranks that share one GPU and its memory.
 
     -m benchmarks.capped_train arguments of trainer.train ...
 

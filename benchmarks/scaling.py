@@ -4,9 +4,10 @@
     python benchmarks/scaling.py --recipe qwen2vl_7b_chartqa       # the real ones, after `samestep prepare`
 
 Three ways to give the samples of a step to the ranks: `random`, `padded` (random, and micro-batches of 4 padded to
-their longest sample, as plain trl runs them) and `balanced` (`launch.planning.load_balance`, what samestep does). A step lasts as long
-as its slowest rank's work (`launch.planning.step_plan.cost`) and the all-reduce of the adapters' gradients. Speed of the ranks and
-of the network are assumptions (`--tflops`, `--in-node`, `--between-nodes`); data loading is not in it.
+their longest sample, as plain trl runs them) and `balanced` (`launch.planning.load_balance`, what samestep does).
+A step lasts as long as its slowest rank's work (`launch.planning.step_plan.cost`) and the all-reduce of the adapters'
+gradients. Speed of the ranks and of the network are assumptions (`--tflops`, `--in-node`, `--between-nodes`);
+data loading is not in it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def random_deal(
     budget: int,
     micro_batches: int | None = None,
 ) -> list[list[MicroBatch]]:
-    """As `launch.planning.load_balance.assign` is called, but as a shuffling sampler would: ranks get as many samples, of any length.
+    """Called as `launch.planning.load_balance.assign`; every rank gets as many samples, as from a shuffling sampler.
 
     Deterministic in the samples, so that all ranks find the same. The budget is not kept: a rank's micro-batches are
     level in tokens, and as many as are asked for.

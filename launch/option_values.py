@@ -17,6 +17,8 @@ from typing import TypeVar
 
 from launch.errors import ConfigError
 
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
 T = TypeVar("T")
 MOST_PROCESSES = 65_536
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:%-]{0,251}[A-Za-z0-9])?|::[A-Za-z0-9.:%]*")

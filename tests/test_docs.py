@@ -114,3 +114,12 @@ def test_every_test_that_holds_a_fault_exists() -> None:
         if isinstance(node, ast.FunctionDef)
     }
     assert {(file, test) for file, test in named if test} <= defined
+
+
+def test_the_map_of_the_code_names_files_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = page.partition("## Where is ...")[2].partition("## Rules")[0].strip().splitlines()[2:]
+    assert len(rows) >= 20
+    named = [path for row in rows for path in re.findall(r"`([\w/.]+\.py)`", row)]
+    assert len(named) >= len(rows)
+    assert [path for path in named if not (ROOT / path).is_file()] == []

@@ -170,7 +170,8 @@ def make_plan(
 
     `config`: what was launched, where that is known; else the shipped file counts. `gpu_memory`: bytes of the smallest
     GPU; without it, settings that are `auto` are those that need little. `before`: a plan for the same recipe and
-    hardware, whose settings stay (`launch.run.continuation.plan_to_keep`). `packages_here`: it runs with this Python's packages.
+    hardware, whose settings stay (`launch.run.continuation.plan_to_keep`). `packages_here`:
+    it runs with this Python's packages.
     `identity`: of the run, where it is known.
 
     Raises ConfigError with every rule the request breaks.

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from launch.errors import ConfigError
 from launch.planning.load_balance import MicroBatch, assign, most_micro_batches, too_long
 
-__all__ = ["MicroBatch", "StepPlan", "cost", "assign", "plan_steps", "step_samples", "steps_of"]
+__all__ = ["MicroBatch", "StepPlan", "assign", "cost", "plan_steps", "step_samples", "steps_of"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

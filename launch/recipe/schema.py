@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from launch.errors import ConfigError
-from launch.option_values import place
-
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+from launch.option_values import NAME_PATTERN, place
 
 EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
 _REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}"  # of git's names for a branch, those that the hub takes

@@ -1,4 +1,4 @@
-"""What an accelerate or DeepSpeed configuration must not ask for: rules of the kind that `launch.rules.request_rules` lists."""
+"""What an accelerate or DeepSpeed configuration must not ask for: rules like those of `launch.rules.request_rules`."""
 
 from __future__ import annotations
 

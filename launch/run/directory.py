@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import is_whole
 from launch.errors import ConfigError, InUseError, SamestepError, UnansweredError
-from launch.recipe.schema import NAME_PATTERN
+from launch.option_values import NAME_PATTERN
 from launch.untrusted_files import (
     UNREADABLE,
     UntrustedFileError,

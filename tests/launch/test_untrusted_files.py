@@ -34,18 +34,18 @@ from tests.helpers.untrusted import openings
 
 PAST_THE_GATE = {
     "atomic_files.py:sync": "brings to the disk, and reads nothing",
-    "adapter_file.py:is_whole": "safetensors opens by name; plain_size looks first",
-    "caches.py:embedded_version": "files of the installed package",
-    "children.py:write_to_nowhere": "/dev/null",
-    "data_report.py:_label_notes": "pyarrow opens by name; plain_size looks first",
+    "checkpoints/adapter_file.py:is_whole": "safetensors opens by name; plain_size looks first",
+    "inputs/caches.py:embedded_version": "files of the installed package",
+    "console.py:write_to_nowhere": "/dev/null",
+    "inputs/data_report.py:_label_notes": "pyarrow opens by name; plain_size looks first",
     "hardware.py:_uuid_in": "a file of the kernel's",
-    "index.py:_read_split": "reads the bytes that came through the gate",
+    "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",
-    "ledger.py:_open_to_add": "adds a line of our own, and follows no link",
-    "merged.py:_weights_are_whole": "safetensors opens by name; plain_size looks first",
-    "publishing.py:_bring_to_disk": "what this process or its ranks just wrote",
-    "publishing.py:publish": "parses what it has just dumped",
-    "submit.py:prepare": "files of the installed package",
+    "slurm/attempts.py:_open_to_add": "adds a line of our own, and follows no link",
+    "run/merged_model.py:_weights_are_whole": "safetensors opens by name; plain_size looks first",
+    "checkpoints/publish.py:_bring_to_disk": "what this process or its ranks just wrote",
+    "checkpoints/publish.py:publish": "parses what it has just dumped",
+    "slurm/submit.py:prepare": "files of the installed package",
 }
 
 

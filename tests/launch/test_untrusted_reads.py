@@ -118,7 +118,7 @@ def test_every_loading_of_a_model_refuses_code_of_its_folder() -> None:
 def test_no_child_of_the_launcher_can_read_the_terminal() -> None:
     starts = [
         (f"{file}:{call.lineno}", {word.arg: ast.unparse(word.value) for word in call.keywords})
-        for file in sorted(Path("launch").glob("*.py"))
+        for file in sorted(Path("launch").rglob("*.py"))
         for _, name, call in calls(file.read_text())
         if name in ("subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.call")
     ]

@@ -27,7 +27,7 @@ from launch.run.directory import (
 )
 from launch.subprocesses import processes_with
 from trainer import WATCHDOG, launcher, watchdog
-from trainer.distributed.stop_requests import handle_stop_requests, handle_early_stops
+from trainer.distributed.stop_requests import handle_early_stops, handle_stop_requests
 from trainer.watchdog import (
     OTHERS_PATIENCE_S,
     PATIENCE_S,

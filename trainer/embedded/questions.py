@@ -1,6 +1,7 @@
 """The mini ChartQA that needs no download: charts of real public tables, in exactly ChartQA's schema.
 
-The tables are real (`trainer.embedded.tables`), the questions are of ChartQA's kinds. Besides the splits the folder holds
+The tables are real (`trainer.embedded.tables`), the questions are of ChartQA's kinds. Besides the splits the
+folder holds
 `facts/`: charts of further sheets with full-sentence facts for the tiny base model's own training, and the kind of each
 question.
 """

@@ -241,7 +241,7 @@ def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -
         return ""
     before, name = "", f'"{base}"'
     if recipe is not None and recipe.model.name_or_path == EMBEDDED:
-        before = "from launch.inputs.caches import embedded_folder  # samestep's; `samestep prepare embedded` builds it\n"
+        before = "from launch.inputs.caches import embedded_folder  # `samestep prepare embedded` builds it\n"
         name = 'embedded_folder() / "model"'
     elif recipe is not None and recipe.model.revision != "main" and _is_hub_id(base):
         name += f', revision="{recipe.model.revision}"'

@@ -111,7 +111,7 @@ def test_a_kill_between_the_two_files_of_a_request_allows_nothing(
     changed = recipe_of(4, "training.learning_rate=0.5")
     allow = ("training.learning_rate", BATCH)
     expected = planned(changed, continue_run(run, changed, allow))
-    monkeypatch.setattr("launch.run.continuation.dump_recipe", lambda _: 1 / 0)
+    monkeypatch.setattr("launch.run.request_files.dump_recipe", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attempt(run, changed, *allow)
     monkeypatch.undo()

@@ -255,7 +255,7 @@ def test_a_source_on_other_rows_is_refused_and_nothing_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as before_the_copy:
-        before_the_copy.setattr("launch.local.planned_run.adopt", killed)
+        before_the_copy.setattr("launch.local.execute.copy_checkpoint", killed)
         assert samestep("run", *EMBEDDED, *FROM, "--allow", "data.content") == 130
     assert samestep("run", *EMBEDDED, *FROM) == 0
 
@@ -409,7 +409,8 @@ ORPHAN = """
 import os, signal, sys, time
 from contextlib import ExitStack
 from pathlib import Path
-from launch.run.directory import RunDirectory, clear_requests, hold_lock, requested_stop, write_marker
+from launch.run.directory import RunDirectory, clear_requests, requested_stop, write_marker
+from launch.run.lock import hold_lock
 run, how = RunDirectory(Path(sys.argv[sys.argv.index("--run-dir") + 1])), sys.argv[1]
 with ExitStack() as held:
     if how != "importing": held.enter_context(hold_lock(run.path))

@@ -252,8 +252,8 @@ def test_a_copy_that_is_not_what_was_published_never_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     published: list[Any] = []
-    monkeypatch.setattr("launch.run.continuation.shutil.copyfile", copy)
-    monkeypatch.setattr("launch.run.continuation.publish", lambda *given: published.append(given))
+    monkeypatch.setattr("launch.run.request_files.shutil.copyfile", copy)
+    monkeypatch.setattr("launch.run.request_files.publish", lambda *given: published.append(given))
     with pytest.raises(error, match=words):
         copy_checkpoint(other, run)
     assert published == []

@@ -29,7 +29,7 @@ from launch.run.directory import (
 from launch.run.lock import hold_lock, lock_holder, refuse_if_running
 from tests.helpers.checkpoints import as_nobody
 
-HOLD = "import sys; from pathlib import Path; from launch.run.directory import hold_lock\n"
+HOLD = "import sys; from pathlib import Path; from launch.run.lock import hold_lock\n"
 
 
 @pytest.mark.parametrize("name", ["a", "qwen2vl-7b", "A.b_c-1", "7"])

@@ -195,7 +195,7 @@ def test_a_run_in_the_queue_is_not_queued_twice(slurm: FakeSlurm, capsys: pytest
 def test_a_run_under_way_here_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     assert samestep(*SUBMIT) == 0
     program = (
-        "import sys; from pathlib import Path; from launch.run.directory import hold_lock\n"
+        "import sys; from pathlib import Path; from launch.run.lock import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(_run().path)]

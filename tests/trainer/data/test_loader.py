@@ -119,7 +119,8 @@ def test_batches_that_find_no_shared_memory_come_through_the_pipe(
 
 def test_a_file_size_limit_loses_no_batch() -> None:
     program = (
-        "import resource; from tests.trainer.data.test_loader import _Tensors, _values; from trainer.data.loader import Loader\n"
+        "import resource; from tests.trainer.data.test_loader import _Tensors, _values\n"
+        "from trainer.data.loader import Loader\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "print(_values(Loader(_Tensors(), range(4), total=4, workers=1, pin_memory=False)))"
     )

@@ -142,8 +142,8 @@ def test_the_end_of_one_of_two_processes_is_said() -> None:
 
 def test_a_stopped_build_leaves_no_process_no_file_and_no_traceback(charts: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from trainer.model import tiny_base\n"
-        "try: tiny_base.build_tiny(*map(Path, sys.argv[1:]), progress=lambda *done: print(*done, flush=True))\n"
+        "import sys; from pathlib import Path; from trainer.embedded import pretrain\n"
+        "try: pretrain.build_tiny(*map(Path, sys.argv[1:]), progress=lambda *done: print(*done, flush=True))\n"
         "except KeyboardInterrupt: sys.exit(7)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model"), str(charts)]

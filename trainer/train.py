@@ -25,8 +25,14 @@ from launch.option_values import for_argparse, place
 from launch.run.directory import RunDirectory, read_marker
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.attempt import Ended, acquire_run, write_exit_marker, write_exit_reason, write_smaller_plan
-from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
+from trainer.attempt import (
+    AttemptResult,
+    acquire_run,
+    write_exit_marker,
+    write_exit_reason,
+    write_smaller_plan,
+)
+from trainer.checkpoint.resume import evaluation_is_missing, is_over, remove_later_metrics, resume_point
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -48,7 +54,7 @@ from trainer.loop.final_adapter import save_final_adapter
 from trainer.loop.oom_trial import fit_to_memory
 from trainer.loop.preparation import load_resumed_adapter
 from trainer.loop.trainer import PlannedTrainer
-from trainer.setup import prepare_first, read_task, recipe_of
+from trainer.setup import prepare_first, read_task, requested_recipe
 from trainer.startup_timer import StartupTimer
 from trainer.task import Task
 
@@ -120,7 +126,7 @@ def train_once(
     """
     timer = timer or StartupTimer(time.time())
     memory = smallest_gpu(state.device)
-    recipe = run_on_all_ranks(lambda: recipe_of(options))
+    recipe = run_on_all_ranks(lambda: requested_recipe(options))
     identity = agree_on_identity(recipe, index)
     task = run_on_all_ranks(lambda: read_task(options, index, identity, state, memory))
     check_same_plan(task, state)
@@ -190,16 +196,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(task: Task, state: PartialState, requests: StopRequests, timer: StartupTimer) -> Ended:
+def train(task: Task, state: PartialState, requests: StopRequests, timer: StartupTimer) -> AttemptResult:
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = broadcast_from_main(
         lambda: resume_point(task)
     )  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
     requests.begins_at = f"at step {step} of {task.plan.max_steps}"
-    run_on_main(lambda: forget_after(task.run, step))
+    run_on_main(lambda: remove_later_metrics(task.run, step))
     if reason := requests.agree().stop:
-        return Ended(step, reason)
+        return AttemptResult(step, reason)
     evaluation_missing = broadcast_from_main(lambda: evaluation_is_missing(task, step))
     timer.record("plan")
     trainer = build(task, state, requests, step, timer)
@@ -207,21 +213,21 @@ def train(task: Task, state: PartialState, requests: StopRequests, timer: Startu
         fit_to_memory(trainer)
         timer.record("trial")
         if reason := requests.agree().stop:
-            return Ended(step, reason)
+            return AttemptResult(step, reason)
         take_steps(trainer, timer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
     finally:
         close(trainer)  # while the run is still locked and signals are requests
     run_on_all_ranks(requests.raise_failure)
     reached, stop = trainer.state.global_step, trainer.agreed_requests.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_interrupted):
-        return Ended(reached, stop)
+        return AttemptResult(reached, stop)
     if reached != task.plan.max_steps:
         raise RunError(
             f"transformers: its Trainer ended at step {reached} of {task.plan.max_steps} without being asked to; "
             "install the versions of constraints.txt and run again"
         )
     save_final_adapter(trainer)
-    return Ended(reached)
+    return AttemptResult(reached)
 
 
 def take_steps(

@@ -38,7 +38,7 @@ def resume_point(task: Task) -> Checkpoint | None:
     if newest is None:
         refuse_lost_checkpoints(task.run, passed_over, task.plan.begin.step)
     else:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     for folder in clear_unpublished(task.run.path):
         logger.info("%s: removed, it was never published", folder)
     return newest
@@ -53,11 +53,11 @@ def is_over(task: Task) -> bool:
         return False
     newest, _ = newest_valid(task.run.path)
     if newest is not None:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     return True
 
 
-def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
+def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
     """Hold a checkpoint's facts against the plan.
 
     Raises:
@@ -116,7 +116,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
     return found
 
 
-def forget_after(run: RunDirectory, step: int) -> None:
+def remove_later_metrics(run: RunDirectory, step: int) -> None:
     """Remove the figures of steps that will be taken again, and what damage did to those of the others."""
     lines = keep_lines_until(run.metrics_file, step)
     first = min(lines.steps, default=1) if started_from_of(run) else 1  # with the source's next step

@@ -40,10 +40,10 @@ from trainer.formats.portable import (
     TrainedState,
     load_adapter,
     matching_optimizer_state,
-    put_adapter,
     read_optimizer_state,
     save_adapter_config,
     save_state,
+    set_adapter,
 )
 from trainer.formats.sharded import DcpRankState, ZeroRankState
 from trainer.task import Task
@@ -234,8 +234,8 @@ def load_checkpoint(
     """
     sharded = read_sharded(checkpoint)
     if sharded is not None:
-        put_adapter(model, sharded.tensors, checkpoint / SHARDS)
-        return matching_optimizer_state(sharded.moments, shapes, checkpoint / SHARDS)
+        set_adapter(model, sharded.tensors, checkpoint / SHARDS)
+        return matching_optimizer_state(sharded.optimizer_state, shapes, checkpoint / SHARDS)
     load_adapter(model, checkpoint)
     has_optimizer = (checkpoint / OPTIMIZER_FILE).exists()  # an imported checkpoint may have none
     return read_optimizer_state(shapes, checkpoint) if has_optimizer else None

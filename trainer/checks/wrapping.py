@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from launch.planning.plan import Plan
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import check_logits
 from trainer.model.base import DTYPES
 from trainer.model.layer_stand_ins import decoder_layers
@@ -23,7 +23,7 @@ class ReferenceOutputs:
 
     sample: dict[str, Any]
     log_probs: Tensor
-    layers: list[LayerFacts]
+    layers: list[LayerReference]
 
 
 def reference_outputs(
@@ -35,7 +35,7 @@ def reference_outputs(
     """
     if strategy in ("single", "fsdp"):
         return None
-    facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
+    facts = [reference_layer(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
     sample = read_sample()
     return ReferenceOutputs(sample, _log_probs(model, sample), facts)
 

@@ -22,7 +22,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import RowError, reason_of
-from trainer.progress_bars import Report
+from trainer.progress_bars import ReportProgress
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
@@ -57,7 +57,7 @@ class Measured:
 
 
 def measure_split(
-    rows: Rows, split: str, encoder: Encoder, report: Report
+    rows: Rows, split: str, encoder: Encoder, report: ReportProgress
 ) -> tuple[list[Measured], list[BadRow]]:
     """Measure every row; `report` is told the progress. The images are decoded on all cores this process may use."""
     sizes: dict[bytes, tuple[int, int] | str] = {}

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from trainer.formats.portable import TrainedState, copy_trained_state, put_optimizer_state
+from trainer.formats.portable import TrainedState, copy_trained_state, set_optimizer_state
 from trainer.formats.sharded import DcpRankState, partition_by_size
 
 
@@ -97,4 +97,4 @@ class Replicated:
     def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
         """Put a stored optimizer state (`<parameter>.<exp_avg, exp_avg_sq or step>`) into the optimizer."""
         assert self._optimizer is not None
-        put_optimizer_state(self._optimizer, self.parameters, optimizer_state)
+        set_optimizer_state(self._optimizer, self.parameters, optimizer_state)

@@ -39,7 +39,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.formats.detect import SHARDS, read_sharded
-from trainer.formats.portable import load_adapter, put_adapter
+from trainer.formats.portable import load_adapter, set_adapter
 from trainer.model.base import DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 
@@ -266,7 +266,7 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
     if {"adapter", "shuffled"} & set(request.models):
         model = add_lora(model, recipe)
         if (sharded := read_sharded(request.adapter)) is not None:
-            put_adapter(model, sharded.tensors, request.adapter / SHARDS)
+            set_adapter(model, sharded.tensors, request.adapter / SHARDS)
         else:
             load_adapter(model, request.adapter)
     model.eval()

@@ -11,7 +11,7 @@ from launch.inputs.identity import MODEL_PARTS, PARTS
 from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
 from trainer.evaluation.answers import Task
 from trainer.export.base_model import old_base_change, recorded_at
-from trainer.identity import identity_of
+from trainer.identity import compute_identity
 from trainer.pretrained import base_path
 
 logger = logging.getLogger("trainer")
@@ -27,7 +27,7 @@ def hold_against_training(task: Task) -> dict[str, Any]:
     """
     request = task.request
     of_model = _OF_ANY_MODEL if request.models == ("merged",) else MODEL_PARTS
-    now = identity_of(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
+    now = compute_identity(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
     refuse_unknown_parts(request.allow, PARTS)
     recorded, where = recorded_at(request.run.path)
     found = content_changes(recorded, now) if recorded else []

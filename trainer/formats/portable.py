@@ -40,12 +40,12 @@ def copy_trained_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> TrainedState:
     """Copy weights, moments and step counts of every trained parameter to the CPU."""
-    moments = {
+    optimizer_state = {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in parameters.items()
         for key in (*ADAM_STATE_KEYS, "step")
     }
-    return TrainedState(_copied(parameters), _copied(moments))
+    return TrainedState(_copied(parameters), _copied(optimizer_state))
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,10 +97,10 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape.
     """
-    put_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+    set_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
 
 
-def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> None:
+def set_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> None:
     """As `load_adapter`, of tensors by their keys in an adapter file; `where` they were read."""
     present = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = [
@@ -164,14 +164,18 @@ def matching_optimizer_state(
     return stored
 
 
-def put_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer_state: Mapping[str, Tensor],
 ) -> None:
     """Put moments and step counts, of `read_optimizer_state`, into a fresh optimizer over the same parameters."""
     for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {"step": moments[f"{name}.step"].to(step_device(optimizer, parameter))}
+        state: dict[str, Tensor] = {
+            "step": optimizer_state[f"{name}.step"].to(step_device(optimizer, parameter))
+        }
         for key in ADAM_STATE_KEYS:
-            state[key] = moments[f"{name}.{key}"].to(parameter.device, parameter.dtype)
+            state[key] = optimizer_state[f"{name}.{key}"].to(parameter.device, parameter.dtype)
         optimizer.state[parameter] = state
 
 

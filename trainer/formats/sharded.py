@@ -57,8 +57,10 @@ class DcpRankState:
         """
         # Said once for each save of a single process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        moments = {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()}
-        tensors = {**self.state.adapter, **moments}
+        optimizer_state = {
+            f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()
+        }
+        tensors = {**self.state.adapter, **optimizer_state}
         single, rank = not dist.is_initialized(), dist.get_rank() if dist.is_initialized() else 0
         # 0: nothing is left to be copied from a GPU, where torch would wait in this thread for the first one.
         writer = _Writer(folder, per_thread_copy_ahead=0)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.recipe.schema import Recipe
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.data.encoder import Encoder
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests
@@ -98,11 +98,11 @@ def load_model(task: Task, device: torch.device) -> PeftModel:
     recipe, plan = task.recipe, task.plan
     if plan.strategy != "fsdp":
         return run_on_all_ranks(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
-    whole: list[LayerFacts] = []
+    whole: list[LayerReference] = []
     mesh = mesh_of(plan.world_size, device)
 
     def take(layer: nn.Module) -> None:
-        whole.append(layer_facts(layer))
+        whole.append(reference_layer(layer))
         shard_layer(layer, mesh)
 
     def read() -> PeftModel:

@@ -128,29 +128,31 @@ def _moments(sizes: list[int]) -> dict[str, Tensor]:
 def test_moments_that_are_put_into_zeros_shards_before_the_first_step_come_out_of_them_whole(
     stage: int, sizes: list[int], world: int
 ) -> None:
-    moments = _moments(sizes)
+    optimizer_state = _moments(sizes)
     with pytest.MonkeyPatch.context() as patch:
         ranks = _Ranks(patch, world)
         for rank in reversed(range(world)):
             ranks.become(rank)
             zero, inner = _engine(stage, sizes, rank, world)
-            zero.load_optimizer_state(moments)
+            zero.load_optimizer_state(optimizer_state)
             # a second time it goes into the state that is there
-            zero.load_optimizer_state(moments)
-            _assert_nothing_but_moments(inner.state, moments)
+            zero.load_optimizer_state(optimizer_state)
+            _assert_nothing_but_moments(inner.state, optimizer_state)
             state = zero.full_state()
             assert (state is not None) == (rank == 0)
     assert state is not None
-    assert state.optimizer.keys() == moments.keys()
-    for name, expected in moments.items():
+    assert state.optimizer.keys() == optimizer_state.keys()
+    for name, expected in optimizer_state.items():
         assert torch.equal(state.optimizer[name], expected), name
     for number, size in enumerate(sizes):
         assert torch.equal(state.adapter[f"p{number}"], torch.ones(size))
 
 
-def _assert_nothing_but_moments(states: Mapping[Any, Any], moments: Mapping[str, Tensor]) -> None:
+def _assert_nothing_but_moments(states: Mapping[Any, Any], optimizer_state: Mapping[str, Tensor]) -> None:
     """A shard's padding stays zero, and no rank holds a moment that is none."""
-    known = {value for name, tensor in moments.items() if "step" not in name for value in tensor.tolist()}
+    known = {
+        value for name, tensor in optimizer_state.items() if "step" not in name for value in tensor.tolist()
+    }
     for state in states.values():
         held = [value for key in ADAM_STATE_KEYS for value in state[key].tolist() if value]
         assert len(held) == len(set(held))

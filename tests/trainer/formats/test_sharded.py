@@ -112,8 +112,8 @@ def test_the_state_comes_back_to_the_bit_and_makes_an_adapter(trained: Trained, 
     found = import_checkpoint(checkpoint)
     assert found.form == "sharded checkpoint of samestep (torch DCP, 1 files)"
     assert (found.source, found.step, found.lost) == (checkpoint, 7, ())
-    assert found.moments.keys() == state.optimizer.keys()
-    assert all(torch.equal(found.moments[name], tensor) for name, tensor in state.optimizer.items())
+    assert found.optimizer_state.keys() == state.optimizer.keys()
+    assert all(torch.equal(found.optimizer_state[name], tensor) for name, tensor in state.optimizer.items())
     save_adapter(trained.model, tmp_path / "meant")
     consolidate(checkpoint, tmp_path / "adapter")
     written, meant = (
@@ -134,8 +134,8 @@ def test_a_model_takes_the_adapter_and_gets_the_moments(
     checkpoint = _publish(trained, tmp_path)
     shapes = {name: parameter.shape for name, parameter in trained.engine.parameters.items()}
     other = random_adapter(recipe_from_dict(recipe_values(world)))
-    moments = load_checkpoint(other, shapes, checkpoint)
-    assert moments is not None
+    optimizer_state = load_checkpoint(other, shapes, checkpoint)
+    assert optimizer_state is not None
     for name, parameter in trainable_parameters(other).items():
         assert torch.equal(parameter, trained.engine.parameters[name])
     with pytest.raises(CheckpointError, match="holds other parameters than the model trains"):
@@ -171,7 +171,9 @@ def test_it_merges_and_begins_another_run_like_a_portable_one(
     copy, original = (read_sharded(folder) for folder in (run.checkpoint(7), checkpoint))
     assert copy is not None
     assert original is not None
-    assert all(torch.equal(copy.moments[name], tensor) for name, tensor in original.moments.items())
+    assert all(
+        torch.equal(copy.optimizer_state[name], tensor) for name, tensor in original.optimizer_state.items()
+    )
 
 
 # what goes wrong -------------------------------------------------------------------------

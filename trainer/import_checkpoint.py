@@ -1,7 +1,7 @@
 """`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: make a checkpoint of another library's.
 
-Adapter, moments and step are taken over where the form has them; what is lost is said. `samestep run RECIPE --from
-CHECKPOINT` starts it, and then begins a run with the result.
+Adapter, optimizer state and step are imported where the form has them; what is lost is printed.
+`samestep run RECIPE --from CHECKPOINT` starts it, and then begins a run with the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.errors import CheckpointError, SamestepError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
-from launch.planning.plan import StreamOffset
+from launch.planning.step_plan import StreamOffset
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import EMBEDDED, Recipe, altering_values
 from launch.untrusted_files import printable
@@ -72,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SamestepError as error:
         return print_error(error)
     print(
-        f"{printable(str(given.source))}: {imported.form}, step {imported.step or 0}; taken over: {', '.join(_taken(imported))}"
+        f"{printable(str(given.source))}: {imported.form}, step {imported.step or 0}; imported: "
+        f"{', '.join(_taken(imported))}"
     )
     for lost in (*imported.lost, *_lost_always(recipe, imported)):
-        print(f"not taken over: {lost}")
+        print(f"not imported: {lost}")
     return 0
 
 
@@ -163,7 +164,7 @@ def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
 
 
 def lora_config(recipe: Recipe, imported: ImportedCheckpoint) -> LoraConfig:
-    """The adapter_config.json of what was taken over: its own values, the recipe's where it has none."""
+    """The adapter_config.json of the imported adapter: its own values, the recipe's where it has none."""
     chosen, own = recipe.lora, imported.config or {}
     values: dict[str, Any] = {
         "r": own.get("r", _rank_of(imported)),

@@ -51,10 +51,10 @@ def test_adapter_moments_and_step_are_taken_over(
     source = foreign / engine / "checkpoint-3"
     assert main([str(recipe), str(source), "--output", str(tmp_path / "taken")]) == 0
     said = capsys.readouterr().out
-    assert "taken over: the adapter" in said
+    assert "imported: the adapter" in said
     assert "the optimizer's moments of" in said
-    assert "not taken over: the order of its samples: this run goes on at sample 24" in said
-    assert "not taken over: which weights its base had" in said
+    assert "not imported: the order of its samples: this run goes on at sample 24" in said
+    assert "not imported: which weights its base had" in said
     taken = tmp_path / "taken" / "checkpoint-3"
     read_manifest(taken, verify=True)
     truth = load_file(foreign / engine / "truth.safetensors")
@@ -104,7 +104,7 @@ def test_the_command_begins_a_run_with_it_and_the_same_command_goes_on(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "not taken over: the learning-rate schedule" in capfd.readouterr().out
+    assert "not imported: the learning-rate schedule" in capfd.readouterr().out
     assert run_of(tmp_path / "runs" / "small").facts(8)["step"] == 8
     with pytest.raises(SystemExit) as ended:
         cli.main()

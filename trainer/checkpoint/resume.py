@@ -64,7 +64,7 @@ def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
         ConfigError: values differ that `--allow` does not name.
         CheckpointError: it lies beyond the end of the run, or before the change of its global batch size.
     """
-    plan, facts = task.plan, checkpoint.facts
+    plan, facts = task.plan, checkpoint.metadata
     if "recipe" not in facts:
         raise CheckpointError(
             f"{checkpoint.folder}: its manifest does not say which recipe wrote it; it is of another version, "
@@ -94,12 +94,12 @@ def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
 
 def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
     """What is recorded of data and base, and differs. What is not recorded is not compared, which is said."""
-    facts, now = checkpoint.facts, planned_identity(task.plan)
+    facts, now = checkpoint.metadata, planned_identity(task.plan)
     recorded = recorded_identity(facts)
     found = content_changes(recorded, now)
     if not (missing := recorded.missing()):
         return found
-    old = facts.get("base_identity")  # of an older version; null where it was taken over and not known
+    old = facts.get("base_identity")  # of an older version; null where it was imported and not known
     compared = ""
     if old_kind(old) is not None:
         here = old_base_identity(Path(base_path(task.recipe)))
@@ -107,7 +107,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
         if here != old:
             found = [*found, Change("model.content", old, here)]
     logger.info(
-        "%s: does not record all that makes its run (an older version wrote it, or it was taken over); not compared%s: "
+        "%s: does not record all that makes its run (an older version wrote it, or it was imported); not compared%s: "
         "%s; recorded from now on",
         checkpoint.folder,
         compared,

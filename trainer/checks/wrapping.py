@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from launch.planning.plan import Plan
+from launch.strategies import Strategy
 from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import check_logits
 from trainer.model.base import DTYPES
@@ -27,15 +28,15 @@ class ReferenceOutputs:
 
 
 def reference_outputs(
-    model: PeftModel, strategy: str, read_sample: Callable[[], dict[str, Any]]
+    model: PeftModel, strategy: Strategy, read_sample: Callable[[], dict[str, Any]]
 ) -> ReferenceOutputs | None:
     """Compute the outputs while every rank has the whole model. No collectives.
 
     None where nothing is to be compared: fsdp's layers are checked while they are loaded.
     """
-    if strategy in ("single", "fsdp"):
+    if not strategy.wraps_whole_model:
         return None
-    facts = [reference_layer(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
+    facts = [reference_layer(layer) for layer in decoder_layers(model)] if strategy.shards_layers else []
     sample = read_sample()
     return ReferenceOutputs(sample, _log_probs(model, sample), facts)
 

@@ -170,8 +170,8 @@ def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple
         file, config = imported.source, config_from_shapes(imported, missing.lora_alpha)
     else:
         raise CheckpointError(
-            f"{imported.source}: has no {ADAPTER_CONFIG}, and its tensors do not tell lora_alpha ({imported.form}); give "
-            f"the file with --adapter-config, or what the training had: --lora-alpha N (with --base-model)"
+            f"{imported.source}: has no {ADAPTER_CONFIG}, and its tensors do not tell lora_alpha ({imported.form}); "
+            f"give the file with --adapter-config, or what the training had: --lora-alpha N (with --base-model)"
         )
     if missing.base_model is not None:
         config |= {"base_model_name_or_path": missing.base_model, "revision": None}

@@ -84,8 +84,8 @@ def import_checkpoint(source: Path) -> ImportedCheckpoint:
         )
     if empty := [key for key, tensor in imported.tensors.items() if tensor.numel() == 0]:
         raise CheckpointError(
-            f"{imported.source}: {len(empty)} of {len(imported.tensors)} tensors are empty ({printable(empty[0])}); it was "
-            "saved without gathering what the ranks hold, give the folder with every rank's part"
+            f"{imported.source}: {len(empty)} of {len(imported.tensors)} tensors are empty ({printable(empty[0])}); "
+            "it was saved without gathering what the ranks hold, give the folder with every rank's part"
         )
     refuse_more_than_memory(
         sum(tensor.nbytes for tensor in (*imported.tensors.values(), *imported.optimizer_state.values())),

@@ -10,7 +10,8 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from launch.planning.plan import Plan, validation_samples
+from launch.planning.plan import Plan
+from launch.planning.run_steps import validation_samples
 from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
 from trainer.checks.training import describe_targets
 from trainer.data.chartqa import open_split

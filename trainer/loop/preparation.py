@@ -36,8 +36,8 @@ def prepare_model(model: PeftModel, recipe: Recipe, plan: Plan, features: Featur
         model,
         recipe,
         compute_dtype=dtype,
-        recompute_every=plan.recompute_every,
-        resident_weights=plan.resident_weights,
+        recompute_every=plan.settings.activation_checkpoint_every,
+        resident_weights=plan.settings.keep_dequantized,
         keep=features.keep if features else None,
     )
     logger.info(kernels)
@@ -68,7 +68,7 @@ def checked_wrapping(trainer: PlannedTrainer, check_gradients: Callable[[], None
         packed = shortest_sample(trainer.task, uncached(trainer.encoder))
         return to_device(packed["inputs"], trainer.args.device)
 
-    reference = run_on_all_ranks(lambda: reference_outputs(trainer.model, trainer.plan.strategy, sample))
+    reference = run_on_all_ranks(lambda: reference_outputs(trainer.model, trainer.plan.parallelism, sample))
     with trainer.engine.hide_unsharded_modules(trainer.model):
         yield
     trainer.model_wrapped.train()

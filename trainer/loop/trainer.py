@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
-from launch.planning.plan import Plan, step_plan
-from launch.strategies import ZERO_STAGES
+from launch.planning.run_steps import step_plan
 from trainer import WATCHDOG
 from trainer.checkpoint.saver import Saver
 from trainer.checks.training import GradientCheck, check_adapters, check_finite, check_step_taken
@@ -36,11 +35,6 @@ from trainer.loop.training_args import training_arguments
 from trainer.model.base import trainable_parameters
 from trainer.task import Task
 from trainer.vision_cache.writer import open_writer
-
-
-def holds_all_weights(plan: Plan) -> bool:
-    """Every rank computes a micro-batch by itself: nobody waits for it before the step's reduction."""
-    return plan.strategy in ("single", "ddp")
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -74,7 +68,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         for name, parameter in self.parameters.items():
             parameter.data = adapters[name]  # trl 1.16 rounds those of a quantized model to bf16
         check_adapters(self.parameters)
-        stage = ZERO_STAGES.get(self.plan.strategy)
+        stage = self.plan.parallelism.zero_stage
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
         self.features = open_writer(encoder.features)
         prepare_model(self.model, self.recipe, self.plan, self.features)
@@ -136,7 +130,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             with self.engine.no_sync(self.accelerator, model):
                 return self._forward_backward(model, inputs)
         except torch.OutOfMemoryError as error:
-            if not holds_all_weights(self.plan):
+            if self.plan.parallelism.sharded != "nothing":
                 raise  # in the middle of a collective: the launcher ends the others
             self.stop_requests.fail(error)
         self._out_of_memory = True

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from torch import nn
 from benchmarks.capped_train import cap_memory, share_one_gpu
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import Index
-from launch.planning import plan
+from launch.planning import make_plan
 from launch.planning.plan import Plan
 from launch.run.directory import request_stop
+from launch.strategies import STRATEGIES
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
 from trainer.checks.training import GradientCheck
@@ -130,7 +132,9 @@ def main() -> None:
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
     if storage := os.environ.get("PLANTED_STORAGE"):
-        plan.storage_of = lambda _: storage
+        make_plan.STRATEGIES = {
+            name: replace(strategy, quant_storage=storage) for name, strategy in STRATEGIES.items()
+        }
     asked = json.loads(Path(sys.argv[1]).read_text())
     requests = [train.parse(arguments) for arguments, _ in asked]
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})

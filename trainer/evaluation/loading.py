@@ -12,7 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from torch import nn
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from launch.planning.make_plan import compute_dtype_of
@@ -25,6 +27,9 @@ from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import put_adapter
 from trainer.model.base import DTYPES, load_base
+from trainer.model.resident import dequantize_weights
+
+SHARE = 0.5  # of free memory; the rest is for activations, the cache of keys and values, and image features
 
 
 def load_replica(
@@ -52,7 +57,22 @@ def load_with_adapters(
     for folder in dict.fromkeys(variant.adapter for variant in variants):
         if folder is not None:
             model = add_adapter(model, folder)
+    if device.type == "cuda" and recipe.model.resident_weights is not False:
+        hold_dequantized(model, DTYPES[compute_dtype_of(recipe)], torch.cuda.mem_get_info(device)[0])
     return model.eval()
+
+
+def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
+    """Hold 4-bit weights dequantized, where they take no more than `SHARE` of the `room` that is free, in bytes.
+
+    The answers are the same. In 4 bits every token of an answer dequantizes the whole model.
+    """
+    packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    needed = sum(module.in_features * module.out_features for module in packed) * dtype.itemsize
+    if not packed or needed > SHARE * room:
+        return False
+    dequantize_weights(model, dtype)
+    return True
 
 
 def load_stored(folder: Path, device: torch.device) -> Qwen2VLForConditionalGeneration:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import AllowPart, Overrides, Processes, RunsDir, example
+from launch.cli.options import (
+    DEFAULT_RUNS_DIR,
+    AllowPart,
+    Overrides,
+    Processes,
+    RunsDir,
+    complete_run,
+    example,
+)
 from launch.console import echo
 from launch.option_values import named, one_of, place, positive, whole
 from launch.run.variants import parse_models, prompt_option, with_prompt
@@ -20,6 +28,7 @@ TargetArgument = Annotated[
     typer.Argument(
         metavar="RUN|CHECKPOINT|ADAPTER|MODEL|RECIPE",
         parser=named("TARGET"),
+        autocompletion=complete_run,
         help="A run by name or folder, one of its checkpoints, an adapter, a model, or a recipe before it has run.",
     ),
 ]
@@ -95,7 +104,7 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     gpus_per_node: Processes = None,
     allow: AllowPart = [],  # noqa: B006
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON, without the answers.")
     ] = False,
@@ -138,7 +147,7 @@ def ask(
     models: HandModels = None,
     prompt: PromptOption = "recipe",
     recipe: OutsideRecipe = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Ask about images; the answer appears as it comes. Several models answer one after the other."""
     from launch.local import ask_by_hand
@@ -154,7 +163,7 @@ def demo(
     models: HandModels = None,
     prompt: PromptOption = "recipe",
     recipe: OutsideRecipe = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Show a page on this machine that asks about images, the base and the tuned model beside each other.
 
@@ -207,6 +216,7 @@ def merge(
             metavar="RUN|CHECKPOINT|ADAPTER",
             parser=named("SOURCE"),
             help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
+            autocompletion=complete_run,
         ),
     ],
     output: Annotated[
@@ -257,7 +267,7 @@ def merge(
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
     allow: AllowPart = [],  # noqa: B006
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch.local import postprocess
@@ -285,7 +295,7 @@ def consolidate(
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
     from launch.local import postprocess

@@ -24,14 +24,15 @@ from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks.random_base import RECIPE, build, recipe_settings
 from launch.errors import SamestepError
 from launch.recipe.loading import dump_recipe, find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
-from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
+from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answers import Replica, greedy
 from trainer.evaluation.loading import answering_as, load_with_adapters
 from trainer.evaluation.request import Request, Variant, variants_of
@@ -138,7 +139,7 @@ def plain_answers(
     model: Any, processor: Any, recipe: Recipe, rows: Rows, prompts: Sequence[str], numbers: Sequence[int]
 ) -> list[str]:
     """As the documentation of transformers has it, with images in every call."""
-    images = [decode_image(rows[number].image) for number in numbers]
+    images = [decode_image(rows[number].images[0]) for number in numbers]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = processor(
         text=list(prompts), images=images, padding=True, return_tensors="pt", add_special_tokens=False

@@ -239,7 +239,8 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
         trainer.clock.passed("evaluation")
     trainer.ended_early = broadcast_from_main(lambda: has_ended_early(trainer.task, step))
     if step < max_steps and not trainer.agreed.stop and not trainer.ended_early:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.garbage:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

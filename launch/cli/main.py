@@ -12,6 +12,7 @@ import typer
 from launch.atomic_files import place_of
 from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
+from launch.cli.data import commands as data_commands
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
     Allow,
@@ -325,6 +326,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
         echo(line)
 
 
+app.add_typer(data_commands)
 app.add_typer(results_commands)
 app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups

@@ -158,12 +158,12 @@ def example(*lines: str) -> str:
     return "\n\n".join(["Example:", *lines])
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
 def with_early_stop(overrides: list[str], early_stop: int | None) -> tuple[str, ...]:
     """The overrides of a recipe, `--early-stop` among them."""
     return (*overrides, *([] if early_stop is None else [f"evaluation.early_stop={early_stop}"]))
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def nodes_option(help_text: str) -> Any:

@@ -61,6 +61,14 @@ HOSTILE: dict[str, list[str]] = {
     "--max-crashes": ["", "0", "-1", "x", "1001"],
     "--then": ["push", "merge,x", "\n"],
     "--rank": ["", "-1", "x"],
+    "FILE": PATHS,
+    "--data": [*PATHS, "no-such-folder", "."],
+    "--model": PATHS,
+    "--gpus": ["", "x", "-1", "1.5", "9" * 5000],
+    "--image": TEXTS,
+    "--query": TEXTS,
+    "--label": TEXTS,
+    "--rows": ["", "x", "-1", "1001"],
     "--steps": ["", "x", "0", "5:4", "-1", "1:", ":1", "1:2:3", "9" * 5000, LONG],
     "--random": ["", "0", "-1", "x", "1001"],
     "--seed": ["", "-1", "x", "1.5"],
@@ -71,9 +79,10 @@ ARGUMENT = {
     "run": "RUN",
     "runs": "RUN",
     "source": "SOURCE",
+    "target": "TARGET",
+    "file": "FILE",
     "left": "RUN",
     "right": "RUN",
-    "target": "TARGET",
     "words": "IMAGE... [QUESTION]",
 }
 GOOD = {
@@ -81,9 +90,10 @@ GOOD = {
     "run": "mine",
     "runs": "mine",
     "source": ".",
+    "target": "embedded",
+    "file": "my.yaml",
     "left": "mine",
     "right": "mine",
-    "target": "embedded",
     "words": "lost.png",
 }
 

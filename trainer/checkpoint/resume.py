@@ -137,5 +137,10 @@ def has_ended_early(task: Task, step: int) -> bool:
 
 def evaluation_is_missing(task: Task, step: int) -> bool:
     """A stop cut the evaluation at `step` short, where the run goes on. On rank 0."""
-    due = step > 0 and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    has_any = task.recipe.data.validation is not None
+    due = (
+        has_any
+        and step > 0
+        and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    )
     return due and all(line["step"] != step for line in read_lines(task.run.evaluations_file))

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import Qwen2VLProcessor
 
 from launch.errors import RunError
-from trainer.data.chartqa import Rows, open_split
+from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
 from trainer.evaluation.answers import Answer, Question, Replica, make_batches, other_images, read_questions
 from trainer.evaluation.loading import answering_as, load_merged, load_replica, release

@@ -1,7 +1,6 @@
 """The questions of a split, and a model on one device that answers them."""
 
 import contextlib
-import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import SPLITS
-from trainer.data.chartqa import Rows
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows
 from trainer.evaluation.request import Task
 
 CACHE_BYTES = 2 << 30  # of image features on the device
@@ -36,11 +35,12 @@ class Question:
     row: int
     query: str
     label: tuple[str, ...]
-    human_or_machine: int
+    human_or_machine: int | None
     prompt: str
-    image_row: int  # the first of the rows asked that shows this image, this one included
+    image_row: int  # the first of the rows asked that shows these images, this one included
     text_tokens: int
     visual_tokens: int
+    images: int = 1
     image: str = ""
     prompts: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def read_questions(
             row = rows[number]
             prompt = encoder.texts(row)[0]
             prompts = {suffix: other.texts(row)[0] for suffix, other in others.items()}
-        image = hashlib.sha256(row.image).hexdigest()
+        image = row.images_digest
         questions.append(
             Question(
                 row=number,
@@ -101,6 +101,7 @@ def read_questions(
                 image_row=first_rows.setdefault(image, number),
                 text_tokens=int(split.text_tokens[sample]),
                 visual_tokens=int(split.visual_tokens[sample]),
+                images=len(row.images),
                 image=image,
                 prompts=prompts,
             )
@@ -109,20 +110,26 @@ def read_questions(
 
 
 def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
-    """For every question the position of one with another image; the same for every call.
+    """For every question the position of one with other images, as many; the same for every call.
 
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
-    keeps its image, also where several questions share one.
+    keeps its image, also where several questions share one. Questions without an image, and the only one with so many,
+    stay as they are.
     """
-    first: dict[int, int] = {}
+    first: dict[int, dict[int, int]] = {}
     for position, question in enumerate(questions):
-        first.setdefault(question.image_row, position)
-    if len(first) < 2:
+        first.setdefault(question.images, {}).setdefault(question.image_row, position)
+    if not any(len(of_count) > 1 for count, of_count in first.items() if count):
         raise ConfigError("--models shuffled: all questions are on one image; ask more (--max-samples)")
-    cycle = list(first)
-    random.Random(seed).shuffle(cycle)
-    successor = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-    return [first[successor[question.image_row]] for question in questions]
+    successor: dict[int, int] = {}
+    for count in sorted(first):
+        cycle = list(first[count])
+        if count:
+            random.Random(seed).shuffle(cycle)
+            successor |= zip(cycle, cycle[1:] + cycle[:1], strict=True)
+        else:
+            successor |= zip(cycle, cycle, strict=True)
+    return [first[question.images][successor[question.image_row]] for question in questions]
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -147,7 +154,7 @@ class Replica:
     max_new_tokens: int
     compute_dtype: torch.dtype
     synced: bool = False
-    _features: OrderedDict[int, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _features: OrderedDict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=OrderedDict)
 
     @property
     def base(self) -> Qwen2VLForConditionalGeneration:
@@ -158,36 +165,40 @@ class Replica:
         )
 
     @torch.no_grad()
-    def image_features(self, image_row: int) -> tuple[Tensor, Tensor]:
-        """Features [V, hidden] and grid [1, 3] of a row's image, encoded alone: no batch changes them.
+    def image_features(self, image_row: int) -> list[tuple[Tensor, Tensor]]:
+        """Features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
         if image_row in self._features:
             self._features.move_to_end(image_row)
             return self._features[image_row]
-        device = self.base.device
         with naming_row(f"data: row {image_row} of the split"):
-            image = decode_image(self.rows[image_row].image)
-            encoded = self.processor.image_processor(images=[image], return_tensors="pt")
+            found = [self._encode(image) for image in self.rows[image_row].images]
+        self._features[image_row] = found
+        size = sum(features.nbytes for features, _ in found)
+        while len(self._features) * size > CACHE_BYTES:
+            self._features.popitem(last=False)
+        return found
+
+    def _encode(self, image: bytes) -> tuple[Tensor, Tensor]:
+        device = self.base.device
+        encoded = self.processor.image_processor(images=[decode_image(image)], return_tensors="pt")
         encoded = encoded.to(device)
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
-        features = output.pooler_output[0]
-        self._features[image_row] = features, grid
-        while len(self._features) * features.nbytes > CACHE_BYTES:
-            self._features.popitem(last=False)
-        return features, grid
+        return output.pooler_output[0], grid
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the image of a row."""
-        images = [self.image_features(row) for row in image_rows]
+        """Greedy answers, each to a prompt about the images of a row."""
+        of_prompts = [self.image_features(row) for row in image_rows]
+        images = [image for of_prompt in of_prompts for image in of_prompt]
         token = self.processor.image_token
         texts = [
-            prompt.replace(token, token * len(features), 1)
-            for prompt, (features, _) in zip(prompts, images, strict=True)
+            _with_visual_tokens(prompt, token, [len(features) for features, _ in of_prompt])
+            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
         ]
         device = self.base.device
         encoded = self.processor.tokenizer(
@@ -201,10 +212,16 @@ class Replica:
                 input_ids=input_ids,
                 attention_mask=encoded["attention_mask"],
                 mm_token_type_ids=(input_ids == self.processor.image_token_id).int(),
-                image_grid_thw=torch.cat([grid for _, grid in images]),
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
                 generation_config=greedy(self.base, self.processor, self.max_new_tokens),
                 synced_gpus=self.synced,
+                **(
+                    {
+                        "image_grid_thw": torch.cat([grid for _, grid in images]),
+                        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+                    }
+                    if images
+                    else {}
+                ),
             )
         new = output[:, input_ids.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -223,3 +240,9 @@ def greedy(
         eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _with_visual_tokens(prompt: str, token: str, counts: Sequence[int]) -> str:
+    """With the token of each image repeated for its visual tokens."""
+    first, *rest = prompt.split(token)
+    return first + "".join(token * count + text for count, text in zip(counts, rest, strict=True))

@@ -18,10 +18,10 @@ from launch.errors import ConfigError
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_bytes, reason_of
-from trainer.data.chartqa import Row, chat
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
+from trainer.data.rows import IMAGE, Turn, chat
 from trainer.evaluation.answers import greedy
 from trainer.evaluation.loading import answering_as, load_stored, load_with_adapters
 from trainer.evaluation.request import Request, Variant, variants_of
@@ -73,9 +73,8 @@ class Panel:
         """The greedy answer of one, about all images together; `streamer` is handed the tokens as they come."""
         model = respondent.model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        messages = chat(respondent.variant.system_message, Row(b"", question, [""], 0), answer=False)
-        text = messages[-1]["content"][-1:]
-        messages[-1]["content"] = [*({"type": "image"} for _ in images), *text]
+        turn = Turn("user", (*[IMAGE] * len(images), question))
+        messages = chat(respondent.variant.system_message, [turn])
         prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = self.processor(
             text=[prompt], images=list(images), return_tensors="pt", add_special_tokens=False

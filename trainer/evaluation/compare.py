@@ -37,10 +37,11 @@ from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
-from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.data.rows import Row
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
@@ -255,12 +256,15 @@ def answer_logits(
 ) -> Tensor:
     """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
-    prompt, text = encoder.texts(row)
+    conversation = encoder.conversation(row)
     device = next(model.parameters()).device
     with naming_row(f"data: the row that asks {row.query!r}"):
-        image = decode_image(row.image)
-        inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
-        begin = encoder.prompt_length(prompt, inputs["input_ids"][0])
+        images = [decode_image(image) for image in row.images] or None
+        inputs = processor(
+            text=[conversation.text], images=images, return_tensors="pt", add_special_tokens=False
+        )
+        begin, end = encoder.spans(conversation, encoder.text_ids(conversation.text))[-1]
+        begin = inputs["input_ids"].shape[1] - (end - begin)  # no image stands in an answer
     inputs = inputs.to(device)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits

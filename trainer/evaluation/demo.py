@@ -19,9 +19,9 @@ from launch.console import echo
 from launch.errors import ConfigError, SamestepError
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
-from trainer.data.chartqa import open_split
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import spread
 from trainer.evaluation.ask import check_hand_request
 from trainer.evaluation.asking import Panel, read_image, seat
@@ -47,13 +47,15 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
 
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
-    """(image file, question, target) of rows spread over the test split; images are written to `folder`."""
+    """(image file, question, target) of rows with one image, spread over the test split."""
     rows, found = open_split(recipe, "test"), []
     for number in spread(len(rows), count):
         row = rows[number]
         file = folder / f"row-{number}.png"
+        if len(row.images) != 1:
+            continue  # the page takes one image
         try:
-            decode_image(row.image).save(file)
+            decode_image(row.images[0]).save(file)
         except RowError:
             continue  # `prepare` names such rows
         found.append([str(file), row.query, row.label[0]])

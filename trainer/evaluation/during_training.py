@@ -21,9 +21,9 @@ from peft import PeftModel
 from transformers import Qwen2VLProcessor
 
 from launch.recipe.schema import Recipe
-from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
 from trainer.evaluation.answers import Replica, make_batches, spread
 from trainer.evaluation.metrics import Prediction, summary
@@ -41,7 +41,7 @@ class _Question:
     row: int
     prompt: str
     target: str
-    human_or_machine: int
+    human_or_machine: int | None
     tokens: int
 
 

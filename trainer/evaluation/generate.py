@@ -35,6 +35,7 @@ from trainer.evaluation.answering import Stored, answer_all
 from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.evaluation.identity import hold_against_training
+from trainer.evaluation.metric_functions import load_metrics
 from trainer.evaluation.request import Request, Task, check_request, facts_of, variants_of, weights_of
 from trainer.evaluation.result import print_json, print_result, result_of
 from trainer.evaluation.stored_answers import models_in, with_earlier_answers, write_result
@@ -94,14 +95,18 @@ def evaluate(task: Task, state: PartialState, as_json: bool = False) -> None:
 
     # A run that goes on meanwhile, or a merge, may replace the weights: the answers are of those that are there now.
     identity, weights, stored = broadcast_from_main(look)
+    kinds = task.index.splits[request.split].human_or_machine
+    metrics = run_on_all_ranks(lambda: load_metrics(task.recipe, has_kinds=bool((kinds >= 0).all())))
     share = run_on_all_ranks(lambda: answer_all(task, state, stored))
     gathered: list[tuple[list[Question], list[Answer]]] = gather_object([share])
 
     def conclude() -> None:
         answers = [answer for _, of_rank in gathered for answer in of_rank]
-        result = result_of(task, share[0], answers, state.num_processes, weights, identity)
+        result = result_of(task, share[0], answers, state.num_processes, weights, identity, metrics)
         names = in_order([*request.models, *models_in(request.file)])
-        kept = with_earlier_answers(result, request.file, weights_of(request, names), request.adapter)
+        kept = with_earlier_answers(
+            result, request.file, weights_of(request, names), request.adapter, metrics
+        )
         write_result(kept, request.file)
         refresh_figures(request.run)
         if as_json:

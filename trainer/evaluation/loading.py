@@ -20,7 +20,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.base_files import refuse_unsafe_base
-from trainer.data.chartqa import Rows
+from trainer.data.splits import Rows
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.request import Task, Variant
 from trainer.export.adapter import Adapter, read_adapter

@@ -17,7 +17,7 @@ class Prediction(TypedDict):
 
     prediction: str
     target: str
-    human_or_machine: int
+    human_or_machine: int | None
 
 
 class Accuracy(TypedDict):
@@ -39,11 +39,18 @@ class Paired(TypedDict):
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
-    """Accuracy of the questions of people ("human"), of machines ("augmented"), and of all ("overall")."""
+    """Relaxed accuracy of the questions of people ("human"), of machines ("augmented"), and of all ("overall")."""
+    return summary_of(
+        (correct(row["prediction"], row["target"]), row["human_or_machine"]) for row in predictions
+    )
+
+
+def summary_of(outcomes_and_kinds: Iterable[tuple[bool, int | None]]) -> dict[str, Accuracy]:
+    """As `summary`, of outcomes by whatever metric, each with the kind of its question (None: not known)."""
     outcomes: dict[str, list[bool]] = {group: [] for group in (*GROUPS.values(), "overall")}
-    for row in predictions:
-        outcome = correct(row["prediction"], row["target"])
-        outcomes[GROUPS[row["human_or_machine"]]].append(outcome)
+    for outcome, kind in outcomes_and_kinds:
+        if kind is not None:
+            outcomes[GROUPS[kind]].append(outcome)
         outcomes["overall"].append(outcome)
     return {group: _accuracy(of_group) for group, of_group in outcomes.items()}
 

@@ -22,9 +22,9 @@ from launch.invocation import VARIABLE, command
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.run.variants import in_order
-from trainer.data.relaxed_accuracy import correct
 from trainer.evaluation.answers import Answer, Question
-from trainer.evaluation.metrics import Accuracy, Paired, Prediction, summary
+from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
+from trainer.evaluation.metrics import Accuracy, Paired, summary_of
 from trainer.evaluation.request import Request, Task, variants_of
 from trainer.evaluation.stored_answers import Kept, compared, probabilities
 
@@ -38,8 +38,11 @@ def result_of(
     world_size: int,
     weights: Mapping[str, str | None],
     identity: Mapping[str, Any] = MappingProxyType({}),
+    metrics: Metrics = RELAXED,
 ) -> dict[str, Any]:
-    """Everything that eval.json holds. `weights`: as of `weights_of`, before they were loaded; `identity`: as of
+    """Everything that eval.json holds. `metrics`: the first one says what is correct.
+
+    `weights`: as of `weights_of`, before they were loaded; `identity`: as of
     `hold_against_training`.
 
     Raises:
@@ -59,16 +62,9 @@ def result_of(
     accuracy: dict[str, dict[str, Accuracy]] = {}
     outcomes: dict[str, list[bool]] = {}
     for model, given in by_model.items():
-        scored: list[Prediction] = [
-            {
-                "prediction": given[q.row]["prediction"],
-                "target": q.label[0],
-                "human_or_machine": q.human_or_machine,
-            }
-            for q in questions
-        ]
-        accuracy[model] = summary(scored)
-        outcomes[model] = [correct(each["prediction"], each["target"]) for each in scored]
+        outcomes[model] = [metrics.is_correct(given[q.row]["prediction"], q.label) for q in questions]
+        kinds = (question.human_or_machine for question in questions)
+        accuracy[model] = summary_of(zip(outcomes[model], kinds, strict=True))
     variants = variants_of(request, recipe)
     shuffled = {variant.name for variant in variants if variant.shuffled}
     predictions = [
@@ -81,6 +77,7 @@ def result_of(
                 model: {
                     "prediction": given[question.row]["prediction"],
                     "correct": outcomes[model][position],
+                    "scores": metrics.score(given[question.row]["prediction"], question.label),
                     **({"image_of_row": given[question.row]["image_row"]} if model in shuffled else {}),
                 }
                 for model, given in by_model.items()
@@ -107,6 +104,7 @@ def result_of(
         "finished_of": dict.fromkeys(by_model, finished),
         "weights": {model: weights[model] for model in by_model},
         "accuracy": accuracy,
+        "metrics": figures(predictions, list(by_model), metrics),
         "mcnemar_p": probabilities(pairs),
         "paired": pairs,
         "predictions": predictions,
@@ -121,14 +119,16 @@ def print_result(kept: Kept, request: Request, console: Console) -> None:
     """The accuracies as a table, then the paths and what to type next."""
     run, result = request.run, kept.result
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
-    title = f"relaxed accuracy on {result['questions']} questions of {result['source']}"
+    first, *others = result["metrics"]
+    title = f"{first.replace('_', ' ')} on {result['questions']} questions of {result['source']}"
     table = Table(title=title, title_justify="left")
-    groups = list(next(iter(accuracy.values())))
-    for column in ("model", *groups, "95 % interval"):
+    groups = [group for group, each in next(iter(accuracy.values())).items() if each["count"]]
+    for column in ("model", *groups, "95 % interval", *others):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, of_model in accuracy.items():
         shares = (_share_text(of_model[group]) for group in groups)
-        table.add_row(_title(model), *shares, _interval_text(of_model["overall"]))
+        more = (f"{result['metrics'][name][model]['percent']:.1f} %" for name in others)
+        table.add_row(_title(model), *shares, _interval_text(of_model["overall"]), *more)
     console.print(table)
     pairs: dict[str, Paired] = result["paired"]
     for pair, each in pairs.items():

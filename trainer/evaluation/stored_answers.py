@@ -20,8 +20,8 @@ from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import WEIGHTS
 from launch.run.variants import from_worse_to_better, parse_variant
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
-from trainer.data.relaxed_accuracy import correct
-from trainer.evaluation.metrics import Accuracy, Paired, paired, summary
+from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
+from trainer.evaluation.metrics import Accuracy, Paired, paired, summary_of
 
 _QUESTION = ("row", "query", "label", "human_or_machine")
 
@@ -37,7 +37,11 @@ class Kept:
 
 
 def with_earlier_answers(
-    result: dict[str, Any], file: Path, weights: Mapping[str, str | None], adapter: Path
+    result: dict[str, Any],
+    file: Path,
+    weights: Mapping[str, str | None],
+    adapter: Path,
+    metrics: Metrics = RELAXED,
 ) -> Kept:
     """A result with the answers that `file` holds of other models. Writes nothing.
 
@@ -61,7 +65,7 @@ def with_earlier_answers(
     answers = {each["row"]: each for each in older["predictions"]}
     predictions = [
         {key: each[key] for key in _QUESTION}
-        | {m: _scored(answers[each["row"]][m], each) if m in carried else each[m] for m in models}
+        | {m: _scored(answers[each["row"]][m], each, metrics) if m in carried else each[m] for m in models}
         for each in result["predictions"]
     ]
     pairs = compared(predictions, models)
@@ -78,6 +82,7 @@ def with_earlier_answers(
         "finished_of": {m: _finished(older, m) if m in carried else result["finished"] for m in models},
         "accuracy": {m: _accuracy(m, predictions) if m in carried else result["accuracy"][m] for m in models},
         "prompts": {m: (older if m in carried else result).get("prompts", {}).get(m) for m in models},
+        "metrics": figures(predictions, models, metrics),
         "predictions": predictions,
         "mcnemar_p": probabilities(pairs),
         "paired": pairs,
@@ -90,19 +95,17 @@ def _weights_of(model: str, older: dict[str, Any], weights: Mapping[str, str | N
     return told or weights[model]
 
 
-def _scored(answer: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
-    return {**answer, "correct": correct(answer["prediction"], question["label"][0])}
+def _scored(answer: dict[str, Any], question: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
+    prediction, labels = answer["prediction"], question["label"]
+    return {
+        **answer,
+        "correct": metrics.is_correct(prediction, labels),
+        "scores": metrics.score(prediction, labels),
+    }
 
 
 def _accuracy(model: str, predictions: Sequence[dict[str, Any]]) -> dict[str, Accuracy]:
-    return summary(
-        {
-            "prediction": each[model]["prediction"],
-            "target": each["label"][0],
-            "human_or_machine": each["human_or_machine"],
-        }
-        for each in predictions
-    )
+    return summary_of((each[model]["correct"], each["human_or_machine"]) for each in predictions)
 
 
 def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, Paired]:

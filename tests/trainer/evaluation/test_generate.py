@@ -21,8 +21,9 @@ from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
-from trainer.data.chartqa import chat, open_split
 from trainer.data.images import decode_image
+from trainer.data.rows import chat
+from trainer.data.splits import open_split
 from trainer.evaluation.answering import answer_all
 from trainer.evaluation.answers import Question, make_batches, other_images, spread
 from trainer.evaluation.generate import main
@@ -55,7 +56,7 @@ def result(run: RunDirectory) -> dict[str, Any]:
 def plain_answer(model: Any, processor: Any, recipe: Recipe, row: Any, image: bytes) -> str:
     """One question alone, the way the documentation of transformers does it."""
     text = processor.apply_chat_template(
-        chat(recipe.data.system_message, row, answer=False), tokenize=False, add_generation_prompt=True
+        chat(recipe.data.system_message, row.turns[:-1]), tokenize=False, add_generation_prompt=True
     )
     inputs = processor(text=[text], images=[decode_image(image)], return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=True)
@@ -71,12 +72,12 @@ def test_every_answer_is_the_one_of_a_plain_call_on_that_question_alone(
     for each in result["predictions"]:
         row = rows[each["row"]]
         assert (each["query"], each["label"]) == (row.query, row.label)
-        assert each["adapter"]["prediction"] == plain_answer(model, processor, recipe, row, row.image)
-        shown = rows[each["shuffled"]["image_of_row"]].image
-        assert shown != row.image
+        assert each["adapter"]["prediction"] == plain_answer(model, processor, recipe, row, row.images[0])
+        shown = rows[each["shuffled"]["image_of_row"]].images[0]
+        assert shown != row.images[0]
         assert each["shuffled"]["prediction"] == plain_answer(model, processor, recipe, row, shown)
         with model.disable_adapter():
-            assert each["base"]["prediction"] == plain_answer(model, processor, recipe, row, row.image)
+            assert each["base"]["prediction"] == plain_answer(model, processor, recipe, row, row.images[0])
     answers = [
         [each[model]["prediction"] for each in result["predictions"]]
         for model in ("base", "adapter", "shuffled")

@@ -20,9 +20,10 @@ from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
 from tests.helpers.merging import merge
-from trainer.data.chartqa import chat, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
+from trainer.data.rows import chat
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.generate import main
 from trainer.evaluation.loading import answering_as, hold_dequantized, load_with_adapters
@@ -92,9 +93,9 @@ def test_a_variant_is_asked_with_its_own_system_message(
         for each in result["predictions"]:
             row = rows[each["row"]]
             text = processor.apply_chat_template(
-                chat(message, row, answer=False), tokenize=False, add_generation_prompt=True
+                chat(message, row.turns[:-1]), tokenize=False, add_generation_prompt=True
             )
-            inputs = processor(text=[text], images=[decode_image(row.image)], return_tensors="pt")
+            inputs = processor(text=[text], images=[decode_image(row.images[0])], return_tensors="pt")
             with torch.no_grad():
                 output = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=True)
             new = output[0, inputs["input_ids"].shape[1] :]

@@ -78,6 +78,7 @@ def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> Non
         "evaluations.jsonl",
         "adapter",
         "checkpoint-3",
+        "logs",
         "DONE",
     }
     line = read_lines(done.metrics_file)[0]

@@ -167,7 +167,9 @@ def describe_targets(
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending places as runs [begin, end) without gaps."""
     begins = [place for place, before in zip(places, [None, *places], strict=False) if before != place - 1]
-    ends = [place + 1 for place, after in zip(places, [*places[1:], None], strict=True) if after != place + 1]
+    ends = [
+        place + 1 for place, after in zip(places, [*places[1:], None], strict=False) if after != place + 1
+    ]
     return list(zip(begins, ends, strict=True))
 
 

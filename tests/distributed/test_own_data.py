@@ -31,7 +31,8 @@ def _write_recipe(world: Path, folder: Path, name: str, steps: int, **data: Any)
     values["batch"] = {"global_batch_size": 8, "micro_batch_tokens": 330}
     values["training"] |= {"max_steps": steps, "learning_rate": 2e-4}
     values["lora"] = {"lora_dropout": 0.05}
-    values["evaluation"] = {"every_steps": 2, "max_samples": 6}
+    answers = {} if data else {"answers": 4, "max_new_tokens": 3, "metrics": ["token_f1"]}
+    values["evaluation"] = {"every_steps": 2, "max_samples": 6, **answers}
     values["checkpoint"] = {"every_steps": 1}
     file = folder / f"{name}.yaml"
     file.write_text(dump_recipe(recipe_from_dict(values)))
@@ -87,6 +88,8 @@ def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, pr
     assert [line["target_tokens"] for line in metrics_of(several)] == [
         line["target_tokens"] for line in metrics_of(one)
     ]
+    for key in ("accuracy", "answers", "answers_digest"):
+        assert [line[key] for line in evaluations_of(several)] == [line[key] for line in evaluations_of(one)]
     assert [line["loss"] for line in evaluations_of(several)] == pytest.approx(
         [line["loss"] for line in evaluations_of(one)], rel=1e-6
     )

@@ -29,7 +29,9 @@ def hold_against_training(task: Task) -> dict[str, Any]:
     request = task.request
     all_merged = {parse_variant(model).weights for model in request.models} == {"merged"}
     of_model = _OF_ANY_MODEL if all_merged else MODEL_PARTS
-    now = compute_identity(task.recipe, task.index).only(*of_model, OWN_TEMPLATE, f"data.{request.split}.rows")
+    now = compute_identity(task.recipe, task.index).only(
+        *of_model, OWN_TEMPLATE, f"data.{request.split}.rows"
+    )
     refuse_unknown_parts(request.allow, PARTS)
     trained_at = request.trained_at
     recorded, where = recorded_at(trained_at) if trained_at else (None, "")

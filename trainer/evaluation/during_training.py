@@ -20,6 +20,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import Qwen2VLProcessor
 
+from launch.errors import RunError
 from launch.recipe.schema import Recipe
 from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
@@ -93,11 +94,26 @@ def score_answers(
             images = [questions[position].row for position in positions]
             # The tower is whole on every rank: what one alone can meet is met before the layers wait for each other.
             run_on_all_ranks(partial(_look, replica, images))
-            if counts or synced:
-                answers = replica.answers([questions[position].prompt for position in positions], images)
-                predictions |= dict(zip(positions, answers, strict=True)) if counts else {}
+            prompts = [questions[position].prompt for position in positions]
+            if (
+                synced
+            ):  # in the middle of collectives: what fails here ends the other ranks through the launcher
+                answers = _answers(replica, prompts, images)
+            else:
+                answers = run_on_all_ranks(partial(_answers, replica, prompts, images) if counts else list)
+            predictions |= dict(zip(positions, answers, strict=True)) if counts else {}
     gathered = {position: answer for part in gather_objects(predictions) for position, answer in part.items()}
     return _score(questions, gathered)
+
+
+def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) -> list[str]:
+    try:
+        return replica.answers(prompts, images)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"evaluation.batch_size: {len(prompts)} prompts are too many beside the training (GPU out of memory); the "
+            "same command goes on with a smaller one, or with evaluation.answers: 0"
+        ) from error
 
 
 def _look(replica: Replica, rows: Sequence[int]) -> None:

@@ -213,7 +213,7 @@ def gpu_computes_bfloat16(request: PlanRequest) -> str | None:
     )
 
 
-def gpu_has_8_bit_products(request: Request) -> str | None:
+def gpu_has_8_bit_products(request: PlanRequest) -> str | None:
     """`torch._scaled_mm` needs compute capability 8.9 for e4m3, and gives bfloat16 where every row has its scale."""
     capability, recipe = request.capability, request.recipe
     if recipe.model.products != "fp8" or capability is None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGe
 
 from launch.errors import ConfigError
 from launch.recipe.schema import Recipe
+from launch.units import gib
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
@@ -206,9 +207,7 @@ def prepare_training(
         held = use_fp8_products(language, compute_dtype, resident=resident_weights)
         said.append(f"products of the language model in 8 bits ({held / 2**30:.1f} GiB held so)")
     if resident_weights:
-        said.append(
-            f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
-        )
+        said.append(f"4-bit weights held dequantized ({gib(dequantize_weights(base, compute_dtype))})")
     use_packed_attention(base)
     patch_forward_target_logprobs(base)
     register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)

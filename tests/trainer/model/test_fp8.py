@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe.loading import recipe_from_dict
+from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
+from trainer.data.splits import open_split
+from trainer.metrics_log import read_lines
 from trainer.model import fused
 from trainer.model.base import add_lora, load_base, prepare_training, trainable_parameters
 from trainer.model.fp8 import (
@@ -26,6 +27,7 @@ from trainer.model.fp8 import (
     use_fp8_products,
 )
 from trainer.pretrained import load_processor
+from trainer.train import main as train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -219,3 +221,24 @@ def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
 
 def test_e4m3_has_the_largest_number_that_scales_are_made_for() -> None:
     assert torch.finfo(E4M3).max == 448
+
+
+def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_its_own_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for products in ("bf16", "fp8"):
+        values = recipe_values(world)
+        values["model"]["products"] = products
+        values["training"]["max_steps"] = 3
+        file = tmp_path / f"{products}.yaml"
+        file.write_text(dump_recipe(recipe_from_dict(values)))
+        run = tmp_path / products
+        assert train([str(file), "--runs-dir", str(tmp_path), "--name", products]) == 0
+        losses[products] = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=1e-2)
+    assert losses["fp8"] != losses["bf16"]
+    capsys.readouterr()
+    changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
+    assert train([*changed, "--set", "training.max_steps=4"]) == 2
+    assert "model.products: the run has 'fp8'" in capsys.readouterr().err

@@ -75,6 +75,14 @@ def test_the_larger_and_smaller_recipes_differ_from_the_default_in_the_model_alo
         assert {key for key in default if default[key] != other[key]} == {"model.name_or_path"}
 
 
+def test_products_of_8_bits_alter_a_run_and_their_absence_is_what_older_runs_recorded() -> None:
+    name = "qwen2vl_7b_chartqa"
+    plain = altering_values(load_recipe(find_recipe(name)))
+    in_8_bits = altering_values(load_recipe(find_recipe(name), ["model.products=fp8"]))
+    assert "model.products" not in plain
+    assert in_8_bits == plain | {"model.products": "fp8"}
+
+
 def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:
     from trl import SFTConfig
 

@@ -36,6 +36,12 @@ BFLOAT16_BASE = embedded_recipe(
 )
 FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
 RESIDENT = embedded_recipe("model.resident_weights=true")
+FP8_IN_FLOAT32 = embedded_recipe(
+    "model.products=fp8", "model.dtype=float32", "quantization.load_in_4bit=false"
+)
+FP8 = embedded_recipe(
+    "model.products=fp8", "model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16"
+)
 FSDP2 = {"fsdp_version": 2}
 
 
@@ -181,6 +187,16 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16_BASE),
             "model.dtype: bfloat16 on a GPU of compute capability 7.5",
         ),
+        (
+            request_rules.gpu_has_8_bit_products,
+            replace(ALLOWED, capability=(8, 6), recipe=FP8),
+            "fp8 on a GPU of compute capability 8.6 (8.9 is needed)",
+        ),
+        (
+            request_rules.gpu_has_8_bit_products,
+            replace(ALLOWED, capability=(9, 0), recipe=FP8_IN_FLOAT32),
+            "fp8 with model.dtype float32",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -237,7 +253,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 26
+    assert len(every) == 27
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0
 
 @contextmanager
 def progress_reports(*, quiet: bool = False) -> Iterator[BeginProgress]:
-    """Where pieces of work report to: bars; lines where stderr is no terminal, as rich 15 draws nothing there."""
+    """Yield what pieces of work report to: bars, or lines where stderr is no terminal: rich 15 draws nothing there."""
     console = Console(stderr=True)
     if quiet:
         yield lambda description: lambda done, total: None

@@ -99,7 +99,7 @@ class StepEnd(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def _digest(self, samples: NDArray[np.int64]) -> str:
-        """A digest of a step's samples, in the form that this run began with."""
+        """Return a digest of a step's samples, in the form that this run began with."""
         if self.trainer.plan.samples_digest == "positions":
             return samples_digest(samples)
         digests = self.trainer.index.splits["train"].digests

@@ -84,7 +84,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # --- micro-batches ------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Loader:
-        """The micro-batches after the resumed step, by the step plan; `Trainer`'s own draws samples by a sampler."""
+        """Open the micro-batches after the resumed step, by the step plan; `Trainer`'s own draws from a sampler."""
         batches = dataloaders.training_batches(
             self.task, self.encoder, self.step_plan, self.args.process_index
         )
@@ -93,7 +93,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return self.training_loader.begin()  # the workers decode while the model is wrapped
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
-        """This rank's share of the validation samples: each exactly once, where `Trainer` pads the last batch."""
+        """Open this rank's share of the validation samples: each exactly once, where `Trainer` pads the last batch."""
         batches = dataloaders.evaluation_batches(self.task, self.encoder, self.args.process_index)
         return self._open_loader(batches, range(len(batches)))
 
@@ -110,7 +110,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def at_first_micro_batch(self) -> bool:
-        """Whether the next micro-batch is the first one of a step."""
+        """Return whether the next micro-batch is the first one of a step."""
         return self._step_loss is None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -146,7 +146,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss.detach()
 
     def micro_batch_loss(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """The sum over the micro-batch's target tokens, divided by the target tokens of the whole step.
+        """Return the sum over the micro-batch's target tokens, divided by the target tokens of the whole step.
 
         Added up over micro-batches and ranks it is the mean over the step's tokens, however they are spread.
         """

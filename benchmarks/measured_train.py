@@ -107,6 +107,7 @@ class Clock:
             "profiled_busy_s": gpu_trace.busy_seconds(events),
             "profiled_exposed_s": gpu_trace.exposed_seconds(events),
             "profiled_syncs": gpu_trace.host_syncs(events),
+            "profiled_launches": gpu_trace.launches(events),
         }
         self.write(self.facts)
 

@@ -21,11 +21,12 @@ from launch.inputs.dataset_index import Index, SplitName
 from launch.planning.make_plan import compute_dtype_of
 from launch.planning.run_steps import validation_samples
 from launch.recipe.schema import Recipe
-from trainer.data.chartqa import Rows, open_split
+from launch.units import decimal_size
 from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
 from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.vision import image_features
@@ -38,7 +39,6 @@ from trainer.vision_cache.store import (
     FeatureCache,
     FullError,
     describe,
-    gigabytes,
     name_of,
     open_cache,
 )
@@ -49,10 +49,11 @@ PASS_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Wanted:
-    """One distinct image: a row that has it, and its visual tokens."""
+    """One distinct image: a row that has it and its place among the row's, and its visual tokens."""
 
     split: SplitName
     row: int
+    place: int
     name: str
     visual_tokens: int
 
@@ -105,7 +106,7 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     said = [
         *describe(cache, facts),
         f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
-        f"{gigabytes(needed)}",
+        f"{decimal_size(needed)}",
     ]
     return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
 
@@ -145,10 +146,12 @@ def _wanted(
         facts = index.splits[split]
         for sample in samples:
             row = int(facts.rows[sample])
-            name = name_of(rows[split][row].image)
-            if name not in seen:
-                seen.add(name)
-                yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+            with naming_row(f"data: {split} row {row}"):
+                images = rows[split][row].images
+            for place, (image, tokens) in enumerate(zip(images, facts.tokens_of_images(sample), strict=True)):
+                if (name := name_of(image)) not in seen:
+                    seen.add(name)
+                    yield Wanted(split, row, place, name, tokens)
             done += 1
             if done % 256 == 0 or done == total:
                 report(done, total)
@@ -160,14 +163,14 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
     problems = []
     if used + needed > cache.bound:
         problems.append(
-            f"SAMESTEP_VISION_CACHE_GB: {gigabytes(needed)} more are needed, {gigabytes(used)} of "
-            f"{gigabytes(cache.bound)} are used ({gigabytes(cache.others_bytes())} by other towers or settings in "
-            f"{cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
+            f"SAMESTEP_VISION_CACHE_GB: {decimal_size(needed)} more are needed, {decimal_size(used)} of "
+            f"{decimal_size(cache.bound)} are used ({decimal_size(cache.others_bytes())} by other towers or settings "
+            f"in {cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
         )
     if needed > free:
         problems.append(
-            f"SAMESTEP_VISION_CACHE: {gigabytes(needed)} more are needed, {gigabytes(max(0, free))} can be used on "
-            f"the disk of {cache.root}; make room, or name a folder on another disk"
+            f"SAMESTEP_VISION_CACHE: {decimal_size(needed)} more are needed, {decimal_size(max(0, free))} can be used "
+            f"on the disk of {cache.root}; make room, or name a folder on another disk"
         )
     if needed and problems:
         raise ConfigError(problems)
@@ -186,7 +189,7 @@ class _Pixels(Dataset["_Processed | SamestepError"]):
         wanted = self._wanted[number]
         try:
             with naming_row(f"data: {wanted.split} row {wanted.row}"):
-                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                image = decode_image(self._rows[wanted.split][wanted.row].images[wanted.place])
                 encoded = self._processor(images=[image], return_tensors="pt")
         except SamestepError as error:
             return error

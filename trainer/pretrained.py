@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from transformers import AutoProcessor, Qwen2VLProcessor
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.untrusted_files import (
@@ -18,6 +19,7 @@ from launch.untrusted_files import (
     UNREADABLE,
     printable,
     read_mapping,
+    read_text,
     reason_of,
 )
 from trainer.base_files import refuse_unsafe_base
@@ -51,7 +53,7 @@ def base_path(recipe: Recipe) -> str:
 
 def _may_be_of_hub(name: str) -> bool:
     """It has the form of a hub id, and no folder here has that name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    return is_hub_id(name) and not Path(name).is_dir()
 
 
 def base_name(recipe: Recipe) -> str:
@@ -121,8 +123,8 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             ) from error
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
-            "HF_HOME, or set model.name_or_path to a local folder"
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
+            "machine with a network, or set model.name_or_path to a local folder"
         ) from error
     # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
     if missing := _missing_files(Path(path)):
@@ -168,7 +170,11 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
             f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a Qwen2VLProcessor; "
             "give a Qwen2-VL model"
         )
-    refuse_endless_template(processor, Path(path))
+    if recipe.data.chat_template is not None:
+        processor.chat_template = _own_template(Path(recipe.data.chat_template))
+        refuse_endless_template(processor, Path(recipe.data.chat_template), "data.chat_template")
+    else:
+        refuse_endless_template(processor, Path(path))
     tokenizer = processor.tokenizer
     # transformers 5 makes an empty Qwen2 tokenizer where the vocabulary's file is missing, without a word.
     probes = {processor.image_token: 1, TOKENIZER_PROBE: None}
@@ -182,6 +188,16 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
     processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
+
+
+def _own_template(file: Path) -> str:
+    try:
+        return read_text(file)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"data.chat_template: {printable(str(file))} cannot be read ({reason_of(error)}); give a file with a Jinja "
+            "template, or null"
+        ) from error
 
 
 def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,14 @@ from trainer.attempt import (
     write_exit_reason,
     write_smaller_plan,
 )
-from trainer.checkpoint.resume import evaluation_is_missing, is_over, remove_later_metrics, resume_point
+from trainer.attempt_log import log_name, open_attempt_log
+from trainer.checkpoint.resume import (
+    evaluation_is_missing,
+    has_ended_early,
+    is_over,
+    remove_later_metrics,
+    resume_point,
+)
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -135,6 +142,7 @@ def train_once(
         return
     with ExitStack() as held:
         new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
+        open_attempt_log(task.run, broadcast_from_main(log_name), state.is_main_process)
         requests = held.enter_context(handle_stop_requests(task.run, state.process_index, launcher))
         try:
             result = train(task, state, requests, timer)
@@ -221,7 +229,7 @@ def train(task: Task, state: PartialState, requests: StopRequests, timer: Startu
     reached, stop = trainer.state.global_step, trainer.agreed_requests.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_interrupted):
         return AttemptResult(reached, stop)
-    if reached != task.plan.max_steps:
+    if reached != task.plan.max_steps and not trainer.ended_early:
         raise RunError(
             f"transformers: its Trainer ended at step {reached} of {task.plan.max_steps} without being asked to; "
             "install the versions of constraints.txt and run again"
@@ -241,8 +249,10 @@ def take_steps(
     if evaluation_missing:
         trainer.evaluate()
         timer.record("evaluation")
-    if step < max_steps and not trainer.agreed_requests.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.ended_early = broadcast_from_main(lambda: has_ended_early(trainer.task, step))
+    if step < max_steps and not trainer.agreed_requests.stop and not trainer.ended_early:
+        with trainer.garbage:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
+from trainer.data.splits import open_split
 from trainer.embedded.tiny_model import SMALL_CORPUS, TinyShape, make_model, make_processor, train_tokenizer
 from trainer.evaluation.answers import Replica
 from trainer.model.base import prepare_training

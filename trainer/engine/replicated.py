@@ -46,6 +46,10 @@ class Replicated:
         """Hide nothing from the wrapping: DDP and FSDP2 take the model as it is."""
         return nullcontext()
 
+    def generating(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Enter nothing: the model that trains can generate as it is."""
+        return nullcontext()
+
     def no_sync(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Keep gradients on this rank in the forward and backward of a micro-batch: DDP must not reduce them."""
         return accelerator.no_sync(wrapped) if dist.is_initialized() else nullcontext()

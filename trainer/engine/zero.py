@@ -100,6 +100,19 @@ class Zero:
             for key in sizes:
                 del options[key]
 
+    @contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        """Release gathered layers while the model generates: `generate` calls the base, past the wrapper's hook."""
+        if self.stage < 3:
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        hook = model.get_base_model().register_forward_hook(partial(_partition_after_evaluation, offload))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def no_sync(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Keep nothing back: DeepSpeed reduces in every backward."""
         return nullcontext()

@@ -14,13 +14,16 @@ from launch.planning.plan import Plan
 from launch.planning.run_steps import validation_samples
 from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
 from trainer.checks.training import describe_targets
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
+from trainer.data.late_features import with_late_features
 from trainer.data.loader import Loader, data_workers
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch, assemble
+from trainer.data.splits import open_split
 from trainer.data.worker_transport import choose_way
 from trainer.distributed.collectives import broadcast_from_main
 from trainer.task import Task
+from trainer.vision_cache.store import FeatureCache
+from trainer.vision_cache.writer import FeatureWriter
 
 logger = get_logger("trainer")
 _warned: set[str] = set()  # of transports, once a process
@@ -35,7 +38,7 @@ def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBat
     """Return a rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
     split = task.index.splits["validation"]
     samples = validation_samples(task.recipe, task.index)
-    costs = cost(split.text_tokens, split.visual_tokens)
+    costs = cost(split.text_tokens, split.visual_tokens, split.visual_squares)
     budget = max(task.plan.micro_batch_tokens, int(split.tokens.max()))
     mine = assign(samples, split.tokens, costs, task.plan.world_size, budget)[rank]
     return EvaluationBatches(open_split(task.recipe, "validation"), split, encoder, mine)
@@ -79,6 +82,18 @@ def uncached(encoder: Encoder) -> Encoder:
     return replace(encoder, features=None)
 
 
+def use_late_features(
+    batch: PackedBatch, cache: FeatureCache | None, writer: FeatureWriter | None
+) -> PackedBatch:
+    """Add the vision features that were cached since the data workers packed a micro-batch; count its images."""
+    if cache is None or writer is None:
+        return batch
+    if batch["inputs"]["fresh_images"]:
+        batch = {**batch, "inputs": with_late_features(batch["inputs"], cache)}
+    writer.count(batch["images"], len(batch["inputs"]["fresh_grids"]))
+    return batch
+
+
 def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Move the tensors among a micro-batch's inputs; from pinned memory without waiting for them."""
     return {
@@ -98,7 +113,7 @@ def log_first_targets(task: Task, encoder: Encoder, batch: PackedBatch) -> None:
             return None
         rows, split = open_split(task.recipe, "train"), task.index.splits["train"]
         # From their rows, not from their tokens: the tokens are what is checked.
-        expected = [encoder.scored_text(rows[int(split.rows[sample])]) for sample in samples]
+        expected = [encoder.scored_texts(rows[int(split.rows[sample])]) for sample in samples]
         return describe_targets(batch["inputs"], samples, expected, encoder.processor.tokenizer)
 
     if description := broadcast_from_main(describe):

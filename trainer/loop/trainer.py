@@ -29,6 +29,7 @@ from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
 from trainer.loop import dataloaders
 from trainer.loop.evaluation import validation_loss
+from trainer.loop.garbage import GarbageBetweenSteps
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.training_args import training_arguments
@@ -73,7 +74,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.features = open_writer(encoder.features)
         prepare_model(self.model, self.recipe, self.plan, self.features)
         self.saver = Saver(self.recipe.checkpoint.format, self.model, self.engine, stop_requests)
-        self.evaluation_interrupted = False
+        self.evaluation_interrupted = self.ended_early = False
+        self.garbage = GarbageBetweenSteps()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
@@ -124,8 +126,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             dataloaders.log_first_targets(self.task, self.encoder, inputs)
         if self._out_of_memory:  # in an earlier micro-batch; the step's reduction tells the others
             return self._skip_micro_batch()
-        if self.features:
-            self.features.count(inputs["inputs"])
+        inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
         try:
             with self.engine.no_sync(self.accelerator, model):
                 return self._forward_backward(model, inputs)
@@ -190,8 +191,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """All-reduce loss, requests and, where the engine left them on the ranks, gradients.
 
         The requests travel along so that all ranks read the same ones in the same step, with the step's only wait for
-        the GPU. Raises on all ranks when one cannot go on or the numbers are not finite.
+        the GPU: what else the host has to do is done before it. Raises on all ranks when one cannot go on or the
+        numbers are not finite.
         """
+        self.garbage.collect()
         loss_and_flags = torch.tensor([0.0, *self.stop_requests.flags()], device=self.args.device)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
         (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)

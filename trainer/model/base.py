@@ -16,10 +16,13 @@ from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGe
 
 from launch.errors import ConfigError
 from launch.recipe.schema import Recipe
+from launch.units import gib
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.fp8 import use_fp8_products
 from trainer.model.head import patch_forward_target_logprobs
+from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs
@@ -199,15 +202,18 @@ def prepare_training(
     """
     base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
     said = []
+    if recipe.model.products == "fp8":  # before the rest is dequantized
+        language = base.model.language_model
+        held = use_fp8_products(language, compute_dtype, resident=resident_weights)
+        said.append(f"products of the language model in 8 bits ({held / 2**30:.1f} GiB held so)")
     if resident_weights:
-        said.append(
-            f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
-        )
+        said.append(f"4-bit weights held dequantized ({gib(dequantize_weights(base, compute_dtype))})")
     use_packed_attention(base)
     patch_forward_target_logprobs(base)
     register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
+        compute_read_tokens_only(base.model.language_model.layers[-1], plain_layer)
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 

@@ -17,6 +17,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT, DropoutKeys
+from trainer.model.last_layer import ReadTokens
 
 Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
 """Told the names of images, their grids and their features [V, hidden] when the tower has computed them."""
@@ -58,6 +59,10 @@ def _unpack(
             embeddings = embeddings.index_copy(1, positions, features[None].to(embeddings.dtype))
     kwargs["inputs_embeds"] = embeddings
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    read = Segments(kwargs.pop("read_cu_seqlens"), kwargs.pop("read_lengths"))
+    positions = kwargs.pop("read_positions")
+    if read.lengths != kwargs["segments"].lengths:  # else every token is read
+        kwargs["read"] = ReadTokens(positions, read)
     step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
     if keys is not None and model.training:
         kwargs[ARGUMENT] = keys.of(step, sample_ids, kwargs["position_ids"][0, 0])
@@ -72,19 +77,21 @@ def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any])
         kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
     )
     segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
-    names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
+    names, sizes, rows = (kwargs.pop(name) for name in ("fresh_images", "fresh_grids", "fresh_rows"))
     if not segments.lengths:
         return pixels
     features = image_features(model, pixels, grids, positions, segments)
     if keep is not None and names:
         keep(names, sizes, features)
-    return features
+    return features.index_select(0, rows) if len(rows) else features
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Hand only the hidden states that predict a target to the output head: [1, K, hidden]."""
     if "scored_positions" in kwargs:
-        output.last_hidden_state = output.last_hidden_state.index_select(1, kwargs["scored_positions"])
+        places, read = kwargs["scored_positions"], kwargs.get("read")
+        places = places if read is None else read.among(places)
+        output.last_hidden_state = output.last_hidden_state.index_select(1, places)
     return output
 
 

@@ -30,7 +30,7 @@ class Rounding:
     names: frozenset[str]
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """A whole weight [out, in] after 4 bits and back, in `dtype`.
+        """Return a whole weight [out, in] after 4 bits and back, in `dtype`.
 
         bitsandbytes' CPU code. Double quantization takes the mean over all blocks of a tensor, so no less than a
         whole tensor gives the same numbers.
@@ -50,7 +50,7 @@ class Rounding:
 
 
 def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
-    """The rounding of a run's base.
+    """Return the rounding of a run's base.
 
     Raises:
         CheckpointError: the recipe is not known, or trained on weights that were not quantized.
@@ -60,8 +60,8 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
             "--base dequantized: the adapter lies in no run, which would say how its base was quantized; give the "
             "training's recipe with --recipe, or merge into the original weights"
         )
-    chosen = recipe.quantization
-    if not chosen.load_in_4bit:
+    quantization = recipe.quantization
+    if not quantization.load_in_4bit:
         raise CheckpointError(
             "--base dequantized: the run trained on weights that were not quantized (quantization.load_in_4bit: "
             "false); leave --base out"
@@ -69,7 +69,10 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
     names = frozenset(canonical_name(name) for name in quantized_modules(base))
     weights = frozenset(f"{name}.weight" for name in names)
     return Rounding(
-        chosen.bnb_4bit_quant_type, chosen.bnb_4bit_use_double_quant, _DTYPES[recipe.model.dtype], weights
+        quantization.bnb_4bit_quant_type,
+        quantization.bnb_4bit_use_double_quant,
+        _DTYPES[recipe.model.dtype],
+        weights,
     )
 
 

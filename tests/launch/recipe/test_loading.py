@@ -166,12 +166,12 @@ def test_a_learning_rate_that_is_none_is_refused(value: str) -> None:
     assert problem.startswith("training.learning_rate: ")
 
 
-@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[:200]", "train[:100%]"])
+@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[:200]", "train[:100%]", "train[10:]"])
 def test_a_split_may_be_shortened(split: str) -> None:
     assert load_recipe(EMBEDDED, [f"data.train={split}"]).data.train == split
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "train[:101%]", "train[10:]", "../x", "train[:10%", "''"])
+@pytest.mark.parametrize("split", ["train[:0]", "train[:101%]", "../x", "train[:10%", "''"])
 def test_a_split_that_is_none_is_refused(split: str) -> None:
     (problem,) = problems_of(f"data.train={split}")
     assert problem.startswith("data.train: ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.errors import RunError
 from launch.inputs.dataset_index import Index
-from launch.inputs.identity import RunIdentity, data_identity, model_identity, short
+from launch.inputs.identity import RunIdentity, short, whole_identity
 from launch.recipe.schema import Recipe
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks, run_on_main
 from trainer.pretrained import base_path
@@ -15,8 +15,7 @@ from trainer.pretrained import base_path
 
 def compute_identity(recipe: Recipe, index: Index) -> RunIdentity:
     """Of a recipe whose base and data are here. Large files are read once in a cache's lifetime. ConfigError."""
-    base = model_identity(Path(base_path(recipe)))
-    return RunIdentity({**base.parts, **data_identity(index).parts})
+    return whole_identity(Path(base_path(recipe)), recipe, index)
 
 
 def is_first_of_node() -> bool:

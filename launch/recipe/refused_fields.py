@@ -50,8 +50,8 @@ _BY_REASON: dict[str, str] = {
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
     "set it in the section model": "model_init_kwargs",
     "no code from a hub repository is run; remove it": "trust_remote_code",
-    "the tokenizer and chat template of the base model are kept; remove it": """
-        chat_template_path eos_token pad_token""",
+    "the tokenizer of the base model is kept; remove it": "eos_token pad_token",
+    "a chat template of your own is called data.chat_template": "chat_template_path",
     "it does nothing here: samestep calls the trainer itself; remove it": """
         debug skip_memory_metrics do_train do_eval do_predict""",
 }

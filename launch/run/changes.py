@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.inputs.identity import DATA_PARTS, MODEL_PARTS, PARTS, RunIdentity, short, what_is
+from launch.inputs.identity import DATA_PARTS, MODEL_PARTS, OWN_TEMPLATE, PARTS, RunIdentity, short, what_is
 from launch.untrusted_files import printable
 
 CONTENT_KEYS = ("data.content", "model.content")
@@ -25,6 +25,7 @@ _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
         for part in DATA_PARTS
     },
     **dict.fromkeys(MODEL_PARTS, ("model.content", "model.name_or_path", "model.revision")),
+    OWN_TEMPLATE: ("data.chat_template",),
     "model.content": ("model.name_or_path", "model.revision"),  # of a run whose base has no parts recorded
 }
 _NEVER = {
@@ -51,6 +52,7 @@ _CONSEQUENCES: dict[str, str] = {
     "data.test.rows": _OTHER_TEST,
     "model.processor": "the images become other numbers from now on; the loss may jump",
     "model.chat_template": "the questions are put in other words from now on; the loss may jump",
+    OWN_TEMPLATE: "the questions are put in other words from now on; the loss may jump",
     "model.tokenizer": "the texts may become other tokens from now on; the loss may jump",
     "model.generation": "answers may end at other tokens; what is trained stays the same",
     "data.validation": _OTHER_VALIDATION,

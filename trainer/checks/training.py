@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,11 +167,9 @@ def describe_targets(
 
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
     """Split ascending places into runs [begin, end) without gaps."""
-    begins = [place for place, before in zip(places, [None, *places], strict=False) if before != place - 1]
-    ends = [
-        place + 1 for place, after in zip(places, [*places[1:], None], strict=False) if after != place + 1
-    ]
-    return list(zip(begins, ends, strict=True))
+    groups = groupby(enumerate(places), lambda each: each[1] - each[0])
+    runs = [[place for _, place in group] for _, group in groups]
+    return [(run[0], run[-1] + 1) for run in runs]
 
 
 def _text_of(ids: Sequence[int], run: tuple[int, int], tokenizer: Any) -> str:

@@ -202,7 +202,7 @@ def _undecoded_feature(feature: Any) -> Any:
 
 
 OFFLINE_ADVICE = (
-    "without a network, run `samestep prepare RECIPE` once where there is one, with HF_HOME on a shared disk, "
+    "check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a machine with a network, "
     "or point the recipe at a local folder"
 )
 

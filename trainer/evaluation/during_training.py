@@ -27,7 +27,8 @@ from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
 from trainer.evaluation.answers import Replica, make_batches, spread
-from trainer.evaluation.metrics import Prediction, summary
+from trainer.evaluation.metric_functions import Metrics, load_metrics
+from trainer.evaluation.metrics import summary_of
 from trainer.model.attention import stock_attention
 from trainer.model.base import DTYPES
 from trainer.task import Task
@@ -41,7 +42,7 @@ class _Question:
 
     row: int
     prompt: str
-    target: str
+    label: tuple[str, ...]
     human_or_machine: int | None
     tokens: int
 
@@ -70,7 +71,7 @@ def score_answers(
     generating: Callable[[PeftModel], AbstractContextManager[Any]],
     gives_up: Callable[[], bool],
 ) -> ScoredAnswers | None:
-    """Relaxed accuracy of the model on `evaluation.answers` validation samples. A collective.
+    """Accuracy of the model on `evaluation.answers` validation samples, by its first metric. A collective.
 
     `generating`: the engine's context around generation. `gives_up`: asked on all ranks before every batch; None is
     returned where it says so.
@@ -103,7 +104,8 @@ def score_answers(
                 answers = run_on_all_ranks(partial(_answers, replica, prompts, images) if counts else list)
             predictions |= dict(zip(positions, answers, strict=True)) if counts else {}
     gathered = {position: answer for part in gather_objects(predictions) for position, answer in part.items()}
-    return _score(questions, gathered)
+    has_kinds = all(question.human_or_machine is not None for question in questions)
+    return run_on_all_ranks(lambda: _score(questions, gathered, load_metrics(task.recipe, has_kinds)))
 
 
 def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) -> list[str]:
@@ -121,18 +123,13 @@ def _look(replica: Replica, rows: Sequence[int]) -> None:
         replica.image_features(row)
 
 
-def _score(questions: Sequence[_Question], answers: Mapping[int, str]) -> ScoredAnswers:
-    scored: list[Prediction] = [
-        {
-            "prediction": answers[position],
-            "target": question.target,
-            "human_or_machine": question.human_or_machine,
-        }
+def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: Metrics) -> ScoredAnswers:
+    overall = summary_of(
+        (metrics.is_correct(answers[position], question.label), question.human_or_machine)
         for position, question in enumerate(questions)
-    ]
-    overall = summary(scored)["overall"]
+    )["overall"]
     assert overall["percent"] is not None  # a split without rows is refused before
-    texts = json.dumps([each["prediction"] for each in scored])
+    texts = json.dumps([answers[position] for position in range(len(questions))])
     return ScoredAnswers(
         accuracy=overall["percent"],
         correct=overall["correct"],
@@ -170,5 +167,5 @@ def _questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[_Que
             row = rows[number]
             prompt = encoder.texts(row)[0]
         tokens = int(split.tokens[sample])
-        questions.append(_Question(number, prompt, row.label[0], row.human_or_machine, tokens))
+        questions.append(_Question(number, prompt, tuple(row.label), row.human_or_machine, tokens))
     return questions

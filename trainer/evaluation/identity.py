@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.inputs.identity import MODEL_PARTS, PARTS
+from launch.inputs.identity import MODEL_PARTS, OWN_TEMPLATE, PARTS
 from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
 from launch.run.variants import parse_variant
 from trainer.evaluation.request import Task
@@ -29,7 +29,9 @@ def hold_against_training(task: Task) -> dict[str, Any]:
     request = task.request
     all_merged = {parse_variant(model).weights for model in request.models} == {"merged"}
     of_model = _OF_ANY_MODEL if all_merged else MODEL_PARTS
-    now = compute_identity(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
+    now = compute_identity(task.recipe, task.index).only(
+        *of_model, OWN_TEMPLATE, f"data.{request.split}.rows"
+    )
     refuse_unknown_parts(request.allow, PARTS)
     trained_at = request.trained_at
     recorded, where = recorded_at(trained_at) if trained_at else (None, "")

@@ -10,6 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def _short(name: str) -> str:
     return f"{Path(file).stem}{colon}{function}" if colon else name
 
 
+@cache
 def _own(name: str) -> Score:
     file, _, function = name.rpartition(":")
     path = Path(file if file.endswith(".py") else f"{file}.py")

@@ -166,15 +166,51 @@ def test_a_learning_rate_that_is_none_is_refused(value: str) -> None:
     assert problem.startswith("training.learning_rate: ")
 
 
-@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[:200]", "train[:100%]", "train[10:]"])
+@pytest.mark.parametrize(
+    "split", ["train", "train[:10%]", "train[:200]", "train[:100%]", "train[90%:]", "train[10:20]"]
+)
 def test_a_split_may_be_shortened(split: str) -> None:
     assert load_recipe(EMBEDDED, [f"data.train={split}"]).data.train == split
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "train[:101%]", "../x", "train[:10%", "''"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        "train[:0]",
+        "train[:101%]",
+        "train[10:5]",
+        "train[90%:90%]",
+        "../x",
+        "train[:10%",
+        "''",
+        "'train, 5 %'",
+    ],
+)
 def test_a_split_that_is_none_is_refused(split: str) -> None:
     (problem,) = problems_of(f"data.train={split}")
     assert problem.startswith("data.train: ")
+
+
+def test_validation_and_test_may_be_drawn_out_of_training_or_missing() -> None:
+    for split in ("'train, 5 %'", "'train, 0.5%'", "null", "train[95%:]"):
+        assert load_recipe(EMBEDDED, [f"data.validation={split}", "data.test=null"]).data.test is None
+    for split in ("'train, 0 %'", "'train, 100 %'", "'train, x'"):
+        (problem,) = problems_of(f"data.validation={split}")
+        assert problem.startswith("data.validation: ")
+    (problem,) = problems_of("data.validation='train, 5 %'", "data.test='train, 5 %'")
+    assert problem.startswith("data.test: draws the same rows as data.validation")
+    (problem,) = problems_of("data.validation=null", "evaluation.answers=8")
+    assert problem.startswith("evaluation.answers: there is no validation split")
+    (problem,) = problems_of("data.format=messages", "data.columns={query: q}")
+    assert problem.startswith("data.columns: is for data.format: columns")
+
+
+def test_keys_that_older_recipes_do_not_have_alter_no_fingerprint() -> None:
+    recipe = load_recipe(EMBEDDED)
+    later = ("data.format", "data.columns", "data.chat_template")
+    assert not [key for key in altering_values(recipe) if key in later]
+    other = load_recipe(EMBEDDED, ["data.columns={query: question}"])
+    assert recipe_fingerprint(other) != recipe_fingerprint(recipe)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from launch.inputs.dataset_index import Index
 from launch.planning.step_plan import MicroBatch, cost
@@ -16,13 +18,17 @@ from launch.recipe.schema import Recipe
 from tests.helpers.chats import chats_recipe, write_chats
 from trainer.checks.training import describe_targets
 from trainer.data.encoder import IGNORED, Encoder, Sample, mrope_positions
+from trainer.data.images import decode_image
 from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
+from trainer.evaluation.answers import Replica
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
+from trainer.prepare_vision import _wanted
 from trainer.pretrained import load_processor
+from trainer.show_data import conversation_text, show_data
 from trainer.vision_cache.file import Features, Kind
 from trainer.vision_cache.store import name_of, open_cache
 
@@ -212,3 +218,62 @@ def test_images_of_a_sample_do_not_see_each_other_in_its_cost(recipe: Recipe, in
     assert all(split.visual_squares[place] < one[place] for place in several)
     apart = cost(split.text_tokens, split.visual_tokens, split.visual_squares)
     assert (apart <= cost(split.text_tokens, split.visual_tokens)).all()
+
+
+def test_answers_to_chats_together_are_those_of_a_plain_call_on_each(
+    recipe: Recipe, rows: list[Row], samples: list[Sample], encoder: Encoder
+) -> None:
+    model = _model(recipe)
+    source = open_split(recipe, "train")
+    numbers = [next(n for n, row in enumerate(rows) if len(row.images) == count) for count in (0, 1, 2, 3)]
+    prompts = [encoder.conversation(rows[number]).prompt for number in numbers]
+    replica = Replica(model, encoder.processor, source, 5, torch.float32)
+    together = replica.answers(prompts, numbers)
+    assert replica.answers(prompts[:1], numbers[:1]) == together[:1]  # no image in the whole batch
+    for number, prompt, answer in zip(numbers, prompts, together, strict=True):
+        images = [decode_image(image) for image in rows[number].images] or None
+        inputs = encoder.processor(text=[prompt], images=images, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert answer == encoder.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_every_distinct_image_of_the_chats_is_wanted_once_for_the_cache(
+    recipe: Recipe, index: Index, rows: list[Row]
+) -> None:
+    splits: Any = {"train": open_split(recipe, "train"), "validation": open_split(recipe, "validation")}
+    wanted = list(_wanted(recipe, index, splits, lambda done, total: None))
+    every = [*rows, *splits["validation"]]
+    assert {image.name for image in wanted} == {name_of(image) for row in every for image in row.images}
+    assert len(wanted) == len({image.name for image in wanted})
+    sizes = {
+        name_of(image): size
+        for row in every
+        for image, size in zip(row.images, _sizes(row, recipe), strict=True)
+    }
+    assert all(image.visual_tokens == sizes[image.name] for image in wanted)
+
+
+def _sizes(row: Row, recipe: Recipe) -> list[int]:
+    return [image.visual_tokens(2) for image in Encoder(load_processor(recipe), None, "answer")(row).images]
+
+
+def test_what_the_model_sees_of_a_chat_is_shown_with_its_targets(
+    recipe: Recipe, index: Index, rows: list[Row], encoder: Encoder
+) -> None:
+    number = next(n for n, row in enumerate(rows) if len(row.images) == 2 and len(row.turns) > 2)
+    tokens = index.splits["train"].tokens_of_images(number)
+    plain = conversation_text(encoder, rows[number], tokens, colour=False).plain
+    for turn in rows[number].turns[1::2]:
+        assert f"»{turn.text}<|im_end|>«" in plain
+    assert [f"[image: {count} tokens]" in plain for count in tokens] == [True, True]
+    coloured = conversation_text(encoder, rows[number], tokens)
+    targets = [coloured.plain[span.start : span.end] for span in coloured.spans]
+    assert targets == [f"{turn.text}<|im_end|>\n" for turn in rows[number].turns[1::2]]
+    console = Console(record=True, width=100, file=io.StringIO())
+    show_data(recipe, index, 1, console)
+    shown = console.export_text()
+    assert "0 to 3, mean" in shown
+    lines = shown.partition("tokens a sample (train)")[2].partition("targets a sample")[0].splitlines()
+    counts = [int(line.split()[-1]) for line in lines if line.strip() and line.split()[-1].isdigit()]
+    assert sum(counts) == COUNT

@@ -12,15 +12,19 @@ import pytest
 
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
-from launch.recipe.loading import dump_recipe, recipe_from_dict
-from launch.recipe.schema import Recipe
+from launch.inputs.identity import OWN_TEMPLATE, find_identity
+from launch.recipe.loading import dump_recipe, load_recipe, recipe_from_dict
+from launch.recipe.schema import Recipe, altering_values
+from launch.run.changes import changes, content_changes
 from tests.conftest import chart_png, chart_rows, recipe_values, write_charts
+from trainer.data.encoder import Encoder
 from trainer.data.formats.images import ImageFiles
 from trainer.data.formats.messages import messages_row
 from trainer.data.row_errors import RowError
 from trainer.data.rows import IMAGE, Row, Turn, chat, question_row
 from trainer.data.splits import open_split
 from trainer.prepare import main, prepare
+from trainer.pretrained import load_processor
 
 
 def _recipe(world: Path, folder: Path, **data: Any) -> Recipe:
@@ -285,3 +289,45 @@ def test_a_row_that_cannot_be_read_any_more_is_a_row_error(tmp_path: Path) -> No
     with pytest.raises(RowError, match="an image is a int"):
         ImageFiles(tmp_path, tmp_path).read(3)
     assert Row((), (), []).images_digest == Row((), (), ["x"]).images_digest
+
+
+# chat templates -------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_of_the_users_own_writes_the_chat_and_is_part_of_the_identity(
+    world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    _lines(tmp_path / "train.jsonl", [{"query": "Why?", "label": "So."}])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(_recipe(world, tmp_path, system_message=None, chat_template="own.jinja")))
+    recipe, plain = load_recipe(file), _recipe(world, tmp_path, system_message=None)
+    index = prepare(recipe, quiet=True)
+    row = open_split(recipe, "train")[0]
+    text = Encoder(load_processor(recipe), None, "answer").conversation(row).text
+    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+    assert (
+        "You are a helpful assistant" in Encoder(load_processor(plain), None, "answer").conversation(row).text
+    )
+    before = find_identity(recipe, index)
+    assert OWN_TEMPLATE not in find_identity(plain, index).parts
+    assert before.missing() == find_identity(plain, index).missing() == []
+    assert {change.key for change in changes(altering_values(plain), altering_values(recipe))} == {
+        "data.chat_template"
+    }
+    (tmp_path / "own.jinja").write_text(TEMPLATE.replace("assistant\n", "assistant\n\n"))
+    assert [change.key for change in content_changes(before, find_identity(recipe, index))] == [OWN_TEMPLATE]
+    assert read_index(recipe) is None
+    for text, words in (("{% for %}", "cannot be used"), ("{{ 'x' * 10 ** 9 }}", "cannot be used")):
+        (tmp_path / "own.jinja").write_text(text)
+        with pytest.raises(ConfigError, match=rf"data\.chat_template: .*own.jinja.*{words}"):
+            load_processor(recipe)
+    (tmp_path / "own.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"own\.jinja"):
+        load_processor(recipe)

@@ -25,7 +25,7 @@ from trainer.evaluation.answers import Replica
 from trainer.evaluation.request import Task, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
-from trainer.formats.portable import put_adapter
+from trainer.formats.portable import set_adapter
 from trainer.model.base import DTYPES, load_base
 from trainer.model.resident import dequantize_weights
 
@@ -103,7 +103,7 @@ def add_adapter(model: Qwen2VLForConditionalGeneration | PeftModel, folder: Path
         else:
             model = PeftModel.from_pretrained(model, place, adapter_name=name)
     # PEFT says nothing about keys that match no layer.
-    put_adapter(model, adapter.tensors, folder, name)
+    set_adapter(model, adapter.tensors, folder, name)
     return cast(PeftModel, model)
 
 

@@ -65,10 +65,7 @@ def test_a_micro_batch_takes_the_features_that_were_written_after_it_was_packed(
     for number in late:
         sample = samples[number]
         cache.write(sample.images[0].name, Features(_features(sample), sample.images[0].grid))
-    after = [
-        _cached(sample) if number in late else sample
-        for number, sample in enumerate(samples)
-    ]
+    after = [_cached(sample) if number in late else sample for number, sample in enumerate(samples)]
     expected = _pack([early[0], *after], token)
     found = with_late_features(before, cache)  # type: ignore[arg-type]
     assert found.keys() == expected.keys()

@@ -102,7 +102,7 @@ class Zero:
     @contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:
         """Around answers of the model that trains: `generate` calls the base, past the hook on what wraps it."""
-        if self.stage < 3:
+        if self.stage < 3 or self._engine is None:  # a run that goes on may evaluate before anything is wrapped
             yield
             return
         offload = self._engine.optimizer.parameter_offload

@@ -103,7 +103,9 @@ class Zero:
     @contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:
         """Release gathered layers while the model generates: `generate` calls the base, past the wrapper's hook."""
-        if self.stage < 3:
+        if (
+            self.stage < 3 or self._engine is None
+        ):  # a run that goes on may evaluate before anything is wrapped
             yield
             return
         offload = self._engine.optimizer.parameter_offload

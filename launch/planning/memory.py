@@ -225,7 +225,9 @@ def layer_bytes(load: Load) -> int:
     """
     shape, size = load.shape, load.activation_bytes
     norms = 2 * shape.hidden * (size if load.kernels.fused else 4)
-    attention = size * (2 * shape.hidden + 2 * shape.kv_width) + 4 * shape.heads
+    if shape.query_norm:  # transformers' own in both ways: its input in fp32, the factor of each head
+        norms += 4 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
+    attention = size * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
     product = size * shape.intermediate * (2 if load.kernels.fused else 3)
     return norms + attention + product + _lora_bytes(load) + 2 * 4
 
@@ -276,15 +278,15 @@ def _is_recomputed(number: int, every: int) -> bool:
 
 
 def _held_bytes(load: Load, packed: Packed, patches: int) -> int:
-    """What a whole micro-batch holds beside its layers: pixels, positions, dropout keys, cos and sin, the
-    last norm."""
+    """What a whole micro-batch holds beside its layers: pixels, positions, dropout keys, cos and sin, the last norm,
+    features that enter decoder layers."""
     shape = load.shape
     keys = 8 * len(load.targets) * shape.layers if load.dropout else 0
     rotation = 2 * load.activation_bytes * shape.head_width
     last_norm = shape.hidden * (load.activation_bytes if load.kernels.fused else 4)
-    return patches * (load.weight_bytes * shape.patch_values + 16) + packed.tokens * (
-        keys + rotation + last_norm + 6 * 8
-    )
+    deepstack = packed.visual_tokens * shape.deepstack * shape.hidden * load.weight_bytes
+    pixels = patches * (load.weight_bytes * shape.patch_values + 16)
+    return pixels + deepstack + packed.tokens * (keys + rotation + last_norm + 6 * 8)
 
 
 def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
@@ -295,5 +297,5 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
     inner = size * shape.intermediate * tokens
     weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.resident_weights else 0
     product = max(inner + weight, inner if fused else 3 * inner)
-    attention = tokens * shape.hidden * (6 * size if fused else 12)
+    attention = tokens * max(shape.hidden, shape.query_width) * (6 * size if fused else 12)
     return max(product, attention) + 2 * size * shape.hidden * tokens

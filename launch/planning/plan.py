@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
-from launch.inputs.model_shape import read_shape
+from launch.inputs.families import read_shape
 from launch.planning.auto_settings import ChosenSettings, Machine, batches_of, choose, recomputation
 from launch.planning.memory import Settings
 from launch.planning.step_plan import StepPlan, cost, plan_steps, steps_of

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
-from launch.inputs.model_shape import LAYER_LINEARS, read_shape, unreached
+from launch.inputs.families import read_shape, why_not_trained
+from launch.inputs.model_shape import LAYER_LINEARS, unreached
 from launch.rules.request import Request, Rule
 from launch.strategies import SHARDING, STRATEGIES, storage_of
 
@@ -121,6 +122,12 @@ def upload_is_available(request: Request) -> str | None:
     if not request.recipe.hub.push:
         return None
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
+
+
+def base_is_of_a_known_family(request: Request) -> str | None:
+    """transformers loads a model of another kind as far as the names agree."""
+    why = why_not_trained(request.recipe)
+    return f"model.name_or_path: {why}" if why else None
 
 
 def lora_names_layers_that_are_there(request: Request) -> str | None:
@@ -240,6 +247,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     single_is_one_process,
     fsdp_has_gpus,
     every_process_gets_a_sample,
+    base_is_of_a_known_family,
     lora_names_layers_that_are_there,
     sharded_weights_stay_packed,
     upload_is_available,

@@ -1,7 +1,8 @@
-"""Our numbers are those of transformers and PEFT alone, one sample at a time, from image files of every size.
+"""Our numbers are those of transformers and PEFT alone, one sample at a time, from image files of every size, for every
+family.
 
-The stock side knows nothing of ours: Pillow opens the files, `AutoProcessor` and `Qwen2VLForConditionalGeneration` do
-the rest, and the mask is found in the text.
+The stock side knows nothing of ours: Pillow opens the files, `AutoProcessor` and `AutoModelForImageTextToText` do the
+rest, and the mask is found in the text.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from launch.inputs.families import FAMILIES
 from launch.planning.step_plan import MicroBatch
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
+from tests.helpers.tiny_families import write_tiny
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
-from trainer.embedded.tiny_model import SMALL_CORPUS, TinyShape, make_model, make_processor, train_tokenizer
 from trainer.evaluation.answers import Replica
-from trainer.model.base import prepare_training
+from trainer.model.base import prepare_training, trainable_parameters
+from trainer.model.dropout import SampleDropout
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -72,20 +76,12 @@ def _save(image: Image.Image, mode: str, place: Path) -> Path:
     return file
 
 
-def _write_base(folder: Path) -> None:
-    """Random weights large enough that the picture decides the answer, and transformers' own bounds of pixels."""
-    shape = TinyShape(initializer_range=0.08, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    tokenizer = train_tokenizer(SMALL_CORPUS, vocab_size=448)
-    make_model(tokenizer, shape, 1).save_pretrained(folder)
-    make_processor(tokenizer, shape).save_pretrained(folder)
-
-
 class Stock:
     """The plain way: one image file, one question, one forward."""
 
     def __init__(self, base: Path, adapter: Path, system_message: str) -> None:
         self.processor = AutoProcessor.from_pretrained(base)
-        plain = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+        plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(plain, str(adapter)).eval()
         self.system_message = system_message
 
@@ -100,8 +96,7 @@ class Stock:
         image = ImageOps.exif_transpose(Image.open(file))
         return self.processor(text=[text], images=[image], return_tensors="pt")
 
-    @torch.no_grad()
-    def loss(self, file: Path, question: str, answer: str) -> float:
+    def loss(self, file: Path, question: str, answer: str) -> Tensor:
         """Summed over what follows `<|im_start|>assistant` and its line break."""
         inputs = self.inputs(file, question, answer)
         ids = inputs["input_ids"][0]
@@ -110,7 +105,7 @@ class Stock:
             place for place in range(len(ids)) if ids[place : place + len(opening)].tolist() == opening
         ) + len(opening)
         logits = self.model(**inputs).logits[0]
-        return float(cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="sum"))
+        return cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="sum")
 
     @torch.no_grad()
     def answer(self, file: Path, question: str) -> str:
@@ -120,15 +115,21 @@ class Stock:
         return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def files(kind: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return _write_images(tmp_path_factory.mktemp("parity") / "images")
 
 
 @pytest.fixture(scope="module")
-def recipe(world: Path, files: list[Path]) -> Recipe:
+def recipe(kind: str, world: Path, files: list[Path]) -> Recipe:
+    """Random weights large enough that the picture decides the answer, and transformers' own bounds of pixels."""
     folder = files[0].parent.parent
-    _write_base(folder / "base")
+    write_tiny(kind, folder / "base", seed=1, initializer_range=0.08, max_tokens=1280)
     rows = [
         {
             "image": {"bytes": file.read_bytes(), "path": None},
@@ -162,12 +163,14 @@ def _questions(recipe: Recipe) -> list[tuple[str, str]]:
     return [(rows[number].query, rows[number].label[0]) for number in range(len(rows))]
 
 
+@torch.no_grad()
 def test_packed_losses_are_those_of_the_stock_model_on_each_image_file_alone(
     recipe: Recipe, files: list[Path], stock: Stock
 ) -> None:
     asked = _questions(recipe)
     alone = torch.tensor(
-        [stock.loss(file, *texts) for file, texts in zip(files, asked, strict=True)], dtype=torch.float64
+        [float(stock.loss(file, *texts)) for file, texts in zip(files, asked, strict=True)],
+        dtype=torch.float64,
     )
     split = prepare(recipe, quiet=True).splits["train"]
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
@@ -187,9 +190,37 @@ def test_packed_losses_are_those_of_the_stock_model_on_each_image_file_alone(
         together[list(samples)] = torch.stack([part.sum() for part in parts]).double()
     off = (together - alone).abs() / alone
     assert off.max() <= 1e-5, [(SIZES[number], float(off[number])) for number in off.argsort()[-3:]]
-    swapped = [stock.loss(files[number - 1], *asked[number]) for number in range(12)]
+    swapped = [float(stock.loss(files[number - 1], *asked[number])) for number in range(12)]
     apart = (torch.tensor(swapped) - alone[:12]).abs() / alone[:12]
-    assert (apart > 1e-3).all()  # another picture is another loss: what is compared hangs on the image
+    assert (apart > 1e-4).all()  # another picture is another loss: what is compared hangs on the image
+
+
+def test_the_gradients_of_a_step_are_those_of_the_stock_model(
+    recipe: Recipe, files: list[Path], stock: Stock
+) -> None:
+    numbers = (28, 3, 17, 24, 9, 21)
+    asked, split = _questions(recipe), prepare(recipe, quiet=True).splits["train"]
+    count = int(split.target_tokens[list(numbers)].sum())
+    stock.model.requires_grad_(False)
+    expected = {
+        name: each.requires_grad_() for name, each in stock.model.named_parameters() if "lora_" in name
+    }
+    for number in numbers:
+        (stock.loss(files[number], *asked[number]) / count).backward()
+    encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
+    model, rows = random_adapter(recipe), open_split(recipe, "train")
+    prepare_training(model, recipe, recompute_every=2)
+    model.eval()
+    model.get_base_model().model.language_model.train()  # recomputes; there is no dropout below
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            module.eval()
+    for samples in (numbers[:4], numbers[4:]):
+        inputs = assemble(rows, split, encoder, MicroBatch(samples, filler=False), 0, 1)["inputs"]
+        (-model(**inputs).log_probs.sum() / count).backward()
+    for name, parameter in trainable_parameters(model).items():
+        wanted = expected[name].grad
+        assert (parameter.grad - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
 
 
 def test_answers_are_those_of_the_stock_model_on_each_image_file_alone(
@@ -206,4 +237,4 @@ def test_answers_are_those_of_the_stock_model_on_each_image_file_alone(
         stock.answer(file, question) for file, (question, _) in zip(files, _questions(recipe), strict=True)
     ]
     assert answers == expected
-    assert len(set(answers)) > 16
+    assert len(set(answers)) > 8

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from trainer.data.chartqa import Row, chat
@@ -48,7 +48,7 @@ class Encoder:
     tower's own, to which it would round them anyway.
     """
 
-    processor: Qwen2VLProcessor
+    processor: ProcessorMixin
     system_message: str
     loss: str
     features: FeatureCache | None = None

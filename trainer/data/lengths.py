@@ -25,7 +25,7 @@ from trainer.data.row_errors import RowError, reason_of
 from trainer.progress_bars import Report
 
 MAX_ASPECT_RATIO = 200
-"""Qwen2-VL's processor refuses images that are longer than this times their width."""
+"""The image processor of all families refuses an image that is longer than this times its width."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def check_against_processor(
         if real != counted:
             raise ConfigError(
                 f"{split} row {row.row}: the processor makes {real[0]} tokens ({real[1]} scored), the size of its "
-                f"{row.width} x {row.height} image gives {counted[0]} ({counted[1]}); the processor is not Qwen2-VL's"
+                f"{row.width} x {row.height} image gives {counted[0]} ({counted[1]}); the processor is not its family's"
             )
     return bad
 

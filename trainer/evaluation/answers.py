@@ -22,8 +22,9 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from launch.atomic_files import refuse_readonly
 from launch.checkpoints.manifest import read_manifest
@@ -33,7 +34,6 @@ from launch.planning.plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
-from trainer.base_files import refuse_unsafe_base
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
@@ -41,7 +41,7 @@ from trainer.data.row_errors import naming_row
 from trainer.formats.detect import SHARDS, read_sharded
 from trainer.formats.portable import load_adapter, put_adapter
 from trainer.model.base import DTYPES, add_lora, load_base
-from trainer.pretrained import load_processor
+from trainer.pretrained import load_processor, model_class_of
 
 ModelName = Literal["base", "adapter", "shuffled", "merged"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -118,7 +118,7 @@ def spread(total: int, wanted: int | None) -> list[int]:
     return [position * total // count for position in range(count)]
 
 
-def read_questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[Question]:
+def read_questions(task: Task, processor: ProcessorMixin, rows: Rows) -> list[Question]:
     """The questions of the split, with the training prompt; rows that `prepare` dropped are left out."""
     recipe, request = task.recipe, task.request
     split = task.index.splits[request.split]
@@ -172,28 +172,30 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 # One replica -----------------------------------------------------------------------------
 
 
+_Maps = tuple[Tensor, ...]
+"""Features [V, hidden] of an image: what enters the embeddings, then what enters decoder layers (Qwen3-VL's)."""
+
+
 @dataclass
 class Replica:
-    """A model that answers, on one device, and the features of the images it has lately seen."""
+    """A model that answers, on one device, and the tower's outputs for the images it has lately seen."""
 
-    model: Qwen2VLForConditionalGeneration | PeftModel
-    processor: Qwen2VLProcessor
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
     rows: Rows
     max_new_tokens: int
     compute_dtype: torch.dtype
-    _features: OrderedDict[int, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _features: OrderedDict[int, tuple[_Maps, Tensor]] = field(default_factory=OrderedDict)
 
     @property
-    def base(self) -> Qwen2VLForConditionalGeneration:
+    def base(self) -> PreTrainedModel:
         """The model without PEFT's wrapper."""
         model = self.model
-        return cast(
-            Qwen2VLForConditionalGeneration, model.get_base_model() if isinstance(model, PeftModel) else model
-        )
+        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
     @torch.inference_mode()
-    def image_features(self, image_row: int) -> tuple[Tensor, Tensor]:
-        """Features [V, hidden] and grid [1, 3] of a row's image, encoded alone: no batch changes them.
+    def image_features(self, image_row: int) -> tuple[_Maps, Tensor]:
+        """Maps of features [V, hidden] and grid [1, 3] of a row's image, encoded alone: no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
@@ -208,11 +210,12 @@ class Replica:
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
-        features = output.pooler_output[0]
-        self._features[image_row] = features, grid
-        while len(self._features) * features.nbytes > CACHE_BYTES:
+        deepstack = [parts[0] for parts in getattr(output, "deepstack_features", None) or ()]
+        maps = (output.pooler_output[0], *deepstack)
+        self._features[image_row] = maps, grid
+        while len(self._features) * len(maps) * maps[0].nbytes > CACHE_BYTES:
             self._features.popitem(last=False)
-        return features, grid
+        return maps, grid
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
@@ -220,15 +223,14 @@ class Replica:
         images = [self.image_features(row) for row in image_rows]
         token = self.processor.image_token
         texts = [
-            prompt.replace(token, token * len(features), 1)
-            for prompt, (features, _) in zip(prompts, images, strict=True)
+            prompt.replace(token, token * len(maps[0]), 1)
+            for prompt, (maps, _) in zip(prompts, images, strict=True)
         ]
         device = self.base.device
         encoded = self.processor.tokenizer(
             texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         ).to(device)
         input_ids: Tensor = encoded["input_ids"]
-        pooled = tuple(features for features, _ in images)
         half = self.compute_dtype != torch.float32
         with torch.autocast(device.type, self.compute_dtype) if half else contextlib.nullcontext():
             output = self.model.generate(
@@ -236,7 +238,7 @@ class Replica:
                 attention_mask=encoded["attention_mask"],
                 mm_token_type_ids=(input_ids == self.processor.image_token_id).int(),
                 image_grid_thw=torch.cat([grid for _, grid in images]),
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+                mm_encoder_outputs={"image": _tower_output([maps for maps, _ in images])},
                 generation_config=self._greedy(),
             )
         new = output[:, input_ids.shape[1] :]
@@ -256,13 +258,21 @@ class Replica:
         )
 
 
-Loader = Callable[[Task, Qwen2VLProcessor, Rows, torch.device], Replica]
+def _tower_output(images: Sequence[_Maps]) -> Any:
+    """What `get_image_features` gives for these images together: a tuple of tensors for every map."""
+    pooled, *deepstack = zip(*images, strict=True)
+    if not deepstack:
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
 
 
-def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device) -> Replica:
+Loader = Callable[[Task, ProcessorMixin, Rows, torch.device], Replica]
+
+
+def load_replica(task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device) -> Replica:
     """The recipe's base, with the run's adapter when it is asked for."""
     recipe, request = task.recipe, task.request
-    model: Qwen2VLForConditionalGeneration | PeftModel = load_base(recipe, device)
+    model: PreTrainedModel | PeftModel = load_base(recipe, device)
     if {"adapter", "shuffled"} & set(request.models):
         model = add_lora(model, recipe)
         if (sharded := read_sharded(request.adapter)) is not None:
@@ -273,17 +283,20 @@ def load_replica(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: to
     return Replica(model, processor, rows, recipe.evaluation.max_new_tokens, DTYPES[compute_dtype_of(recipe)])
 
 
-def load_merged(task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device) -> Replica:
+def load_merged(task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
-    refuse_unsafe_base(task.request.run.merged, None)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
-        task.request.run.merged,
-        dtype="auto",
-        device_map={"": device},
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-    ).eval()
+    model = (
+        model_class_of(task.request.run.merged)
+        .from_pretrained(
+            task.request.run.merged,
+            dtype="auto",
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        .eval()
+    )
     return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
 
 

@@ -12,18 +12,19 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from launch.errors import ConfigError
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.families.registry import modelling_of
 from trainer.model.head import patch_forward_target_logprobs
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs
-from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
+from trainer.pretrained import base_name, base_path, family_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,7 +35,7 @@ def load_base(
     quant_storage: str = "uint8",
     take_layer: Callable[[nn.Module], None] | None = None,
     layers: bool = True,
-) -> Qwen2VLForConditionalGeneration:
+) -> PreTrainedModel:
     """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
@@ -42,14 +43,14 @@ def load_base(
     without `layers` they are left out.
 
     Raises:
-        ConfigError: the base is not there, is not a Qwen2-VL, or lacks tensors.
+        ConfigError: the base is not there, is of no family that is known, or lacks tensors.
     """
     path = base_path(recipe)
-    check_is_qwen2_vl(path)
+    family = family_at(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
-        kinds = list(text.layer_types)
+        kinds = list(getattr(text, "layer_types", None) or [None] * text.num_hidden_layers)
     except Exception as error:  # transformers raises a dozen types over values of another kind
         raise ConfigError(
             f"model.name_or_path: {path}/config.json: {_why(error)}; get the model again"
@@ -57,10 +58,12 @@ def load_base(
     loud = transformers.logging.get_verbosity()
     without = take_layer is not None or not layers
     if without:
-        text.num_hidden_layers, text.layer_types = 0, []
+        text.num_hidden_layers = 0
+        if hasattr(text, "layer_types"):
+            text.layer_types = []
         transformers.logging.set_verbosity_error()  # its report calls every tensor of the layers unexpected
     try:
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+        model, report = getattr(transformers, family.model_class).from_pretrained(
             path,
             config=config,
             dtype=DTYPES[recipe.model.dtype],
@@ -75,7 +78,7 @@ def load_base(
         raise
     except Exception as error:
         raise ConfigError(
-            f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({_why(error)}); "
+            f"model.name_or_path: {path} cannot be loaded as a {family.name} ({_why(error)}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
     finally:
@@ -84,8 +87,8 @@ def load_base(
     unexpected = [key for key in report["unexpected_keys"] if not (without and is_of_layer(key))]
     if wrong := sorted(map(str, [*report["missing_keys"], *unexpected, *report["mismatched_keys"]])):
         raise ConfigError(
-            f"model.name_or_path: the weights in {path} are not those of a whole Qwen2-VL ({len(wrong)} tensors are "
-            f"missing, unknown or of another shape, such as {wrong[0]}); get them again"
+            f"model.name_or_path: the weights in {path} are not those of a whole {family.name} ({len(wrong)} tensors "
+            f"are missing, unknown or of another shape, such as {wrong[0]}); get them again"
         )
     model.requires_grad_(False)
     if take_layer is not None:
@@ -93,7 +96,7 @@ def load_base(
             take_layer(layer)
     model.config.use_cache = False
     keep_cpu_weights(model)
-    return cast(Qwen2VLForConditionalGeneration, model)
+    return model
 
 
 def _why(error: Exception) -> str:
@@ -115,7 +118,7 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
     )
 
 
-def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftModel:
+def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
 
     Raises:
@@ -152,7 +155,7 @@ def _check_reach(model: PeftModel, names: list[str] | str) -> None:
     LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
     up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
     """
-    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    base = cast(PreTrainedModel, model.get_base_model())
     reached: list[str] = model.base_model.targeted_module_names
     inside = set(base.model.language_model.layers.modules())
     outside = [name for name in reached if base.get_submodule(name) not in inside]
@@ -197,22 +200,35 @@ def prepare_training(
     pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `keep`: hears of computed image features.
     Returns in words which way it runs.
     """
-    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    base = cast(PreTrainedModel, model.get_base_model())
     said = []
     if resident_weights:
         said.append(
             f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
         )
-    use_packed_attention(base)
+    _prepare_packed(base)
     patch_forward_target_logprobs(base)
     register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
+    return "; ".join([*said, _use_kernels(base)])
+
+
+def _prepare_packed(model: PreTrainedModel) -> None:
+    use_packed_attention(model)
+    modelling_of(model).prepare(model)
+
+
+def _use_kernels(model: PreTrainedModel) -> str:
+    """Switch both towers to fused kernels; in words, which."""
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
-    use_fused_kernels(base)
-    return "; ".join([*said, "fused kernels (Liger's, and LoRA with dropout)"])
+    family = modelling_of(model)
+    use_fused_kernels(model)
+    family.fuse_tower(model.model.visual)
+    stock = f"; {family.stock} are transformers' own" if family.stock else ""
+    return f"fused kernels (Liger's, and LoRA with dropout){stock}"
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:
@@ -221,22 +237,20 @@ def recompute_layers(model: PeftModel, every: int) -> None:
     The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way for all
     strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
     """
-    language = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.language_model
+    language = cast(PreTrainedModel, model.get_base_model()).model.language_model
     language.activation_checkpointing_disable()
     if every:
         language.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
 
-def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> None:
+def prepare_tower(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Make the vision tower of a model that does not train compute as it does in training."""
-    use_packed_attention(model)
+    _prepare_packed(model)
     if not _no_kernels(model, compute_dtype):
-        from trainer.model.fused import use_fused_kernels
-
-        use_fused_kernels(model)
+        _use_kernels(model)
 
 
-def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:
+def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:
     """Why a model cannot use the fused kernels, or None."""
     if model.device.type != "cuda":
         return f"they need a GPU, this is a {model.device.type}"

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT, DropoutKeys
+from trainer.model.families.modelling import DEEPSTACK, Grid
+from trainer.model.families.registry import modelling_of
 
 Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
-"""Told the names of images, their grids and their features [V, hidden] when the tower has computed them."""
+"""Told the names of images, their grids and their features [V, maps * hidden] when the tower has computed them."""
 
 
 def register_packed_inputs(
-    model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None, keep: Keep | None = None
+    model: PreTrainedModel, keys: DropoutKeys | None, keep: Keep | None = None
 ) -> None:
     """Teach the model's forward the packed inputs of `trainer.data.packing.ModelInputs`; `keys` of its dropout.
 
@@ -50,24 +52,29 @@ def _unpack(
         return None
     embeddings: Tensor = model.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
     fresh = _fresh_features(keep, model, kwargs)
-    for positions, features in (
+    both = (
         (kwargs.pop("fresh_positions"), fresh),
         (kwargs.pop("cached_positions"), kwargs.pop("cached_features")),
-    ):
-        if len(positions):
-            embeddings = embeddings.index_copy(1, positions, features[None].to(embeddings.dtype))
+    )
+    images = [(positions, features) for positions, features in both if len(positions)]
+    hidden = embeddings.shape[-1]
+    for positions, features in images:
+        embeddings = embeddings.index_copy(1, positions, features[None, :, :hidden].to(embeddings.dtype))
     kwargs["inputs_embeds"] = embeddings
+    if images and images[0][1].shape[1] > hidden:
+        places = torch.cat([positions for positions, _ in images])
+        maps = torch.cat([features[:, hidden:] for _, features in images])
+        kwargs[DEEPSTACK] = places, maps.split(hidden, dim=1)
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
     step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
     if keys is not None and model.training:
         kwargs[ARGUMENT] = keys.of(step, sample_ids, kwargs["position_ids"][0, 0])
-    # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
-    kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
+    kwargs["attention_mask"] = modelling_of(model).mask
     return args, kwargs
 
 
 def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-    """Features [Vf, hidden] of the images that are not cached; `keep` hears of them."""
+    """Features [Vf, maps * hidden] of the images that are not cached; `keep` hears of them."""
     pixels, grids, positions = (
         kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
     )
@@ -75,7 +82,7 @@ def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any])
     names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
     if not segments.lengths:
         return pixels
-    features = image_features(model, pixels, grids, positions, segments)
+    features = image_features(model, pixels, grids, sizes, positions, segments)
     if keep is not None and names:
         keep(names, sizes, features)
     return features
@@ -90,13 +97,20 @@ def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 @torch.no_grad()
 def image_features(
-    model: nn.Module, pixel_values: Tensor, grids: Tensor, positions: Tensor, segments: Segments
+    model: nn.Module,
+    pixel_values: Tensor,
+    grids: Tensor,
+    sizes: Sequence[Grid],
+    positions: Tensor,
+    segments: Segments,
 ) -> Tensor:
-    """Features [V, hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
+    """Features [V, maps * hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
 
-    `positions` [P, 2] and `segments` are what the tower would else compute from `grids` with a device sync each.
+    `sizes`: `grids` [F, 3] once more, for the host. `positions` [P, 2] and `segments` are what the tower would else
+    compute from `grids` with a device sync each.
     """
     visual: Any = model.visual
+    family = modelling_of(model)
     with torch.autocast(pixel_values.device.type, enabled=False):
         output = visual(
             pixel_values.to(visual.patch_embed.proj.weight.dtype),
@@ -105,6 +119,6 @@ def image_features(
             cu_seqlens=segments.cu_seqlens,
             max_seqlen=max(segments.lengths),
             segments=segments,
+            **family.tower_inputs(visual, sizes, pixel_values.device),
         )
-    features: Tensor = output.pooler_output
-    return features
+    return family.features(output)

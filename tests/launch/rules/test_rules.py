@@ -1,5 +1,6 @@
 """Each forbidden combination: refused by its own rule, with the numbers, and no other request is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,22 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
         embedded_recipe(override)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen3_vl_moe", "a mixture of experts is not trained here"),
+        ("llava", "not one of qwen2_vl, qwen2_5_vl,"),
+    ],
+)
+def test_a_base_of_no_known_family_is_refused_by_its_kind(tmp_path: Path, kind: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    recipe = embedded_recipe(f"model.name_or_path={tmp_path}")
+    told = request_rules.base_is_of_a_known_family(replace(ALLOWED, recipe=recipe))
+    assert told is not None
+    assert words in told
+    assert f"is a {kind}" in told
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -237,7 +254,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 26
+    assert len(every) == 27
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -100,7 +100,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
         ConfigError: a run has no recipe, plan or figures that can be read, or they have no step in common.
     """
     recipes = [load_recipe(run.recipe_file) for run in (left, right)]
-    plans = [_read_plan(run) for run in (left, right)]
+    plans = [read_plan(run) for run in (left, right)]
     figures = [read_steps(run.metrics_file) for run in (left, right)]
     common = sorted(figures[0].keys() & figures[1].keys())
     if not common:
@@ -178,6 +178,19 @@ def _versions(run: RunDirectory) -> dict[str, str]:
         return {}
 
 
+def compare_steps(
+    pairs: Sequence[tuple[int, dict[str, Any], dict[str, Any]]], tolerance: float, comparable: bool = True
+) -> tuple[list[Parting], bool, float]:
+    """(what parts, whether all figures are equal to the bit, the largest relative difference of losses).
+
+    `pairs`: (step, figures, other figures). `comparable`: both name samples in the same way.
+    """
+    partings = list(_partings(pairs, tolerance, comparable))
+    exact = [key for _, key in _EXACT if comparable or key != "samples_digest"]
+    bitwise = all(a.get(key) == b.get(key) for _, a, b in pairs for key in (*exact, *_CLOSE))
+    return partings, bitwise, max((_relative(a, b, "loss") or 0.0 for _, a, b in pairs), default=0.0)
+
+
 def _partings(
     pairs: Sequence[tuple[int, dict[str, Any], dict[str, Any]]], tolerance: float, comparable: bool
 ) -> Iterator[Parting]:
@@ -212,7 +225,8 @@ def _relative(a: dict[str, Any], b: dict[str, Any], name: str) -> float | None:
     return abs(x - y) / max(abs(x), abs(y), 1e-30)
 
 
-def _read_plan(run: RunDirectory) -> Plan:
+def read_plan(run: RunDirectory) -> Plan:
+    """The plan in a run's folder. ConfigError where it is missing or damaged."""
     try:
         return Plan.read(run.plan_file)
     except UNREADABLE as error:

@@ -18,7 +18,7 @@ from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import recorded_identity, short
 from launch.planning.plan import Plan
-from launch.planning.step_plan import step_samples
+from launch.planning.run_steps import stream_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe, recipe_fingerprint
 from launch.run.directory import RunDirectory, is_done_at
@@ -115,16 +115,7 @@ def _steps(run: RunDirectory, recipe: Recipe, plan: Plan, index: Index | None) -
 
 def _digest_of(step: int, recipe: Recipe, plan: Plan, index: Index) -> str:
     """As the trainer names the samples of a step (`trainer.metrics_log.rows_digest`)."""
-    split = index.splits["train"]
-    samples = step_samples(
-        step - 1,
-        n=len(split),
-        global_batch_size=plan.global_batch_size,
-        seed=recipe.training.seed,
-        fingerprint=index.fingerprint,
-        first_step=plan.begin.step,
-        first_sample=plan.begin.sample,
-    )
+    split, samples = index.splits["train"], stream_of(recipe, plan).samples(step - 1)
     return hashlib.sha256(b"".join(sorted(split.digests[sample] for sample in samples))).hexdigest()[:16]
 
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import Processes, RunArgument, RunsDir, example
+from launch.cli.options import Allow, Processes, RunArgument, RunsDir, Strategy, example
 from launch.console import add_row, echo, emit
 from launch.errors import ConfigError
-from launch.option_values import named
+from launch.option_values import named, text, whole
 
 commands = typer.Typer()
 
@@ -94,6 +94,67 @@ def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = Fals
             add_row(table, link.name, link.state, link.text)
         Console(highlight=False).print(table)
     if any(link.state == "failed" for link in links):
+        raise typer.Exit(1)
+
+
+@commands.command(
+    epilog=example(
+        "samestep replay embedded --steps 40:45", "samestep replay embedded --random 3 --gpus-per-node 1"
+    )
+)
+def replay(
+    run: RunArgument,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:LAST", parser=text("--steps"), help="Which steps, counted from 1."),
+    ] = None,
+    random: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=whole("--random", 1, 1000), help="So many single steps, drawn by --seed."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="SEED", parser=whole("--seed", 0, 2**31), help="Of --random.")
+    ] = 0,
+    strategy: Strategy = None,
+    gpus_per_node: Processes = None,
+    allow: Allow = [],  # noqa: B006
+    runs_dir: RunsDir = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Take steps of a run again, on what is here, and compare samples, loss and norm with what the run wrote.
+
+    Begins at the newest checkpoint before the steps, in a folder of its own; the run is only read. Ends with 1 when a
+    figure differs beyond rounding. Another data set or base is refused by name; --allow takes the steps all the same.
+    """
+    from launch.audit.figures import read_steps
+    from launch.audit.replay import parse_steps, random_steps, replays
+    from launch.local.planned_run import RunRequest
+    from launch.run.find import find_run
+
+    place = find_run(run, runs_dir)
+    last = max(read_steps(place.metrics_file), default=0)
+    if (steps is None) == (random is None):
+        raise ConfigError("--steps: give the steps, such as 40:45, or --random 3")
+    ranges = [parse_steps(steps, last)] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]
+    request = RunRequest(
+        recipe="",
+        overrides=(),
+        strategy=strategy,
+        gpus_per_node=gpus_per_node,
+        name=None,
+        runs_dir=runs_dir,
+        fresh=False,
+        allow=tuple(allow),
+    )
+    results = []
+    for result in replays(place, ranges, request):
+        results.append(result)
+        echo(str(result), to_stderr=json)
+    if json:
+        emit(f"[{', '.join(result.to_json() for result in results)}]")
+    if any(result.parting for result in results):
         raise typer.Exit(1)
 
 

@@ -24,6 +24,7 @@ from launch.cli.options import (
     RunName,
     RunsDir,
     Source,
+    Strategy,
     example,
     nodes_option,
 )
@@ -70,11 +71,6 @@ def samestep(
     """Options without a command."""
 
 
-Strategy = Annotated[
-    str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
-]
-
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
@@ -97,6 +93,7 @@ def plan(
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
+    from launch.planning.make_plan import make_plan
     from launch.recipe.loading import find_recipe, load_recipe
     from launch.rules.checks import refuse_topology
 
@@ -106,7 +103,7 @@ def plan(
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
-    show_plan(planned_run.plan_of(loaded, index, topology, loaded.name, identity=identity))
+    show_plan(make_plan(loaded, index, topology, identity=identity))
     show_memory(loaded, index, topology)
 
 
@@ -205,18 +202,17 @@ def run(
 
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
-        recipe,
-        tuple(overrides),
-        strategy,
-        gpus_per_node,
-        name,
-        runs_dir,
-        fresh,
-        tuple(allow),
-        source,
-        None,
-        machine,
-        gpu_memory,
+        recipe=recipe,
+        overrides=tuple(overrides),
+        strategy=strategy,
+        gpus_per_node=gpus_per_node,
+        name=name,
+        runs_dir=runs_dir,
+        fresh=fresh,
+        allow=tuple(allow),
+        source=source,
+        machine=machine,
+        gpu_memory=gpu_memory,
     )
     multi_machine.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.audit import verify
 from launch.audit.verify import chained, verify_run
-from launch.planning.step_plan import step_samples
+from launch.planning.step_plan import SampleStream
 from launch.run.directory import RunDirectory
 from tests.helpers.attempts import INDEX, attempt, recipe_of
 from tests.helpers.launcher import samestep
@@ -79,9 +79,9 @@ def test_every_step_is_held_against_the_plan_where_the_data_is(
     monkeypatch.setattr(verify, "read_index", lambda _: index)
 
     def digest(step: int) -> str:
-        samples = step_samples(
-            step - 1, n=50, global_batch_size=8, seed=recipe.training.seed, fingerprint=INDEX.fingerprint
-        )
+        samples = SampleStream(
+            n=50, global_batch_size=8, seed=recipe.training.seed, fingerprint=INDEX.fingerprint
+        ).samples(step - 1)
         rows = sorted(train.digests[sample] for sample in samples)
         return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
 

@@ -33,8 +33,8 @@ VLLM = {
         "model.language_model.": "language_model.model.",
     },
 }
-"""`hf_to_vllm_mapper` of vLLM's `qwen2_5_vl.py` and `qwen3_vl.py`: the first prefix that fits names the module. A merged
-model keeps its base's names: those of the hub, which for Qwen3-VL are transformers' own."""
+"""`hf_to_vllm_mapper` of vLLM's `qwen2_5_vl.py` and `qwen3_vl.py`: the first prefix that fits names the module. A
+merged model keeps its base's names: those of the hub, which for Qwen3-VL are transformers' own."""
 
 
 @pytest.mark.parametrize("kind", VLLM)

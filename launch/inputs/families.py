@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.inputs.caches import config_file
-from launch.inputs.model_shape import ModelShape
+from launch.inputs.model_shape import ModelShape, TowerLinear, reached_tower_linears
 from launch.untrusted_files import UNREADABLE, printable, read_mapping
 
 if TYPE_CHECKING:
@@ -63,6 +63,12 @@ def why_not_trained(recipe: Recipe) -> str | None:
     return None
 
 
+def tower_targets(recipe: Recipe) -> list[str] | None:
+    """The linear layers of the vision tower that `lora.target_modules` reaches; None where config.json is not here."""
+    shape = read_shape(recipe)
+    return None if isinstance(shape, str) else reached_tower_linears(recipe.lora.target_modules, shape)
+
+
 def read_shape(recipe: Recipe) -> ModelShape | str:
     """The shape of a recipe's base model; or, where its config.json is not here or not understood, why."""
     file = config_file(recipe)
@@ -106,36 +112,64 @@ def _patch_sizes(vision: dict[str, Any], patch: int) -> dict[str, Any]:
     }
 
 
+def _tower(
+    sizes: dict[str, Any],
+    width: int,
+    inner: int,
+    mlp: tuple[str, ...],
+    mergers: dict[str, int],
+    ends: tuple[str, str],
+) -> dict[str, TowerLinear]:
+    """The tower's linear layers: of each block attention and MLP, whose last leads back; two of each merger."""
+    blocks, merged = sizes["vision_blocks"], width * sizes["patches_per_token"]
+    found = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    found |= {f"mlp.{name}": (inner, width) for name in mlp[:-1]} | {f"mlp.{mlp[-1]}": (width, inner)}
+    linears = {f"blocks.*.{name}": TowerLinear(blocks, *shape) for name, shape in found.items()}
+    for merger, copies in mergers.items():
+        linears[f"{merger}.{ends[0]}"] = TowerLinear(copies, merged, merged)
+        linears[f"{merger}.{ends[1]}"] = TowerLinear(copies, sizes["hidden"], merged)
+    return linears
+
+
 def _qwen2_vl(config: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> ModelShape:
+    sizes = _language_sizes(config, text) | _patch_sizes(vision, 14)
     width = int(vision["embed_dim"])
+    inner = int(width * vision.get("mlp_ratio", 4))
     return ModelShape(
-        **_language_sizes(config, text),
-        **_patch_sizes(vision, 14),
+        **sizes,
         vision_width=width,
-        vision_intermediate=int(width * vision.get("mlp_ratio", 4)),
+        vision_intermediate=inner,
+        tower_linears=_tower(sizes, width, inner, ("fc1", "fc2"), {"merger": 1}, ("mlp.0", "mlp.2")),
     )
 
 
 def _qwen2_5_vl(config: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> ModelShape:
+    sizes = _language_sizes(config, text) | _patch_sizes(vision, 14)
+    width, inner = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    mlp = ("gate_proj", "up_proj", "down_proj")
     return ModelShape(
-        **_language_sizes(config, text),
-        **_patch_sizes(vision, 14),
-        vision_width=int(vision["hidden_size"]),
-        vision_intermediate=int(vision["intermediate_size"]),
+        **sizes,
+        vision_width=width,
+        vision_intermediate=inner,
+        tower_linears=_tower(sizes, width, inner, mlp, {"merger": 1}, ("mlp.0", "mlp.2")),
         vision_gated=True,
     )
 
 
 def _qwen3_vl(config: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> ModelShape:
-    sizes = _language_sizes(config, text) | {"head_width": int(text.get("head_dim", 128))}
+    sizes = _language_sizes(config, text) | _patch_sizes(vision, 16)
+    width, inner = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    deepstack = len(vision["deepstack_visual_indexes"])
+    ends = ("linear_fc1", "linear_fc2")
+    mergers = {"merger": 1} | ({"deepstack_merger_list.*": deepstack} if deepstack else {})
     return ModelShape(
-        **sizes,
-        **_patch_sizes(vision, 16),
-        vision_width=int(vision["hidden_size"]),
-        vision_intermediate=int(vision["intermediate_size"]),
+        **sizes | {"head_width": int(text.get("head_dim", 128))},
+        vision_width=width,
+        vision_intermediate=inner,
+        tower_linears=_tower(sizes, width, inner, ends, mergers, ends),
         attention_bias=bool(text.get("attention_bias", False)),
         query_norm=True,
-        deepstack=len(vision["deepstack_visual_indexes"]),
+        deepstack=deepstack,
         vision_positions=int(vision["num_position_embeddings"]),
         patch_bias=True,
     )
@@ -171,6 +205,20 @@ FAMILIES = {
     )
 }
 """By `model_type` of config.json."""
+
+
+def every_tower_linear() -> dict[str, int | None]:
+    """The paths of the towers' linear layers in any family, for a base that is not here."""
+    return dict.fromkeys(
+        [
+            *(f"blocks.*.attn.{name}" for name in ("qkv", "proj")),
+            *(f"blocks.*.mlp.{name}" for name in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")),
+            *(f"blocks.*.mlp.{name}" for name in ("linear_fc1", "linear_fc2")),
+            *(f"merger.{name}" for name in ("mlp.0", "mlp.2", "linear_fc1", "linear_fc2")),
+            *(f"deepstack_merger_list.*.{name}" for name in ("linear_fc1", "linear_fc2")),
+        ]
+    )
+
 
 REFUSED = {
     "qwen3_vl_moe": "a mixture of experts is not trained here (its experts are no linear layers, so bitsandbytes does "

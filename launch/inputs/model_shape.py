@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 LAYERS = "model.language_model.layers"
+TOWER = "model.visual"
 LAYER_LINEARS = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
@@ -16,12 +17,22 @@ LAYER_LINEARS = (
 
 
 @dataclass(frozen=True)
+class TowerLinear:
+    """Linear layers of the vision tower that are alike: how many, and their sizes."""
+
+    copies: int
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of the language model, then of the vision tower.
 
     `head_width`: channels of an attention head; `attention_bias`: of queries, keys and values; `query_norm`: queries
-    and keys are normalized head by head; `patch_values`: numbers in one image patch; `vision_gated`: the tower has
-    Qwen2.5-VL's RMSNorm and gated MLP; `deepstack`: mergers besides the last; `vision_positions`: learned ones.
+    and keys are normalized head by head; `patch_values`: numbers in one image patch; `tower_linears`: by their path in
+    the tower, `*` for a number; `vision_gated`: the tower has Qwen2.5-VL's RMSNorm and gated MLP; `deepstack`: mergers
+    besides the last; `vision_positions`: learned ones.
     """
 
     hidden: int
@@ -37,6 +48,7 @@ class ModelShape:
     vision_intermediate: int
     patch_values: int
     patches_per_token: int
+    tower_linears: Mapping[str, TowerLinear] = field(default_factory=dict)
     attention_bias: bool = True
     query_norm: bool = False
     vision_gated: bool = False
@@ -74,16 +86,9 @@ class ModelShape:
         return sum(outputs * inputs for outputs, inputs in self.layer_linears.values())
 
     @property
-    def merged_width(self) -> int:
-        """Channels of the patches that a merger makes one visual token of."""
-        return self.vision_width * self.patches_per_token
-
-    @property
     def tower_weights(self) -> int:
         """Weights of the vision tower's linear layers, which are quantized too: blocks and mergers."""
-        width, merged = self.vision_width, self.merged_width
-        block = 4 * width * width + (3 if self.vision_gated else 2) * width * self.vision_intermediate
-        return self.vision_blocks * block + (1 + self.deepstack) * merged * (merged + self.hidden)
+        return sum(each.copies * each.outputs * each.inputs for each in self.tower_linears.values())
 
     @property
     def vocabulary_weights(self) -> int:
@@ -102,7 +107,8 @@ class ModelShape:
 
     @property
     def _tower_other_weights(self) -> int:
-        width, merged, inner = self.vision_width, self.merged_width, self.vision_intermediate
+        width, inner = self.vision_width, self.vision_intermediate
+        merged = width * self.patches_per_token
         norm = width if self.vision_gated else 2 * width
         block = 2 * norm + 5 * width + (2 * inner if self.vision_gated else inner)
         mergers = norm + self.deepstack * 2 * merged + (1 + self.deepstack) * (merged + self.hidden)
@@ -117,6 +123,31 @@ def unreached(names: Sequence[str], layers: int | None) -> list[str]:
     there are, None where that is not known.
     """
     return [name for name in names if not any(_ends_in(linear, name, layers) for linear in LAYER_LINEARS)]
+
+
+def reached_in_tower(name: str, paths: Mapping[str, int | None]) -> list[str]:
+    """The linear layers of the tower that a name of `lora.target_modules` reaches: those of `paths` that it ends.
+
+    A name that reaches a decoder layer is of that alone: Qwen2.5-VL's tower has a `gate_proj` too. `paths`: path in
+    the tower, `*` for a number -> how many there are, None where that is not known.
+    """
+    if not unreached([name], None):
+        return []
+    numbers = [int(each) for each in re.findall(r"(?<=\.)[0-9]+(?=\.)", f".{name}")]
+    general = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", f".{name}")
+    return [
+        path
+        for path, copies in paths.items()
+        if f".{TOWER}.{path}".endswith(general) and all(each < (copies or math.inf) for each in numbers)
+    ]
+
+
+def reached_tower_linears(names: Sequence[str] | str, shape: ModelShape) -> list[str]:
+    """The paths of the tower's linear layers that `lora.target_modules` reaches; `all-linear`: none."""
+    if isinstance(names, str):
+        return []
+    paths = {path: linear.copies for path, linear in shape.tower_linears.items()}
+    return [path for path in paths if any(path in reached_in_tower(name, paths) for name in names)]
 
 
 def _ends_in(linear: str, name: str, layers: int | None) -> bool:

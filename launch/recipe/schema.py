@@ -65,6 +65,10 @@ class QuantizationSection(Section):
     )
 
 
+ModulePattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+"""The end of a module's path. PEFT takes it for a regular expression; of those only names are allowed."""
+
+
 class LoraSection(Section):
     """LoraConfig: the trained weights, always in fp32."""
 
@@ -73,7 +77,17 @@ class LoraSection(Section):
     lora_dropout: Real = Field(0.05, ge=0, lt=1, description="a dropout share from 0 to below 1")
     bias: Literal["none"] = Field("none", description="`none`: biases are not trained")
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        default=["q_proj", "v_proj"], description="a list of module names, or `all-linear`"
+        default=["q_proj", "v_proj"],
+        description="a list of module names, or `all-linear`: every linear layer of the decoder",
+    )
+    use_rslora: bool = Field(False, description="true: scale by alpha / sqrt(r); false: by alpha / r")
+    use_dora: bool = Field(False, description="true: train the length of each row too (DoRA); false: LoRA")
+    rank_pattern: dict[ModulePattern, Annotated[int, Field(ge=1, le=4096)]] = Field(
+        default={}, description="a map from module names to ranks, for layers whose rank is not `r`"
+    )
+    alpha_pattern: dict[ModulePattern, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="a map from module names to scales, for layers whose scale is not `lora_alpha`",
     )
 
 
@@ -291,6 +305,16 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
+_ABSENT = object()
+_NEWER: dict[str, Any] = {
+    "lora.use_rslora": False,
+    "lora.use_dora": False,
+    "lora.rank_pattern": {},
+    "lora.alpha_pattern": {},
+}
+"""Keys that older versions did not have, and what those did: left out at that value, so that older runs go on."""
+
+
 def altering_values(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> value of everything that alters the numbers of a run: equal values, same run."""
     values = recipe.model_dump(mode="json")
@@ -310,7 +334,11 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
         "training.dataloader_num_workers",
     }
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
-    return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.startswith(sections) and key not in harmless and _NEWER.get(key, _ABSENT) != value
+    }
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:

@@ -186,12 +186,21 @@ class Replica:
     max_new_tokens: int
     compute_dtype: torch.dtype
     _features: OrderedDict[int, tuple[_Maps, Tensor]] = field(default_factory=OrderedDict)
+    _seen_as_base: bool = False
 
     @property
     def base(self) -> PreTrainedModel:
         """The model without PEFT's wrapper."""
         model = self.model
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+    def look_as(self, base: bool) -> None:
+        """Forget the features of an adapter in the vision tower when the base is asked, and the other way round."""
+        if base is self._seen_as_base:
+            return
+        self._seen_as_base = base
+        if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
+            self._features.clear()
 
     @torch.inference_mode()
     def image_features(self, image_row: int) -> tuple[_Maps, Tensor]:
@@ -391,6 +400,7 @@ def _answer(
     if model == "base" and isinstance(replica.model, PeftModel):
         without = replica.model.disable_adapter()
     try:
+        replica.look_as(model == "base")
         with without:
             predictions = replica.answers(prompts, looked_at)
     except torch.OutOfMemoryError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from launch.errors import ConfigError
+from launch.inputs.model_shape import unreached
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
@@ -23,7 +24,7 @@ from trainer.model.families.registry import modelling_of
 from trainer.model.head import patch_forward_target_logprobs
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
-from trainer.model.vision import Keep, register_packed_inputs
+from trainer.model.vision import Keep, register_packed_inputs, trained_tower
 from trainer.pretrained import base_name, base_path, family_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -122,7 +123,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
 
     Raises:
-        ConfigError: a name in `lora.target_modules` reaches no layer, or one outside the decoder layers.
+        ConfigError: a name in `lora.target_modules` reaches no layer, or what is no linear layer of decoder or tower.
     """
     chosen = recipe.lora
     config = LoraConfig(
@@ -130,8 +131,12 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         lora_alpha=chosen.lora_alpha,
         lora_dropout=chosen.lora_dropout,
         bias=chosen.bias,
+        use_rslora=chosen.use_rslora,
+        use_dora=chosen.use_dora,
+        rank_pattern=dict(chosen.rank_pattern),
+        alpha_pattern=dict(chosen.alpha_pattern),
         target_modules=chosen.target_modules,
-        exclude_modules=r".*\bvisual\b.*",  # the tower is frozen and runs without a graph
+        exclude_modules=_kept_frozen(model, chosen.target_modules),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(recipe.training.seed)
@@ -149,26 +154,53 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     return cast(PeftModel, peft_model)
 
 
+def _kept_frozen(model: PreTrainedModel, names: list[str] | str) -> list[str] | str:
+    """What of the vision tower PEFT must pass over, though it has the name of a layer that is reached.
+
+    Without a name of the tower's own it is frozen whole, and runs without a graph. With one, Qwen2.5-VL's `gate_proj`
+    is still the decoder's alone (`launch.inputs.model_shape.reached_in_tower`).
+    """
+    whole = r".*\bvisual\b.*"
+    if isinstance(names, str):
+        return whole
+    own = unreached(names, None)
+    tower = [f"model.visual.{name}" for name, _ in model.model.visual.named_modules() if name]
+    if not any(_ends_in(path, name) for path in tower for name in own):
+        return whole
+    shared = [name for name in names if name not in own]
+    return [
+        path
+        for path in tower
+        if any(_ends_in(path, name) for name in shared) and not any(_ends_in(path, name) for name in own)
+    ]
+
+
 def _check_reach(model: PeftModel, names: list[str] | str) -> None:
-    """Every name reaches linear layers inside the decoder layers, and nothing else.
+    """Every name reaches linear layers of decoder or vision tower, and nothing else.
 
     LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
     up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     reached: list[str] = model.base_model.targeted_module_names
-    inside = set(base.model.language_model.layers.modules())
-    outside = [name for name in reached if base.get_submodule(name) not in inside]
+    inside = {*base.model.language_model.layers.modules(), *base.model.visual.modules()}
+    layers = {name: base.get_submodule(name) for name in reached}
+    outside = [
+        name
+        for name, layer in layers.items()
+        if layer not in inside or not isinstance(getattr(layer, "base_layer", None), nn.Linear)
+    ]
     idle = [] if isinstance(names, str) else [n for n in names if not any(_ends_in(r, n) for r in reached)]
     problems = []
     if outside:
         problems.append(
-            f"lora.target_modules: {names} reaches outside the decoder layers of the language model ({len(outside)} "
-            f"modules: {', '.join(outside[:3])}); name linear layers inside them, or give `all-linear`"
+            f"lora.target_modules: {names} reaches outside the decoder layers of the language model and the linear "
+            f"layers of the vision tower ({len(outside)} modules: {', '.join(outside[:3])}); name linear layers inside "
+            "them, or give `all-linear`"
         )
     if idle:
         problems.append(
-            f"lora.target_modules: {', '.join(idle)} names no layer of the language model ({len(reached)} layers are "
+            f"lora.target_modules: {', '.join(idle)} names no layer of the model ({len(reached)} layers are "
             "reached by the others); correct the name or leave it out"
         )
     if problems:
@@ -208,11 +240,14 @@ def prepare_training(
         )
     _prepare_packed(base)
     patch_forward_target_logprobs(base)
-    register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
+    seed = recipe.training.seed
+    keys = use_sample_dropout(base.model.language_model, seed)
+    tower = trained_tower(base.model.visual, seed)
+    register_packed_inputs(base, keys, keep, tower)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
-    return "; ".join([*said, _use_kernels(base)])
+    return "; ".join([*said, _use_kernels(base, tower is None)])
 
 
 def _prepare_packed(model: PreTrainedModel) -> None:
@@ -220,15 +255,19 @@ def _prepare_packed(model: PreTrainedModel) -> None:
     modelling_of(model).prepare(model)
 
 
-def _use_kernels(model: PreTrainedModel) -> str:
-    """Switch both towers to fused kernels; in words, which."""
+def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
+    """Switch decoder and vision tower to fused kernels; in words, which. A tower that trains keeps its own forwards."""
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
     family = modelling_of(model)
     use_fused_kernels(model)
-    family.fuse_tower(model.model.visual)
-    stock = f"; {family.stock} are transformers' own" if family.stock else ""
-    return f"fused kernels (Liger's, and LoRA with dropout){stock}"
+    if frozen_tower:
+        family.fuse_tower(model.model.visual)
+    stock = [
+        part for part in (family.stock, "" if frozen_tower else "the vision tower, which trains,") if part
+    ]
+    own = f"; transformers' own forwards: {', '.join(stock)}" if stock else ""
+    return f"fused kernels (Liger's, and LoRA with dropout){own}"
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:
@@ -247,7 +286,7 @@ def prepare_tower(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Make the vision tower of a model that does not train compute as it does in training."""
     _prepare_packed(model)
     if not _no_kernels(model, compute_dtype):
-        _use_kernels(model)
+        _use_kernels(model, frozen_tower=True)
 
 
 def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:

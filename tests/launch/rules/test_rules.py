@@ -13,7 +13,7 @@ from launch.rules.accelerate_config import LaunchConfig, launched_config, launch
 from launch.rules.checks import refuse_config, refuse_topology, violations
 from launch.rules.request import PlanRequest, Rule
 from launch.strategies import STRATEGIES
-from tests.helpers.indexes import embedded_recipe
+from tests.helpers.indexes import HUB_7B, embedded_recipe
 
 ALLOWED = PlanRequest(
     embedded_recipe(),
@@ -68,7 +68,7 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         (
             request_rules.lora_names_layers_that_are_there,
             replace(ALLOWED, recipe=embedded_recipe("lora.target_modules=[q_proj, qproj]")),
-            "'qproj' names no linear layer of the decoder layers (1 of 2); did you mean q_proj?",
+            "'qproj' names no linear layer of decoder or vision tower (1 of 2); did you mean q_proj?",
         ),
         (request_rules.data_fills_one_step, replace(ALLOWED, samples=31, max_steps=0), "31 < 32"),
         (request_rules.run_has_a_step, replace(ALLOWED, max_steps=0), "330 samples"),
@@ -151,6 +151,16 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             config_rules.deepspeed_uses_the_standard_launcher,
             _asking(multinode_launcher="pdsh"),
             "pdsh (here)",
+        ),
+        (
+            request_rules.dora_sees_whole_weights,
+            replace(ALLOWED, strategy="fsdp", recipe=embedded_recipe("lora.use_dora=true")),
+            "use ddp or zero2",
+        ),
+        (
+            request_rules.patterns_name_layers_with_lora,
+            replace(ALLOWED, recipe=embedded_recipe('lora.rank_pattern={"k_proj": 4}')),
+            "lora.rank_pattern: 'k_proj' names no layer",
         ),
         (
             request_rules.sharded_weights_stay_packed,
@@ -247,6 +257,24 @@ def test_a_base_of_no_known_family_is_refused_by_its_kind(tmp_path: Path, kind: 
     assert f"is a {kind}" in told
 
 
+def test_lora_in_the_vision_tower_is_refused_with_zero3_and_with_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB_7B))
+    base = f"model.name_or_path={tmp_path}"
+    for names, targets in (("qkv", 1), ("visual.merger.mlp.0", 1), ("fc1,mlp.2", 2)):
+        lora = f"lora.target_modules=[q_proj,{names}]"
+        sharded = replace(ALLOWED, strategy="zero3", recipe=embedded_recipe(base, lora))
+        assert f"({targets} kinds of layers" in str(request_rules.trained_tower_is_whole(sharded))
+        assert request_rules.trained_tower_is_whole(replace(sharded, strategy="zero2")) is None
+        cached = replace(ALLOWED, recipe=embedded_recipe(base, lora, "data.vision_cache=disk"))
+        assert "set it to off" in str(request_rules.trained_tower_is_not_cached(cached))
+        assert request_rules.lora_names_layers_that_are_there(cached) is None
+    for idle in ("blocks.32.attn.qkv", "patch_embed.proj", "linear_fc1"):
+        wrong = embedded_recipe(base, f"lora.target_modules=[q_proj,{idle}]")
+        assert repr(idle) in str(
+            request_rules.lora_names_layers_that_are_there(replace(ALLOWED, recipe=wrong))
+        )
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -254,7 +282,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 27
+    assert len(every) == 31
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

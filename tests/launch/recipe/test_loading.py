@@ -255,7 +255,10 @@ def test_what_people_bring_from_other_tools_is_explained_in_any_section(brought:
 
 def test_a_key_like_none_of_its_section_is_answered_with_the_section() -> None:
     (problem,) = problems_of("lora.xyz=1")
-    assert problem == "lora.xyz: unknown key; lora has r, lora_alpha, lora_dropout, bias, target_modules"
+    keys = (
+        "r, lora_alpha, lora_dropout, bias, target_modules, use_rslora, use_dora, rank_pattern, alpha_pattern"
+    )
+    assert problem == f"lora.xyz: unknown key; lora has {keys}"
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def test_an_allowed_request_breaks_no_rule() -> None:
         ),
         (
             request_rules.patterns_name_layers_with_lora,
-            replace(ALLOWED, recipe=embedded_recipe('lora.rank_pattern={"k_proj": 4}')),
-            "lora.rank_pattern: 'k_proj' names no layer",
+            replace(ALLOWED, recipe=embedded_recipe('lora.rank_pattern={"qkv": 4}')),
+            "lora.rank_pattern: 'qkv' names no layer",
         ),
         (
             request_rules.sharded_weights_stay_packed,

@@ -106,6 +106,7 @@ class Clock:
             "profiled_busy_s": gpu_trace.busy_seconds(events),
             "profiled_exposed_s": gpu_trace.exposed_seconds(events),
             "profiled_syncs": gpu_trace.host_syncs(events),
+            "profiled_launches": gpu_trace.launches(events),
         }
         self.write(self.facts)
 
@@ -171,17 +172,17 @@ def main() -> int:
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 
-    settle = train.fit_to_memory
+    fit_to_memory = train.fit_to_memory
 
-    def settle_after(trainer: PlannedTrainer) -> None:
+    def fit_afterwards(trainer: PlannedTrainer) -> None:
         clock.loading_gib = peak_gib()  # before the largest micro-batch is tried
-        settle(trainer)
+        fit_to_memory(trainer)
 
     def leave() -> None:
         clock.finish()
         destroy_process_group()
 
-    train.fit_to_memory, train.destroy_process_group = settle_after, leave
+    train.fit_to_memory, train.destroy_process_group = fit_afterwards, leave
     return train.main(arguments)
 
 

@@ -168,6 +168,7 @@ class Recording:
             "step_s": self._seconds / PROFILED,
             "busy_share": gpu_trace.busy_seconds(events) / self._seconds,
             "host_syncs": gpu_trace.host_syncs(events) / PROFILED,
+            "launches": gpu_trace.launches(events) / PROFILED,
             "kernels": [
                 {"name": name[:100], "seconds": seconds / PROFILED, "calls": calls / PROFILED}
                 for name, seconds, calls in kernels

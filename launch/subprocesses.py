@@ -24,10 +24,14 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ChildError(SamestepError):
-    """A child process that has already said what is wrong; carries its exit status."""
+    """A child process that did not finish; carries its exit status.
+
+    `was_explained`: the child ended by itself and has said on the terminal what is wrong; a signal says nothing.
+    """
 
     def __init__(self, what: str, status: int) -> None:
-        self.exit_status = status if status in (1, 2) else 1
+        self.was_explained = status in (1, 2)
+        self.exit_status = status if self.was_explained else 1
         super().__init__(f"{what}: did not finish (exit status {status}); see its words above")
 
 

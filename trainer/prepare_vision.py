@@ -21,6 +21,7 @@ from launch.inputs.dataset_index import Index, SplitName
 from launch.planning.make_plan import compute_dtype_of
 from launch.planning.run_steps import validation_samples
 from launch.recipe.schema import Recipe
+from launch.units import decimal_size
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
@@ -39,7 +40,6 @@ from trainer.vision_cache.store import (
     FeatureCache,
     FullError,
     describe,
-    gigabytes,
     name_of,
     open_cache,
 )
@@ -106,7 +106,7 @@ def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
     said = [
         *describe(cache, facts),
         f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
-        f"{gigabytes(needed)}",
+        f"{decimal_size(needed)}",
     ]
     return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
 
@@ -159,14 +159,14 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
     problems = []
     if used + needed > cache.bound:
         problems.append(
-            f"SAMESTEP_VISION_CACHE_GB: {gigabytes(needed)} more are needed, {gigabytes(used)} of "
-            f"{gigabytes(cache.bound)} are used ({gigabytes(cache.others_bytes())} by other towers or settings in "
-            f"{cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
+            f"SAMESTEP_VISION_CACHE_GB: {decimal_size(needed)} more are needed, {decimal_size(used)} of "
+            f"{decimal_size(cache.bound)} are used ({decimal_size(cache.others_bytes())} by other towers or settings "
+            f"in {cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
         )
     if needed > free:
         problems.append(
-            f"SAMESTEP_VISION_CACHE: {gigabytes(needed)} more are needed, {gigabytes(max(0, free))} can be used on "
-            f"the disk of {cache.root}; make room, or name a folder on another disk"
+            f"SAMESTEP_VISION_CACHE: {decimal_size(needed)} more are needed, {decimal_size(max(0, free))} can be used "
+            f"on the disk of {cache.root}; make room, or name a folder on another disk"
         )
     if needed and problems:
         raise ConfigError(problems)

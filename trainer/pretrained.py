@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from transformers import AutoProcessor, ProcessorMixin
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
 from launch.recipe.schema import EMBEDDED, Recipe
@@ -53,7 +54,7 @@ def base_path(recipe: Recipe) -> str:
 
 def _may_be_of_hub(name: str) -> bool:
     """It has the form of a hub id, and no folder here has that name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    return is_hub_id(name) and not Path(name).is_dir()
 
 
 def base_name(recipe: Recipe) -> str:
@@ -137,8 +138,8 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             ) from error
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
-            "HF_HOME, or set model.name_or_path to a local folder"
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
+            "machine with a network, or set model.name_or_path to a local folder"
         ) from error
     # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
     if missing := _missing_files(Path(path)):

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 Report = Callable[[int, int], None]
 """Told how many are done, of how many."""
@@ -16,6 +18,22 @@ Begin = Callable[[str], Report]
 """Begins the report of a piece of work, by its description."""
 
 LINE_SECONDS = 10.0
+
+
+class ShortenedText(TextColumn):
+    """The description, cut with dots where the terminal is narrow: counts and times are shown whole.
+
+    rich 15 takes room from columns that may wrap before it takes it from others; the text itself stays one line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("{task.description}", table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        """As `TextColumn`, on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 @contextmanager
@@ -27,7 +45,7 @@ def progress_reports(*, quiet: bool = False) -> Iterator[Begin]:
     elif not console.is_terminal or console.is_dumb_terminal:
         yield _LineReport
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (ShortenedText(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as bars:
             yield lambda description: _bar(bars, description)
 

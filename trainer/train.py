@@ -26,6 +26,7 @@ from launch.run.directory import RunDirectory, read_marker
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
 from trainer.attempt import Ended, acquire_run, write_exit_marker, write_exit_reason, write_smaller_plan
+from trainer.attempt_log import log_name, open_attempt_log
 from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
@@ -125,6 +126,7 @@ def train_once(
         return
     with ExitStack() as held:
         new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
+        open_attempt_log(task.run, broadcast_from_main(log_name), state.is_main_process)
         watch = held.enter_context(stop_requests(task.run, state.process_index, launcher))
         try:
             ended = train(task, state, watch, clock)
@@ -230,7 +232,8 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
         trainer.evaluate()
         trainer.clock.passed("evaluation")
     if step < max_steps and not trainer.agreed.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.garbage:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

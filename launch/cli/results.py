@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import AllowPart, Processes, RunsDir, example
+from launch.cli.options import (
+    DEFAULT_RUNS_DIR,
+    AllowPart,
+    Processes,
+    RunsDir,
+    complete_run,
+    example,
+)
 from launch.console import echo
 from launch.option_values import named, one_of, place, positive, several_of, whole
 
@@ -27,6 +34,7 @@ def evaluate(
             metavar="RUN[/checkpoint-N]",
             parser=named("RUN"),
             help="Name or folder of a run, or one of its checkpoints.",
+            autocompletion=complete_run,
         ),
     ],
     split: Annotated[
@@ -58,7 +66,7 @@ def evaluate(
     ] = None,
     gpus_per_node: Processes = None,
     allow: AllowPart = [],  # noqa: B006 - typer copies it
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json).
 
@@ -115,6 +123,7 @@ def merge(
             metavar="RUN|CHECKPOINT|ADAPTER",
             parser=named("SOURCE"),
             help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
+            autocompletion=complete_run,
         ),
     ],
     output: Annotated[
@@ -165,7 +174,7 @@ def merge(
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
     allow: AllowPart = [],  # noqa: B006
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch.local import postprocess
@@ -193,7 +202,7 @@ def consolidate(
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
     from launch.local import postprocess

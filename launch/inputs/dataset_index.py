@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.model_files import part_files
@@ -96,7 +97,7 @@ def local_dataset(recipe: Recipe) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ConfigError(
             f"data.dataset: {name!r} is not a folder here and not a hub id (owner/name); "
             "give a folder of parquet files, a hub id, or `embedded`"

@@ -221,10 +221,12 @@ def refuse_unwritable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{folder}: {place} is a file, no folder; choose another --runs-dir")
-    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"--runs-dir: {place} is a file, no folder; choose another --runs-dir")
+    usage = shutil.disk_usage(place)
+    # A file system without blocks (/proc, /sys) takes no files, whatever its modes say to root.
+    if not os.access(place, os.W_OK | os.X_OK) or usage.total == 0:
         raise ConfigError(f"{folder}: cannot be written; give permission, or choose another --runs-dir")
-    free = shutil.disk_usage(place).free
+    free = usage.free
     if free < NEEDED_BYTES:
         raise NoSpaceError(
             f"{folder}: no space left for a run ({free / 2**20:,.0f} MB free, "

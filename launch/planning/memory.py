@@ -48,7 +48,8 @@ class Load:
     """What a recipe, a strategy and a world ask of each GPU. Sizes of numbers in bytes.
 
     `targets`: the linear layers of the decoder with a LoRA of rank `lora_rank` at most, `tower_targets`: of the tower,
-    by their paths; `dropout`: before them; `dora`: with lengths of rows.
+    by their paths; `dropout`: before them; `dora`: with lengths of rows; `fp8`: weights that are held for the products
+    of the decoder layers are of 8 bits.
     """
 
     shape: ModelShape
@@ -64,6 +65,7 @@ class Load:
     kernels: Kernels = Kernels()
     tower_targets: tuple[str, ...] = ()
     dora: bool = False
+    fp8: bool = False
 
     @property
     def shares(self) -> int:
@@ -141,6 +143,7 @@ def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, k
         kernels=kernels,
         tower_targets=tuple(reached_tower_linears(lora.target_modules, shape)),
         dora=lora.use_dora,
+        fp8=recipe.model.products == "fp8",
     )
 
 
@@ -148,7 +151,7 @@ def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
     kept, temporary = _training_peak(load, packed, settings)
     return Memory(
-        base=_base_bytes(replace(load, load_in_4bit=False) if settings.keep_dequantized else load),
+        base=_resident_bytes(load) if settings.keep_dequantized else _base_bytes(load),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -181,6 +184,12 @@ def _base_bytes(load: Load) -> int:
     layer, layers = load.shape.layer_weights, load.shape.layers
     whole = 2 * _linear_bytes(load, layer) if load.shares > 1 else 0
     return _undivided_bytes(load) + layers * _linear_bytes(load, layer, load.shares) + whole
+
+
+def _resident_bytes(load: Load) -> int:
+    """The frozen base with its 4-bit weights held dequantized; in 8 bits those whose products are."""
+    saved = load.shape.layers * load.shape.layer_weights * (load.weight_bytes - 1) if load.fp8 else 0
+    return _base_bytes(replace(load, load_in_4bit=False)) - saved
 
 
 def _loading_bytes(load: Load) -> int:

@@ -281,11 +281,32 @@ def gpu_computes_bfloat16(request: PlanRequest) -> str | None:
     )
 
 
+def gpu_has_8_bit_products(request: PlanRequest) -> str | None:
+    """`torch._scaled_mm` needs compute capability 8.9 for e4m3, and gives bfloat16 where every row has its scale."""
+    capability, recipe = request.capability, request.recipe
+    if recipe.model.products != "fp8" or capability is None:
+        return None
+    if capability < (8, 9):
+        return (
+            f"model.products: fp8 on a GPU of compute capability {capability[0]}.{capability[1]} (8.9 is needed); "
+            "set it to bf16, or use a newer GPU (L4, L40S, H100 or later)"
+        )
+    asked = {"model.dtype": recipe.model.dtype}
+    if recipe.quantization.load_in_4bit:
+        asked["quantization.bnb_4bit_compute_dtype"] = recipe.quantization.bnb_4bit_compute_dtype
+    if wrong := [key for key, dtype in asked.items() if dtype != "bfloat16"]:
+        return (
+            f"model.products: fp8 with {', '.join(wrong)} float32; set to bfloat16, or model.products to bf16"
+        )
+    return None
+
+
 MACHINE_RULES: tuple[Rule, ...] = (
     deepspeed_can_be_imported,
     fsdp_stores_floats,
     versions_are_those_that_were_measured,
     gpu_computes_bfloat16,
+    gpu_has_8_bit_products,
 )
 
 SCHEMA_RULES: tuple[tuple[str, str], ...] = (

@@ -142,7 +142,7 @@ def test_bad_rows_can_be_dropped_and_are_written_down(world: Path, tmp_path: Pat
     [
         ({"dataset": "/nowhere/at/all"}, "is not a folder here and not a hub id"),
         ({"train": "training"}, "no training.parquet or training-*.parquet"),
-        ({"dataset": "nobody/chart-questions"}, "without a network, run `samestep prepare RECIPE` once"),
+        ({"dataset": "nobody/chart-questions"}, "check this machine's network and HTTPS_PROXY"),
     ],
 )
 def test_data_that_is_not_there_is_named(

@@ -135,7 +135,7 @@ def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:
 
 
 OFFLINE_ADVICE = (
-    "without a network, run `samestep prepare RECIPE` once where there is one, with HF_HOME on a shared disk, "
+    "check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a machine with a network, "
     "or point the recipe at a local folder"
 )
 

@@ -32,7 +32,7 @@ class Sample:
     pixel_values: Tensor | None  # [P, channels * temporal_patch * patch * patch]; None: features are cached
     grid: tuple[int, int, int]  # patches in time, height, width
     features: Tensor | None = None  # [V, hidden], where they are cached
-    image: str = ""  # its name in the cache of features, where there is one
+    image: str = ""  # its name, the same for the same bytes
 
     @property
     def target_tokens(self) -> int:
@@ -62,7 +62,7 @@ class Encoder:
                 the prompt's last, so that no mask could part them.
         """
         prompt, text = self.texts(row)
-        image = name_of(row.image) if self.features else ""
+        image = name_of(row.image)
         cached = self.features.read(image) if self.features else None
         if cached is not None:
             input_ids, grid, pixels = self._ids(text, len(cached.values)), cached.grid, None

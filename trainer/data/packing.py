@@ -20,7 +20,7 @@ class ModelInputs(TypedDict):
     """What the packed forward takes, for N samples of T tokens together.
 
     Images come in two kinds: C whose features are cached (Vc visual tokens), and F fresh ones (P patches, Vf visual
-    tokens), for which the tower runs.
+    tokens), for which the tower runs, once for an image that several samples show.
     """
 
     input_ids: Tensor  # [1, T]
@@ -31,9 +31,13 @@ class ModelInputs(TypedDict):
     shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32
     text_lengths: tuple[int, ...]
+    read_positions: Tensor  # [S]: of each sample the tokens from the first scored one to its end
+    read_cu_seqlens: Tensor  # [N + 1] int32
+    read_lengths: tuple[int, ...]
     pixel_values: Tensor  # [P, patch features]
     image_grid_thw: Tensor  # [F, 3]
     fresh_positions: Tensor  # [Vf]: where their visual tokens lie in the row
+    fresh_rows: Tensor  # [Vf]: the rows of their features there, where an image is shown twice; else empty
     fresh_images: tuple[str, ...]  # F names in the cache of features; empty without one
     fresh_grids: tuple[tuple[int, int, int], ...]  # `image_grid_thw` once more, for the host
     vision_positions: Tensor  # [P, 2]: height and width of each patch, in merge order
@@ -74,10 +78,37 @@ def pack(
         shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
+        **_read_tokens(text_lengths, scored),
         fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
         cached_positions=(is_visual & is_cached).nonzero()[:, 0],
         cached_features=_joined([sample.features for sample in samples]),
         **_pack_fresh([sample for sample in samples if sample.features is None], merge),
+    )
+
+
+class _ReadTokens(TypedDict):
+    """The part of `ModelInputs` that the last decoder layer takes."""
+
+    read_positions: Tensor
+    read_cu_seqlens: Tensor
+    read_lengths: tuple[int, ...]
+
+
+def _read_tokens(lengths: Sequence[int], scored: Tensor) -> _ReadTokens:
+    """Of each sample the tokens from the first scored one to its end; two where none is scored, as in a filler.
+
+    Never one alone: FlashAttention takes rows of one query for decoding, and folds their heads.
+    """
+    ends = cumulative(lengths)[1:].tolist()
+    begins = []
+    for length, end in zip(lengths, ends, strict=True):
+        at = int(torch.searchsorted(scored, end - length))
+        first = int(scored[at]) if at < len(scored) else end
+        begins.append(min(first, max(end - 2, end - length)))
+    counts = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    return _ReadTokens(
+        read_positions=torch.cat(spans), read_cu_seqlens=cumulative(counts), read_lengths=counts
     )
 
 
@@ -86,6 +117,7 @@ class _FreshImages(TypedDict):
 
     pixel_values: Tensor
     image_grid_thw: Tensor
+    fresh_rows: Tensor
     fresh_images: tuple[str, ...]
     fresh_grids: tuple[tuple[int, int, int], ...]
     vision_positions: Tensor
@@ -94,18 +126,44 @@ class _FreshImages(TypedDict):
 
 
 def _pack_fresh(samples: Sequence[Sample], merge: int) -> _FreshImages:
-    """The images of samples without cached features, end to end; empty tensors for none."""
+    """The images of samples without cached features, end to end and each once; empty tensors for none."""
+    shown, samples = samples, _distinct(samples)
     grids = torch.tensor([sample.grid for sample in samples], dtype=torch.int64).view(-1, 3)
     lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
     return _FreshImages(
         pixel_values=_joined([sample.pixel_values for sample in samples]),
         image_grid_thw=grids,
+        fresh_rows=_feature_rows(shown, samples, merge),
         fresh_images=tuple(sample.image for sample in samples if sample.image),
         fresh_grids=tuple(sample.grid for sample in samples),
         vision_positions=get_vision_position_ids(grids, merge) if samples else grids.new_empty(0, 2),
         vision_cu_seqlens=cumulative(lengths),
         vision_lengths=lengths,
     )
+
+
+def _distinct(samples: Sequence[Sample]) -> list[Sample]:
+    """The first sample of each image, in their order; one whose image has no name stands for itself."""
+    first: dict[str | int, Sample] = {}
+    for number, sample in enumerate(samples):
+        first.setdefault(sample.image or number, sample)
+    return list(first.values())
+
+
+def _feature_rows(shown: Sequence[Sample], distinct: Sequence[Sample], merge: int) -> Tensor:
+    """Where the features of every sample's image lie among those of the distinct ones; empty where all are."""
+    if len(shown) == len(distinct):
+        return torch.empty(0, dtype=torch.int64)
+    ends = cumulative([_visual_tokens(sample, merge) for sample in distinct]).tolist()
+    begins = {sample.image or id(sample): begin for sample, begin in zip(distinct, ends, strict=False)}
+    return torch.cat(
+        [torch.arange(_visual_tokens(each, merge)) + begins[each.image or id(each)] for each in shown]
+    )
+
+
+def _visual_tokens(sample: Sample, merge: int) -> int:
+    time, height, width = sample.grid
+    return time * height * width // merge**2
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.checkpoints.manifest import MANIFEST
 from launch.errors import CheckpointError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
 from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
@@ -147,7 +148,7 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
             raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
         refuse_unsafe_base(folder, None)
         return folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise CheckpointError(
             f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import CONFIG, WEIGHTS, digest_of, read_digest
+from launch.hub_names import is_hub_id
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
@@ -106,17 +107,13 @@ def _base_name(recipe: Recipe | None, plan: MergePlan) -> str:
     return str(named or plan.base)
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _front_matter(
     base: str, recipe: Recipe | None, library: str = "transformers", relation: str = "finetune"
 ) -> str:
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
-    if _is_hub_id(base):
+    if is_hub_id(base):
         lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
-    if recipe and _is_hub_id(recipe.data.dataset):
+    if recipe and is_hub_id(recipe.data.dataset):
         lines += ["datasets:", f"- {recipe.data.dataset}"]
     return "\n".join([*lines, "---", ""])
 
@@ -243,7 +240,7 @@ def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -
     if recipe is not None and recipe.model.name_or_path == EMBEDDED:
         before = "from launch.inputs.caches import embedded_folder  # `samestep prepare embedded` builds it\n"
         name = 'embedded_folder() / "model"'
-    elif recipe is not None and recipe.model.revision != "main" and _is_hub_id(base):
+    elif recipe is not None and recipe.model.revision != "main" and is_hub_id(base):
         name += f', revision="{recipe.model.revision}"'
     return f"""The adapter on its base, with PEFT:
 

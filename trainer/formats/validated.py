@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.errors import CheckpointError
+from launch.units import decimal_size
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
@@ -78,7 +79,7 @@ def refuse_more_than_memory(size: int, file: Path) -> None:
     """CheckpointError when `size` bytes of `file` would not fit in free memory: a file may be full of holes."""
     if size > (free := psutil.virtual_memory().available):
         raise CheckpointError(
-            f"{printable(str(file))}: needs {size / 1e9:,.1f} GB of memory ({free / 1e9:,.1f} GB are free); copy it "
+            f"{printable(str(file))}: needs {decimal_size(size)} of memory ({decimal_size(free)} are free); copy it "
             "again if it should be smaller, or take a machine with more memory"
         )
 

@@ -39,6 +39,7 @@ from trainer.checks.training import (
 )
 from trainer.checks.wrapping import compare_with_whole, whole_before_wrapping
 from trainer.data.encoder import Encoder
+from trainer.data.late_features import with_late_features
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches
 from trainer.distributed.collectives import broadcast_from_main, run_on_all_ranks, run_on_main
@@ -54,6 +55,7 @@ from trainer.loop.dataloaders import (
     shortest_sample,
     training_batches,
 )
+from trainer.loop.garbage import GarbageBetweenSteps
 from trainer.loop.lr_schedule import enter_schedule, say_another_rate
 from trainer.loop.progress import reporters
 from trainer.loop.training_args import training_arguments
@@ -132,6 +134,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._host_values = (float("nan"), float("nan"))
         self._witness: GradientCheck | None = None
         self._out_of_memory = False
+        self.garbage = GarbageBetweenSteps()
         self._clock = time.perf_counter()
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -187,6 +190,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self._say_labels(inputs)
         if self._out_of_memory:  # known to all in this step's reduction
             return self._give_up_step()
+        inputs = self._with_late_features(inputs)
         self._count_images(inputs)
         try:
             with self.engine.keep_gradients(self.accelerator, model):
@@ -209,6 +213,12 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         scaling = {"scale_wrt_gas": False} if isinstance(self.engine, Zero) else {}
         self.accelerator.backward(loss, **scaling)
         return loss.detach()
+
+    def _with_late_features(self, inputs: Any) -> Any:
+        """With what the cache has got since the data workers packed a micro-batch."""
+        if self.encoder.features is None or not inputs["inputs"]["fresh_images"]:
+            return inputs
+        return {**inputs, "inputs": with_late_features(inputs["inputs"], self.encoder.features)}
 
     def _count_images(self, inputs: Any) -> None:
         self._images[0] += len(inputs["inputs"]["text_lengths"])
@@ -254,8 +264,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _agree_on_step(self) -> float:
         """Add up loss, wishes and, where they are here, gradients over the ranks; returns the gradients' norm.
 
-        The step's one host read. Raises on all ranks when one cannot go on or the numbers are not finite.
+        The step's one host read, which waits for the GPU: what else the host has to do is done before it.
+        Raises on all ranks when one cannot go on or the numbers are not finite.
         """
+        self.garbage.collect()
         told = torch.tensor([0.0, *self.watch.wishes()], device=self.args.device)
         told[0] = cast(Tensor, self._loss_sum)
         (loss, *wished), norm = self.engine.add_up(told)
@@ -388,7 +400,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.model.train()
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
-            inputs = self._prepare_inputs(batch)
+            inputs = self._prepare_inputs(self._with_late_features(batch))
             self._count_images(inputs)
             sums[0] += self._loss(self.model, inputs)
             sums[1] += inputs["inputs"]["shift_labels"].numel()

@@ -17,11 +17,14 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from launch.errors import ConfigError
 from launch.inputs.model_shape import unreached
 from launch.recipe.schema import Recipe
+from launch.units import gib
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.families.registry import modelling_of
+from trainer.model.fp8 import use_fp8_products
 from trainer.model.head import patch_forward_target_logprobs
+from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
@@ -234,10 +237,12 @@ def prepare_training(
     """
     base = cast(PreTrainedModel, model.get_base_model())
     said = []
+    if recipe.model.products == "fp8":  # before the rest is dequantized
+        language = base.model.language_model
+        held = use_fp8_products(language, compute_dtype, resident=resident_weights)
+        said.append(f"products of the language model in 8 bits ({held / 2**30:.1f} GiB held so)")
     if resident_weights:
-        said.append(
-            f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
-        )
+        said.append(f"4-bit weights held dequantized ({gib(dequantize_weights(base, compute_dtype))})")
     _prepare_packed(base)
     patch_forward_target_logprobs(base)
     seed = recipe.training.seed
@@ -246,6 +251,7 @@ def prepare_training(
     register_packed_inputs(base, keys, keep, tower)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
+        compute_read_tokens_only(base.model.language_model.layers[-1], plain_layer)
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
     return "; ".join([*said, _use_kernels(base, tower is None)])
 

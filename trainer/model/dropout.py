@@ -76,6 +76,7 @@ class DropoutKeys:
     def __init__(self, seed: int, names: list[str]) -> None:
         self._seed, self._modules = seed, module_keys(names)
         self.current: Tensor | None = None
+        self.read_positions: Tensor | None = None
 
     def of(self, step: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
         """The row keys of a micro-batch, int32 [M, T, 2]: 8 bytes for each token in each module."""
@@ -86,9 +87,12 @@ class DropoutKeys:
         """A forward pre-hook of a decoder layer's attention, the layer's first part: its keys are now current.
 
         Being arguments of the layer, they come back with it in the recomputation, whatever ran in between. Its linear
-        layers are called with activations alone, so that the last step to them goes through this object.
+        layers are called with activations alone, so that the last step to them goes through this object. The last layer
+        computes some tokens alone in most of its modules (`trainer.model.last_layer`): which, is known here too.
         """
         self.current = kwargs.pop(ARGUMENT, None)
+        queries = kwargs.get("queries")
+        self.read_positions = None if queries is None else queries.positions
         return args, kwargs
 
 
@@ -122,6 +126,9 @@ class SampleDropout(nn.Module):
             )
         rows = self.keys.current[self.index]
         tokens = x.shape[:-1].numel()
+        read = self.keys.read_positions
+        if read is not None and tokens == len(read):
+            return rows.index_select(0, read)
         if tokens != len(rows):
             raise RunError(
                 f"lora.lora_dropout: {self.name} is given {tokens} tokens, and keys for {len(rows)}; "

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 from liger_kernel.ops.rms_norm import rms_norm_forward
 from liger_kernel.ops.rope import LigerRopeFunction
@@ -27,6 +26,17 @@ from transformers import PreTrainedModel
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
+from trainer.model.fp8 import (
+    Fp8Rows,
+    backward_product,
+    forward_product,
+    is_fp8,
+    quantize_rows,
+    rows_of_weight,
+)
+from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
+from trainer.model.resident import matrix_of, quantization_of
+from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]
 
@@ -45,6 +55,7 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
         replace(layer.mlp, swiglu_mlp)
         replace(layer, decoder_layer)
         replace_where_it_fits(layer.self_attn, text_attention)
+    compute_read_tokens_only(language.layers[-1], last_decoder_layer)
     for module in language.modules():
         if isinstance(module, LoraLayer):
             replace_where_it_fits(module, lora_linear)
@@ -141,6 +152,17 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return cast(Tensor, residual + module.mlp(normed))
 
 
+def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, **kwargs: Any) -> Tensor:
+    """`_decoder_layer` at the tokens read: [1, S, hidden] of [1, T, hidden]."""
+    norm = module.input_layernorm
+    normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    attended, _ = module.self_attn(normed, queries=read, linears=linears, **kwargs)
+    norm = module.post_attention_layernorm
+    residual = rows(residual, read.positions)
+    normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
+    return cast(Tensor, residual + module.mlp(normed))
+
+
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
     gate, up = linears(hidden, (module.gate_proj, module.up_proj))
@@ -187,7 +209,7 @@ def vision_attention(
         return NotImplemented
     together = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1)
     turned = kernels.rotate(together, *position_embeddings)
-    output = varlen(*turned, segments, causal=False, scale=module.scaling)
+    output = attend_tower(*turned, segments, module.scaling)
     return module.proj(output.reshape(len(hidden_states), -1))
 
 
@@ -212,10 +234,12 @@ def quick_gelu(_: nn.Module, x: Tensor) -> Any:
 class _Layer:
     """What a linear layer and its adapter are besides tensors.
 
-    `packed`: the quantization state of a 4-bit weight, else None; of 65536 draws `dropped` are not kept.
+    `packed`: the quantization state of a 4-bit weight, the scales of one that is held in 8 bits, else None; `fp8`: the
+    products are of 8 bits; of 65536 draws `dropped` are not kept.
     """
 
     packed: Any = None
+    fp8: bool = False
     has_lora: bool = False
     scaling: float = 0.0
     dropped: int = 0
@@ -248,7 +272,8 @@ def _takes_lora(module: Any) -> bool:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
     if not isinstance(module, LoraLayer):
-        return _Layer(_quantization_of(module)), (module.weight, module.bias, None, None, None)
+        layer = _Layer(quantization_of(module), is_fp8(module))
+        return layer, (module.weight, module.bias, None, None, None)
     if not _takes_lora(module):
         return None
     layer: Any = module
@@ -260,7 +285,7 @@ def _read(module: Any, x: Tensor) -> _Read | None:
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    facts = _Layer(_quantization_of(base), True, layer.scaling[adapter], dropped)
+    facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
     return facts, (base.weight, base.bias, down, up, rows)
 
 
@@ -268,18 +293,6 @@ def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
     layers = [layer for layer, _ in read]
     tensors = [tensor for _, group in read for tensor in group]
     return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
-
-
-def _quantization_of(base: Any) -> Any:
-    """FSDP2's gathered weight has lost its quantization state, the module has it."""
-    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-
-
-def _matrix(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
-    """The base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
-    if packed is None:
-        return weight.to(dtype)
-    return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
 
 
 _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
@@ -297,9 +310,9 @@ class _Linears(torch.autograd.Function):
         saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).contiguous()
+            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
             for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
-                matrix = _matrix(weight, layer.packed, x.dtype)
-                output = linear(flat, matrix, None if bias is None else bias.to(x.dtype))
+                output = _product(flat, in_8_bits, layer, weight, None if bias is None else bias.to(x.dtype))
                 inner = None
                 if layer.has_lora:
                     mask = _mask_of(flat, rows, layer.dropped)
@@ -330,13 +343,28 @@ class _Linears(torch.autograd.Function):
                     of_inners.append((of_inner, down, *mask, layer.scaling))
                 of_adapters += [None, None, of_down, of_up, None]
                 if ctx.needs_input_grad[0]:
-                    matrix = _matrix(weight, layer.packed, gradient.dtype)
-                    of_x = gradient.mm(matrix) if of_x is None else of_x.addmm_(gradient, matrix)
+                    of_x = _add_product(of_x, gradient, layer, weight)
             if of_x is not None:
                 for part in of_inners:
                     kernels.add_back(of_x, *part)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
         return of_x, None, *of_adapters
+
+
+def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, [T, out]."""
+    if layer.fp8 and in_8_bits is not None:
+        return forward_product(in_8_bits, rows_of_weight(weight, layer.packed, x.dtype), bias, x.dtype)
+    return linear(x, matrix_of(weight, layer.packed, x.dtype), bias)
+
+
+def _add_product(before: Tensor | None, gradient: Tensor, layer: _Layer, weight: Any) -> Tensor:
+    """before + gradient @ weight, [T, in]; over `before`, if there is one."""
+    if layer.fp8:
+        product = backward_product(gradient, rows_of_weight(weight, layer.packed, gradient.dtype))
+        return product if before is None else before.add_(product)
+    matrix = matrix_of(weight, layer.packed, gradient.dtype)
+    return gradient.mm(matrix) if before is None else before.addmm_(gradient, matrix)
 
 
 def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:

@@ -22,6 +22,7 @@ from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT, DropoutKeys, replace_dropout
 from trainer.model.families.modelling import DEEPSTACK, Grid
 from trainer.model.families.registry import modelling_of
+from trainer.model.last_layer import ReadTokens
 
 Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
 """Told the names of images, their grids and their features [V, maps * hidden] when the tower has computed them."""
@@ -29,26 +30,41 @@ Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
 
 @dataclass(frozen=True)
 class TrainedTower:
-    """A tower with LoRA: the dropout of its blocks, keyed by patches, and of its mergers, keyed by visual tokens."""
+    """A tower with LoRA: the dropout of its blocks, keyed by patches, and of its mergers, keyed by visual tokens.
+
+    Its masks belong to the image, by its content, not to the sample: an image that several samples of a micro-batch
+    show goes through the tower once, and has the same masks in every layout.
+    """
 
     blocks: DropoutKeys | None
     mergers: DropoutKeys | None
     unit: int  # patches to a visual token
 
-    def take_keys(self, step: int, sample_ids: Tensor, positions: Tensor, order: Tensor | None) -> None:
-        """Make the masks of a pass current: of visual tokens [V] of samples at positions within these.
+    def take_keys(
+        self,
+        step: int,
+        images: Sequence[str],
+        grids: Sequence[Grid],
+        order: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        """Make the masks of a pass over `images` (sha256, hexadecimal) current.
 
-        `order`: in which the tower computes them, where it is not that of the row. A patch is known by the position
-        of its visual token and its place there, so that no layout of rows and images counts.
+        `order`: [V], in which the tower computes the visual tokens, where it is not that of the row.
         """
+        counts = torch.tensor([time * height * width // self.unit for time, height, width in grids])
+        names = torch.tensor([int(name[:15], 16) for name in images])
+        whose = names.repeat_interleave(counts).to(device)
+        where = torch.cat([torch.arange(count) for count in counts.tolist()]).to(device)
         if order is not None:
-            sample_ids, positions = sample_ids[order], positions[order]
+            whose, where = whose[order], where[order]
         if self.mergers is not None:
-            self.mergers.current = self.mergers.of(step, sample_ids, positions)
+            self.mergers.current = self.mergers.of(step, whose, where)
         if self.blocks is not None:
-            within = torch.arange(self.unit, device=positions.device)
-            patches = (positions[:, None] * self.unit + within).reshape(-1)
-            self.blocks.current = self.blocks.of(step, sample_ids.repeat_interleave(self.unit), patches)
+            patches = where[:, None] * self.unit + torch.arange(self.unit, device=device)
+            self.blocks.current = self.blocks.of(
+                step, whose.repeat_interleave(self.unit), patches.reshape(-1)
+            )
 
 
 def trained_tower(visual: Any, seed: int) -> TrainedTower | None:
@@ -112,6 +128,10 @@ def _unpack(
         maps = torch.cat([features[:, hidden:] for _, features in images])
         kwargs[DEEPSTACK] = places, maps.split(hidden, dim=1)
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    read = Segments(kwargs.pop("read_cu_seqlens"), kwargs.pop("read_lengths"))
+    positions = kwargs.pop("read_positions")
+    if read.lengths != kwargs["segments"].lengths:  # else every token is read
+        kwargs["read"] = ReadTokens(positions, read)
     step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
     if keys is not None and model.training:
         kwargs[ARGUMENT] = keys.of(step, sample_ids, kwargs["position_ids"][0, 0])
@@ -127,24 +147,24 @@ def _fresh_features(
         kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
     )
     segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
-    names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
+    names, sizes, rows = (kwargs.pop(name) for name in ("fresh_images", "fresh_grids", "fresh_rows"))
     if not segments.lengths:
         return pixels
     keys = None
     if tower is not None:
-        places = kwargs["fresh_positions"]
-        whose, where = kwargs["sample_ids"][places], kwargs["position_ids"][0, 0, places]
-        keys = partial(tower.take_keys, kwargs["step"], whose, where)
+        keys = partial(tower.take_keys, kwargs["step"], names, sizes)
     features = image_features(model, pixels, grids, sizes, positions, segments, keys)
     if keep is not None and names:
         keep(names, sizes, features)
-    return features
+    return features.index_select(0, rows) if len(rows) else features
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Hand only the hidden states that predict a target to the output head: [1, K, hidden]."""
     if "scored_positions" in kwargs:
-        output.last_hidden_state = output.last_hidden_state.index_select(1, kwargs["scored_positions"])
+        places, read = kwargs["scored_positions"], kwargs.get("read")
+        places = places if read is None else read.among(places)
+        output.last_hidden_state = output.last_hidden_state.index_select(1, places)
     return output
 
 
@@ -154,7 +174,6 @@ def _blank_features(model: Any, tower: TrainedTower, device: torch.device) -> Te
     grid = (1, edge, edge)
     grids = torch.tensor([grid])
     segments = Segments(torch.tensor([0, tower.unit], dtype=torch.int32, device=device), (tower.unit,))
-    nobody = torch.zeros(1, dtype=torch.int64, device=device)
     return image_features(
         model,
         torch.zeros(tower.unit, patch.numel(), device=device),
@@ -162,7 +181,7 @@ def _blank_features(model: Any, tower: TrainedTower, device: torch.device) -> Te
         [grid],
         get_vision_position_ids(grids, edge).to(device),
         segments,
-        partial(tower.take_keys, 0, nobody, nobody),
+        partial(tower.take_keys, 0, ["0"], [grid]),
     )
 
 
@@ -173,7 +192,7 @@ def image_features(
     sizes: Sequence[Grid],
     positions: Tensor,
     segments: Segments,
-    take_keys: Callable[[Tensor | None], None] | None = None,
+    take_keys: Callable[[Tensor | None, torch.device], None] | None = None,
 ) -> Tensor:
     """Features [V, maps * hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
 
@@ -186,7 +205,7 @@ def image_features(
     family = modelling_of(model)
     inputs = family.tower_inputs(visual, sizes, pixel_values.device)
     if take_keys is not None and visual.training:
-        take_keys(inputs.get("window_index"))
+        take_keys(inputs.get("window_index"), pixel_values.device)
     graph = torch.is_grad_enabled() and take_keys is not None
     with torch.set_grad_enabled(graph), torch.autocast(pixel_values.device.type, enabled=False):
         output = visual(

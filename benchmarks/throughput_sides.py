@@ -269,14 +269,14 @@ def trl_dataset(recipe: Recipe, steps: StepPlan, count: int) -> Any:
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    from trainer.data.chartqa import open_split
+    from trainer.data.splits import open_split
 
     rows = open_split(recipe, "train")
     text = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_list(
         [
             {
-                "images": [{"bytes": rows[sample].image, "path": None}],
+                "images": [{"bytes": rows[sample].images[0], "path": None}],
                 "prompt": [
                     {"role": "system", "content": recipe.data.system_message},
                     {"role": "user", "content": rows[sample].query},

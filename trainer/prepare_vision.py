@@ -22,11 +22,11 @@ from launch.planning.make_plan import compute_dtype_of
 from launch.planning.run_steps import validation_samples
 from launch.recipe.schema import Recipe
 from launch.units import decimal_size
-from trainer.data.chartqa import Rows, open_split
 from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
 from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.families.registry import feature_width
@@ -50,10 +50,11 @@ PASS_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Wanted:
-    """One distinct image: a row that has it, and its visual tokens."""
+    """One distinct image: a row that has it and its place among the row's, and its visual tokens."""
 
     split: SplitName
     row: int
+    place: int
     name: str
     visual_tokens: int
 
@@ -144,10 +145,12 @@ def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: R
         facts = index.splits[split]
         for sample in samples:
             row = int(facts.rows[sample])
-            name = name_of(rows[split][row].image)
-            if name not in seen:
-                seen.add(name)
-                yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+            with naming_row(f"data: {split} row {row}"):
+                images = rows[split][row].images
+            for place, (image, tokens) in enumerate(zip(images, facts.tokens_of_images(sample), strict=True)):
+                if (name := name_of(image)) not in seen:
+                    seen.add(name)
+                    yield Wanted(split, row, place, name, tokens)
             done += 1
             if done % 256 == 0 or done == total:
                 report(done, total)
@@ -185,7 +188,7 @@ class _Pixels(Dataset["_Processed | SamestepError"]):
         wanted = self._wanted[number]
         try:
             with naming_row(f"data: {wanted.split} row {wanted.row}"):
-                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                image = decode_image(self._rows[wanted.split][wanted.row].images[wanted.place])
                 encoded = self._processor(images=[image], return_tensors="pt")
         except SamestepError as error:
             return error

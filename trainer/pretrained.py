@@ -21,6 +21,7 @@ from launch.untrusted_files import (
     UNREADABLE,
     printable,
     read_mapping,
+    read_text,
     reason_of,
 )
 from trainer.base_files import refuse_unsafe_base
@@ -185,7 +186,11 @@ def load_processor(recipe: Recipe) -> ProcessorMixin:
             f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a "
             f"{family.processor_class}; get the {family.name} again"
         )
-    refuse_endless_template(processor, Path(path))
+    if recipe.data.chat_template is not None:
+        processor.chat_template = _own_template(Path(recipe.data.chat_template))
+        refuse_endless_template(processor, Path(recipe.data.chat_template), "data.chat_template")
+    else:
+        refuse_endless_template(processor, Path(path))
     tokenizer = processor.tokenizer
     # transformers 5 makes an empty Qwen2 tokenizer where the vocabulary's file is missing, without a word.
     probes = {processor.image_token: 1, TOKENIZER_PROBE: None}
@@ -199,6 +204,16 @@ def load_processor(recipe: Recipe) -> ProcessorMixin:
     processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
+
+
+def _own_template(file: Path) -> str:
+    try:
+        return read_text(file)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"data.chat_template: {printable(str(file))} cannot be read ({reason_of(error)}); give a file with a Jinja "
+            "template, or null"
+        ) from error
 
 
 def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,13 @@ from launch.run.lock import lock_holder
 from trainer import WATCHDOG
 from trainer.attempt import Ended, acquire_run, write_exit_marker, write_exit_reason, write_smaller_plan
 from trainer.attempt_log import log_name, open_attempt_log
-from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
+from trainer.checkpoint.resume import (
+    evaluation_is_missing,
+    forget_after,
+    has_ended_early,
+    is_over,
+    resume_point,
+)
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -213,7 +219,7 @@ def train(task: Task, state: PartialState, watch: StopRequests, clock: FirstStep
     reached, stop = trainer.state.global_step, trainer.agreed.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_given_up):
         return Ended(reached, stop)
-    if reached != task.plan.max_steps:
+    if reached != task.plan.max_steps and not trainer.ended_early:
         raise RunError(
             f"transformers: its Trainer ended at step {reached} of {task.plan.max_steps} without being asked to; "
             "install the versions of constraints.txt and run again"
@@ -231,7 +237,8 @@ def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missi
     if evaluation_missing:
         trainer.evaluate()
         trainer.clock.passed("evaluation")
-    if step < max_steps and not trainer.agreed.stop:
+    trainer.ended_early = broadcast_from_main(lambda: has_ended_early(trainer.task, step))
+    if step < max_steps and not trainer.agreed.stop and not trainer.ended_early:
         with trainer.garbage:
             trainer.train(resume_from_checkpoint=checkpoint)
 

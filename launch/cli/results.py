@@ -10,30 +10,34 @@ import typer
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
     AllowPart,
+    Overrides,
     Processes,
     RunsDir,
     complete_run,
     example,
 )
 from launch.console import echo
-from launch.option_values import named, one_of, place, positive, several_of, whole
+from launch.option_values import named, one_of, place, positive, whole
+from launch.run.variants import parse_models, prompt_option, with_prompt
 
 commands = typer.Typer()
 
 
 @commands.command(
     epilog=example(
-        "samestep evaluate embedded --models base,adapter,shuffled",
+        "samestep evaluate embedded --models base-no-prompt,base,adapter",
         "samestep evaluate runs/embedded/checkpoint-140 --models adapter",
+        "samestep evaluate qwen2vl_7b_chartqa --models base --split validation --max-samples 200",
+        "samestep evaluate Qwen/Qwen2-VL-2B-Instruct --recipe qwen2vl_7b_chartqa",
     )
 )
 def evaluate(
-    run: Annotated[
+    target: Annotated[
         str,
         typer.Argument(
-            metavar="RUN[/checkpoint-N]",
-            parser=named("RUN"),
-            help="Name or folder of a run, or one of its checkpoints.",
+            metavar="RUN|CHECKPOINT|ADAPTER|MODEL|RECIPE",
+            parser=named("TARGET"),
+            help="A run by name or folder, one of its checkpoints, an adapter, a model, or a recipe before it has run.",
             autocompletion=complete_run,
         ),
     ],
@@ -48,13 +52,23 @@ def evaluate(
         ),
     ] = "test",
     models: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="MODELS",
-            parser=several_of("--models", ("base", "adapter", "shuffled", "merged")),
-            help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas.",
+            parser=parse_models,
+            help="Any of base, adapter, best, merged, checkpoint-STEP, shuffled (images exchanged), each also as "
+            "NAME-no-prompt; separated by commas.",
+            show_default="base,adapter,shuffled; of a run that is not done base and its newest checkpoint",
         ),
-    ] = "base,adapter,shuffled",
+    ] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="none|recipe|FILE",
+            parser=named("--prompt"),
+            help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
+        ),
+    ] = "recipe",
     max_samples: Annotated[
         int | None,
         typer.Option(
@@ -64,21 +78,38 @@ def evaluate(
             show_default="all",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            parser=named("--recipe"),
+            help="Names data and base for an adapter or a model that lies in no run.",
+        ),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
     gpus_per_node: Processes = None,
-    allow: AllowPart = [],  # noqa: B006 - typer copies it
+    allow: AllowPart = [],  # noqa: B006
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON, without the answers.")
+    ] = False,
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json).
 
-    Answers of other models to the same questions stay in that file.
+    Every answer is kept in answers/ of the run's folder as soon as it is given: the same command goes on after an
+    interruption, and asks nothing again that is there. Answers of other models to the same questions stay.
     """
     from launch.local import postprocess
+    from launch.run.evaluation_target import find_target
 
-    found, checkpoint = postprocess.find_evaluated(run, runs_dir)
+    found = find_target(target, runs_dir, recipe, overrides)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
-    chosen = [model.strip() for model in models.split(",")]
-    allowed = [word for part in allow for word in ("--allow", part)]
-    postprocess.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node, checkpoint)
+    words = [word for part in allow for word in ("--allow", part)]
+    suffix, message = prompt_option(prompt)
+    asked = with_prompt(models.split(",") if models else found.models, suffix)
+    words += ["--prompt-file", str(message)] if message else []
+    words += ["--json"] if as_json else []
+    postprocess.evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
 
 
 AdapterConfig = Annotated[

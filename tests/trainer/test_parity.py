@@ -28,9 +28,9 @@ from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
 from tests.helpers.tiny_families import write_tiny
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.model.base import prepare_training, trainable_parameters
 from trainer.prepare import prepare

@@ -188,7 +188,8 @@ def test_what_is_refused_after_the_start_of_a_new_run_leaves_no_folder(
 def test_rows_that_changed_behind_the_index_stop_the_run(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.data.chartqa import Row, Rows
+    from trainer.data.rows import Row
+    from trainer.data.splits import Rows
 
     read = Rows.__getitem__
 

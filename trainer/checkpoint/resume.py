@@ -15,6 +15,7 @@ from launch.recipe.schema import altering_values
 from launch.run.changes import Change, changes, consequences, content_changes, refuse_changes
 from launch.run.continuation import planned_identity, refuse_lost_checkpoints
 from launch.run.directory import RunDirectory, is_done_at
+from launch.run.evaluations import early_end
 from launch.run.lock import lock_holder
 from launch.run.request_files import started_from_of
 from trainer.metrics_log import keep_lines_until, read_lines
@@ -49,7 +50,8 @@ def is_over(task: Task) -> bool:
 
     Writes nothing. Raises as `resume_point` when what is asked for is another run than the one that ended.
     """
-    if not is_done_at(task.run, task.plan.max_steps) or lock_holder(task.run.path) is not None:
+    end = early_end(task.run, task.recipe)
+    if not is_done_at(task.run, task.plan.max_steps, end) or lock_holder(task.run.path) is not None:
         return False
     newest, _ = newest_valid(task.run.path)
     if newest is not None:
@@ -127,7 +129,18 @@ def forget_after(run: RunDirectory, step: int) -> None:
         logger.warning("%s", problem)
 
 
+def has_ended_early(task: Task, step: int) -> bool:
+    """The run has stopped improving where it goes on after a kill: only its result is missing. On rank 0."""
+    end = early_end(task.run, task.recipe)
+    return end is not None and end <= step
+
+
 def evaluation_is_missing(task: Task, step: int) -> bool:
     """A stop cut the evaluation at `step` short, where the run goes on. On rank 0."""
-    due = step > 0 and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    has_any = task.recipe.data.validation is not None
+    due = (
+        has_any
+        and step > 0
+        and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    )
     return due and all(line["step"] != step for line in read_lines(task.run.evaluations_file))

@@ -28,6 +28,7 @@ from launch.planning.plan import samples_consumed
 from launch.recipe.schema import altering_values
 from trainer import metrics_log
 from trainer.checkpoint.background import Publisher
+from trainer.checkpoint.best import protected_steps
 from trainer.distributed.collectives import gather_objects, lost_contact, run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests, warn_of_slow_save
 from trainer.engine.replicated import Replicated
@@ -126,7 +127,8 @@ class Saver:
             lost = lost_contact(error) if isinstance(error, RuntimeError) else None
             raise lost or error from None
         if self._is_first:
-            rotate(save.task.run.path, save.task.recipe.checkpoint.keep, newest=save.step)
+            keep = save.task.recipe.checkpoint.keep
+            rotate(save.task.run.path, keep, newest=save.step, protected=protected_steps(save.task))
             self._say(save, time.perf_counter() - began)
 
     def _write_part(self, save: _Save, part: DistributedPart | ZeroPart, aside: Path) -> None:

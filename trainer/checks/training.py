@@ -119,15 +119,18 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def describe_targets(
-    inputs: Mapping[str, Any], samples: Sequence[int], scored: Sequence[str | None], tokenizer: Any
+    inputs: Mapping[str, Any],
+    samples: Sequence[int],
+    scored: Sequence[tuple[str, ...] | None],
+    tokenizer: Any,
 ) -> str:
     """Hold what the first micro-batch scores against what each of its samples should; in words for the log.
 
-    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the text of each sample's targets, None
-    for all its tokens but the first.
+    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the texts of each sample's targets, one
+    for every answer that is scored, the last one ending the sample; None for all its tokens but the first.
 
     Raises:
-        RunError: a sample's targets are not exactly the tokens of that text, the last of the sample.
+        RunError: a sample's targets are not exactly the tokens of these texts.
     """
     ids, ends = inputs["input_ids"][0].tolist(), inputs["text_cu_seqlens"].tolist()
     targets = dict(
@@ -135,27 +138,41 @@ def describe_targets(
     )
     for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
         mine = [place for place in targets if begin <= place < end]
-        first = begin + 1 if wanted is None else end - len(mine)
-        text = unicodedata.normalize(
-            "NFC", tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
-        )
+        runs = _runs(mine)
         if (
             not mine
-            or mine != list(range(first, end))
-            or [targets[place] for place in mine] != ids[first:end]
-            or (wanted is not None and text != unicodedata.normalize("NFC", wanted))
+            or mine[-1] != end - 1
+            or [targets[place] for place in mine] != [ids[place] for place in mine]
+            or (wanted is None and mine != list(range(begin + 1, end)))
+            or (wanted is not None and [_text_of(ids, run, tokenizer) for run in runs] != _in_nfc(wanted))
         ):
             found = tokenizer.decode([targets[place] for place in mine])
             raise RunError(
                 f"data.loss: sample {sample} scores {len(mine):,} of its {end - begin:,} tokens, {found[:200]!r}, "
-                f"where {'all but the first' if wanted is None else repr(wanted[:200])} should be; the tokenizer "
-                "and the chat template do not fit each other"
+                f"where {'all but the first' if wanted is None else repr(' ... '.join(wanted)[:200])} should be; the "
+                "tokenizer and the chat template do not fit each other"
             )
     first, last = (tokenizer.decode([int(inputs["shift_labels"][0, place])]) for place in (0, -1))
     return (
         f"first micro-batch: {len(targets):,} of {len(ids):,} tokens are targets ({len(targets) / len(ids):.1%}), "
         f"the first {first!r}, the last {last!r}"
     )
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending places as runs [begin, end) without gaps."""
+    begins = [place for place, before in zip(places, [None, *places], strict=False) if before != place - 1]
+    ends = [place + 1 for place, after in zip(places, [*places[1:], None], strict=True) if after != place + 1]
+    return list(zip(begins, ends, strict=True))
+
+
+def _text_of(ids: Sequence[int], run: tuple[int, int], tokenizer: Any) -> str:
+    text = tokenizer.decode(ids[run[0] : run[1]], clean_up_tokenization_spaces=False)
+    return unicodedata.normalize("NFC", text)
+
+
+def _in_nfc(texts: Sequence[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", text) for text in texts]
 
 
 class GradientCheck:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,15 +56,9 @@ def _replaced(inputs: ModelInputs, late: Sequence[Features | None], merge: int) 
     }
     if inputs["input_ids"].is_pinned():
         changes = {name: value.pin_memory() for name, value in changes.items()}
-    return ModelInputs(  # type: ignore[typeddict-item]
-        **{
-            **inputs,
-            **changes,
-            "fresh_images": tuple(inputs["fresh_images"][number] for number in stay),
-            "fresh_grids": kept,
-            "vision_lengths": lengths,
-        }
-    )
+    names = tuple(inputs["fresh_images"][number] for number in stay)
+    replaced = {**inputs, **changes, "fresh_images": names, "fresh_grids": kept, "vision_lengths": lengths}
+    return cast(ModelInputs, replaced)
 
 
 def _joined(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:

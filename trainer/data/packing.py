@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
-from trainer.data.encoder import IGNORED, Sample
+from trainer.data.encoder import IGNORED, EncodedImage, Sample
 
 
 class ModelInputs(TypedDict):
     """What the packed forward takes, for N samples of T tokens together.
 
-    Images come in two kinds: C whose features are cached (Vc visual tokens), and F fresh ones (P patches, Vf visual
-    tokens), for which the tower runs, once for an image that several samples show.
+    Their images, of which a sample may have none or several, come in two kinds: C whose features are cached (Vc visual
+    tokens), and F fresh ones (P patches, Vf visual tokens), for which the tower runs, once for an image that is shown
+    several times.
     """
 
     input_ids: Tensor  # [1, T]
@@ -66,9 +67,11 @@ def pack(
     text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
     positions = torch.cat([sample.positions for sample in samples], dim=1)
     text_lengths = tuple(len(sample.input_ids) for sample in samples)
-    is_visual = input_ids == image_token_id
-    is_cached = torch.tensor([sample.features is not None for sample in samples])
-    is_cached = is_cached.repeat_interleave(torch.tensor(text_lengths))
+    images = [image for sample in samples for image in sample.images]
+    visual = (input_ids == image_token_id).nonzero()[:, 0]
+    is_cached = torch.tensor([image.features is not None for image in images], dtype=torch.bool)
+    counts = torch.tensor([image.visual_tokens(merge) for image in images], dtype=torch.int64)
+    is_cached = is_cached.repeat_interleave(counts)
     return ModelInputs(
         input_ids=input_ids[None],
         position_ids=torch.cat([text_positions[None], positions])[:, None],
@@ -79,10 +82,10 @@ def pack(
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
         **_read_tokens(text_lengths, scored),
-        fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
-        cached_positions=(is_visual & is_cached).nonzero()[:, 0],
-        cached_features=_joined([sample.features for sample in samples]),
-        **_pack_fresh([sample for sample in samples if sample.features is None], merge),
+        fresh_positions=visual[~is_cached],
+        cached_positions=visual[is_cached],
+        cached_features=_joined([image.features for image in images]),
+        **_pack_fresh([image for image in images if image.features is None], merge),
     )
 
 
@@ -125,45 +128,40 @@ class _FreshImages(TypedDict):
     vision_lengths: tuple[int, ...]
 
 
-def _pack_fresh(samples: Sequence[Sample], merge: int) -> _FreshImages:
-    """The images of samples without cached features, end to end and each once; empty tensors for none."""
-    shown, samples = samples, _distinct(samples)
-    grids = torch.tensor([sample.grid for sample in samples], dtype=torch.int64).view(-1, 3)
+def _pack_fresh(shown: Sequence[EncodedImage], merge: int) -> _FreshImages:
+    """Images without cached features, end to end and each once; empty tensors for none."""
+    images = _distinct(shown)
+    grids = torch.tensor([image.grid for image in images], dtype=torch.int64).view(-1, 3)
     lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
     return _FreshImages(
-        pixel_values=_joined([sample.pixel_values for sample in samples]),
+        pixel_values=_joined([image.pixel_values for image in images]),
         image_grid_thw=grids,
-        fresh_rows=_feature_rows(shown, samples, merge),
-        fresh_images=tuple(sample.image for sample in samples if sample.image),
-        fresh_grids=tuple(sample.grid for sample in samples),
-        vision_positions=get_vision_position_ids(grids, merge) if samples else grids.new_empty(0, 2),
+        fresh_rows=_feature_rows(shown, images, merge),
+        fresh_images=tuple(image.name for image in images if image.name),
+        fresh_grids=tuple(image.grid for image in images),
+        vision_positions=get_vision_position_ids(grids, merge) if images else grids.new_empty(0, 2),
         vision_cu_seqlens=cumulative(lengths),
         vision_lengths=lengths,
     )
 
 
-def _distinct(samples: Sequence[Sample]) -> list[Sample]:
-    """The first sample of each image, in their order; one whose image has no name stands for itself."""
-    first: dict[str | int, Sample] = {}
-    for number, sample in enumerate(samples):
-        first.setdefault(sample.image or number, sample)
+def _distinct(shown: Sequence[EncodedImage]) -> list[EncodedImage]:
+    """Each image once, in their order; one that has no name stands for itself."""
+    first: dict[str | int, EncodedImage] = {}
+    for number, image in enumerate(shown):
+        first.setdefault(image.name or number, image)
     return list(first.values())
 
 
-def _feature_rows(shown: Sequence[Sample], distinct: Sequence[Sample], merge: int) -> Tensor:
-    """Where the features of every sample's image lie among those of the distinct ones; empty where all are."""
+def _feature_rows(shown: Sequence[EncodedImage], distinct: Sequence[EncodedImage], merge: int) -> Tensor:
+    """Where the features of every shown image lie among those of the distinct ones; empty where all are."""
     if len(shown) == len(distinct):
         return torch.empty(0, dtype=torch.int64)
-    ends = cumulative([_visual_tokens(sample, merge) for sample in distinct]).tolist()
-    begins = {sample.image or id(sample): begin for sample, begin in zip(distinct, ends, strict=False)}
+    ends = cumulative([image.visual_tokens(merge) for image in distinct]).tolist()
+    begins = {image.name or id(image): begin for image, begin in zip(distinct, ends, strict=False)}
     return torch.cat(
-        [torch.arange(_visual_tokens(each, merge)) + begins[each.image or id(each)] for each in shown]
+        [torch.arange(image.visual_tokens(merge)) + begins[image.name or id(image)] for image in shown]
     )
-
-
-def _visual_tokens(sample: Sample, merge: int) -> int:
-    time, height, width = sample.grid
-    return time * height * width // merge**2
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor:

@@ -45,6 +45,10 @@ class Replicated:
         """What the wrapping must not see of the model: nothing here."""
         return nullcontext()
 
+    def generating(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Around answers of the model that trains."""
+        return nullcontext()
+
     def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Around the forward and backward of a micro-batch."""
         return accelerator.no_sync(wrapped) if dist.is_initialized() else nullcontext()

@@ -97,6 +97,19 @@ class Zero:
             for key in sizes:
                 del options[key]
 
+    @contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        """Around answers of the model that trains: `generate` calls the base, past the hook on what wraps it."""
+        if self.stage < 3:
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        hook = model.get_base_model().register_forward_hook(partial(_let_go_after_evaluation, offload))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """DeepSpeed reduces in every backward."""
         return nullcontext()

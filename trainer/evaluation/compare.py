@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,10 +36,11 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
-from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.data.rows import Row
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
@@ -51,6 +52,7 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
+from trainer.evaluation.loading import with_named_targets
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_of
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
@@ -90,16 +92,9 @@ def compare(request: Request) -> Comparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
-            _with_named_targets(request.adapter), Path(adapter)
+            with_named_targets(request.adapter), Path(adapter)
         )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
-
-
-def _with_named_targets(adapter: Adapter) -> Adapter:
-    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
-    named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
-    patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
-    return replace(adapter, config=adapter.config | named | patterns)
 
 
 def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
@@ -256,12 +251,15 @@ def answer_logits(
 ) -> Tensor:
     """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
-    prompt, text = encoder.texts(row)
+    conversation = encoder.conversation(row)
     device = next(model.parameters()).device
     with naming_row(f"data: the row that asks {row.query!r}"):
-        image = decode_image(row.image)
-        inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
-        begin = encoder.prompt_length(prompt, inputs["input_ids"][0])
+        images = [decode_image(image) for image in row.images] or None
+        inputs = processor(
+            text=[conversation.text], images=images, return_tensors="pt", add_special_tokens=False
+        )
+        begin, end = encoder.spans(conversation, encoder.text_ids(conversation.text))[-1]
+        begin = inputs["input_ids"].shape[1] - (end - begin)  # no image stands in an answer
     inputs = inputs.to(device)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits

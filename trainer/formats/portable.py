@@ -98,9 +98,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     put_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
 
 
-def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> None:
+def put_adapter(
+    model: PeftModel, stored: Mapping[str, Tensor], where: Path, adapter_name: str = "default"
+) -> None:
     """As `load_adapter`, of tensors by their keys in an adapter file; `where` they were read."""
-    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     wrong = [
         *(f"{name} is missing" for name in sorted(present.keys() - stored.keys())),
         *(f"{name} is unknown" for name in sorted(stored.keys() - present.keys())),
@@ -115,8 +117,8 @@ def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> 
             f"{where}: does not fit the model ({len(wrong)} tensors: {printable(wrong[0])}); "
             "resume with the recipe that wrote it"
         )
-    set_peft_model_state_dict(model, dict(stored))
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, dict(stored), adapter_name=adapter_name)
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if differing := sorted(_differing(stored, loaded)):
         raise CheckpointError(f"{where}: {differing[0]} was not loaded as it was stored")
 

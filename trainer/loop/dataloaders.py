@@ -9,10 +9,10 @@ from accelerate.logging import get_logger
 from launch.planning.plan import Plan
 from launch.planning.run_steps import validation_samples
 from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.loader import Loader, data_workers
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch, assemble
+from trainer.data.splits import open_split
 from trainer.data.worker_transport import choose_way
 from trainer.task import Task
 
@@ -29,7 +29,7 @@ def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBat
     """A rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
     split = task.index.splits["validation"]
     chosen = validation_samples(task.recipe, task.index)
-    costs = cost(split.text_tokens, split.visual_tokens)
+    costs = cost(split.text_tokens, split.visual_tokens, split.visual_squares)
     budget = max(task.plan.micro_batch_tokens, int(split.tokens.max()))
     mine = assign(chosen, split.tokens, costs, task.plan.world_size, budget)[rank]
     return EvaluationBatches(open_split(task.recipe, "validation"), split, encoder, mine)
@@ -65,7 +65,7 @@ def shortest_sample(task: Task, encoder: Encoder) -> PackedBatch:
     return assemble(open_split(task.recipe, "train"), split, encoder, batch, -1, 1)
 
 
-def scored_texts(task: Task, encoder: Encoder, samples: Sequence[int]) -> list[str | None]:
-    """What training samples should score, see `Encoder.scored_text`: from their rows, not from their tokens."""
+def scored_texts(task: Task, encoder: Encoder, samples: Sequence[int]) -> list[tuple[str, ...] | None]:
+    """What training samples should score, see `Encoder.scored_texts`: from their rows, not from their tokens."""
     rows, split = open_split(task.recipe, "train"), task.index.splits["train"]
-    return [encoder.scored_text(rows[int(split.rows[sample])]) for sample in samples]
+    return [encoder.scored_texts(rows[int(split.rows[sample])]) for sample in samples]

@@ -24,8 +24,8 @@ from launch.planning.oom_fallback import plan_with_less
 from launch.planning.plan import Plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
-from trainer.data.chartqa import open_split
 from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, temporarily_sharded, zero_weight_layers

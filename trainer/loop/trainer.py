@@ -27,6 +27,7 @@ from launch.errors import RunError
 from launch.planning.plan import Plan, samples_consumed
 from launch.planning.run_steps import step_plan
 from trainer import WATCHDOG
+from trainer.checkpoint.best import Verdict, judge, write_best_adapter
 from trainer.checkpoint.saver import Saver, load_checkpoint, publish_adapter
 from trainer.checks.training import (
     GradientCheck,
@@ -46,6 +47,7 @@ from trainer.distributed.collectives import broadcast_from_main, run_on_all_rank
 from trainer.distributed.stop_requests import AgreedRequests, StopRequests
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
+from trainer.evaluation.during_training import ScoredAnswers, answers_are_due, score_answers
 from trainer.export.merge_plan import CARD
 from trainer.export.model_card import adapter_card
 from trainer.loop.dataloaders import (
@@ -94,6 +96,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         recipe, plan = self.recipe, self.plan = task.recipe, task.plan
         self.index, self.run_directory = task.index, task.run
         self.agreed, self.evaluation_given_up = AgreedRequests(), False
+        self.ended_early = False
         self.steps = step_plan(recipe, task.index, plan)
         adapters = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         super().__init__(
@@ -221,7 +224,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return {**inputs, "inputs": with_late_features(inputs["inputs"], self.encoder.features)}
 
     def _count_images(self, inputs: Any) -> None:
-        self._images[0] += len(inputs["inputs"]["text_lengths"])
+        self._images[0] += inputs["images"]
         self._images[1] += len(inputs["inputs"]["fresh_grids"])
 
     def _give_up_step(self) -> Tensor:
@@ -394,29 +397,57 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         samples = 0
         for batch in self.get_eval_dataloader():
-            self.agreed = self.watch.agree()
-            if self.agreed.stop:
-                self.evaluation_given_up = True
-                self.model.train()
-                self.control.should_save = self.control.should_training_stop = True
-                return {}
+            if self._is_to_stop():
+                return self._give_up_evaluation()
             inputs = self._prepare_inputs(self._with_late_features(batch))
             self._count_images(inputs)
             sums[0] += self._loss(self.model, inputs)
             sums[1] += inputs["inputs"]["shift_labels"].numel()
             samples += len(batch["samples"])
+        accuracy = self._score_answers()
+        if self.agreed.stop:
+            return self._give_up_evaluation()
         self.model.train()
         counted = torch.cat([sums, sums.new_tensor([samples])])
         if self.args.world_size > 1:
             dist.all_reduce(counted)
         total, tokens, seen = counted.tolist()
         values = {"step": self.state.global_step, "loss": total / tokens, "samples": int(seen)}
-        self._record(self.run_directory.evaluations_file, values)
         shown = {"eval_loss": values["loss"]}
+        if accuracy is not None:
+            values |= accuracy
+            shown["eval_accuracy"] = accuracy["accuracy"]
+        self._record(self.run_directory.evaluations_file, values)
         self.callback_handler.on_log(self.args, self.state, self.control, shown)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
+        self._take_verdict(judge(self.task, self.state.global_step))
         self._clock = time.perf_counter()
         return shown
+
+    def _is_to_stop(self) -> bool:
+        """Some rank was asked to stop. A collective."""
+        self.agreed = self.watch.agree()
+        return self.agreed.stop is not None
+
+    def _give_up_evaluation(self) -> dict[str, float]:
+        """The run stops at this step, with a checkpoint; whoever resumes there evaluates first."""
+        self.evaluation_given_up = True
+        self.model.train()
+        self.control.should_save = self.control.should_training_stop = True
+        return {}
+
+    def _take_verdict(self, verdict: Verdict) -> None:
+        """Of an evaluation: what is best is saved, and a run that has stopped improving ends."""
+        self.ended_early = verdict.ends
+        self.control.should_save |= verdict.is_best or verdict.ends
+        self.control.should_training_stop |= verdict.ends
+
+    def _score_answers(self) -> ScoredAnswers | None:
+        """Of the validation answers, where this evaluation is to give some and is not given up."""
+        if not answers_are_due(self.recipe, self.state.global_step, self.plan.max_steps):
+            return None
+        engine, processor = self.engine, self.encoder.processor
+        return score_answers(self.model, self.task, processor, engine.generating, self._is_to_stop)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -494,7 +525,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.encoder.features.close()
 
     def save_final_adapter(self) -> None:
-        """Write `adapter/`, replacing an older one whole: with the processor of the training, and a card."""
+        """Write `adapter/`, and `adapter-best/` where the recipe keeps one: with the processor and a card."""
         weights, run, recipe = self.engine.weights(), self.run_directory, self.recipe
 
         def beside(folder: Path) -> None:
@@ -503,3 +534,4 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             (folder / CARD).write_text(card, encoding="utf-8")
 
         run_on_main(lambda: publish_adapter(self.model, run.adapter, weights, beside))
+        run_on_main(lambda: write_best_adapter(self.task, beside))

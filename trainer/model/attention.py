@@ -8,6 +8,8 @@ over the samples with `scaled_dot_product_attention`. No flash-attn package is n
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -39,6 +41,20 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(PACKED, packed_attention)
     model.model.language_model.config._attn_implementation = PACKED
     model.model.visual.config._attn_implementation = PACKED
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a Qwen2-VL with packed attention has transformers' own again, for generation."""
+    configs = [model.model.language_model.config, model.model.visual.config]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def packed_attention(

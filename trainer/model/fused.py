@@ -272,8 +272,8 @@ def _takes_lora(module: Any) -> bool:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
     if not isinstance(module, LoraLayer):
-        layer = _Layer(quantization_of(module), is_fp8(module))
-        return layer, (module.weight, module.bias, None, None, None)
+        plain = _Layer(quantization_of(module), is_fp8(module))
+        return plain, (module.weight, module.bias, None, None, None)
     if not _takes_lora(module):
         return None
     layer: Any = module

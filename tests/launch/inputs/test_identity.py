@@ -29,7 +29,7 @@ from launch.inputs.model_files import hub_commit, old_base_identity, old_kind, w
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import SPLIT_SIZES, chart_rows, recipe_values, write_charts
-from trainer.data.chartqa import open_split
+from trainer.data.splits import open_split
 from trainer.prepare import prepare
 
 

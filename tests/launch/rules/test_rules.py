@@ -282,7 +282,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 31
+    assert len(every) == 32
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -27,9 +27,9 @@ from trainer.checks.training import (
     check_step_taken,
     describe_targets,
 )
-from trainer.data.chartqa import Row
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack
+from trainer.data.rows import question_row
 from trainer.model.base import add_lora, load_base
 from trainer.pretrained import load_processor
 
@@ -236,12 +236,12 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
     recipe = _recipe(world)
     processor = load_processor(recipe)
     rows = [
-        Row(chart_png(1), "why?", ["because " * 60 + "of it . "], 0),
-        Row(chart_png(2), "how high?", ["7"], 1),
+        question_row([chart_png(1)], "why?", ["because " * 60 + "of it . "], 0),
+        question_row([chart_png(2)], "how high?", ["7"], 1),
     ]
     tokenizer = processor.tokenizer
 
-    def packed(loss: str) -> tuple[ModelInputs, list[str | None]]:
+    def packed(loss: str) -> tuple[ModelInputs, list[tuple[str, ...] | None]]:
         encoder = Encoder(processor, recipe.data.system_message, loss)
         inputs = pack(
             [encoder(row) for row in rows],
@@ -251,13 +251,13 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
             image_token_id=processor.image_token_id,
             merge=2,
         )
-        return inputs, [encoder.scored_text(row) for row in rows]
+        return inputs, [encoder.scored_texts(row) for row in rows]
 
     # As some tokenizers are saved; what a model answers loses blanks by it, the targets do not.
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     inputs, scored = packed("answer")
-    assert scored == [f"{rows[0].label[0]}<|im_end|>\n", "7<|im_end|>\n"]
+    assert scored == [(f"{rows[0].label[0]}<|im_end|>\n",), ("7<|im_end|>\n",)]
     targets, tokens = inputs["shift_labels"].numel(), inputs["input_ids"].numel()
     assert targets > tokens / 2  # long answers are no fault
     said = describe_targets(inputs, (4, 9), scored, tokenizer)

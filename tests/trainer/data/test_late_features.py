@@ -11,10 +11,10 @@ import torch
 
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder, Sample
 from trainer.data.late_features import with_late_features
 from trainer.data.packing import pack
+from trainer.data.splits import open_split
 from trainer.pretrained import load_processor
 from trainer.vision_cache.file import Features, Kind
 from trainer.vision_cache.store import FeatureCache
@@ -27,7 +27,7 @@ def samples(world: Path) -> list[Sample]:
     recipe = recipe_from_dict(recipe_values(world))
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
     rows = open_split(recipe, "train")
-    found = {sample.image: sample for sample in (encoder(rows[number]) for number in range(8))}
+    found = {sample.images[0].name: sample for sample in (encoder(rows[number]) for number in range(8))}
     return list(found.values())[:4]
 
 
@@ -39,8 +39,14 @@ def cache(tmp_path: Path) -> FeatureCache:
 
 
 def _features(sample: Sample) -> torch.Tensor:
-    visual = sample.grid[0] * sample.grid[1] * sample.grid[2] // 4
-    return torch.arange(visual * HIDDEN, dtype=torch.float32).view(visual, HIDDEN) + sample.grid[1]
+    grid = sample.images[0].grid
+    visual = grid[0] * grid[1] * grid[2] // 4
+    return torch.arange(visual * HIDDEN, dtype=torch.float32).view(visual, HIDDEN) + grid[1]
+
+
+def _cached(sample: Sample) -> Sample:
+    image = replace(sample.images[0], pixel_values=None, features=_features(sample))
+    return replace(sample, images=(image,))
 
 
 def _pack(samples: list[Sample], image_token_id: int) -> dict[str, Any]:
@@ -53,16 +59,13 @@ def test_a_micro_batch_takes_the_features_that_were_written_after_it_was_packed(
     samples: list[Sample], cache: FeatureCache, world: Path, late: list[int]
 ) -> None:
     token = load_processor(recipe_from_dict(recipe_values(world))).image_token_id
-    early = [replace(samples[2], pixel_values=None, features=_features(samples[2])), *samples]
+    early = [_cached(samples[2]), *samples]
     before = _pack(early, token)
     before |= {"fresh_grids": [list(grid) for grid in before["fresh_grids"]]}  # as it comes when it is pinned
     for number in late:
         sample = samples[number]
-        cache.write(sample.image, Features(_features(sample), sample.grid))
-    after = [
-        replace(sample, pixel_values=None, features=_features(sample)) if number in late else sample
-        for number, sample in enumerate(samples)
-    ]
+        cache.write(sample.images[0].name, Features(_features(sample), sample.images[0].grid))
+    after = [_cached(sample) if number in late else sample for number, sample in enumerate(samples)]
     expected = _pack([early[0], *after], token)
     found = with_late_features(before, cache)  # type: ignore[arg-type]
     assert found.keys() == expected.keys()

@@ -14,10 +14,10 @@ from launch.planning.step_plan import MicroBatch
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import IGNORED, Encoder, mrope_positions
 from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
+from trainer.data.splits import open_split
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -75,8 +75,8 @@ def _loss_alone(model: Any, sample: Any, encoder: Encoder) -> torch.Tensor:
     logits = model(
         input_ids=sample.input_ids[None],
         attention_mask=torch.ones_like(sample.input_ids)[None],
-        pixel_values=sample.pixel_values,
-        image_grid_thw=torch.tensor([sample.grid]),
+        pixel_values=sample.images[0].pixel_values,
+        image_grid_thw=torch.tensor([sample.images[0].grid]),
         mm_token_type_ids=image[None],
     ).logits[0]
     return torch.nn.functional.cross_entropy(
@@ -135,10 +135,10 @@ def test_positions_are_those_of_the_models_own_rope_index(
         expected, _ = stock.get_base_model().model.get_rope_index(
             sample.input_ids[None],
             mm_token_type_ids=is_image.long()[None],
-            image_grid_thw=torch.tensor([sample.grid]),
+            image_grid_thw=torch.tensor([sample.images[0].grid]),
             attention_mask=torch.ones_like(sample.input_ids)[None],
         )
-        assert torch.equal(mrope_positions(is_image, sample.grid, 2), expected[-3:, 0])
+        assert torch.equal(mrope_positions(is_image, [sample.images[0].grid], 2), expected[-3:, 0])
         assert torch.equal(sample.positions, expected[-3:, 0])
 
 
@@ -339,8 +339,8 @@ def test_the_tower_computes_an_image_once_that_several_samples_of_a_micro_batch_
 ) -> None:
     chosen = [samples[0], samples[1], samples[0], samples[2], samples[1]]
     inputs = _pack(chosen, encoder)
-    assert inputs["fresh_grids"] == tuple(sample.grid for sample in samples[:3])
-    assert len(inputs["pixel_values"]) == sum(len(sample.pixel_values) for sample in samples[:3])
+    assert inputs["fresh_grids"] == tuple(sample.images[0].grid for sample in samples[:3])
+    assert len(inputs["pixel_values"]) == sum(len(sample.images[0].pixel_values) for sample in samples[:3])
     with torch.no_grad():
         together = _packed_losses(packed, chosen, encoder)
         alone = torch.cat([_packed_losses(packed, [sample], encoder) for sample in chosen])

@@ -23,9 +23,9 @@ from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
+from trainer.data.splits import open_split
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.build import build_trainer
 from trainer.metrics_log import read_lines

@@ -7,6 +7,7 @@ rest, and the mask is found in the text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tests.helpers.adapters import random_adapter, write_run
 from tests.helpers.tiny_families import write_tiny
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
+from trainer.data.packing import pack
+from trainer.data.rows import question_row
 from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.model.base import prepare_training, trainable_parameters
@@ -84,20 +87,23 @@ class Stock:
         self.model = PeftModel.from_pretrained(plain, str(adapter)).eval()
         self.system_message = system_message
 
-    def inputs(self, file: Path, question: str, answer: str | None) -> Any:
+    def inputs(self, files: Sequence[Path], question: str, answer: str | None) -> Any:
         chat = [
             {"role": "system", "content": [{"type": "text", "text": self.system_message}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {
+                "role": "user",
+                "content": [*[{"type": "image"}] * len(files), {"type": "text", "text": question}],
+            },
         ]
         if answer is not None:
             chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
-        image = ImageOps.exif_transpose(Image.open(file))
-        return self.processor(text=[text], images=[image], return_tensors="pt")
+        images = [ImageOps.exif_transpose(Image.open(file)) for file in files]
+        return self.processor(text=[text], images=images or None, return_tensors="pt")
 
-    def loss(self, file: Path, question: str, answer: str) -> Tensor:
+    def loss(self, files: Sequence[Path], question: str, answer: str) -> Tensor:
         """Summed over what follows `<|im_start|>assistant` and its line break."""
-        inputs = self.inputs(file, question, answer)
+        inputs = self.inputs(files, question, answer)
         ids = inputs["input_ids"][0]
         opening = self.processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
         begin = max(
@@ -108,7 +114,7 @@ class Stock:
 
     @torch.no_grad()
     def answer(self, file: Path, question: str) -> str:
-        inputs = self.inputs(file, question, None)
+        inputs = self.inputs([file], question, None)
         ids = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = ids[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
@@ -168,7 +174,7 @@ def test_packed_losses_are_those_of_the_stock_model_on_each_image_file_alone(
 ) -> None:
     asked = _questions(recipe)
     alone = torch.tensor(
-        [float(stock.loss(file, *texts)) for file, texts in zip(files, asked, strict=True)],
+        [float(stock.loss([file], *texts)) for file, texts in zip(files, asked, strict=True)],
         dtype=torch.float64,
     )
     split = prepare(recipe, quiet=True).splits["train"]
@@ -189,9 +195,37 @@ def test_packed_losses_are_those_of_the_stock_model_on_each_image_file_alone(
         together[list(samples)] = torch.stack([part.sum() for part in parts]).double()
     off = (together - alone).abs() / alone
     assert off.max() <= 1e-5, [(SIZES[number], float(off[number])) for number in off.argsort()[-3:]]
-    swapped = [float(stock.loss(files[number - 1], *asked[number])) for number in range(12)]
+    swapped = [float(stock.loss([files[number - 1]], *asked[number])) for number in range(12)]
     apart = (torch.tensor(swapped) - alone[:12]).abs() / alone[:12]
     assert (apart > 1e-4).all()  # another picture is another loss: what is compared hangs on the image
+
+
+@torch.no_grad()
+def test_packed_rows_of_none_to_three_images_have_the_losses_of_the_stock_model(
+    recipe: Recipe, files: list[Path], stock: Stock
+) -> None:
+    groups = [(), (20,), (12, 3), (18, 9, 18), (27, 24)]
+    questions = _questions(recipe)
+    processor = load_processor(recipe)
+    encoder = Encoder(processor, recipe.data.system_message, "answer")
+    samples = [
+        encoder(question_row([files[image].read_bytes() for image in images], query, [answer]))
+        for images, (query, answer) in zip(groups, questions, strict=False)
+    ]
+    model = random_adapter(recipe)
+    prepare_training(model, recipe)
+    inputs = pack(
+        samples,
+        sample_ids=range(len(samples)),
+        step=0,
+        masked=False,
+        image_token_id=processor.image_token_id,
+        merge=processor.image_processor.merge_size,
+    )
+    parts = model.eval()(**inputs).log_probs[0].split([sample.target_tokens for sample in samples])
+    for images, part, question in zip(groups, parts, questions, strict=False):
+        alone = stock.loss([files[image] for image in images], *question)
+        assert float(-part.sum()) == pytest.approx(float(alone), rel=1e-5), images
 
 
 REACH = {"qwen2_vl": ["qkv", "fc2", "merger.mlp.0"], "qwen2_5_vl": ["qkv", "visual.blocks.0.mlp.up_proj", "mlp.2"],
@@ -226,7 +260,7 @@ def test_the_gradients_of_a_step_are_those_of_the_stock_model(
         name: each.requires_grad_() for name, each in stock.model.named_parameters() if "lora_" in name
     }
     for number in numbers:
-        (stock.loss(files[number], *questions[number]) / count).backward()
+        (stock.loss([files[number]], *questions[number]) / count).backward()
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
     model, rows = random_adapter(recipe).train(), open_split(recipe, "train")
     prepare_training(model, recipe, recompute_every=2)

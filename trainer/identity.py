@@ -13,7 +13,7 @@ from trainer.distributed.collectives import gather_objects, run_on_all_ranks, ru
 from trainer.pretrained import base_path
 
 
-def identity_of(recipe: Recipe, index: Index) -> RunIdentity:
+def compute_identity(recipe: Recipe, index: Index) -> RunIdentity:
     """Of a recipe whose base and data are here. Large files are read once in a cache's lifetime. ConfigError."""
     base = model_identity(Path(base_path(recipe)))
     return RunIdentity({**base.parts, **data_identity(index).parts})
@@ -31,7 +31,7 @@ def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
         ConfigError: a base cannot be read.
         RunError: the nodes have different ones.
     """
-    mine = run_on_all_ranks(lambda: identity_of(recipe, index) if is_first_of_node() else None)
+    mine = run_on_all_ranks(lambda: compute_identity(recipe, index) if is_first_of_node() else None)
     everyone = gather_objects(mine)
     first = everyone[0]
     assert first is not None  # rank 0 is the first of its node

@@ -35,7 +35,7 @@ def append_line(file: Path, values: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptLines:
     """What a file of figures has after a resume: its `steps`, in their order, and those that were there `doubled`."""
 
     file: Path
@@ -65,10 +65,10 @@ def numbers(steps: Sequence[int]) -> str:
     return f"step{'s' if len({*steps}) > 1 else ''} {shown}"
 
 
-def keep_lines_until(file: Path, step: int) -> Kept:
+def keep_lines_until(file: Path, step: int) -> KeptLines:
     """Remove the lines of later steps, which a resumed run takes again, second lines of a step, and what is no line."""
     if not file.exists():
-        return Kept(file)
+        return KeptLines(file)
     lines: dict[int, str] = {}
     doubled = []
     for line in read_bytes(file, _MOST).decode(errors="replace").splitlines():
@@ -79,7 +79,7 @@ def keep_lines_until(file: Path, step: int) -> Kept:
             doubled.append(parsed)
         lines[parsed] = line
     atomic_write(file, "".join(f"{line}\n" for line in lines.values()))
-    return Kept(file, tuple(lines), tuple(doubled))
+    return KeptLines(file, tuple(lines), tuple(doubled))
 
 
 def sync_to_disk(file: Path) -> None:

@@ -48,7 +48,7 @@ from trainer.data.splits import Rows, open_split, sources
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare_vision import fill, survey
 from trainer.pretrained import fetch_base, load_processor
-from trainer.progress_bars import Begin, progress_reports
+from trainer.progress_bars import BeginProgress, progress_reports
 
 logger = logging.getLogger("trainer")
 SHOWN_BAD_ROWS = 50
@@ -122,7 +122,7 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _build_embedded(recipe: Recipe, begin: Begin) -> None:
+def _build_embedded(recipe: Recipe, begin: BeginProgress) -> None:
     """Draw the charts and train the tiny base on first use. Imported here: only embedded recipes need matplotlib."""
     if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
         return
@@ -136,7 +136,7 @@ def _build_embedded(recipe: Recipe, begin: Begin) -> None:
         build_tiny(model, charts, progress=begin("training the tiny base model"))
 
 
-def _write_index(recipe: Recipe, begin: Begin) -> Index:
+def _write_index(recipe: Recipe, begin: BeginProgress) -> Index:
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     _check_system_message(encoder)
     measured: dict[SplitName, list[Measured]] = {split: [] for split in SPLITS}

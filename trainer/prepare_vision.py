@@ -32,7 +32,7 @@ from trainer.model.base import DTYPES, load_base, prepare_tower
 from trainer.model.families.registry import feature_width
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
-from trainer.progress_bars import Report
+from trainer.progress_bars import ReportProgress
 from trainer.vision_cache.cache_key import facts_of, kind_of
 from trainer.vision_cache.file import Features
 from trainer.vision_cache.store import (
@@ -78,7 +78,7 @@ class Filling:
     said: list[str]
 
 
-def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
+def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     """Which images training and its evaluations will want that have no features yet; `report` is told the samples.
 
     Raises:
@@ -112,7 +112,7 @@ def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
     return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
 
 
-def fill(filling: Filling, report: Report) -> None:
+def fill(filling: Filling, report: ReportProgress) -> None:
     """Compute and keep what is missing; `report` is told the images whose files are there.
 
     Raises:
@@ -133,7 +133,9 @@ def fill(filling: Filling, report: Report) -> None:
             together = []
 
 
-def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: Report) -> Iterator[Wanted]:
+def _wanted(
+    recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: ReportProgress
+) -> Iterator[Wanted]:
     """Every distinct image of the training split and of the samples that evaluations see."""
     chosen: dict[SplitName, Sequence[int]] = {
         "train": range(len(index.splits["train"])),

@@ -23,6 +23,43 @@ from launch.run.variants import parse_models, prompt_option, with_prompt
 commands = typer.Typer()
 
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|CHECKPOINT|ADAPTER|MODEL|RECIPE",
+        parser=named("TARGET"),
+        autocompletion=complete_run,
+        help="A run by name or folder, one of its checkpoints, an adapter, a model, or a recipe before it has run.",
+    ),
+]
+HandModels = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        metavar="MODELS",
+        parser=parse_models,
+        help="Any of base, adapter, best, merged, checkpoint-STEP, each also as NAME-no-prompt; separated by commas.",
+        show_default="the adapter; of a run that is not done its newest checkpoint",
+    ),
+]
+PromptOption = Annotated[
+    str,
+    typer.Option(
+        metavar="none|recipe|FILE",
+        parser=named("--prompt"),
+        help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
+    ),
+]
+OutsideRecipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        parser=named("--recipe"),
+        help="Names data and base for an adapter or a model that lies in no run.",
+    ),
+]
+
+
 @commands.command(
     epilog=example(
         "samestep evaluate embedded --models base-no-prompt,base,adapter",
@@ -32,15 +69,7 @@ commands = typer.Typer()
     )
 )
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|CHECKPOINT|ADAPTER|MODEL|RECIPE",
-            parser=named("TARGET"),
-            help="A run by name or folder, one of its checkpoints, an adapter, a model, or a recipe before it has run.",
-            autocompletion=complete_run,
-        ),
-    ],
+    target: TargetArgument,
     split: Annotated[
         str,
         typer.Option(
@@ -61,14 +90,7 @@ def evaluate(
             show_default="base,adapter,shuffled; of a run that is not done base and its newest checkpoint",
         ),
     ] = None,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="none|recipe|FILE",
-            parser=named("--prompt"),
-            help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
-        ),
-    ] = "recipe",
+    prompt: PromptOption = "recipe",
     max_samples: Annotated[
         int | None,
         typer.Option(
@@ -78,14 +100,7 @@ def evaluate(
             show_default="all",
         ),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            parser=named("--recipe"),
-            help="Names data and base for an adapter or a model that lies in no run.",
-        ),
-    ] = None,
+    recipe: OutsideRecipe = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     gpus_per_node: Processes = None,
     allow: AllowPart = [],  # noqa: B006
@@ -110,6 +125,53 @@ def evaluate(
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
     postprocess.evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
+
+
+@commands.command(
+    epilog=example(
+        'samestep ask embedded chart.png "Which bar is the highest?"',
+        "samestep ask embedded chart.png --models base,adapter < questions.txt",
+        'samestep ask runs/embedded/checkpoint-140 left.png right.png "Which one grows?"',
+    )
+)
+def ask(
+    target: TargetArgument,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE... [QUESTION]",
+            help="One or several images, which are looked at together, and a question; without one, every line of the "
+            "standard input is.",
+        ),
+    ],
+    models: HandModels = None,
+    prompt: PromptOption = "recipe",
+    recipe: OutsideRecipe = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+) -> None:
+    """Ask about images; the answer appears as it comes. Several models answer one after the other."""
+    from launch.local import ask_by_hand
+
+    ask_by_hand.ask(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt), words)
+
+
+@commands.command(
+    epilog=example("samestep demo embedded", "samestep demo embedded --models base-no-prompt,base,best")
+)
+def demo(
+    target: TargetArgument,
+    models: HandModels = None,
+    prompt: PromptOption = "recipe",
+    recipe: OutsideRecipe = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+) -> None:
+    """Show a page on this machine that asks about images, the base and the tuned model beside each other.
+
+    It is reached on loopback alone and needs gradio: pip install 'samestep[demo]'.
+    """
+    from launch.local import ask_by_hand
+
+    ask_by_hand.demo(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt, beside_base=True))
 
 
 AdapterConfig = Annotated[

@@ -31,6 +31,7 @@ HOSTILE: dict[str, list[str]] = {
     "--name": ["", ".", "..", "a/b", "a b", "a\n", LONG, "-x"],
     "--runs-dir": PATHS,
     "--set": ["", "x", "=", "=1", "lora.=1", "lora.r=\x00", "lora.r={", "name.x=1", f"{LONG}=1"],
+    "IMAGE... [QUESTION]": ["", " ", "lost.png", "Why?"],
     "--early-stop": ["", "-1", "x", "1.5"],
     "--allow": ["", "lora", "lora.rr", "\n"],
     "--from": [*PATHS, "no-such-checkpoint"],
@@ -82,6 +83,7 @@ ARGUMENT = {
     "file": "FILE",
     "left": "RUN",
     "right": "RUN",
+    "words": "IMAGE... [QUESTION]",
 }
 GOOD = {
     "recipe": "embedded",
@@ -92,6 +94,7 @@ GOOD = {
     "file": "my.yaml",
     "left": "mine",
     "right": "mine",
+    "words": "lost.png",
 }
 
 

@@ -78,6 +78,7 @@ def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> Non
         "evaluations.jsonl",
         "adapter",
         "checkpoint-3",
+        "logs",
         "DONE",
     }
     line = read_lines(done.metrics_file)[0]
@@ -165,7 +166,7 @@ def test_figures_that_find_no_room_stop_the_run_with_a_message(
         raise OSError(28, "No space left on device", str(file))
 
     recipe = _write(world, tmp_path / "recipe.yaml")
-    monkeypatch.setattr("trainer.loop.trainer.append_line", full)
+    monkeypatch.setattr("trainer.loop.callbacks.append_line", full)
     assert _train(recipe, "run") == 1
     said = capsys.readouterr().err
     assert "metrics.jsonl: No space left on device (disk at " in said

@@ -39,7 +39,7 @@ def resume_point(task: Task) -> Checkpoint | None:
     if newest is None:
         refuse_lost_checkpoints(task.run, passed_over, task.plan.begin.step)
     else:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     for folder in clear_unpublished(task.run.path):
         logger.info("%s: removed, it was never published", folder)
     return newest
@@ -55,11 +55,11 @@ def is_over(task: Task) -> bool:
         return False
     newest, _ = newest_valid(task.run.path)
     if newest is not None:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     return True
 
 
-def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
+def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
     """Hold a checkpoint's facts against the plan.
 
     Raises:
@@ -101,7 +101,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
     found = content_changes(recorded, now)
     if not (missing := recorded.missing()):
         return found
-    old = facts.get("base_identity")  # of an older version; null where it was taken over and not known
+    old = facts.get("base_identity")  # of an older version; null where it was imported and not known
     compared = ""
     if old_kind(old) is not None:
         here = old_base_identity(Path(base_path(task.recipe)))
@@ -109,7 +109,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
         if here != old:
             found = [*found, Change("model.content", old, here)]
     logger.info(
-        "%s: does not record all that makes its run (an older version wrote it, or it was taken over); not compared%s: "
+        "%s: does not record all that makes its run (an older version wrote it, or it was imported); not compared%s: "
         "%s; recorded from now on",
         checkpoint.folder,
         compared,
@@ -118,7 +118,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
     return found
 
 
-def forget_after(run: RunDirectory, step: int) -> None:
+def remove_later_metrics(run: RunDirectory, step: int) -> None:
     """Remove the figures of steps that will be taken again, and what damage did to those of the others."""
     lines = keep_lines_until(run.metrics_file, step)
     first = min(lines.steps, default=1) if started_from_of(run) else 1  # with the source's next step

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
-from trainer.checks.training import may_differ_by
+from trainer.checks.training import output_tolerance
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.model.attention import Segments
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
@@ -25,7 +25,7 @@ RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class LayerReference:
     """What a whole decoder layer is, to be held against its shards.
 
     `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of the weights; `constants`:
@@ -39,14 +39,14 @@ class LayerFacts:
 
 
 @torch.no_grad()
-def layer_facts(layer: nn.Module) -> LayerFacts:
+def reference_layer(layer: nn.Module) -> LayerReference:
     """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
     packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
     size = sum(parameter.nbytes for parameter in frozen_weights(layer))
-    return LayerFacts(packed, _output(layer), size, _constants(layer))
+    return LayerReference(packed, _output(layer), size, _constants(layer))
 
 
-def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: int) -> None:
+def check_sharding(model: PeftModel, whole: Sequence[LayerReference], world_size: int) -> None:
     """Gather every layer once: same packed bytes, same output as before it was sharded; and it is really sharded.
 
     A collective. FSDP2 with `bfloat16` storage rewrites bytes that look like NaN on a GPU (torch 2.11), and leaves
@@ -62,7 +62,7 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
     for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
         local = resident_bytes(layer)
         with gathered(layer):
-            after = layer_facts(layer)
+            after = reference_layer(layer)
         run_on_all_ranks(partial(_compare_layer, number, before, after, local, world_size))
 
 
@@ -92,7 +92,9 @@ def _gathered_by_zero(layer: nn.Module) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(list(layer.parameters())))
 
 
-def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: int, world_size: int) -> None:
+def _compare_layer(
+    number: int, before: LayerReference, after: LayerReference, local: int, world_size: int
+) -> None:
     if changed := sorted(name for name, sum_ in before.packed.items() if after.packed.get(name) != sum_):
         raise RunError(
             f"model: sharding changed the packed 4-bit bytes of decoder layer {number} ({len(changed)} of "
@@ -100,7 +102,7 @@ def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: in
         )
     apart = (before.output.float() - after.output.float()).abs().max().item()
     size = max(1.0, before.output.float().abs().max().item())  # one rounding of bfloat16 at 2 to 4 is 0.0156
-    if not apart <= size * may_differ_by(before.output.dtype):
+    if not apart <= size * output_tolerance(before.output.dtype):
         raise RunError(
             f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
             "install the versions of constraints.txt, or use --strategy ddp"

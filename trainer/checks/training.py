@@ -1,4 +1,4 @@
-"""What could corrupt a run without an error is checked here and named."""
+"""Checks of a training run against what would corrupt it without an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def may_differ_by(dtype: torch.dtype) -> float:
+def output_tolerance(dtype: torch.dtype) -> float:
     """The most that an output may differ by before and after wrapping.
 
     0 in fp32 on a CPU; a GPU's libraries choose another kernel when weights lie elsewhere in memory (4.8e-7 seen).
@@ -43,11 +43,15 @@ def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> No
         RunError: they are not.
     """
     types, wrapper = plan.parallelism.distributed_types, plan.parallelism.wrapper
-    found = (accelerator.num_processes, accelerator.distributed_type.value, type(wrapped).__name__)
-    if found[0] != plan.world_size or found[1] not in types or found[2] != wrapper:
+    processes, kind, wrapped_in = (
+        accelerator.num_processes,
+        accelerator.distributed_type.value,
+        type(wrapped).__name__,
+    )
+    if processes != plan.world_size or kind not in types or wrapped_in != wrapper:
         raise RunError(
-            f"rank {accelerator.process_index}: the launcher started {found[0]} processes of type {found[1]} with the "
-            f"model in {found[2]}, the plan wants {plan.world_size}, {' or '.join(sorted(types))}, {wrapper}; "
+            f"rank {accelerator.process_index}: the launcher started {processes} processes of type {kind} with the "
+            f"model in {wrapped_in}, the plan wants {plan.world_size}, {' or '.join(sorted(types))}, {wrapper}; "
             "check the accelerate config and --num_processes"
         )
 
@@ -80,7 +84,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
         RunError: on all ranks.
     """
     apart = (before.float() - after.float()).abs()
-    allowed = torch.full_like(apart, may_differ_by(dtype))
+    allowed = torch.full_like(apart, output_tolerance(dtype))
     if gathered and dtype != torch.float32:
         allowed = allowed.maximum(_NOISE_OF_LOGITS * before.float().abs().clamp(max=1.0))
 
@@ -105,14 +109,14 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
     digest = hashlib.sha256()
     for parameter in parameters.values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    told = gather_objects(digest.hexdigest())
-    odd = [rank for rank, other in enumerate(told) if other != told[0]]
+    digests = gather_objects(digest.hexdigest())
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
 
     def compare() -> None:
-        if odd:
+        if differing:
             raise RunError(
-                f"rank {odd[0]}: resumed with another adapter than rank 0 ({len(odd)} ranks differ); the nodes "
-                "see other files, share the run directory"
+                f"rank {differing[0]}: resumed with another adapter than rank 0 ({len(differing)} ranks differ); "
+                "the nodes see other files, share the run directory"
             )
 
     run_on_all_ranks(compare)
@@ -136,21 +140,22 @@ def describe_targets(
     targets = dict(
         zip((inputs["scored_positions"] + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True)
     )
-    for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
-        mine = [place for place in targets if begin <= place < end]
-        runs = _runs(mine)
+    for sample, begin, end, expected in zip(samples, ends, ends[1:], scored, strict=False):
+        places = [place for place in targets if begin <= place < end]
+        texts = [_text_of(ids, run, tokenizer) for run in _runs(places)]
         if (
-            not mine
-            or mine[-1] != end - 1
-            or [targets[place] for place in mine] != [ids[place] for place in mine]
-            or (wanted is None and mine != list(range(begin + 1, end)))
-            or (wanted is not None and [_text_of(ids, run, tokenizer) for run in runs] != _in_nfc(wanted))
+            not places
+            or places[-1] != end - 1
+            or [targets[place] for place in places] != [ids[place] for place in places]
+            or (expected is None and places != list(range(begin + 1, end)))
+            or (expected is not None and texts != _in_nfc(expected))
         ):
-            found = tokenizer.decode([targets[place] for place in mine])
+            target_text = tokenizer.decode([targets[place] for place in places])
+            expected_text = "all but the first" if expected is None else repr(" ... ".join(expected)[:200])
             raise RunError(
-                f"data.loss: sample {sample} scores {len(mine):,} of its {end - begin:,} tokens, {found[:200]!r}, "
-                f"where {'all but the first' if wanted is None else repr(' ... '.join(wanted)[:200])} should be; the "
-                "tokenizer and the chat template do not fit each other"
+                f"data.loss: sample {sample} scores {len(places):,} of its {end - begin:,} tokens, "
+                f"{target_text[:200]!r}, where {expected_text} should be; the tokenizer and the chat template do not "
+                "fit each other"
             )
     first, last = (tokenizer.decode([int(inputs["shift_labels"][0, place])]) for place in (0, -1))
     return (
@@ -162,7 +167,9 @@ def describe_targets(
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending places as runs [begin, end) without gaps."""
     begins = [place for place, before in zip(places, [None, *places], strict=False) if before != place - 1]
-    ends = [place + 1 for place, after in zip(places, [*places[1:], None], strict=True) if after != place + 1]
+    ends = [
+        place + 1 for place, after in zip(places, [*places[1:], None], strict=False) if after != place + 1
+    ]
     return list(zip(begins, ends, strict=True))
 
 
@@ -176,24 +183,24 @@ def _in_nfc(texts: Sequence[str]) -> list[str]:
 
 
 class GradientCheck:
-    """Sees the gradients of the first step of an attempt, in whatever way the engine takes them away."""
+    """Records the gradients of the first step of an attempt, whatever the engine does with them afterwards."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._largest: dict[str, Tensor] = {}
-        self.excused = False
-        """This rank did not get to its gradients; then nobody's are judged."""
+        self.skipped = False
+        """This rank did not compute its gradients; then those of no rank are checked."""
         self._names = list(parameters)
         self._handles = [
-            parameter.register_hook(partial(self._see, name)) for name, parameter in parameters.items()
+            parameter.register_hook(partial(self._record, name)) for name, parameter in parameters.items()
         ]
 
-    def _see(self, name: str, gradient: Tensor) -> None:
+    def _record(self, name: str, gradient: Tensor) -> None:
         largest = gradient.detach().abs().amax()
         known = self._largest.get(name)
         self._largest[name] = largest if known is None else torch.maximum(known, largest)
 
     def check(self) -> None:
-        """After the step's last backward; looks no more afterwards. A collective.
+        """Check them after the step's last backward, and record no more. A collective.
 
         Raises:
             RunError: on all ranks, for an adapter without gradients, or a lora_B whose are zero on all ranks.
@@ -202,23 +209,24 @@ class GradientCheck:
             handle.remove()
         known = list(self._largest)
         values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
-        told = gather_objects(None if self.excused else dict(zip(known, values, strict=True)))
-        seen_by_rank = [seen for seen in told if seen is not None]
+        largest_by_rank = gather_objects(None if self.skipped else dict(zip(known, values, strict=True)))
+        gradients_by_rank = [gradients for gradients in largest_by_rank if gradients is not None]
 
         def compare() -> None:
-            if len(seen_by_rank) < len(told):
+            if len(gradients_by_rank) < len(largest_by_rank):
                 return
-            silent = [name for name in self._names if not any(name in seen for seen in seen_by_rank)]
+            missing = [name for name in self._names if not any(name in known for known in gradients_by_rank)]
             zero = [
                 name
                 for name in self._names
-                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in seen_by_rank)
+                if ".lora_B." in name and not any(known.get(name, 0.0) != 0.0 for known in gradients_by_rank)
             ]
-            if odd := silent or zero:
-                what = "no gradient" if silent else "a gradient of zero"
+            if wrong := missing or zero:
+                what = "no gradient" if missing else "a gradient of zero"
                 raise RunError(
-                    f"model: {len(odd)} of {len(self._names)} adapters got {what} in the first step, such as {odd[0]}; "
-                    "they would not train; install the versions of constraints.txt, or use another --strategy"
+                    f"model: {len(wrong)} of {len(self._names)} adapters got {what} in the first step, such as "
+                    f"{wrong[0]}; they would not train; install the versions of constraints.txt, or use another "
+                    "--strategy"
                 )
 
         run_on_all_ranks(compare)

@@ -20,7 +20,7 @@ from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import RowError, reason_of
 from trainer.data.rows import Row
 from trainer.data.splits import Rows
-from trainer.progress_bars import Report
+from trainer.progress_bars import ReportProgress
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
@@ -65,7 +65,7 @@ _Size = tuple[int, int] | str
 
 
 def measure_split(
-    rows: Rows, split: str, encoder: Encoder, report: Report
+    rows: Rows, split: str, encoder: Encoder, report: ReportProgress
 ) -> tuple[list[Measured], list[BadRow]]:
     """Measure every row; `report` is told the progress. The images are decoded on all cores this process may use."""
     sizes: dict[bytes, _Size] = {}

@@ -24,7 +24,9 @@ from trainer.distributed.collectives import gather_objects, run_on_all_ranks, ru
 from trainer.task import Task
 
 logger = get_logger("trainer")
-PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed wait for each other
+PROCESS_GROUP_TIMEOUT = timedelta(
+    hours=1
+)  # nodes that read a large base at unequal speed wait for each other
 
 
 def init_process_group() -> PartialState:
@@ -38,11 +40,11 @@ def init_process_group() -> PartialState:
             _announce_compiling()
     with _interruptible():
         if torch.cuda.is_available():
-            return PartialState(timeout=PATIENCE)
+            return PartialState(timeout=PROCESS_GROUP_TIMEOUT)
         # With `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others.
         if uses_deepspeed():
-            return PartialState(backend="gloo", timeout=PATIENCE)
-        return PartialState(cpu=True, timeout=PATIENCE)
+            return PartialState(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+        return PartialState(cpu=True, timeout=PROCESS_GROUP_TIMEOUT)
 
 
 @contextmanager

@@ -220,7 +220,7 @@ class Replica:
                 input_ids=input_ids,
                 attention_mask=encoded["attention_mask"],
                 mm_token_type_ids=(input_ids == self.processor.image_token_id).int(),
-                generation_config=self._greedy(),
+                generation_config=greedy(self.base, self.processor, self.max_new_tokens),
                 synced_gpus=self.synced,
                 **(
                     {
@@ -235,17 +235,17 @@ class Replica:
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _greedy(self) -> GenerationConfig:
-        """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
-        own = self.base.generation_config
-        tokenizer = self.processor.tokenizer
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+
+def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
+    """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
+    own, tokenizer = model.generation_config, processor.tokenizer
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _tower_output(images: Sequence[_Maps]) -> BaseModelOutputWithPooling:

@@ -54,7 +54,7 @@ from trainer.evaluation.comparison import (
 )
 from trainer.evaluation.loading import with_named_targets
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
-from trainer.export.base_model import add_allow, check_base, find_base, run_of
+from trainer.export.base_model import add_allow, check_base, find_base, run_containing
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.export.merge import merge, print_report
 from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
@@ -268,7 +268,7 @@ def answer_logits(
 
 def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
     """The recipe of the run that `source` is or lies in, or of `run_dir`."""
-    run = RunDirectory(run_dir) if run_dir else run_of(source)
+    run = RunDirectory(run_dir) if run_dir else run_containing(source)
     if run is not None and run.recipe_file.is_file():
         return run.recipe_file
     raise ConfigError(

@@ -10,7 +10,6 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,8 @@ from rich.console import Console
 
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import SPLITS, read_index
-from launch.option_values import for_argparse, place, whole
-from launch.run.directory import RunDirectory
-from launch.run.variants import NO_PROMPT, WEIGHTS, in_order, parse_models
+from launch.option_values import for_argparse, whole
+from launch.run.variants import in_order
 from trainer.distributed.collectives import (
     broadcast_from_main,
     destroy_process_group,
@@ -35,6 +33,7 @@ from trainer.distributed.process_group import stay_on_this_machine
 from trainer.evaluation.answer_store import AnswerStore
 from trainer.evaluation.answering import Stored, answer_all
 from trainer.evaluation.answers import Answer, Question
+from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metric_functions import load_metrics
 from trainer.evaluation.request import Request, Task, check_request, facts_of, variants_of, weights_of
@@ -59,51 +58,17 @@ def parse(arguments: Sequence[str] | None) -> tuple[Request, bool]:
         epilog="example: accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 "
         "-m trainer.evaluation.generate --run-dir runs/embedded",
     )
-    folder, file = for_argparse(place("--run-dir")), for_argparse(place("--prompt-file"))
-    parser.add_argument("--run-dir", type=folder, required=True, help="the run's folder")
+    add_request_arguments(parser, "base,adapter,shuffled")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which split (default: test)")
-    parser.add_argument(
-        "--models",
-        type=for_argparse(partial(parse_models, of_files=True)),
-        default="base,adapter,shuffled",
-        help=f"comma-separated, of {', '.join(WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} (default: "
-        "base,adapter,shuffled)",
-    )
     parser.add_argument(
         "--max-samples",
         type=for_argparse(whole("--max-samples", 1, 10**9)),
         help="ask only so many questions, spread over the split",
     )
     add_allow(parser)
-    parser.add_argument(
-        "--checkpoint",
-        type=for_argparse(whole("--checkpoint", 0, 10**9)),
-        metavar="STEP",
-        help="the run's checkpoint of that step (default: its adapter)",
-    )
-    parser.add_argument("--adapter", type=file, help="another adapter in the place of the run's")
-    parser.add_argument("--label", default="", help="of the file with the results")
-    parser.add_argument("--recipe", type=file, help="a recipe in the place of the run's recipe.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of it"
-    )
-    parser.add_argument("--prompt-file", type=file, help="the system message of NAME-prompt-FILE")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = parser.parse_args(arguments)
-    request = Request(
-        run=RunDirectory(given.run_dir.expanduser().absolute()),
-        split=given.split,
-        models=tuple(given.models.split(",")),
-        max_samples=given.max_samples,
-        allow=tuple(given.allow),
-        checkpoint=given.checkpoint,
-        adapter_folder=given.adapter and given.adapter.absolute(),
-        label=given.label,
-        recipe_file=given.recipe,
-        overrides=tuple(given.set),
-        prompt_file=given.prompt_file,
-    )
-    return request, given.json
+    return request_of(given, given.split, given.max_samples, tuple(given.allow)), given.json
 
 
 def prepared(request: Request) -> Task:

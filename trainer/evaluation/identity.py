@@ -12,7 +12,7 @@ from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
 from launch.run.variants import parse_variant
 from trainer.evaluation.request import Task
 from trainer.export.base_model import old_base_change, recorded_at
-from trainer.identity import identity_of
+from trainer.identity import compute_identity
 from trainer.pretrained import base_path
 
 logger = logging.getLogger("trainer")
@@ -29,7 +29,7 @@ def hold_against_training(task: Task) -> dict[str, Any]:
     request = task.request
     all_merged = {parse_variant(model).weights for model in request.models} == {"merged"}
     of_model = _OF_ANY_MODEL if all_merged else MODEL_PARTS
-    now = identity_of(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
+    now = compute_identity(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
     refuse_unknown_parts(request.allow, PARTS)
     trained_at = request.trained_at
     recorded, where = recorded_at(trained_at) if trained_at else (None, "")

@@ -17,7 +17,7 @@ from launch.errors import CheckpointError
 from launch.untrusted_files import printable
 from trainer.formats.detect import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
-from trainer.formats.validated import Layout
+from trainer.formats.validated import FileSchema
 from trainer.sandbox import trial
 
 # adapter_config.json: values that change nothing in the sum, and ways to begin that leave the base as it was.
@@ -53,7 +53,7 @@ _Pattern = Annotated[str, AfterValidator(_regular)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Values(Layout):
+class Values(FileSchema):
     """What adapter_config.json may say under the keys that are read, here and in `trainer.import_checkpoint`."""
 
     r: PositiveInt
@@ -79,14 +79,16 @@ class Values(Layout):
         raise ValueError(f"neither a pattern nor a list of names: {value!r:.60}")
 
 
-def config_from_shapes(found: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
+def config_from_shapes(imported: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
     """The configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
-    parts = {key: part for key in found.tensors if (part := lora_part(key)) is not None}
-    ranks = {module: found.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"}
+    parts = {key: part for key in imported.tensors if (part := lora_part(key)) is not None}
+    ranks = {
+        module: imported.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"
+    }
     if not ranks:
-        raise CheckpointError(f"{found.source}: holds no lora_A; give the folder of a LoRA")
+        raise CheckpointError(f"{imported.source}: holds no lora_A; give the folder of a LoRA")
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    whole = {key.removeprefix(PREFIX).rpartition(".")[0] for key in found.tensors if key not in parts}
+    whole = {key.removeprefix(PREFIX).rpartition(".")[0] for key in imported.tensors if key not in parts}
     config: dict[str, Any] = LoraConfig(
         r=rank,
         lora_alpha=int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
@@ -111,12 +113,14 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: simple(value) for key, value in config.items()}
 
 
-def in_present_names(found: ImportedCheckpoint, config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
+def in_present_names(
+    imported: ImportedCheckpoint, config: dict[str, Any], modules: list[str]
+) -> dict[str, Any]:
     """Patterns and targets that name modules as an older version did, with the names of the present one.
 
     Every module keeps the rank and alpha that its old name had; PEFT would quietly give it the defaults.
     """
-    old = {module: written_module(found, module) for module in modules}
+    old = {module: written_module(imported, module) for module in modules}
     if all(module == before for module, before in old.items()):
         return config
     config = dict(config)
@@ -130,10 +134,10 @@ def in_present_names(found: ImportedCheckpoint, config: dict[str, Any], modules:
     return config
 
 
-def written_module(found: ImportedCheckpoint, module: str) -> str:
+def written_module(imported: ImportedCheckpoint, module: str) -> str:
     """The module's name in the version that wrote the checkpoint."""
     for side in ("lora_A", "lora_B"):
-        raw = found.written_as.get(f"{PREFIX}{module}.{side}.weight")
+        raw = imported.written_as.get(f"{PREFIX}{module}.{side}.weight")
         if raw is not None:
             return raw.rpartition(f".{side}.")[0].rpartition(PREFIX)[2]
     return module

@@ -25,7 +25,7 @@ from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
 from trainer.export.adapter import Adapter
 from trainer.formats.safetensors_blocks import read_base_shards
-from trainer.formats.validated import Layout, checked, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, read_json, unreadable_is_refused
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
 
@@ -41,7 +41,7 @@ class BaseCheck:
         return f"base {'' if self.compared else 'not '}compared with the training's: {self.how}"
 
 
-class _Config(Layout):
+class _Config(FileSchema):
     """What is read of config.json."""
 
     quantization_config: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class _Config(Layout):
     tie_word_embeddings: bool | None = None
 
 
-def run_of(source: Path) -> RunDirectory | None:
+def run_containing(source: Path) -> RunDirectory | None:
     """The run directory that `source` is, or lies in; None outside a run."""
     source = source.expanduser().absolute()
     for folder in (source, source.parent):
@@ -59,11 +59,11 @@ def run_of(source: Path) -> RunDirectory | None:
     return None
 
 
-def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
+def run_recipe(source: Path, recipe_file: Path | None = None) -> Recipe | None:
     """The recipe of the run that `source` belongs to, or `recipe_file`; None without one."""
     if recipe_file is not None:
         return load_recipe(recipe_file)
-    run = run_of(source)
+    run = run_containing(source)
     return load_recipe(run.recipe_file) if run else None
 
 
@@ -181,7 +181,7 @@ def recorded_at(source: Path) -> tuple[RunIdentity | None, str]:
     facts, where = _newest_facts(source)
     if facts:
         return recorded_identity(facts), where
-    run = run_of(source)
+    run = run_containing(source)
     if run is not None and (plan := old_plan(run)) is not None and plan.identity:
         return planned_identity(plan), run.plan_file.name
     return None, where
@@ -189,7 +189,7 @@ def recorded_at(source: Path) -> tuple[RunIdentity | None, str]:
 
 def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
     """The facts of the newest checkpoint beside an adapter, and where they stand; else none and the reason."""
-    run = run_of(source)
+    run = run_containing(source)
     if (source / MANIFEST).is_file():
         folders = [source]
     elif run is not None:
@@ -211,7 +211,7 @@ def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
 
 def _revision(name: str, adapter: Adapter) -> str:
     """The revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
-    recipe = recipe_of(adapter.path)
+    recipe = run_recipe(adapter.path)
     if recipe is not None and recipe.model.name_or_path == name:
         return recipe.model.revision
     return adapter.revision if adapter.revision and adapter.base == name else "main"

@@ -18,8 +18,8 @@ from trainer.export.base_model import (
     check_base,
     find_base,
     has_vision,
-    recipe_of,
     refuse_quantized_base,
+    run_recipe,
     ties_embeddings,
 )
 from trainer.export.output_folder import refuse_place
@@ -106,7 +106,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     targets = match_targets(adapter, folder, shards)
     rounding = None
     if request.base == "dequantized":
-        rounding = rounding_of(recipe_of(request.source, request.recipe), folder)
+        rounding = rounding_of(run_recipe(request.source, request.recipe), folder)
     plan = MergePlan(
         adapter,
         folder,

@@ -15,7 +15,7 @@ from launch.recipe.schema import EMBEDDED, Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
 from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
-from trainer.export.base_model import recipe_of, run_of
+from trainer.export.base_model import run_containing, run_recipe
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.export.verify import MergeReport
 
@@ -28,7 +28,7 @@ _FIGURES_BEGIN, _FIGURES_END = (
 
 def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> str:
     """The text of README.md, with the front matter that the hub reads."""
-    recipe, run = recipe_of(request.source, request.recipe), run_of(request.source)
+    recipe, run = run_recipe(request.source, request.recipe), run_containing(request.source)
     base = _base_name(recipe, plan)
     name = recipe.name if recipe else plan.output.name
     parts = [
@@ -225,7 +225,7 @@ With vLLM: `vllm serve .`
 
 def _adapter_beside(plan: MergePlan) -> str | None:
     """Where the adapter's folder is found from the merged model's; None where it came in another form."""
-    run = run_of(plan.adapter.path)
+    run = run_containing(plan.adapter.path)
     folder = run.adapter if run is not None and plan.adapter.path == run.path else plan.adapter.path
     if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
         return None

@@ -34,7 +34,7 @@ class ZeroState:
 
     form: str
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     step: int | None
 
 
@@ -112,12 +112,12 @@ def read_zero(folder: Path) -> ZeroState:
         ) from error
     counted = _step_count(parts[0], stage)
     updates = step if counted is None else counted
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     if updates is not None and all(key in whole for key in MOMENTS):
         for name in whole[""]:
-            moments |= {f"{name}.{key}": whole[key][name] for key in MOMENTS}
-            moments[f"{name}.step"] = torch.tensor(float(updates))
-    return ZeroState(f"DeepSpeed ZeRO-{int(stage)} of {ranks} ranks", whole[""], moments, step)
+            optimizer_state |= {f"{name}.{key}": whole[key][name] for key in MOMENTS}
+            optimizer_state[f"{name}.step"] = torch.tensor(float(updates))
+    return ZeroState(f"DeepSpeed ZeRO-{int(stage)} of {ranks} ranks", whole[""], optimizer_state, step)
 
 
 def read_universal(folder: Path) -> ZeroState:
@@ -137,16 +137,18 @@ def read_universal(folder: Path) -> ZeroState:
         )
     count = _universal_step(folder)
     weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     for name, size in sizes.items():
         here = places[name]
         weights[name] = _universal_tensor(here / "fp32.pt", size)
         own = here / "step.pt"
         steps = as_number(load_torch(own)) if own.is_file() else count if count is not None else step
         if steps is not None:
-            moments |= {f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in MOMENTS}
-            moments[f"{name}.step"] = torch.tensor(float(steps))
-    return ZeroState("DeepSpeed universal checkpoint", weights, moments, step)
+            optimizer_state |= {
+                f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in MOMENTS
+            }
+            optimizer_state[f"{name}.step"] = torch.tensor(float(steps))
+    return ZeroState("DeepSpeed universal checkpoint", weights, optimizer_state, step)
 
 
 def _optimizer_files(folder: Path) -> dict[int, Path]:

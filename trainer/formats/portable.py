@@ -21,12 +21,12 @@ from trainer.formats.validated import read_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """AdamW's state beside its step count."""
 
 
 @dataclass(frozen=True)
-class State:
+class TrainedState:
     """What trains, as it was at the end of a step: copies in memory, which the next steps do not touch.
 
     `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<moment or step>`.
@@ -36,21 +36,23 @@ class State:
     optimizer: dict[str, Tensor]
 
 
-def snapshot(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
+def copy_trained_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> TrainedState:
     """Copy weights, moments and step counts of every trained parameter to the CPU."""
-    moments = {
+    optimizer_state = {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in parameters.items()
-        for key in (*MOMENTS, "step")
+        for key in (*ADAM_STATE_KEYS, "step")
     }
-    return State(_copied(parameters), _copied(moments))
+    return TrainedState(_copied(parameters), _copied(optimizer_state))
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def save_state(model: PeftModel, state: State, folder: Path) -> None:
+def save_state(model: PeftModel, state: TrainedState, folder: Path) -> None:
     """Write the adapter and the optimizer of a snapshot.
 
     Raises:
@@ -95,10 +97,10 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape.
     """
-    put_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+    set_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
 
 
-def put_adapter(
+def set_adapter(
     model: PeftModel, stored: Mapping[str, Tensor], where: Path, adapter_name: str = "default"
 ) -> None:
     """As `load_adapter`, of tensors by their keys in an adapter file; `where` they were read."""
@@ -146,8 +148,8 @@ def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> 
 def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
-    """`stored`, once it holds what AdamW keeps of these parameters. CheckpointError as `read_optimizer_state`."""
-    wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
+    """Return `stored` if it is the optimizer state of these parameters; CheckpointError as `read_optimizer_state`."""
+    wanted = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
     if wanted != stored.keys():
         odd = sorted(wanted ^ stored.keys())
         raise CheckpointError(
@@ -155,7 +157,7 @@ def matching_optimizer_state(
             f"{printable(odd[0])}); resume with the recipe that wrote it"
         )
     for name, shape in parameters.items():
-        for key in MOMENTS:
+        for key in ADAM_STATE_KEYS:
             if stored[f"{name}.{key}"].shape != shape:
                 raise CheckpointError(
                     f"{where}: {name}.{key} has shape {tuple(stored[f'{name}.{key}'].shape)}, the "
@@ -164,14 +166,18 @@ def matching_optimizer_state(
     return stored
 
 
-def inject(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer_state: Mapping[str, Tensor],
 ) -> None:
     """Put moments and step counts, of `read_optimizer_state`, into a fresh optimizer over the same parameters."""
     for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {"step": moments[f"{name}.step"].to(step_device(optimizer, parameter))}
-        for key in MOMENTS:
-            state[key] = moments[f"{name}.{key}"].to(parameter.device, parameter.dtype)
+        state: dict[str, Tensor] = {
+            "step": optimizer_state[f"{name}.step"].to(step_device(optimizer, parameter))
+        }
+        for key in ADAM_STATE_KEYS:
+            state[key] = optimizer_state[f"{name}.{key}"].to(parameter.device, parameter.dtype)
         optimizer.state[parameter] = state
 
 

@@ -19,11 +19,11 @@ from pydantic import Field, NonNegativeInt, RootModel
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, open_plain, parse_json, printable
-from trainer.formats.validated import Layout, checked, inside, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, inside, read_json, unreadable_is_refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -64,7 +64,7 @@ class Entry:
 
     def bytes_as(self, dtype: str) -> int:
         """Bytes of this tensor when stored as `dtype`."""
-        return self.elements * DTYPES[dtype].itemsize
+        return self.elements * TORCH_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Shard:
     header_bytes: int
 
 
-class _Stored(Layout):
+class _Stored(FileSchema):
     """One tensor in a safetensors header; `data_offsets` count from the end of the header."""
 
     dtype: str
@@ -93,7 +93,7 @@ class _Metadata(RootModel[dict[str, str]]):
     """What a safetensors header says beside its tensors."""
 
 
-class _Index(Layout):
+class _Index(FileSchema):
     """What is read of `*.index.json`."""
 
     weight_map: dict[str, str] = Field(min_length=1)
@@ -119,7 +119,7 @@ def read_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     metadata = checked(_Metadata, metadata, path).root
     tensors = checked(_Tensors, header, path).root
-    unknown = {stored.dtype for stored in tensors.values()} - set(DTYPES)
+    unknown = {stored.dtype for stored in tensors.values()} - set(TORCH_DTYPES)
     if unknown:
         raise CheckpointError(
             f"{path}: tensors stored as {printable(', '.join(sorted(unknown))[:200])}; use the unquantized weights"
@@ -200,7 +200,7 @@ def block_rows(entry: Entry) -> Iterator[tuple[int, int]]:
 
 def read_block(file: BinaryIO, entry: Entry, begin: int, end: int) -> torch.Tensor:
     """Rows [begin, end) as a tensor [rows, width] of the stored dtype."""
-    dtype = DTYPES[entry.dtype]
+    dtype = TORCH_DTYPES[entry.dtype]
     file.seek(entry.begin + begin * entry.width * dtype.itemsize)
     count = (end - begin) * entry.width
     if count == 0:
@@ -235,11 +235,11 @@ def write_shard(
         for name, entry in shard.entries.items():
             digest = hashlib.sha256()
             for begin, end in block_rows(entry):
-                rows = block(source, name, begin, end).to(DTYPES[dtypes[name]])
+                rows = block(source, name, begin, end).to(TORCH_DTYPES[dtypes[name]])
                 data = tensor_bytes(rows).numpy().data
                 digest.update(data)
                 target.write(data)
-                advance((end - begin) * entry.width * DTYPES[entry.dtype].itemsize)
+                advance((end - begin) * entry.width * TORCH_DTYPES[entry.dtype].itemsize)
             digests[name] = digest.digest()
         target.flush()
         os.fsync(target.fileno())

@@ -25,7 +25,7 @@ from launch.errors import RunError, SamestepError
 from trainer.distributed.collectives import to_user_error
 from trainer.formats.dcp import load_distributed
 from trainer.formats.detect import OPTIMIZER_PREFIX
-from trainer.formats.portable import State
+from trainer.formats.portable import TrainedState
 from trainer.formats.torch_files import load_torch
 
 
@@ -41,13 +41,13 @@ def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class DistributedPart:
+class DcpRankState:
     """The share of one rank in a state that all ranks have: copies of it.
 
     DCP would deal out whole tensors as well, by size, but only after every rank had copied all of them.
     """
 
-    state: State
+    state: TrainedState
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> list[str]:
         """Write it into a folder that is there; the names of its files. A collective of `group`, which raises on all.
@@ -57,8 +57,10 @@ class DistributedPart:
         """
         # Said once for each save of a single process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        moments = {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()}
-        tensors = {**self.state.adapter, **moments}
+        optimizer_state = {
+            f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()
+        }
+        tensors = {**self.state.adapter, **optimizer_state}
         single, rank = not dist.is_initialized(), dist.get_rank() if dist.is_initialized() else 0
         # 0: nothing is left to be copied from a GPU, where torch would wait in this thread for the first one.
         writer = _Writer(folder, per_thread_copy_ahead=0)
@@ -94,7 +96,7 @@ def _first_failure(error: CheckpointException) -> SamestepError:
 
 
 @dataclass(frozen=True)
-class ZeroPart:
+class ZeroRankState:
     """What DeepSpeed saves on one rank: file below the folder -> its content, copied. A text is a text file."""
 
     files: dict[str, Any]

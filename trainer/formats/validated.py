@@ -27,7 +27,7 @@ from launch.untrusted_files import (
 from trainer.base_files import is_inside
 
 
-class Layout(BaseModel):
+class FileSchema(BaseModel):
     """The keys of a file that are read, and of which kind their values must be; other keys may be there."""
 
     model_config = ConfigDict(strict=True, frozen=True)

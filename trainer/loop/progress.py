@@ -170,7 +170,7 @@ def tracking_name(run: RunDirectory) -> str:
     return printable(read_text(file, LINE).strip())
 
 
-def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
+def progress_callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
     """What rank 0 shows of a run; nothing on the others."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return []

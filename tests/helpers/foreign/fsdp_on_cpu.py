@@ -29,6 +29,6 @@ def _init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
 def allow_fsdp_on_cpu() -> None:
     """From now on an FSDP plugin is honoured on gloo, and our rule against it is off."""
     AcceleratorState.__init__ = _init
-    checks.REQUEST_RULES = tuple(  # its own name for them: it has imported them by name
-        rule for rule in checks.REQUEST_RULES if rule is not request_rules.fsdp_has_gpus
+    checks.REQUEST_RULES = tuple(
+        rule for rule in request_rules.REQUEST_RULES if rule is not request_rules.fsdp_has_gpus
     )

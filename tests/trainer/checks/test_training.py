@@ -19,7 +19,7 @@ from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import chart_png, recipe_values
 from trainer.checks import sharding
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import (
     GradientCheck,
     check_logits,
@@ -47,9 +47,9 @@ def _recipe(world: Path, base: Path | None = None) -> Recipe:
 
 
 def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(world: Path) -> None:
-    seen: list[LayerFacts] = []
+    seen: list[LayerReference] = []
     at_once = load_base(_recipe(world), CPU, "float16")
-    one_by_one = load_base(_recipe(world), CPU, "float16", lambda layer: seen.append(layer_facts(layer)))
+    one_by_one = load_base(_recipe(world), CPU, "float16", lambda layer: seen.append(reference_layer(layer)))
     expected, found = dict(at_once.named_parameters()), dict(one_by_one.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -59,7 +59,7 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
     layers = at_once.model.language_model.layers
     assert len(seen) == len(layers)
     for before, layer in zip(seen, layers, strict=True):
-        now = layer_facts(layer)
+        now = reference_layer(layer)
         assert (now.packed, now.bytes, now.constants) == (before.packed, before.bytes, before.constants)
         assert now.constants > 0
         assert torch.equal(now.output, before.output)
@@ -105,25 +105,29 @@ def test_a_layer_that_is_not_whole_is_refused(world: Path, tmp_path: Path, spoil
         load_base(_recipe(world, base), CPU, "float16", lambda layer: None)
 
 
-FACTS = LayerFacts({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
+FACTS = LayerReference({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
 
 
 @pytest.mark.parametrize(
     ("after", "local", "words"),
     [
         (
-            LayerFacts({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
+            LayerReference({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
             500,
             r"changed the packed .* 4 \(1 of 2 weights",
         ),
-        (LayerFacts({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
-        (LayerFacts(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000), 500, r"computes otherwise .* 0\.001"),
-        (LayerFacts(FACTS.packed, torch.tensor([1, 1, float("nan")]), 1000), 500, r"computes otherwise"),
+        (LayerReference({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
+        (
+            LayerReference(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000),
+            500,
+            r"computes otherwise .* 0\.001",
+        ),
+        (LayerReference(FACTS.packed, torch.tensor([1, 1, float("nan")]), 1000), 500, r"computes otherwise"),
         (FACTS, 560, r"not sharded: 560 of its 1,000 bytes are resident, at most 550"),
     ],
     ids=["bytes", "weight gone", "output", "nan", "whole"],
 )
-def test_what_sharding_does_to_a_layer_is_noticed(after: LayerFacts, local: int, words: str) -> None:
+def test_what_sharding_does_to_a_layer_is_noticed(after: LayerReference, local: int, words: str) -> None:
     sharding._compare_layer(4, FACTS, FACTS, 540, 2)
     with pytest.raises(RunError, match=words):
         sharding._compare_layer(4, FACTS, after, local, 2)
@@ -152,10 +156,10 @@ def test_every_layer_is_held_against_what_it_was_before_it_was_sharded(
     world: Path, happens: Callable[[nn.Module], None] | None, processes: int, words: str | None
 ) -> None:
     """On a model whose layers come together without having been taken apart."""
-    whole: list[LayerFacts] = []
+    whole: list[LayerReference] = []
     recipe = _recipe(world)
     model = add_lora(
-        load_base(recipe, CPU, "float16", lambda layer: whole.append(layer_facts(layer))), recipe
+        load_base(recipe, CPU, "float16", lambda layer: whole.append(reference_layer(layer))), recipe
     )
     calls: list[str] = []
     for number, layer in enumerate(model.get_base_model().model.language_model.layers):
@@ -182,13 +186,13 @@ def test_bytes_that_look_like_nan_keep_their_checksum_and_bfloat16_that_rewrites
     seen: list[nn.Module] = []
     load_base(_recipe(world), CPU, "bfloat16", seen.append)
     layer = seen[0]
-    before = layer_facts(layer)
-    assert layer_facts(layer).packed == before.packed
+    before = reference_layer(layer)
+    assert reference_layer(layer).packed == before.packed
     weight = layer.self_attn.q_proj.weight.data  # type: ignore[union-attr]
     weight.view(torch.int16).view(-1)[0] = 0x7F81
-    signalling = layer_facts(layer).packed
+    signalling = reference_layer(layer).packed
     weight.view(torch.int16).view(-1)[0] = 0x7FC1
-    assert {name for name, sum_ in layer_facts(layer).packed.items() if sum_ != signalling[name]} == {
+    assert {name for name, sum_ in reference_layer(layer).packed.items() if sum_ != signalling[name]} == {
         "self_attn.q_proj"
     }
 

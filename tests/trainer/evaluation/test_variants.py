@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from launch.checkpoints.publish import publish
 from launch.recipe.loading import dump_recipe, recipe_from_dict
@@ -19,11 +20,14 @@ from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
 from tests.helpers.merging import merge
+from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.generate import main
+from trainer.evaluation.loading import answering_as, hold_dequantized, load_with_adapters
+from trainer.evaluation.request import Request, variants_of
 from trainer.formats.portable import save_adapter
 from trainer.model.base import load_base
 from trainer.pretrained import load_processor
@@ -157,6 +161,34 @@ def test_answers_of_other_weights_or_another_length_are_asked_anew(
     here.recipe_file.write_text(dump_recipe(longer))
     evaluate(here, "--models", "adapter")
     assert len(asked) == before + 6
+
+
+def test_weights_held_dequantized_give_the_same_answers(world: Path, tmp_path: Path) -> None:
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = True
+    values["evaluation"] |= {"max_new_tokens": 6}
+    recipe = recipe_from_dict(values)
+    run = write_run(recipe, tmp_path / "run")
+    variants = variants_of(Request(run, "test", ("base", "adapter"), None), recipe)
+    processor, rows = load_processor(recipe), open_split(recipe, "test")
+    encoder = Encoder(processor, recipe.data.system_message, "answer")
+    prompts = [encoder.texts(rows[number])[0] for number in range(4)]
+
+    def answers(model: Any) -> list[list[str]]:
+        found = []
+        for variant in variants:
+            with answering_as(model, variant):
+                found.append(Replica(model, processor, rows, 6, torch.float32).answers(prompts, range(4)))
+        return found
+
+    model = load_with_adapters(recipe, torch.device("cpu"), variants)
+    before = answers(model)
+    assert not hold_dequantized(model, torch.float32, room=1000)
+    assert hold_dequantized(model, torch.float32, room=10**9)
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+    assert not hold_dequantized(model, torch.float32, room=10**9)  # once
+    assert answers(model) == before
+    assert before[0] != before[1]
 
 
 def test_an_adapter_of_elsewhere_is_asked_on_the_recipes_base(

@@ -151,6 +151,9 @@ def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
     """Return the recipe values that the old run had otherwise: of its adapter_config.json, or its tensors."""
     config = imported.config or {"r": _rank_of(imported)}
     old = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(recipe.lora, key) and not config.get(key):
+            old[f"lora.{key}"] = config.get(key)
     targets = config.get("target_modules")
     wanted = recipe.lora.target_modules
     if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:

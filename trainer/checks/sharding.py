@@ -145,10 +145,11 @@ def _local_bytes(parameter: nn.Parameter) -> int:
 def _output(layer: nn.Module) -> Tensor:
     """Compute the layer's output on 8 tokens of fixed random numbers without positions; returned on the CPU."""
     attention: Any = layer.self_attn
+    width: Any = layer.hidden_size
     parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
     device, dtype = cast(Tensor, parameter).device, cast(Tensor, parameter).dtype
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, attention.hidden_size, generator=generator).to(device, dtype)
+    hidden = torch.randn(1, 8, width, generator=generator).to(device, dtype)
     cos = torch.ones(1, 8, attention.head_dim, device=device, dtype=dtype)
     whole = Segments(torch.tensor([0, 8], dtype=torch.int32, device=device), (8,))
     was_training = layer.training

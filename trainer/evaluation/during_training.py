@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from launch.recipe.schema import Recipe
@@ -67,7 +67,7 @@ def answers_are_due(recipe: Recipe, step: int, max_steps: int) -> bool:
 def score_answers(
     model: PeftModel,
     task: Task,
-    processor: Qwen2VLProcessor,
+    processor: ProcessorMixin,
     generating: Callable[[PeftModel], AbstractContextManager[Any]],
     gives_up: Callable[[], bool],
 ) -> ScoredAnswers | None:
@@ -138,9 +138,7 @@ def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: 
     )
 
 
-def _share_of(
-    task: Task, processor: Qwen2VLProcessor
-) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
+def _share_of(task: Task, processor: ProcessorMixin) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
     """All questions, and this rank's batches of their positions; False: of another rank, to be in step with it."""
     questions = _questions(task, processor, open_split(task.recipe, "validation"))
     chosen = task.recipe.evaluation.batch_size
@@ -157,7 +155,7 @@ def shares(batches: Sequence[list[int]], rank: int, world_size: int) -> list[tup
     return mine + [(batches[-1], False)] * (most - len(mine))
 
 
-def _questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[_Question]:
+def _questions(task: Task, processor: ProcessorMixin, rows: Rows) -> list[_Question]:
     recipe, split = task.recipe, task.index.splits["validation"]
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     questions = []

@@ -12,6 +12,7 @@ from launch.checkpoints.manifest import MANIFEST
 from launch.errors import CheckpointError
 from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
+from launch.inputs.families import Family, family_of
 from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
 from launch.inputs.model_files import old_base_identity, old_kind
 from launch.recipe.loading import load_recipe
@@ -276,6 +277,15 @@ def ties_embeddings(folder: Path) -> bool:
 def has_vision(folder: Path) -> bool:
     """Return whether a model sees images."""
     return _config(folder).vision_config is not None
+
+
+def base_family(folder: Path) -> Family:
+    """The family of a base; CheckpointError when it is none that can be merged here."""
+    file = folder / "config.json"
+    try:
+        return family_of(read_json(file))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is of {error}") from None
 
 
 def _config(folder: Path) -> _Config:

@@ -214,8 +214,8 @@ def _loading() -> str:
 In this folder, with transformers:
 
 ```python
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-model = Qwen2VLForConditionalGeneration.from_pretrained(".", dtype="auto", device_map="auto")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(".", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(".")
 ```
 
@@ -246,8 +246,8 @@ def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -
 
 ```python
 {before}from peft import PeftModel
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-base = Qwen2VLForConditionalGeneration.from_pretrained({name}, dtype="auto", device_map="auto")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+base = AutoModelForImageTextToText.from_pretrained({name}, dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(base, "{folder}")
 processor = AutoProcessor.from_pretrained(".")
 ```

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from launch.errors import CheckpointError
 from launch.recipe.schema import Recipe
+from trainer.export.base_model import base_family
 from trainer.formats.key_names import canonical_name
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -77,10 +79,11 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
 
 
 def quantized_modules(base: Path) -> list[str]:
-    """Module names that transformers quantizes when it loads a Qwen2-VL in 4 bits: asked of it, on an empty model."""
-    config = Qwen2VLConfig.from_pretrained(base, trust_remote_code=False)
+    """Module names that transformers quantizes when it loads a model in 4 bits: asked of it, on an empty model."""
+    family = base_family(base)
+    config = getattr(transformers, family.config_class).from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config)
+        model = getattr(transformers, family.model_class)(config)
     kept = get_keys_to_not_convert(model)
     replaced = replace_with_bnb_linear(
         model, modules_to_not_convert=kept, quantization_config=BitsAndBytesConfig(load_in_4bit=True)

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from launch.inputs.families import FAMILIES, Family
 from trainer.formats.key_names import ADAM_STATE_KEYS, PREFIX, adapter_key, lora_part, parameter_name
 from trainer.formats.torch_files import as_number
 
@@ -60,16 +61,22 @@ def by_index(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def parameter_order(keys: Iterable[str]) -> list[str] | None:
-    """Sort the keys of an adapter in the order of a PeftModel's parameters; None when one is of no Qwen2-VL.
+    """Sort the keys of an adapter in the order of a PeftModel's parameters; None when no family has all of them.
 
     The order is that of the modules in the installed transformers, whatever their sizes: an empty model tells it.
+    Where several families have them all, as those of the decoder layers, their order is the same.
     """
     keys = list(keys)
+    orders = (_order_in(family, keys) for family in FAMILIES.values())
+    return next((order for order in orders if order is not None), None)
+
+
+def _order_in(family: Family, keys: list[str]) -> list[str] | None:
     numbers = (int(n) for key in keys for n in re.findall(r"\.(?:layers|blocks)\.(\d+)\.", key))
     depth = 1 + max(numbers, default=0)
-    config = Qwen2VLConfig(text_config={"num_hidden_layers": depth}, vision_config={"depth": depth})
+    sizes = {"text_config": {"num_hidden_layers": depth}, "vision_config": {"depth": depth}}
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config)
+        model = getattr(transformers, family.model_class)(getattr(transformers, family.config_class)(**sizes))
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
 
     def place(key: str) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.inputs.model_shape import ModelShape, read_shape, shape_of
+from launch.inputs.families import read_shape, shape_of
+from launch.inputs.model_shape import ModelShape
 from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, layer_bytes, load_of, memory_of
 from launch.planning.memory import trained_parameters as planned_parameters
 from launch.recipe.loading import recipe_from_dict

@@ -159,7 +159,7 @@ def run_case(
     """Forward and backward of two micro-batches; the second finds gradients and what the libraries keep."""
     import torch
 
-    from launch.inputs.model_shape import read_shape
+    from launch.inputs.families import read_shape
     from launch.planning.auto_settings import Gpus, kernels_of
     from launch.planning.memory import Packed, Settings, load_of, memory_of
     from launch.planning.step_plan import MicroBatch

@@ -68,7 +68,7 @@ def forget_old_stop(run: RunDirectory) -> None:
 
 
 def environment(plan: Plan) -> dict[str, object]:
-    """Where and with what this attempt runs."""
+    """Return where and with what this attempt runs."""
     return {
         "versions": plan.versions,
         "python": platform.python_version(),

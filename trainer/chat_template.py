@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import ConfigError
 from launch.untrusted_files import printable
@@ -17,9 +17,7 @@ _CHARACTERS = 100_000
 """The most that it may make of a short conversation."""
 
 
-def refuse_endless_template(
-    processor: Qwen2VLProcessor, place: Path, key: str = "model.name_or_path"
-) -> None:
+def refuse_endless_template(processor: ProcessorMixin, place: Path, key: str = "model.name_or_path") -> None:
     """Render one short conversation, with and without its answer, within bounds of time, memory and length.
 
     `place`: the folder or the file that the template is from, which `key` of a recipe names.
@@ -35,7 +33,7 @@ def refuse_endless_template(
         )
 
 
-def _render(processor: Qwen2VLProcessor) -> None:
+def _render(processor: ProcessorMixin) -> None:
     asked: list[dict[str, Any]] = [
         {"role": "system", "content": [{"type": "text", "text": "Answer."}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How high is it?"}]},

@@ -24,19 +24,19 @@ def is_first_of_node() -> bool:
 
 
 def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
-    """The identity of the run, found by the first process of every node. A collective.
+    """Return the identity of the run, found by the first process of every node. A collective.
 
     Raises:
         ConfigError: a base cannot be read.
         RunError: the nodes have different ones.
     """
-    mine = run_on_all_ranks(lambda: compute_identity(recipe, index) if is_first_of_node() else None)
-    everyone = gather_objects(mine)
-    first = everyone[0]
+    own = run_on_all_ranks(lambda: compute_identity(recipe, index) if is_first_of_node() else None)
+    identities = gather_objects(own)
+    first = identities[0]
     assert first is not None  # rank 0 is the first of its node
 
     def compare() -> None:
-        for rank, other in enumerate(everyone):
+        for rank, other in enumerate(identities):
             odd = [
                 part
                 for part in first.parts

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refuse_what_we_do_not_train(recipe: Recipe, imported: ImportedCheckpoint) -> None:
-    """What a recipe cannot say would be dropped in silence: another scale, say, or another base.
+    """Refuse what a recipe cannot say and would be dropped in silence: another scale, say, or another base.
 
     Raises:
         CheckpointError: it is no whole LoRA, or of a kind that this training does not continue.
@@ -142,15 +142,18 @@ def write_checkpoint(recipe: Recipe, index: Index, imported: ImportedCheckpoint,
 
 
 def known_base(imported: ImportedCheckpoint) -> str | None:
-    """The commit of the old run's base; None where its adapter_config.json has but a name, which is any model's."""
+    """Find the commit of the old run's base; None where adapter_config.json has only a name, which is any model's."""
     revision = (imported.config or {}).get("revision") or ""
     return revision if COMMIT.fullmatch(revision) else None
 
 
 def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
-    """The recipe values that the old run is known to have had otherwise: of its adapter_config.json, or its tensors."""
+    """Return the recipe values that the old run had otherwise: of its adapter_config.json, or its tensors."""
     config = imported.config or {"r": _rank_of(imported)}
     old = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(recipe.lora, key) and not config.get(key):
+            old[f"lora.{key}"] = config.get(key)
     targets = config.get("target_modules")
     wanted = recipe.lora.target_modules
     if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
@@ -164,13 +167,13 @@ def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
 
 
 def lora_config(recipe: Recipe, imported: ImportedCheckpoint) -> LoraConfig:
-    """The adapter_config.json of the imported adapter: its own values, the recipe's where it has none."""
-    chosen, own = recipe.lora, imported.config or {}
+    """Return the adapter_config.json of the imported adapter: its own values, the recipe's where it has none."""
+    lora, own = recipe.lora, imported.config or {}
     values: dict[str, Any] = {
         "r": own.get("r", _rank_of(imported)),
-        "lora_alpha": own.get("lora_alpha", chosen.lora_alpha),
-        "lora_dropout": own.get("lora_dropout", chosen.lora_dropout),
-        "target_modules": own.get("target_modules", chosen.target_modules),
+        "lora_alpha": own.get("lora_alpha", lora.lora_alpha),
+        "lora_dropout": own.get("lora_dropout", lora.lora_dropout),
+        "target_modules": own.get("target_modules", lora.target_modules),
     }
     config = LoraConfig(**values, task_type="CAUSAL_LM", inference_mode=True)
     config.base_model_name_or_path = own.get("base_model_name_or_path") or base_name(recipe)

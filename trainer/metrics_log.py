@@ -43,7 +43,7 @@ class KeptLines:
     doubled: tuple[int, ...] = ()
 
     def flaws(self, expected: Iterable[int] = ()) -> Iterator[str]:
-        """What is not as promised, one line a step, in words."""
+        """Describe what is not as promised, one line each."""
         if self.doubled:
             yield f"{self.file}: had more than one line of {numbers(self.doubled)}; the last of each is kept"
         if lost := sorted({*expected} - {*self.steps}):
@@ -90,7 +90,7 @@ def sync_to_disk(file: Path) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step that a whole line is of; None for anything else."""
+    """Return the step of a whole line; None for anything else."""
     try:
         parsed = json.loads(line)
         step = parsed["step"]
@@ -100,5 +100,5 @@ def _step_of(line: str) -> int | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All lines, oldest first."""
+    """Return all lines, oldest first."""
     return [parse_json(line) for line in read_text(file, _MOST).splitlines()] if file.exists() else []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
 from launch.errors import ConfigError, RunError, SamestepError
@@ -29,6 +29,7 @@ from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.families.registry import feature_width
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
 from trainer.progress_bars import ReportProgress
@@ -68,7 +69,7 @@ class Filling:
     """What is to be done: the images without features, and what computes and keeps them."""
 
     recipe: Recipe
-    model: Qwen2VLForConditionalGeneration
+    model: PreTrainedModel
     cache: FeatureCache
     rows: dict[SplitName, Rows]
     processor: Any
@@ -87,7 +88,7 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     processor = load_processor(recipe).image_processor
     model = load_base(recipe, device, layers=False)
     facts = facts_of(recipe, model.model.visual, processor)
-    cache = open_cache("disk", kind_of(model.model.visual, facts), facts)
+    cache = open_cache("disk", kind_of(model.model.visual, feature_width(model), facts), facts)
     try:
         cache.recount()
     except OSError as error:
@@ -198,7 +199,7 @@ class _Pixels(Dataset["_Processed | SamestepError"]):
 
 
 def _keep(
-    model: Qwen2VLForConditionalGeneration,
+    model: PreTrainedModel,
     cache: FeatureCache,
     together: Sequence[_Encoded],
 ) -> None:
@@ -209,6 +210,7 @@ def _keep(
         model.model,
         torch.cat([values for _, values, _ in together]).to(model.device),
         grids.to(model.device),
+        [grid for _, _, grid in together],
         get_vision_position_ids(grids, cache.kind.merge).to(model.device),
         Segments(cumulative(lengths).to(model.device), lengths),
     ).cpu()

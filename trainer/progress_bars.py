@@ -38,7 +38,7 @@ class ShortenedText(TextColumn):
 
 @contextmanager
 def progress_reports(*, quiet: bool = False) -> Iterator[BeginProgress]:
-    """Where pieces of work report to: bars; lines where stderr is no terminal, as rich 15 draws nothing there."""
+    """Yield what pieces of work report to: bars, or lines where stderr is no terminal: rich 15 draws nothing there."""
     console = Console(stderr=True)
     if quiet:
         yield lambda description: lambda done, total: None

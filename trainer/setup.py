@@ -37,14 +37,14 @@ logger = get_logger("trainer")
 
 
 def requested_recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that was asked for."""
+    """Return the recipe that was asked for."""
     if options.run_dir is not None:
         return load_recipe(RunDirectory(options.run_dir).recipe_file)
     return load_recipe(find_recipe(options.recipe), options.set)
 
 
 def prepare_first(options: argparse.Namespace) -> Index:
-    """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
+    """Return the index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
     recipe = requested_recipe(options)
     first = is_first_of_node()
     index = read_index(recipe) or prepare(recipe, quiet=not first)
@@ -70,12 +70,12 @@ def read_task(
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
         plan = Plan.from_json(read_text(run.plan_file))
-        if found := content_changes(planned_identity(plan), identity):
+        if differing := content_changes(planned_identity(plan), identity):
             raise ConfigError(
                 [
-                    *(f"{change.key}: {change.comparison('planned for')}" for change in found),
-                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(found)}); run "
-                    "the same `samestep run` again to plan anew",
+                    *(f"{change.key}: {change.comparison('planned for')}" for change in differing),
+                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(differing)}); "
+                    "run the same `samestep run` again to plan anew",
                 ]
             )
         refuse_config(recipe, plan.strategy, plan.nodes, config)

@@ -159,7 +159,7 @@ def train_once(
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
         description=__doc__,

@@ -72,7 +72,11 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], str | None]:
     """Images, and the question: the last word, where it names no file. ConfigError."""
     *others, last = words
     is_image = Path(last).suffix.lower() in IMAGES or _is_file(last)
-    named, question = (words, None) if is_image else (others, line_of_text("QUESTION", last))
+    named, question = (
+        (words, None)
+        if is_image
+        else (others, line_of_text("QUESTION", last, "ask something, or leave it out"))
+    )
     if not named:
         raise ConfigError(
             f"IMAGE: missing before the question {last[:60]!a}; give the file of an image first"

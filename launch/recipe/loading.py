@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from launch.errors import ConfigError
-from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_TRAINING_FIELDS
+from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.recipe.validation_errors import validation_errors
 from launch.resources import resource_folder, resource_names
@@ -106,7 +106,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _refusals() -> dict[str, str]:
-    return REFUSED_TRAINING_FIELDS | OF_OTHER_TOOLS
+    return REFUSED_TRAINING_FIELDS | REFUSED_LORA_FIELDS | OF_OTHER_TOOLS
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:

@@ -72,6 +72,10 @@ class QuantizationSection(Section):
     )
 
 
+ModulePattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+"""The end of a module's path. PEFT takes it for a regular expression; of those only names are allowed."""
+
+
 class LoraSection(Section):
     """LoraConfig: the trained weights, always in fp32."""
 
@@ -80,7 +84,17 @@ class LoraSection(Section):
     lora_dropout: Real = Field(0.05, ge=0, lt=1, description="a dropout share from 0 to below 1")
     bias: Literal["none"] = Field("none", description="`none`: biases are not trained")
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        default=["q_proj", "v_proj"], description="a list of module names, or `all-linear`"
+        default=["q_proj", "v_proj"],
+        description="a list of module names, or `all-linear`: every linear layer of the decoder",
+    )
+    use_rslora: bool = Field(False, description="true: scale by alpha / sqrt(r); false: by alpha / r")
+    use_dora: bool = Field(False, description="true: train the length of each row too (DoRA); false: LoRA")
+    rank_pattern: dict[ModulePattern, Annotated[int, Field(ge=1, le=4096)]] = Field(
+        default={}, description="a map from module names to ranks, for layers whose rank is not `r`"
+    )
+    alpha_pattern: dict[ModulePattern, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="a map from module names to scales, for layers whose scale is not `lora_alpha`",
     )
 
 
@@ -366,11 +380,15 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
-_LATER = {
+_LATER: dict[str, Any] = {
     "data.format": "auto",
     "data.columns": None,
     "data.chat_template": None,
     "evaluation.metrics": "auto",
+    "lora.use_rslora": False,
+    "lora.use_dora": False,
+    "lora.rank_pattern": {},
+    "lora.alpha_pattern": {},
 }
 """Keys that recipes of older versions do not have, with the values that mean what those versions did."""
 

@@ -31,6 +31,8 @@ _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
 _NEVER = {
     "lora.r": "the stored adapter has matrices of that rank",
     "lora.target_modules": "the stored adapter belongs to those modules",
+    "lora.use_dora": "the stored adapter has lengths of rows, or has none",
+    "lora.rank_pattern": "the stored adapter has matrices of those ranks",
     "lora.bias": "the stored adapter holds no biases",
 }
 _OTHER_END = (
@@ -47,6 +49,8 @@ _CONSEQUENCES: dict[str, str] = {
     "training.seed": "the rest of the run sees the samples in another order: some a second time, some not at all, in "
     "the epoch under way; dropout masks are others",
     "lora.lora_alpha": "the adapter counts for more or less from now on, what was trained so far too; the loss jumps",
+    "lora.use_rslora": "the adapter counts for more or less from now on, what was trained so far too; the loss jumps",
+    "lora.alpha_pattern": "layers count for more or less from now on, what was trained so far too; the loss jumps",
     "data.loss": "the rest of the run counts the loss over other tokens; it cannot be compared with what was so far",
     "data.validation.rows": _OTHER_VALIDATION,
     "data.test.rows": _OTHER_TEST,

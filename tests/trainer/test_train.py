@@ -218,10 +218,10 @@ def test_a_base_that_lacks_tensors_or_is_another_model_is_refused(
     assert "(3 tensors are missing, unknown or of another shape" in capsys.readouterr().err
     shutil.copytree(world / "base", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl_moe"}))
     recipe = _write(world, tmp_path / "b.yaml", model={"name_or_path": str(tmp_path / "other")})
     assert _train(recipe, "b") == 2
-    assert "is a qwen2_5_vl, not a qwen2_vl" in capsys.readouterr().err
+    assert "is a qwen3_vl_moe: a mixture of experts" in capsys.readouterr().err
 
 
 def test_another_recipe_in_the_same_run_is_refused_with_the_values(

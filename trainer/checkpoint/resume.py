@@ -26,7 +26,7 @@ logger = logging.getLogger("trainer")
 
 
 def resume_point(task: Task) -> Checkpoint | None:
-    """The newest checkpoint whose files verify, or None for a new run; names what it passes over. On rank 0.
+    """Return the newest checkpoint whose files verify, or None for a new run; names what it passes over. On rank 0.
 
     Raises:
         ConfigError: it was written by a run that differs in values that are not allowed to.
@@ -46,7 +46,7 @@ def resume_point(task: Task) -> Checkpoint | None:
 
 
 def is_over(task: Task) -> bool:
-    """The run of this recipe, data and base has taken its last step, and nobody is changing it. On rank 0.
+    """Return whether the run of this recipe, data and base is finished, and nobody is changing it. On rank 0.
 
     Writes nothing. Raises as `resume_point` when what is asked for is another run than the one that ended.
     """
@@ -95,19 +95,19 @@ def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
 
 
 def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
-    """What is recorded of data and base, and differs. What is not recorded is not compared, which is said."""
+    """Compare data and base with what the checkpoint recorded of them; log what it did not record."""
     facts, now = checkpoint.metadata, planned_identity(task.plan)
     recorded = recorded_identity(facts)
-    found = content_changes(recorded, now)
+    content_differences = content_changes(recorded, now)
     if not (missing := recorded.missing()):
-        return found
+        return content_differences
     old = facts.get("base_identity")  # of an older version; null where it was imported and not known
     compared = ""
     if old_kind(old) is not None:
         here = old_base_identity(Path(base_path(task.recipe)))
         compared = f", but for the base as far as it is recorded ({old_kind(old)} {short(str(old))})"
         if here != old:
-            found = [*found, Change("model.content", old, here)]
+            content_differences = [*content_differences, Change("model.content", old, here)]
     logger.info(
         "%s: does not record all that makes its run (an older version wrote it, or it was imported); not compared%s: "
         "%s; recorded from now on",
@@ -115,7 +115,7 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
         compared,
         ", ".join(missing),
     )
-    return found
+    return content_differences
 
 
 def remove_later_metrics(run: RunDirectory, step: int) -> None:
@@ -130,13 +130,13 @@ def remove_later_metrics(run: RunDirectory, step: int) -> None:
 
 
 def has_ended_early(task: Task, step: int) -> bool:
-    """The run has stopped improving where it goes on after a kill: only its result is missing. On rank 0."""
+    """Return whether the run ended early where it goes on after a kill: only its result is missing. On rank 0."""
     end = early_end(task.run, task.recipe)
     return end is not None and end <= step
 
 
 def evaluation_is_missing(task: Task, step: int) -> bool:
-    """A stop cut the evaluation at `step` short, where the run goes on. On rank 0."""
+    """Return whether a stop interrupted the evaluation at `step`, where the run goes on. On rank 0."""
     has_any = task.recipe.data.validation is not None
     due = (
         has_any

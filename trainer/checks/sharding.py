@@ -1,4 +1,4 @@
-"""What sharding could do to a decoder layer without an error: change bytes, change answers, or not shard at all."""
+"""Checks of what sharding could do without an error: change bytes, change outputs, or not shard at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LayerReference:
 
 @torch.no_grad()
 def reference_layer(layer: nn.Module) -> LayerReference:
-    """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
+    """Compute the reference of a whole layer on this device, right after quantization or while it is gathered."""
     packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
     size = sum(parameter.nbytes for parameter in frozen_weights(layer))
     return LayerReference(packed, _output(layer), size, _constants(layer))
@@ -67,12 +67,12 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerReference], world_size
 
 
 def resident_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's frozen weights on this rank: its share where they are sharded, constants included."""
+    """Return the bytes of a layer's frozen weights on this rank: its share of sharded ones, constants included."""
     return sum(_local_bytes(parameter) for parameter in frozen_weights(layer)) + _constants(layer)
 
 
 def whole_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's frozen weights over all ranks, constants included."""
+    """Return the bytes of a layer's frozen weights over all ranks, constants included."""
     return sum(
         int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
         for weight in frozen_weights(layer)
@@ -127,13 +127,13 @@ def _checksum(weight: Tensor) -> int:
 
 
 def _constants(layer: nn.Module) -> int:
-    """Bytes of the quantization constants, which stay whole on every rank; the small code tables are not counted."""
+    """Count the bytes of the quantization constants, which stay whole on every rank, without the small code tables."""
     states = [
         getattr(module, "quant_state", None) for module in layer.modules() if isinstance(module, Linear4bit)
     ]
-    found = [state for state in states if state is not None]
-    nested = [state.state2 for state in found if getattr(state, "state2", None) is not None]
-    return sum(state.absmax.nbytes for state in (*found, *nested))
+    quantized = [state for state in states if state is not None]
+    nested = [state.state2 for state in quantized if getattr(state, "state2", None) is not None]
+    return sum(state.absmax.nbytes for state in (*quantized, *nested))
 
 
 def _local_bytes(parameter: nn.Parameter) -> int:
@@ -143,12 +143,13 @@ def _local_bytes(parameter: nn.Parameter) -> int:
 
 
 def _output(layer: nn.Module) -> Tensor:
-    """On 8 tokens of fixed random numbers without positions, on the CPU."""
+    """Compute the layer's output on 8 tokens of fixed random numbers without positions; returned on the CPU."""
     attention: Any = layer.self_attn
+    width: Any = layer.hidden_size
     parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
     device, dtype = cast(Tensor, parameter).device, cast(Tensor, parameter).dtype
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, attention.hidden_size, generator=generator).to(device, dtype)
+    hidden = torch.randn(1, 8, width, generator=generator).to(device, dtype)
     cos = torch.ones(1, 8, attention.head_dim, device=device, dtype=dtype)
     whole = Segments(torch.tensor([0, 8], dtype=torch.int32, device=device), (8,))
     was_training = layer.training

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def output_tolerance(dtype: torch.dtype) -> float:
-    """The most that an output may differ by before and after wrapping.
+    """Return the most that an output may differ by before and after wrapping.
 
     0 in fp32 on a CPU; a GPU's libraries choose another kernel when weights lie elsewhere in memory (4.8e-7 seen).
     """
@@ -35,7 +35,7 @@ _NOISE_OF_LOGITS = 0.5  # in 16 bits, by another kernel: five times what was see
 
 
 def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Every rank: world size, distributed type and wrapper class are what the plan says.
+    """Check on this rank that world size, distributed type and wrapper class are what the plan says.
 
     `accelerate launch` can start one process where several were asked for, or wrap nothing (accelerate 1.15,
     `MULTI_CPU` with `num_processes: 2`; FSDP on a CPU), and reports success.
@@ -58,7 +58,7 @@ def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> No
 
 
 def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
-    """Adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
+    """Check that adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
 
     Raises:
         RunError: they do not.
@@ -73,13 +73,13 @@ def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bool = False) -> None:
-    """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
+    """Check that wrapping left the log-probabilities of one sample unchanged, computed in `dtype`. A collective.
 
     `gathered`: the layers' weights now come together elsewhere in memory, so that products may take another kernel.
-    In 16 bits that alone moves the answers: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
+    In 16 bits that alone moves the outputs: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
     the first layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first
     two steps stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less
-    than -log p: what is all but certain stays so. A collective.
+    than -log p: what is all but certain stays so.
 
     Raises:
         RunError: on all ranks.
@@ -93,7 +93,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
         if not (apart <= allowed).all():
             place = (apart - allowed).nan_to_num(math.inf).argmax()
             raise RunError(
-                "model: it answers otherwise since it was wrapped (the log-probability of a target differs by "
+                "model: wrapping changed its outputs (the log-probability of a target differs by "
                 f"{apart.view(-1)[place]:.3g}, {allowed.view(-1)[place]:.3g} allowed); install the versions of "
                 "constraints.txt, or use another --strategy"
             )
@@ -102,7 +102,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
 
 
 def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
-    """After a resume all ranks hold the same adapter. A collective.
+    """Check after a resume that all ranks hold the same adapter. A collective.
 
     Raises:
         RunError: on all ranks.
@@ -129,7 +129,7 @@ def describe_targets(
     scored: Sequence[tuple[str, ...] | None],
     tokenizer: Any,
 ) -> str:
-    """Hold what the first micro-batch scores against what each of its samples should; in words for the log.
+    """Check that the first micro-batch scores what each of its samples should; return a description for the log.
 
     `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the texts of each sample's targets, one
     for every answer that is scored, the last one ending the sample; None for all its tokens but the first.
@@ -166,7 +166,7 @@ def describe_targets(
 
 
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending places as runs [begin, end) without gaps."""
+    """Split ascending places into runs [begin, end) without gaps."""
     groups = groupby(enumerate(places), lambda each: each[1] - each[0])
     runs = [[place for _, place in group] for _, group in groups]
     return [(run[0], run[-1] + 1) for run in runs]
@@ -232,7 +232,7 @@ class GradientCheck:
 
 
 def check_step_taken(norm: float, step: int) -> None:
-    """After DeepSpeed's backward, which takes the step: the loss was finite, the gradients may not have been.
+    """Check after DeepSpeed's backward, which takes the step, that the gradients were finite; the loss was.
 
     Raises:
         RunError: they were not (DeepSpeed 0.19 then leaves the weights as they are).
@@ -247,7 +247,7 @@ def check_step_taken(norm: float, step: int) -> None:
 
 
 def check_finite(loss: float, grad_norm: float, step: int, samples: list[int]) -> None:
-    """Before the weights change, on every rank with the same numbers.
+    """Check loss and gradient norm before the weights change, on every rank with the same numbers.
 
     Raises:
         RunError: loss or gradient norm is not a finite number.

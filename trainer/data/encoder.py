@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from trainer.data.images import decode_image
@@ -78,7 +78,7 @@ class Encoder:
     the others' patches, the tower's own, to which it would round them anyway.
     """
 
-    processor: Qwen2VLProcessor
+    processor: ProcessorMixin
     system_message: str | None
     loss: str
     features: FeatureCache | None = None

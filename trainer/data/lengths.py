@@ -213,7 +213,7 @@ def check_against_processor(
             sizes = ", ".join(f"{width} x {height}" for height, width in row.sizes) or "no"
             raise ConfigError(
                 f"{split} row {row.row}: the processor makes {real[0]} tokens ({real[1]} scored), the size of its "
-                f"{sizes} image gives {counted[0]} ({counted[1]}); the processor is not Qwen2-VL's"
+                f"{sizes} image gives {counted[0]} ({counted[1]}); the processor is not its family's"
             )
     return bad
 

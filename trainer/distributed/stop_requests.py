@@ -45,7 +45,7 @@ class AgreedRequests:
 
     @staticmethod
     def of(sums: Sequence[float]) -> AgreedRequests:
-        """From the sums over all ranks, in the order of `FLAGS`."""
+        """Read the requests from the sums over all ranks, in the order of `FLAGS`."""
         raised = {flag for flag, count in zip(FLAGS, sums, strict=True) if count > 0}
         stop = next((reason for reason in REASONS if reason in raised), None)
         return AgreedRequests(stop, "save" in raised, "fail" in raised)
@@ -94,7 +94,7 @@ class StopRequests:
         return known
 
     def stop_reason(self, numbers: bytes) -> StopReason | None:
-        """Why this rank should stop, as the watchdog sees it. `numbers`: of the signals since the last look.
+        """Return why this rank should stop, as the watchdog sees it. `numbers`: of the signals since the last look.
 
         Python calls a handler when the main thread is back from C, and a collective without the others never is.
         """
@@ -109,16 +109,16 @@ class StopRequests:
             leave_stopped(self._run, reason, self.begins_at)
 
     def fail(self, error: Exception) -> None:
-        """This rank cannot go on: the next step's all-reduce tells all, before the weights change."""
+        """Note that this rank cannot go on; the next step's all-reduce tells all before the weights change."""
         self.failure = self.failure or to_user_error(error)
 
     def raise_failure(self) -> None:
-        """After the last step, when no other brings the failure to the other ranks."""
+        """Raise this rank's failure, after the last step: no other step would bring it to the other ranks."""
         if self.failure:
             raise self.failure
 
     def agreed_failure(self) -> SamestepError:
-        """What all ranks raise once they know of a failure: that of the first rank that has one. A collective."""
+        """Return what all ranks raise once they know of a failure: that of the first failed rank. A collective."""
         try:
             run_on_all_ranks(self.raise_failure)
         except SamestepError as error:
@@ -132,12 +132,12 @@ class StopRequests:
 
 
 def reason_of_signal(number: int) -> StopReason:
-    """Why a signal of `STOP_SIGNALS` stops the run: a scheduler, somebody's SIGTERM, or the one at the terminal."""
+    """Return why a signal of `STOP_SIGNALS` stops the run: a scheduler, somebody's SIGTERM, or the user."""
     return reason_of_sigterm() if number == signal.SIGTERM else "user"
 
 
 def warn_of_slow_save(seconds: float) -> str | None:
-    """What to say when a save took more than half of the scheduler's warning time (a batch job sets it)."""
+    """Return what to say when a save took more than half of the scheduler's warning time (a batch job sets it)."""
     lead = os.environ.get("SAMESTEP_STOP_LEAD", "")
     if not lead.isdigit() or seconds <= int(lead) / 2:
         return None
@@ -149,7 +149,7 @@ def warn_of_slow_save(seconds: float) -> str | None:
 
 @contextmanager
 def handle_stop_requests(run: RunDirectory, rank: int, parent: int | None) -> Iterator[StopRequests]:
-    """From here on signals are requests, which the watchdog sees too; at the end they are again what they were.
+    """Make signals requests, which the watchdog sees too; afterwards they are handled as before.
 
     `parent`: the launcher's process id, read when this process began. A signal that is ignored (`nohup`) stays so.
     """
@@ -171,7 +171,7 @@ def handle_stop_requests(run: RunDirectory, rank: int, parent: int | None) -> It
 
 
 def handle_early_stops(run: RunDirectory) -> None:
-    """Before the run is taken: a stop that the start does not come to answer (a rendezvous without the others) ends it.
+    """Let a stop end the start before the run is locked, where the start cannot answer (a rendezvous, say).
 
     For a process that somebody waits for, who has cleared away what was asked of earlier attempts.
     """

@@ -47,7 +47,7 @@ class Replicated:
         return nullcontext()
 
     def generating(self, model: PeftModel) -> AbstractContextManager[None]:
-        """Do nothing around answers of the model that trains."""
+        """Enter nothing: the model that trains can generate as it is."""
         return nullcontext()
 
     def no_sync(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:

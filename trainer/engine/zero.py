@@ -25,7 +25,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from launch.errors import RunError
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
-from trainer.formats.portable import ADAM_STATE_KEYS, TrainedState, step_device
+from trainer.formats.key_names import ADAM_STATE_KEYS
+from trainer.formats.portable import TrainedState, step_device
 from trainer.formats.sharded import InMemoryCheckpointEngine, ZeroRankState
 from trainer.model.layer_stand_ins import decoder_layers
 
@@ -101,8 +102,10 @@ class Zero:
 
     @contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:
-        """Around answers of the model that trains: `generate` calls the base, past the hook on what wraps it."""
-        if self.stage < 3:
+        """Release gathered layers while the model generates: `generate` calls the base, past the wrapper's hook."""
+        if (
+            self.stage < 3 or self._engine is None
+        ):  # a run that goes on may evaluate before anything is wrapped
             yield
             return
         offload = self._engine.optimizer.parameter_offload

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write, naming
-from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_text
+from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_tail, read_text
 
 FACTS = "facts.json"
 
@@ -72,9 +72,7 @@ def question_id(prompt: str, image: str) -> str:
 
 
 def _ends_with_newline(file: Path) -> bool:
-    with file.open("rb") as handle:
-        handle.seek(-1, os.SEEK_END)
-        return handle.read(1) == b"\n"
+    return read_tail(file, 1) == b"\n"
 
 
 def _parsed(line: str) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from trainer.data.splits import Rows, open_split
@@ -24,7 +24,7 @@ from trainer.evaluation.request import Task, Variant, variants_of
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
-Loader = Callable[[Task, Qwen2VLProcessor, Rows, torch.device, Sequence[Variant]], Replica]
+Loader = Callable[[Task, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def _answers(batch: _Batch, questions: Sequence[Question], known: Mapping[str, s
 def _predictions(replica: Replica, batch: _Batch, questions: Sequence[Question]) -> list[str]:
     prompts = [questions[position].prompt_of(batch.variant.prompt) for position in batch.positions]
     try:
+        replica.forget_trained_features()
         with answering_as(replica.model, batch.variant):
             return replica.answers(prompts, batch.images)
     except torch.OutOfMemoryError as error:

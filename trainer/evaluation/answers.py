@@ -11,8 +11,9 @@ from typing import TypedDict, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import SPLITS
@@ -69,7 +70,7 @@ def spread(total: int, wanted: int | None) -> list[int]:
 
 def read_questions(
     task: Task,
-    processor: Qwen2VLProcessor,
+    processor: ProcessorMixin,
     rows: Rows,
     messages: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Question]:
@@ -141,32 +142,39 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 # One replica -----------------------------------------------------------------------------
 
 
+_Maps = tuple[Tensor, ...]
+"""Features [V, hidden] of an image: what enters the embeddings, then what enters decoder layers (Qwen3-VL's)."""
+
+
 @dataclass
 class Replica:
-    """A model that answers, on one device, and the features of the images it has lately seen.
+    """A model that answers, on one device, and the tower's outputs for the images it has lately seen.
 
     `synced`: its layers wait for those of the other ranks, so all generate as many tokens.
     """
 
-    model: Qwen2VLForConditionalGeneration | PeftModel
-    processor: Qwen2VLProcessor
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
     rows: Rows
     max_new_tokens: int
     compute_dtype: torch.dtype
     synced: bool = False
-    _features: OrderedDict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=OrderedDict)
+    _features: OrderedDict[int, list[tuple[_Maps, Tensor]]] = field(default_factory=OrderedDict)
 
     @property
-    def base(self) -> Qwen2VLForConditionalGeneration:
+    def base(self) -> PreTrainedModel:
         """The model without PEFT's wrapper."""
         model = self.model
-        return cast(
-            Qwen2VLForConditionalGeneration, model.get_base_model() if isinstance(model, PeftModel) else model
-        )
+        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+    def forget_trained_features(self) -> None:
+        """Before another adapter, or none, answers: features of a tower with LoRA are that adapter's."""
+        if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
+            self._features.clear()
 
     @torch.no_grad()
-    def image_features(self, image_row: int) -> list[tuple[Tensor, Tensor]]:
-        """Features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
+    def image_features(self, image_row: int) -> list[tuple[_Maps, Tensor]]:
+        """Maps of features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
@@ -176,19 +184,20 @@ class Replica:
         with naming_row(f"data: row {image_row} of the split"):
             found = [self._encode(image) for image in self.rows[image_row].images]
         self._features[image_row] = found
-        size = sum(features.nbytes for features, _ in found)
+        size = sum(len(maps) * maps[0].nbytes for maps, _ in found)
         while len(self._features) * size > CACHE_BYTES:
             self._features.popitem(last=False)
         return found
 
-    def _encode(self, image: bytes) -> tuple[Tensor, Tensor]:
+    def _encode(self, image: bytes) -> tuple[_Maps, Tensor]:
         device = self.base.device
         encoded = self.processor.image_processor(images=[decode_image(image)], return_tensors="pt")
         encoded = encoded.to(device)
         grid: Tensor = encoded["image_grid_thw"]
         with torch.autocast(device.type, enabled=False):
             output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
-        return output.pooler_output[0], grid
+        deepstack = [parts[0] for parts in getattr(output, "deepstack_features", None) or ()]
+        return (output.pooler_output[0], *deepstack), grid
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
@@ -197,7 +206,7 @@ class Replica:
         images = [image for of_prompt in of_prompts for image in of_prompt]
         token = self.processor.image_token
         texts = [
-            _with_visual_tokens(prompt, token, [len(features) for features, _ in of_prompt])
+            _with_visual_tokens(prompt, token, [len(maps[0]) for maps, _ in of_prompt])
             for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
         ]
         device = self.base.device
@@ -205,7 +214,6 @@ class Replica:
             texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         ).to(device)
         input_ids: Tensor = encoded["input_ids"]
-        pooled = tuple(features for features, _ in images)
         half = self.compute_dtype != torch.float32
         with torch.autocast(device.type, self.compute_dtype) if half else contextlib.nullcontext():
             output = self.model.generate(
@@ -217,7 +225,7 @@ class Replica:
                 **(
                     {
                         "image_grid_thw": torch.cat([grid for _, grid in images]),
-                        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+                        "mm_encoder_outputs": {"image": _tower_output([maps for maps, _ in images])},
                     }
                     if images
                     else {}
@@ -228,9 +236,7 @@ class Replica:
         return [text.strip() for text in texts]
 
 
-def greedy(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, max_new_tokens: int
-) -> GenerationConfig:
+def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
     """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
     own, tokenizer = model.generation_config, processor.tokenizer
     return GenerationConfig(
@@ -240,6 +246,14 @@ def greedy(
         eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _tower_output(images: Sequence[_Maps]) -> BaseModelOutputWithPooling:
+    """What `get_image_features` gives for these images together: a tuple of tensors for every map."""
+    pooled, *deepstack = zip(*images, strict=True)
+    if not deepstack:
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
 
 
 def _with_visual_tokens(prompt: str, token: str, counts: Sequence[int]) -> str:

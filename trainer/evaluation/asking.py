@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
 from launch.errors import ConfigError
@@ -28,7 +28,7 @@ from trainer.evaluation.request import Request, Variant, variants_of
 from trainer.model.base import DTYPES
 from trainer.pretrained import load_processor
 
-Model: TypeAlias = Qwen2VLForConditionalGeneration | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Panel:
     """All that are asked, in the order of the request, with one processor."""
 
     respondents: tuple[Respondent, ...]
-    processor: Qwen2VLProcessor
+    processor: ProcessorMixin
     max_new_tokens: int
     _encoder: Encoder = field(repr=False)
 

@@ -25,7 +25,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
@@ -36,7 +36,6 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
-from trainer.base_files import refuse_unsafe_base
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
@@ -63,7 +62,7 @@ from trainer.formats.validated import read_json
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
-from trainer.pretrained import load_processor
+from trainer.pretrained import load_processor, model_class_of
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
@@ -102,18 +101,14 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
     dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
-        refuse_unsafe_base(folder, None)
-        return cast(
-            Qwen2VLForConditionalGeneration,
-            Qwen2VLForConditionalGeneration.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-            ),
+    def plain(folder: Path) -> PreTrainedModel:
+        return model_class_of(folder).from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         )
 
     pairs = len(request.adapter.pairs)
@@ -220,7 +215,7 @@ def kind_of(folder: Path) -> str:
         return folder.name
 
 
-def with_adapter(base: Qwen2VLForConditionalGeneration, folder: Path, wanted: int) -> torch.nn.Module:
+def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.Module:
     """PEFT's own loading, which says nothing about keys that match no layer: counted here."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
@@ -252,7 +247,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.inference_mode()
 def answer_logits(
-    model: torch.nn.Module, processor: Qwen2VLProcessor, recipe: Recipe, row: Row, dtype: torch.dtype
+    model: torch.nn.Module, processor: ProcessorMixin, recipe: Recipe, row: Row, dtype: torch.dtype
 ) -> Tensor:
     """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)

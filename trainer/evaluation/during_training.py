@@ -18,8 +18,9 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
+from launch.errors import RunError
 from launch.recipe.schema import Recipe
 from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
@@ -66,7 +67,7 @@ def answers_are_due(recipe: Recipe, step: int, max_steps: int) -> bool:
 def score_answers(
     model: PeftModel,
     task: Task,
-    processor: Qwen2VLProcessor,
+    processor: ProcessorMixin,
     generating: Callable[[PeftModel], AbstractContextManager[Any]],
     gives_up: Callable[[], bool],
 ) -> ScoredAnswers | None:
@@ -94,12 +95,27 @@ def score_answers(
             images = [questions[position].row for position in positions]
             # The tower is whole on every rank: what one alone can meet is met before the layers wait for each other.
             run_on_all_ranks(partial(_look, replica, images))
-            if counts or synced:
-                answers = replica.answers([questions[position].prompt for position in positions], images)
-                predictions |= dict(zip(positions, answers, strict=True)) if counts else {}
+            prompts = [questions[position].prompt for position in positions]
+            if (
+                synced
+            ):  # in the middle of collectives: what fails here ends the other ranks through the launcher
+                answers = _answers(replica, prompts, images)
+            else:
+                answers = run_on_all_ranks(partial(_answers, replica, prompts, images) if counts else list)
+            predictions |= dict(zip(positions, answers, strict=True)) if counts else {}
     gathered = {position: answer for part in gather_objects(predictions) for position, answer in part.items()}
     has_kinds = all(question.human_or_machine is not None for question in questions)
     return run_on_all_ranks(lambda: _score(questions, gathered, load_metrics(task.recipe, has_kinds)))
+
+
+def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) -> list[str]:
+    try:
+        return replica.answers(prompts, images)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"evaluation.batch_size: {len(prompts)} prompts are too many beside the training (GPU out of memory); the "
+            "same command goes on with a smaller one, or with evaluation.answers: 0"
+        ) from error
 
 
 def _look(replica: Replica, rows: Sequence[int]) -> None:
@@ -122,9 +138,7 @@ def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: 
     )
 
 
-def _share_of(
-    task: Task, processor: Qwen2VLProcessor
-) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
+def _share_of(task: Task, processor: ProcessorMixin) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
     """All questions, and this rank's batches of their positions; False: of another rank, to be in step with it."""
     questions = _questions(task, processor, open_split(task.recipe, "validation"))
     chosen = task.recipe.evaluation.batch_size
@@ -141,7 +155,7 @@ def shares(batches: Sequence[list[int]], rank: int, world_size: int) -> list[tup
     return mine + [(batches[-1], False)] * (most - len(mine))
 
 
-def _questions(task: Task, processor: Qwen2VLProcessor, rows: Rows) -> list[_Question]:
+def _questions(task: Task, processor: ProcessorMixin, rows: Rows) -> list[_Question]:
     recipe, split = task.recipe, task.index.splits["validation"]
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     questions = []

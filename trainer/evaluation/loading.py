@@ -15,11 +15,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
-from trainer.base_files import refuse_unsafe_base
 from trainer.data.splits import Rows
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.request import Task, Variant
@@ -28,12 +27,13 @@ from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
 from trainer.model.base import DTYPES, load_base
 from trainer.model.resident import dequantize_weights
+from trainer.pretrained import model_class_of
 
 SHARE = 0.5  # of free memory; the rest is for activations, the cache of keys and values, and image features
 
 
 def load_replica(
-    task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
 ) -> Replica:
     """The recipe's base with every adapter that the variants need."""
     recipe = task.recipe
@@ -42,7 +42,7 @@ def load_replica(
 
 
 def load_merged(
-    task: Task, processor: Qwen2VLProcessor, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
 ) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
     model = load_stored(task.request.run.merged, device)
@@ -51,9 +51,9 @@ def load_merged(
 
 def load_with_adapters(
     recipe: Recipe, device: torch.device, variants: Sequence[Variant]
-) -> Qwen2VLForConditionalGeneration | PeftModel:
+) -> PreTrainedModel | PeftModel:
     """The recipe's base with every adapter that the variants need, each loaded once under its folder's name."""
-    model: Qwen2VLForConditionalGeneration | PeftModel = load_base(recipe, device)
+    model: PreTrainedModel | PeftModel = load_base(recipe, device)
     for folder in dict.fromkeys(variant.adapter for variant in variants):
         if folder is not None:
             model = add_adapter(model, folder)
@@ -75,10 +75,9 @@ def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
     return True
 
 
-def load_stored(folder: Path, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def load_stored(folder: Path, device: torch.device) -> PreTrainedModel:
     """A model as it lies in a folder, unquantized, in the dtype it is stored in."""
-    refuse_unsafe_base(folder, None)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
+    model = model_class_of(folder).from_pretrained(
         folder,
         dtype="auto",
         device_map={"": device},
@@ -86,10 +85,10 @@ def load_stored(folder: Path, device: torch.device) -> Qwen2VLForConditionalGene
         local_files_only=True,
         trust_remote_code=False,
     )
-    return cast(Qwen2VLForConditionalGeneration, model.eval())
+    return cast(PreTrainedModel, model.eval())
 
 
-def add_adapter(model: Qwen2VLForConditionalGeneration | PeftModel, folder: Path) -> PeftModel:
+def add_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> PeftModel:
     """Put one more adapter on a base, of a run, a checkpoint or a folder of any library.
 
     Raises:

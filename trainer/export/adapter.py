@@ -75,7 +75,7 @@ class Saved:
         return tuple(self.tensor.shape)
 
     def merged(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
-        """The rows that take the place of `rows` (from row `begin` on)."""
+        """Return the rows that take the place of `rows` (from row `begin` on)."""
         whole = self.tensor.reshape(self.tensor.shape[0] if self.tensor.ndim else 1, -1)
         return whole[begin : begin + len(rows)]
 
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """The base model that it names."""
+        """Return the base model that it names."""
         return self.config.get("base_model_name_or_path")
 
     @property
@@ -102,7 +102,7 @@ class Adapter:
 
     @property
     def contents(self) -> dict[str, memoryview]:
-        """The bytes of every tensor, as stored."""
+        """Return the bytes of every tensor, as stored."""
         return {
             name: memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for name, tensor in self.tensors.items()
@@ -126,7 +126,7 @@ def read_adapter(source: Path, missing: AdapterOverrides | None = None) -> Adapt
 
 
 def adapter_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> Adapter:
-    """The checked adapter of a checkpoint that was read."""
+    """Return the checked adapter of a checkpoint that was read."""
     config, file = _config_of(imported, missing)
     refuse_unknown_methods(file, config)
     checked(Values, config, file)
@@ -208,7 +208,7 @@ def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, 
 
 
 def _belongs(module: str, name: str) -> bool:
-    """Whether a module is one that PEFT 0.21 saves whole for `name`, or lies in one: the ends of names count."""
+    """Return whether PEFT 0.21 saves a module, or one around it, whole for `name`: the ends of names count."""
     parts = module.split(".")
     return any(".".join(parts[: number + 1]).endswith(name) for number in range(len(parts)))
 

@@ -80,7 +80,7 @@ class Values(FileSchema):
 
 
 def config_from_shapes(imported: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
-    """The configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
+    """Return the configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
     parts = {key: part for key in imported.tensors if (part := lora_part(key)) is not None}
     ranks = {
         module: imported.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"
@@ -128,14 +128,14 @@ def in_present_names(
         values = {m: pattern_value(config.get(pattern), before, config[default]) for m, before in old.items()}
         config[pattern] = {re.escape(m): value for m, value in values.items() if value != config[default]}
     known = {key: config[key] for key in ("target_modules", "exclude_modules") if config.get(key)}
-    chosen = LoraConfig(**known)
-    if not all(check_target_module_exists(chosen, module) for module in modules):
+    lora = LoraConfig(**known)
+    if not all(check_target_module_exists(lora, module) for module in modules):
         config |= {"target_modules": sorted(modules), "exclude_modules": None}
     return config
 
 
 def written_module(imported: ImportedCheckpoint, module: str) -> str:
-    """The module's name in the version that wrote the checkpoint."""
+    """Return the module's name in the version that wrote the checkpoint."""
     for side in ("lora_A", "lora_B"):
         raw = imported.written_as.get(f"{PREFIX}{module}.{side}.weight")
         if raw is not None:
@@ -164,17 +164,17 @@ def refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iter
     PEFT 0.21 matches all of them against every module, and nothing interrupts Python's `re`.
     """
     keys = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
-    chosen = {key: config[key] for key in keys if config.get(key)}
+    given = {key: config[key] for key in keys if config.get(key)}
 
     def match() -> None:
-        targets = LoraConfig(**chosen)
+        targets = LoraConfig(**given)
         for module in modules:
             for pattern in ("rank_pattern", "alpha_pattern"):
                 pattern_value(config.get(pattern), module, 0)
-            if "target_modules" in chosen:
+            if "target_modules" in given:
                 check_target_module_exists(targets, module)
 
-    patterned = any(isinstance(value, str) for value in chosen.values()) or "layers_pattern" in chosen
+    patterned = any(isinstance(value, str) for value in given.values()) or "layers_pattern" in given
     if not (patterned or config.get("rank_pattern") or config.get("alpha_pattern")):
         return
     if problem := trial(match):
@@ -185,7 +185,7 @@ def refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iter
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: float) -> Any:
-    """What PEFT 0.21 takes from a `rank_pattern` or `alpha_pattern`: the first key that ends the name."""
+    """Return what PEFT 0.21 takes from a `rank_pattern` or `alpha_pattern`: the first key that ends the name."""
     for key, value in (pattern or {}).items():
         if _ending(key).match(module):
             return value

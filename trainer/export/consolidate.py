@@ -35,7 +35,7 @@ from trainer.logging_setup import print_error, setup_logging
 
 @dataclass(frozen=True)
 class Consolidated:
-    """What was found, and where the adapter lies now."""
+    """The checkpoint that was read, and where the adapter lies now."""
 
     imported: ImportedCheckpoint
     adapter: Adapter
@@ -78,7 +78,7 @@ def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def print_consolidated(done: Consolidated, console: Console) -> None:
-    """What was found, what is in the adapter, and what the checkpoint does not hold."""
+    """Print the form, what is in the adapter, and what the checkpoint does not hold."""
     imported, adapter = done.imported, done.adapter
     table = Table(title=Text(f"adapter: {done.output}"), show_header=False, title_justify="left")
     add_row(table, "found", f"{imported.form} in {imported.source}")
@@ -103,7 +103,7 @@ def print_consolidated(done: Consolidated, console: Console) -> None:
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    """What may be said where a checkpoint does not say it."""
+    """Add the options for values that a checkpoint may lack."""
     parser.add_argument(
         "--adapter-config",
         type=for_argparse(place("--adapter-config")),
@@ -120,7 +120,7 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
 
 
 def missing_of(given: argparse.Namespace) -> AdapterOverrides:
-    """The values of `add_adapter_options`."""
+    """Return the values of `add_adapter_options`."""
     return AdapterOverrides(given.adapter_config, given.lora_alpha, given.base_model)
 
 

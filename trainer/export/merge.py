@@ -124,7 +124,7 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
 
 
 def print_report(report: MergeReport, console: Console) -> None:
-    """The counts that prove the merge, as a table."""
+    """Print the counts that prove the merge, as a table."""
     table = Table(title=Text(f"merged model: {report.output}"), show_header=False, title_justify="left")
     add_row(table, "adapter", report.form)
     add_row(table, "base", f"{report.base} ({report.base_kind})")

@@ -46,7 +46,7 @@ def refuse_place(output: Path, needed: int) -> None:
 
 @contextmanager
 def atomic_output(output: Path) -> Iterator[Path]:
-    """An empty folder to fill; on disk and renamed to `output` at the end, removed when the block fails.
+    """Yield an empty folder to fill; on disk and renamed to `output` at the end, removed when the block fails.
 
     A kill leaves `<output>.partial`, which the next call replaces. Call `refuse_place` first. Only who holds the lock
     beside it removes anything: another process may be writing there since.
@@ -113,7 +113,7 @@ def _tmp_dir(output: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the rest of a killed attempt, which will make room."""
+    """Return the bytes of the rest of a killed attempt, which will make room."""
     if not (folder / _OURS).is_file():
         return 0
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -74,7 +74,7 @@ class BaseRows:
         self._last: tuple[Path, str, torch.Tensor] | None = None
 
     def rows(self, file: BinaryIO, shard: Shard, name: str, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) of a tensor, [rows, width]."""
+        """Return rows [begin, end) of a tensor, [rows, width]."""
         entry = shard.entries[name]
         if self._rounding is None or name not in self._names:
             return read_block(file, entry, begin, end)

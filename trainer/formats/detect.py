@@ -50,7 +50,7 @@ class ImportedCheckpoint:
 
     `tensors`: by the keys of PEFT's adapter file, as stored. `config`: its adapter_config.json, if one lies there.
     `written_as`: the keys under which older versions wrote them, where they differ.
-    `moments`: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` by the names of a PeftModel's parameters, or empty.
+    `optimizer_state`: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` by a PeftModel's parameter names, or empty.
     `step`: optimizer steps made, if the form says it. `lost`: what a training would need and is not there, in words.
     """
 
@@ -119,7 +119,7 @@ def _read(source: Path) -> ImportedCheckpoint:
 
 @unreadable_is_refused()
 def read_sharded(checkpoint: Path) -> ImportedCheckpoint | None:
-    """A sharded checkpoint of ours, of any number of ranks, whose files were verified before; None for another form."""
+    """Read a sharded checkpoint of ours, of any number of ranks, verified before; None for another form."""
     shards = _shards(checkpoint)
     return None if shards is None else _from_shards(shards)
 
@@ -153,7 +153,7 @@ def _from_distributed(folder: Path) -> ImportedCheckpoint:
 
 
 def _read_distributed(folder: Path, optimizer: Path, form: str) -> ImportedCheckpoint:
-    """`optimizer`: the folder with the moments, which may be the same one."""
+    """`optimizer`: the folder with the optimizer state, which may be the same one."""
     names = [name for name in distributed_keys(folder) if not name.startswith("optimizer.")]
     keys = adapter_keys(names, folder)
     tensors = load_distributed(folder, list(keys))
@@ -294,12 +294,12 @@ def _adapter_of(stored: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Te
 def _renamed(
     stored: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by their keys in an adapter file, and the keys they had."""
+    """Return the tensors by their keys in an adapter file, and the keys they had."""
     return {key: stored[raw].detach() for raw, key in keys.items()}, {key: raw for raw, key in keys.items()}
 
 
 def _holders(imported: ImportedCheckpoint) -> list[Path]:
-    """The folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
+    """Return the folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
     folder = imported.source if imported.source.is_dir() else imported.source.parent
     is_part = (
         folder.name in (DISTRIBUTED, SHARDS)

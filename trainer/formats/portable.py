@@ -1,4 +1,4 @@
-"""Portable checkpoints: the adapter in PEFT's format and the optimizer's moments by parameter name.
+"""Portable checkpoints: the adapter in PEFT's format and the optimizer state by parameter name.
 
 Small (30 MB for the 7B recipe), independent of strategy and world size, and made of JSON and safetensors alone.
 """
@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from launch.errors import CheckpointError, RunError
 from launch.untrusted_files import printable
+from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.validated import read_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state beside its step count."""
 
 
 @dataclass(frozen=True)
 class TrainedState:
     """What trains, as it was at the end of a step: copies in memory, which the next steps do not touch.
 
-    `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<moment or step>`.
+    `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<state key or step>`.
     """
 
     adapter: dict[str, Tensor]
@@ -39,7 +38,7 @@ class TrainedState:
 def copy_trained_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> TrainedState:
-    """Copy weights, moments and step counts of every trained parameter to the CPU."""
+    """Copy weights and optimizer state of every trained parameter to the CPU."""
     optimizer_state = {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in parameters.items()
@@ -137,7 +136,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
-    """The stored moments and step counts of these parameters (name -> shape), as `<parameter>.<moment or step>`.
+    """Read the optimizer state of these parameters (name -> shape), as `<parameter>.<exp_avg, exp_avg_sq or step>`.
 
     Raises:
         CheckpointError: the file holds other parameters or shapes.
@@ -171,7 +170,7 @@ def set_optimizer_state(
     parameters: Mapping[str, nn.Parameter],
     optimizer_state: Mapping[str, Tensor],
 ) -> None:
-    """Put moments and step counts, of `read_optimizer_state`, into a fresh optimizer over the same parameters."""
+    """Set the state of a fresh optimizer over the same parameters to that of `read_optimizer_state`."""
     for name, parameter in parameters.items():
         state: dict[str, Tensor] = {
             "step": optimizer_state[f"{name}.step"].to(step_device(optimizer, parameter))

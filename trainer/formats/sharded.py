@@ -1,7 +1,8 @@
 """Sharded checkpoints: every rank writes its own part of the trained state, into `shards/`.
 
-single, ddp and fsdp: each rank has all of it, so it is dealt out, and torch writes the parts (distributed checkpoint,
-DCP). zero2 and zero3: the files that DeepSpeed makes of its shards. `foreign` reads both, of any number of ranks.
+single, ddp and fsdp: each rank has all of it, so it is partitioned, and torch writes the parts (distributed checkpoint,
+DCP). zero2 and zero3: the files that DeepSpeed makes of its shards.
+`trainer.formats.detect` reads both, of any number of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from trainer.formats.torch_files import load_torch
 
 
 def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """The names for each rank to write, the sums of their sizes balanced: the largest first, each to who has least."""
+    """Partition names over the ranks so that their sizes balance: the largest first, each to who has least."""
     parts: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -44,7 +45,7 @@ def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 class DcpRankState:
     """The share of one rank in a state that all ranks have: copies of it.
 
-    DCP would deal out whole tensors as well, by size, but only after every rank had copied all of them.
+    DCP would partition whole tensors as well, by size, but only after every rank had copied all of them.
     """
 
     state: TrainedState
@@ -89,7 +90,7 @@ class _Writer(FileSystemWriter):
 
 
 def _first_failure(error: CheckpointException) -> SamestepError:
-    """What every rank was told of the ranks that failed, as `together` would say it."""
+    """Return what every rank was told of the ranks that failed, as `run_on_all_ranks` would raise it."""
     rank, (cause, _) = min(error.failures.items())
     words = to_user_error(cause if isinstance(cause, Exception) else RuntimeError(repr(cause)))
     return words if rank == 0 else type(words)(f"rank {rank}: {words}")
@@ -145,7 +146,7 @@ class InMemoryCheckpointEngine:
 
 
 def copied(value: Any) -> Any:
-    """A structure of dictionaries and lists with its tensors copied to the CPU."""
+    """Return a structure of dictionaries and lists with its tensors copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, dict):
@@ -154,7 +155,7 @@ def copied(value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a structure of dictionaries and lists."""
+    """Yield every tensor in a structure of dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list):
@@ -171,7 +172,7 @@ def _compare(where: Path, meant: Any, written: Any) -> None:
 
 
 def _refused(error: Exception, place: Path) -> SamestepError:
-    """What the disk said. torch's writer of archives covers that with an error of its own (torch 2.14)."""
+    """Return what the disk said. torch's writer of archives covers that with an error of its own (torch 2.14)."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

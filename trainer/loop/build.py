@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import nn
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.recipe.schema import Recipe
 from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
@@ -21,6 +21,7 @@ from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import DTYPES, add_lora, load_base
+from trainer.model.families.registry import feature_width
 from trainer.model.fsdp import close_sharding, mesh_of, shard_layer
 from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer
@@ -78,16 +79,17 @@ def build_trainer(
     return trainer
 
 
-def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:
+def open_features(recipe: Recipe, model: PeftModel, processor: ProcessorMixin) -> FeatureCache | None:
     """Open the cache of vision features that the recipe asks for; `model` is as it was loaded."""
     place = recipe.data.vision_cache
     if place != "memory":
         remove_unused()
     if place == "off":
         return None
-    tower = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.visual
+    base = cast(Any, model.get_base_model())
+    tower = base.model.visual
     facts = facts_of(recipe, tower, processor.image_processor)
-    cache = open_cache(place, kind_of(tower, facts), facts)
+    cache = open_cache(place, kind_of(tower, feature_width(base), facts), facts)
     for line in describe(cache, facts):
         logger.info(line)
     return cache

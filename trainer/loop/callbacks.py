@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from launch.errors import RunError
 from launch.planning.plan import samples_consumed
 from trainer import WATCHDOG
+from trainer.checkpoint.best import judge
 from trainer.loop.trainer import PlannedTrainer
 from trainer.metrics_log import append_line, rows_digest, samples_digest
 from trainer.startup_timer import StartupTimer
@@ -66,10 +67,13 @@ class StepEnd(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        values = {"step": state.global_step, "loss": metrics["eval_loss"], "samples": metrics["eval_samples"]}
-        if metrics["eval_answers"] is not None:
-            values |= metrics["eval_answers"]
-        self._append(self.trainer.run_directory.evaluations_file, values)
+        """Write the evaluation; save where it is the best so far, and end a run that has stopped improving."""
+        trainer = self.trainer
+        self._append(trainer.run_directory.evaluations_file, {"step": state.global_step, **metrics})
+        verdict = judge(trainer.task, state.global_step)
+        trainer.ended_early = verdict.ends
+        control.should_save |= verdict.is_best or verdict.ends
+        control.should_training_stop |= verdict.ends
         self.step_began = time.perf_counter()
 
     def _write_step(self) -> None:
@@ -101,7 +105,7 @@ class StepEnd(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def _digest(self, samples: NDArray[np.int64]) -> str:
-        """A digest of a step's samples, in the form that this run began with."""
+        """Return a digest of a step's samples, in the form that this run began with."""
         if self.trainer.plan.samples_digest == "positions":
             return samples_digest(samples)
         digests = self.trainer.index.splits["train"].digests

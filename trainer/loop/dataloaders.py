@@ -15,12 +15,15 @@ from launch.planning.run_steps import validation_samples
 from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
 from trainer.checks.training import describe_targets
 from trainer.data.encoder import Encoder
+from trainer.data.late_features import with_late_features
 from trainer.data.loader import Loader, data_workers
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.data.worker_transport import choose_way
 from trainer.distributed.collectives import broadcast_from_main
 from trainer.task import Task
+from trainer.vision_cache.store import FeatureCache
+from trainer.vision_cache.writer import FeatureWriter
 
 logger = get_logger("trainer")
 _warned: set[str] = set()  # of transports, once a process
@@ -77,6 +80,18 @@ def uncached(encoder: Encoder) -> Encoder:
     Checks guard the tower too, and a micro-batch needs the most memory with it.
     """
     return replace(encoder, features=None)
+
+
+def use_late_features(
+    batch: PackedBatch, cache: FeatureCache | None, writer: FeatureWriter | None
+) -> PackedBatch:
+    """Add the vision features that were cached since the data workers packed a micro-batch; count its images."""
+    if cache is None or writer is None:
+        return batch
+    if batch["inputs"]["fresh_images"]:
+        batch = {**batch, "inputs": with_late_features(batch["inputs"], cache)}
+    writer.count(batch["images"], len(batch["inputs"]["fresh_grids"]))
+    return batch
 
 
 def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""The evaluation of a training run: the loss per target token on the validation samples."""
+"""The evaluation of a training run: the loss per target token on the validation samples, and scored answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.best import Verdict, judge
-from trainer.evaluation.during_training import ScoredAnswers, answers_are_due, score_answers
+from trainer.evaluation.during_training import answers_are_due, score_answers
+from trainer.loop.dataloaders import use_late_features
 
 if TYPE_CHECKING:
     from trainer.loop.trainer import PlannedTrainer
@@ -29,60 +29,47 @@ def validation_loss(trainer: PlannedTrainer) -> dict[str, float]:
     loss_and_tokens = torch.zeros(2, device=trainer.args.device, dtype=torch.float64)
     samples = 0
     for packed in trainer.get_eval_dataloader():
-        if _is_to_stop(trainer):
-            return _interrupted(trainer)
-        batch = trainer.with_late_features(packed)
+        if _must_stop(trainer):
+            return _interrupt(trainer)
+        batch = use_late_features(packed, trainer.encoder.features, trainer.features)
         loss_and_tokens[0] += trainer.micro_batch_loss(trainer.model, batch)
         loss_and_tokens[1] += batch["inputs"]["shift_labels"].numel()
         samples += len(batch["samples"])
-    answers = _score_answers(trainer)
+    scored: dict[str, Any] = {}
+    if answers_are_due(trainer.recipe, trainer.state.global_step, trainer.plan.max_steps):
+        answers = score_answers(
+            trainer.model,
+            trainer.task,
+            trainer.encoder.processor,
+            trainer.engine.generating,
+            lambda: _must_stop(trainer),
+        )
+        scored = {**(answers or {})}
     if trainer.agreed_requests.stop:
-        return _interrupted(trainer)
+        return _interrupt(trainer)
     trainer.model.train()
     totals = torch.cat([loss_and_tokens, loss_and_tokens.new_tensor([samples])])
     if trainer.args.world_size > 1:
         dist.all_reduce(totals)
     loss, tokens, all_samples = totals.tolist()
-    metrics = {"eval_loss": loss / tokens}
-    if answers is not None:
-        metrics["eval_accuracy"] = answers["accuracy"]
-    handler, control = trainer.callback_handler, trainer.control
+    record = {"loss": loss / tokens, "samples": int(all_samples), **scored}
+    shown = {f"eval_{key}": record[key] for key in ("loss", "accuracy") if key in record}
+    handler, args, state = trainer.callback_handler, trainer.args, trainer.state
     # First the line on disk, then whoever shows it.
-    trainer.control = handler.on_evaluate(
-        trainer.args,
-        trainer.state,
-        control,
-        {**metrics, "eval_samples": int(all_samples), "eval_answers": answers},
-    )
-    handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
-    _take_verdict(trainer, judge(trainer.task, trainer.state.global_step))
-    return metrics
+    trainer.control = handler.on_evaluate(args, state, trainer.control, record)
+    handler.on_log(args, state, trainer.control, shown)
+    return shown
 
 
-def _is_to_stop(trainer: PlannedTrainer) -> bool:
-    """Whether some rank was asked to stop. A collective."""
+def _must_stop(trainer: PlannedTrainer) -> bool:
+    """Return whether any rank was asked to stop. A collective."""
     trainer.agreed_requests = trainer.stop_requests.agree()
     return trainer.agreed_requests.stop is not None
 
 
-def _interrupted(trainer: PlannedTrainer) -> dict[str, float]:
-    """Stop the run at this step, with a checkpoint; whoever resumes there evaluates first."""
+def _interrupt(trainer: PlannedTrainer) -> dict[str, float]:
+    """Stop the run at this step, with a checkpoint."""
     trainer.evaluation_interrupted = True
     trainer.model.train()
     trainer.control.should_save = trainer.control.should_training_stop = True
     return {}
-
-
-def _score_answers(trainer: PlannedTrainer) -> ScoredAnswers | None:
-    """Score validation answers, where this evaluation is to give some. A collective."""
-    if not answers_are_due(trainer.recipe, trainer.state.global_step, trainer.plan.max_steps):
-        return None
-    processor, generating = trainer.encoder.processor, trainer.engine.generating
-    return score_answers(trainer.model, trainer.task, processor, generating, lambda: _is_to_stop(trainer))
-
-
-def _take_verdict(trainer: PlannedTrainer, verdict: Verdict) -> None:
-    """Save what is best, and end a run that has stopped improving."""
-    trainer.ended_early = verdict.ends
-    trainer.control.should_save |= verdict.is_best or verdict.ends
-    trainer.control.should_training_stop |= verdict.ends

@@ -1,4 +1,4 @@
-"""The result of a run: `adapter/`, with the processor of the training and a model card."""
+"""The result of a run: `adapter/` and `adapter-best/`, with the processor of the training and a model card."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def save_final_adapter(trainer: PlannedTrainer) -> None:
     run, recipe = trainer.run_directory, trainer.recipe
     weights = trainer.engine.weights()
 
-    def write_beside(folder: Path) -> None:
+    def add_processor_and_card(folder: Path) -> None:
         trainer.encoder.processor.save_pretrained(str(folder))
         (folder / CARD).write_text(adapter_card(run, recipe, base_name(recipe), folder), encoding="utf-8")
 
     def write() -> None:
         with atomic_dir(run.adapter) as folder:
             save_adapter(trainer.model, folder, weights)
-            write_beside(folder)
+            add_processor_and_card(folder)
             if run.adapter.exists():
                 shutil.rmtree(run.adapter)
 
     run_on_main(write)
-    run_on_main(lambda: write_best_adapter(trainer.task, write_beside))
+    run_on_main(lambda: write_best_adapter(trainer.task, add_processor_and_card))

@@ -86,7 +86,7 @@ def _apply_plan(trainer: PlannedTrainer, plan: Plan) -> None:
 
 
 def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
-    """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
+    """Return whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
     packed = run_on_all_ranks(lambda: _largest(trainer))
     strategy = trainer.plan.parallelism
     held_whole = strategy.shards_layers and strategy.wraps_whole_model  # until it is wrapped

@@ -163,7 +163,7 @@ def _finish_trackio() -> None:
 
 
 def tracking_name(run: RunDirectory) -> str:
-    """One name for all attempts of a run, another for a run of the same name begun afresh."""
+    """Return one name for all attempts of a run, another for a run of the same name begun afresh."""
     file = run.path / ".trackio"
     if not file.exists():
         file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -171,7 +171,7 @@ def tracking_name(run: RunDirectory) -> str:
 
 
 def progress_callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
-    """What rank 0 shows of a run; nothing on the others."""
+    """Return what rank 0 shows of a run; nothing on the others."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
     shown: list[TrainerCallback] = [ProgressBar(resumed_at)]

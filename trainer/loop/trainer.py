@@ -22,7 +22,6 @@ from trainer import WATCHDOG
 from trainer.checkpoint.saver import Saver
 from trainer.checks.training import GradientCheck, check_adapters, check_finite, check_step_taken
 from trainer.data.encoder import Encoder
-from trainer.data.late_features import with_late_features
 from trainer.data.loader import Loader
 from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBatch
 from trainer.distributed.stop_requests import AgreedRequests, StopRequests
@@ -76,18 +75,18 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         prepare_model(self.model, self.recipe, self.plan, self.features)
         self.saver = Saver(self.recipe.checkpoint.format, self.model, self.engine, stop_requests)
         self.evaluation_interrupted = self.ended_early = False
+        self.garbage = GarbageBetweenSteps()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
         self.gradient_check: GradientCheck | None = None  # in the first step of an attempt
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
         self._out_of_memory = False
-        self.garbage = GarbageBetweenSteps()
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Loader:
-        """The micro-batches after the resumed step, by the step plan; `Trainer`'s own draws samples by a sampler."""
+        """Open the micro-batches after the resumed step, by the step plan; `Trainer`'s own draws from a sampler."""
         batches = dataloaders.training_batches(
             self.task, self.encoder, self.step_plan, self.args.process_index
         )
@@ -96,7 +95,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return self.training_loader.begin()  # the workers decode while the model is wrapped
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
-        """This rank's share of the validation samples: each exactly once, where `Trainer` pads the last batch."""
+        """Open this rank's share of the validation samples: each exactly once, where `Trainer` pads the last batch."""
         batches = dataloaders.evaluation_batches(self.task, self.encoder, self.args.process_index)
         return self._open_loader(batches, range(len(batches)))
 
@@ -113,7 +112,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def at_first_micro_batch(self) -> bool:
-        """Whether the next micro-batch is the first one of a step."""
+        """Return whether the next micro-batch is the first one of a step."""
         return self._step_loss is None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -127,24 +126,16 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             dataloaders.log_first_targets(self.task, self.encoder, inputs)
         if self._out_of_memory:  # in an earlier micro-batch; the step's reduction tells the others
             return self._skip_micro_batch()
-        batch = self.with_late_features(inputs)
+        inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
         try:
             with self.engine.no_sync(self.accelerator, model):
-                return self._forward_backward(model, batch)
+                return self._forward_backward(model, inputs)
         except torch.OutOfMemoryError as error:
             if self.plan.parallelism.sharded != "nothing":
                 raise  # in the middle of a collective: the launcher ends the others
             self.stop_requests.fail(error)
         self._out_of_memory = True
         return self._skip_micro_batch()
-
-    def with_late_features(self, batch: PackedBatch) -> PackedBatch:
-        """Take what the vision cache has got since the data workers packed a micro-batch, and count its images."""
-        if self.encoder.features is not None and batch["inputs"]["fresh_images"]:
-            batch = {**batch, "inputs": with_late_features(batch["inputs"], self.encoder.features)}
-        if self.features:
-            self.features.count(batch)
-        return batch
 
     def _forward_backward(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         with self.compute_loss_context_manager():
@@ -156,7 +147,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss.detach()
 
     def micro_batch_loss(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """The sum over the micro-batch's target tokens, divided by the target tokens of the whole step.
+        """Return the sum over the micro-batch's target tokens, divided by the target tokens of the whole step.
 
         Added up over micro-batches and ranks it is the mean over the step's tokens, however they are spread.
         """

@@ -24,7 +24,7 @@ PASSED_ON = (
 
 
 def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
-    """The SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
+    """Return the SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
     training = recipe.training
     arguments = SFTConfig(
         output_dir=str(output),

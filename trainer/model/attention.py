@@ -37,7 +37,7 @@ class Segments:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch both towers of a Qwen2-VL to packed attention. Generation needs the stock one: do not switch there."""
+    """Switch both towers to packed attention. Generation needs the stock one: do not switch there."""
     AttentionInterface.register(PACKED, packed_attention)
     model.model.language_model.config._attn_implementation = PACKED
     model.model.visual.config._attn_implementation = PACKED

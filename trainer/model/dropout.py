@@ -16,6 +16,7 @@ draw of 16 bits. These are the only operations at the full size of an activation
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -162,21 +163,33 @@ def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 def use_sample_dropout(language_model: nn.Module, seed: int) -> DropoutKeys | None:
     """Replace the dropout of all LoRA layers in the decoder layers; None where there is none (a share of 0)."""
+    keys = replace_dropout(language_model, seed)
+    if keys is not None:
+        for layer in cast(Any, language_model).layers:
+            layer.self_attn.register_forward_pre_hook(keys.take, with_kwargs=True)
+    return keys
+
+
+def replace_dropout(
+    part: nn.Module, seed: int, prefix: str = "", wanted: Callable[[str], bool] = lambda name: True
+) -> DropoutKeys | None:
+    """Replace the dropout of the LoRA layers whose name in `part` is `wanted`; None where there is none.
+
+    They are keyed by their names in `part`, with `prefix`. Whoever calls the part gives it `current` keys.
+    """
     found = {
         (name, adapter): dropout
-        for name, module in language_model.named_modules()
-        if isinstance(module, LoraLayer)
+        for name, module in part.named_modules()
+        if isinstance(module, LoraLayer) and wanted(name)
         for adapter, dropout in module.lora_dropout.items()
         if isinstance(dropout, nn.Dropout)
     }
     if not found:
         return None
-    keys = DropoutKeys(seed, [name for name, _ in found])
+    keys = DropoutKeys(seed, [f"{prefix}{name}" for name, _ in found])
     for index, ((name, adapter), dropout) in enumerate(found.items()):
-        layer: Any = language_model.get_submodule(name)
-        layer.lora_dropout[adapter] = SampleDropout(dropout.p, name, index, keys)
-    for layer in cast(Any, language_model).layers:
-        layer.self_attn.register_forward_pre_hook(keys.take, with_kwargs=True)
+        layer: Any = part.get_submodule(name)
+        layer.lora_dropout[adapter] = SampleDropout(dropout.p, f"{prefix}{name}", index, keys)
     return keys
 
 

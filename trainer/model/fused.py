@@ -21,7 +21,7 @@ from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
@@ -41,42 +41,47 @@ from trainer.model.tower_attention import attend_tower
 Forward = Callable[..., Any]
 
 
-def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
-    """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
+def use_fused_kernels(model: PreTrainedModel) -> None:
+    """Switch the language model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
 
-    They reach over the modules of a decoder layer: an engine that shards must bring it together whole.
+    They reach over the modules of a decoder layer: an engine that shards must bring it together whole. Its layers
+    are the same in all families; the tower's are in `trainer.model.families`.
     """
-    language, visual = model.model.language_model, model.model.visual
-    _replace(language.norm, rms_norm)
+    language = model.model.language_model
+    replace(language.norm, rms_norm)
     for layer in language.layers:
-        _replace(layer.input_layernorm, rms_norm)
-        _replace(layer.post_attention_layernorm, rms_norm)
-        _replace(layer.mlp, swiglu_mlp)
-        _replace(layer, decoder_layer)
-        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
+        replace(layer.input_layernorm, rms_norm)
+        replace(layer.post_attention_layernorm, rms_norm)
+        replace(layer.mlp, swiglu_mlp)
+        replace(layer, decoder_layer)
+        replace_where_it_fits(layer.self_attn, text_attention)
     compute_read_tokens_only(language.layers[-1], last_decoder_layer)
-    _replace(visual.patch_embed, embed_patches)
-    for block in visual.blocks:
-        _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
-        if type(block.mlp.act).__name__ == "QuickGELUActivation":
-            _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
     for module in language.modules():
         if isinstance(module, LoraLayer):
-            _replace(module, _or_stock(module.forward, lora_linear))
+            replace_where_it_fits(module, lora_linear)
 
 
-def _replace(module: nn.Module, forward: Forward) -> None:
+def fuse_patches_and_attention(visual: Any) -> None:
+    """Switch what the towers of all families have alike."""
+    replace(visual.patch_embed, embed_patches)
+    for block in visual.blocks:
+        replace_where_it_fits(block.attn, vision_attention)
+
+
+def replace(module: nn.Module, forward: Forward) -> None:
+    """Let a module compute with `forward`."""
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def _or_stock(stock: Forward, fused: Forward) -> Forward:
-    """`fused`, or the stock forward where `fused` returns NotImplemented."""
+def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
+    """Let a module compute with `fused`, and as before where `fused` returns NotImplemented."""
+    stock = module.forward
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = fused(module, *args, **kwargs)
         return stock(*args, **kwargs) if result is NotImplemented else result
 
-    return forward
+    replace(module, forward)
 
 
 # --- between the linear layers ------------------------------------------------------------------------------------
@@ -177,6 +182,8 @@ def text_attention(
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
     projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     query, key, value = (tensor.view(heads) for tensor in projected)
+    if hasattr(module, "q_norm"):  # Qwen3-VL's, head by head
+        query, key = module.q_norm(query), module.k_norm(key)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
     output = varlen(
@@ -198,7 +205,7 @@ def vision_attention(
     **_: Any,
 ) -> Any:
     """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; without a gradient."""
-    if segments is None:
+    if segments is None or torch.is_grad_enabled():
         return NotImplemented
     together = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1)
     turned = kernels.rotate(together, *position_embeddings)
@@ -208,7 +215,9 @@ def vision_attention(
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:
     """`PatchEmbed.forward`: kernel and stride of its convolution are a whole patch, so it is a matrix product."""
-    return linear(pixels.to(module.proj.weight.dtype), module.proj.weight.view(module.embed_dim, -1))
+    convolution = module.proj
+    matrix = convolution.weight.view(module.embed_dim, -1)
+    return linear(pixels.to(matrix.dtype), matrix, convolution.bias)
 
 
 def quick_gelu(_: nn.Module, x: Tensor) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 _TOKENS = 1024  # whose logits are there at once: 0.6 GB in fp32 with the vocabulary of Qwen2-VL
@@ -29,7 +29,7 @@ class Scored(ModelOutput):
     log_probs: Tensor | None = None
 
 
-def patch_forward_target_logprobs(model: Qwen2VLForConditionalGeneration) -> None:
+def patch_forward_target_logprobs(model: PreTrainedModel) -> None:
     """Let the model's forward answer a packed micro-batch that has `shift_labels` [1, K] with `Scored`.
 
     Everything else, such as what `generate` calls it with, goes to the forward that was there, whose signature stays.

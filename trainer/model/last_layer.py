@@ -111,6 +111,8 @@ def attention_of_queries(
     (query,) = linears(rows(hidden_states, queries.positions), (module.q_proj,))
     key, value = linears(hidden_states, (module.k_proj, module.v_proj))
     query, key, value = (tensor.view(tensor.shape[1], -1, module.head_dim) for tensor in (query, key, value))
+    if hasattr(module, "q_norm"):  # Qwen3-VL's, head by head
+        query, key = module.q_norm(query), module.k_norm(key)
     cos, sin = (angles.squeeze(0)[:, None] for angles in position_embeddings)
     turned = _turn(query, cos[queries.positions], sin[queries.positions])
     output = attend(

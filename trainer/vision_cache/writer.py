@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +62,10 @@ class FeatureWriter:
             self._thread.start()
         self._queue.put_nowait(_Computed(images, grids, *self._copy(features)))
 
-    def count(self, batch: Mapping[str, Any]) -> None:
-        """Count the images of a micro-batch."""
-        self.needed += batch["images"]
-        self.computed += len(batch["inputs"]["fresh_grids"])
+    def count(self, needed: int, computed: int) -> None:
+        """Count the images of a micro-batch, and those among them that the tower runs for."""
+        self.needed += needed
+        self.computed += computed
 
     def summary(self) -> str | None:
         """Describe for the log what the cache was good for, once closed; None when nothing was computed."""

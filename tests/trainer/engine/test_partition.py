@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from launch.errors import RunError
 from trainer.engine.partition import piece_of_flat, piece_of_own
 from trainer.engine.zero import Zero
-from trainer.formats.portable import ADAM_STATE_KEYS
+from trainer.formats.key_names import ADAM_STATE_KEYS
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 WORLDS = st.integers(1, 5)

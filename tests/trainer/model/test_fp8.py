@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe.loading import recipe_from_dict
+from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
+from trainer.data.encoder import Encoder
+from trainer.data.packing import pack
+from trainer.data.splits import open_split
+from trainer.metrics_log import read_lines
 from trainer.model import fused
 from trainer.model.base import add_lora, load_base, prepare_training, trainable_parameters
 from trainer.model.fp8 import (
@@ -22,6 +26,8 @@ from trainer.model.fp8 import (
     quantize_rows,
     use_fp8_products,
 )
+from trainer.pretrained import load_processor
+from trainer.train import main as train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -171,6 +177,42 @@ def test_fused_linear_layers_take_the_same_products(world: Path, resident: bool)
         assert (one.float() - other.float()).norm() < close * other.float().norm()
 
 
+def test_a_packed_micro_batch_has_the_losses_of_its_samples_alone_and_nearly_those_of_bf16(
+    world: Path,
+) -> None:
+    """What differs in the last bit of fp32 may be rounded to another of the 8-bit numbers."""
+    values = _recipe(world, packed=True)
+    processor = load_processor(values)
+    encoder, rows = Encoder(processor, values.data.system_message, "answer"), open_split(values, "train")
+    samples = [encoder(rows[number]) for number in range(4)]
+
+    def losses(model: Any, *groups: list[int]) -> torch.Tensor:
+        packed = [
+            pack(
+                [samples[number] for number in ids],
+                sample_ids=ids,
+                step=0,
+                masked=False,
+                image_token_id=processor.image_token_id,
+                merge=2,
+            )
+            for ids in groups
+        ]
+        with torch.no_grad():
+            return -torch.cat([model(**inputs).log_probs[0] for inputs in packed])
+
+    found = {}
+    for products in ("fp8", "bf16"):
+        recipe = _recipe(world, packed=True, products=products)
+        model = _model(recipe)
+        prepare_training(model, recipe)
+        found[products] = losses(model, [0, 1, 2, 3]), losses(model, [0], [1, 2], [3])
+    together, apart = found["fp8"]
+    torch.testing.assert_close(together, apart, rtol=5e-3, atol=5e-3)
+    assert together.mean() == pytest.approx(float(found["bf16"][0].mean()), rel=1e-2)
+    assert not torch.equal(together, found["bf16"][0])
+
+
 def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
     language = _language(_model(_recipe(world, packed=False)))
     found = frozen_linears(language)
@@ -179,3 +221,24 @@ def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
 
 def test_e4m3_has_the_largest_number_that_scales_are_made_for() -> None:
     assert torch.finfo(E4M3).max == 448
+
+
+def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_its_own_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for products in ("bf16", "fp8"):
+        values = recipe_values(world)
+        values["model"]["products"] = products
+        values["training"]["max_steps"] = 3
+        file = tmp_path / f"{products}.yaml"
+        file.write_text(dump_recipe(recipe_from_dict(values)))
+        run = tmp_path / products
+        assert train([str(file), "--runs-dir", str(tmp_path), "--name", products]) == 0
+        losses[products] = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=1e-2)
+    assert losses["fp8"] != losses["bf16"]
+    capsys.readouterr()
+    changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
+    assert train([*changed, "--set", "training.max_steps=4"]) == 2
+    assert "model.products: the run has 'fp8'" in capsys.readouterr().err

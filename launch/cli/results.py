@@ -1,4 +1,4 @@
-"""The commands of `samestep` for what a run left: evaluate, merge, consolidate."""
+"""The commands of `samestep` for what a run left: evaluate, report, merge, consolidate."""
 
 from __future__ import annotations
 
@@ -71,6 +71,36 @@ def evaluate(
     chosen = [model.strip() for model in models.split(",")]
     allowed = [word for part in allow for word in ("--allow", part)]
     postprocess.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node, checkpoint)
+
+
+@commands.command(
+    epilog=example("samestep report embedded", "samestep report first second --output both.html")
+)
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", parser=named("RUN"), help="Names or folders of one run or several."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=place("--output"),
+            help="The file to write.",
+            show_default="report.html in the run's folder; of several runs, beside the first one's",
+        ),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write a page with curves, answers beside their charts, accuracy, recipe, attempts and proofs of a run.
+
+    One HTML file without any request to the network. Of several runs: side by side, compared on the same questions.
+    """
+    from launch.report.write import write_report
+    from launch.run.find import find_run
+
+    file = write_report([find_run(run, runs_dir) for run in runs], output)
+    echo(f"report: {file}")
 
 
 AdapterConfig = Annotated[

@@ -26,7 +26,7 @@ def share_one_gpu() -> None:
         process_group.find_deepspeed_config()
         return PartialState(backend="gloo", timeout=process_group.PATIENCE)
 
-    train.start_processes = start
+    train.init_process_group = start
 
 
 def cap_memory() -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import psutil
 
+from launch.strategies import STRATEGIES, default_strategy
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch_command(processes: int, arguments: Sequence[str], strategy: str | None = None) -> list[str]:
     """`accelerate launch ... -m ARGUMENTS` with the shipped config of a strategy: by default `single` or `ddp`."""
-    chosen = strategy or ("ddp" if processes > 1 else "single")
-    config = ROOT / "accelerate_configs" / f"{chosen}.yaml"
+    name = strategy or default_strategy(processes).name
+    config = ROOT / "accelerate_configs" / STRATEGIES[name].config_file
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [*command, "--num_processes", str(processes), "-m", *arguments]
 

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.random_base import RECIPE, build, recipe_arguments
-from launch.planning.plan import make_plan, step_plan
+from launch.planning.make_plan import make_plan
+from launch.planning.run_steps import step_plan
+from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from trainer.data import encoder, micro_batches
 from trainer.data.chartqa import open_split
@@ -67,7 +69,7 @@ def batches_of(options: argparse.Namespace) -> micro_batches.MicroBatches:
     """Of the default recipe on one GPU."""
     recipe = load_recipe(find_recipe(RECIPE), recipe_arguments(options)[1::2])
     index = prepare(recipe, quiet=True)
-    plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
+    plan = make_plan(recipe, index, Topology("single", 1, 1, "cpu"))
     encode = encoder.Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     steps = step_plan(recipe, index, plan)
     return micro_batches.MicroBatches(open_split(recipe, "train"), index.splits["train"], encode, steps, 0)

@@ -171,7 +171,7 @@ def main() -> int:
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 
-    settle = train.settle
+    settle = train.fit_to_memory
 
     def settle_after(trainer: PlannedTrainer) -> None:
         clock.loading_gib = peak_gib()  # before the largest micro-batch is tried
@@ -181,7 +181,7 @@ def main() -> int:
         clock.finish()
         destroy_process_group()
 
-    train.settle, train.leave_processes = settle_after, leave
+    train.fit_to_memory, train.destroy_process_group = settle_after, leave
     return train.main(arguments)
 
 

@@ -160,7 +160,7 @@ def run_case(
     import torch
 
     from launch.inputs.model_shape import read_shape
-    from launch.planning.auto_settings import Machine, kernels_of
+    from launch.planning.auto_settings import Gpus, kernels_of
     from launch.planning.memory import Packed, Settings, load_of, memory_of
     from launch.planning.step_plan import MicroBatch
     from trainer.data.chartqa import open_split
@@ -209,7 +209,7 @@ def run_case(
     shape = read_shape(recipe)
     if isinstance(shape, str):
         raise SystemExit(shape)
-    load = load_of(recipe, shape, "single", 1, kernels_of(recipe, Machine(device.type)))
+    load = load_of(recipe, shape, "single", 1, kernels_of(recipe, Gpus(device.type)))
     planned = memory_of(load, packed, Settings(case.resident, case.every))
     return asdict(case) | {
         "tokens": packed.tokens,

@@ -31,13 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.launching import child_environment, family, kill_all, launch_command
 from benchmarks.multi_gpu_figures import Measured, judge, report, summarize
 from benchmarks.random_base import recipe_settings
+from launch.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "qwen2vl_7b_chartqa"
 GLOBAL_BATCH = 32
 FEW = 4  # samples of each GPU, as 8 of them have of 32
 PROFILED_STEP = 4
-SHARDED = ("fsdp", "zero2", "zero3")
+SHARDED = tuple(name for name, strategy in STRATEGIES.items() if strategy.sharded != "nothing")
 BEGAN = time.monotonic()
 
 

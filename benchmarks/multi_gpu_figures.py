@@ -13,13 +13,14 @@ import numpy as np
 
 from benchmarks.scaling import LORA_BYTES, all_reduce_seconds, random_deal, rank_costs
 from launch.inputs.dataset_index import read_index
-from launch.planning.plan import Plan, step_plan
+from launch.planning.plan import Plan
+from launch.planning.run_steps import step_plan
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory, read_marker
+from launch.strategies import STRATEGIES
 
 WARM_UP = 2
 LOSS_TOLERANCE = 2e-3
-PLAINLY_REDUCED = ("ddp", "single")  # the others' ranks wait for each other inside their passes
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def summarize(
     facts = [next((line for line in reversed(lines) if "step" not in line), {}) for lines in ranks]
     traced = [fact["profiled_exposed_s"] for fact in facts if "profiled_exposed_s" in fact]
     waiting = communication = None
-    if strategy in PLAINLY_REDUCED:
+    if STRATEGIES[strategy].sharded == "nothing":  # the others' ranks wait for each other inside their passes
         waiting, communication = shares_of_clocks(moments, seconds, counted)
     elif len(traced) == processes and len(seconds) >= profiled > 0:
         waiting, communication = shares_of_trace(traced, seconds[profiled - 1])

@@ -22,8 +22,11 @@ from benchmarks import gpu_trace
 from benchmarks.flops import sample_flops
 from benchmarks.random_base import GLOBAL_BATCH, RECIPE, recipe_arguments
 from launch.inputs.dataset_index import Index
-from launch.planning.plan import Plan, make_plan, step_plan
+from launch.planning.make_plan import make_plan
+from launch.planning.plan import Plan
+from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import StepPlan
+from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from trainer.prepare import prepare
@@ -196,7 +199,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     count = options.notebook_steps if options.side == "notebook" else options.steps
     recipe, index = prepared(options)
     device = "cuda" if cuda else "cpu"
-    plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device=device)
+    plan = make_plan(recipe, index, Topology("single", 1, 1, device))
     steps = step_plan(recipe, index, plan)
     ends: list[float] = []
     first_step: list[float] = []

@@ -1,26 +1,82 @@
-"""The strategies: what each shares out, how it stores packed weights, and what the launcher must have made of it."""
+"""The strategies: for each one value that says what is sharded, how packed weights are stored, and who does it.
+
+Whoever needs to know something of a strategy asks its value (`STRATEGIES[name]`, `plan.parallelism`); nobody compares
+names. On disk and on the command line a strategy is its name.
+"""
 
 from __future__ import annotations
 
-# strategy -> (accelerate's distributed types, the class that accelerate wraps the model in)
-_EXPECTED = {
-    "single": ({"NO"}, "PeftModelForCausalLM"),
-    "ddp": ({"MULTI_GPU", "MULTI_CPU"}, "DistributedDataParallel"),
-    "fsdp": ({"FSDP"}, "FSDPPeftModelForCausalLM"),
-    "zero2": ({"DEEPSPEED"}, "DeepSpeedEngine"),
-    "zero3": ({"DEEPSPEED"}, "DeepSpeedEngine"),
-}
-
-ZERO_STAGES = {"zero2": 2, "zero3": 3}
-
-SHARDING = ("fsdp", "zero3")
-"""Strategies that cut the decoder layers over the processes."""
-_ZERO = ("zero2", "zero3")
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 
-STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+@dataclass(frozen=True)
+class Strategy:
+    """How the processes of a run share one model."""
 
-
-def storage_of(strategy: str) -> str:
+    name: str
+    """The stem of its file in accelerate_configs/."""
+    engine: Literal["none", "ddp", "fsdp", "deepspeed"]
+    """What wraps the model, reduces the gradients and holds the optimizer state; `none` is one process."""
+    sharded: Literal["nothing", "optimizer", "layers"]
+    """What is cut over the processes: `optimizer` is its state and the gradients, `layers` the frozen weights too."""
+    quant_storage: Literal["uint8", "float16"]
     """dtype in which packed 4-bit weights are stored: bytes, or what FSDP can cut without changing them."""
-    return "float16" if strategy == "fsdp" else "uint8"
+    distributed_types: frozenset[str]
+    """accelerate's `DistributedType` of a correct launch."""
+    wrapper: str
+    """The class that accelerate has put around the model when training starts."""
+    zero_stage: int = 0
+    """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+
+    @property
+    def config_file(self) -> str:
+        """Its file in accelerate_configs/."""
+        return f"{self.name}.yaml"
+
+    @property
+    def is_one_process(self) -> bool:
+        """It starts no launcher's workers: `torchrun` is not involved."""
+        return self.engine == "none"
+
+    @property
+    def is_zero(self) -> bool:
+        """DeepSpeed does the work."""
+        return self.engine == "deepspeed"
+
+    @property
+    def shards_layers(self) -> bool:
+        """No process holds the whole weights: a decoder layer is gathered from all of them to be computed."""
+        return self.sharded == "layers"
+
+    @property
+    def shards_while_loading(self) -> bool:
+        """Each decoder layer is cut before the next is read, so no process ever holds the whole model."""
+        return self.engine == "fsdp"
+
+    @property
+    def wraps_whole_model(self) -> bool:
+        """Every process holds the whole model until the engine wraps it, which could change it."""
+        return not self.is_one_process and not self.shards_while_loading
+
+
+# fsdp's float16: its copies rewrite bfloat16 that looks like NaN, and it leaves bytes whole on every rank.
+_ALL = (
+    Strategy("single", "none", "nothing", "uint8", frozenset({"NO"}), "PeftModelForCausalLM"),
+    Strategy(
+        "ddp", "ddp", "nothing", "uint8", frozenset({"MULTI_GPU", "MULTI_CPU"}), "DistributedDataParallel"
+    ),
+    Strategy("fsdp", "fsdp", "layers", "float16", frozenset({"FSDP"}), "FSDPPeftModelForCausalLM"),
+    Strategy("zero2", "deepspeed", "optimizer", "uint8", frozenset({"DEEPSPEED"}), "DeepSpeedEngine", 2),
+    Strategy("zero3", "deepspeed", "layers", "uint8", frozenset({"DEEPSPEED"}), "DeepSpeedEngine", 3),
+)
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType({strategy.name: strategy for strategy in _ALL})
+"""Every strategy by its name."""
+
+
+def default_strategy(world_size: int) -> Strategy:
+    """The strategy of a request that names none: the fastest where the model fits, which replicates it."""
+    return STRATEGIES["single" if world_size == 1 else "ddp"]

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -106,15 +106,15 @@ def write_smaller_plan(task: Task) -> None:
     """For the next attempt: settings that need less memory than those that did not suffice, in plan.json."""
     with contextlib.suppress(OSError):
         plan = Plan.from_json(read_text(task.run.plan_file))
-        if plan.out_of_memory > task.plan.out_of_memory:
+        if plan.settings.out_of_memory > task.plan.settings.out_of_memory:
             return  # another rank was faster
         smaller = plan_with_less(task.recipe, task.index, plan, reloading=True)
         if smaller is None:
             return
-        keep_plan(task.run, replace(smaller, out_of_memory=plan.out_of_memory + 1))
+        keep_plan(task.run, smaller.with_settings(out_of_memory=plan.settings.out_of_memory + 1))
         logger.warning(
             f"{task.run.plan_file}: the next attempt takes {smaller.micro_batch_tokens:,} tokens a micro-batch, "
-            f"recomputed: {recomputation(smaller.recompute_every)}"
+            f"recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
         )
 
 

@@ -23,7 +23,7 @@ from launch.errors import CheckpointError, SamestepError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
-from launch.planning.plan import StreamOffset
+from launch.planning.step_plan import StreamOffset
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import EMBEDDED, Recipe, altering_values
 from launch.untrusted_files import printable

@@ -18,7 +18,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from launch.errors import ConfigError, RunError, SamestepError
 from launch.inputs.dataset_index import Index, SplitName
-from launch.planning.plan import compute_dtype_of, validation_samples
+from launch.planning.make_plan import compute_dtype_of
+from launch.planning.run_steps import validation_samples
 from launch.recipe.schema import Recipe
 from trainer.data.chartqa import Rows, open_split
 from trainer.data.images import decode_image

@@ -7,7 +7,6 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -18,20 +17,16 @@ from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import RunIdentity
 from launch.inputs.model_files import old_base_identity
 from launch.planning.oom_fallback import plan_on
-from launch.planning.plan import Plan, make_plan
+from launch.planning.plan import Plan
+from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.rules.accelerate_config import launched_config, launched_strategy
 from launch.rules.checks import refuse_config
 from launch.run.changes import consequences, content_changes, tie_contents
-from launch.run.continuation import (
-    continue_run,
-    plan_to_keep,
-    planned_identity,
-    refuse_an_end_behind,
-    refuse_another_identity,
-)
+from launch.run.continuation import continue_run, planned_identity
 from launch.run.directory import RunDirectory, open_run
+from launch.run.planned import plan_attempt
 from launch.untrusted_files import read_text
 from trainer.identity import identity_of, is_first_of_node
 from trainer.prepare import prepare
@@ -89,35 +84,30 @@ def read_task(
         return make_task(recipe, plan, index, run, identity)
     run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
-    source = continuation.source
-    allowed = continuation.allowed if source else options.allow
-    others = refuse_another_identity(run, identity, allowed, source)
-    for consequence in consequences([*continuation.changed, *others]):
-        logger.warning(f"allowed: {consequence}")
     for line in summary(known_notes(recipe) or []):
         logger.info(f"{recipe.data.dataset}: {line}")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    hardware: dict[str, Any] = {
-        "strategy": launched_strategy(config, "LOCAL_RANK" in os.environ),
-        "nodes": max(1, state.num_processes // local),
-        "gpus_per_node": local,
-        "device": state.device.type,
-    }
-    plan = make_plan(
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    topology = Topology(
+        launched_strategy(config, "LOCAL_RANK" in os.environ),
+        max(1, state.num_processes // processes),
+        processes,
+        state.device.type,
+        gpu_memory,
+    )
+    plan, changed = plan_attempt(
+        run,
         recipe,
         index,
-        **hardware,
-        before=plan_to_keep(run, recipe, {**hardware, "gpu_memory": gpu_memory or 0}, index.fingerprint),
+        identity,
+        topology,
+        continuation,
+        allow=options.allow,
         name=run.name,
-        begin=continuation.begin,
-        allowed=continuation.allowed,
-        started_from=continuation.started_from,
         config=config,
-        gpu_memory=gpu_memory,
-        samples_digest=continuation.samples_digest,
     )
-    refuse_an_end_behind(run, plan.max_steps, source)
-    return make_task(recipe, plan, index, run, identity, source)
+    for consequence in consequences(changed):
+        logger.warning(f"allowed: {consequence}")
+    return make_task(recipe, plan, index, run, identity, continuation.source)
 
 
 def make_task(

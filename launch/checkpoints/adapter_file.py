@@ -25,18 +25,18 @@ def is_whole(adapter: Path) -> bool:
 
 
 def read_digest(adapter: Path) -> str | None:
-    """Of the adapter in a folder, as `digest_of`; None where none can be read."""
+    """Return the digest of the adapter in a folder, as `digest_of`; None where none can be read."""
     from safetensors import SafetensorError, deserialize
 
     try:
-        found = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
+        tensors = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
     except (*UNREADABLE, SafetensorError):
         return None
-    return digest_of({name: tensor["data"] for name, tensor in found})
+    return digest_of({name: tensor["data"] for name, tensor in tensors})
 
 
 def digest_of(tensors: Mapping[str, bytes | bytearray | memoryview]) -> str:
-    """Of an adapter's tensors by name; not of its file, for a checkpoint of another form holds the same ones."""
+    """Return the sha256 of an adapter's tensors by name, not of its file: other forms of a checkpoint hold the same."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {len(tensors[name])}\n".encode())

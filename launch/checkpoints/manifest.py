@@ -31,7 +31,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def read_manifest(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """The manifest of a published checkpoint: `facts` as published, `files` {name: {bytes, sha256}}.
+    """Read the manifest of a published checkpoint: `facts` (metadata) as published, `files` {name: {bytes, sha256}}.
 
     Raises CheckpointError, a line for every file that is missing, has another size, is no plain file or was
     not published; with `verify` also for every file whose content has changed (which reads all of them).
@@ -62,10 +62,10 @@ def load_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _impossible(path: Path, facts: object, files: object) -> Iterator[str]:
+def _impossible(path: Path, metadata: object, files: object) -> Iterator[str]:
     """What `publish` would not have written into a manifest, a line each."""
-    if not isinstance(facts, dict) or not _is_count(step := facts.get("step")):
-        yield f"{path}: its facts name no step ({printable(repr(facts))[:80]}); {_OLDER}"
+    if not isinstance(metadata, dict) or not _is_count(step := metadata.get("step")):
+        yield f"{path}: its facts name no step ({printable(repr(metadata))[:80]}); {_OLDER}"
     elif (named := CHECKPOINT_NAME.fullmatch(path.parent.name)) and int(named[1]) != step:
         yield (
             f"{path}: is of another step than its folder ({step}, the folder says {named[1]}); "
@@ -98,12 +98,12 @@ def _is_inside(name: str) -> bool:
 
 def differences(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> Iterator[str]:
     """Every way in which a folder is not what its manifest says, a line each."""
-    found, unlisted = entries(folder)
+    statuses, unlisted = entries(folder)
     yield from unlisted
     for name, entry in files.items():
         if damage := _damage(folder / name, entry["bytes"], entry["sha256"], verify):
             yield damage
-    for name, status in found.items():
+    for name, status in statuses.items():
         if {name, *(parent.as_posix() for parent in PurePosixPath(name).parents)} & files.keys():
             continue  # published, or below a folder that took the place of a file, which is named already
         if name != MANIFEST:
@@ -136,7 +136,7 @@ def entries(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
 
     Empty folders are nothing: no content is lost or added with them. Links are not followed.
     """
-    found: dict[str, os.stat_result] = {}
+    statuses: dict[str, os.stat_result] = {}
     errors: list[OSError] = []
     for place, folders, files in os.walk(folder, onerror=errors.append):
         for path in (Path(place, name) for name in (*files, *folders)):
@@ -147,12 +147,12 @@ def entries(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
                 continue
             leftover = stat.S_ISREG(status.st_mode) and _NFS_LEFTOVER.fullmatch(path.name)
             if not stat.S_ISDIR(status.st_mode) and not leftover:
-                found[path.relative_to(folder).as_posix()] = status
+                statuses[path.relative_to(folder).as_posix()] = status
     problems = [
         f"{printable(str(error.filename))}: cannot be read ({reason_of(error)}); give permission, or {_OLDER}"
         for error in errors
     ]
-    return dict(sorted(found.items())), problems
+    return dict(sorted(statuses.items())), problems
 
 
 def not_plain(path: Path, mode: int) -> str | None:
@@ -173,6 +173,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
 
 
-def checksum_of(facts: object, files: object) -> str:
+def checksum_of(metadata: object, files: object) -> str:
     """sha256 of what a manifest says: no other file would notice a changed bit in it."""
-    return hashlib.sha256(json.dumps({"facts": facts, "files": files}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({"facts": metadata, "files": files}, sort_keys=True).encode()
+    ).hexdigest()

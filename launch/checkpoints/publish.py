@@ -30,29 +30,31 @@ def sync_and_hash(aside: Path, names: Iterable[str]) -> Entries:
 
 
 def publish(
-    aside: Path, final: Path, facts: dict[str, Any], replace: bool = False, known: Entries | None = None
+    aside: Path, final: Path, metadata: dict[str, Any], replace: bool = False, known: Entries | None = None
 ) -> None:
     """Make the complete folder `aside` the checkpoint `final`, at once or not at all.
 
     Every file reaches the disk before the manifest names it, and the manifest before the folder gets its
     name: a crash at any moment leaves either no checkpoint of that name or a whole one. A damaged folder in
-    the place of `final` is replaced. `facts`: what the trainer wants to know on resuming (JSON); its `step`
+    the place of `final` is replaced. `metadata`: what the trainer wants to know on resuming (JSON); its `step`
     is the one in the name of `final`. `known`: of `sync_and_hash` on the ranks that wrote these files.
     Raises CheckpointError when a file is known and not seen here (its rank writes to another disk), when a valid
     checkpoint stands there already (its whole content is read) and is not to be replaced, or when `aside` holds
     what is no plain file.
     """
     named = CHECKPOINT_NAME.fullmatch(final.name)
-    if not named or named[2] or facts.get("step") != int(named[1]):
-        raise ValueError(f"{final}: facts of step {facts.get('step')} do not belong to a folder of this name")
+    if not named or named[2] or metadata.get("step") != int(named[1]):
+        raise ValueError(
+            f"{final}: facts of step {metadata.get('step')} do not belong to a folder of this name"
+        )
     stands = not replace and os.path.lexists(final)
     if stands and inspect_checkpoint(final, int(named[1]), published=True, verify=True).valid:
         raise CheckpointError(f"{final}: a checkpoint of this step is published; resume from it or remove it")
     (aside / MANIFEST).unlink(missing_ok=True)  # of an attempt that failed
-    found, problems = entries(aside)
-    problems += filter(None, (not_plain(aside / name, status.st_mode) for name, status in found.items()))
+    present, problems = entries(aside)
+    problems += filter(None, (not_plain(aside / name, status.st_mode) for name, status in present.items()))
     known = known or {}
-    sizes = {name: status.st_size for name, status in found.items()}
+    sizes = {name: status.st_size for name, status in present.items()}
     problems += (
         f"{printable(str(aside / name))}: another rank wrote it ({entry['bytes']:,} bytes) and it is not seen here "
         f"({sizes.get(name, 0):,} bytes); put the run directory on a disk that all nodes share"
@@ -62,9 +64,9 @@ def publish(
     if problems:
         raise CheckpointError("\n".join(problems))
     follow_umask(aside)
-    files = {name: known.get(name) or _bring_to_disk(aside / name) for name in found}
-    # What JSON makes of the facts (text keys, lists) is what will be read back and sealed again.
-    content = json.loads(json.dumps({"facts": facts, "files": files}))
+    files = {name: known.get(name) or _bring_to_disk(aside / name) for name in present}
+    # What JSON makes of the metadata (text keys, lists) is what will be read back and sealed again.
+    content = json.loads(json.dumps({"facts": metadata, "files": files}))
     sealed = {**content, "sha256": checksum_of(content["facts"], content["files"])}
     atomic_write(aside / MANIFEST, json.dumps(sealed, indent=1) + "\n")
     for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):

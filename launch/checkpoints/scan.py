@@ -14,12 +14,12 @@ from launch.untrusted_files import reason_of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder of a run, as found. `facts`: as published ({} when not known); `bytes`: on the disk."""
+    """One folder of a run, as found. `metadata`: the manifest's `facts` ({} when not known); `bytes`: on the disk."""
 
     folder: Path
     step: int
     published: bool
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     bytes: int
     problems: tuple[str, ...]
 
@@ -32,17 +32,17 @@ class Checkpoint:
 def scan_checkpoints(
     run_dir: Path, verify: bool = True, telling: Callable[[Path], None] = lambda _: None
 ) -> list[Checkpoint]:
-    """Every checkpoint of a run, published or not, oldest step first.
+    """List every checkpoint of a run, published or not, oldest step first.
 
     With `verify` the whole content is read; `telling` hears of each folder before. Raises CheckpointError
     when the run's folder itself cannot be read: nothing found there would mean that nothing is there.
     """
-    found = []
+    checkpoints = []
     for step, published, folder in folders_of(run_dir):
         telling(folder)
-        found.append(inspect_checkpoint(folder, step, published, verify))
+        checkpoints.append(inspect_checkpoint(folder, step, published, verify))
     # A run under way may have published, or rotated away, what it had a moment ago.
-    return [checkpoint for checkpoint in found if os.path.lexists(checkpoint.folder)]
+    return [checkpoint for checkpoint in checkpoints if os.path.lexists(checkpoint.folder)]
 
 
 def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:

@@ -174,7 +174,14 @@ def submit(
         cluster.refuse_missing_sbatch()
         cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = planned_run.RunRequest(
-        recipe, tuple(overrides), strategy, None, name, runs_dir, fresh, tuple(allow), source
+        recipe=recipe,
+        overrides=tuple(overrides),
+        strategy=strategy,
+        name=name,
+        runs_dir=runs_dir,
+        fresh=fresh,
+        allow=tuple(allow),
+        source=source,
     )
     asked = import_foreign_checkpoint(cluster.choose(asked, chosen, nodes, gpus_per_node))
     submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch.atomic_files import place_of
+from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.options import (
     Allow,
@@ -23,6 +24,7 @@ from launch.cli.options import (
     RunName,
     RunsDir,
     Source,
+    Strategy,
     example,
     nodes_option,
 )
@@ -69,11 +71,6 @@ def samestep(
     """Options without a command."""
 
 
-Strategy = Annotated[
-    str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
-]
-
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
@@ -96,6 +93,7 @@ def plan(
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
+    from launch.planning.make_plan import make_plan
     from launch.recipe.loading import find_recipe, load_recipe
     from launch.rules.checks import refuse_topology
 
@@ -105,7 +103,7 @@ def plan(
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
-    show_plan(planned_run.plan_of(loaded, index, topology, loaded.name, identity=identity))
+    show_plan(make_plan(loaded, index, topology, identity=identity))
     show_memory(loaded, index, topology)
 
 
@@ -204,18 +202,17 @@ def run(
 
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
-        recipe,
-        tuple(overrides),
-        strategy,
-        gpus_per_node,
-        name,
-        runs_dir,
-        fresh,
-        tuple(allow),
-        source,
-        None,
-        machine,
-        gpu_memory,
+        recipe=recipe,
+        overrides=tuple(overrides),
+        strategy=strategy,
+        gpus_per_node=gpus_per_node,
+        name=name,
+        runs_dir=runs_dir,
+        fresh=fresh,
+        allow=tuple(allow),
+        source=source,
+        machine=machine,
+        gpu_memory=gpu_memory,
     )
     multi_machine.refuse_machine(machine)
     if machine_rank > 0 and not dry_run:
@@ -305,6 +302,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 app.add_typer(results_commands)
+app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 

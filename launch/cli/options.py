@@ -64,6 +64,10 @@ Processes = Annotated[
         show_default="the GPUs present, 2 on a CPU",
     ),
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
 ]

@@ -10,8 +10,8 @@ from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
-    from launch.local.topology import Topology
     from launch.planning.plan import Plan
+    from launch.planning.topology import Topology
     from launch.recipe.schema import Recipe
     from launch.run.changes import Change
 
@@ -22,7 +22,7 @@ def show_plan(plan: Plan, to_stderr: bool = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.planning.plan import plan_rows
+    from launch.planning.plan_table import plan_rows
 
     table = Table(
         "number",
@@ -42,11 +42,9 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     from rich.table import Table
 
     from launch.planning.oom_fallback import memory_rows
-    from launch.planning.plan import Hardware
     from launch.units import gib
 
-    where = Hardware(topology.strategy, topology.world_size, topology.device, topology.gpu_memory)
-    rows = memory_rows(recipe, index, where)
+    rows = memory_rows(recipe, index, topology)
     if not rows:
         return
     known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"

@@ -30,8 +30,8 @@ EMBEDDED_PACKAGES = ("matplotlib", "plotly", "torch", "transformers")
 
 def cache_root() -> Path:
     """`$SAMESTEP_CACHE`, by default `samestep` beside the Hugging Face cache."""
-    if chosen := os.environ.get("SAMESTEP_CACHE"):
-        return Path(chosen).expanduser().resolve()
+    if configured := os.environ.get("SAMESTEP_CACHE"):
+        return Path(configured).expanduser().resolve()
     return hugging_face_home().parent / "samestep"
 
 
@@ -42,7 +42,7 @@ def hugging_face_home() -> Path:
 
 
 def embedded_folder() -> Path:
-    """Where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
+    """Return where `prepare` builds the embedded charts (`data/`) and the tiny base (`model/`)."""
     return cache_root() / f"embedded-{embedded_version()}"
 
 
@@ -56,12 +56,12 @@ def embedded_version() -> str:
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of installed packages, by name."""
+    """Return the versions of installed packages, by name."""
     return {package: version(package) for package in packages}
 
 
 def base_is_there(recipe: Recipe) -> bool:
-    """A look for the base model's folder, without the libraries that load it: what is missing, `prepare` fetches."""
+    """Look for the base model's folder, without the libraries that load it: what is missing, `prepare` fetches."""
     name = recipe.model.name_or_path
     if name == EMBEDDED:
         return (embedded_folder() / "model" / "config.json").is_file()
@@ -72,7 +72,7 @@ def base_is_there(recipe: Recipe) -> bool:
 
 
 def config_file(recipe: Recipe) -> Path | None:
-    """Where config.json of a recipe's base lies: in its folder, the embedded one, or the hub's cache; None: nowhere."""
+    """Return where a recipe's base has its config.json: its folder, the embedded one, the hub's cache; or None."""
     name = recipe.model.name_or_path
     folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
     if (folder / "config.json").is_file():

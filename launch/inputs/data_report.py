@@ -46,7 +46,7 @@ class RowNote:
 
 
 def notes_of(recipe: Recipe, index: Path) -> list[RowNote]:
-    """Everything that the index in the folder `index` left out or that a run of the recipe cannot score."""
+    """List everything that the index in the folder `index` left out or that a run of the recipe cannot score."""
     notes = [RowNote(kind="dropped", **parse_json(line)) for line in _lines(index / DROPPED_ROWS)]
     for split in SPLITS:
         notes += _label_notes(index / f"{split}.parquet", split, recipe.evaluation.max_new_tokens)
@@ -105,6 +105,6 @@ def known_notes(recipe: Recipe) -> list[RowNote] | None:
 
 
 def keep_report(recipe: Recipe, run: Path) -> None:
-    """Into a run's folder, in the place of an older one."""
+    """Copy the report into a run's folder, in the place of an older one."""
     if (notes := known_notes(recipe)) is not None:
         write_report(notes, run)

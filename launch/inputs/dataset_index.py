@@ -80,7 +80,7 @@ def split_parts(split: str) -> tuple[str, str]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
+    """List the parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
     name, _ = split_parts(split)
     for place in (folder, folder / "data"):
         if files := sorted([*place.glob(f"{name}.parquet"), *place.glob(f"{name}-*.parquet")]):
@@ -89,7 +89,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def local_dataset(recipe: Recipe) -> Path | None:
-    """The folder of a local dataset, None for a hub id or the embedded set."""
+    """Return the folder of a local dataset, None for a hub id or the embedded set."""
     name = recipe.data.dataset
     if name == EMBEDDED:
         return None
@@ -133,12 +133,12 @@ def index_key(recipe: Recipe) -> str:
 
 
 def index_path(recipe: Recipe) -> Path:
-    """The folder of the recipe's index, existing or not."""
+    """Return the folder of the recipe's index, existing or not."""
     return cache_root() / "index" / index_key(recipe)
 
 
 def read_index(recipe: Recipe) -> Index | None:
-    """The recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
+    """Read the recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
     try:
         return _read_index(index_path(recipe))
     except (FileNotFoundError, _DamagedIndexError):
@@ -146,7 +146,7 @@ def read_index(recipe: Recipe) -> Index | None:
 
 
 def index_damage(recipe: Recipe) -> str | None:
-    """Why the recipe's index cannot be believed, in a line; None where it is whole, or not made yet."""
+    """Say why the recipe's index cannot be believed, in a line; None where it is whole, or not made yet."""
     try:
         _read_index(index_path(recipe))
     except FileNotFoundError:

@@ -55,11 +55,11 @@ def files_digest(files: Sequence[Path]) -> str:
 
 
 def _digests(files: Sequence[Path]) -> list[str]:
-    found = [_recall(state) if (state := _state_of(file)).size >= REMEMBERED else None for file in files]
-    unknown = [file for file, digest in zip(files, found, strict=True) if digest is None]
+    remembered = [_recall(state) if (state := _state_of(file)).size >= REMEMBERED else None for file in files]
+    unknown = [file for file, digest in zip(files, remembered, strict=True) if digest is None]
     states = [_state_of(file) for file in unknown]
     if sum(state.size for state in states) < REMEMBERED:
-        return [digest or _read(file) for file, digest in zip(files, found, strict=True)]
+        return [digest or _read(file) for file, digest in zip(files, remembered, strict=True)]
     with _one_at_a_time(states):  # of several processes or nodes one reads, the others find it remembered
         total = sum(state.size for state in states if _recall(state) is None)
         if total >= ANNOUNCED:
@@ -71,7 +71,7 @@ def _digests(files: Sequence[Path]) -> list[str]:
                 )
         return [
             digest or _recall(_state_of(file)) or _read(file)
-            for file, digest in zip(files, found, strict=True)
+            for file, digest in zip(files, remembered, strict=True)
         ]
 
 
@@ -129,11 +129,11 @@ def _recall(state: _State) -> str | None:
     if state in _known:
         return _known[state]
     try:
-        told = read_mapping(_place(state), LINE)
+        record = read_mapping(_place(state), LINE)
     except UNREADABLE:
         return None
-    digest = told.get("digest")
-    return digest if isinstance(digest, str) and told.get("file") == asdict(state) else None
+    digest = record.get("digest")
+    return digest if isinstance(digest, str) and record.get("file") == asdict(state) else None
 
 
 def _remember(state: _State, digest: str) -> None:

@@ -43,7 +43,7 @@ class RunIdentity:
         return [part for part in PARTS if part not in self.parts]
 
     def only(self, *parts: str) -> RunIdentity:
-        """Of these parts alone."""
+        """Keep these parts alone."""
         return RunIdentity({part: digest for part, digest in self.parts.items() if part in parts})
 
 
@@ -53,7 +53,7 @@ def short(digest: str) -> str:
 
 
 def what_is(part: str) -> str:
-    """A part in words: its files, or the rows it stands for. `model.content`: what older versions recorded."""
+    """Put a part in words: its files, or the rows it stands for. `model.content`: what older versions recorded."""
     if part in DATA_PARTS:
         return f"rows and images of data.{part.split('.')[1]}"
     if part == WEIGHTS:
@@ -76,7 +76,7 @@ def find_identity(recipe: Recipe, index: Index) -> RunIdentity:
 
 
 def model_identity(folder: Path) -> RunIdentity:
-    """Of a model's folder: its weights, and the files that turn text and images into what they see."""
+    """Identify a model's folder: its weights, and the files that turn text and images into what they see."""
     parts = {WEIGHTS: files_digest(weight_files(folder))}
     for part, files in part_files(folder).items():
         parts[part] = files_digest(files) if files else NONE
@@ -84,13 +84,15 @@ def model_identity(folder: Path) -> RunIdentity:
 
 
 def data_identity(index: Index) -> RunIdentity:
-    """Of prepared data: the rows of every split, with their images."""
+    """Identify prepared data: the rows of every split, with their images."""
     others = {f"data.{split}.rows": rows_digest(index.splits[split]) for split in SPLITS if split != "train"}
     return RunIdentity({TRAIN_ROWS: index.fingerprint, **others})
 
 
-def recorded_identity(facts: Mapping[str, Any]) -> RunIdentity:
-    """What the facts of a checkpoint say; of one that an older version wrote, the rows of training alone."""
-    told, rows = facts.get("identity"), facts.get("dataset_fingerprint")
-    parts = {str(part): str(digest) for part, digest in told.items()} if isinstance(told, Mapping) else {}
+def recorded_identity(metadata: Mapping[str, Any]) -> RunIdentity:
+    """What the metadata of a checkpoint says; of one that an older version wrote, the rows of training alone."""
+    recorded, rows = metadata.get("identity"), metadata.get("dataset_fingerprint")
+    parts = (
+        {str(part): str(digest) for part, digest in recorded.items()} if isinstance(recorded, Mapping) else {}
+    )
     return RunIdentity({**parts, TRAIN_ROWS: str(rows)} if rows else parts)

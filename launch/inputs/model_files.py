@@ -34,7 +34,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a model's folder, at least one.
+    """List the safetensors files that transformers loads from a model's folder, at least one.
 
     Raises:
         ConfigError: there are none, the index of a sharded model cannot be read, or a file that it names is missing.
@@ -52,10 +52,10 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(
         file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.safetensors")]
     )
-    found = f"it has {', '.join(others[:3])}" if others else "no weight file is there"
+    contents = f"it has {', '.join(others[:3])}" if others else "no weight file is there"
     raise ConfigError(
-        f"model.name_or_path: {folder} has no {SINGLE_FILE} and no {INDEX_FILE} ({found}); other forms cannot be told "
-        "apart or merged into: save the model with `save_pretrained` of transformers 5 and name that folder"
+        f"model.name_or_path: {folder} has no {SINGLE_FILE} and no {INDEX_FILE} ({contents}); other forms cannot be "
+        "told apart or merged into: save the model with `save_pretrained` of transformers 5 and name that folder"
     )
 
 
@@ -81,13 +81,13 @@ def part_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def hub_commit(folder: Path) -> str | None:
-    """The commit of a snapshot in the hub's cache; None for any other folder, whatever its name."""
+    """Return the commit of a snapshot in the hub's cache; None for any other folder, whatever its name."""
     cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     return folder.name if cached and COMMIT.fullmatch(folder.name) else None
 
 
 def old_base_identity(folder: Path) -> str:
-    """What versions before the identity by parts recorded of a base: the commit of a hub model, else a sample.
+    """Return what versions before the identity by parts recorded of a base: the commit of a hub model, else a sample.
 
     sha256 over config.json and 64 blocks of 64 KiB of each weight file. Only ever compared with what they recorded.
     """
@@ -105,7 +105,7 @@ def old_base_identity(folder: Path) -> str:
 
 
 def old_kind(identity: object) -> str | None:
-    """Of what an older version recorded: `commit`, `sample`; None for a folder's name, which proves nothing."""
+    """Name the kind of an older version's record: `commit`, `sample`; None for a folder's name: it proves nothing."""
     if not isinstance(identity, str):
         return None
     if COMMIT.fullmatch(identity):

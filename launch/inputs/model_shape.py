@@ -109,7 +109,7 @@ def _ends_in(linear: str, name: str, layers: int | None) -> bool:
 
 
 def read_shape(recipe: Recipe) -> ModelShape | str:
-    """The shape of a recipe's base model; or, where its config.json is not here or not understood, why."""
+    """Read the shape of a recipe's base model; or, where its config.json is not here or not understood, why."""
     file = config_file(recipe)
     if file is None:
         return f"config.json of {recipe.model.name_or_path} is not on this machine; `samestep prepare` fetches it"
@@ -120,7 +120,7 @@ def read_shape(recipe: Recipe) -> ModelShape | str:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """From config.json: flat, as on the hub, or with a `text_config`, as transformers 5 writes it.
+    """Derive the shape from config.json: flat, as on the hub, or with a `text_config`, as transformers 5 writes it.
 
     Raises KeyError, TypeError or ValueError when it is not a Qwen2-VL's.
     """

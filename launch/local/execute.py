@@ -60,7 +60,7 @@ def execute_with_oom_retry(planned: PlannedRun, request: RunRequest) -> Marker:
         if (
             request.machine.nodes > 1
             or smaller is None
-            or smaller.out_of_memory <= planned.plan.out_of_memory
+            or smaller.settings.out_of_memory <= planned.plan.settings.out_of_memory
         ):
             raise
     log_stderr("a GPU ran out of memory; once more, with settings that need less of it")

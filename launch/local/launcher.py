@@ -28,6 +28,7 @@ from launch.run.directory import (
     request_stop,
 )
 from launch.run.lock import lock_holder, refuse_if_running
+from launch.strategies import STRATEGIES
 from launch.subprocesses import STARTED, processes_with, wait_for
 
 LINGERING_S = 6.0
@@ -159,7 +160,7 @@ def trainer_command(
     """argv that starts a trainer module on a machine's processes of a layout."""
     return launch_command(
         layout,
-        config_file=resource("accelerate_configs", f"{layout.strategy}.yaml"),
+        config_file=resource("accelerate_configs", STRATEGIES[layout.strategy].config_file),
         module=module,
         module_args=arguments,
         port=machine.main_process_port or free_port(),
@@ -173,7 +174,7 @@ def child_environment(layout: Layout) -> dict[str, str]:
     """The environment of the launcher. One process sees one GPU: Trainer would spread over all it sees."""
     extra = (
         {"CUDA_VISIBLE_DEVICES": first_visible_gpu()}
-        if layout.strategy == "single" and layout.device == "cuda"
+        if STRATEGIES[layout.strategy].is_one_process and layout.device == "cuda"
         else {}
     )
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", STARTED: str(time.time()), **extra}

@@ -20,8 +20,9 @@ from launch.inputs.caches import base_is_there
 from launch.inputs.data_report import known_notes, summary
 from launch.inputs.dataset_index import read_index
 from launch.local.launcher import ALONE, Machine
-from launch.local.topology import Topology, choose_topology, for_gpus_of, refuse_missing_gpus
-from launch.planning.plan import Plan, make_plan
+from launch.local.topology import choose_topology, for_gpus_of, refuse_missing_gpus
+from launch.planning.plan import Plan
+from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.rules.checks import refuse_topology
@@ -29,39 +30,47 @@ from launch.run.changes import Change
 from launch.run.continuation import (
     Continuation,
     continue_run,
-    plan_to_keep,
-    refuse_an_end_behind,
-    refuse_another_identity,
     refuse_lost_checkpoints,
 )
 from launch.run.directory import RunDirectory, is_done_at, open_run
 from launch.run.lock import refuse_if_running
+from launch.run.planned import plan_attempt
 from launch.subprocesses import call_module
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
-    from launch.inputs.identity import RunIdentity
 
 # Of a run: checkpoints of a few adapters; more is for the machine's owner to see to.
 NEEDED_BYTES = 100 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What `samestep run` was asked for."""
+    """A request for a run, as the command line or a job states it."""
 
     recipe: str
-    overrides: Sequence[str]
-    strategy: str | None
-    gpus_per_node: int | None
-    name: str | None
+    """Name or file of a recipe."""
+    overrides: Sequence[str] = ()
+    """`KEY=VALUE` of the recipe."""
+    strategy: str | None = None
+    """None: by the number of processes."""
+    gpus_per_node: int | None = None
+    """None: the GPUs that are here."""
+    name: str | None = None
+    """None: the recipe's."""
     runs_dir: Path
-    fresh: bool
+    fresh: bool = False
+    """Move a run of that name aside and begin anew."""
     allow: Sequence[str] = ()
-    source: Path | None = None  # a checkpoint of another run
-    topology: Topology | None = None  # of other machines than this one: then all of it is said
+    """What may differ from the run that goes on."""
+    source: Path | None = None
+    """A checkpoint of another run to begin with."""
+    topology: Topology | None = None
+    """Of other machines than this one; then strategy and gpus_per_node are not looked at."""
     machine: Machine = ALONE
-    gpu_memory: str | None = None  # of each GPU, as the command line says it
+    """Which of several machines without a scheduler this is."""
+    gpu_memory: str | None = None
+    """Of each GPU, as the command line says it."""
 
 
 @dataclass(frozen=True)
@@ -161,47 +170,17 @@ def plan_run(request: RunRequest) -> PlannedRun:
     checked = check_request(request)
     run, recipe, continuation = checked.run, checked.recipe, checked.continuation
     index = load_index(checked.recipe_file, recipe, request.overrides)
-    begun, source = _begun(request, run), continuation.source
-    allowed = continuation.allowed if source else request.allow
-    identity = run_identity.find_identity(recipe, index)
-    others = refuse_another_identity(begun, identity, allowed, source)
-    topology = checked.topology
-    hardware = {name: getattr(topology, name) for name in ("strategy", "nodes", "gpus_per_node", "device")}
-    before = plan_to_keep(
-        begun, recipe, {**hardware, "gpu_memory": topology.gpu_memory or 0}, index.fingerprint
-    )
-    plan = plan_of(recipe, index, topology, run.name, continuation, before, identity)
-    refuse_an_end_behind(begun, plan.max_steps, source)
-    return PlannedRun(recipe, plan, run, continuation, (*continuation.changed, *others))
-
-
-def plan_of(
-    recipe: Recipe,
-    index: Index,
-    topology: Topology,
-    name: str,
-    continuation: Continuation = Continuation(),  # noqa: B008 - frozen
-    before: Plan | None = None,
-    identity: RunIdentity | None = None,
-) -> Plan:
-    """The plan of a recipe on a topology, going on with what was begun before, with the settings of `before`."""
-    return make_plan(
+    plan, changed = plan_attempt(
+        _begun(request, run),
         recipe,
         index,
-        strategy=topology.strategy,
-        nodes=topology.nodes,
-        gpus_per_node=topology.gpus_per_node,
-        device=topology.device,
-        name=name,
-        begin=continuation.begin,
-        allowed=continuation.allowed,
-        started_from=continuation.started_from,
-        gpu_memory=topology.gpu_memory,
-        before=before,
-        packages_here=topology.packages_here,
-        identity=identity,
-        samples_digest=continuation.samples_digest,
+        run_identity.find_identity(recipe, index),
+        checked.topology,
+        continuation,
+        allow=request.allow,
+        name=run.name,
     )
+    return PlannedRun(recipe, plan, run, continuation, changed)
 
 
 def is_done(planned: PlannedRun) -> bool:

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.planning.auto_settings import parse_gpu_memory
-
-
-@dataclass(frozen=True)
-class Topology:
-    """How many processes of which strategy.
-
-    `gpu_memory`: bytes of the smallest GPU, None where not known; `packages_here`: they use this Python's packages.
-    """
-
-    strategy: str
-    nodes: int
-    gpus_per_node: int
-    device: str
-    gpu_memory: int | None = None
-    packages_here: bool = True
-
-    @property
-    def world_size(self) -> int:
-        """Processes on all nodes."""
-        return self.nodes * self.gpus_per_node
+from launch.planning.topology import Topology
+from launch.strategies import STRATEGIES, default_strategy
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:
     """Fill in what was not said: the GPUs present (2 processes on a CPU), `single` for one, else `ddp`."""
     present = gpus_present()
     count = gpus_per_node if gpus_per_node is not None else (present or CPU_PROCESSES)
-    if strategy == "single" and gpus_per_node is None:
+    if strategy is None:
+        strategy = default_strategy(nodes * count).name
+    elif gpus_per_node is None and strategy in STRATEGIES and STRATEGIES[strategy].is_one_process:
         count = 1
-    chosen = strategy if strategy is not None else ("single" if nodes * count == 1 else "ddp")
-    return Topology(chosen, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)
+    return Topology(strategy, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)
 
 
 def for_gpus_of(topology: Topology, memory: str | None) -> Topology:

@@ -47,7 +47,7 @@ def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
         return None
     if newest.step > plan.max_steps:
         return f"be refused: step {newest.step} lies beyond the end of its plan ({plan.max_steps} steps)"
-    seen = newest.facts.get("samples_consumed")
+    seen = newest.metadata.get("samples_consumed")
     if not isinstance(seen, int | None):
         return f"be refused: step {newest.step} does not say how many samples it has seen"
     if seen is not None and (newest.step < plan.begin.step or seen != samples_consumed(plan, newest.step)):
@@ -59,7 +59,7 @@ def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:
 
 
 def _fact(checkpoint: Checkpoint, name: str, absent: str) -> str:
-    return printable(str(checkpoint.facts.get(name, absent))) if checkpoint.facts else _UNKNOWN
+    return printable(str(checkpoint.metadata.get(name, absent))) if checkpoint.metadata else _UNKNOWN
 
 
 def _age_of(checkpoint: Checkpoint, now: float) -> str:

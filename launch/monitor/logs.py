@@ -102,7 +102,7 @@ def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
         raise ConfigError(
             f"--rank: {rank} is none of this run's ({plan.world_size} ranks); give 0 to {plan.world_size - 1}"
         )
-    if plan.strategy == "single":  # no torchrun: the job's log is the rank's
+    if plan.parallelism.is_one_process:  # no torchrun: the job's log is the rank's
         return _of_job(run, ledger.read_ledger(run))
     attempts = [
         path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+(_\d+)?\.\d+", path.name)

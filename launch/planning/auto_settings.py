@@ -15,7 +15,7 @@ import numpy as np
 
 from launch.errors import ConfigError
 from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, load_of, memory_of
-from launch.strategies import SHARDING
+from launch.strategies import STRATEGIES
 from launch.units import GIB, gib
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _MOST_VALUES = 2**31 - 1  # of one tensor: kernels count in int32
 
 
 @dataclass(frozen=True)
-class Machine:
+class Gpus:
     """The GPUs a run will have, as far as known. `memory`: bytes of the smallest, None: not known; `device`: `cuda` or
     `cpu`."""
 
@@ -59,7 +59,7 @@ class Batches:
     count: Callable[[int], int]
 
     def packed(self, tokens: int) -> Packed:
-        """A micro-batch of so many tokens at its heaviest."""
+        """Return a micro-batch of so many tokens at its heaviest."""
         return Packed(tokens, math.ceil(tokens * self.visual), math.ceil(tokens * self.scored))
 
 
@@ -77,7 +77,7 @@ class ChosenSettings:
 def batches_of(
     split: Split, longest: int, global_batch_size: int, world_size: int, count: Callable[[int], int]
 ) -> Batches:
-    """From a training split; `longest`: of all splits."""
+    """Count them from a training split; `longest`: of all splits."""
     tokens = split.tokens
     heaviest = int(np.sort(tokens)[-min(global_batch_size, len(tokens)) :].sum())
     return Batches(
@@ -92,36 +92,36 @@ def batches_of(
 
 def choose(
     recipe: Recipe,
-    machine: Machine,
+    gpus: Gpus,
     shape: ModelShape | str,
     strategy: str,
     world_size: int,
     batches: Batches,
 ) -> ChosenSettings:
-    """The fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
+    """Choose the fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
 
     `shape`: of the base model, or why it is not known. Where it or the memory is not known, what needs the least.
     """
     if isinstance(shape, str):
         return _cautious(recipe, batches, None, shape)
-    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, machine))
-    if machine.memory is None:
-        what = "the GPU's memory is not known" if machine.device == "cuda" else "no GPU here"
+    load = load_of(recipe, shape, strategy, world_size, kernels_of(recipe, gpus))
+    if gpus.memory is None:
+        what = "the GPU's memory is not known" if gpus.device == "cuda" else "no GPU here"
         return _cautious(
             recipe, batches, load, f"{what}, so little memory (--gpu-memory 24GB: for such GPUs)"
         )
-    found = [
+    fitting = [
         (_tokens_of_work(batches, tokens, settings, load), tokens, settings)
         for settings in _open_settings(recipe, strategy, shape)
-        if (tokens := _largest_budget(recipe, machine.memory, load, settings, batches)) is not None
+        if (tokens := _largest_budget(recipe, gpus.memory, load, settings, batches)) is not None
     ]
-    if not found:
-        return _too_large(recipe, machine.memory, load, batches)
-    _, tokens, settings = min(found, key=lambda entry: entry[0])
+    if not fitting:
+        return _too_large(recipe, gpus.memory, load, batches)
+    _, tokens, settings = min(fitting, key=lambda entry: entry[0])
     if recipe.batch.micro_batch_tokens == "auto":
         tokens = _evened_out(tokens, batches)
     memory = memory_of(load, batches.packed(tokens), settings)
-    return ChosenSettings(tokens, settings, memory, f"the fastest that fits {gib(machine.memory)}", True)
+    return ChosenSettings(tokens, settings, memory, f"the fastest that fits {gib(gpus.memory)}", True)
 
 
 def less_than(memory: Memory) -> int:
@@ -129,13 +129,13 @@ def less_than(memory: Memory) -> int:
     return memory.reserved - (memory.activations + memory.temporary) // 10 - 1
 
 
-def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
+def kernels_of(recipe: Recipe, gpus: Gpus) -> Kernels:
     """How decoder layers will be computed there, as `trainer.model.base.prepare_training` decides it."""
     quantization = recipe.quantization
     dtypes = {recipe.model.dtype}
     if quantization.load_in_4bit:
         dtypes.add(quantization.bnb_4bit_compute_dtype)
-    cuda = machine.device == "cuda"
+    cuda = gpus.device == "cuda"
     installed = all(find_spec(name) is not None for name in ("triton", "liger_kernel"))
     fused = cuda and installed and dtypes == {"bfloat16"}
     return Kernels(fused, fused)
@@ -143,27 +143,29 @@ def kernels_of(recipe: Recipe, machine: Machine) -> Kernels:
 
 def _open_settings(recipe: Recipe, strategy: str, shape: ModelShape) -> Iterator[Settings]:
     """Every combination that the recipe allows."""
-    asked = recipe.training.gradient_checkpointing
+    checkpointing = recipe.training.gradient_checkpointing
     recomputed: Sequence[int] = (
-        [every for every in RECOMPUTED if every <= shape.layers] if asked == "auto" else [int(asked)]
+        [every for every in RECOMPUTED if every <= shape.layers]
+        if checkpointing == "auto"
+        else [int(checkpointing)]
     )
     for resident in _residencies(recipe, strategy):
         yield from (Settings(resident, every) for every in recomputed)
 
 
 def _residencies(recipe: Recipe, strategy: str) -> Sequence[bool]:
-    asked = recipe.model.resident_weights
+    keep_dequantized = recipe.model.resident_weights
     if not recipe.quantization.load_in_4bit:
         return [False]
-    if asked == "auto":
-        return [False] if strategy in SHARDING else [True, False]
-    return [asked]
+    if keep_dequantized == "auto":
+        return [False] if STRATEGIES[strategy].shards_layers else [True, False]
+    return [keep_dequantized]
 
 
 def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Load) -> float:
     """Time of an optimizer step, in tokens through one forward: forward, backward and what is recomputed."""
-    passes = 2 + (1 / settings.recompute_every if settings.recompute_every else 0)
-    dequantizations = 0 if settings.resident_weights or not load.load_in_4bit else passes
+    passes = 2 + (1 / settings.activation_checkpoint_every if settings.activation_checkpoint_every else 0)
+    dequantizations = 0 if settings.keep_dequantized or not load.load_in_4bit else passes
     each = _TOKENS_A_MICRO_BATCH + dequantizations * _TOKENS_A_DEQUANTIZATION
     return batches.step_tokens * passes + batches.count(tokens) * each
 
@@ -171,14 +173,14 @@ def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Loa
 def _largest_budget(
     recipe: Recipe, memory: int, load: Load, settings: Settings, batches: Batches
 ) -> int | None:
-    """The most tokens of a micro-batch that fit; None when the recipe's own, or the longest sample, does not."""
+    """Find the most tokens of a micro-batch that fit; None when the recipe's own, or the longest sample, does not."""
 
     def fits(tokens: int) -> bool:
         return memory_of(load, batches.packed(tokens), settings).reserved <= memory
 
-    asked = recipe.batch.micro_batch_tokens
-    if asked != "auto":
-        return asked if fits(asked) else None
+    budget = recipe.batch.micro_batch_tokens
+    if budget != "auto":
+        return budget if fits(budget) else None
     low, high = batches.longest, max(batches.longest, min(batches.most_tokens, _most_tokens(load)))
     return _last(low, high, fits)
 
@@ -198,7 +200,7 @@ def _last(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _evened_out(tokens: int, batches: Batches) -> int:
-    """The smallest budget with as few micro-batches: they then hold about as much each."""
+    """Find the smallest budget with as few micro-batches: they then hold about as much each."""
     count = batches.count(tokens)
     more = _last(batches.longest, tokens, lambda budget: batches.count(budget) > count)
     return batches.longest if more is None else min(tokens, more + 1)
@@ -206,8 +208,8 @@ def _evened_out(tokens: int, batches: Batches) -> int:
 
 def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) -> ChosenSettings:
     """What needs little memory, whatever there is of it."""
-    asked, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
-    tokens = CAUTIOUS_SAMPLES * batches.longest if asked == "auto" else asked
+    budget, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
+    tokens = CAUTIOUS_SAMPLES * batches.longest if budget == "auto" else budget
     resident = recipe.model.resident_weights is True and recipe.quantization.load_in_4bit
     settings = Settings(resident, 1 if every == "auto" else int(every))
     memory = memory_of(load, batches.packed(tokens), settings) if load else None
@@ -217,8 +219,8 @@ def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) 
 def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> ChosenSettings:
     """Nothing fits, says the arithmetic: the least that the recipe allows, for the first micro-batch to decide."""
     least = _cautious(recipe, batches, load, "")
-    asked = recipe.batch.micro_batch_tokens
-    tokens = batches.longest if asked == "auto" else asked
+    budget = recipe.batch.micro_batch_tokens
+    tokens = batches.longest if budget == "auto" else budget
     needed = memory_of(load, batches.packed(tokens), least.settings)
     reason = f"planned {gib(needed.reserved)} do not fit {gib(memory)}"
     return ChosenSettings(tokens, least.settings, needed, reason, False)
@@ -228,22 +230,22 @@ def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> Cho
 
 
 def parse_gpu_memory(text: str, option: str = "--gpu-memory") -> int:
-    """Bytes of `24GB`, `24` or `24 GiB`: a card's name and what it has are both counted in 2**30 bytes.
+    """Return the bytes of `24GB`, `24` or `24 GiB`: a card's name and what it has are both counted in 2**30 bytes.
 
     Raises:
         ConfigError: it is not the size of a GPU that there could be; `option` is where it was said.
     """
-    found = re.fullmatch(
+    size = re.fullmatch(
         r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE | re.ASCII
     )
-    if found is None or not 1 <= float(found[1]) <= 10_000:
+    if size is None or not 1 <= float(size[1]) <= 10_000:
         raise ConfigError(
             f"{option}: {text[:60]!a} is not the memory of a GPU (1 to 10,000 GB); give that of one, for example 24GB"
         )
-    return int(float(found[1]) * GIB)
+    return int(float(size[1]) * GIB)
 
 
 def recomputation(every: int) -> str:
-    """Which decoder layers' activations the backward pass computes again."""
+    """Say which decoder layers' activations the backward pass computes again."""
     ordinal = f"{every}{ {2: 'nd', 3: 'rd'}.get(every % 10 if every % 100 // 10 != 1 else 0, 'th') }"
     return {0: "none", 1: "all decoder layers"}.get(every, f"every {ordinal} decoder layer")

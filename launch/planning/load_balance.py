@@ -1,9 +1,8 @@
-"""Dealing the samples of one step: to ranks so that their work is level, to micro-batches within a budget.
+"""Assigning the samples of one step: to ranks so that their work is balanced, to micro-batches within a budget.
 
-Pure functions of their arguments, in whole numbers: every rank computes the same deal on any machine.
+Pure functions of their arguments, in whole numbers: every rank computes the same assignment on any machine.
 """
 
-import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from launch.errors import ConfigError
+from launch.planning.bin_packing import (
+    Groups,
+    best_fit_decreasing,
+    fill_empty,
+    largest_first,
+    members_of,
+    pack,
+    spread,
+    total,
+)
 
 _COST_UNITS = 2**32  # resolution of the whole numbers that costs become inside `assign`
 _BALANCED = 500  # levelling stops when the heaviest rank is within 1/500 of the mean: no step is timed finer
@@ -39,7 +48,7 @@ def assign(
     budget: int,
     micro_batches: int | None = None,
 ) -> list[list[MicroBatch]]:
-    """Deal the samples of a step (or of an evaluation) to ranks and micro-batches.
+    """Assign the samples of a step (or of an evaluation) to ranks and micro-batches.
 
     `samples`: positions in the split, in stream order. `tokens`, `costs`: of the whole split, by position.
     `budget`: the most tokens of a micro-batch. `micro_batches`: how many every rank gets; None for the fewest
@@ -70,7 +79,7 @@ def assign(
 
 
 def micro_batches_needed(lengths: Sequence[int], world_size: int, budget: int) -> int:
-    """The fewest micro-batches per rank that best-fit decreasing packs samples of these lengths into.
+    """Count the fewest micro-batches per rank that best-fit decreasing packs samples of these lengths into.
 
     Never more than samples / ranks, rounded up. Raises ConfigError when a sample is longer than the budget.
     """
@@ -78,13 +87,13 @@ def micro_batches_needed(lengths: Sequence[int], world_size: int, budget: int) -
         raise ValueError(f"{len(lengths)} samples cannot be dealt to {world_size} ranks")
     if max(lengths) > budget:
         raise ConfigError(too_long(max(lengths), budget))
-    return -(-len(_best_fit_decreasing(lengths, range(len(lengths)), budget)) // world_size)
+    return -(-len(best_fit_decreasing(lengths, range(len(lengths)), budget)) // world_size)
 
 
 def most_micro_batches(
     lengths_of: Callable[[int], NDArray[np.int64]], steps: int, world_size: int, budget: int
 ) -> int:
-    """The largest `micro_batches_needed` of the steps 0 to `steps`, each with the sample lengths `lengths_of(step)`.
+    """Find the largest `micro_batches_needed` of the steps 0 to `steps`, whose sample lengths are `lengths_of(step)`.
 
     Packing every step of a large run takes seconds. But a pack is opened for a sample that fits into none of those
     before, so each of them lacks less than the step's longest sample: that bounds the packs of most steps well enough.
@@ -100,14 +109,11 @@ def most_micro_batches(
 
 
 def too_long(longest: int, budget: int) -> str:
-    """The refusal of a budget below the longest sample."""
+    """Word the refusal of a budget below the longest sample."""
     return (
         f"batch.micro_batch_tokens: the longest sample does not fit ({longest:,} tokens > {budget:,}); "
         f"raise it to {longest:,} or more, or lower data.max_pixels and prepare again"
     )
-
-
-Groups = list[list[int]]  # samples by their place in the step, ascending; one list per micro-batch (or rank)
 
 
 def _micro_batch(group: list[int], names: list[int], filler: MicroBatch) -> MicroBatch:
@@ -118,7 +124,7 @@ def _micro_batch(group: list[int], names: list[int], filler: MicroBatch) -> Micr
 def _whole_costs(costs: NDArray[np.float64]) -> list[int]:
     """Costs as whole numbers >= 1.
 
-    Their sums are exact, so that no processor's order of additions can lead one rank to another deal.
+    Their sums are exact, so that no processor's order of additions can lead one rank to another assignment.
     """
     top = float(costs.max())
     scaled = costs / top * _COST_UNITS if top > 0 else costs
@@ -130,11 +136,11 @@ def _assign_samples_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups] | None:
     """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
-    spread = _spread(work, world_size)
-    rank_of = _level(work, lengths, spread, list(range(world_size)), budget=sum(lengths))
+    greedy = spread(work, world_size)
+    rank_of = _level(work, lengths, greedy, list(range(world_size)), budget=sum(lengths))
     ranks = []
-    for members in _groups(rank_of, world_size):
-        groups = _pack(lengths, members, budget, micro_batches)
+    for members in members_of(rank_of, world_size):
+        groups = pack(lengths, members, budget, micro_batches)
         if groups is None:
             return None
         ranks.append(groups)
@@ -144,43 +150,21 @@ def _assign_samples_first(
 def _assign_bins_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups]:
-    """Pack the whole step, deal the bins to ranks, then level by swaps that keep bins within the budget."""
+    """Pack the whole step, assign the bins to ranks, then level by swaps that keep bins within the budget."""
     bins = world_size * micro_batches
-    packed = _pack(lengths, range(len(lengths)), budget, bins)
+    packed = pack(lengths, range(len(lengths)), budget, bins)
     if packed is None:
         raise AssertionError(f"best-fit decreasing packed {len(lengths)} samples into at most {bins} before")
     bin_of = [0] * len(lengths)
     for index, members in enumerate(packed):
         for member in members:
             bin_of[member] = index
-    rank_of_bin = _spread([_total(members, work) for members in packed], world_size, most=micro_batches)
-    levelled = _groups(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
+    rank_of_bin = spread([total(members, work) for members in packed], world_size, most=micro_batches)
+    levelled = members_of(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
     ranks: list[Groups] = [[] for _ in range(world_size)]
     for rank, members in zip(rank_of_bin, levelled, strict=True):
         ranks[rank].append(members)
-    return [_largest_first(_fill_empty(groups, lengths), lengths) for groups in ranks]
-
-
-def _groups(group_of: list[int], count: int) -> Groups:
-    """The members of each group, ascending."""
-    groups: Groups = [[] for _ in range(count)]
-    for index, group in enumerate(group_of):
-        groups[group].append(index)
-    return groups
-
-
-def _spread(weights: Sequence[int], count: int, most: int | None = None) -> list[int]:
-    """The group of each weight: heaviest first, to the lightest group, at most `most` to each (LPT)."""
-    group_of = [0] * len(weights)
-    heap = [(0, 0, group) for group in range(count)]
-    for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        load, held, group = heap[0]
-        group_of[index] = group
-        if held + 1 == most:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (load + weights[index], held + 1, group))
-    return group_of
+    return [largest_first(fill_empty(groups, lengths), lengths) for groups in ranks]
 
 
 def _level(
@@ -262,12 +246,12 @@ def _pass(giver: list[tuple[int, int]], taker: list[tuple[int, int]], item: tupl
 def _best_swap(
     own: list[tuple[int, int]], other: list[tuple[int, int]], gap: int, fits: Callable[[int, int], bool]
 ) -> tuple[int, int] | None:
-    """The samples (given, taken) whose swap leaves the lower maximum of two ranks; None when none lowers it.
+    """Find the samples (given, taken) whose swap leaves the lower maximum of two ranks; None when none lowers it.
 
     `own`, `other`: (work, sample), ascending, of the heavier and the lighter rank, `gap` apart.
     Giving away g leaves the larger of the two `max(gap - g, g)` above the lighter rank's old load.
     """
-    best, found, end = gap, None, len(other)
+    best, swap, end = gap, None, len(other)
     for mine, give in own:
         if not mine:
             continue
@@ -280,58 +264,6 @@ def _best_swap(
                 if top >= best:
                     break
                 if fits(give, take):
-                    best, found = top, (give, take)
+                    best, swap = top, (give, take)
                     break
-    return found
-
-
-def _pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:
-    """`members` in `count` groups of at most `budget` tokens, as even as they come; None: they do not fit."""
-    group_of = _spread([lengths[i] for i in members], count)
-    groups: Groups = [[] for _ in range(count)]
-    for member, group in zip(members, group_of, strict=True):
-        groups[group].append(member)
-    if any(_total(group, lengths) > budget for group in groups):
-        groups = _best_fit_decreasing(lengths, members, budget)
-        if len(groups) > count:
-            return None
-        groups = _fill_empty(groups + [[] for _ in range(count - len(groups))], lengths)
-    return _largest_first(groups, lengths)
-
-
-def _fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
-    """Halve the group of most tokens for each empty one, as long as some group has two samples to share."""
-    filled = [list(group) for group in groups]
-    for empty in [group for group in filled if not group]:
-        whole = max(filled, key=lambda group: (len(group) > 1, _total(group, lengths)))
-        halves = _groups(_spread([lengths[i] for i in whole], 2), 2)
-        if not halves[1]:
-            break
-        empty[:], whole[:] = [whole[i] for i in halves[1]], [whole[i] for i in halves[0]]
-    return filled
-
-
-def _total(group: Sequence[int], weights: Sequence[int]) -> int:
-    return sum(weights[i] for i in group)
-
-
-def _largest_first(groups: Groups, lengths: Sequence[int]) -> Groups:
-    """By tokens, descending: ranks run their large micro-batches side by side, and memory peaks at once."""
-    return sorted(groups, key=lambda group: -_total(group, lengths))
-
-
-def _best_fit_decreasing(lengths: Sequence[int], members: Sequence[int], budget: int) -> Groups:
-    """Each sample, longest first, into the fullest group with room for it; a new group when none has."""
-    groups: Groups = []
-    rooms: list[tuple[int, int]] = []  # (room, group), ascending
-    for index in sorted(members, key=lambda i: -lengths[i]):
-        length = lengths[index]
-        at = bisect_left(rooms, (length, -1))
-        if at == len(rooms):
-            groups.append([index])
-            insort(rooms, (budget - length, len(groups) - 1))
-        else:
-            room, into = rooms.pop(at)
-            groups[into].append(index)
-            insort(rooms, (room - length, into))
-    return groups
+    return swap

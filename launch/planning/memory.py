@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from launch.strategies import _ZERO, SHARDING
+from launch.strategies import STRATEGIES
 from launch.units import GIB
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Load:
     @property
     def shares(self) -> int:
         """Processes that the decoder layers are cut over."""
-        return self.world_size if self.strategy in SHARDING else 1
+        return self.world_size if STRATEGIES[self.strategy].shards_layers else 1
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Settings:
-    """What trades memory for time and alters no number; as `launch.planning.plan.Plan` has them."""
+    """What trades memory for time and alters no number; `launch.planning.plan.PlannedSettings` adds why."""
 
-    resident_weights: bool
-    recompute_every: int
+    keep_dequantized: bool
+    """4-bit weights are held dequantized, instead of being dequantized for every product."""
+    activation_checkpoint_every: int
+    """Every n-th decoder layer's activations are recomputed in the backward pass; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
     kept, temporary = _training_peak(load, packed, settings)
     return Memory(
-        base=_base_bytes(replace(load, load_in_4bit=False) if settings.resident_weights else load),
+        base=_base_bytes(replace(load, load_in_4bit=False) if settings.keep_dequantized else load),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -169,20 +171,20 @@ def _undivided_bytes(load: Load) -> int:
 
 
 def _base_bytes(load: Load) -> int:
-    """The frozen base while it trains; of sharded layers the one that computes and the next are whole."""
+    """Count the frozen base while it trains; of sharded layers the one that computes and the next are whole."""
     layer, layers = load.shape.layer_weights, load.shape.layers
     whole = 2 * _linear_bytes(load, layer) if load.shares > 1 else 0
     return _undivided_bytes(load) + layers * _linear_bytes(load, layer, load.shares) + whole
 
 
 def _loading_bytes(load: Load) -> int:
-    """The peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the trial of
-    the largest micro-batch, when one more is on its way.
+    """Count the peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the
+    trial of the largest micro-batch, when one more is on its way.
 
     The largest linear layer is there as it was read while it is quantized.
     """
     shape = load.shape
-    shares = load.shares if load.strategy == "fsdp" else 1
+    shares = load.shares if STRATEGIES[load.strategy].shards_while_loading else 1
     layers = shape.layers * _linear_bytes(load, shape.layer_weights, shares)
     whole = _linear_bytes(load, shape.layer_weights) if load.shares > 1 else 0
     read = _largest_linear(shape) * load.weight_bytes if load.load_in_4bit else 0
@@ -207,10 +209,11 @@ def _trained_bytes(load: Load) -> int:
 
 def bytes_of_first_step(strategy: str, world_size: int, count: int) -> int:
     """What `count` trained weights need beside themselves and their gradients: two moments; buckets of a reduction."""
-    if strategy in _ZERO:
+    engine = STRATEGIES[strategy].engine
+    if engine == "deepspeed":
         shared = 8 + 4 + 4  # moments, DeepSpeed's own copy, its part of the gradients
         return count * shared // world_size + _ZERO_BUCKET_BYTES
-    return count * (8 + (4 if strategy == "ddp" else 0))
+    return count * (8 + (4 if engine == "ddp" else 0))
 
 
 # activations ------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
     shape, size, tokens = load.shape, load.activation_bytes, packed.tokens
     patches = packed.visual_tokens * shape.patches_per_token
     held = _held_bytes(load, packed, patches)
-    kept = [_is_recomputed(number, settings.recompute_every) for number in range(shape.layers)]
+    kept = [_is_recomputed(number, settings.activation_checkpoint_every) for number in range(shape.layers)]
     one, own_input = layer_bytes(load) * tokens, size * shape.hidden * tokens
     before, peak = 0, 0
     for recomputed in kept:
@@ -293,7 +296,7 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
     shape, size = load.shape, load.activation_bytes
     fused = load.kernels.fused
     inner = size * shape.intermediate * tokens
-    weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.resident_weights else 0
+    weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.keep_dequantized else 0
     product = max(inner + weight, inner if fused else 3 * inner)
     attention = tokens * shape.hidden * (6 * size if fused else 12)
     return max(product, attention) + 2 * size * shape.hidden * tokens

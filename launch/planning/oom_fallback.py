@@ -6,7 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.planning.auto_settings import ChosenSettings, less_than, recomputation
-from launch.planning.plan import Hardware, Plan, balanced_steps, choose_settings, peak_of
+from launch.planning.make_plan import choose_settings, planned_settings
+from launch.planning.plan import Plan
+from launch.planning.run_steps import balanced_steps
+from launch.planning.step_plan import StreamOffset
+from launch.planning.topology import Topology
 from launch.strategies import STRATEGIES
 from launch.units import gib
 
@@ -16,69 +20,69 @@ if TYPE_CHECKING:
 
 
 def plan_on(recipe: Recipe, index: Index, plan: Plan, gpu_memory: int) -> Plan:
-    """A plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
-    where = Hardware(plan.strategy, plan.world_size, plan.device, gpu_memory)
-    chosen = choose_settings(recipe, index, where, plan.begin)
-    return replace(_with_choice(recipe, index, plan, chosen), gpu_memory=gpu_memory)
+    """Return the plan with its settings chosen anew, for GPUs of a memory that was not known when it was made."""
+    topology = replace(plan.topology, gpu_memory=gpu_memory)
+    choice = choose_settings(recipe, index, topology, plan.begin)
+    return replace(_with_choice(recipe, index, plan, choice, plan.settings.tried), gpu_memory=gpu_memory)
 
 
 def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool) -> Plan | None:
-    """After a GPU ran out of memory: the plan with settings that need less of it; None when the recipe allows none.
+    """Plan again with settings that need less, after a GPU ran out of memory; None when the recipe allows none.
 
     `reloading`: the weights will be loaded again, so that they may be held otherwise.
     """
     if not reloading:
-        held = recipe.model.model_copy(update={"resident_weights": plan.resident_weights})
+        held = recipe.model.model_copy(update={"resident_weights": plan.settings.keep_dequantized})
         recipe = recipe.model_copy(update={"model": held})
     fixed = recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"resident_weights": plan.resident_weights}),
+            "model": recipe.model.model_copy(update={"resident_weights": plan.settings.keep_dequantized}),
             "batch": recipe.batch.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
-            "training": recipe.training.model_copy(update={"gradient_checkpointing": plan.recompute_every}),
+            "training": recipe.training.model_copy(
+                update={"gradient_checkpointing": plan.settings.activation_checkpoint_every}
+            ),
         }
     )
-    where = Hardware(plan.strategy, plan.world_size, plan.device)
-    now = choose_settings(fixed, index, where, plan.begin).memory
+    topology = replace(plan.topology, gpu_memory=None)
+    now = choose_settings(fixed, index, topology, plan.begin).memory
     if now is None:
         return None
-    chosen = choose_settings(recipe, index, replace(where, gpu_memory=less_than(now)), plan.begin)
-    if not chosen.fits:
+    choice = choose_settings(recipe, index, replace(topology, gpu_memory=less_than(now)), plan.begin)
+    if not choice.fits:
         return None
-    chosen = replace(chosen, reason=f"after a GPU ran out of memory: {chosen.reason}")
-    return replace(_with_choice(recipe, index, plan, chosen), settings_tried=False)
+    choice = replace(choice, reason=f"after a GPU ran out of memory: {choice.reason}")
+    return _with_choice(recipe, index, plan, choice, tried=False)
 
 
-def _with_choice(recipe: Recipe, index: Index, plan: Plan, chosen: ChosenSettings) -> Plan:
-    tokens = chosen.micro_batch_tokens
+def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSettings, tried: bool) -> Plan:
+    """Return the plan with other settings and micro-batches; its count of failed attempts stays."""
+    tokens = choice.micro_batch_tokens
     steps = balanced_steps(recipe, index, plan.world_size, tokens, plan.max_steps, plan.begin)
     return replace(
         plan,
         micro_batch_tokens=tokens,
         micro_batches=steps.micro_batches,
-        resident_weights=chosen.settings.resident_weights,
-        recompute_every=chosen.settings.recompute_every,
-        settings_reason=chosen.reason,
-        planned_memory=peak_of(chosen),
+        settings=replace(planned_settings(choice), tried=tried, out_of_memory=plan.settings.out_of_memory),
     )
 
 
-def memory_rows(recipe: Recipe, index: Index, where: Hardware) -> list[tuple[str, ...]]:
-    """For each strategy of that many processes: (name, loading, training, settings, whether it fits)."""
+def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[str, ...]]:
+    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits)."""
     rows: list[tuple[str, ...]] = []
-    for strategy in STRATEGIES:
-        if (strategy == "single") != (where.world_size == 1):
+    for name, strategy in STRATEGIES.items():
+        if strategy.is_one_process != (topology.world_size == 1):
             continue
-        chosen = choose_settings(recipe, index, replace(where, strategy=strategy))
-        if (memory := chosen.memory) is None:
+        choice = choose_settings(recipe, index, replace(topology, strategy=name), StreamOffset())
+        if (memory := choice.memory) is None:
             return []
         needs = f"needs {gib(memory.reserved)}"
-        fits = {True: "yes", False: f"no, {needs}", None: needs}[chosen.fits]
+        fits = {True: "yes", False: f"no, {needs}", None: needs}[choice.fits]
         settings = ", ".join(
             [
-                f"{chosen.micro_batch_tokens:,} tokens",
-                f"recomputed: {recomputation(chosen.settings.recompute_every)}",
-                *(["held dequantized"] if chosen.settings.resident_weights else []),
+                f"{choice.micro_batch_tokens:,} tokens",
+                f"recomputed: {recomputation(choice.settings.activation_checkpoint_every)}",
+                *(["held dequantized"] if choice.settings.keep_dequantized else []),
             ]
         )
-        rows.append((strategy, gib(memory.loading), gib(memory.training), settings, fits))
+        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits))
     return rows

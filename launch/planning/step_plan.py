@@ -4,22 +4,33 @@ Pure functions on numpy arrays: no torch, no process group, no files. Every rank
 the same arguments, so nothing has to be sent, and resuming at step k is arithmetic.
 
 The *set* of samples of a step depends on (seed, dataset fingerprint, global batch size) alone. World size and
-token budget decide only how that set is dealt (launch/planning/load_balance.py).
+token budget decide only how that set is assigned to ranks (launch/planning/load_balance.py).
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict
 
 from launch.errors import ConfigError
 from launch.planning.load_balance import MicroBatch, assign, most_micro_batches, too_long
 
-__all__ = ["MicroBatch", "StepPlan", "assign", "cost", "plan_steps", "step_samples", "steps_of"]
+__all__ = [
+    "MicroBatch",
+    "SampleStream",
+    "StepPlan",
+    "StreamOffset",
+    "assign",
+    "cost",
+    "plan_steps",
+    "steps_of",
+]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -51,7 +62,7 @@ def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
 
 
 def steps_of(n: int, epochs: float, global_batch_size: int, first_sample: int = 0) -> tuple[int, int]:
-    """Whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last.
+    """Count the whole optimizer steps in `epochs` passes over `n` samples, and the samples left over after the last.
 
     `first_sample`: samples of these passes that were seen before the first of the steps.
     """
@@ -59,36 +70,59 @@ def steps_of(n: int, epochs: float, global_batch_size: int, first_sample: int = 
     return divmod(max(0, samples - first_sample), global_batch_size)
 
 
-def step_samples(
-    step: int,
-    *,
-    n: int,
-    global_batch_size: int,
-    seed: int,
-    fingerprint: str,
-    first_step: int = 0,
-    first_sample: int = 0,
-) -> Ints:
-    """Positions in the split of the samples of one step, in stream order; int64 [global_batch_size].
+@dataclass(frozen=True)
+class StreamOffset:
+    """Where the arithmetic of a stream begins: step `step` sees it from position `sample` on.
 
-    Steps count from 0 and never end: the stream is one permutation per epoch after another. A step may lie
-    across an epoch boundary, and may then hold one sample twice: once for each epoch. `first_step` sees the
-    stream from position `first_sample` on: where a run went on with another global batch size.
+    0, 0 but for a run that went on with another global batch size.
     """
-    if step < first_step or n < 1 or global_batch_size < 1:
-        raise ValueError(f"step {step}, n {n}, global_batch_size {global_batch_size}: no such step")
-    begin = first_sample + (step - first_step) * global_batch_size
-    end = begin + global_batch_size
-    parts = []
-    for epoch in range(begin // n, (end - 1) // n + 1):
-        first = epoch * n
-        parts.append(_permutation(n, seed, fingerprint, epoch)[max(begin - first, 0) : end - first])
-    return np.concatenate(parts)
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # plan.json holds one
+    step: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The endless stream of samples that the steps of a run see: a permutation of the split for every epoch."""
+
+    n: int
+    """Samples in the training split, so of one epoch."""
+    global_batch_size: int
+    """Samples of one optimizer step, over all ranks."""
+    seed: int
+    """`training.seed` of the recipe."""
+    fingerprint: str
+    """Of the dataset: other rows come in another order."""
+    begin: StreamOffset = field(default_factory=StreamOffset)
+    """The first step, and the position in the stream where it begins."""
+
+    def samples(self, step: int) -> Ints:
+        """Return the positions in the split of the samples of one step, in stream order; int64 [global_batch_size].
+
+        Steps count from 0 and never end. A step may lie across an epoch boundary, and may then hold one sample twice:
+        once for each epoch. ValueError for a step before the first, or a stream without samples.
+        """
+        n, size = self.n, self.global_batch_size
+        if step < self.begin.step or n < 1 or size < 1:
+            raise ValueError(f"step {step}, n {n}, global_batch_size {size}: no such step")
+        begin = self.consumed(step)
+        end = begin + size
+        parts = []
+        for epoch in range(begin // n, (end - 1) // n + 1):
+            first = epoch * n
+            order = _permutation(n, self.seed, self.fingerprint, epoch)
+            parts.append(order[max(begin - first, 0) : end - first])
+        return np.concatenate(parts)
+
+    def consumed(self, step: int) -> int:
+        """Samples that the first `step` optimizer steps have seen."""
+        return self.begin.sample + (step - self.begin.step) * self.global_batch_size
 
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, fingerprint: str, epoch: int) -> Ints:
-    """The order of one epoch.
+    """Draw the order of one epoch.
 
     Sorting raw PCG64 output instead of calling `Generator.permutation`: numpy promises the stream of a bit
     generator for ever, and the algorithms of Generator only within a version, while a run may be resumed on
@@ -103,109 +137,80 @@ def _permutation(n: int, seed: int, fingerprint: str, epoch: int) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """All steps of a run: each is computed when asked for, none is stored.
+    """All steps of a run: each is computed when asked for, none is stored."""
 
-    `micro_batches` is the number M of micro-batches of every rank in every step; `tokens` and `costs` are
-    those of the whole split, by position.
-    """
-
-    n: int
-    global_batch_size: int
+    stream: SampleStream
+    """Which samples each step sees."""
     world_size: int
+    """Ranks that the samples of a step are assigned to."""
     max_steps: int
+    """The run ends after this many steps, counted from step 0 of the run."""
     micro_batches: int
+    """Micro-batches of every rank in every step."""
     budget: int
-    seed: int
-    fingerprint: str
+    """The most tokens of a micro-batch."""
     tokens: Ints = field(repr=False)
+    """Tokens of every sample of the split, by position."""
     costs: Floats = field(repr=False)
-    first_step: int = 0
-    first_sample: int = 0
+    """Work of every sample of the split (`cost`), by position."""
 
     def samples(self, step: int) -> Ints:
-        """Positions in the split of the samples of `step`, in stream order."""
-        return step_samples(
-            step,
-            n=self.n,
-            global_batch_size=self.global_batch_size,
-            seed=self.seed,
-            fingerprint=self.fingerprint,
-            first_step=self.first_step,
-            first_sample=self.first_sample,
-        )
+        """Return the positions in the split of the samples of `step`, in stream order."""
+        return self.stream.samples(step)
 
     def ranks(self, step: int) -> list[list[MicroBatch]]:
-        """The micro-batches of every rank."""
+        """Return the micro-batches of every rank."""
         return assign(
             self.samples(step), self.tokens, self.costs, self.world_size, self.budget, self.micro_batches
         )
 
     def micro_batches_of(self, step: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches of one rank, as many in every step."""
+        """Return the micro-batches of one rank, as many in every step."""
         return self.ranks(step)[rank]
 
 
 def plan_steps(
     tokens: ArrayLike,
     costs: ArrayLike,
+    stream: SampleStream,
     *,
-    global_batch_size: int,
     world_size: int,
     budget: int,
     max_steps: int,
-    seed: int,
-    fingerprint: str,
-    first_step: int = 0,
-    first_sample: int = 0,
 ) -> StepPlan:
-    """Find the number of micro-batches that fits every step from `first_step` to `max_steps`.
+    """Find the number of micro-batches that fits every step of `stream` up to `max_steps`.
 
     `tokens`, `costs`: of every sample of the split. `budget`: the most tokens of a micro-batch.
-    Raises ConfigError with every reason why the run cannot be dealt.
+    Raises ConfigError with every reason why the steps cannot be assigned.
     """
     lengths = np.asarray(tokens, dtype=np.int64)
-    problems = []
-    if world_size > global_batch_size:
-        problems.append(
+    first_step = stream.begin.step
+    if problems := list(_impossible_steps(lengths, stream, world_size, budget, max_steps)):
+        raise ConfigError(problems)
+    micro_batches = most_micro_batches(
+        lambda place: lengths[stream.samples(first_step + place)], max_steps - first_step, world_size, budget
+    )
+    return StepPlan(
+        stream, world_size, max_steps, micro_batches, budget, lengths, np.asarray(costs, dtype=np.float64)
+    )
+
+
+def _impossible_steps(
+    lengths: Ints, stream: SampleStream, world_size: int, budget: int, max_steps: int
+) -> Iterator[str]:
+    if world_size > stream.global_batch_size:
+        yield (
             f"batch.global_batch_size: a step has fewer samples than there are processes "
-            f"({global_batch_size} < {world_size}); start at most {global_batch_size} processes, or raise it"
+            f"({stream.global_batch_size} < {world_size}); start at most {stream.global_batch_size} processes, "
+            "or raise it"
         )
     if lengths.size == 0:
-        problems.append("data.train: the split is empty (0 rows); choose another split")
+        yield "data.train: the split is empty (0 rows); choose another split"
     elif int(lengths.max()) > budget:
-        problems.append(too_long(int(lengths.max()), budget))
-    if max_steps <= first_step:
-        problems.append(
-            f"training.max_steps: there is no whole step left to train ({max_steps} in all, {first_step} taken); "
+        yield too_long(int(lengths.max()), budget)
+    if max_steps <= stream.begin.step:
+        yield (
+            "training.max_steps: there is no whole step left to train "
+            f"({max_steps} in all, {stream.begin.step} taken); "
             "lower batch.global_batch_size, or raise training.num_train_epochs or training.max_steps"
         )
-    if problems:
-        raise ConfigError(problems)
-
-    def lengths_of(place: int) -> NDArray[np.int64]:
-        samples = step_samples(
-            first_step + place,
-            n=lengths.size,
-            global_batch_size=global_batch_size,
-            seed=seed,
-            fingerprint=fingerprint,
-            first_step=first_step,
-            first_sample=first_sample,
-        )
-        return lengths[samples]
-
-    micro_batches = most_micro_batches(lengths_of, max_steps - first_step, world_size, budget)
-    return StepPlan(
-        n=lengths.size,
-        global_batch_size=global_batch_size,
-        world_size=world_size,
-        max_steps=max_steps,
-        micro_batches=micro_batches,
-        budget=budget,
-        seed=seed,
-        fingerprint=fingerprint,
-        tokens=lengths,
-        costs=np.asarray(costs, dtype=np.float64),
-        first_step=first_step,
-        first_sample=first_sample,
-    )

@@ -18,7 +18,7 @@ from launch.untrusted_files import parse_yaml, read_yaml, reason_of
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe file by path, or a shipped one: `embedded`, `embedded.yaml`, `recipes/embedded.yaml`."""
+    """Find a recipe file by path, or a shipped one: `embedded`, `embedded.yaml`, `recipes/embedded.yaml`."""
     path = Path(name).expanduser()
     if path.is_file():
         return path

@@ -100,16 +100,16 @@ def _unknown_key(root: Root, key: str, refusals: Mapping[str, str], whole: str) 
 
 
 def _fields(root: Root) -> dict[str, tuple[Any, str]]:
-    """Every dotted key, sections included -> its type and what to give for it."""
-    found: dict[str, tuple[Any, str]] = {}
+    """Map every dotted key, sections included, to its type and what to give for it."""
+    fields: dict[str, tuple[Any, str]] = {}
     for name, field in root.model_fields.items():
         section = _section_type(field.annotation)
         inside = f"a section with {', '.join(section.model_fields)}" if section else ""
-        found[name] = (field.annotation, field.description or inside)
+        fields[name] = (field.annotation, field.description or inside)
         if section:
             for key, inner in section.model_fields.items():
-                found[f"{name}.{key}"] = (inner.annotation, inner.description or "a valid value")
-    return found
+                fields[f"{name}.{key}"] = (inner.annotation, inner.description or "a valid value")
+    return fields
 
 
 def _section_type(annotation: Any) -> Root | None:

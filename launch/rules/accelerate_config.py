@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.resources import resource
+from launch.strategies import STRATEGIES, default_strategy
 from launch.untrusted_files import parse_json, parse_yaml, read_text, reason_of
 
 
@@ -23,16 +24,16 @@ class LaunchConfig:
     multinode_launcher: str = "standard"
 
     def fsdp_flag(self, key: str) -> bool:
-        """A switch of FSDP's: `true` in YAML and in the environment."""
+        """Read a switch of FSDP's: `true` in YAML and in the environment."""
         return str(self.fsdp.get(key, False)).lower() in ("true", "1", "yes")
 
 
 def shipped_config(strategy: str) -> LaunchConfig:
-    """Of the file in accelerate_configs/, which somebody may have edited.
+    """Read the file of a strategy in accelerate_configs/, which somebody may have edited.
 
     Raises ConfigError when it, or the DeepSpeed file that it names, cannot be read.
     """
-    file = resource("accelerate_configs", f"{strategy}.yaml")
+    file = resource("accelerate_configs", STRATEGIES[strategy].config_file)
     values = _read(file, parse_yaml)
     deepspeed, fsdp = (_section(file, values, key) for key in ("deepspeed_config", "fsdp_config"))
     zero: Mapping[str, Any] = {}
@@ -48,7 +49,7 @@ def shipped_config(strategy: str) -> LaunchConfig:
 
 
 def launched_config(environment: Mapping[str, str]) -> LaunchConfig:
-    """Of a launch under way: what `accelerate launch` (1.15) has put into the environment of its processes.
+    """Read that of a launch under way: what `accelerate launch` (1.15) has put into the environment of its processes.
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
@@ -75,14 +76,16 @@ def launched_strategy(config: LaunchConfig, several: bool) -> str:
         return f"zero{zero.get('stage', 0) if isinstance(zero, dict) else zero}"
     if config.fsdp:
         return "fsdp"
-    return "ddp" if several else "single"
+    return default_strategy(2 if several else 1).name
 
 
 def _section(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    if found is None or isinstance(found, dict):
-        return found or {}
-    raise ConfigError(f"{file}: {key} is no section ({found!r:.40}); correct it, or restore the shipped file")
+    section = values.get(key)
+    if section is None or isinstance(section, dict):
+        return section or {}
+    raise ConfigError(
+        f"{file}: {key} is no section ({section!r:.40}); correct it, or restore the shipped file"
+    )
 
 
 def _read(file: Path, parse: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from launch.recipe.schema import Recipe
 from launch.rules.accelerate_config import LaunchConfig, shipped_config
+from launch.strategies import STRATEGIES, Strategy
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What somebody wants to run, and the facts of the prepared data that can forbid it.
 
     `samples`: of the training split; `max_steps`: whole steps; `budget`: most tokens of a micro-batch;
@@ -40,8 +41,13 @@ class Request:
         return self.config or shipped_config(self.strategy)
 
     @property
+    def parallelism(self) -> Strategy:
+        """What `strategy` names. An unknown name is refused by `strategy_is_available`; the others judge it as ddp."""
+        return STRATEGIES.get(self.strategy, STRATEGIES["ddp"])
+
+    @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
 
 
-Rule = Callable[[Request], str | None]
+Rule = Callable[[PlanRequest], str | None]

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from packaging.version import Version
 
 from launch.inputs.model_shape import LAYER_LINEARS, read_shape, unreached
-from launch.rules.request import Request, Rule
-from launch.strategies import SHARDING, STRATEGIES, storage_of
+from launch.rules.request import PlanRequest, Rule
+from launch.strategies import STRATEGIES
 
 FLOORS = {
     "torch": "2.11",
@@ -22,7 +22,7 @@ FLOORS = {
 """Versions below which something measured does not hold; accelerate below 1.15 saves one rank's share (#4206)."""
 
 
-def strategy_is_available(request: Request) -> str | None:
+def strategy_is_available(request: PlanRequest) -> str | None:
     """A strategy is the stem of a file in accelerate_configs/ that the trainer knows."""
     if request.strategy in STRATEGIES:
         return None
@@ -31,7 +31,7 @@ def strategy_is_available(request: Request) -> str | None:
     return f"--strategy: {request.strategy!r} is none of {', '.join(STRATEGIES)}; {hint}"
 
 
-def topology_is_positive(request: Request) -> str | None:
+def topology_is_positive(request: PlanRequest) -> str | None:
     """At least one process on at least one node."""
     if request.nodes >= 1 and request.gpus_per_node >= 1:
         return None
@@ -41,9 +41,9 @@ def topology_is_positive(request: Request) -> str | None:
     )
 
 
-def single_is_one_process(request: Request) -> str | None:
+def single_is_one_process(request: PlanRequest) -> str | None:
     """accelerate would start N processes that know nothing of each other and write one folder."""
-    if request.strategy != "single" or request.world_size <= 1:
+    if not request.parallelism.is_one_process or request.world_size <= 1:
         return None
     return (
         f"--strategy: single is one process ({request.world_size} asked for); "
@@ -51,9 +51,9 @@ def single_is_one_process(request: Request) -> str | None:
     )
 
 
-def fsdp_has_gpus(request: Request) -> str | None:
+def fsdp_has_gpus(request: PlanRequest) -> str | None:
     """On CPUs accelerate makes ddp of fsdp, or runs that know nothing of each other, without an error."""
-    if request.strategy != "fsdp" or request.device != "cpu":
+    if request.parallelism.engine != "fsdp" or request.device != "cpu":
         return None
     return (
         f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
@@ -61,7 +61,7 @@ def fsdp_has_gpus(request: Request) -> str | None:
     )
 
 
-def every_process_gets_a_sample(request: Request) -> str | None:
+def every_process_gets_a_sample(request: PlanRequest) -> str | None:
     """A process that never holds a sample of a step is bought for nothing."""
     size = request.recipe.batch.global_batch_size
     if request.world_size <= size:
@@ -72,7 +72,7 @@ def every_process_gets_a_sample(request: Request) -> str | None:
     )
 
 
-def data_fills_one_step(request: Request) -> str | None:
+def data_fills_one_step(request: PlanRequest) -> str | None:
     """With fewer samples than one global batch, a step would hold a sample twice."""
     size = request.recipe.batch.global_batch_size
     if request.samples >= size:
@@ -83,7 +83,7 @@ def data_fills_one_step(request: Request) -> str | None:
     )
 
 
-def run_has_a_step(request: Request) -> str | None:
+def run_has_a_step(request: PlanRequest) -> str | None:
     """A share of an epoch can be less than one global batch."""
     if request.max_steps >= 1 or request.samples < request.recipe.batch.global_batch_size:
         return None  # the second is data_fills_one_step's to say
@@ -94,7 +94,7 @@ def run_has_a_step(request: Request) -> str | None:
     )
 
 
-def micro_batch_holds_the_longest_sample(request: Request) -> str | None:
+def micro_batch_holds_the_longest_sample(request: PlanRequest) -> str | None:
     """A sample is never cut: cutting takes image tokens away."""
     if request.budget >= request.longest:
         return None
@@ -105,7 +105,7 @@ def micro_batch_holds_the_longest_sample(request: Request) -> str | None:
     )
 
 
-def warm_up_ends_within_the_run(request: Request) -> str | None:
+def warm_up_ends_within_the_run(request: PlanRequest) -> str | None:
     """A warm-up longer than the run never reaches the learning rate."""
     warm_up = request.recipe.training.warmup_steps
     if warm_up < 1 or request.max_steps < 1 or warm_up < request.max_steps:
@@ -116,20 +116,20 @@ def warm_up_ends_within_the_run(request: Request) -> str | None:
     )
 
 
-def upload_is_available(request: Request) -> str | None:
+def upload_is_available(request: PlanRequest) -> str | None:
     """Nothing pushes to the hub yet."""
     if not request.recipe.hub.push:
         return None
     return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
 
 
-def lora_names_layers_that_are_there(request: Request) -> str | None:
+def lora_names_layers_that_are_there(request: PlanRequest) -> str | None:
     """PEFT passes over a name that reaches nothing; LoRA outside the decoder layers would not train as asked."""
-    asked = request.recipe.lora.target_modules
-    if isinstance(asked, str):
+    modules = request.recipe.lora.target_modules
+    if isinstance(modules, str):
         return None
     shape = read_shape(request.recipe)
-    idle = unreached(asked, None if isinstance(shape, str) else shape.layers)
+    idle = unreached(modules, None if isinstance(shape, str) else shape.layers)
     if not idle:
         return None
     known = [name.rpartition(".")[2] for name in LAYER_LINEARS]
@@ -137,13 +137,13 @@ def lora_names_layers_that_are_there(request: Request) -> str | None:
     hint = f"did you mean {near[0]}? there" if near else "there"
     return (
         f"lora.target_modules: {', '.join(map(repr, idle))} names no linear layer of the decoder layers "
-        f"({len(idle)} of {len(asked)}); {hint} are {', '.join(known)}, or give `all-linear` without a list"
+        f"({len(idle)} of {len(modules)}); {hint} are {', '.join(known)}, or give `all-linear` without a list"
     )
 
 
-def sharded_weights_stay_packed(request: Request) -> str | None:
+def sharded_weights_stay_packed(request: PlanRequest) -> str | None:
     """Weights held dequantized on every GPU are what sharding is there to avoid."""
-    if request.recipe.model.resident_weights is not True or request.strategy not in SHARDING:
+    if request.recipe.model.resident_weights is not True or not request.parallelism.shards_layers:
         return None
     return (
         f"model.resident_weights: true with --strategy {request.strategy}, which shares the 4-bit weights out; "
@@ -151,60 +151,60 @@ def sharded_weights_stay_packed(request: Request) -> str | None:
     )
 
 
-def deepspeed_can_be_imported(request: Request) -> str | None:
+def deepspeed_can_be_imported(request: PlanRequest) -> str | None:
     """zero2 and zero3 are DeepSpeed's."""
-    if not request.packages_here or not request.strategy.startswith("zero"):
+    if not request.packages_here or not request.parallelism.is_zero:
         return None
     if find_spec("deepspeed") is not None:
         return None
     return f"--strategy: {request.strategy} needs DeepSpeed, which is not installed; pip install deepspeed, or use fsdp"
 
 
-def fsdp_stores_floats(request: Request) -> str | None:
+def fsdp_stores_floats(request: PlanRequest) -> str | None:
     """FSDP leaves bytes whole on every rank, and its copies rewrite bfloat16 that looks like NaN."""
-    storage = request.quant_storage or storage_of(request.strategy)
-    if request.strategy != "fsdp" or not request.recipe.quantization.load_in_4bit:
+    storage = request.quant_storage or request.parallelism.quant_storage
+    if request.parallelism.engine != "fsdp" or not request.recipe.quantization.load_in_4bit:
         return None
     if storage in ("float16", "float32"):
         return None
     return f"quant_storage: fsdp cannot shard 4-bit weights stored as {storage}; store them as float16 or float32"
 
 
-def versions_are_those_that_were_measured(request: Request) -> str | None:
+def versions_are_those_that_were_measured(request: PlanRequest) -> str | None:
     """Below these versions something that this relies on does not hold."""
     if not request.packages_here:
         return None
-    found = request.versions or _installed()
+    installed = request.versions or _installed()
     old = [
-        f"{name} {found[name]} < {floor}"
+        f"{name} {installed[name]} < {floor}"
         for name, floor in FLOORS.items()
-        if (name != "deepspeed" or request.strategy.startswith("zero"))
-        and name in found
-        and Version(found[name]) < Version(floor)
+        if (name != "deepspeed" or request.parallelism.is_zero)
+        and name in installed
+        and Version(installed[name]) < Version(floor)
     ]
     return f"versions: too old ({', '.join(old)}); install the versions of constraints.txt" if old else None
 
 
 def _installed() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in FLOORS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue  # the login node of a cluster may lack them
-    return found
+    return versions
 
 
-def gpu_computes_bfloat16(request: Request) -> str | None:
+def gpu_computes_bfloat16(request: PlanRequest) -> str | None:
     """Before compute capability 8.0 a GPU emulates bfloat16, and has no variable-length attention."""
     capability, recipe = request.capability, request.recipe
     if capability is None or capability >= (8, 0):
         return None
     # Also of a quantized base: embeddings, norms, output head and vision tower are not in 4 bits.
-    asked = {"model.dtype": recipe.model.dtype}
+    dtypes = {"model.dtype": recipe.model.dtype}
     if recipe.quantization.load_in_4bit:
-        asked = {"quantization.bnb_4bit_compute_dtype": recipe.quantization.bnb_4bit_compute_dtype, **asked}
-    wrong = [key for key, dtype in asked.items() if dtype == "bfloat16"]
+        dtypes = {"quantization.bnb_4bit_compute_dtype": recipe.quantization.bnb_4bit_compute_dtype, **dtypes}
+    wrong = [key for key, dtype in dtypes.items() if dtype == "bfloat16"]
     if not wrong:
         return None
     return (

@@ -80,7 +80,7 @@ class Change:
         return f"{self.key}: the run has {old}, the recipe {new}"
 
     def comparison(self, before: str) -> str:
-        """Of a part of the identity: what was found before, introduced by these words, and what is here."""
+        """Compare a part of the identity: what was found before, introduced by these words, and what is here."""
         old, new = self.shown()
         return f"{before} {old}, here it is {new} ({what_is(self.key)})"
 
@@ -114,14 +114,14 @@ def content_changes(recorded: RunIdentity, now: RunIdentity) -> list[Change]:
 
 
 def refuse_changes(
-    found: Sequence[Change], allowed: Sequence[str], place: str, instead: str = OTHER_RUN
+    changed: Sequence[Change], allowed: Sequence[str], place: str, instead: str = OTHER_RUN
 ) -> None:
     """ConfigError with every change that is not allowed.
 
     `place`: what was begun otherwise, a run or a checkpoint; `instead`: what else can be done.
     """
-    never = [change for change in found if change.key in _NEVER]
-    refused = [change for change in found if change.key not in _NEVER and not is_allowed(change, allowed)]
+    never = [change for change in changed if change.key in _NEVER]
+    refused = [change for change in changed if change.key not in _NEVER and not is_allowed(change, allowed)]
     if not never and not refused:
         return
     lines = [f"{change}; {_NEVER[change.key]}, which no --allow changes" for change in never]
@@ -158,9 +158,9 @@ def _refuse_unknown(allowed: Sequence[str], keys: Sequence[str], what: str) -> N
         raise ConfigError(problems)
 
 
-def consequences(found: Sequence[Change]) -> Iterator[str]:
+def consequences(changed: Sequence[Change]) -> Iterator[str]:
     """What each change does to the rest of the run, in one line each."""
-    for change in found:
+    for change in changed:
         old, new = change.shown()
         section = change.key.partition(".")[0]
         meaning = _CONSEQUENCES.get(change.key) or _BY_SECTION.get(section, _ANY_OTHER)

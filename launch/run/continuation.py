@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
-from launch.planning.plan import Plan, SamplesDigest, StreamOffset
+from launch.planning.plan import Plan, RunHistory, SamplesDigest
+from launch.planning.step_plan import StreamOffset
+from launch.planning.topology import Topology
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import altering_values
 from launch.run.changes import (
@@ -37,22 +39,18 @@ _OTHER_SOURCE = "begin with another checkpoint, or from nothing"
 
 
 @dataclass(frozen=True)
-class Continuation:
+class Continuation(RunHistory):
     """How a request goes on with what was begun before: nothing, the run itself, or `source`, another run's checkpoint.
 
     `source` is None once the run has a checkpoint of its own; `started_from` says for ever where it came from.
-    `samples_digest`: the form that the run's figures have so far.
+    `changed`: values of the recipe that differ from before, and are allowed to.
     """
 
-    begin: StreamOffset = field(default_factory=StreamOffset)
-    allowed: tuple[str, ...] = ()
     changed: tuple[Change, ...] = ()
     source: Path | None = None
-    started_from: str = ""
-    samples_digest: SamplesDigest = "content"
 
 
-class _Facts(BaseModel):
+class _Metadata(BaseModel):
     """What a plan needs to know of a checkpoint, of all that the trainer writes into its manifest."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -91,11 +89,11 @@ def continue_run(
     allowed = tuple(sorted({*allow, *carried}))
     if not now or _has_begun(run):
         digest: SamplesDigest = old.samples_digest if old and _has_begun(run) else "content"
-        return Continuation(_begin_of(run, old, size), allowed, tuple(changed), None, now, digest)
-    facts = _facts_of_source(Path(now))
-    changed = changes(facts.recipe, altering_values(recipe))
+        return Continuation(_begin_of(run, old, size), allowed, now, digest, tuple(changed))
+    metadata = _metadata_of_source(Path(now))
+    changed = changes(metadata.recipe, altering_values(recipe))
     refuse_changes(changed, allowed, now, _OTHER_SOURCE)
-    return Continuation(_begin_at(facts, size), allowed, tuple(changed), Path(now), now)
+    return Continuation(_begin_at(metadata, size), allowed, now, changed=tuple(changed), source=Path(now))
 
 
 def _has_begun(run: RunDirectory) -> bool:
@@ -140,9 +138,9 @@ def _changed_since(run: RunDirectory, recipe: Recipe, allow: Sequence[str]) -> l
         raise ConfigError(
             [*error.problems, f"{run.recipe_file}: what the run was begun with cannot be read; {OTHER_RUN}"]
         ) from None
-    found = changes(altering_values(before), altering_values(recipe))
-    refuse_changes(found, allow, str(run.path))
-    return found
+    changed = changes(altering_values(before), altering_values(recipe))
+    refuse_changes(changed, allow, str(run.path))
+    return changed
 
 
 def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> StreamOffset:
@@ -157,13 +155,15 @@ def _begin_of(run: RunDirectory, old: Plan | None, size: int) -> StreamOffset:
     if old and same and old.begin == StreamOffset():
         return StreamOffset()
     newest, _ = newest_valid(run.path)
-    return _begin_at(_read_facts(newest.folder, newest.facts), size) if newest else StreamOffset()
+    return _begin_at(_read_metadata(newest.folder, newest.metadata), size) if newest else StreamOffset()
 
 
-def _begin_at(facts: _Facts, size: int) -> StreamOffset:
-    """The arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
+def _begin_at(metadata: _Metadata, size: int) -> StreamOffset:
+    """Take the arithmetic of the checkpoint's own plan, or from the checkpoint on with another global batch size."""
     return (
-        facts.begin if facts.global_batch_size == size else StreamOffset(facts.step, facts.samples_consumed)
+        metadata.begin
+        if metadata.global_batch_size == size
+        else StreamOffset(metadata.step, metadata.samples_consumed)
     )
 
 
@@ -176,15 +176,15 @@ def refuse_another_identity(
     checkpoint of another run to begin with.
     """
     if source is not None:
-        recorded = recorded_identity(_facts_of_source(source).model_dump(exclude_unset=True))
+        recorded = recorded_identity(_metadata_of_source(source).model_dump(exclude_unset=True))
         place, instead = str(source), _OTHER_SOURCE
     else:
         plan = old_plan(run) if _has_begun(run) else None
         recorded = planned_identity(plan) if plan else RunIdentity({})
         place, instead = str(run.path), OTHER_RUN
-    found = content_changes(recorded, identity)
-    refuse_changes(found, allow, place, instead)
-    return found
+    changed = content_changes(recorded, identity)
+    refuse_changes(changed, allow, place, instead)
+    return changed
 
 
 def planned_identity(plan: Plan) -> RunIdentity:
@@ -195,7 +195,7 @@ def planned_identity(plan: Plan) -> RunIdentity:
 def refuse_an_end_behind(run: RunDirectory, max_steps: int, source: Path | None = None) -> None:
     """ConfigError when the run, or the checkpoint it is to begin with, has taken more than `max_steps` steps."""
     if source is not None:
-        step = _facts_of_source(source).step
+        step = _metadata_of_source(source).step
     elif any(int(folder.name.partition("-")[2]) > max_steps for folder in run.checkpoints()):
         newest, _ = newest_valid(run.path)
         step = newest.step if newest else 0
@@ -208,7 +208,7 @@ def refuse_an_end_behind(run: RunDirectory, max_steps: int, source: Path | None 
         )
 
 
-def _facts_of_source(source: Path) -> _Facts:
+def _metadata_of_source(source: Path) -> _Metadata:
     if not source.is_dir():
         raise CheckpointError(f"--from: no such folder ({source}); see `samestep checkpoints` of the old run")
     if not (source / MANIFEST).is_file():
@@ -216,13 +216,13 @@ def _facts_of_source(source: Path) -> _Facts:
             f"--from: {source} has no {MANIFEST}, so it is no checkpoint of samestep; "
             "`samestep run --from` takes over what other libraries wrote"
         )
-    return _read_facts(source, read_manifest(source, verify=True)["facts"])
+    return _read_metadata(source, read_manifest(source, verify=True)["facts"])
 
 
-def _read_facts(folder: Path, facts: dict[str, Any]) -> _Facts:
-    told = {name: facts[name] for name in _Facts.model_fields if name in facts}
+def _read_metadata(folder: Path, metadata: dict[str, Any]) -> _Metadata:
+    known = {name: metadata[name] for name in _Metadata.model_fields if name in metadata}
     try:
-        return _Facts.model_validate_json(json.dumps(told))
+        return _Metadata.model_validate_json(json.dumps(known))
     except ValidationError as error:
         missing = ", ".join(sorted({str(detail["loc"][0]) for detail in error.errors()}))
         raise CheckpointError(
@@ -231,7 +231,7 @@ def _read_facts(folder: Path, facts: dict[str, Any]) -> _Facts:
         ) from None
 
 
-_ASKED = (
+_SETTINGS_DEPEND_ON = (
     ("model", "resident_weights"),
     ("training", "gradient_checkpointing"),
     ("batch", "micro_batch_tokens"),
@@ -242,25 +242,23 @@ _ASKED = (
 """What the settings of a plan depend on, of what may change between two attempts at a run."""
 
 
-def plan_to_keep(
-    run: RunDirectory, recipe: Recipe, hardware: Mapping[str, Any], fingerprint: str
-) -> Plan | None:
-    """The plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
+def plan_to_keep(run: RunDirectory, recipe: Recipe, topology: Topology, fingerprint: str) -> Plan | None:
+    """Return the plan of an earlier attempt when its settings hold for this one too: same hardware, data and wishes.
 
-    `hardware`: fields of the plan to be made (strategy, nodes, gpus_per_node, device, gpu_memory). So a run that goes
-    on takes the settings that it was tried with, or that it came down to when it ran out of memory.
+    `fingerprint`: of the dataset. So a run that goes on takes the settings that it was tried with, or that it came down
+    to when it ran out of memory.
     """
     old = old_plan(run)
     if old is None or old.dataset_fingerprint != fingerprint:
         return None
-    if any(getattr(old, name) != value for name, value in hardware.items()):
+    if old.topology != replace(topology, packages_here=True):
         return None
     try:
-        asked = load_recipe(run.recipe_file)
+        recipe_before = load_recipe(run.recipe_file)
     except ConfigError:
         return None
     same = all(
-        getattr(getattr(asked, section), key) == getattr(getattr(recipe, section), key)
-        for section, key in _ASKED
+        getattr(getattr(recipe_before, section), key) == getattr(getattr(recipe, section), key)
+        for section, key in _SETTINGS_DEPEND_ON
     )
     return old if same else None

@@ -103,15 +103,15 @@ class RunDirectory:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Every folder called checkpoint-<step>, published or not, oldest step first."""
+        """List every folder called checkpoint-<step>, published or not, oldest step first."""
         if not self.path.is_dir():
             return []
-        found = [
+        numbered = [
             (int(match[1]), entry)
             for entry in self.path.iterdir()
             if (match := _CHECKPOINT.fullmatch(entry.name))
         ]
-        return [entry for _, entry in sorted(found) if entry.is_dir()]
+        return [entry for _, entry in sorted(numbered) if entry.is_dir()]
 
     def has_work(self) -> bool:
         """Something in it took steps to make: it is not to go when a request is refused late."""
@@ -127,7 +127,7 @@ class Marker:
 
 
 def open_run(runs_dir: str | Path, name: str) -> RunDirectory:
-    """The run called `name` below `runs_dir`. Refuses (ConfigError) a name that could leave that folder."""
+    """Name the run called `name` below `runs_dir`. Refuses (ConfigError) a name that could leave that folder."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
             f"--name: {name!r} is not a run name; use 1 to 100 letters, digits, '.', '_' or '-', "
@@ -152,7 +152,7 @@ def leave_stopped(run: RunDirectory, reason: str, where: str = "before it began"
 
 
 def read_marker(run: RunDirectory) -> Marker | None:
-    """The marker of the last attempt; None while it runs or when it died without a word.
+    """Read the marker of the last attempt; None while it runs or when it died without a word.
 
     Raises:
         UntrustedFileError: what lies there is no marker of ours, such as a folder.

@@ -9,7 +9,7 @@ from launch.run.directory import RunDirectory
 
 
 def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
-    """A run by name below `runs_dir`, or by path. ConfigError when there is none.
+    """Find a run by name below `runs_dir`, or by path. ConfigError when there is none.
 
     `whole`: with its recipe and plan; without, a folder that has a checkpoint will do.
     """

@@ -93,7 +93,7 @@ def merge_behind(run: RunDirectory, merged: Path) -> str | None:
 
 
 def merges_behind(run: RunDirectory) -> list[str]:
-    """As `merge_behind`, of every merged model in the run's folder."""
+    """Say as `merge_behind` does of every merged model in the run's folder."""
     return [line for place in (run.merged, run.merged_dequantized) if (line := merge_behind(run, place))]
 
 

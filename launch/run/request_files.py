@@ -57,13 +57,13 @@ def write_request(run: RunDirectory, recipe: Recipe, plan: Plan) -> None:
 
 
 def started_from_of(run: RunDirectory) -> str:
-    """The checkpoint of another run that this one began with; empty without one."""
+    """Return the checkpoint of another run that this one began with; empty without one."""
     old = old_plan(run)
     return old.started_from if old else ""
 
 
 def old_plan(run: RunDirectory) -> Plan | None:
-    """The plan of an earlier attempt; None without one, or with one that this version cannot read."""
+    """Read the plan of an earlier attempt; None without one, or with one that this version cannot read."""
     try:
         return Plan.read(run.plan_file)
     except (OSError, ValueError, ConfigError):

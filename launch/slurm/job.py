@@ -103,7 +103,7 @@ def _begin(
     restarts = ledger.counted(ledger.read_ledger(run).restarts())
     which = f"attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list}"
     _say(f"{run.path}: {which} ({restarts})")
-    config = resource("accelerate_configs", f"{job.plan.strategy}.yaml")
+    config = resource("accelerate_configs", job.plan.parallelism.config_file)
     print(run.path, config, job.plan.gpus_per_node, sep="\n")
     return 0
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.local import planned_run
-from launch.local.topology import Topology, choose_topology
+from launch.local.topology import choose_topology
 from launch.planning.plan import Plan
+from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.run.directory import RunDirectory, is_done_at, open_run
 from launch.slurm.attempts import MAX_CRASHES
@@ -110,12 +111,15 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
     strategy = plan.strategy
-    if strategy == "single" and allocation.nodes > 1:
+    if plan.parallelism.is_one_process and allocation.nodes > 1:
         strategy = choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
     topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None)
-    place = run.path.parent
     return planned_run.RunRequest(
-        str(run.recipe_file), (), None, None, run.name, place, False, tuple(plan.allowed), topology=topology
+        recipe=str(run.recipe_file),
+        name=run.name,
+        runs_dir=run.path.parent,
+        allow=tuple(plan.allowed),
+        topology=topology,
     )
 
 
@@ -128,13 +132,10 @@ def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> p
         chosen.strategy, allocation.nodes, processes, device, gpu_memory() if device == "cuda" else None
     )
     return planned_run.RunRequest(
-        options.target,
-        tuple(options.set),
-        None,
-        None,
-        options.name,
-        options.runs_dir,
-        False,
-        tuple(options.allow),
+        recipe=options.target,
+        overrides=tuple(options.set),
+        name=options.name,
+        runs_dir=options.runs_dir,
+        allow=tuple(options.allow),
         topology=topology,
     )

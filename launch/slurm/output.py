@@ -28,7 +28,6 @@ class JobFacts:
     restarts: int
     requeueable: bool
     start: str
-    time_limit: str
     excluded: tuple[str, ...] = ()
     asks_for_nodes: bool = False
     heterogeneous: bool = False
@@ -86,7 +85,6 @@ def parse_job(printed: str, job: str) -> JobFacts | None:
         restarts=int(facts["Restarts"]) if facts.get("Restarts", "").isdigit() else 0,
         requeueable=facts.get("Requeue", "1") != "0",
         start=facts.get("StartTime", "Unknown"),
-        time_limit=facts.get("TimeLimit", "UNLIMITED"),
         excluded=tuple(expand_nodes(facts.get("ExcNodeList", "(null)"))),
         asks_for_nodes=any(value != "(null)" for value in named),
         heterogeneous="HetJobId" in facts,

@@ -14,8 +14,9 @@ from launch.atomic_files import atomic_write
 from launch.errors import ConfigError, UnansweredError
 from launch.inputs.caches import cache_root, hugging_face_home
 from launch.local import planned_run
-from launch.local.topology import Topology, choose_topology
+from launch.local.topology import choose_topology
 from launch.planning.auto_settings import parse_gpu_memory
+from launch.planning.topology import Topology
 from launch.resources import resource
 from launch.run.directory import RunDirectory, clear_markers, clear_requests, make_folder, removed_on_failure
 from launch.run.lock import hold_lock

@@ -74,10 +74,10 @@ def _check_memory(runs: Path, printed: str) -> None:
     assert [line["step"] for line in metrics_of(runs / "later")] == [1, 2, 3, 4, 5, 6]
     assert (runs / "later" / "DONE").exists()
     later, tried, fixed = (run_of(runs / name).plan for name in ("later", "tried", "fixed"))
-    assert later.out_of_memory == 1
+    assert later.settings.out_of_memory == 1
     assert later.micro_batch_tokens < run_of(runs / "full").plan.micro_batch_tokens
-    assert "after a GPU ran out of memory" in later.settings_reason
+    assert "after a GPU ran out of memory" in later.settings.reason
     # The other run came down before its first step, and is the run that is planned so from the beginning.
-    assert (tried.settings_tried, tried.out_of_memory) == (True, 0)
+    assert (tried.settings.tried, tried.settings.out_of_memory) == (True, 0)
     assert tried.micro_batches == fixed.micro_batches > 1
     assert_the_same_to_the_byte(runs / "tried", runs / "fixed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.inputs.model_shape import ModelShape, read_shape
-from launch.planning.auto_settings import Machine, kernels_of
+from launch.planning.auto_settings import Gpus, kernels_of
 from launch.planning.memory import layer_bytes, load_of
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
@@ -46,7 +46,7 @@ def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_save
     model = add_lora(load_base(recipe, device), recipe).train()
     way = prepare_training(model, recipe, compute_dtype=DTYPES["bfloat16"])
     keys = next(module.keys for module in model.modules() if isinstance(module, SampleDropout))
-    shape, kernels = read_shape(recipe), kernels_of(recipe, Machine("cuda"))
+    shape, kernels = read_shape(recipe), kernels_of(recipe, Gpus("cuda"))
     assert isinstance(shape, ModelShape)
     assert kernels.fused == ("fused kernels" in way)
     planned = layer_bytes(load_of(recipe, shape, "single", 1, kernels))

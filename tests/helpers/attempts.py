@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoints.publish import publish
-from launch.planning.plan import Plan, make_plan, samples_consumed
+from launch.planning.make_plan import make_plan
+from launch.planning.plan import Plan, samples_consumed
+from launch.planning.topology import Topology
 from launch.recipe.schema import Recipe, altering_values
 from launch.run.continuation import Continuation, continue_run
 from launch.run.directory import RunDirectory
@@ -27,17 +29,7 @@ def recipe_of(size: int = 8, *overrides: str) -> Recipe:
 
 
 def planned(recipe: Recipe, continuation: Continuation) -> Plan:
-    return make_plan(
-        recipe,
-        INDEX,
-        strategy="single",
-        nodes=1,
-        gpus_per_node=1,
-        device="cpu",
-        begin=continuation.begin,
-        allowed=continuation.allowed,
-        started_from=continuation.started_from,
-    )
+    return make_plan(recipe, INDEX, Topology("single", 1, 1, "cpu"), history=continuation)
 
 
 def attempt(

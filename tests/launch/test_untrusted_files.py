@@ -38,6 +38,8 @@ PAST_THE_GATE = {
     "inputs/caches.py:embedded_version": "files of the installed package",
     "console.py:write_to_nowhere": "/dev/null",
     "inputs/data_report.py:_label_notes": "pyarrow opens by name; plain_size looks first",
+    "doctor/node.py:_write": "writes a file of its own, and removes it",
+    "doctor/probe.py:probe": "what its own processes have printed",
     "hardware.py:_uuid_in": "a file of the kernel's",
     "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",

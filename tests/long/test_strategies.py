@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 KINDS = {"plain": 1e-6, "nf4": 1e-5}
 SIZES = (1, 2, 4)
-LAYOUTS = (("single", 1), *itertools.product(STRATEGIES[1:], SIZES))
+LAYOUTS = (("single", 1), *itertools.product(tuple(STRATEGIES)[1:], SIZES))
 """(strategy, processes)"""
 
 
@@ -36,7 +36,7 @@ class Move:
 
 
 def _size(strategy: str, turn: int) -> int:
-    return 1 if strategy == "single" else SIZES[turn % len(SIZES)]
+    return 1 if STRATEGIES[strategy].is_one_process else SIZES[turn % len(SIZES)]
 
 
 MOVES = tuple(

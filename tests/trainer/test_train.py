@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 
 from launch.errors import ConfigError, RunError, SamestepError
 from launch.inputs.dataset_index import row_digest
-from launch.planning.plan import Plan, make_plan
+from launch.planning.make_plan import make_plan
+from launch.planning.plan import Plan
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.rules.accelerate_config import LaunchConfig
 from launch.run.directory import RunDirectory, read_marker
@@ -323,14 +325,15 @@ def test_packages_and_gpus_that_the_plan_did_not_know_are_judged_where_it_trains
     assert _train(recipe, "run") == 2
     assert "model.dtype: bfloat16 on a GPU of compute capability 7.5" in capsys.readouterr().err
     monkeypatch.setattr("trainer.distributed.process_group.capability_of", lambda _: None)
-    monkeypatch.setattr("trainer.setup.make_plan", partial(_plan_elsewhere, make_plan))
+    monkeypatch.setattr("launch.run.planned.make_plan", partial(_plan_elsewhere, make_plan))
     monkeypatch.setattr("launch.rules.request_rules._installed", lambda: {"accelerate": "1.14.2"})
     assert _train(recipe, "run") == 2
     assert "versions: too old (accelerate 1.14.2 < 1.15)" in capsys.readouterr().err
 
 
 def _plan_elsewhere(make: Callable[..., Plan], *arguments: Any, **named: Any) -> Plan:
-    return make(*arguments, **named, packages_here=False)
+    recipe, index, topology = arguments
+    return make(recipe, index, replace(topology, packages_here=False), **named)
 
 
 def test_adapters_stay_in_fp32_in_memory_and_on_disk(done: RunDirectory) -> None:

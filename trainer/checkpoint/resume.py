@@ -64,7 +64,7 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
         ConfigError: values differ that `--allow` does not name.
         CheckpointError: it lies beyond the end of the run, or before the change of its global batch size.
     """
-    plan, facts = task.plan, checkpoint.facts
+    plan, facts = task.plan, checkpoint.metadata
     if "recipe" not in facts:
         raise CheckpointError(
             f"{checkpoint.folder}: its manifest does not say which recipe wrote it; it is of another version, "
@@ -94,7 +94,7 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
 
 def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
     """What is recorded of data and base, and differs. What is not recorded is not compared, which is said."""
-    facts, now = checkpoint.facts, planned_identity(task.plan)
+    facts, now = checkpoint.metadata, planned_identity(task.plan)
     recorded = recorded_identity(facts)
     found = content_changes(recorded, now)
     if not (missing := recorded.missing()):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from launch.errors import RunError
 from launch.planning.plan import Plan
-from launch.strategies import _EXPECTED
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> No
     Raises:
         RunError: they are not.
     """
-    types, wrapper = _EXPECTED[plan.strategy]
+    types, wrapper = plan.parallelism.distributed_types, plan.parallelism.wrapper
     found = (accelerator.num_processes, accelerator.distributed_type.value, type(wrapped).__name__)
     if found[0] != plan.world_size or found[1] not in types or found[2] != wrapper:
         raise RunError(

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from launch.planning.plan import Plan
+from launch.strategies import Strategy
 from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
 from trainer.checks.training import check_logits
 from trainer.model.base import DTYPES
@@ -27,12 +28,12 @@ class ReferenceOutputs:
 
 
 def whole_before_wrapping(
-    model: PeftModel, strategy: str, read_sample: Callable[[], dict[str, Any]]
+    model: PeftModel, strategy: Strategy, read_sample: Callable[[], dict[str, Any]]
 ) -> ReferenceOutputs | None:
     """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
-    if strategy in ("single", "fsdp"):
+    if not strategy.wraps_whole_model:
         return None
-    facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy == "zero3" else []
+    facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy.shards_layers else []
     sample = read_sample()
     return ReferenceOutputs(sample, _log_probs(model, sample), facts)
 

@@ -29,7 +29,7 @@ from launch.atomic_files import refuse_readonly
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import ConfigError, RunError
 from launch.inputs.dataset_index import SPLITS, Index, SplitName
-from launch.planning.plan import compute_dtype_of
+from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind

@@ -35,7 +35,7 @@ STORED = {"bfloat16": "BF16", "float32": "F32"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 CARD = "README.md"
 _NOT_COPIED = (
-    "*.index.json", ADAPTER_CONFIG, RECORD, COMPARISON, "trainer_state.json", "manifest.json", "recipe.json",
+    "*.index.json", ADAPTER_CONFIG, RECORD, COMPARISON, "trainer_state.json", "manifest.json",
 )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor)
 def load_model(task: Task, device: torch.device) -> PeftModel:
     """Base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
     recipe, plan = task.recipe, task.plan
-    if plan.strategy != "fsdp":
+    if not plan.parallelism.shards_while_loading:
         return run_on_all_ranks(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
     whole: list[LayerFacts] = []
     mesh = mesh_of(plan.world_size, device)

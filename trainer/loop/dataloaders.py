@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from accelerate.logging import get_logger
 
-from launch.planning.plan import Plan, validation_samples
+from launch.planning.plan import Plan
+from launch.planning.run_steps import validation_samples
 from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
 from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from launch.planning.oom_fallback import plan_with_less
 from launch.planning.plan import Plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
-from launch.strategies import SHARDING
 from trainer.data.chartqa import open_split
 from trainer.data.micro_batches import PackedBatch, assemble
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
@@ -44,16 +42,17 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
     Raises:
         GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
     """
-    if trainer.plan.settings_tried or trainer.args.device.type not in DEVICES:
+    if trainer.plan.settings.tried or trainer.args.device.type not in DEVICES:
         return
     while not all(gather_objects(largest_micro_batch_fits(trainer))):
         smaller = broadcast_from_main(lambda: _smaller(trainer))
         trainer.take_plan(smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
-            f"{smaller.micro_batches} micro-batches a step, recomputed: {recomputation(smaller.recompute_every)}"
+            f"{smaller.micro_batches} micro-batches a step, "
+            f"recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
         )
-    trainer.take_plan(replace(trainer.plan, settings_tried=True))
+    trainer.take_plan(trainer.plan.with_settings(tried=True))
     run_on_main(lambda: keep_plan(trainer.run_directory, trainer.plan))
 
 
@@ -69,7 +68,7 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
                 if after
                 else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
                 "training.gradient_checkpointing and model.resident_weights to auto"
-                + ("" if trainer.plan.strategy in SHARDING else ", or use --strategy fsdp")
+                + ("" if trainer.plan.parallelism.shards_layers else ", or use --strategy fsdp")
             )
         )
     return found
@@ -78,7 +77,9 @@ def _smaller(trainer: PlannedTrainer) -> Plan:
 def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
     """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
     packed = run_on_all_ranks(lambda: _largest(trainer))
-    with temporarily_sharded(trainer.model) if trainer.plan.strategy == "zero3" else nullcontext():
+    strategy = trainer.plan.parallelism
+    held_whole = strategy.shards_layers and strategy.wraps_whole_model  # until it is wrapped
+    with temporarily_sharded(trainer.model) if held_whole else nullcontext():
         return run_on_all_ranks(lambda: _holds(trainer, packed))
 
 
@@ -108,7 +109,9 @@ def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
     device = trainer.args.device
     spare = torch.empty(_to_come(trainer), dtype=torch.uint8, device=device)
     trainer.model.train()
-    with zero_weight_layers(trainer.model, device) if trainer.plan.strategy in SHARDING else nullcontext():
+    with (
+        zero_weight_layers(trainer.model, device) if trainer.plan.parallelism.shards_layers else nullcontext()
+    ):
         loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
         loss.backward()
     del spare
@@ -119,7 +122,7 @@ def _to_come(trainer: PlannedTrainer) -> int:
     plan, device = trainer.plan, trainer.args.device
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     found = bytes_of_first_step(plan.strategy, plan.world_size, count)
-    if plan.strategy in SHARDING:
+    if plan.parallelism.shards_layers:
         found += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
     if device.type == "cuda":
         found += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)

@@ -24,8 +24,8 @@ from transformers import PrinterCallback, TrainerControl
 from trl import SFTTrainer
 
 from launch.errors import RunError
-from launch.planning.plan import Plan, samples_consumed, step_plan
-from launch.strategies import ZERO_STAGES
+from launch.planning.plan import Plan, samples_consumed
+from launch.planning.run_steps import step_plan
 from trainer import WATCHDOG
 from trainer.checkpoint.saver import Saver, load_checkpoint, publish_adapter
 from trainer.checks.training import (
@@ -69,7 +69,7 @@ logger = get_logger("trainer")
 
 def holds_all_weights(plan: Plan) -> bool:
     """Every rank computes a micro-batch by itself: nobody waits for it before the step's reduction."""
-    return plan.strategy in ("single", "ddp")
+    return plan.parallelism.sharded == "nothing"
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -110,7 +110,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             parameter.data = adapters[name]  # trl 1.16 rounds those of a quantized model to bf16
         check_adapters(self.parameters)
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        stage = ZERO_STAGES.get(plan.strategy)
+        stage = plan.parallelism.zero_stage
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
         self.features = FeatureWriter(encoder.features, logger.warning) if encoder.features else None
         self._images = [0, 0]  # that this rank needed, and that the tower ran for
@@ -118,8 +118,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.model,
             recipe,
             compute_dtype=DTYPES[plan.compute_dtype],
-            recompute_every=plan.recompute_every,
-            resident_weights=plan.resident_weights,
+            recompute_every=plan.settings.activation_checkpoint_every,
+            resident_weights=plan.settings.keep_dequantized,
             keep=self.features.keep if self.features else None,
         )
         logger.info(way)
@@ -229,7 +229,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan, self.task = plan, replace(self.task, plan=plan)
         self.steps = step_plan(self.recipe, self.index, plan)
         self.args.gradient_accumulation_steps = plan.micro_batches
-        recompute_layers(self.model, plan.recompute_every)
+        recompute_layers(self.model, plan.settings.activation_checkpoint_every)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -421,7 +421,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Wrap and make the optimizer; then restore what is ours, which DeepSpeed's own loading would not find."""
         whole = run_on_all_ranks(
-            lambda: whole_before_wrapping(self.model, self.plan.strategy, self._shortest_sample)
+            lambda: whole_before_wrapping(self.model, self.plan.parallelism, self._shortest_sample)
         )
         with self.engine.outside_training(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

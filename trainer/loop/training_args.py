@@ -38,9 +38,9 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         activation_checkpointing=False,  # ours: `prepare_training`
         max_length=None,
         # Said to accelerate 1.15, it would forget DeepSpeed on a CPU.
-        use_cpu=plan.device == "cpu" and not plan.strategy.startswith("zero"),
-        # transformers 5.23 makes the process state anew; see `start_processes`.
-        ddp_backend="gloo" if plan.device == "cpu" and plan.strategy.startswith("zero") else None,
+        use_cpu=plan.device == "cpu" and not plan.parallelism.is_zero,
+        # transformers 5.23 makes the process state anew; see `init_process_group`.
+        ddp_backend="gloo" if plan.device == "cpu" and plan.parallelism.is_zero else None,
         eval_strategy="steps",
         eval_steps=recipe.evaluation.every_steps,
         save_strategy="steps",

@@ -51,7 +51,7 @@ def main() -> None:
     """Arguments: those of `trainer.train` but `--name`."""
     setup_logging()
     options = {name: train.parse([*sys.argv[1:], "--name", name]) for name in ("straight", "full", "killed")}
-    index, state = train.prepare_first(options["full"]), train.start_processes()
+    index, state = train.prepare_first(options["full"]), train.init_process_group()
     train.train_once(options["straight"], index, state, os.getppid())
     ZeroPart.write = _only_at_step_4(_find_no_room)  # type: ignore[method-assign]
     try:

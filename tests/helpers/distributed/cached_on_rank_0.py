@@ -35,7 +35,7 @@ def main() -> None:
     PlannedTrainer.finish = _tell  # type: ignore[method-assign]
     options = train.parse(sys.argv[1:])
     index = train.prepare_first(options)
-    train.train_once(options, index, train.start_processes(), os.getppid())
+    train.train_once(options, index, train.init_process_group(), os.getppid())
     destroy_process_group()
     end_process(0)
 

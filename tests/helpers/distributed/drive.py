@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from torch import nn
 from benchmarks.capped_train import cap_memory, share_one_gpu
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import Index
-from launch.planning import plan
+from launch.planning import make_plan
 from launch.planning.plan import Plan
 from launch.run.directory import request_stop
+from launch.strategies import STRATEGIES
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer import train
 from trainer.checks.training import GradientCheck
@@ -61,7 +63,7 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         )
         return GradientCheck(parameters)
 
-    sft.GradientWitness = silence  # type: ignore[assignment, misc]
+    sft.GradientCheck = silence  # type: ignore[assignment, misc]
     try:
         train.train_once(options, index, state, os.getppid())
     except SamestepError as error:
@@ -131,13 +133,15 @@ def main() -> None:
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
     if storage := os.environ.get("PLANTED_STORAGE"):
-        plan.storage_of = lambda _: storage
+        make_plan.STRATEGIES = {
+            name: replace(strategy, quant_storage=storage) for name, strategy in STRATEGIES.items()
+        }
     asked = json.loads(Path(sys.argv[1]).read_text())
     requests = [train.parse(arguments) for arguments, _ in asked]
     STOP_AT.update({options.name: at for options, (_, at) in zip(requests, asked, strict=True) if at})
     PlannedTrainer.training_step = ask_to_stop_in_time  # type: ignore[method-assign]
     indexes = [train.prepare_first(options) for options in requests]
-    state = train.start_processes()
+    state = train.init_process_group()
     for options, index in zip(requests, indexes, strict=True):
         special = {SILENT: silence_an_adapter, TRIED: try_largest, FIXED: plan_as_tried}
         special.get(options.name.partition("-")[0], _train)(options, index, state)

@@ -74,7 +74,7 @@ def train_named(name: str, state: PartialState, *more: str) -> argparse.Namespac
 def main() -> int:
     """Arguments: those of `trainer.train`."""
     train.prepare_first(train.parse(sys.argv[1:]))
-    state = train.start_processes()
+    state = train.init_process_group()
     dataloaders.assemble = _unreadable
     train_named("unreadable", state)
     dataloaders.assemble = _assemble

@@ -100,7 +100,7 @@ def main() -> None:
     """Arguments: a JSON file with a list of arguments of `trainer.train`."""
     asked = [train.parse(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
     indexes = [train.prepare_first(options) for options in asked]
-    state = train.start_processes()
+    state = train.init_process_group()
     partition_parameters._dist_allgather_fn = _count
     for options, index in zip(asked, indexes, strict=True):
         seen: list[Any] = []

@@ -128,8 +128,8 @@ def assert_the_same_to_the_byte(run: Path, straight: Path) -> None:
 def assert_came_down(tried: Path, fixed: Path) -> None:
     """Both kinds of trial have failed, the run went on with more micro-batches, and `fixed` has as many."""
     plan = run_of(tried).plan
-    assert (plan.settings_tried, plan.out_of_memory) == (True, 0)
-    assert "after a GPU ran out of memory" in plan.settings_reason
+    assert (plan.settings.tried, plan.settings.out_of_memory) == (True, 0)
+    assert "after a GPU ran out of memory" in plan.settings.reason
     assert plan.micro_batches == run_of(fixed).plan.micro_batches > 2
     failed = tried.with_suffix(".trials").read_text().splitlines()
     assert failed == [f"backward of rank {plan.world_size - 1}", "forward of rank 0"]

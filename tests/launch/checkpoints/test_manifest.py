@@ -233,7 +233,7 @@ def test_every_damage_is_named_passed_over_and_written_over(
     harm(bad)
     newest, (passed_over,) = newest_valid(tmp_path)
     assert newest is not None
-    assert (newest.step, newest.facts) == (20, {"step": 20})
+    assert (newest.step, newest.metadata) == (20, {"step": 20})
     assert f"{bad}/{file}: {words}" in "\n".join(passed_over.problems) or (
         passed_over.problems[0].startswith(f"{bad}/{file}: ") and words in passed_over.problems[0]
     )

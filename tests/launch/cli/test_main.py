@@ -631,10 +631,11 @@ def test_the_launcher_really_starts_two_processes_on_a_cpu(tmp_path: Path) -> No
         "import os, sys, pathlib\n"
         "pathlib.Path(f\"{sys.argv[1]}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}\").touch()\n"
     )
-    from launch.planning.plan import make_plan
+    from launch.planning.make_plan import make_plan
+    from launch.planning.topology import Topology
     from tests.helpers.indexes import embedded_recipe
 
-    plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cpu")
+    plan = make_plan(embedded_recipe(), make_index(), Topology("ddp", 1, 2, "cpu"))
     command = trainer_command(plan, "probe", ["rank"])
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -821,7 +822,9 @@ def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[s
 def run_out_of_memory(run: RunDirectory, _: object) -> None:
     """As a trainer that leaves no marker: plan.json says what the next attempt takes."""
     plan = Plan.from_json(run.plan_file.read_text())
-    smaller = replace(plan, micro_batch_tokens=100, out_of_memory=plan.out_of_memory + 1)
+    smaller = replace(plan, micro_batch_tokens=100).with_settings(
+        out_of_memory=plan.settings.out_of_memory + 1
+    )
     run.plan_file.write_text(smaller.to_json())
 
 
@@ -834,7 +837,7 @@ def test_a_run_that_ran_out_of_memory_is_started_once_more_with_less(
     assert "once more" in capsys.readouterr().err
     assert len(launcher.commands) == 2
     plan = Plan.from_json(Path("runs/embedded/plan.json").read_text())
-    assert (plan.micro_batch_tokens, plan.out_of_memory) == (100, 2)
+    assert (plan.micro_batch_tokens, plan.settings.out_of_memory) == (100, 2)
     # What it came down to holds for the same hardware and wishes, and for no other.
     launcher.marker, launcher.meanwhile = "STOPPED", lambda run, ask: None
     assert samestep("run", *EMBEDDED, *auto) == 0
@@ -854,7 +857,7 @@ def test_a_run_that_fails_otherwise_is_not_started_again(launcher: Launcher) -> 
 def test_a_plan_shows_what_fits_gpus_that_are_not_here(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: SHAPE)
+    monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
     auto = [
         word
         for key in ("model.dtype=bfloat16", "training.gradient_checkpointing=auto")

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from launch.local.accelerate_command import cpu_threads_of, free_port, launch_command
-from launch.planning.plan import make_plan
+from launch.planning.make_plan import make_plan
+from launch.planning.topology import Topology
 from tests.helpers.indexes import embedded_recipe, make_index
 
 CONFIG = Path("/configs/with space/ddp.yaml")
 
 
 def test_one_node() -> None:
-    plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=1, gpus_per_node=2, device="cuda")
+    plan = make_plan(embedded_recipe(), make_index(), Topology("ddp", 1, 2, "cuda"))
     command = launch_command(
         plan,
         config_file=CONFIG,
@@ -32,7 +33,7 @@ def test_one_node() -> None:
 
 
 def test_the_second_of_four_nodes() -> None:
-    plan = make_plan(embedded_recipe(), make_index(), strategy="ddp", nodes=4, gpus_per_node=8, device="cuda")
+    plan = make_plan(embedded_recipe(), make_index(), Topology("ddp", 4, 8, "cuda"))
     command = launch_command(
         plan,
         config_file=CONFIG,
@@ -61,14 +62,7 @@ def test_processes_share_the_cores_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
 
     def threads(device: str, gpus_per_node: int) -> int | None:
-        plan = make_plan(
-            embedded_recipe(),
-            make_index(),
-            strategy="ddp",
-            nodes=1,
-            gpus_per_node=gpus_per_node,
-            device=device,
-        )
+        plan = make_plan(embedded_recipe(), make_index(), Topology("ddp", 1, gpus_per_node, device))
         return cpu_threads_of(plan)
 
     assert (threads("cpu", 2), threads("cpu", 3), threads("cpu", 16), threads("cuda", 2)) == (4, 2, 1, None)

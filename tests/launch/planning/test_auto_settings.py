@@ -11,14 +11,14 @@ from launch.errors import ConfigError
 from launch.planning.auto_settings import (
     Batches,
     ChosenSettings,
-    Machine,
+    Gpus,
     choose,
     parse_gpu_memory,
     recomputation,
 )
 from launch.planning.memory import Load, Settings
 from launch.rules import request_rules
-from launch.rules.request import Request
+from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
 from launch.units import GIB
 from tests.helpers.indexes import SHAPE, embedded_recipe
@@ -45,35 +45,35 @@ CHART_LIKE = Batches(
 def on(
     gigabytes: float | None, *overrides: str, strategy: str = "single", world_size: int = 1
 ) -> ChosenSettings:
-    machine = Machine("cuda", None if gigabytes is None else int(gigabytes * GIB))
+    machine = Gpus("cuda", None if gigabytes is None else int(gigabytes * GIB))
     recipe = embedded_recipe(*DEFAULTS, *overrides)
     return choose(recipe, machine, SHAPE, strategy, world_size, CHART_LIKE)
 
 
 def test_80_gb_hold_the_7b_weights_dequantized_and_half_a_step_without_recomputation() -> None:
     chosen = on(79.6)
-    assert chosen.settings == Settings(resident_weights=True, recompute_every=0)
+    assert chosen.settings == Settings(keep_dequantized=True, activation_checkpoint_every=0)
     assert (CHART_LIKE.count(chosen.micro_batch_tokens), chosen.fits) == (2, True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rules_settings_and_memory_agree_on_which_strategies_share_the_layers_out(strategy: str) -> None:
     shared = Load(SHAPE, strategy, world_size=2).shares == 2
-    held = Request(embedded_recipe("model.resident_weights=true"), strategy, 1, 2, 8, 1, 400, 100)
+    held = PlanRequest(embedded_recipe("model.resident_weights=true"), strategy, 1, 2, 8, 1, 400, 100)
     assert (request_rules.sharded_weights_stay_packed(held) is not None) == shared
-    assert on(1000, strategy=strategy, world_size=2).settings.resident_weights == (not shared)
+    assert on(1000, strategy=strategy, world_size=2).settings.keep_dequantized == (not shared)
 
 
 def test_24_gb_keep_4_bits_and_take_smaller_micro_batches() -> None:
     chosen = on(24)
-    assert not chosen.settings.resident_weights
+    assert not chosen.settings.keep_dequantized
     assert chosen.micro_batch_tokens < on(79.6).micro_batch_tokens
 
 
 @pytest.mark.parametrize("gigabytes", [9, 10])
 def test_small_cards_recompute_everything(gigabytes: int) -> None:
     chosen = on(gigabytes)
-    assert chosen.settings == Settings(resident_weights=False, recompute_every=1)
+    assert chosen.settings == Settings(keep_dequantized=False, activation_checkpoint_every=1)
     assert chosen.memory is not None
     assert chosen.memory.reserved <= gigabytes * GIB
     assert chosen.fits
@@ -103,7 +103,7 @@ def test_what_the_recipe_fixes_is_respected() -> None:
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_sharded_weights_stay_packed(strategy: str) -> None:
-    assert not on(79.6, strategy=strategy, world_size=8).settings.resident_weights
+    assert not on(79.6, strategy=strategy, world_size=8).settings.keep_dequantized
 
 
 def test_nothing_known_means_little_memory_and_says_so() -> None:
@@ -112,7 +112,7 @@ def test_nothing_known_means_little_memory_and_says_so() -> None:
     assert "--gpu-memory" in chosen.reason
     unknown = choose(
         embedded_recipe(*DEFAULTS),
-        Machine("cuda", 80 * GIB),
+        Gpus("cuda", 80 * GIB),
         "config.json is not here",
         "single",
         1,

@@ -10,18 +10,13 @@ from hypothesis import strategies as st
 
 from launch.errors import ConfigError
 from launch.planning.load_balance import micro_batches_needed
+from launch.planning.make_plan import make_plan, warmup_steps_of
 from launch.planning.oom_fallback import memory_rows, plan_on, plan_with_less
-from launch.planning.plan import (
-    Hardware,
-    Plan,
-    StreamOffset,
-    make_plan,
-    plan_rows,
-    samples_consumed,
-    step_plan,
-    warmup_steps_of,
-)
-from launch.planning.step_plan import step_samples
+from launch.planning.plan import Plan, RunHistory, samples_consumed
+from launch.planning.plan_table import plan_rows
+from launch.planning.run_steps import step_plan
+from launch.planning.step_plan import SampleStream, StreamOffset
+from launch.planning.topology import Topology
 from launch.recipe.schema import Recipe
 from launch.units import GIB
 from tests.helpers.indexes import SHAPE, embedded_recipe, make_index
@@ -32,9 +27,7 @@ CHARTS = make_index(330, longest=1200)
 def plan_for(
     recipe: Recipe, strategy: str = "ddp", nodes: int = 1, gpus_per_node: int = 2, train: int = 330
 ) -> Plan:
-    return make_plan(
-        recipe, make_index(train), strategy=strategy, nodes=nodes, gpus_per_node=gpus_per_node, device="cpu"
-    )
+    return make_plan(recipe, make_index(train), Topology(strategy, nodes, gpus_per_node, "cpu"))
 
 
 def test_the_numbers_of_a_small_run() -> None:
@@ -46,7 +39,6 @@ def test_the_numbers_of_a_small_run() -> None:
     assert plan.steps_per_epoch == 330 / 32
     assert plan.longest_sample_tokens == 90
     assert plan.micro_batch_tokens == 360  # auto: four of the longest
-    assert plan.gradient_accumulation_steps == plan.micro_batches
 
 
 def test_the_notebook_takes_265_whole_steps() -> None:
@@ -78,7 +70,7 @@ def test_what_is_trained_does_not_depend_on_the_topology() -> None:
 
 def test_every_step_of_the_step_plan_keeps_the_plan() -> None:
     recipe, index = embedded_recipe(), make_index()
-    plan = make_plan(recipe, index, strategy="ddp", nodes=1, gpus_per_node=3, device="cpu")
+    plan = make_plan(recipe, index, Topology("ddp", 1, 3, "cpu"))
     steps = step_plan(recipe, index, plan)
     tokens = index.splits["train"].tokens
     for step in range(plan.max_steps):
@@ -95,7 +87,7 @@ def test_every_step_of_the_step_plan_keeps_the_plan() -> None:
 def test_all_broken_rules_come_in_one_error() -> None:
     recipe = embedded_recipe("batch.micro_batch_tokens=50", "batch.global_batch_size=8")
     with pytest.raises(ConfigError) as caught:
-        make_plan(recipe, make_index(7), strategy="single", nodes=1, gpus_per_node=9, device="cpu")
+        make_plan(recipe, make_index(7), Topology("single", 1, 9, "cpu"))
     keys = [problem.partition(":")[0] for problem in caught.value.problems]
     assert keys == ["--strategy", "batch.global_batch_size", "data.train", "batch.micro_batch_tokens"]
 
@@ -109,7 +101,7 @@ def test_the_budget_covers_the_longest_sample_of_validation_too() -> None:
     index = make_index()
     longer = replace(index.splits["validation"], text_tokens=np.full(20, 500))
     index = replace(index, splits={**index.splits, "validation": longer})
-    plan = make_plan(embedded_recipe(), index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
+    plan = make_plan(embedded_recipe(), index, Topology("single", 1, 1, "cpu"))
     assert plan.longest_sample_tokens > 500
 
 
@@ -185,17 +177,15 @@ def test_the_plan_after_a_change_of_the_batch_size_trains_exactly_the_rest_of_th
         "training.warmup_steps=0",
     )
     begin = StreamOffset(taken, taken * sizes[0])
-    plan = make_plan(
-        recipe, index, strategy="ddp", nodes=1, gpus_per_node=world_size, device="cpu", begin=begin
-    )
+    plan = make_plan(recipe, index, Topology("ddp", 1, world_size, "cpu"), history=RunHistory(begin=begin))
     steps = step_plan(recipe, index, plan)
     assert samples_consumed(plan, taken) == begin.sample
     assert samples_consumed(plan, plan.max_steps) + plan.samples_left == samples
     assert 0 <= plan.samples_left < sizes[1]
     seen = [sample for step in range(taken, plan.max_steps) for sample in steps.samples(step).tolist()]
-    straight = step_samples(
-        0, n=50, global_batch_size=samples, seed=recipe.training.seed, fingerprint=index.fingerprint
-    )
+    straight = SampleStream(
+        n=50, global_batch_size=samples, seed=recipe.training.seed, fingerprint=index.fingerprint
+    ).samples(0)
     assert seen == straight[begin.sample : samples - plan.samples_left].tolist()
     needed = [
         micro_batches_needed(steps.tokens[steps.samples(step)].tolist(), world_size, plan.micro_batch_tokens)
@@ -205,19 +195,45 @@ def test_the_plan_after_a_change_of_the_batch_size_trains_exactly_the_rest_of_th
 
 
 @pytest.mark.parametrize(
-    ("overrides", "dtype", "autocast"),
+    ("overrides", "dtype"),
     [
-        (["quantization.bnb_4bit_compute_dtype=bfloat16"], "bfloat16", True),
-        (["quantization.bnb_4bit_compute_dtype=float32"], "float32", False),
-        (["quantization.load_in_4bit=false", "model.dtype=bfloat16"], "bfloat16", True),
-        (["quantization.load_in_4bit=false", "model.dtype=float32"], "float32", False),
+        (["quantization.bnb_4bit_compute_dtype=bfloat16"], "bfloat16"),
+        (["quantization.bnb_4bit_compute_dtype=float32"], "float32"),
+        (["quantization.load_in_4bit=false", "model.dtype=bfloat16"], "bfloat16"),
+        (["quantization.load_in_4bit=false", "model.dtype=float32"], "float32"),
     ],
 )
-def test_precision_follows_the_quantized_base_or_the_model(
-    overrides: list[str], dtype: str, autocast: bool
-) -> None:
-    plan = plan_for(embedded_recipe(*overrides))
-    assert (plan.compute_dtype, plan.autocast) == (dtype, autocast)
+def test_precision_follows_the_quantized_base_or_the_model(overrides: list[str], dtype: str) -> None:
+    assert plan_for(embedded_recipe(*overrides)).compute_dtype == dtype
+
+
+def test_a_plan_of_an_unknown_strategy_is_refused_with_those_there_are() -> None:
+    text = replace(plan_for(embedded_recipe()), strategy="zero9").to_json()
+    with pytest.raises(ConfigError, match=r"strategy: 'zero9' is none of single, ddp, fsdp, zero2, zero3"):
+        Plan.from_json(text)
+
+
+def test_a_plan_that_an_older_version_wrote_is_read() -> None:
+    plan = plan_for(embedded_recipe())
+    older = json.loads(plan.to_json()) | {"autocast": True}
+    for added_since in ("begin", "allowed", "started_from", "identity", "samples_digest"):
+        del older[added_since]
+    assert Plan.from_json(json.dumps(older)) == replace(plan, samples_digest="positions")
+
+
+def test_a_plan_is_written_flat_with_the_keys_of_older_versions() -> None:
+    plan = plan_for(embedded_recipe()).with_settings(tried=True, out_of_memory=2)
+    written = json.loads(plan.to_json())
+    assert not any(isinstance(value, dict) for key, value in written.items() if key not in _MAPPINGS)
+    assert (written["settings_tried"], written["out_of_memory"]) == (True, 2)
+    assert written["settings_reason"] == plan.settings.reason
+    assert (written["resident_weights"], written["recompute_every"]) == (
+        plan.settings.keep_dequantized,
+        plan.settings.activation_checkpoint_every,
+    )
+
+
+_MAPPINGS = ("versions", "begin", "identity")
 
 
 def test_the_table_says_what_is_left_of_the_stream() -> None:
@@ -238,25 +254,25 @@ AUTO = (
 
 def seven_b(monkeypatch: pytest.MonkeyPatch, gigabytes: float | None, *overrides: str) -> Plan:
     """A plan for the 7B shape and chart-sized samples on one GPU."""
-    monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: SHAPE)
+    monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
     return make_plan(
         embedded_recipe(*AUTO, *overrides),
         CHARTS,
-        strategy="single",
-        nodes=1,
-        gpus_per_node=1,
-        device="cuda",
-        gpu_memory=None if gigabytes is None else int(gigabytes * GIB),
+        Topology("single", 1, 1, "cuda", None if gigabytes is None else int(gigabytes * GIB)),
     )
 
 
 def test_settings_of_a_plan_follow_the_gpu_and_alter_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small, unknown = (seven_b(monkeypatch, gigabytes) for gigabytes in (79.6, 10, None))
-    assert (large.resident_weights, large.recompute_every) == (True, 0)
-    assert (small.resident_weights, small.recompute_every) == (False, 1)
-    assert (unknown.resident_weights, unknown.recompute_every, unknown.gpu_memory) == (False, 1, 0)
+    assert (large.settings.keep_dequantized, large.settings.activation_checkpoint_every) == (True, 0)
+    assert (small.settings.keep_dequantized, small.settings.activation_checkpoint_every) == (False, 1)
+    assert (
+        unknown.settings.keep_dequantized,
+        unknown.settings.activation_checkpoint_every,
+        unknown.gpu_memory,
+    ) == (False, 1, 0)
     assert large.micro_batches < small.micro_batches
-    assert small.planned_memory < 10 * GIB < large.planned_memory < 79.6 * GIB
+    assert small.settings.planned_memory < 10 * GIB < large.settings.planned_memory < 79.6 * GIB
     assert large.recipe_fingerprint == small.recipe_fingerprint == unknown.recipe_fingerprint
     rows = dict(plan_rows(large))
     assert rows["recomputed"] == "none"
@@ -266,15 +282,15 @@ def test_settings_of_a_plan_follow_the_gpu_and_alter_no_number(monkeypatch: pyte
 
 
 def test_a_plan_comes_down_until_nothing_smaller_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = replace(seven_b(monkeypatch, 79.6), settings_tried=True)
-    recipe, peaks = embedded_recipe(*AUTO), [plan.planned_memory]
+    plan = seven_b(monkeypatch, 79.6).with_settings(tried=True)
+    recipe, peaks = embedded_recipe(*AUTO), [plan.settings.planned_memory]
     while smaller := plan_with_less(recipe, CHARTS, plan, reloading=True):
-        assert not smaller.settings_tried
+        assert not smaller.settings.tried
         assert smaller.gpu_memory == plan.gpu_memory
         plan = smaller
-        peaks.append(plan.planned_memory)
+        peaks.append(plan.settings.planned_memory)
     assert peaks == sorted(set(peaks), reverse=True)
-    assert (plan.resident_weights, plan.recompute_every) == (False, 1)
+    assert (plan.settings.keep_dequantized, plan.settings.activation_checkpoint_every) == (False, 1)
     assert plan.micro_batch_tokens < 1.2 * plan.longest_sample_tokens
     assert len(peaks) < 40
 
@@ -285,7 +301,7 @@ def test_weights_that_are_held_dequantized_stay_so_until_they_are_loaded_again(
     plan = seven_b(monkeypatch, 79.6)
     while smaller := plan_with_less(embedded_recipe(*AUTO), CHARTS, plan, reloading=False):
         plan = smaller
-    assert plan.resident_weights
+    assert plan.settings.keep_dequantized
     assert plan_with_less(embedded_recipe(*AUTO), CHARTS, plan, reloading=True) is not None
 
 
@@ -305,14 +321,14 @@ def test_a_plan_made_without_the_gpu_is_completed_where_the_gpu_is(monkeypatch: 
 
 
 def test_each_strategy_is_shown_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: SHAPE)
-    rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("ddp", 8, "cuda", 6 * GIB))
+    monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
+    rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("ddp", 1, 8, "cuda", 6 * GIB))
     fits = {row[0]: row[-1] for row in rows}
     assert [*fits] == ["ddp", "fsdp", "zero2", "zero3"]
     assert fits["fsdp"] == "yes"
     assert fits["ddp"].startswith("no, needs ")
-    assert [row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("single", 1, "cuda"))] == [
-        "single"
-    ]
-    monkeypatch.setattr("launch.planning.plan.read_shape", lambda _: "config.json is not here")
-    assert memory_rows(embedded_recipe(*AUTO), CHARTS, Hardware("ddp", 8, "cuda", 6 * GIB)) == []
+    assert [
+        row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("single", 1, 1, "cuda"))
+    ] == ["single"]
+    monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: "config.json is not here")
+    assert memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("ddp", 1, 8, "cuda", 6 * GIB)) == []

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from launch.errors import ConfigError
 from launch.planning.load_balance import micro_batches_needed, most_micro_batches
-from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost, plan_steps, step_samples, steps_of
+from launch.planning.step_plan import (
+    MicroBatch,
+    SampleStream,
+    StepPlan,
+    StreamOffset,
+    assign,
+    cost,
+    plan_steps,
+    steps_of,
+)
 
 Ints = NDArray[np.int64]
 FINGERPRINT = "c" * 64
@@ -48,12 +57,10 @@ def plan(
     return plan_steps(
         TOKENS,
         COSTS,
-        global_batch_size=global_batch_size,
+        SampleStream(n=len(TOKENS), global_batch_size=global_batch_size, seed=42, fingerprint=FINGERPRINT),
         world_size=world_size,
         budget=budget or 4 * LONGEST,
         max_steps=steps,
-        seed=42,
-        fingerprint=FINGERPRINT,
     )
 
 
@@ -99,7 +106,9 @@ def test_every_sample_comes_once_per_epoch(n: int, global_batch_size: int, epoch
     steps = -(-n * epochs // global_batch_size)
     stream = np.concatenate(
         [
-            step_samples(k, n=n, global_batch_size=global_batch_size, seed=seed, fingerprint=FINGERPRINT)
+            SampleStream(
+                n=n, global_batch_size=global_batch_size, seed=seed, fingerprint=FINGERPRINT
+            ).samples(k)
             for k in range(steps)
         ]
     )
@@ -122,18 +131,20 @@ def test_a_run_that_goes_on_with_another_batch_size_skips_nothing_and_repeats_no
     seen: list[int] = []
     for size, count in zip(sizes, [*taken, 5], strict=False):
         for number in range(step, step + count):
-            seen += step_samples(
-                number,
-                n=n,
-                global_batch_size=size,
-                seed=seed,
-                fingerprint=FINGERPRINT,
-                first_step=step,
-                first_sample=sample,
-            ).tolist()
+            seen += (
+                SampleStream(
+                    n=n,
+                    global_batch_size=size,
+                    seed=seed,
+                    fingerprint=FINGERPRINT,
+                    begin=StreamOffset(step, sample),
+                )
+                .samples(number)
+                .tolist()
+            )
         step, sample = step + count, sample + count * size
     stream = [
-        int(step_samples(k, n=n, global_batch_size=1, seed=seed, fingerprint=FINGERPRINT)[0])
+        int(SampleStream(n=n, global_batch_size=1, seed=seed, fingerprint=FINGERPRINT).samples(k)[0])
         for k in range(sample)
     ]
     assert seen == stream
@@ -157,26 +168,26 @@ def test_the_micro_batches_of_a_run_are_those_that_packing_every_step_asks_for(
 
 def test_there_is_no_step_before_the_change_in_a_plan_that_begins_with_it() -> None:
     with pytest.raises(ValueError, match="no such step"):
-        step_samples(
-            4, n=9, global_batch_size=2, seed=0, fingerprint=FINGERPRINT, first_step=5, first_sample=7
-        )
+        SampleStream(
+            n=9, global_batch_size=2, seed=0, fingerprint=FINGERPRINT, begin=StreamOffset(5, 7)
+        ).samples(4)
 
 
 def test_every_sample_of_chartqa_comes_once_per_epoch_in_steps_of_64() -> None:
     of_run = plan(1)
-    whole, left = steps_of(of_run.n, 1, GLOBAL_BATCH)
-    first_epoch = np.concatenate([of_run.samples(k) for k in range(whole + 1)])[: of_run.n]
+    whole, left = steps_of(of_run.stream.n, 1, GLOBAL_BATCH)
+    first_epoch = np.concatenate([of_run.samples(k) for k in range(whole + 1)])[: of_run.stream.n]
     assert left > 0
-    assert np.array_equal(np.sort(first_epoch), np.arange(of_run.n))
+    assert np.array_equal(np.sort(first_epoch), np.arange(of_run.stream.n))
 
 
 @settings(deadline=None)
 @given(step=st.integers(0, 10**6), n=st.integers(1, 500), batch=st.integers(1, 64))
 def test_any_step_is_reached_by_arithmetic(step: int, n: int, batch: int) -> None:
     """A step cut from the stream elsewhere, with another global batch, holds the same samples."""
-    samples = step_samples(step, n=n, global_batch_size=batch, seed=1, fingerprint=FINGERPRINT)
+    samples = SampleStream(n=n, global_batch_size=batch, seed=1, fingerprint=FINGERPRINT).samples(step)
     one_by_one = [
-        int(step_samples(k, n=n, global_batch_size=1, seed=1, fingerprint=FINGERPRINT)[0])
+        int(SampleStream(n=n, global_batch_size=1, seed=1, fingerprint=FINGERPRINT).samples(k)[0])
         for k in range(step * batch, (step + 1) * batch)
     ]
     assert samples.tolist() == one_by_one
@@ -184,7 +195,9 @@ def test_any_step_is_reached_by_arithmetic(step: int, n: int, batch: int) -> Non
 
 def test_epochs_seeds_and_datasets_have_orders_of_their_own() -> None:
     def order(epoch: int = 0, seed: int = 42, fingerprint: str = FINGERPRINT) -> tuple[int, ...]:
-        return tuple(step_samples(epoch, n=64, global_batch_size=64, seed=seed, fingerprint=fingerprint))
+        return tuple(
+            SampleStream(n=64, global_batch_size=64, seed=seed, fingerprint=fingerprint).samples(epoch)
+        )
 
     orders = [order(), order(epoch=1), order(seed=43), order(fingerprint="d" * 64), tuple(range(64))]
     assert len(set(orders)) == len(orders)
@@ -192,7 +205,7 @@ def test_epochs_seeds_and_datasets_have_orders_of_their_own() -> None:
 
 def test_the_stream_is_the_same_on_every_machine_and_version() -> None:
     """A run goes on elsewhere only while this digest holds: changing it breaks every half-finished run."""
-    stream = step_samples(3, n=1000, global_batch_size=400, seed=42, fingerprint=FINGERPRINT)
+    stream = SampleStream(n=1000, global_batch_size=400, seed=42, fingerprint=FINGERPRINT).samples(3)
     assert (
         hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()
         == "775c4c173b61d39e0edd637b66cf6512cb2fb549db042387ce13101fc1edffb3"
@@ -251,12 +264,15 @@ def test_any_step_can_be_dealt_within_any_budget_not_below_its_longest_sample(da
     of_run = plan_steps(
         tokens,
         costs,
-        global_batch_size=global_batch_size,
+        SampleStream(
+            n=len(tokens),
+            global_batch_size=global_batch_size,
+            seed=data.draw(st.integers(0, 9)),
+            fingerprint=FINGERPRINT,
+        ),
         world_size=world_size,
         budget=budget,
         max_steps=max_steps,
-        seed=data.draw(st.integers(0, 9)),
-        fingerprint=FINGERPRINT,
     )
     assert 1 <= of_run.micro_batches <= -(-global_batch_size // world_size)
     spare = data.draw(st.integers(0, 3))
@@ -299,21 +315,23 @@ def test_one_number_of_micro_batches_serves_every_step_and_fewer_do_not(world_si
 def test_the_micro_batches_fit_every_step_from_the_first_one_and_no_step_before(world_size: int) -> None:
     """The longest of all samples, alone worth a micro-batch, is seen just before or just after the beginning."""
     tokens = np.full(60, 10)
-    order = step_samples(0, n=60, global_batch_size=60, seed=42, fingerprint=FINGERPRINT)
+    order = SampleStream(n=60, global_batch_size=60, seed=42, fingerprint=FINGERPRINT).samples(0)
     tokens[order[24:30]] = 40  # the fifth step of six samples, begun at sample 0
 
     def needed(first_step: int, first_sample: int) -> StepPlan:
         return plan_steps(
             tokens,
             tokens,
-            global_batch_size=6,
+            SampleStream(
+                n=len(tokens),
+                global_batch_size=6,
+                seed=42,
+                fingerprint=FINGERPRINT,
+                begin=StreamOffset(first_step, first_sample),
+            ),
             world_size=world_size,
             budget=40,
             max_steps=first_step + (60 - first_sample) // 6,
-            seed=42,
-            fingerprint=FINGERPRINT,
-            first_step=first_step,
-            first_sample=first_sample,
         )
 
     few, many = -(-60 // 40 // world_size), 6 // world_size
@@ -379,12 +397,10 @@ def test_more_processes_than_samples_in_a_step_are_refused_with_everything_else_
         plan_steps(
             TOKENS,
             COSTS,
-            global_batch_size=64,
+            SampleStream(n=len(TOKENS), global_batch_size=64, seed=42, fingerprint=FINGERPRINT),
             world_size=65,
             budget=LONGEST - 1,
             max_steps=0,
-            seed=42,
-            fingerprint=FINGERPRINT,
         )
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         "batch.global_batch_size",
@@ -400,21 +416,28 @@ def test_a_run_whose_steps_are_all_taken_before_the_change_is_refused_with_the_n
         plan_steps(
             TOKENS,
             COSTS,
-            global_batch_size=64,
+            SampleStream(
+                n=len(TOKENS),
+                global_batch_size=64,
+                seed=42,
+                fingerprint=FINGERPRINT,
+                begin=StreamOffset(20, 640),
+            ),
             world_size=1,
             budget=4 * LONGEST,
             max_steps=20,
-            seed=42,
-            fingerprint=FINGERPRINT,
-            first_step=20,
-            first_sample=640,
         )
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty"):
         plan_steps(
-            [], [], global_batch_size=1, world_size=1, budget=1, max_steps=1, seed=0, fingerprint=FINGERPRINT
+            [],
+            [],
+            SampleStream(n=len([]), global_batch_size=1, seed=0, fingerprint=FINGERPRINT),
+            world_size=1,
+            budget=1,
+            max_steps=1,
         )
 
 

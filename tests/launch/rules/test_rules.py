@@ -10,11 +10,11 @@ from launch.errors import ConfigError
 from launch.rules import config_rules, request_rules
 from launch.rules.accelerate_config import LaunchConfig, launched_config, launched_strategy
 from launch.rules.checks import refuse_config, refuse_topology, violations
-from launch.rules.request import Request, Rule
+from launch.rules.request import PlanRequest, Rule
 from launch.strategies import STRATEGIES
 from tests.helpers.indexes import embedded_recipe
 
-ALLOWED = Request(
+ALLOWED = PlanRequest(
     embedded_recipe(),
     strategy="ddp",
     nodes=2,
@@ -39,7 +39,7 @@ RESIDENT = embedded_recipe("model.resident_weights=true")
 FSDP2 = {"fsdp_version": 2}
 
 
-def _asking(**asked: Any) -> Request:
+def _asking(**asked: Any) -> PlanRequest:
     """The allowed request, launched with a configuration of its own."""
     return replace(ALLOWED, config=LaunchConfig("here", **asked))
 
@@ -184,7 +184,7 @@ def test_an_allowed_request_breaks_no_rule() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_forbidden_request_breaks_its_rule_alone(rule: Rule, request_: Request, numbers: str) -> None:
+def test_a_forbidden_request_breaks_its_rule_alone(rule: Rule, request_: PlanRequest, numbers: str) -> None:
     (message,) = violations(request_)
     assert message == rule(request_)
     assert numbers in message
@@ -242,7 +242,7 @@ def test_every_rule_has_a_case_above() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_shipped_configurations_break_no_rule(strategy: str) -> None:
-    nodes, gpus = (1, 1) if strategy == "single" else (2, 4)
+    nodes, gpus = (1, 1) if STRATEGIES[strategy].is_one_process else (2, 4)
     assert list(violations(replace(ALLOWED, strategy=strategy, nodes=nodes, gpus_per_node=gpus))) == []
 
 
@@ -354,7 +354,7 @@ def test_a_shipped_configuration_that_was_damaged_is_refused_in_one_line(
         replace(ALLOWED, capability=(7, 5), recipe=FLOAT32),
     ],
 )
-def test_the_last_allowed_request_before_each_limit_is_allowed(edge: Request) -> None:
+def test_the_last_allowed_request_before_each_limit_is_allowed(edge: PlanRequest) -> None:
     assert list(violations(edge)) == []
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.identity import RunIdentity
-from launch.planning.plan import Plan, StreamOffset, samples_consumed, step_plan
-from launch.planning.step_plan import step_samples
+from launch.planning.plan import Plan, samples_consumed
+from launch.planning.run_steps import step_plan
+from launch.planning.step_plan import SampleStream, StreamOffset
 from launch.recipe.loading import load_recipe
 from launch.run.continuation import (
     Continuation,
@@ -74,9 +75,9 @@ def test_two_changes_of_the_batch_size_in_a_row_skip_nothing_and_repeat_nothing(
             save_step(run, recipe, plan, upto)
             step = upto
         left = plan.samples_left
-    straight = step_samples(
-        0, n=50, global_batch_size=300, seed=recipe.training.seed, fingerprint=INDEX.fingerprint
-    )
+    straight = SampleStream(
+        n=50, global_batch_size=300, seed=recipe.training.seed, fingerprint=INDEX.fingerprint
+    ).samples(0)
     assert seen == straight[: 300 - left].tolist()
     assert left < sizes[2]
 

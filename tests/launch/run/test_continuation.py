@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.console import echo
-from launch.planning.plan import Plan, StreamOffset
+from launch.planning.plan import Plan
+from launch.planning.step_plan import StreamOffset
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory, read_marker, request_stop, requested_stop, write_marker
 from launch.subprocesses import processes_with

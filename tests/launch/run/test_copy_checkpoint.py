@@ -14,7 +14,7 @@ from launch.checkpoints.manifest import read_manifest
 from launch.checkpoints.publish import publish
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError
-from launch.planning.plan import StreamOffset
+from launch.planning.step_plan import StreamOffset
 from launch.run.continuation import continue_run
 from launch.run.directory import RunDirectory
 from launch.run.request_files import copy_checkpoint, write_request
@@ -44,7 +44,7 @@ def test_a_run_begins_with_a_verified_copy_of_another_runs_checkpoint(run: RunDi
     newest, passed_over = newest_valid(run.path)
     assert newest is not None
     assert (newest.step, passed_over) == (10, [])
-    assert newest.facts == {**published["facts"], "copied_from": str(other)}
+    assert newest.metadata == {**published["facts"], "copied_from": str(other)}
     copied = read_manifest(run.checkpoint(10), verify=True)
     assert copied["files"] == published["files"]
     assert not (run.checkpoint(10) / ADAPTER).samefile(other / ADAPTER)

@@ -16,7 +16,7 @@ import pytest
 from launch import launcher_variables
 from launch.errors import ConfigError, RunError
 from launch.local.accelerate_command import launch_command
-from launch.local.topology import Topology
+from launch.planning.topology import Topology
 from launch.resources import resource
 from launch.run.directory import RunDirectory
 from launch.slurm.output import (

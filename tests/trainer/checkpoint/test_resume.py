@@ -19,7 +19,7 @@ from launch.checkpoints.manifest import checksum_of, read_manifest
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import DATA_PARTS, MODEL_PARTS
 from launch.inputs.model_files import old_base_identity
-from launch.planning.plan import step_plan
+from launch.planning.run_steps import step_plan
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory, clear_markers, read_marker, request_stop
 from tests.helpers.distributed.recorded import (
@@ -395,13 +395,15 @@ def test_another_global_batch_size_goes_on_at_the_same_place_of_the_stream(
     assert straight.dataset_fingerprint == changed.dataset_fingerprint
     facts = run_of(run.path).facts(6)
     assert facts["samples_consumed"] == 40
-    from launch.planning.step_plan import step_samples
+    from launch.planning.step_plan import SampleStream
     from trainer.metrics_log import rows_digest
 
     rows = index_of(run).splits["train"].digests
-    stream = step_samples(
-        4, n=60, global_batch_size=8, seed=42, fingerprint=straight.dataset_fingerprint
-    ).tolist()
+    stream = (
+        SampleStream(n=60, global_batch_size=8, seed=42, fingerprint=straight.dataset_fingerprint)
+        .samples(4)
+        .tolist()
+    )
     digests = [line["samples_digest"] for line in metrics_of(run.path)][4:]
     assert digests == [rows_digest(rows[each] for each in half) for half in (stream[:4], stream[4:])]
     assert _again(run) == 0  # the same command again finds nothing to do, and refuses nothing

@@ -20,8 +20,9 @@ from transformers.image_transforms import convert_to_rgb
 from launch.errors import ConfigError, RunError
 from launch.inputs.dataset_index import index_path
 from launch.local.planned_run import load_index
-from launch.planning.plan import make_plan
+from launch.planning.make_plan import make_plan
 from launch.planning.step_plan import MicroBatch
+from launch.planning.topology import Topology
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
@@ -319,7 +320,7 @@ def test_what_is_dropped_ignored_or_unanswerable_is_said_and_kept_in_the_run(
     index = load_index(file, recipe, [])
     told = capsys.readouterr().err  # with what was prepared before, too
     assert f"{recipe.data.dataset}: 1 row dropped (data.on_bad_row) (train row 0)" in told
-    plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu", name="small")
+    plan = make_plan(recipe, index, Topology("single", 1, 1, "cpu"), name="small")
     run = RunDirectory(tmp_path / "run")
     write_request(run, recipe, plan)
     for report in (index.path / "data_report.jsonl", run.path / "data_report.jsonl"):

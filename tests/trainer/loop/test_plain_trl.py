@@ -15,7 +15,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from launch.inputs.dataset_index import Index
-from launch.planning.plan import Plan, make_plan, step_plan
+from launch.planning.make_plan import make_plan
+from launch.planning.plan import Plan
+from launch.planning.run_steps import step_plan
+from launch.planning.topology import Topology
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
@@ -66,7 +69,7 @@ def ours(
     recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Gradients, RunDirectory, Plan, Index]:
     index = prepare(recipe, quiet=True)
-    plan = make_plan(recipe, index, strategy="single", nodes=1, gpus_per_node=1, device="cpu")
+    plan = make_plan(recipe, index, Topology("single", 1, 1, "cpu"))
     run = RunDirectory(tmp_path_factory.mktemp("ours"))
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     seen = Gradients()

@@ -1,0 +1,202 @@
+"""The chain of a run, checked on any machine: data, plan, every step, checkpoints, adapter, merge, evaluation.
+
+Torch-free, and without the data or the base: what needs them is checked where they are, and said where they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from launch.audit.figures import read_steps
+from launch.checkpoints.adapter_file import WEIGHTS, is_whole, read_digest
+from launch.checkpoints.manifest import read_manifest
+from launch.errors import CheckpointError, ConfigError
+from launch.inputs.dataset_index import Index, read_index
+from launch.inputs.identity import recorded_identity, short
+from launch.planning.plan import Plan
+from launch.planning.run_steps import stream_of
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.run.directory import RunDirectory, is_done_at
+from launch.run.merged_model import DIGEST, read_record
+from launch.untrusted_files import UNREADABLE, printable, read_mapping, reason_of
+
+State = Literal["ok", "failed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the chain: what it is, whether it holds, and the digest or the reason in words."""
+
+    name: str
+    state: State
+    text: str
+
+
+def verify_run(run: RunDirectory, progress: Callable[[str], None] = lambda _: None) -> list[Link]:
+    """Every link, in the order of the chain. Reads all bytes of checkpoints; `progress` is told which.
+
+    Raises:
+        ConfigError: the folder has no recipe or plan that can be read.
+    """
+    recipe, plan = load_recipe(run.recipe_file), _plan_of(run)
+    index = read_index(recipe)
+    return [
+        _data(plan, index),
+        _plan(recipe, plan),
+        _steps(run, recipe, plan, index),
+        *_checkpoints(run, plan, progress),
+        _adapter(run, plan),
+        *_merges(run),
+        *_evaluations(run),
+    ]
+
+
+def chained(digests: Iterable[str]) -> str:
+    """sha256 (hex) of the digests of all steps, each hashed together with those before it."""
+    chain = b""
+    for digest in digests:
+        chain = hashlib.sha256(chain + digest.encode()).digest()
+    return chain.hex()
+
+
+def _plan_of(run: RunDirectory) -> Plan:
+    try:
+        return Plan.read(run.plan_file)
+    except UNREADABLE as error:
+        raise ConfigError(f"{run.plan_file}: cannot be read ({reason_of(error)})") from None
+
+
+def _data(plan: Plan, index: Index | None) -> Link:
+    recorded = f"rows of train {short(plan.dataset_fingerprint)}"
+    if index is None:
+        return Link("data", "not checked", f"{recorded}; the data is not prepared on this machine")
+    if index.fingerprint != plan.dataset_fingerprint:
+        return Link("data", "failed", f"{recorded} in the plan, {short(index.fingerprint)} on this machine")
+    return Link("data", "ok", f"{recorded}, the same on this machine")
+
+
+def _plan(recipe: Recipe, plan: Plan) -> Link:
+    if recipe_fingerprint(recipe) != plan.recipe_fingerprint:
+        return Link("plan", "failed", "recipe.yaml is not the recipe that plan.json was made of")
+    return Link("plan", "ok", f"{short(plan.digest())} of recipe {short(plan.recipe_fingerprint)}")
+
+
+def _steps(run: RunDirectory, recipe: Recipe, plan: Plan, index: Index | None) -> Link:
+    try:
+        steps = read_steps(run.metrics_file)
+    except ConfigError as error:
+        return Link("steps", "failed", str(error))
+    last = max(steps, default=0)
+    if missing := [step for step in range(1, last + 1) if step not in steps]:
+        return Link(
+            "steps", "failed", f"metrics.jsonl has no line of {len(missing)} steps, the first is {missing[0]}"
+        )
+    digests = [str(steps[step].get("samples_digest", "")) for step in range(1, last + 1)]
+    words = f"{last:,} of {plan.max_steps:,}, chain {short(chained(digests))}"
+    if index is None or index.fingerprint != plan.dataset_fingerprint or plan.samples_digest != "content":
+        return Link(
+            "steps", "not checked", f"{words}; the digests are recomputed where the same data is prepared"
+        )
+    first = plan.begin.step + 1  # earlier steps were planned otherwise
+    wrong = [
+        step for step in range(first, last + 1) if digests[step - 1] != _digest_of(step, recipe, plan, index)
+    ]
+    if wrong:
+        return Link(
+            "steps", "failed", f"{words}; step {wrong[0]} trained on other samples than the plan gives it"
+        )
+    return Link("steps", "ok", f"{words}; every digest recomputed from the plan and the data")
+
+
+def _digest_of(step: int, recipe: Recipe, plan: Plan, index: Index) -> str:
+    """As the trainer names the samples of a step (`trainer.metrics_log.rows_digest`)."""
+    split, samples = index.splits["train"], stream_of(recipe, plan).samples(step - 1)
+    return hashlib.sha256(b"".join(sorted(split.digests[sample] for sample in samples))).hexdigest()[:16]
+
+
+def _checkpoints(run: RunDirectory, plan: Plan, progress: Callable[[str], None]) -> Iterator[Link]:
+    for folder in run.checkpoints():
+        progress(f"reading {folder.name}")
+        try:
+            facts = read_manifest(folder, verify=True)["facts"]
+        except CheckpointError as error:
+            yield Link(folder.name, "failed", printable(str(error).splitlines()[0]))
+            continue
+        identity = recorded_identity(facts).parts
+        other = sorted(part for part, digest in plan.identity.items() if identity.get(part, digest) != digest)
+        if facts.get("dataset_fingerprint") != plan.dataset_fingerprint or other:
+            yield Link(
+                folder.name,
+                "failed",
+                f"was written with other {', '.join(other) or 'rows of train'} than the plan's",
+            )
+        else:
+            yield Link(folder.name, "ok", "every byte as published, of this plan's data and base")
+
+
+def _adapter(run: RunDirectory, plan: Plan) -> Link:
+    if not run.adapter.exists():
+        return Link("adapter", "not checked", "not written yet")
+    digest = read_digest(run.adapter)
+    if digest is None or not is_whole(run.adapter):
+        return Link("adapter", "failed", f"{run.adapter / WEIGHTS} is damaged")
+    last = run.checkpoint(plan.max_steps)
+    if not is_done_at(run, plan.max_steps) or not (last / WEIGHTS).is_file():
+        return Link(
+            "adapter", "ok", f"{short(digest)}, whole; no checkpoint of the last step to compare with"
+        )
+    if read_digest(last) != digest:
+        return Link("adapter", "failed", f"{short(digest)} is not what {last.name} holds")
+    return Link("adapter", "ok", f"{short(digest)}, the tensors of {last.name}")
+
+
+def _merges(run: RunDirectory) -> Iterator[Link]:
+    digest = read_digest(run.adapter)
+    for folder in (run.merged, run.merged_dequantized):
+        if not folder.exists():
+            continue
+        record = read_record(folder)
+        if record.get(DIGEST) is None:
+            yield Link(folder.name, "failed", "merge.json does not say of which adapter it is")
+        elif record[DIGEST] != digest:
+            yield Link(
+                folder.name, "failed", "is of another adapter than the run's; `samestep merge` makes it anew"
+            )
+        else:
+            yield Link(
+                folder.name,
+                "ok",
+                f"of adapter {short(str(digest))}; {record.get('changed')} tensors changed, "
+                f"{record.get('byte_identical')} byte-identical",
+            )
+
+
+def _evaluations(run: RunDirectory) -> Iterator[Link]:
+    digest = read_digest(run.adapter)
+    for file in sorted(run.path.glob("eval*.json")):
+        try:
+            result: dict[str, Any] = read_mapping(file)
+            weights = result["weights"]["adapter"] if "checkpoint" not in file.name else None
+        except (*UNREADABLE, LookupError, TypeError):
+            yield Link(file.name, "not checked", "does not say which weights answered")
+            continue
+        if weights is not None and weights != digest:
+            yield Link(
+                file.name, "failed", "its answers are of another adapter; `samestep evaluate` asks anew"
+            )
+        elif weights is not None:
+            yield Link(
+                file.name,
+                "ok",
+                f"{result.get('questions')} questions, answered by adapter {short(str(digest))}",
+            )
+
+
+def to_json(links: Iterable[Link]) -> str:
+    """A list of the links."""
+    return json.dumps([link.__dict__ for link in links], indent=1)

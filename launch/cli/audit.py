@@ -1,0 +1,209 @@
+"""The commands of `samestep` that check: runs (verify, diff) and machines (doctor)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cli.options import Allow, Processes, RunArgument, RunsDir, Strategy, example
+from launch.console import add_row, echo, emit
+from launch.errors import ConfigError
+from launch.option_values import named, text, whole
+
+commands = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@commands.command(
+    epilog=example("samestep diff embedded embedded-on-2", "samestep diff runs/a runs/b --json")
+)
+def diff(
+    left: Annotated[str, typer.Argument(metavar="RUN", parser=named("RUN"), help="Name or folder of a run.")],
+    right: Annotated[
+        str, typer.Argument(metavar="RUN", parser=named("RUN"), help="Name or folder of another run.")
+    ],
+    runs_dir: RunsDir = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Compare two runs: recipe, data, base, plan and versions, and the first step where they part.
+
+    Ends with 0 when they are the same run within rounding, with 1 when they are not.
+    """
+    from launch.audit.diff import compare_runs, verdict
+    from launch.run.find import find_run
+
+    comparison = compare_runs(find_run(left, runs_dir), find_run(right, runs_dir))
+    if json:
+        emit(comparison.to_json())
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        if comparison.differences:
+            table = Table(
+                "", "value", comparison.left, comparison.right, title="what differs", title_justify="left"
+            )
+            for each in comparison.differences:
+                add_row(table, each.section, each.key, str(each.left), str(each.right))
+            Console(highlight=False).print(table)
+        if comparison.partings:
+            table = Table(
+                "figure",
+                "from step",
+                comparison.left,
+                comparison.right,
+                title="first steps that differ beyond rounding",
+                title_justify="left",
+            )
+            for parting in comparison.partings:
+                add_row(table, parting.quantity, str(parting.step), str(parting.left), str(parting.right))
+            Console(highlight=False).print(table)
+        adapters = {True: "equal to the byte", False: "different", None: "not both there"}[
+            comparison.same_adapter
+        ]
+        echo(f"{comparison.steps:,} common steps; adapters {adapters}")
+        echo(verdict(comparison))
+    if comparison.first is not None:
+        raise typer.Exit(1)
+
+
+@commands.command(epilog=example("samestep verify embedded", "samestep verify /backup/runs/embedded --json"))
+def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
+    """Check the chain of a run: data, plan, every step, checkpoints, adapter, merged model, evaluation.
+
+    Needs no GPU, and neither the data nor the base: what needs them is checked where they are. Ends with 1 when a
+    link does not hold.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.audit.verify import to_json, verify_run
+    from launch.run.find import find_run
+
+    place = find_run(run, runs_dir)
+    with Console(stderr=True).status("reading") as status:
+        links = verify_run(place, status.update)
+    if json:
+        emit(to_json(links))
+    else:
+        table = Table("link", "state", "what was checked", title_justify="left")
+        for link in links:
+            add_row(table, link.name, link.state, link.text)
+        Console(highlight=False).print(table)
+    if any(link.state == "failed" for link in links):
+        raise typer.Exit(1)
+
+
+@commands.command(
+    epilog=example(
+        "samestep replay embedded --steps 40:45", "samestep replay embedded --random 3 --gpus-per-node 1"
+    )
+)
+def replay(
+    run: RunArgument,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:LAST", parser=text("--steps"), help="Which steps, counted from 1."),
+    ] = None,
+    random: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=whole("--random", 1, 1000), help="So many single steps, drawn by --seed."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="SEED", parser=whole("--seed", 0, 2**31), help="Of --random.")
+    ] = 0,
+    strategy: Strategy = None,
+    gpus_per_node: Processes = None,
+    allow: Allow = [],  # noqa: B006
+    runs_dir: RunsDir = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Take steps of a run again, on what is here, and compare samples, loss and norm with what the run wrote.
+
+    Begins at the newest checkpoint before the steps, in a folder of its own; the run is only read. Ends with 1 when a
+    figure differs beyond rounding. Another data set or base is refused by name; --allow takes the steps all the same.
+    """
+    from launch.audit.figures import read_steps
+    from launch.audit.replay import parse_steps, random_steps, replays
+    from launch.local.planned_run import RunRequest
+    from launch.run.find import find_run
+
+    place = find_run(run, runs_dir)
+    last = max(read_steps(place.metrics_file), default=0)
+    if (steps is None) == (random is None):
+        raise ConfigError("--steps: give the steps, such as 40:45, or --random 3")
+    ranges = [parse_steps(steps, last)] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]
+    request = RunRequest(
+        recipe="",
+        overrides=(),
+        strategy=strategy,
+        gpus_per_node=gpus_per_node,
+        name=None,
+        runs_dir=runs_dir,
+        fresh=False,
+        allow=tuple(allow),
+    )
+    results = []
+    for result in replays(place, ranges, request):
+        results.append(result)
+        echo(str(result), to_stderr=json)
+    if json:
+        emit(f"[{', '.join(result.to_json() for result in results)}]")
+    if any(result.parting for result in results):
+        raise typer.Exit(1)
+
+
+@commands.command(epilog=example("samestep doctor", "samestep doctor qwen2vl_7b_chartqa --gpus-per-node 4"))
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            parser=named("RECIPE"),
+            help="Also look whether this recipe's base and data are on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus_per_node: Processes = None,
+    runs_dir: RunsDir = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="Do not start processes that measure.")] = False,
+    json: Json = False,
+) -> None:
+    """Check this machine before a run: libraries, GPUs, memory, limits, disk, locks, products, an all-reduce.
+
+    Takes less than a minute and never hangs. Ends with 1 when a check failed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.doctor.finding import to_json, verdict
+    from launch.doctor.node import check_node
+    from launch.doctor.probe import probe
+    from launch.hardware import CPU_PROCESSES, gpus_present
+    from launch.recipe.loading import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe)) if recipe else None
+    present = gpus_present()
+    processes = gpus_per_node or present or CPU_PROCESSES
+    if present and processes > present:
+        raise ConfigError(f"--gpus-per-node: {processes} asked for, this machine has {present}; give fewer")
+    with Console(stderr=True).status("checking this machine"):
+        findings = list(check_node(runs_dir.expanduser().absolute(), loaded))
+    if not quick:
+        with Console(stderr=True).status(f"measuring with {processes} processes"):
+            findings += probe(processes)
+    if json:
+        emit(to_json(findings))
+    else:
+        table = Table("check", "state", "what was seen", "what to do", title_justify="left")
+        for finding in findings:
+            add_row(table, finding.check, finding.state, finding.text, finding.remedy)
+        Console(highlight=False).print(table)
+        echo(verdict(findings))
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(1)

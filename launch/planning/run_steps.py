@@ -1,0 +1,98 @@
+"""The steps of a run: how many there are, which samples they see, and what an evaluation sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launch.planning.step_plan import SampleStream, StepPlan, StreamOffset, cost, plan_steps, steps_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from launch.inputs.dataset_index import Index
+    from launch.planning.plan import Plan
+    from launch.recipe.schema import Recipe
+
+
+def sample_stream(recipe: Recipe, index: Index, begin: StreamOffset) -> SampleStream:
+    """Return the stream of the training split that the steps of a recipe see."""
+    return SampleStream(
+        n=len(index.splits["train"]),
+        global_batch_size=recipe.batch.global_batch_size,
+        seed=recipe.training.seed,
+        fingerprint=index.fingerprint,
+        begin=begin,
+    )
+
+
+def balanced_steps(
+    recipe: Recipe, index: Index, world_size: int, budget: int, max_steps: int, begin: StreamOffset
+) -> StepPlan:
+    """Find the step plan with the fewest micro-batches of a budget in tokens. ConfigError as `plan_steps`."""
+    train = index.splits["train"]
+    return plan_steps(
+        train.tokens,
+        cost(train.text_tokens, train.visual_tokens),
+        sample_stream(recipe, index, begin),
+        world_size=world_size,
+        budget=budget,
+        max_steps=max_steps,
+    )
+
+
+def stream_of(recipe: Recipe, plan: Plan) -> SampleStream:
+    """Return the stream of a plan: as `sample_stream`, without the index."""
+    return SampleStream(
+        n=plan.samples_per_epoch,
+        global_batch_size=plan.global_batch_size,
+        seed=recipe.training.seed,
+        fingerprint=plan.dataset_fingerprint,
+        begin=plan.begin,
+    )
+
+
+def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
+    """Return the step plan of a plan: no search, `plan.micro_batches` was computed when the plan was made."""
+    train = index.splits["train"]
+    return StepPlan(
+        stream=stream_of(recipe, plan),
+        world_size=plan.world_size,
+        max_steps=plan.max_steps,
+        micro_batches=plan.micro_batches,
+        budget=plan.micro_batch_tokens,
+        tokens=train.text_tokens + train.visual_tokens,
+        costs=cost(train.text_tokens, train.visual_tokens),
+    )
+
+
+def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
+    """Pick the positions in the validation split that an evaluation sees: at most `max_samples`, spread evenly."""
+    import numpy as np
+
+    count = len(index.splits["validation"])
+    seen = min(recipe.evaluation.max_samples, count)
+    return np.linspace(0, count - 1, seen).round().astype(np.int64)
+
+
+def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int, int]:
+    """Count the optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
+
+    `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.
+    """
+    training = recipe.training
+    if training.max_steps >= 1:
+        return training.max_steps, 0
+    steps, left = steps_of(samples, training.num_train_epochs, recipe.batch.global_batch_size, begin.sample)
+    return begin.step + steps, left
+
+
+def longest_of(index: Index) -> int:
+    """Count the tokens of the longest sample of all splits."""
+    return max((int(split.tokens.max()) for split in index.splits.values() if len(split)), default=0)
+
+
+def least_budget(recipe: Recipe, longest: int) -> int:
+    """Return the fewest tokens that a micro-batch may be planned with."""
+    budget = recipe.batch.micro_batch_tokens
+    return longest if budget == "auto" else budget

@@ -1,0 +1,108 @@
+"""The chain of a run, link by link."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.audit import verify
+from launch.audit.verify import chained, verify_run
+from launch.planning.step_plan import SampleStream
+from launch.run.directory import RunDirectory
+from tests.helpers.attempts import INDEX, attempt, recipe_of
+from tests.helpers.launcher import samestep
+
+OLD_RUN = Path(__file__).parents[2] / "data" / "run_of_c54213f" / "straight"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(Path(shutil.copytree(OLD_RUN, tmp_path / "run")))
+
+
+def states(run: RunDirectory) -> dict[str, str]:
+    return {link.name: link.state for link in verify_run(run)}
+
+
+def test_a_whole_run_holds_where_neither_data_nor_base_is(run: RunDirectory) -> None:
+    assert states(run) == {
+        "data": "not checked",
+        "plan": "ok",
+        "steps": "not checked",
+        "checkpoint-6": "ok",
+        "adapter": "ok",
+    }
+
+
+def test_what_was_altered_is_the_link_that_fails(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = run.adapter / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert states(run)["adapter"] == "failed"
+    run.recipe_file.write_text(run.recipe_file.read_text().replace("lora_alpha: 16", "lora_alpha: 17"))
+    assert states(run)["plan"] == "failed"
+    state = run.checkpoint(6) / "trainer_state.json"
+    state.write_text(state.read_text() + " ")
+    assert states(run)["checkpoint-6"] == "failed"
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:2] + lines[3:]))
+    assert states(run)["steps"] == "failed"
+    assert samestep("verify", str(run.path)) == 1
+    assert "failed" in capsys.readouterr().out
+    assert "the first is 3" in next(link.text for link in verify_run(run) if link.name == "steps")
+
+
+def test_a_merge_and_an_evaluation_of_another_adapter_fail(run: RunDirectory) -> None:
+    run.merged.mkdir()
+    (run.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
+    run.eval_file().write_text('{"weights": {"adapter": "0"}, "questions": 3}')
+    assert states(run) | {"merged": "failed", "eval.json": "failed"} == states(run)
+
+
+def test_every_step_is_held_against_the_plan_where_the_data_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = RunDirectory(tmp_path / "run"), recipe_of()
+    run.path.mkdir()
+    plan = replace(attempt(run, recipe), samples_digest="content")
+    run.plan_file.write_text(plan.to_json())
+    train = replace(INDEX.splits["train"], digests=tuple(bytes([sample]) * 32 for sample in range(50)))
+    index = replace(INDEX, splits={**INDEX.splits, "train": train})
+    monkeypatch.setattr(verify, "read_index", lambda _: index)
+
+    def digest(step: int) -> str:
+        samples = SampleStream(
+            n=50, global_batch_size=8, seed=recipe.training.seed, fingerprint=INDEX.fingerprint
+        ).samples(step - 1)
+        rows = sorted(train.digests[sample] for sample in samples)
+        return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
+
+    digests = [digest(step) for step in (1, 2, 3)]
+    lines = [
+        json.dumps({"step": step, "samples_digest": each}) + "\n" for step, each in enumerate(digests, 1)
+    ]
+    run.metrics_file.write_text("".join(lines))
+    steps = next(link for link in verify_run(run) if link.name == "steps")
+    assert steps.state == "ok", steps.text
+    assert chained(digests)[:12] in steps.text
+    run.metrics_file.write_text("".join(lines).replace(digests[1], digests[0]))
+    steps = next(link for link in verify_run(run) if link.name == "steps")
+    assert (steps.state, "step 2 trained on other samples" in steps.text) == ("failed", True)
+
+
+def test_json_lists_the_links(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep("verify", str(run.path), "--json") == 0
+    assert [link["name"] for link in json.loads(capsys.readouterr().out)][:3] == ["data", "plan", "steps"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert samestep("verify", str(tmp_path)) == 2
+    assert "no such run" in capsys.readouterr().err

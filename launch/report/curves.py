@@ -22,7 +22,8 @@ def curves(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     """
     charts = [
         _chart("Training loss", "loss per target token", runs, _loss_traces),
-        _chart("Validation loss", "loss per target token", runs, _validation_traces),
+        _chart("Validation loss", "loss per target token", runs, _validation("loss")),
+        _chart("Validation accuracy", "percent", runs, _validation("accuracy")),
         _chart("Learning rate", "", runs, _plain("learning_rate")),
         _chart("Gradient norm", "before clipping", runs, _plain("grad_norm")),
         _chart("Speed", "tokens per second", runs, _speed_traces),
@@ -60,9 +61,12 @@ def _loss_traces(run: RunRecords) -> list[dict[str, Any]]:
     return [_trace("each step", points, "faint"), _trace("smoothed", smoothed, "line")]
 
 
-def _validation_traces(run: RunRecords) -> list[dict[str, Any]]:
-    points = _points(run.losses, lambda line: number(line, "loss"))
-    return [_trace("", points, "dots")] if points else []
+def _validation(key: str) -> Traces:
+    def traces(run: RunRecords) -> list[dict[str, Any]]:
+        points = _points(run.losses, lambda line: number(line, key))
+        return [_trace("", points, "dots")] if points else []
+
+    return traces
 
 
 def _speed_traces(run: RunRecords) -> list[dict[str, Any]]:

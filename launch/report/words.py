@@ -113,9 +113,9 @@ def checkpoint_rows(checkpoints: list[Checkpoint]) -> list[tuple[str, ...]]:
     return [
         (
             f"{each.step:,}",
-            str(each.facts.get("form", "-")),
+            str(each.metadata.get("form", "-")),
             f"{megabytes(each.bytes)} MiB",
-            str(each.facts.get("world_size", "-")),
+            str(each.metadata.get("world_size", "-")),
             "complete" if each.valid else "damaged",
         )
         for each in checkpoints

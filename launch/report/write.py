@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.atomic_files import atomic_write, refuse_readonly
 from launch.errors import ConfigError
-from launch.planning.plan import plan_rows
+from launch.planning.plan_table import plan_rows
 from launch.recipe.schema import altering_values
 from launch.report import words
 from launch.report.curves import curves, median_speed
@@ -168,11 +168,18 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "file": evaluation.file.name,
         "groups": list(next(iter(by_variant.values()))),
         "variants": [
-            (variant, VARIANTS.get(variant, ""), list(of_variant.values()))
+            (variant, _meaning(variant), list(of_variant.values()))
             for variant, of_variant in by_variant.items()
         ],
         "pairs": pairs_of(evaluation),
     }
+
+
+def _meaning(variant: str) -> str:
+    """What a variant is, in words; empty where its name says it."""
+    name, without, _ = variant.partition("-no-prompt")
+    meaning = VARIANTS.get(name, "")
+    return f"{meaning or name}, without the system message" if without else meaning
 
 
 def _accuracy_chart(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ from trainer.distributed.stop_requests import StopRequests, heed_early_stops, st
 from trainer.identity import agree_on_identity
 from trainer.logging_setup import print_error, setup_logging
 from trainer.loop.build import build
+from trainer.loop.hub_upload import upload_final
 from trainer.loop.oom_trial import fit_to_memory
 from trainer.loop.trainer import PlannedTrainer
 from trainer.setup import prepare_first, read_task, recipe_of
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock.passed("data")
         state = init_process_group()
         clock.passed("processes")
-        train_once(options, index, state, WATCHDOG.parent, clock)
+        task = train_once(options, index, state, WATCHDOG.parent, clock)
+        first = state.is_main_process
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         return end_badly(to_user_error(error), options)
     destroy_process_group()
+    if task is not None and first and task.recipe.hub.push:
+        upload_final(task.run, task.recipe)  # nobody waits for this rank any more, and the run is done
     return 0
 
 
@@ -106,10 +110,10 @@ def train_once(
     state: PartialState,
     launcher: int | None,
     clock: FirstStep | None = None,
-) -> None:
+) -> Task | None:
     """From the request to the marker, inside an existing process group; `launcher`: the process id of who waits.
 
-    `clock`: of what came before, if anybody counted it.
+    `clock`: of what came before, if anybody counted it. Returns the task when this attempt has finished the run.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
@@ -122,7 +126,7 @@ def train_once(
     check_same_plan(task, state)
     if broadcast_from_main(lambda: is_over(task)):
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
-        return
+        return None
     with ExitStack() as held:
         new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
         watch = held.enter_context(stop_requests(task.run, state.process_index, launcher))
@@ -138,6 +142,7 @@ def train_once(
                     write_smaller_plan(task)
             raise
         run_on_main(lambda: write_exit_marker(task, ended))
+    return None if ended.stop else task
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

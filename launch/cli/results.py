@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import AllowPart, Processes, RunsDir, example
+from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, example
 from launch.console import echo
+from launch.errors import ConfigError
 from launch.option_values import named, one_of, place, positive, several_of, whole
 
 commands = typer.Typer()
@@ -101,6 +102,58 @@ def report(
 
     file = write_report([find_run(run, runs_dir) for run in runs], output)
     echo(f"report: {file}")
+
+
+def _repository(value: str) -> str:
+    """owner/name, as the hub itself would take it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
+
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        value = ""
+    if value.count("/") != 1:
+        raise ConfigError("--repo: is not owner/name as the hub takes it; correct it")
+    return value
+
+
+@commands.command(
+    epilog=example("samestep push first --repo owner/name", "samestep push first --repo owner/name --merged")
+)
+def push(
+    run: RunArgument,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            parser=_repository,
+            help="The repository, made where it is missing.",
+            show_default="the recipe's hub.repo_id",
+        ),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Upload the merged model too, to OWNER/NAME-merged.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that is made can be read by everybody.")
+    ] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Upload the adapter of a run to the Hugging Face hub, with processor, card, plan, metrics and evaluations.
+
+    The token is that of `hf auth login` or HF_TOKEN. Repeated, it sends only what has changed.
+    """
+    from launch.hub.push import push_run
+    from launch.recipe.loading import load_recipe
+    from launch.run.find import find_run
+
+    found = find_run(run, runs_dir)
+    repository = repo or load_recipe(found.recipe_file).hub.repo_id
+    if repository is None:
+        raise ConfigError("--repo: missing, and the recipe has no hub.repo_id; give owner/name")
+    for address in push_run(found, repository, merged=merged, private=not public):
+        echo(f"uploaded: {address}")
 
 
 AdapterConfig = Annotated[

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import LINE, printable, read_text
+from trainer.loop.hub_upload import CheckpointUpload
 
 
 class ProgressBar(TrainerCallback):
@@ -157,4 +158,6 @@ def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[Traine
     shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
     if recipe.tracking.report_to == "trackio":
         shown.append(Trackio(recipe, run))
+    if recipe.hub.push and recipe.hub.every_checkpoints:
+        shown.append(CheckpointUpload(run, recipe))
     return shown

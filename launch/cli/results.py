@@ -156,6 +156,49 @@ def push(
         echo(f"uploaded: {address}")
 
 
+@commands.command(
+    name="export",
+    epilog=example("samestep export first --format vllm", "samestep export first --format gguf --output ."),
+)
+def export_(
+    run: RunArgument,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            parser=one_of("--format", ("vllm", "gguf")),
+            help="vllm: check that the merged folder has what vLLM needs; gguf: convert it by llama.cpp.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            parser=place("--output"),
+            help="Where the GGUF files go.",
+            show_default="the run's folder",
+        ),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Check a run's merged model for a loader, or convert it for llama.cpp."""
+    from launch.export.gguf import convert
+    from launch.export.loadable import check_loadable
+    from launch.run.find import find_run
+
+    if output is not None and format_ == "vllm":
+        raise ConfigError("--output: vLLM loads the merged folder as it is; leave it out")
+    found = find_run(run, runs_dir)
+    for each in check_loadable(found):
+        echo(f"{each.need:11} {each.found}")
+    if format_ == "vllm":
+        echo(f"ready: vllm serve {found.merged}")
+        return
+    for file in convert(found, output or found.path):
+        echo(f"written: {file}")
+
+
 AdapterConfig = Annotated[
     Path | None,
     typer.Option(

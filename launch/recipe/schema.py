@@ -246,10 +246,14 @@ class TrackingSection(Section):
 
 
 class HubSection(Section):
-    """Upload of the adapter when the run is done."""
+    """Upload of the adapter when the run is done, and of checkpoints while it is under way."""
 
-    push: bool = Field(False, description="true: upload the adapter; false: do not")
+    push: bool = Field(False, description="true: upload the adapter when the run is done; false: do not")
     repo_id: str | None = Field(None, description="owner/name on the hub, or null")
+    private: bool = Field(True, description="true: a new repository is private; false: everybody can read it")
+    every_checkpoints: int = Field(
+        0, ge=0, description="the checkpoints between two uploads to `last-checkpoint/`; 0: none is uploaded"
+    )
 
 
 class Recipe(Section):

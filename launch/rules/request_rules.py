@@ -117,11 +117,17 @@ def warm_up_ends_within_the_run(request: PlanRequest) -> str | None:
     )
 
 
-def upload_is_available(request: PlanRequest) -> str | None:
-    """Nothing pushes to the hub yet."""
-    if not request.recipe.hub.push:
+def upload_has_a_token(request: PlanRequest) -> str | None:
+    """An upload that cannot succeed would be noticed when the training is over."""
+    if not request.recipe.hub.push or not request.packages_here:
         return None
-    return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return "hub.push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or set hub.push: false"
+    if not get_token():
+        return "hub.push: no token of the hub is there; type `hf auth login`, set HF_TOKEN, or set hub.push: false"
+    return None
 
 
 def base_is_of_a_known_family(request: PlanRequest) -> str | None:
@@ -336,7 +342,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     dora_sees_whole_weights,
     patterns_name_layers_with_lora,
     sharded_weights_stay_packed,
-    upload_is_available,
+    upload_has_a_token,
 )
 DATA_RULES: tuple[Rule, ...] = (
     data_fills_one_step,

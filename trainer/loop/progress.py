@@ -28,6 +28,7 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import LINE, printable, read_text
 from trainer.attempt_log import LOG
+from trainer.loop.hub_upload import CheckpointUpload
 from trainer.progress_bars import ShortenedText
 
 
@@ -177,4 +178,6 @@ def progress_callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> li
     shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
     if recipe.tracking.report_to == "trackio":
         shown.append(Trackio(recipe, run))
+    if recipe.hub.push and recipe.hub.every_checkpoints:
+        shown.append(CheckpointUpload(run, recipe))
     return shown

@@ -55,6 +55,13 @@ def test_an_allowed_request_breaks_no_rule() -> None:
     assert list(violations(ALLOWED)) == []
 
 
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever tests may have one."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.mark.parametrize(
     ("rule", "request_", "numbers"),
     [
@@ -85,9 +92,9 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             "30 of 30 steps",
         ),
         (
-            request_rules.upload_is_available,
+            request_rules.upload_has_a_token,
             replace(ALLOWED, recipe=embedded_recipe("hub.push=true", "hub.repo_id=a/b")),
-            "not available yet",
+            "hf auth login",
         ),
         (config_rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
         (config_rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),

@@ -81,11 +81,6 @@ NEEDED = {
     "export": ("--format", "vllm"),
     "push": ("--repo", "me/it"),
 }
-    "consolidate": ("--output", "adapter"),
-    "replay": ("--steps", "1"),
-    "export": ("--format", "vllm"),
-    "push": ("--repo", "me/it"),
-}
 ARGUMENT = {
     "recipe": "RECIPE",
     "run": "RUN",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -153,6 +154,14 @@ def processes_with(words: Sequence[str]) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline"])
         if {*words} <= {*(process.info["cmdline"] or ())}
     ]
+
+
+def become_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Go on as `python -m module`, with this terminal and its keyboard. Never returns."""
+    environment = dict(os.environ)
+    if said := remove_launcher_variables(environment):
+        log_stderr(said)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def call_module(module: str, arguments: Sequence[str]) -> None:

@@ -32,7 +32,9 @@ class AttemptLog:
         """Append to `file` from now on, beginning with what was printed before. A disk that takes none gets none."""
         with suppress(OSError):
             file.parent.mkdir(exist_ok=True)
-            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._descriptor = os.open(
+                file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
+            )
             early, self._early = bytes(self._early), bytearray()
             self._write(early)
 

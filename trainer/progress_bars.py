@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Column
 from rich.text import Text
 
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Told how many are done, of how many."""
-Begin = Callable[[str], Report]
+BeginProgress = Callable[[str], ReportProgress]
 """Begins the report of a piece of work, by its description."""
 
 LINE_SECONDS = 10.0
@@ -37,8 +37,8 @@ class ShortenedText(TextColumn):
 
 
 @contextmanager
-def progress_reports(*, quiet: bool = False) -> Iterator[Begin]:
-    """Where pieces of work report to: bars; lines where stderr is no terminal, as rich 15 draws nothing there."""
+def progress_reports(*, quiet: bool = False) -> Iterator[BeginProgress]:
+    """Yield what pieces of work report to: bars, or lines where stderr is no terminal: rich 15 draws nothing there."""
     console = Console(stderr=True)
     if quiet:
         yield lambda description: lambda done, total: None
@@ -50,7 +50,7 @@ def progress_reports(*, quiet: bool = False) -> Iterator[Begin]:
             yield lambda description: _bar(bars, description)
 
 
-def _bar(bars: Progress, description: str) -> Report:
+def _bar(bars: Progress, description: str) -> ReportProgress:
     task = bars.add_task(description, total=None)
     return lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -11,6 +11,7 @@ import typer
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
     Allow,
+    EarlyStop,
     Fresh,
     Overrides,
     RecipeArgument,
@@ -23,6 +24,7 @@ from launch.cli.options import (
     memory_size,
     nodes_option,
     site_value,
+    with_early_stop,
 )
 from launch.cli.tables import show_plan
 from launch.console import add_row, echo, emit, table_console
@@ -150,6 +152,7 @@ def submit(
     name: RunName = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -178,7 +181,7 @@ def submit(
         cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = planned_run.RunRequest(
         recipe=recipe,
-        overrides=tuple(overrides),
+        overrides=with_early_stop(overrides, early_stop),
         strategy=strategy,
         name=name,
         runs_dir=runs_dir,

@@ -12,10 +12,12 @@ import typer
 from launch.atomic_files import place_of
 from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
+from launch.cli.data import commands as data_commands
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
     Allow,
     AsJson,
+    EarlyStop,
     Fresh,
     GpuMemory,
     Overrides,
@@ -30,6 +32,7 @@ from launch.cli.options import (
     Watts,
     example,
     nodes_option,
+    with_early_stop,
 )
 from launch.cli.results import commands as results_commands
 from launch.cli.tables import plan_json, say_allowed, show_memory, show_plan
@@ -211,6 +214,7 @@ def run(
     name: RunName = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     overrides: Overrides = [],  # noqa: B006
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -233,7 +237,7 @@ def run(
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
         recipe=recipe,
-        overrides=tuple(overrides),
+        overrides=with_early_stop(overrides, early_stop),
         strategy=strategy,
         gpus_per_node=gpus_per_node,
         name=name,
@@ -334,6 +338,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
         echo(line)
 
 
+app.add_typer(data_commands)
 app.add_typer(results_commands)
 app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups

@@ -124,6 +124,15 @@ AllowPart = Annotated[
         help="Go on although this part differs from the training's, such as model.processor; may be repeated.",
     ),
 ]
+EarlyStop = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        parser=whole("--early-stop", 0, 10**6),
+        help="End the run after N evaluations without gain (evaluation.early_stop; 0: never).",
+        show_default="the recipe's",
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(
@@ -157,6 +166,11 @@ Source = Annotated[
 def example(*lines: str) -> str:
     """The epilog of a command's help."""
     return "\n\n".join(["Example:", *lines])
+
+
+def with_early_stop(overrides: list[str], early_stop: int | None) -> tuple[str, ...]:
+    """The overrides of a recipe, `--early-stop` among them."""
+    return (*overrides, *([] if early_stop is None else [f"evaluation.early_stop={early_stop}"]))
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -33,6 +33,7 @@ from launch.run.continuation import (
     refuse_lost_checkpoints,
 )
 from launch.run.directory import RunDirectory, is_done_at, open_run
+from launch.run.evaluations import early_end
 from launch.run.lock import refuse_if_running
 from launch.run.planned import plan_attempt
 from launch.subprocesses import call_module
@@ -185,7 +186,7 @@ def plan_run(request: RunRequest) -> PlannedRun:
 
 def is_done(planned: PlannedRun) -> bool:
     """This run, whose recipe and data may go on, has taken its last step already, and its adapter is there."""
-    return is_done_at(planned.run, planned.plan.max_steps)
+    return is_done_at(planned.run, planned.plan.max_steps, early_end(planned.run, planned.recipe))
 
 
 def describe_start(planned: PlannedRun, request: RunRequest) -> str:
@@ -198,7 +199,11 @@ def describe_start(planned: PlannedRun, request: RunRequest) -> str:
         aside = "the older run is moved aside, and " if run.path.exists() else ""
         return f"{run.path}: {aside}trained from step 0 to {last:,}"
     if is_done(planned):
-        return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
+        end = early_end(run, planned.recipe)
+        step = f"{last if end is None else end:,}"
+        return (
+            f"{run.path}: done already, step {step} of {last:,}, adapter in {run.adapter}; nothing to change"
+        )
     newest = find_beginning(planned)
     if newest is not None:
         return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"

@@ -25,7 +25,7 @@ def add_to_log(run: RunDirectory, text: str, since: float) -> None:
     try:
         if not logs or logs[-1].stat().st_mtime < since:
             return
-        descriptor = os.open(logs[-1], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        descriptor = os.open(logs[-1], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
     except UNREADABLE:
         return
     try:

@@ -23,6 +23,7 @@ HOSTILE: dict[str, list[str]] = {
     "RECIPE": [*PATHS, "no-such-recipe", "."],
     "RUN": [*PATHS, "no-such-run"],
     "SOURCE": [*PATHS, "no-such-run"],
+    "TARGET": [*PATHS, "no-such-run", ".", "owner/name"],
     "--strategy": ["", "ddpp", "\n", LONG],
     "--nodes": COUNTS,
     "--gpus-per-node": COUNTS,
@@ -32,13 +33,16 @@ HOSTILE: dict[str, list[str]] = {
     "--name": ["", ".", "..", "a/b", "a b", "a\n", LONG, "-x"],
     "--runs-dir": PATHS,
     "--set": ["", "x", "=", "=1", "lora.=1", "lora.r=\x00", "lora.r={", "name.x=1", f"{LONG}=1"],
+    "IMAGE... [QUESTION]": ["lost.png", "Why?"],
+    "--early-stop": ["", "-1", "x", "1.5"],
     "--allow": ["", "lora", "lora.rr", "\n"],
     "--from": [*PATHS, "no-such-checkpoint"],
     "--machine-rank": ["", "x", "-1", "1", "0.5"],
     "--main-process-ip": ["", " ", "a b", "http://x", "a\nb", "-x", LONG],
     "--main-process-port": ["", "x", "0", "-1", "65536", "99999999", "1e3"],
     "--split": ["", "val", "Test"],
-    "--models": ["", ",", "bass", "base,,adapter", LONG],
+    "--models": ["", ",", "bass", "base,,adapter", "checkpoint-", "base-prompt-x", LONG],
+    "--prompt": [*PATHS, "no-such-file", "."],
     "--max-samples": ["", "0", "-1", "x", "1.5"],
     "--output": PATHS,
     "--base": ["", "quantized"],
@@ -59,20 +63,48 @@ HOSTILE: dict[str, list[str]] = {
     "--max-crashes": ["", "0", "-1", "x", "1001"],
     "--then": ["push", "merge,x", "\n"],
     "--rank": ["", "-1", "x"],
+    "FILE": PATHS,
+    "--data": [*PATHS, "no-such-folder", "."],
+    "--model": PATHS,
+    "--gpus": ["", "x", "-1", "1.5", "9" * 5000],
+    "--image": TEXTS,
+    "--query": TEXTS,
+    "--label": TEXTS,
+    "--rows": ["", "x", "-1", "1001"],
+    "--repo": ["", "x", "a/b/c", "a b/c", "../x", "a/" + "b" * 200],
+    "--format": ["", "onnx", "VLLM"],
     "--steps": ["", "x", "0", "5:4", "-1", "1:", ":1", "1:2:3", "9" * 5000, LONG],
     "--random": ["", "0", "-1", "x", "1001"],
     "--seed": ["", "-1", "x", "1.5"],
 }
-NEEDED = {"consolidate": ("--output", "adapter")}
+NEEDED = {
+    "consolidate": ("--output", "adapter"),
+    "replay": ("--steps", "1"),
+    "export": ("--format", "vllm"),
+    "push": ("--repo", "me/it"),
+}
 ARGUMENT = {
     "recipe": "RECIPE",
     "run": "RUN",
     "runs": "RUN",
     "source": "SOURCE",
+    "target": "TARGET",
+    "file": "FILE",
     "left": "RUN",
     "right": "RUN",
+    "words": "IMAGE... [QUESTION]",
 }
-GOOD = {"recipe": "embedded", "run": "mine", "runs": "mine", "source": ".", "left": "mine", "right": "mine"}
+GOOD = {
+    "recipe": "embedded",
+    "run": "mine",
+    "runs": "mine",
+    "source": ".",
+    "target": "embedded",
+    "file": "my.yaml",
+    "left": "mine",
+    "right": "mine",
+    "words": "lost.png",
+}
 
 
 def _options() -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
@@ -119,7 +151,12 @@ def test_a_value_that_cannot_be_is_refused_in_one_line_that_names_it(
         assert len(said.splitlines()) == 1, (value, said)
         assert said.strip().isprintable(), (value, said)
         assert len(said) < 1000, value
-        names = (option, value[:50], value.partition("=")[0][:50])
+        names = (
+            option,
+            *option.replace("[", "").replace("]", "").split("... "),
+            value[:50],
+            value.partition("=")[0][:50],
+        )
         assert any(name and name in said for name in names), (value, said)
     assert launcher.commands == []
     assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import LINE, printable, read_text
 from trainer.attempt_log import LOG
+from trainer.loop.hub_upload import CheckpointUpload
 from trainer.progress_bars import ShortenedText
 
 
@@ -163,18 +164,20 @@ def _finish_trackio() -> None:
 
 
 def tracking_name(run: RunDirectory) -> str:
-    """One name for all attempts of a run, another for a run of the same name begun afresh."""
+    """Return one name for all attempts of a run, another for a run of the same name begun afresh."""
     file = run.path / ".trackio"
     if not file.exists():
         file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
     return printable(read_text(file, LINE).strip())
 
 
-def reporters(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
-    """What rank 0 shows of a run; nothing on the others."""
+def progress_callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
+    """Return what rank 0 shows of a run; nothing on the others."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
     shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
     if recipe.tracking.report_to == "trackio":
         shown.append(Trackio(recipe, run))
+    if recipe.hub.push and recipe.hub.every_checkpoints:
+        shown.append(CheckpointUpload(run, recipe))
     return shown

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.inputs.model_shape import ModelShape, read_shape
+from launch.inputs.families import read_shape
+from launch.inputs.model_shape import ModelShape
 from launch.planning.run_steps import stream_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ TOKENS_PER_SECOND = 16_206.0
 
 Samples of 795 tokens on average, random weights; 1,973 tokens a sample gave 13,244."""
 _CARD = re.compile(r"H100.*HBM3|H200")
-_HIDDEN, _LAYERS, _BATCH = 3584, 28, 32  # what was measured: the 7B shape, 32 samples a step
+_SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
 
 EFFICIENCY = {
     ("single", 1): 1.0,
@@ -70,7 +71,7 @@ def tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> int:
 
 
 def _is_measured(shape: ModelShape | str, plan: Plan) -> bool:
-    if isinstance(shape, str) or (shape.hidden, shape.layers) != (_HIDDEN, _LAYERS):
+    if isinstance(shape, str) or (shape.hidden, shape.layers, shape.vision_intermediate) != _SHAPE:
         return False
     return plan.load_in_4bit and plan.global_batch_size == _BATCH and plan.compute_dtype == "bfloat16"
 

@@ -20,7 +20,11 @@ INDEX = make_index(330)
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, Plan]:
-    monkeypatch.setattr(forecast, "read_shape", lambda recipe: replace(SHAPE, hidden=3584, layers=28))
+    monkeypatch.setattr(
+        forecast,
+        "read_shape",
+        lambda recipe: replace(SHAPE, hidden=3584, layers=28, vision_intermediate=5120),
+    )
     recipe = embedded_recipe("training.num_train_epochs=1")
     plan = make_plan(recipe, INDEX, Topology("ddp", 1, 4, "cpu"))
     return recipe, replace(plan, device="cuda", load_in_4bit=True, compute_dtype="bfloat16")

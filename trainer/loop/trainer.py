@@ -56,6 +56,7 @@ from trainer.loop.dataloaders import (
 )
 from trainer.loop.lr_schedule import enter_schedule, say_another_rate
 from trainer.loop.progress import reporters
+from trainer.loop.step_figures import memory_figures
 from trainer.loop.training_args import training_arguments
 from trainer.metrics_log import append_line, rows_digest, samples_digest
 from trainer.model.base import DTYPES, compute_in, prepare_training, recompute_layers, trainable_parameters
@@ -102,7 +103,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=Dataset.from_dict({"image": [0]}),
             data_collator=lambda rows: rows,
             processing_class=encoder.processor,
-            callbacks=reporters(recipe, task.run, resumed_at),
+            callbacks=reporters(task, resumed_at),
         )
         self.remove_callback(PrinterCallback)
         self.parameters = trainable_parameters(self.model)
@@ -329,6 +330,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             "samples": len(samples),
             "samples_digest": self._digest_of(samples),
             "seconds": round(now - self._clock, 4),
+            **memory_figures(),
         }
         self._record(self.run_directory.metrics_file, values)
         if step == self.resumed_at + 1:

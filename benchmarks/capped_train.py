@@ -24,7 +24,7 @@ def share_one_gpu() -> None:
 
     def start() -> PartialState:
         process_group.find_deepspeed_config()
-        return PartialState(backend="gloo", timeout=process_group.PATIENCE)
+        return PartialState(backend="gloo", timeout=process_group.PROCESS_GROUP_TIMEOUT)
 
     train.init_process_group = start
 

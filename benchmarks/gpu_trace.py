@@ -102,6 +102,11 @@ def top_kernels(events: Sequence[Event], count: int) -> list[tuple[str, float, i
     return [(name, seconds[name], calls[name]) for name in ordered]
 
 
+def launches(events: Sequence[Event]) -> int:
+    """Kernels, copies and fills that the host gave the GPU."""
+    return sum(event.kind in GPU_WORK for event in events)
+
+
 def host_syncs(events: Sequence[Event]) -> int:
     """Calls in which the host waited for the GPU."""
     return sum(event.name in SYNCS for event in events)

@@ -30,8 +30,8 @@ from launch.planning.run_steps import step_plan
 from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from trainer.data import encoder, micro_batches
-from trainer.data.chartqa import open_split
 from trainer.data.loader import Loader
+from trainer.data.splits import open_split
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

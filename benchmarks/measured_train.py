@@ -29,6 +29,7 @@ from trainer.checks.sharding import resident_bytes, whole_bytes
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
+from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 
 REPEATS = 20
@@ -106,6 +107,7 @@ class Clock:
             "profiled_busy_s": gpu_trace.busy_seconds(events),
             "profiled_exposed_s": gpu_trace.exposed_seconds(events),
             "profiled_syncs": gpu_trace.host_syncs(events),
+            "profiled_launches": gpu_trace.launches(events),
         }
         self.write(self.facts)
 
@@ -133,32 +135,32 @@ def all_reduce_alone(elements: int) -> float | None:
 
 def watch(clock: Clock) -> None:
     """Put the clock around the trainer's own functions."""
-    training_step, write_step = PlannedTrainer.training_step, PlannedTrainer.write_step
+    training_step, on_step_end = PlannedTrainer.training_step, StepEnd.on_step_end
 
     def begin(self: PlannedTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self._loss_sum is None:
+        if self.at_first_micro_batch:
             clock.begin_step(self)
         return training_step(self, *args, **kwargs)
 
-    def end(self: PlannedTrainer, learning_rate: float) -> None:
-        write_step(self, learning_rate)
-        clock.end_step(self.state.global_step)
-        self._clock = time.perf_counter()  # what the clock did between two steps belongs to none
+    def end(self: StepEnd, *args: Any, **kwargs: Any) -> None:
+        on_step_end(self, *args, **kwargs)
+        clock.end_step(self.trainer.state.global_step)
+        self.step_began = time.perf_counter()  # what the clock did between two steps belongs to none
 
-    PlannedTrainer.training_step, PlannedTrainer.write_step = begin, end  # type: ignore[method-assign]
+    PlannedTrainer.training_step, StepEnd.on_step_end = begin, end  # type: ignore[method-assign]
     for engine in (Replicated, Zero):
-        engine.add_up = timed(engine.add_up, clock)  # type: ignore[method-assign]
+        engine.all_reduce = timed(engine.all_reduce, clock)  # type: ignore[method-assign]
 
 
-def timed(add_up: Any, clock: Clock) -> Any:
-    """`add_up` with the moments before and after it. It ends with a host read, so one wait more changes little."""
+def timed(all_reduce: Any, clock: Clock) -> Any:
+    """`all_reduce` with the moments before and after it. It ends with a host read, so one wait more changes little."""
 
-    def measured(self: Any, told: Any) -> Any:
+    def measured(self: Any, values: Any) -> Any:
         synchronize()
         clock.moments["ready"] = time.perf_counter()
-        found = add_up(self, told)
+        reduced = all_reduce(self, values)
         clock.moments["done"] = time.perf_counter()
-        return found
+        return reduced
 
     return measured
 
@@ -171,17 +173,17 @@ def main() -> int:
     clock = Clock(Path(folder), int(profiled_step))
     watch(clock)
 
-    settle = train.fit_to_memory
+    fit_to_memory = train.fit_to_memory
 
-    def settle_after(trainer: PlannedTrainer) -> None:
+    def fit_afterwards(trainer: PlannedTrainer) -> None:
         clock.loading_gib = peak_gib()  # before the largest micro-batch is tried
-        settle(trainer)
+        fit_to_memory(trainer)
 
     def leave() -> None:
         clock.finish()
         destroy_process_group()
 
-    train.fit_to_memory, train.destroy_process_group = settle_after, leave
+    train.fit_to_memory, train.destroy_process_group = fit_afterwards, leave
     return train.main(arguments)
 
 

@@ -159,13 +159,13 @@ def run_case(
     """Forward and backward of two micro-batches; the second finds gradients and what the libraries keep."""
     import torch
 
-    from launch.inputs.model_shape import read_shape
+    from launch.inputs.families import read_shape
     from launch.planning.auto_settings import Gpus, kernels_of
     from launch.planning.memory import Packed, Settings, load_of, memory_of
     from launch.planning.step_plan import MicroBatch
-    from trainer.data.chartqa import open_split
     from trainer.data.encoder import Encoder
     from trainer.data.micro_batches import assemble
+    from trainer.data.splits import open_split
     from trainer.model.base import DTYPES
     from trainer.pretrained import load_processor
 

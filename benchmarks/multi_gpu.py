@@ -2,12 +2,14 @@
 
     python benchmarks/multi_gpu.py                                   # all GPUs that are there, the 7B shape, 20 steps
     python benchmarks/multi_gpu.py --gpus 4 --runs ddp,fsdp          # `single` is taken from the last call, if it ran
+    python benchmarks/multi_gpu.py --gpus 1 --per-gpu 4              # the host's share, on one GPU: 32 and 4 a step
     python benchmarks/multi_gpu.py --shape tiny --gpus 2 --steps 6   # a smoke run, also on CPUs (gloo, without fsdp)
 
 Random weights of the true shape and chart-sized images (`--folder`, built once). Each run is one `accelerate launch`
 with the shipped config and the default recipe. What is done is written to `--output` at once, and a run that is there
 with the same settings is not run again unless `--fresh` says so. `per-gpu` runs have 32 samples a GPU and half of the
-steps, `4-per-gpu` what each of 8 GPUs has of 32; `random` runs deal the same samples as a shuffling sampler would.
+steps, `few` runs 4 (`--per-gpu`), what each of 8 GPUs has of 32; `random` runs deal the same samples as a shuffling
+sampler would.
 Waiting and communication: of the plainly reduced strategies by the clocks of the ranks (the last to be ready, and the
 addition itself), of the others by the NCCL kernels that nothing overlaps in one profiled step. Steps 1 and 2 and the
 profiled one are in no time.
@@ -54,8 +56,8 @@ class Run:
     steps: int
 
 
-def runs_of(gpus: int, steps: int) -> dict[str, Run]:
-    """Every run there is, by name, in the order in which they are worth their time."""
+def runs_of(gpus: int, steps: int, few: int = FEW) -> dict[str, Run]:
+    """Every run there is, by name, in the order in which they are worth their time; `few` samples a GPU in some."""
     fewer = max(6, steps // 2)
     wide = GLOBAL_BATCH * gpus
     runs = [
@@ -65,7 +67,8 @@ def runs_of(gpus: int, steps: int) -> dict[str, Run]:
         Run("zero2", "zero2", gpus, GLOBAL_BATCH, "balanced", steps),
         Run("zero3", "zero3", gpus, GLOBAL_BATCH, "balanced", steps),
         Run("ddp-per-gpu", "ddp", gpus, wide, "balanced", fewer),
-        Run("ddp-4-per-gpu", "ddp", gpus, FEW * gpus, "balanced", steps),
+        Run("single-few", "single", 1, few, "balanced", steps),
+        Run("ddp-few", "ddp", gpus, few * gpus, "balanced", steps),
         Run("ddp-random", "ddp", gpus, GLOBAL_BATCH, "random", steps),
         Run("ddp-per-gpu-random", "ddp", gpus, wide, "random", fewer),
         *[Run(f"{strategy}-per-gpu", strategy, gpus, wide, "balanced", fewer) for strategy in SHARDED],
@@ -73,7 +76,8 @@ def runs_of(gpus: int, steps: int) -> dict[str, Run]:
     return {run.name: run for run in runs}
 
 
-DEFAULT_RUNS = ("single", "ddp", "fsdp", "zero2", "zero3", "ddp-per-gpu", "ddp-4-per-gpu", "ddp-random")
+DEFAULT_RUNS = ("single", "ddp", "fsdp", "zero2", "zero3", "ddp-per-gpu", "ddp-few", "ddp-random")
+FEW_RUNS = ("single", "single-few", "ddp-few")
 
 
 def say(words: str) -> None:
@@ -92,7 +96,7 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
     }
     options.folder.mkdir(parents=True, exist_ok=True)
-    known = runs_of(options.gpus, options.steps)
+    known = runs_of(options.gpus, options.steps, options.per_gpu or FEW)
     asked = [name for name in options.runs.split(",") if name]
     if wrong := [name for name in asked if name not in known]:
         raise SystemExit(f"--runs: there is no {', '.join(wrong)}; choose of {', '.join(known)}")
@@ -136,7 +140,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="JSON of what is done (default: multi_gpu.json in the folder)"
     )
-    parser.add_argument("--runs", default=",".join(DEFAULT_RUNS), help=f"of {', '.join(runs_of(2, 20))}")
+    parser.add_argument(
+        "--runs",
+        help=f"of {', '.join(runs_of(2, 20))} (default: {', '.join(DEFAULT_RUNS)}; on one GPU or with --per-gpu: "
+        f"{', '.join(FEW_RUNS)})",
+    )
+    parser.add_argument(
+        "--per-gpu", type=int, metavar="SAMPLES", help=f"of each GPU in the `few` runs (default: {FEW})"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe value")
     parser.add_argument("--limit", type=float, default=400, help="seconds of one run (default: 400)")
     parser.add_argument(
@@ -151,7 +162,16 @@ def parse() -> argparse.Namespace:
     options.output = options.output or options.folder / "multi_gpu.json"
     if options.cuda and options.gpus > present:
         parser.error(f"--gpus: {present} are there")
+    if options.per_gpu is not None and options.per_gpu < 1:
+        parser.error(f"--per-gpu: {options.per_gpu} is no number of samples above 0")
+    options.runs = options.runs or ",".join(default_runs(options.gpus, options.per_gpu))
     return options
+
+
+def default_runs(gpus: int, per_gpu: int | None) -> list[str]:
+    """What is run when nothing is named. On one GPU that is the host's share: few samples a step against many."""
+    chosen = FEW_RUNS if per_gpu or gpus == 1 else DEFAULT_RUNS
+    return [name for name in chosen if gpus > 1 or name.startswith("single")]
 
 
 def build(options: argparse.Namespace) -> None:
@@ -226,7 +246,13 @@ def follow(process: subprocess.Popen[bytes], metrics: Path, run: Run, limit: flo
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     """What results must share to be compared."""
-    return {"gpus": options.gpus, "steps": options.steps, "shape": options.shape, "set": options.set}
+    return {
+        "gpus": options.gpus,
+        "per_gpu": options.per_gpu or FEW,
+        "steps": options.steps,
+        "shape": options.shape,
+        "set": options.set,
+    }
 
 
 def read_results(options: argparse.Namespace) -> dict[str, Measured]:

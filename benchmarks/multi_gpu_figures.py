@@ -65,6 +65,18 @@ class Measured:
     def tokens_s(self) -> float:
         return sum(self.tokens[place] for place in self.counted) / (self.step_s * len(self.counted))
 
+    @property
+    def busy_share(self) -> float | None:
+        """Of the profiled step, in which rank 0's GPU does anything."""
+        busy, step = self.profiled.get("profiled_busy_s"), self.profiled.get("profiled_step_s")
+        return busy / step if busy and step else None
+
+    @property
+    def slowest(self) -> float:
+        """The slowest counted step over the median, both a token: how much the steps differ beside their sizes."""
+        each = [self.seconds[place] / self.tokens[place] for place in self.counted]
+        return max(each) / statistics.median(each)
+
     def in_short(self) -> str:
         """For a line of progress."""
         if not self.counted:
@@ -123,7 +135,8 @@ def summarize(
         layers_gib=[fact["layers_gib"] for fact in facts if "layers_gib" in fact],
         whole_layers_gib=[fact["whole_layers_gib"] for fact in facts if "whole_layers_gib" in fact],
         all_reduce_s=facts[0].get("all_reduce_s"),
-        profiled={key: value for key, value in facts[0].items() if key.startswith("profiled")},
+        profiled={key: value for key, value in facts[0].items() if key.startswith("profiled")}
+        | ({"profiled_step_s": seconds[profiled - 1]} if len(seconds) >= profiled > 0 else {}),
         device=facts[0].get("device", ""),
         **prediction(run, plan, assignment, counted),
     )
@@ -236,13 +249,14 @@ def report(asked: Mapping[str, Any], results: Sequence[Measured]) -> None:
             "GiB loading, training",
             "layers GiB",
         ),
+        *("us/token, slowest", "GPU busy, launches"),
         *("loss against single", "waiting (predicted)", "communication (predicted)", "guards, digests"),
     )
     for column in columns:
         table.add_column(column)
     for each in results:
         table.add_row(*row(each, single))
-    Console(width=170).print(table)
+    Console(width=200).print(table)
     for line in comparisons(known):
         print(line)
     print(json.dumps({**asked, "results": [_short(each) for each in results]}))
@@ -255,7 +269,7 @@ def row(each: Measured, single: Measured | None) -> list[str]:
         return [
             each.name,
             f"{each.processes} x {each.global_batch / each.processes:g}",
-            *[""] * 8,
+            *[""] * 10,
             each.outcome,
         ]
     efficiency = each.tokens_s / (each.processes * single.tokens_s) if single and single.counted else None
@@ -270,6 +284,8 @@ def row(each: Measured, single: Measured | None) -> list[str]:
         "" if efficiency is None else f"{efficiency:.1%}",
         f"{_most(each.loading_gib)}, {_most(each.training_gib)}",
         _most(each.layers_gib),
+        f"{1e6 * each.processes / each.tokens_s:.1f}, {each.slowest:.2f} x",
+        f"{_share(each.busy_share)}, {each.profiled.get('profiled_launches', '-')}",
         f"{losses_apart(each, single):.1e}" if comparable and single else "",
         f"{_share(each.waiting)} ({each.predicted_waiting:.2%})" if several else "",
         f"{_share(each.communication)} ({reducing:.2%})" if several else "",

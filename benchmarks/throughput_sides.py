@@ -130,18 +130,18 @@ class Recording:
 
     def watch(self, first: int) -> None:
         """Put it at the end of the trainer's steps; `first`: of the profiled steps, or 0 for none."""
-        from trainer.loop.trainer import PlannedTrainer
+        from trainer.loop.callbacks import StepEnd
 
-        write_step = PlannedTrainer.write_step
+        on_step_end = StepEnd.on_step_end
         self._first = first if torch.cuda.is_available() else 0
 
-        def write(trainer: PlannedTrainer, learning_rate: float) -> None:
-            write_step(trainer, learning_rate)
+        def end(callback: StepEnd, *args: Any, **kwargs: Any) -> None:
+            on_step_end(callback, *args, **kwargs)
             if self.first_step_s is None:
                 self.first_step_s = seconds_of_this_process()
-            self._at_end_of(trainer.state.global_step)
+            self._at_end_of(callback.trainer.state.global_step)
 
-        PlannedTrainer.write_step = write  # type: ignore[method-assign]
+        StepEnd.on_step_end = end  # type: ignore[method-assign]
 
     def _at_end_of(self, step: int) -> None:
         if self._first and step == self._first - 1:
@@ -168,6 +168,7 @@ class Recording:
             "step_s": self._seconds / PROFILED,
             "busy_share": gpu_trace.busy_seconds(events) / self._seconds,
             "host_syncs": gpu_trace.host_syncs(events) / PROFILED,
+            "launches": gpu_trace.launches(events) / PROFILED,
             "kernels": [
                 {"name": name[:100], "seconds": seconds / PROFILED, "calls": calls / PROFILED}
                 for name, seconds, calls in kernels
@@ -268,14 +269,14 @@ def trl_dataset(recipe: Recipe, steps: StepPlan, count: int) -> Any:
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    from trainer.data.chartqa import open_split
+    from trainer.data.splits import open_split
 
     rows = open_split(recipe, "train")
     text = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_list(
         [
             {
-                "images": [{"bytes": rows[sample].image, "path": None}],
+                "images": [{"bytes": rows[sample].images[0], "path": None}],
                 "prompt": [
                     {"role": "system", "content": recipe.data.system_message},
                     {"role": "user", "content": rows[sample].query},

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 
+from rich.console import Console
 from rich.table import Table
 
 from launch.invocation import as_typed
@@ -41,6 +42,20 @@ def emit(text: str, to_stderr: bool = False) -> None:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
         write_to_nowhere(out.fileno())
+
+
+class PipeSafeConsole(Console):
+    """A rich console that ends well when its reader has gone (`| head`): rich 15 ends the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich for a BrokenPipeError; the rest of the output goes nowhere."""
+        self.quiet = True
+        write_to_nowhere(self.file.fileno())
+
+
+def table_console(to_stderr: bool = False) -> PipeSafeConsole:
+    """The console that the commands print their tables on."""
+    return PipeSafeConsole(highlight=False, stderr=to_stderr)
 
 
 def add_row(table: Table, *cells: str) -> None:

@@ -72,6 +72,22 @@ def whole(option: str, least: int, most: int = MOST_PROCESSES) -> Callable[[str]
     return parse
 
 
+def step_range(option: str) -> Callable[[str], tuple[int, int]]:
+    """Parse `40:45`, or `40` for one step; steps count from 1."""
+
+    def parse(value: str | tuple[int, int]) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, colon, last = value.partition(":")
+        is_count = [each.isascii() and each.isdigit() and len(each) < 12 for each in (first, last or first)]
+        numbers = (int(first), int(last or first)) if all(is_count) else (0, 0)
+        if not 1 <= numbers[0] <= numbers[1] or (colon and not last):
+            raise ConfigError(f"{option}: {_shown(value)} is no range of steps; give one such as 40:45")
+        return numbers
+
+    return parse
+
+
 def positive(option: str) -> Callable[[str], float]:
     """A number above 0 that is finite."""
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -24,10 +25,14 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ChildError(SamestepError):
-    """A child process that has already said what is wrong; carries its exit status."""
+    """A child process that did not finish; carries its exit status.
+
+    `was_explained`: the child ended by itself and has said on the terminal what is wrong; a signal says nothing.
+    """
 
     def __init__(self, what: str, status: int) -> None:
-        self.exit_status = status if status in (1, 2) else 1
+        self.was_explained = status in (1, 2)
+        self.exit_status = status if self.was_explained else 1
         super().__init__(f"{what}: did not finish (exit status {status}); see its words above")
 
 
@@ -149,6 +154,14 @@ def processes_with(words: Sequence[str]) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline"])
         if {*words} <= {*(process.info["cmdline"] or ())}
     ]
+
+
+def become_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Go on as `python -m module`, with this terminal and its keyboard. Never returns."""
+    environment = dict(os.environ)
+    if said := remove_launcher_variables(environment):
+        log_stderr(said)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def call_module(module: str, arguments: Sequence[str]) -> None:

@@ -19,6 +19,11 @@ def age(seconds: float) -> str:
     return f"{max(int(seconds), 0)} s"
 
 
+def decimal_size(size: int) -> str:
+    """Bytes as disks and memory are sold, in powers of ten: `0.3 GB`, `12.0 MB`."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
 def gib(count: int | float) -> str:
     """Bytes for a reader."""
     return f"{count / GIB:,.1f} GiB"

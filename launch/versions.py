@@ -1,17 +1,19 @@
-"""What `samestep --version` says: read from what is installed, importing none of it."""
+"""Versions of what is installed, without importing it, and what `samestep --version` says."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed")
 
 
-def version_line() -> str:
-    """samestep's version, and those of the packages that decide what a run computes, in one line."""
-    return f"samestep {_version_of('samestep')} ({', '.join(f'{name} {_version_of(name)}' for name in PACKAGES)})"
-
-
-def _version_of(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of an installed package, or "not installed": DeepSpeed is optional, a login node may lack all."""
     try:
         return version(package)
-    except PackageNotFoundError:  # DeepSpeed is optional; the login node of a cluster may lack them all
+    except PackageNotFoundError:
         return "not installed"
+
+
+def version_line() -> str:
+    """samestep's version, and those of the packages that decide what a run computes, in one line."""
+    libraries = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
+    return f"samestep {installed_version('samestep')} ({libraries})"

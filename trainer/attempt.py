@@ -68,7 +68,7 @@ def forget_old_stop(run: RunDirectory) -> None:
 
 
 def environment(plan: Plan) -> dict[str, object]:
-    """Where and with what this attempt runs."""
+    """Return where and with what this attempt runs."""
     return {
         "versions": plan.versions,
         "python": platform.python_version(),
@@ -84,14 +84,14 @@ def environment(plan: Plan) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptResult:
     """Where an attempt ended, and why when it was not at the last step."""
 
     step: int
     stop: StopReason | None = None
 
 
-def write_exit_marker(task: Task, ended: Ended) -> None:
+def write_exit_marker(task: Task, ended: AttemptResult) -> None:
     """Say how the attempt ended; what was asked of it is answered."""
     if ended.stop:
         text = f"{ended.stop}: at step {ended.step} of {task.plan.max_steps}"

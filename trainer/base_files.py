@@ -35,7 +35,7 @@ _MOST = {
 
 
 def is_inside(name: str) -> bool:
-    """A relative name that stays below its folder. Links are not looked at: the hub's cache is made of them."""
+    """Return whether a name is relative and stays below its folder. Links are allowed: the hub's cache has them."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 

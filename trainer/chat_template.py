@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import ConfigError
 from launch.untrusted_files import printable
@@ -17,21 +17,23 @@ _CHARACTERS = 100_000
 """The most that it may make of a short conversation."""
 
 
-def refuse_endless_template(processor: Qwen2VLProcessor, folder: Path) -> None:
+def refuse_endless_template(processor: ProcessorMixin, place: Path, key: str = "model.name_or_path") -> None:
     """Render one short conversation, with and without its answer, within bounds of time, memory and length.
+
+    `place`: the folder or the file that the template is from, which `key` of a recipe names.
 
     Raises:
         ConfigError: the template cannot be rendered, or not within the bounds.
     """
     if problem := trial(lambda: _render(processor)):
-        name = next((name for name in _FILES if (folder / name).is_file()), _FILES[0])
+        name = next((name for name in _FILES if (place / name).is_file()), _FILES[0])
         raise ConfigError(
-            f"model.name_or_path: {folder / name}: the chat template cannot be used ({printable(problem)}); get the "
-            "model again"
+            f"{key}: {place if place.is_file() else place / name}: the chat template cannot be used "
+            f"({printable(problem)}); {'correct it' if place.is_file() else 'get the model again'}"
         )
 
 
-def _render(processor: Qwen2VLProcessor) -> None:
+def _render(processor: ProcessorMixin) -> None:
     asked: list[dict[str, Any]] = [
         {"role": "system", "content": [{"type": "text", "text": "Answer."}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How high is it?"}]},

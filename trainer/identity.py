@@ -7,16 +7,15 @@ from pathlib import Path
 
 from launch.errors import RunError
 from launch.inputs.dataset_index import Index
-from launch.inputs.identity import RunIdentity, data_identity, model_identity, short
+from launch.inputs.identity import RunIdentity, short, whole_identity
 from launch.recipe.schema import Recipe
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks, run_on_main
 from trainer.pretrained import base_path
 
 
-def identity_of(recipe: Recipe, index: Index) -> RunIdentity:
+def compute_identity(recipe: Recipe, index: Index) -> RunIdentity:
     """Of a recipe whose base and data are here. Large files are read once in a cache's lifetime. ConfigError."""
-    base = model_identity(Path(base_path(recipe)))
-    return RunIdentity({**base.parts, **data_identity(index).parts})
+    return whole_identity(Path(base_path(recipe)), recipe, index)
 
 
 def is_first_of_node() -> bool:
@@ -25,19 +24,19 @@ def is_first_of_node() -> bool:
 
 
 def agree_on_identity(recipe: Recipe, index: Index) -> RunIdentity:
-    """The identity of the run, found by the first process of every node. A collective.
+    """Return the identity of the run, found by the first process of every node. A collective.
 
     Raises:
         ConfigError: a base cannot be read.
         RunError: the nodes have different ones.
     """
-    mine = run_on_all_ranks(lambda: identity_of(recipe, index) if is_first_of_node() else None)
-    everyone = gather_objects(mine)
-    first = everyone[0]
+    own = run_on_all_ranks(lambda: compute_identity(recipe, index) if is_first_of_node() else None)
+    identities = gather_objects(own)
+    first = identities[0]
     assert first is not None  # rank 0 is the first of its node
 
     def compare() -> None:
-        for rank, other in enumerate(everyone):
+        for rank, other in enumerate(identities):
             odd = [
                 part
                 for part in first.parts

@@ -1,7 +1,7 @@
-"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: what another library trained, made ours.
+"""`python -m trainer.import_checkpoint RECIPE CHECKPOINT --output DIR`: make a checkpoint of another library's.
 
-Adapter, moments and step are taken over where the form has them; what is lost is said. `samestep run RECIPE --from
-CHECKPOINT` starts it, and then begins a run with the result.
+Adapter, optimizer state and step are imported where the form has them; what is lost is printed.
+`samestep run RECIPE --from CHECKPOINT` starts it, and then begins a run with the result.
 """
 
 from __future__ import annotations
@@ -66,87 +66,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(find_recipe(given.recipe), given.set)
         index = read_index(recipe) or prepare(recipe)
-        found = import_checkpoint(given.source)
-        refuse_what_we_do_not_train(recipe, found)
-        write_checkpoint(recipe, index, found, given.output)
+        imported = import_checkpoint(given.source)
+        refuse_what_we_do_not_train(recipe, imported)
+        write_checkpoint(recipe, index, imported, given.output)
     except SamestepError as error:
         return print_error(error)
     print(
-        f"{printable(str(given.source))}: {found.form}, step {found.step or 0}; taken over: {', '.join(_taken(found))}"
+        f"{printable(str(given.source))}: {imported.form}, step {imported.step or 0}; imported: "
+        f"{', '.join(_taken(imported))}"
     )
-    for lost in (*found.lost, *_lost_always(recipe, found)):
-        print(f"not taken over: {lost}")
+    for lost in (*imported.lost, *_lost_always(recipe, imported)):
+        print(f"not imported: {lost}")
     return 0
 
 
-def refuse_what_we_do_not_train(recipe: Recipe, found: ImportedCheckpoint) -> None:
-    """What a recipe cannot say would be dropped in silence: another scale, say, or another base.
+def refuse_what_we_do_not_train(recipe: Recipe, imported: ImportedCheckpoint) -> None:
+    """Refuse what a recipe cannot say and would be dropped in silence: another scale, say, or another base.
 
     Raises:
         CheckpointError: it is no whole LoRA, or of a kind that this training does not continue.
     """
-    if (found.source / MANIFEST).is_file():
+    if (imported.source / MANIFEST).is_file():
         raise CheckpointError(
-            f"{found.source}: is a checkpoint of samestep; give it to `samestep run --from` as it is"
+            f"{imported.source}: is a checkpoint of samestep; give it to `samestep run --from` as it is"
         )
     adapter_of(
-        found, AdapterOverrides() if found.config else AdapterOverrides(lora_alpha=recipe.lora.lora_alpha)
+        imported,
+        AdapterOverrides() if imported.config else AdapterOverrides(lora_alpha=recipe.lora.lora_alpha),
     )
-    config = found.config or {}
+    config = imported.config or {}
     if refused := [name for name in _NOT_CONTINUED if config.get(name)]:
         raise CheckpointError(
-            f"{found.source}: its adapter uses {', '.join(refused)}, which a run here does not continue; merge it "
+            f"{imported.source}: its adapter uses {', '.join(refused)}, which a run here does not continue; merge it "
             "(`samestep merge`) and train on the result, or go on with the library that wrote it"
         )
 
 
-def write_checkpoint(recipe: Recipe, index: Index, found: ImportedCheckpoint, output: Path) -> Path:
+def write_checkpoint(recipe: Recipe, index: Index, imported: ImportedCheckpoint, output: Path) -> Path:
     """Publish `checkpoint-<step>` below `output`, replacing an older one; returns its folder.
 
     Its facts say of the old run what is known (LoRA, base), and for the rest what the recipe says.
     """
-    step = found.step or 0
-    aside = partial_folder(output, step)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    step = imported.step or 0
+    tmp_dir = partial_folder(output, step)
+    shutil.rmtree(tmp_dir, ignore_errors=True)
+    tmp_dir.mkdir(parents=True)
     save_file(
-        {key: tensor.float().contiguous() for key, tensor in found.tensors.items()}, aside / ADAPTER_FILE
+        {key: tensor.float().contiguous() for key, tensor in imported.tensors.items()}, tmp_dir / ADAPTER_FILE
     )
-    if found.moments:
-        moments = {name: tensor.float().contiguous() for name, tensor in found.moments.items()}
-        save_file(moments, aside / OPTIMIZER_FILE)
-    lora_config(recipe, found).save_pretrained(str(aside))
-    TrainerState(global_step=step, train_batch_size=1).save_to_json(str(aside / STATE_FILE))
+    if imported.optimizer_state:
+        optimizer_state = {
+            name: tensor.float().contiguous() for name, tensor in imported.optimizer_state.items()
+        }
+        save_file(optimizer_state, tmp_dir / OPTIMIZER_FILE)
+    lora_config(recipe, imported).save_pretrained(str(tmp_dir))
+    TrainerState(global_step=step, train_batch_size=1).save_to_json(str(tmp_dir / STATE_FILE))
     facts = {
         "step": step,
         "samples_consumed": step * recipe.batch.global_batch_size,
         "form": "portable",
-        "strategy": found.form,
+        "strategy": imported.form,
         "world_size": None,
         "global_batch_size": recipe.batch.global_batch_size,
         "begin": {"step": StreamOffset().step, "sample": StreamOffset().sample},
         "learning_rate": None,
-        "recipe": altering_values(recipe) | old_values(recipe, found),
+        "recipe": altering_values(recipe) | old_values(recipe, imported),
         "dataset_fingerprint": index.fingerprint,
-        "base_identity": known_base(found),
-        "taken_over_from": str(found.source.absolute()),
-        "lost": list(found.lost),
+        "base_identity": known_base(imported),
+        "taken_over_from": str(imported.source.absolute()),
+        "lost": list(imported.lost),
     }
     final = output / f"checkpoint-{step}"
-    publish(aside, final, facts, replace=True)
+    publish(tmp_dir, final, facts, replace=True)
     return final
 
 
-def known_base(found: ImportedCheckpoint) -> str | None:
-    """The commit of the old run's base; None where its adapter_config.json has but a name, which is any model's."""
-    revision = (found.config or {}).get("revision") or ""
+def known_base(imported: ImportedCheckpoint) -> str | None:
+    """Find the commit of the old run's base; None where adapter_config.json has only a name, which is any model's."""
+    revision = (imported.config or {}).get("revision") or ""
     return revision if COMMIT.fullmatch(revision) else None
 
 
-def old_values(recipe: Recipe, found: ImportedCheckpoint) -> dict[str, Any]:
-    """The recipe values that the old run is known to have had otherwise: of its adapter_config.json, or its tensors."""
-    config = found.config or {"r": _rank_of(found)}
+def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
+    """Return the recipe values that the old run had otherwise: of its adapter_config.json, or its tensors."""
+    config = imported.config or {"r": _rank_of(imported)}
     old = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(recipe.lora, key) and not config.get(key):
+            old[f"lora.{key}"] = config.get(key)
     targets = config.get("target_modules")
     wanted = recipe.lora.target_modules
     if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
@@ -159,43 +166,43 @@ def old_values(recipe: Recipe, found: ImportedCheckpoint) -> dict[str, Any]:
     return old
 
 
-def lora_config(recipe: Recipe, found: ImportedCheckpoint) -> LoraConfig:
-    """The adapter_config.json of what was taken over: its own values, the recipe's where it has none."""
-    chosen, own = recipe.lora, found.config or {}
+def lora_config(recipe: Recipe, imported: ImportedCheckpoint) -> LoraConfig:
+    """Return the adapter_config.json of the imported adapter: its own values, the recipe's where it has none."""
+    lora, own = recipe.lora, imported.config or {}
     values: dict[str, Any] = {
-        "r": own.get("r", _rank_of(found)),
-        "lora_alpha": own.get("lora_alpha", chosen.lora_alpha),
-        "lora_dropout": own.get("lora_dropout", chosen.lora_dropout),
-        "target_modules": own.get("target_modules", chosen.target_modules),
+        "r": own.get("r", _rank_of(imported)),
+        "lora_alpha": own.get("lora_alpha", lora.lora_alpha),
+        "lora_dropout": own.get("lora_dropout", lora.lora_dropout),
+        "target_modules": own.get("target_modules", lora.target_modules),
     }
     config = LoraConfig(**values, task_type="CAUSAL_LM", inference_mode=True)
     config.base_model_name_or_path = own.get("base_model_name_or_path") or base_name(recipe)
     return config
 
 
-def _rank_of(found: ImportedCheckpoint) -> int:
-    return next(tensor.shape[0] for key, tensor in found.tensors.items() if ".lora_A." in key)
+def _rank_of(imported: ImportedCheckpoint) -> int:
+    return next(tensor.shape[0] for key, tensor in imported.tensors.items() if ".lora_A." in key)
 
 
-def _taken(found: ImportedCheckpoint) -> Iterator[str]:
-    yield f"the adapter ({len(found.tensors)} tensors)"
-    if found.moments:
-        yield f"the optimizer's moments of {len(found.moments) // 3} parameters"
-    if found.step is not None:
+def _taken(imported: ImportedCheckpoint) -> Iterator[str]:
+    yield f"the adapter ({len(imported.tensors)} tensors)"
+    if imported.optimizer_state:
+        yield f"the optimizer's moments of {len(imported.optimizer_state) // 3} parameters"
+    if imported.step is not None:
         yield "the step"
 
 
-def _lost_always(recipe: Recipe, found: ImportedCheckpoint) -> Iterator[str]:
-    sample = (found.step or 0) * recipe.batch.global_batch_size
+def _lost_always(recipe: Recipe, imported: ImportedCheckpoint) -> Iterator[str]:
+    sample = (imported.step or 0) * recipe.batch.global_batch_size
     yield (
         f"the order of its samples: this run goes on at sample {sample:,} of its own stream, so some are seen again "
         "and some not in the epoch under way"
     )
     yield "the learning-rate schedule: the recipe's is entered at that step"
     yield "what its base was quantized to, and its data: the recipe's are taken for the same"
-    if known_base(found) is None:
+    if known_base(imported) is None:
         yield "which weights its base had: it says no more than a name, the recipe's are taken for the same"
-    if found.config is None:
+    if imported.config is None:
         yield f"lora_alpha, which the form does not store: taken from the recipe ({recipe.lora.lora_alpha})"
 
 

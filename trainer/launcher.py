@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """What follows an option on the command line."""
+    """Return what follows an option on the command line."""
     return arguments[arguments.index(option) + 1] if option in arguments else None
 
 

@@ -6,7 +6,6 @@ import errno
 import io
 import logging
 import os
-import stat
 import sys
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ import transformers
 from launch.errors import SamestepError
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
+from trainer.attempt_log import LOG, LineFilter
 
 
 def setup_logging() -> None:
@@ -35,6 +35,8 @@ def setup_logging() -> None:
     for library in ("transformers", "datasets"):  # whose words have handlers of their own
         for handler in logging.getLogger(library).handlers:
             handler.setFormatter(_Printable())
+            if isinstance(handler, logging.StreamHandler) and _is_replaced(sys.stderr):  # made before that
+                handler.setStream(sys.stderr)
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
@@ -49,16 +51,25 @@ class _Printable(logging.Formatter):
 
 
 class HangupSafeStream(io.FileIO):
-    """A terminal or a pipe that may end while the run goes on: what is written to it then is lost, and nothing else."""
+    """A terminal or a pipe that may end while the run goes on: what is written to it then is lost, and nothing else.
+
+    What is written is copied to the log of the attempt.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._lines = LineFilter(LOG)
 
     def write(self, data: Any) -> int:
         """As `FileIO.write`; after a terminal hung up (EIO) or a reader went (EPIPE) all is taken for written."""
         try:
-            return super().write(data) or 0
+            written = super().write(data) or 0
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            return memoryview(data).nbytes
+            written = memoryview(data).nbytes
+        self._lines.feed(bytes(data)[:written])  # the rest of a short write comes again
+        return written
 
 
 def _outlive_the_listeners() -> None:
@@ -68,12 +79,17 @@ def _outlive_the_listeners() -> None:
             descriptor = stream.fileno()
         except (AttributeError, OSError, ValueError):  # a program that caught our words (pytest)
             continue
-        if isinstance(stream, io.TextIOWrapper) and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raw = HangupSafeStream(descriptor, "w", closefd=False)
+        # Only the process's own: a program that catches its words (pytest) has put a file of its own there.
+        if isinstance(stream, io.TextIOWrapper) and descriptor in (1, 2) and not _is_replaced(stream):
+            raw = HangupSafeStream(descriptor)
             text = io.TextIOWrapper(
                 io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
             )
             setattr(sys, name, text)
+
+
+def _is_replaced(stream: Any) -> bool:
+    return isinstance(getattr(getattr(stream, "buffer", None), "raw", None), HangupSafeStream)
 
 
 def print_error(error: SamestepError) -> int:

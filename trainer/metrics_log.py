@@ -35,7 +35,7 @@ def append_line(file: Path, values: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptLines:
     """What a file of figures has after a resume: its `steps`, in their order, and those that were there `doubled`."""
 
     file: Path
@@ -43,7 +43,7 @@ class Kept:
     doubled: tuple[int, ...] = ()
 
     def flaws(self, expected: Iterable[int] = ()) -> Iterator[str]:
-        """What is not as promised, one line a step, in words."""
+        """Describe what is not as promised, one line each."""
         if self.doubled:
             yield f"{self.file}: had more than one line of {numbers(self.doubled)}; the last of each is kept"
         if lost := sorted({*expected} - {*self.steps}):
@@ -65,10 +65,10 @@ def numbers(steps: Sequence[int]) -> str:
     return f"step{'s' if len({*steps}) > 1 else ''} {shown}"
 
 
-def keep_lines_until(file: Path, step: int) -> Kept:
+def keep_lines_until(file: Path, step: int) -> KeptLines:
     """Remove the lines of later steps, which a resumed run takes again, second lines of a step, and what is no line."""
     if not file.exists():
-        return Kept(file)
+        return KeptLines(file)
     lines: dict[int, str] = {}
     doubled = []
     for line in read_bytes(file, _MOST).decode(errors="replace").splitlines():
@@ -79,7 +79,7 @@ def keep_lines_until(file: Path, step: int) -> Kept:
             doubled.append(parsed)
         lines[parsed] = line
     atomic_write(file, "".join(f"{line}\n" for line in lines.values()))
-    return Kept(file, tuple(lines), tuple(doubled))
+    return KeptLines(file, tuple(lines), tuple(doubled))
 
 
 def sync_to_disk(file: Path) -> None:
@@ -90,7 +90,7 @@ def sync_to_disk(file: Path) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step that a whole line is of; None for anything else."""
+    """Return the step of a whole line; None for anything else."""
     try:
         parsed = json.loads(line)
         step = parsed["step"]
@@ -100,5 +100,5 @@ def _step_of(line: str) -> int | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All lines, oldest first."""
+    """Return all lines, oldest first."""
     return [parse_json(line) for line in read_text(file, _MOST).splitlines()] if file.exists() else []

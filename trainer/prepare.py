@@ -28,23 +28,27 @@ from launch.errors import ConfigError, SamestepError
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.inputs.dataset_index import (
+    IMAGE_TOKENS,
     SPLITS,
     Index,
     SplitName,
     index_damage,
     index_path,
     read_index,
+    splits_of,
 )
 from launch.inputs.identity import model_identity
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import EMBEDDED, Recipe
-from trainer.data.chartqa import open_split
+from launch.recipe.split_names import parse_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
+from trainer.data.row_errors import RowError
+from trainer.data.splits import Rows, open_split, sources
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare_vision import fill, survey
 from trainer.pretrained import fetch_base, load_processor
-from trainer.progress_bars import Begin, progress_reports
+from trainer.progress_bars import BeginProgress, progress_reports
 
 logger = logging.getLogger("trainer")
 SHOWN_BAD_ROWS = 50
@@ -64,7 +68,32 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
         model_identity(base)  # remembered: all weights are read here, not before each start
         if damage := index_damage(recipe):
             logger.warning("%s; it is made anew", damage)
-        return read_index(recipe) or _write_index(recipe, begin)
+        index = read_index(recipe)
+        if index is not None and not _has_changed(recipe, index):
+            return index
+        return _write_index(recipe, begin)
+
+
+def _has_changed(recipe: Recipe, index: Index) -> bool:
+    """Whether image files that the rows name are others than when the index was made: its key knows the tables alone.
+
+    Each start of a run trusts the index, and every sample is held against it when it is read.
+    """
+    for split in splits_of(recipe):
+        rows, of_index = open_split(recipe, split), index.splits[split]
+        if not rows.names_files:
+            continue
+        for number, digest in zip(of_index.rows.tolist(), of_index.digests, strict=True):
+            try:
+                same = rows[number].digest == digest
+            except RowError:
+                same = False
+            if not same:
+                logger.warning(
+                    "%s row %s: changed since it was prepared; all are looked at anew", split, number
+                )
+                return True
+    return False
 
 
 @contextmanager
@@ -93,7 +122,7 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _build_embedded(recipe: Recipe, begin: Begin) -> None:
+def _build_embedded(recipe: Recipe, begin: BeginProgress) -> None:
     """Draw the charts and train the tiny base on first use. Imported here: only embedded recipes need matplotlib."""
     if EMBEDDED not in (recipe.model.name_or_path, recipe.data.dataset):
         return
@@ -107,14 +136,14 @@ def _build_embedded(recipe: Recipe, begin: Begin) -> None:
         build_tiny(model, charts, progress=begin("training the tiny base model"))
 
 
-def _write_index(recipe: Recipe, begin: Begin) -> Index:
+def _write_index(recipe: Recipe, begin: BeginProgress) -> Index:
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     _check_system_message(encoder)
-    measured: dict[SplitName, list[Measured]] = {}
+    measured: dict[SplitName, list[Measured]] = {split: [] for split in SPLITS}
     bad: list[BadRow] = []
-    for split in SPLITS:
-        rows = open_split(recipe, split)
-        report = begin(f"checking {getattr(recipe.data, split)}")
+    opened = [(split, open_split(recipe, split)) for split in splits_of(recipe)]
+    for split, rows in opened:
+        report = begin(f"checking {splits_of(recipe)[split]}")
         usable, refused = measure_split(rows, split, encoder, report)
         refused += check_against_processor(rows, usable, encoder, split)
         bad += sorted(refused, key=lambda row: row.row)
@@ -127,17 +156,33 @@ def _write_index(recipe: Recipe, begin: Begin) -> Index:
             atomic_write(list_file, _json_lines(bad))
             raise ConfigError(_bad_rows_message(bad, list_file))
         list_file.unlink(missing_ok=True)
-    if empty := [split for split in SPLITS if not measured[split]]:
+    if empty := [split for split in splits_of(recipe) if not measured[split]]:
         raise ConfigError(
             f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
         )
+    for line in (*sources(opened), *_shared_rows(recipe, opened)):
+        logger.info(line)
     with _writing_the_cache():
         return _publish(recipe, measured, bad)
 
 
+def _shared_rows(recipe: Recipe, opened: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
+    """A line for every split that holds rows of the training split."""
+    splits = splits_of(recipe)
+    train = parse_split(splits["train"]).name
+    trained = {int(number) for split, rows in opened if split == "train" for number in rows.numbers}
+    for split, rows in opened:
+        shared = len(trained.intersection(rows.numbers.tolist()))
+        if shared and split != "train" and parse_split(splits[split]).name == train:
+            yield (
+                f"data.{split}: {shared:,} of its {len(rows):,} rows are trained on too; write data.train: "
+                f"{train}[:90%] and data.{split}: {train}[90%:], say"
+            )
+
+
 def _check_system_message(encoder: Encoder) -> None:
     """It is in every row: a special token in it spoils them all."""
-    if found := encoder.control_tokens.search(encoder.system_message):
+    if found := encoder.control_tokens.search(encoder.system_message or ""):
         raise ConfigError(
             f"data.system_message: holds the special token {found[0]}, which the model does not read as text; "
             "take it out"
@@ -186,20 +231,22 @@ def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Seq
 
 
 def _table(rows: Sequence[Measured]) -> pa.Table:
-    return pa.table(
-        {
-            "row": [row.row for row in rows],
-            "digest": pa.array([row.digest for row in rows], pa.binary(32)),
-            "text_tokens": [row.text_tokens for row in rows],
-            "visual_tokens": [row.visual_tokens for row in rows],
-            "target_tokens": [row.target_tokens for row in rows],
-            "human_or_machine": [row.human_or_machine for row in rows],
-            "height": [row.height for row in rows],
-            "width": [row.width for row in rows],
-            "answers": [row.answers for row in rows],
-            "answer_tokens": [row.answer_tokens for row in rows],
-        }
-    )
+    """One line for each row. Of a split whose rows have one image each, as older versions wrote it."""
+    one_image = all(len(row.image_tokens) == 1 for row in rows)
+    numbers = {
+        "row": [row.row for row in rows],
+        "text_tokens": [row.text_tokens for row in rows],
+        "visual_tokens": [row.visual_tokens for row in rows],
+        "target_tokens": [row.target_tokens for row in rows],
+        "human_or_machine": [-1 if row.human_or_machine is None else row.human_or_machine for row in rows],
+        "answers": [row.answers for row in rows],
+        "answer_tokens": [row.answer_tokens for row in rows],
+    }
+    columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
+    columns["digest"] = pa.array([row.digest for row in rows], pa.binary(32))
+    if not one_image:
+        columns[IMAGE_TOKENS] = pa.array([list(row.image_tokens) for row in rows], pa.list_(pa.int64()))
+    return pa.table(columns)
 
 
 def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None:
@@ -256,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_prepared(recipe: Recipe, index: Index) -> None:
-    counts = ", ".join(f"{len(index.splits[split])} {split}" for split in SPLITS)
+    counts = ", ".join(f"{len(index.splits[split])} {split}" for split in splits_of(recipe))
     tokens = index.splits["train"].tokens
     print(
         f"prepared {recipe.data.dataset}: {counts} samples; train has {tokens.mean():.0f} tokens a sample "

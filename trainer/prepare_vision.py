@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
 from launch.errors import ConfigError, RunError, SamestepError
@@ -21,16 +21,18 @@ from launch.inputs.dataset_index import Index, SplitName
 from launch.planning.make_plan import compute_dtype_of
 from launch.planning.run_steps import validation_samples
 from launch.recipe.schema import Recipe
-from trainer.data.chartqa import Rows, open_split
+from launch.units import decimal_size
 from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
 from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
+from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
 from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.families.registry import feature_width
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
-from trainer.progress_bars import Report
+from trainer.progress_bars import ReportProgress
 from trainer.vision_cache.cache_key import facts_of, kind_of
 from trainer.vision_cache.file import Features
 from trainer.vision_cache.store import (
@@ -38,7 +40,6 @@ from trainer.vision_cache.store import (
     FeatureCache,
     FullError,
     describe,
-    gigabytes,
     name_of,
     open_cache,
 )
@@ -49,10 +50,11 @@ PASS_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Wanted:
-    """One distinct image: a row that has it, and its visual tokens."""
+    """One distinct image: a row that has it and its place among the row's, and its visual tokens."""
 
     split: SplitName
     row: int
+    place: int
     name: str
     visual_tokens: int
 
@@ -67,7 +69,7 @@ class Filling:
     """What is to be done: the images without features, and what computes and keeps them."""
 
     recipe: Recipe
-    model: Qwen2VLForConditionalGeneration
+    model: PreTrainedModel
     cache: FeatureCache
     rows: dict[SplitName, Rows]
     processor: Any
@@ -76,7 +78,7 @@ class Filling:
     said: list[str]
 
 
-def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
+def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     """Which images training and its evaluations will want that have no features yet; `report` is told the samples.
 
     Raises:
@@ -86,7 +88,7 @@ def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
     processor = load_processor(recipe).image_processor
     model = load_base(recipe, device, layers=False)
     facts = facts_of(recipe, model.model.visual, processor)
-    cache = open_cache("disk", kind_of(model.model.visual, facts), facts)
+    cache = open_cache("disk", kind_of(model.model.visual, feature_width(model), facts), facts)
     try:
         cache.recount()
     except OSError as error:
@@ -105,12 +107,12 @@ def survey(recipe: Recipe, index: Index, report: Report) -> Filling:
     said = [
         *describe(cache, facts),
         f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
-        f"{gigabytes(needed)}",
+        f"{decimal_size(needed)}",
     ]
     return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
 
 
-def fill(filling: Filling, report: Report) -> None:
+def fill(filling: Filling, report: ReportProgress) -> None:
     """Compute and keep what is missing; `report` is told the images whose files are there.
 
     Raises:
@@ -131,7 +133,9 @@ def fill(filling: Filling, report: Report) -> None:
             together = []
 
 
-def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: Report) -> Iterator[Wanted]:
+def _wanted(
+    recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: ReportProgress
+) -> Iterator[Wanted]:
     """Every distinct image of the training split and of the samples that evaluations see."""
     chosen: dict[SplitName, Sequence[int]] = {
         "train": range(len(index.splits["train"])),
@@ -143,10 +147,12 @@ def _wanted(recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: R
         facts = index.splits[split]
         for sample in samples:
             row = int(facts.rows[sample])
-            name = name_of(rows[split][row].image)
-            if name not in seen:
-                seen.add(name)
-                yield Wanted(split, row, name, int(facts.visual_tokens[sample]))
+            with naming_row(f"data: {split} row {row}"):
+                images = rows[split][row].images
+            for place, (image, tokens) in enumerate(zip(images, facts.tokens_of_images(sample), strict=True)):
+                if (name := name_of(image)) not in seen:
+                    seen.add(name)
+                    yield Wanted(split, row, place, name, tokens)
             done += 1
             if done % 256 == 0 or done == total:
                 report(done, total)
@@ -158,14 +164,14 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
     problems = []
     if used + needed > cache.bound:
         problems.append(
-            f"SAMESTEP_VISION_CACHE_GB: {gigabytes(needed)} more are needed, {gigabytes(used)} of "
-            f"{gigabytes(cache.bound)} are used ({gigabytes(cache.others_bytes())} by other towers or settings in "
-            f"{cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
+            f"SAMESTEP_VISION_CACHE_GB: {decimal_size(needed)} more are needed, {decimal_size(used)} of "
+            f"{decimal_size(cache.bound)} are used ({decimal_size(cache.others_bytes())} by other towers or settings "
+            f"in {cache.root}); raise it, delete what you need no more, or lower data.max_pixels"
         )
     if needed > free:
         problems.append(
-            f"SAMESTEP_VISION_CACHE: {gigabytes(needed)} more are needed, {gigabytes(max(0, free))} can be used on "
-            f"the disk of {cache.root}; make room, or name a folder on another disk"
+            f"SAMESTEP_VISION_CACHE: {decimal_size(needed)} more are needed, {decimal_size(max(0, free))} can be used "
+            f"on the disk of {cache.root}; make room, or name a folder on another disk"
         )
     if needed and problems:
         raise ConfigError(problems)
@@ -184,7 +190,7 @@ class _Pixels(Dataset["_Processed | SamestepError"]):
         wanted = self._wanted[number]
         try:
             with naming_row(f"data: {wanted.split} row {wanted.row}"):
-                image = decode_image(self._rows[wanted.split][wanted.row].image)
+                image = decode_image(self._rows[wanted.split][wanted.row].images[wanted.place])
                 encoded = self._processor(images=[image], return_tensors="pt")
         except SamestepError as error:
             return error
@@ -193,7 +199,7 @@ class _Pixels(Dataset["_Processed | SamestepError"]):
 
 
 def _keep(
-    model: Qwen2VLForConditionalGeneration,
+    model: PreTrainedModel,
     cache: FeatureCache,
     together: Sequence[_Encoded],
 ) -> None:
@@ -204,6 +210,7 @@ def _keep(
         model.model,
         torch.cat([values for _, values, _ in together]).to(model.device),
         grids.to(model.device),
+        [grid for _, _, grid in together],
         get_vision_position_ids(grids, cache.kind.merge).to(model.device),
         Segments(cumulative(lengths).to(model.device), lengths),
     ).cpu()

@@ -6,18 +6,22 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoProcessor, Qwen2VLProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
+from launch.inputs.families import Family, family_of
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
     printable,
     read_mapping,
+    read_text,
     reason_of,
 )
 from trainer.base_files import refuse_unsafe_base
@@ -27,7 +31,7 @@ TOKENIZER_PROBE = "The 12,345% chart of U.S. adults: what is 3 + 4?"
 
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
-# What a Qwen2-VL needs of its repository; leaves out weights in other formats.
+# What a model needs of its repository; leaves out weights in other formats.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
@@ -51,7 +55,7 @@ def base_path(recipe: Recipe) -> str:
 
 def _may_be_of_hub(name: str) -> bool:
     """It has the form of a hub id, and no folder here has that name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    return is_hub_id(name) and not Path(name).is_dir()
 
 
 def base_name(recipe: Recipe) -> str:
@@ -63,18 +67,32 @@ def base_name(recipe: Recipe) -> str:
     return base_path(recipe) if name != EMBEDDED and Path(name).expanduser().is_dir() else name
 
 
-def check_is_qwen2_vl(path: str) -> None:
-    """transformers loads a model of another kind into Qwen2-VL's layers as far as the names agree, with a warning.
+def model_class_of(folder: Path) -> Any:
+    """The class of transformers that loads a model which somebody merged or trained.
+
+    Raises:
+        ConfigError: a file of the folder is damaged, or it is of no family that is known.
+    """
+    return getattr(transformers, _checked_family(folder, None).model_class)
+
+
+def family_at(path: str) -> Family:
+    """The family of the model in a folder.
+
+    transformers loads a model of another kind into a family's layers as far as the names agree, with a warning.
 
     Raises:
         ConfigError: a file of the folder is damaged, or config.json names another architecture.
     """
-    refuse_unsafe_base(Path(path))
-    kind = _read_json(Path(path) / "config.json").get("model_type")
-    if kind != "qwen2_vl":
-        raise ConfigError(
-            f"model.name_or_path: {path} is a {printable(str(kind))[:60]}, not a qwen2_vl; give a Qwen2-VL model"
-        )
+    return _checked_family(Path(path), "model.name_or_path")
+
+
+def _checked_family(folder: Path, key: str | None) -> Family:
+    refuse_unsafe_base(folder, key)
+    try:
+        return family_of(_read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ConfigError(f"{f'{key}: ' if key else ''}{folder} is {error}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -90,7 +108,7 @@ def fetch_base(recipe: Recipe) -> str:
     """Like `base_path`, but downloads what is missing of a hub model, at the recipe's revision, into the shared cache.
 
     Raises:
-        ConfigError: it cannot be had, lacks weight files, or is not a Qwen2-VL.
+        ConfigError: it cannot be had, lacks weight files, or is of no family that is known.
     """
     name = recipe.model.name_or_path
     try:
@@ -99,7 +117,7 @@ def fetch_base(recipe: Recipe) -> str:
         if not _may_be_of_hub(name):
             raise
         path = _snapshot(recipe, local_files_only=False)
-    check_is_qwen2_vl(path)
+    family_at(path)
     return path
 
 
@@ -121,8 +139,8 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
             ) from error
         raise ConfigError(
             f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a network and the same "
-            "HF_HOME, or set model.name_or_path to a local folder"
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
+            "machine with a network, or set model.name_or_path to a local folder"
         ) from error
     # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
     if missing := _missing_files(Path(path)):
@@ -134,7 +152,7 @@ def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
 
 
 def _missing_files(folder: Path) -> list[str]:
-    """Files that a Qwen2-VL needs and the snapshot does not hold: by its own index of weights, and the processor's."""
+    """Files that a model needs and the snapshot does not hold: by its own index of weights, and the processor's."""
     needed = {"config.json", "tokenizer_config.json", "model.safetensors"}
     if (index := folder / "model.safetensors.index.json").is_file():
         needed = needed - {"model.safetensors"} | set(_read_json(index).get("weight_map", {}).values())
@@ -143,16 +161,16 @@ def _missing_files(folder: Path) -> list[str]:
     return sorted(file for file in needed if not (folder / file).is_file())
 
 
-def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
+def load_processor(recipe: Recipe) -> ProcessorMixin:
     """The base model's processor (tokenizer, image processor, chat template), with the recipe's pixel bounds.
 
     The texts are padded on the left, as generation wants them; training packs and does not pad.
 
     Raises:
-        ConfigError: the folder holds no Qwen2-VL processor, or one that wants code of its own run.
+        ConfigError: the folder holds no processor of its family, or one that wants code of its own run.
     """
     path = base_path(recipe)
-    refuse_unsafe_base(Path(path))
+    family = family_at(path)
     try:
         # Not given, transformers 5.23 asks on the terminal whether to run what the folder brings along.
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -163,12 +181,16 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
             f"({printable(words)[:200]}); the folder needs the processor and tokenizer files too, and code "
             "in it is not run"
         ) from error
-    if not isinstance(processor, Qwen2VLProcessor):
+    if not isinstance(processor, getattr(transformers, family.processor_class)):
         raise ConfigError(
-            f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a Qwen2VLProcessor; "
-            "give a Qwen2-VL model"
+            f"model.name_or_path: the processor in {path} is a {type(processor).__name__}, not a "
+            f"{family.processor_class}; get the {family.name} again"
         )
-    refuse_endless_template(processor, Path(path))
+    if recipe.data.chat_template is not None:
+        processor.chat_template = _own_template(Path(recipe.data.chat_template))
+        refuse_endless_template(processor, Path(recipe.data.chat_template), "data.chat_template")
+    else:
+        refuse_endless_template(processor, Path(path))
     tokenizer = processor.tokenizer
     # transformers 5 makes an empty Qwen2 tokenizer where the vocabulary's file is missing, without a word.
     probes = {processor.image_token: 1, TOKENIZER_PROBE: None}
@@ -182,6 +204,16 @@ def load_processor(recipe: Recipe) -> Qwen2VLProcessor:
     processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
+
+
+def _own_template(file: Path) -> str:
+    try:
+        return read_text(file)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"data.chat_template: {printable(str(file))} cannot be read ({reason_of(error)}); give a file with a Jinja "
+            "template, or null"
+        ) from error
 
 
 def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:

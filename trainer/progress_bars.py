@@ -8,31 +8,49 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Told how many are done, of how many."""
-Begin = Callable[[str], Report]
+BeginProgress = Callable[[str], ReportProgress]
 """Begins the report of a piece of work, by its description."""
 
 LINE_SECONDS = 10.0
 
 
+class ShortenedText(TextColumn):
+    """The description, cut with dots where the terminal is narrow: counts and times are shown whole.
+
+    rich 15 takes room from columns that may wrap before it takes it from others; the text itself stays one line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("{task.description}", table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        """As `TextColumn`, on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 @contextmanager
-def progress_reports(*, quiet: bool = False) -> Iterator[Begin]:
-    """Where pieces of work report to: bars; lines where stderr is no terminal, as rich 15 draws nothing there."""
+def progress_reports(*, quiet: bool = False) -> Iterator[BeginProgress]:
+    """Yield what pieces of work report to: bars, or lines where stderr is no terminal: rich 15 draws nothing there."""
     console = Console(stderr=True)
     if quiet:
         yield lambda description: lambda done, total: None
     elif not console.is_terminal or console.is_dumb_terminal:
         yield _LineReport
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (ShortenedText(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as bars:
             yield lambda description: _bar(bars, description)
 
 
-def _bar(bars: Progress, description: str) -> Report:
+def _bar(bars: Progress, description: str) -> ReportProgress:
     task = bars.add_task(description, total=None)
     return lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -28,7 +28,7 @@ from launch.run.continuation import continue_run, planned_identity
 from launch.run.directory import RunDirectory, open_run
 from launch.run.planned import plan_attempt
 from launch.untrusted_files import read_text
-from trainer.identity import identity_of, is_first_of_node
+from trainer.identity import compute_identity, is_first_of_node
 from trainer.prepare import prepare
 from trainer.pretrained import base_path
 from trainer.task import Task
@@ -36,21 +36,21 @@ from trainer.task import Task
 logger = get_logger("trainer")
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe that was asked for."""
+def requested_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that was asked for."""
     if options.run_dir is not None:
         return load_recipe(RunDirectory(options.run_dir).recipe_file)
     return load_recipe(find_recipe(options.recipe), options.set)
 
 
 def prepare_first(options: argparse.Namespace) -> Index:
-    """The index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
-    recipe = recipe_of(options)
+    """Return the index, made if missing: before the process group exists, so that no watchdog counts the minutes."""
+    recipe = requested_recipe(options)
     first = is_first_of_node()
     index = read_index(recipe) or prepare(recipe, quiet=not first)
     if first:
         with suppress(SamestepError):  # of one node alone, maybe: told to all ranks when they know each other
-            identity_of(recipe, index)  # remembered: all weights may have to be read
+            compute_identity(recipe, index)  # remembered: all weights may have to be read
     return index
 
 
@@ -66,16 +66,16 @@ def read_task(
     Raises:
         ConfigError: the plan does not fit what was launched, or the run belongs to another recipe.
     """
-    recipe, config = recipe_of(options), launched_config(os.environ)
+    recipe, config = requested_recipe(options), launched_config(os.environ)
     if options.run_dir is not None:
         run = RunDirectory(options.run_dir.absolute())
         plan = Plan.from_json(read_text(run.plan_file))
-        if found := content_changes(planned_identity(plan), identity):
+        if differing := content_changes(planned_identity(plan), identity):
             raise ConfigError(
                 [
-                    *(f"{change.key}: {change.comparison('planned for')}" for change in found),
-                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(found)}); run "
-                    "the same `samestep run` again to plan anew",
+                    *(f"{change.key}: {change.comparison('planned for')}" for change in differing),
+                    f"{run.plan_file}: was made for other data or another base (parts that differ: {len(differing)}); "
+                    "run the same `samestep run` again to plan anew",
                 ]
             )
         refuse_config(recipe, plan.strategy, plan.nodes, config)

@@ -25,8 +25,21 @@ from launch.option_values import for_argparse, place
 from launch.run.directory import RunDirectory, read_marker
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.attempt import Ended, acquire_run, write_exit_marker, write_exit_reason, write_smaller_plan
-from trainer.checkpoint.resume import evaluation_is_missing, forget_after, is_over, resume_point
+from trainer.attempt import (
+    AttemptResult,
+    acquire_run,
+    write_exit_marker,
+    write_exit_reason,
+    write_smaller_plan,
+)
+from trainer.attempt_log import log_name, open_attempt_log
+from trainer.checkpoint.resume import (
+    evaluation_is_missing,
+    has_ended_early,
+    is_over,
+    remove_later_metrics,
+    resume_point,
+)
 from trainer.data.loader import lost_worker
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -40,15 +53,17 @@ from trainer.distributed.collectives import (
     to_user_error,
 )
 from trainer.distributed.process_group import check_same_plan, init_process_group, smallest_gpu
-from trainer.distributed.stop_requests import StopRequests, heed_early_stops, stop_requests
+from trainer.distributed.stop_requests import StopRequests, handle_early_stops, handle_stop_requests
 from trainer.identity import agree_on_identity
 from trainer.logging_setup import print_error, setup_logging
-from trainer.loop.build import build
+from trainer.loop.build import build, close
+from trainer.loop.final_adapter import save_final_adapter
 from trainer.loop.hub_upload import upload_final
 from trainer.loop.oom_trial import fit_to_memory
+from trainer.loop.preparation import load_resumed_adapter
 from trainer.loop.trainer import PlannedTrainer
-from trainer.setup import prepare_first, read_task, recipe_of
-from trainer.startup_timer import FirstStep
+from trainer.setup import prepare_first, read_task, requested_recipe
+from trainer.startup_timer import StartupTimer
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -58,20 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(arguments)
     setup_logging()
-    clock = FirstStep.of_this_process()
+    timer = StartupTimer.of_this_process()
     try:
         refuse_odd_launch(os.environ)
     except ConfigError as error:
         return print_error(error)  # nobody else says it: who is the first process is among what is odd
     if options.marker_decides:
-        heed_early_stops(RunDirectory(options.run_dir))
+        handle_early_stops(RunDirectory(options.run_dir))
     try:
         index = prepare_first(options)
-        clock.passed("data")
+        timer.record("data")
         state = init_process_group()
-        clock.passed("processes")
-        task = train_once(options, index, state, WATCHDOG.parent, clock)
-        first = state.is_main_process
+        timer.record("processes")
+        finished = train_once(options, index, state, WATCHDOG.parent, timer)
+        is_main = state.is_main_process
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -83,8 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         return end_badly(to_user_error(error), options)
     destroy_process_group()
-    if task is not None and first and task.recipe.hub.push:
-        upload_final(task.run, task.recipe)  # nobody waits for this rank any more, and the run is done
+    if finished is not None and is_main and finished.recipe.hub.push:
+        upload_final(
+            finished.run, finished.recipe
+        )  # nobody waits for this rank any more, and the run is done
     return 0
 
 
@@ -100,8 +117,10 @@ def end_badly(error: SamestepError, options: argparse.Namespace) -> int:
         # others look for it then.
         write_exit_reason(RunDirectory(options.run_dir), error)
     status = report_error(error)
-    told = options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
-    return 0 if told else status
+    marked = (
+        options.marker_decides and error.agreed and read_marker(RunDirectory(options.run_dir)) is not None
+    )
+    return 0 if marked else status
 
 
 def train_once(
@@ -109,18 +128,18 @@ def train_once(
     index: Index,
     state: PartialState,
     launcher: int | None,
-    clock: FirstStep | None = None,
+    timer: StartupTimer | None = None,
 ) -> Task | None:
     """From the request to the marker, inside an existing process group; `launcher`: the process id of who waits.
 
-    `clock`: of what came before, if anybody counted it. Returns the task when this attempt has finished the run.
+    `timer`: of what came before, if anybody counted it. Returns the task when this attempt has finished the run.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
     """
-    clock = clock or FirstStep(time.time())
+    timer = timer or StartupTimer(time.time())
     memory = smallest_gpu(state.device)
-    recipe = run_on_all_ranks(lambda: recipe_of(options))
+    recipe = run_on_all_ranks(lambda: requested_recipe(options))
     identity = agree_on_identity(recipe, index)
     task = run_on_all_ranks(lambda: read_task(options, index, identity, state, memory))
     check_same_plan(task, state)
@@ -129,9 +148,10 @@ def train_once(
         return None
     with ExitStack() as held:
         new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
-        watch = held.enter_context(stop_requests(task.run, state.process_index, launcher))
+        open_attempt_log(task.run, broadcast_from_main(log_name), state.is_main_process)
+        requests = held.enter_context(handle_stop_requests(task.run, state.process_index, launcher))
         try:
-            ended = train(task, state, watch, clock)
+            result = train(task, state, requests, timer)
         except torch.OutOfMemoryError as error:  # where others wait for this rank: the launcher will end them
             write_smaller_plan(task)
             raise out_of_memory(error) from None
@@ -141,12 +161,12 @@ def train_once(
                 if isinstance(error, GpuMemoryError):
                     write_smaller_plan(task)
             raise
-        run_on_main(lambda: write_exit_marker(task, ended))
-    return None if ended.stop else task
+        run_on_main(lambda: write_exit_marker(task, result))
+    return None if result.stop else task
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
         description=__doc__,
@@ -191,51 +211,55 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(task: Task, state: PartialState, watch: StopRequests, clock: FirstStep) -> Ended:
+def train(task: Task, state: PartialState, requests: StopRequests, timer: StartupTimer) -> AttemptResult:
     """Load, resume, train, write the adapter; or stop at a step boundary when all ranks agreed to."""
     checkpoint = broadcast_from_main(
         lambda: resume_point(task)
     )  # a node may see an older state of a shared disk
     step = checkpoint.step if checkpoint else 0
-    watch.begins_at = f"at step {step} of {task.plan.max_steps}"
-    run_on_main(lambda: forget_after(task.run, step))
-    if reason := watch.agree().stop:
-        return Ended(step, reason)
+    requests.begins_at = f"at step {step} of {task.plan.max_steps}"
+    run_on_main(lambda: remove_later_metrics(task.run, step))
+    if reason := requests.agree().stop:
+        return AttemptResult(step, reason)
     evaluation_missing = broadcast_from_main(lambda: evaluation_is_missing(task, step))
-    clock.passed("plan")
-    trainer = build(task, state, watch, step, clock)
+    timer.record("plan")
+    trainer = build(task, state, requests, step, timer)
     try:
         fit_to_memory(trainer)
-        clock.passed("trial")
-        if reason := watch.agree().stop:
-            return Ended(step, reason)
-        take_steps(trainer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
+        timer.record("trial")
+        if reason := requests.agree().stop:
+            return AttemptResult(step, reason)
+        take_steps(trainer, timer, str(checkpoint.folder) if checkpoint else None, evaluation_missing)
     finally:
-        trainer.finish()  # while the run is still ours and signals are wishes
-    run_on_all_ranks(watch.raise_failure)
-    reached, stop = trainer.state.global_step, trainer.agreed.stop
-    if stop and (reached < task.plan.max_steps or trainer.evaluation_given_up):
-        return Ended(reached, stop)
-    if reached != task.plan.max_steps:
+        close(trainer)  # while the run is still locked and signals are requests
+    run_on_all_ranks(requests.raise_failure)
+    reached, stop = trainer.state.global_step, trainer.agreed_requests.stop
+    if stop and (reached < task.plan.max_steps or trainer.evaluation_interrupted):
+        return AttemptResult(reached, stop)
+    if reached != task.plan.max_steps and not trainer.ended_early:
         raise RunError(
             f"transformers: its Trainer ended at step {reached} of {task.plan.max_steps} without being asked to; "
             "install the versions of constraints.txt and run again"
         )
-    trainer.save_final_adapter()
-    return Ended(reached)
+    save_final_adapter(trainer)
+    return AttemptResult(reached)
 
 
-def take_steps(trainer: PlannedTrainer, checkpoint: str | None, evaluation_missing: bool) -> None:
-    """From the checkpoint to the last step, beginning with an evaluation that a stop gave up."""
+def take_steps(
+    trainer: PlannedTrainer, timer: StartupTimer, checkpoint: str | None, evaluation_missing: bool
+) -> None:
+    """Train from the checkpoint to the last step, beginning with an evaluation that a stop interrupted."""
     step, max_steps = trainer.resumed_at, trainer.plan.max_steps
     if checkpoint:
         logger.info(f"resuming at step {step} of {max_steps}")
-        trainer.load(checkpoint)
+        load_resumed_adapter(trainer, checkpoint)
     if evaluation_missing:
         trainer.evaluate()
-        trainer.clock.passed("evaluation")
-    if step < max_steps and not trainer.agreed.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        timer.record("evaluation")
+    trainer.ended_early = broadcast_from_main(lambda: has_ended_early(trainer.task, step))
+    if step < max_steps and not trainer.agreed_requests.stop and not trainer.ended_early:
+        with trainer.garbage:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 It begins before the imports that take seconds. Whatever the main thread waits for meanwhile, a rendezvous, a
 collective, a lock, a micro-batch that is lost, this thread looks twice a second whether the parent is gone. Once a run
-is taken, that is a wish to stop in good order like any other; a process that was asked to stop and makes no progress
+is taken, that is a request to stop in good order like any other; a process that was asked to stop and makes no progress
 is ended the hard way, which costs what a `kill -9` costs.
 """
 
@@ -77,7 +77,7 @@ class Watchdog:
         self._computes = True
 
     def steps_begin(self) -> None:
-        """The first step is done: from here on an end the hard way costs steps."""
+        """Note that the first step is done: from here on a hard end costs steps."""
         self.heartbeat()
         self._computes = self._has_stepped = True
 
@@ -102,7 +102,7 @@ class Watchdog:
         self._answer = wanted
 
     def forget_stops(self) -> None:
-        """The run is over or given back: only the parent counts again."""
+        """Watch only the parent again: the run is over or released."""
         self._answer = None
 
     def look(self) -> None:
@@ -180,7 +180,7 @@ def parent_of_this_process(environment: Mapping[str, str]) -> int | None:
 
 
 def _is_adopted(parent: int) -> bool:
-    """The parent is no Python program, as launchers are, and belongs to another session: init or its like."""
+    """Return whether the parent is init or its like: no Python program, as launchers are, and of another session."""
     try:
         if Path(f"/proc/{parent}/exe").samefile("/proc/self/exe"):
             return False

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from launch.atomic_files import atomic_write
 from launch.audit.diff import TOLERANCES, Parting, compare_steps, read_plan
 from launch.audit.figures import read_steps
 from launch.checkpoints.scan import Checkpoint, scan_checkpoints
@@ -72,15 +73,12 @@ class Replay:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def parse_steps(text: str, last: int) -> tuple[int, int]:
-    """`40:45` or `40`, of a run that has taken `last` steps. ConfigError for what is no such range."""
-    begin, colon, end = text.partition(":")
-    if not (begin.isascii() and begin.isdigit() and (not colon or (end.isascii() and end.isdigit()))):
-        raise ConfigError(f"--steps: {text[:40]!r} is no range of steps; give one such as 40:45")
-    first, final = int(begin), int(end) if colon else int(begin)
-    if not 1 <= first <= final <= last:
-        raise ConfigError(f"--steps: {text} is not among the steps 1 to {last} that the run has taken")
-    return first, final
+def refuse_steps_not_taken(steps: tuple[int, int], last: int) -> None:
+    """ConfigError unless a run of `last` steps has taken these."""
+    if steps[1] > last:
+        raise ConfigError(
+            f"--steps: {steps[0]}:{steps[1]} is not among the steps 1 to {last} that the run has taken"
+        )
 
 
 def random_steps(count: int, seed: int, last: int) -> list[int]:
@@ -163,7 +161,7 @@ def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None)
     shutil.copyfile(run.plan_file, copy.plan_file)
     steps = read_steps(run.metrics_file)
     kept = (json.dumps(steps[step]) + "\n" for step in sorted(steps) if step <= begin.step)
-    copy.metrics_file.write_text("".join(kept))
+    atomic_write(copy.metrics_file, "".join(kept))
     shutil.copytree(begin.folder, copy.path / begin.folder.name)
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from launch.untrusted_files import reason_of
 _REMOVED = re.compile(r"checkpoint-[0-9]+\.removed-[0-9]+")
 
 
-def rotate(run_dir: Path, keep: int, newest: int | None = None) -> None:
+def rotate(run_dir: Path, keep: int, newest: int | None = None, protected: Container[int] = ()) -> None:
     """Remove what is older than the `keep` newest valid checkpoints, once their content has been verified.
 
     `newest`: the step just published. What claims to be newer was passed over when the run was resumed, and must
@@ -31,7 +32,7 @@ def rotate(run_dir: Path, keep: int, newest: int | None = None) -> None:
     published = [
         (step, folder)
         for step, published, folder in folders_of(run_dir)
-        if published and (newest is None or step <= newest)
+        if published and (newest is None or step <= newest) and step not in protected
     ]
     if len(published) <= keep:
         return

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from launch.cli.options import Allow, Processes, RunArgument, RunsDir, Strategy, example
+from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, Strategy, example
 from launch.console import add_row, echo, emit
 from launch.errors import ConfigError
-from launch.option_values import named, text, whole
+from launch.option_values import named, one_of, step_range, whole
 
 commands = typer.Typer()
 
@@ -105,8 +105,8 @@ def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = Fals
 def replay(
     run: RunArgument,
     steps: Annotated[
-        str | None,
-        typer.Option(metavar="FIRST:LAST", parser=text("--steps"), help="Which steps, counted from 1."),
+        Any,  # a pair, which typer has no type for
+        typer.Option(metavar="FIRST:LAST", parser=step_range("--steps"), help="Which steps, counted from 1."),
     ] = None,
     random: Annotated[
         int | None,
@@ -119,7 +119,7 @@ def replay(
     ] = 0,
     strategy: Strategy = None,
     gpus_per_node: Processes = None,
-    allow: Allow = [],  # noqa: B006
+    allow: AllowPart = [],  # noqa: B006
     runs_dir: RunsDir = Path("runs"),
     json: Json = False,
 ) -> None:
@@ -129,15 +129,20 @@ def replay(
     figure differs beyond rounding. Another data set or base is refused by name; --allow takes the steps all the same.
     """
     from launch.audit.figures import read_steps
-    from launch.audit.replay import parse_steps, random_steps, replays
+    from launch.audit.replay import random_steps, refuse_steps_not_taken, replays
     from launch.local.planned_run import RunRequest
     from launch.run.find import find_run
+    from launch.strategies import STRATEGIES
 
-    place = find_run(run, runs_dir)
-    last = max(read_steps(place.metrics_file), default=0)
     if (steps is None) == (random is None):
         raise ConfigError("--steps: give the steps, such as 40:45, or --random 3")
-    ranges = [parse_steps(steps, last)] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]
+    if strategy is not None:
+        one_of("--strategy", tuple(STRATEGIES))(strategy)
+    place = find_run(run, runs_dir)
+    last = max(read_steps(place.metrics_file), default=0)
+    if steps:
+        refuse_steps_not_taken(steps, last)
+    ranges = [steps] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]
     request = RunRequest(
         recipe="",
         overrides=(),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli.options import (
+    DEFAULT_RUNS_DIR,
     Allow,
+    EarlyStop,
     Fresh,
     Overrides,
     RecipeArgument,
@@ -17,13 +19,15 @@ from launch.cli.options import (
     RunName,
     RunsDir,
     Source,
+    complete_run,
     example,
     memory_size,
     nodes_option,
     site_value,
+    with_early_stop,
 )
 from launch.cli.tables import show_plan
-from launch.console import add_row, echo, emit
+from launch.console import add_row, echo, emit, table_console
 from launch.invocation import command
 from launch.option_values import named, one_of, place, several_of, text, whole
 from launch.slurm.attempts import MAX_CRASHES
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from launch.slurm.submit import Submission
 
 commands = typer.Typer()
+_NO_RUNS = "{}: no runs yet; `samestep run` or `samestep submit` begins one"
 
 StrategyFile = Annotated[
     str | None,
@@ -145,8 +150,9 @@ def submit(
         ),
     ] = "",
     name: RunName = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
@@ -175,7 +181,7 @@ def submit(
         cluster.refuse_too_many_cpus(chosen, gpus_per_node)
     asked = planned_run.RunRequest(
         recipe=recipe,
-        overrides=tuple(overrides),
+        overrides=with_early_stop(overrides, early_stop),
         strategy=strategy,
         name=name,
         runs_dir=runs_dir,
@@ -225,9 +231,10 @@ def status(
             metavar="[RUN...]",
             parser=named("RUN"),
             help="Names of runs below --runs-dir, or their folders; none: all.",
+            autocompletion=complete_run,
         ),
     ] = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, times in seconds.")] = False,
 ) -> None:
     """Show what runs do: state, step, speed, loss, newest valid checkpoint, expected end, restarts.
@@ -242,6 +249,9 @@ def status(
     from launch.run.find import find_run
     from launch.slurm.commands import show_job
 
+    if not runs and not runs_dir.exists() and runs_dir == DEFAULT_RUNS_DIR:
+        emit("[]") if as_json else echo(_NO_RUNS.format(runs_dir))
+        return
     now = time.time()
     chosen = [find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
     found = [status_of(run, show_job, now) for run in chosen]
@@ -249,7 +259,7 @@ def status(
         emit(json.dumps([one.to_json() for one in found], indent=1))
         return
     if not found:
-        echo(f"{runs_dir}: no runs yet; `samestep run` or `samestep submit` begins one")
+        echo(_NO_RUNS.format(runs_dir))
         return
     _show_table([row(one, now) for one in found])
     for note in (note for one in found for note in one.notes):
@@ -271,20 +281,22 @@ def logs(
             "--follow", "-f", help="Go on as it grows, from before its first word, until the run ends."
         ),
     ] = False,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Print what a run's newest job said."""
+    """Print the log of a run's newest attempt, of a Slurm job or of this machine."""
     import shutil
     import sys
 
     from launch.console import write_to_nowhere
     from launch.monitor.logs import log_files, no_log
     from launch.run.find import find_run
+    from launch.run.lock import lock_holder
     from launch.slurm.attempts import read_ledger
 
     found = find_run(run, runs_dir)
     files = log_files(found, rank)
-    if not files and not (follow and read_ledger(found).job):
+    may_begin = read_ledger(found).job or lock_holder(found.path)
+    if not files and not (follow and may_begin):
         raise no_log(found, rank)
     try:
         if follow:
@@ -328,12 +340,11 @@ def _follow(run: RunDirectory, rank: int | None) -> None:
 
 def _show_table(rows: Sequence[Sequence[str]]) -> None:
     """The rows of `samestep status`, as many columns as the terminal has room for."""
-    from rich.console import Console
     from rich.table import Table
 
     from launch.monitor.status_table import COLUMNS, columns_for, has_room, missed
 
-    console, table = Console(highlight=False), Table()
+    console, table = table_console(), Table()
     kept = columns_for(console.width, rows)
     may_fold = {"state"} if has_room(console.width, rows, kept) else {"run", "state"}
     for column in kept:
@@ -347,11 +358,9 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
 
 def _show(submission: Submission, to_stderr: bool) -> None:
     """The derived numbers, and what is allowed to differ."""
-    from rich.console import Console
-
     from launch.run.changes import consequences
 
-    console = Console(highlight=False, stderr=to_stderr)
+    console = table_console(to_stderr)
     for consequence in consequences(submission.planned.changed):
         console.print(printable(f"allowed: {consequence}"), markup=False)
     show_plan(submission.planned.plan, to_stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -13,8 +12,12 @@ import typer
 from launch.atomic_files import place_of
 from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
+from launch.cli.data import commands as data_commands
 from launch.cli.options import (
+    DEFAULT_RUNS_DIR,
     Allow,
+    AsJson,
+    EarlyStop,
     Fresh,
     GpuMemory,
     Overrides,
@@ -27,13 +30,16 @@ from launch.cli.options import (
     Strategy,
     example,
     nodes_option,
+    with_early_stop,
 )
 from launch.cli.results import commands as results_commands
-from launch.cli.tables import say_allowed, show_memory, show_plan
-from launch.console import add_row, echo, emit
+from launch.cli.shipping import commands as shipping_commands
+from launch.cli.tables import plan_json, say_allowed, show_memory, show_plan
+from launch.console import add_row, echo, emit, table_console
 from launch.errors import ConfigError, SamestepError
 from launch.invocation import as_typed, remember_command
 from launch.option_values import host, whole
+from launch.subprocesses import ChildError
 from launch.untrusted_files import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -44,7 +50,6 @@ app = typer.Typer(
     help="One QLoRA fine-tuning recipe, the same training run on one GPU, several GPUs or several nodes.",
     epilog="Begin with: samestep run recipes/embedded.yaml",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -71,6 +76,40 @@ def samestep(
     """Options without a command."""
 
 
+MachineRank = Annotated[
+    int,
+    typer.Option(
+        metavar="R",
+        parser=whole("--machine-rank", 0),
+        help="Number of this machine, from 0; the first writes the run.",
+    ),
+]
+MainProcessIp = Annotated[
+    str | None,
+    typer.Option(
+        metavar="IP",
+        parser=host("--main-process-ip"),
+        help="Where machine 0 is found.",
+        show_default="this machine",
+    ),
+]
+MainProcessPort = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PORT",
+        parser=whole("--main-process-port", 1, 65535),
+        help="A free port there.",
+        show_default="any",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
+    ),
+]
+
 _PLACE_ERRORS = (
     *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE),
@@ -88,8 +127,10 @@ def plan(
     gpus_per_node: Processes = None,
     gpu_memory: GpuMemory = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
 ) -> None:
     """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
+    from launch.hardware import gpus_present
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
@@ -103,8 +144,18 @@ def plan(
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
-    show_plan(make_plan(loaded, index, topology, identity=identity))
-    show_memory(loaded, index, topology)
+    planned = make_plan(loaded, index, topology, identity=identity)
+    if as_json:
+        emit(plan_json(planned, loaded, index, topology))
+    else:
+        show_plan(planned)
+        show_memory(loaded, index, topology)
+    if gpu_memory is not None and gpus_per_node is None and strategy != "single":
+        counted = "the GPUs here" if gpus_present() else "no GPU is here to be counted"
+        echo(
+            f"planned for {topology.gpus_per_node} processes a node ({counted}); --gpus-per-node N plans for N",
+            to_stderr=True,
+        )
 
 
 @app.command(
@@ -150,47 +201,19 @@ def run(
     gpus_per_node: Processes = None,
     gpu_memory: GpuMemory = None,
     name: RunName = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     overrides: Overrides = [],  # noqa: B006
+    early_stop: EarlyStop = None,
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
     nodes: Annotated[
         int, nodes_option("Machines; give the same command on each, and its --machine-rank.")
     ] = 1,
-    machine_rank: Annotated[
-        int,
-        typer.Option(
-            metavar="R",
-            parser=whole("--machine-rank", 0),
-            help="Number of this machine, from 0; the first writes the run.",
-        ),
-    ] = 0,
-    main_process_ip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IP",
-            parser=host("--main-process-ip"),
-            help="Where machine 0 is found.",
-            show_default="this machine",
-        ),
-    ] = None,
-    main_process_port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            parser=whole("--main-process-port", 1, 65535),
-            help="A free port there.",
-            show_default="any",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show the plan, where the run would go on, and the command; write nothing but the data's cache.",
-        ),
-    ] = False,
+    machine_rank: MachineRank = 0,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a recipe on this machine, or on several that share the runs' folder. The same command again resumes.
 
@@ -203,7 +226,7 @@ def run(
     machine = Machine(nodes, machine_rank, main_process_ip, main_process_port)
     request = planned_run.RunRequest(
         recipe=recipe,
-        overrides=tuple(overrides),
+        overrides=with_early_stop(overrides, early_stop),
         strategy=strategy,
         gpus_per_node=gpus_per_node,
         name=name,
@@ -267,23 +290,26 @@ def _run_here(request: planned_run.RunRequest) -> None:
 
 
 @app.command(epilog=example("samestep checkpoints embedded"))
-def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
+def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json: AsJson = False) -> None:
     """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file."""
+    import json
     import time
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from launch.checkpoints.scan import scan_checkpoints
-    from launch.monitor.checkpoint_table import COLUMNS, reasons, rows
+    from launch.monitor.checkpoint_table import COLUMNS, as_objects, reasons, rows
     from launch.run.find import find_run
     from launch.run.request_files import old_plan
 
     place = find_run(run, runs_dir, whole=False)
-    console = Console(highlight=False)
+    console = table_console(to_stderr=as_json)
     with console.status("reading") as status:  # says nothing where nobody watches
         found = scan_checkpoints(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+    if as_json:
+        emit(json.dumps(as_objects(found), indent=1))
+        return
     if not found and place.adapter.exists():
         echo(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
         return
@@ -301,23 +327,29 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = Path("runs")) -> None:
         echo(line)
 
 
+app.add_typer(data_commands)
 app.add_typer(results_commands)
+app.add_typer(shipping_commands)
 app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 
 @reference.command(epilog=example("samestep rules"))
-def rules() -> None:
+def rules(as_json: AsJson = False) -> None:
     """Show what is refused before anything starts, and why."""
-    from rich.console import Console
+    import json
+
     from rich.table import Table
 
     from launch.rules.checks import rule_rows
 
+    if as_json:
+        emit(json.dumps([{"rule": name, "why": reason} for name, reason in rule_rows()], indent=1))
+        return
     table = Table("rule", "why", title="what is refused", title_justify="left", show_lines=True)
     for name, reason in rule_rows():
         add_row(table, name, reason)
-    Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 @reference.command(epilog=example("samestep schema > recipe.schema.json"))
@@ -339,6 +371,8 @@ def main() -> None:
     remember_command()
     try:
         app(prog_name="samestep")
+    except ChildError as error:  # the child has said on this terminal what is wrong
+        sys.exit(error.exit_status) if error.was_explained else _print_error(str(error), error.exit_status)
     except SamestepError as error:
         _print_error(str(error), error.exit_status)
     except OSError as error:

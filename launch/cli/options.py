@@ -1,5 +1,6 @@
 """Arguments that several commands of `samestep` share."""
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,9 @@ import typer
 
 from launch.errors import ConfigError
 from launch.option_values import line_of_text, named, place, text, whole
+from launch.resources import resource_names
+
+DEFAULT_RUNS_DIR = Path("runs")
 
 
 def allowed_part(value: str) -> str:
@@ -46,13 +50,39 @@ def memory_size(option: str) -> Callable[[str], str]:
     return parse
 
 
+def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of runs that begin with what was typed, for the shell's completion."""
+    folder = Path(ctx.params.get("runs_dir") or DEFAULT_RUNS_DIR).expanduser()
+    try:
+        return sorted(path.parent.name for path in folder.glob(f"{glob.escape(incomplete)}*/plan.json"))
+    except OSError:
+        return []
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes by name, and recipe files here, that begin with what was typed."""
+    shipped = [name.removesuffix(".yaml") for name in resource_names("recipes") if name.endswith(".yaml")]
+    files = [str(path) for path in Path().glob(f"{glob.escape(incomplete)}*.yaml")]
+    return [*(name for name in shipped if name.startswith(incomplete)), *sorted(files)]
+
+
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", parser=named("RECIPE"), help="A recipe file, or a shipped one by name."),
+    typer.Argument(
+        metavar="RECIPE",
+        parser=named("RECIPE"),
+        help="A recipe file, or a shipped one by name.",
+        autocompletion=complete_recipe,
+    ),
 ]
 RunArgument = Annotated[
     str,
-    typer.Argument(metavar="RUN", parser=named("RUN"), help="Name of a run below --runs-dir, or its folder."),
+    typer.Argument(
+        metavar="RUN",
+        parser=named("RUN"),
+        help="Name of a run below --runs-dir, or its folder.",
+        autocompletion=complete_run,
+    ),
 ]
 Processes = Annotated[
     int | None,
@@ -94,6 +124,15 @@ AllowPart = Annotated[
         help="Go on although this part differs from the training's, such as model.processor; may be repeated.",
     ),
 ]
+EarlyStop = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        parser=whole("--early-stop", 0, 10**6),
+        help="End the run after N evaluations without gain (evaluation.early_stop; 0: never).",
+        show_default="the recipe's",
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +156,14 @@ Source = Annotated[
 def example(*lines: str) -> str:
     """The epilog of a command's help."""
     return "\n\n".join(["Example:", *lines])
+
+
+def with_early_stop(overrides: list[str], early_stop: int | None) -> tuple[str, ...]:
+    """The overrides of a recipe, `--early-stop` among them."""
+    return (*overrides, *([] if early_stop is None else [f"evaluation.early_stop={early_stop}"]))
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def nodes_option(help_text: str) -> Any:

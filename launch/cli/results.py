@@ -1,4 +1,4 @@
-"""The commands of `samestep` for what a run left: evaluate, report, merge, consolidate."""
+"""The commands of `samestep` for what a run left: evaluate, merge, consolidate."""
 
 from __future__ import annotations
 
@@ -7,29 +7,69 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, example
+from launch.cli.options import (
+    DEFAULT_RUNS_DIR,
+    AllowPart,
+    Overrides,
+    Processes,
+    RunsDir,
+    complete_run,
+    example,
+)
 from launch.console import echo
-from launch.errors import ConfigError
-from launch.option_values import named, one_of, place, positive, several_of, whole
+from launch.option_values import named, one_of, place, positive, whole
+from launch.run.variants import parse_models, prompt_option, with_prompt
 
 commands = typer.Typer()
 
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|CHECKPOINT|ADAPTER|MODEL|RECIPE",
+        parser=named("TARGET"),
+        autocompletion=complete_run,
+        help="A run by name or folder, one of its checkpoints, an adapter, a model, or a recipe before it has run.",
+    ),
+]
+HandModels = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        metavar="MODELS",
+        parser=parse_models,
+        help="Any of base, adapter, best, merged, checkpoint-STEP, each also as NAME-no-prompt; separated by commas.",
+        show_default="the adapter; of a run that is not done its newest checkpoint",
+    ),
+]
+PromptOption = Annotated[
+    str,
+    typer.Option(
+        metavar="none|recipe|FILE",
+        parser=named("--prompt"),
+        help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
+    ),
+]
+OutsideRecipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        parser=named("--recipe"),
+        help="Names data and base for an adapter or a model that lies in no run.",
+    ),
+]
+
+
 @commands.command(
     epilog=example(
-        "samestep evaluate embedded --models base,adapter,shuffled",
+        "samestep evaluate embedded --models base-no-prompt,base,adapter",
         "samestep evaluate runs/embedded/checkpoint-140 --models adapter",
+        "samestep evaluate qwen2vl_7b_chartqa --models base --split validation --max-samples 200",
+        "samestep evaluate Qwen/Qwen2-VL-2B-Instruct --recipe qwen2vl_7b_chartqa",
     )
 )
 def evaluate(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN[/checkpoint-N]",
-            parser=named("RUN"),
-            help="Name or folder of a run, or one of its checkpoints.",
-        ),
-    ],
+    target: TargetArgument,
     split: Annotated[
         str,
         typer.Option(
@@ -41,13 +81,16 @@ def evaluate(
         ),
     ] = "test",
     models: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="MODELS",
-            parser=several_of("--models", ("base", "adapter", "shuffled", "merged")),
-            help="Any of base, adapter, shuffled (images exchanged), merged; separated by commas.",
+            parser=parse_models,
+            help="Any of base, adapter, best, merged, checkpoint-STEP, shuffled (images exchanged), each also as "
+            "NAME-no-prompt; separated by commas.",
+            show_default="base,adapter,shuffled; of a run that is not done base and its newest checkpoint",
         ),
-    ] = "base,adapter,shuffled",
+    ] = None,
+    prompt: PromptOption = "recipe",
     max_samples: Annotated[
         int | None,
         typer.Option(
@@ -57,146 +100,78 @@ def evaluate(
             show_default="all",
         ),
     ] = None,
+    recipe: OutsideRecipe = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
     gpus_per_node: Processes = None,
-    allow: AllowPart = [],  # noqa: B006 - typer copies it
-    runs_dir: RunsDir = Path("runs"),
+    allow: AllowPart = [],  # noqa: B006
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON, without the answers.")
+    ] = False,
 ) -> None:
     """Answer the questions of a split on all processes and score them, into eval.json (or eval-SPLIT.json).
 
-    Answers of other models to the same questions stay in that file.
+    Every answer is kept in answers/ of the run's folder as soon as it is given: the same command goes on after an
+    interruption, and asks nothing again that is there. Answers of other models to the same questions stay.
     """
     from launch.local import postprocess
+    from launch.run.evaluation_target import find_target
 
-    found, checkpoint = postprocess.find_evaluated(run, runs_dir)
+    found = find_target(target, runs_dir, recipe, overrides)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
-    chosen = [model.strip() for model in models.split(",")]
-    allowed = [word for part in allow for word in ("--allow", part)]
-    postprocess.evaluate(found, chosen, ["--split", split, *limit, *allowed], gpus_per_node, checkpoint)
+    words = [word for part in allow for word in ("--allow", part)]
+    suffix, message = prompt_option(prompt)
+    asked = with_prompt(models.split(",") if models else found.models, suffix)
+    words += ["--prompt-file", str(message)] if message else []
+    words += ["--json"] if as_json else []
+    postprocess.evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
 
 
 @commands.command(
-    epilog=example("samestep report embedded", "samestep report first second --output both.html")
+    epilog=example(
+        'samestep ask embedded chart.png "Which bar is the highest?"',
+        "samestep ask embedded chart.png --models base,adapter < questions.txt",
+        'samestep ask runs/embedded/checkpoint-140 left.png right.png "Which one grows?"',
+    )
 )
-def report(
-    runs: Annotated[
+def ask(
+    target: TargetArgument,
+    words: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", parser=named("RUN"), help="Names or folders of one run or several."),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            parser=place("--output"),
-            help="The file to write.",
-            show_default="report.html in the run's folder; of several runs, beside the first one's",
+        typer.Argument(
+            metavar="IMAGE... [QUESTION]",
+            help="One or several images, which are looked at together, and a question; without one, every line of the "
+            "standard input is.",
         ),
-    ] = None,
-    runs_dir: RunsDir = Path("runs"),
+    ],
+    models: HandModels = None,
+    prompt: PromptOption = "recipe",
+    recipe: OutsideRecipe = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Write a page with curves, answers beside their charts, accuracy, recipe, attempts and proofs of a run.
+    """Ask about images; the answer appears as it comes. Several models answer one after the other."""
+    from launch.local import ask_by_hand
 
-    One HTML file without any request to the network. Of several runs: side by side, compared on the same questions.
-    """
-    from launch.report.write import write_report
-    from launch.run.find import find_run
-
-    file = write_report([find_run(run, runs_dir) for run in runs], output)
-    echo(f"report: {file}")
-
-
-def _repository(value: str) -> str:
-    """owner/name, as the hub itself would take it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
-
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        value = ""
-    if value.count("/") != 1:
-        raise ConfigError("--repo: is not owner/name as the hub takes it; correct it")
-    return value
+    ask_by_hand.ask(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt), words)
 
 
 @commands.command(
-    epilog=example("samestep push first --repo owner/name", "samestep push first --repo owner/name --merged")
+    epilog=example("samestep demo embedded", "samestep demo embedded --models base-no-prompt,base,best")
 )
-def push(
-    run: RunArgument,
-    repo: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME",
-            parser=_repository,
-            help="The repository, made where it is missing.",
-            show_default="the recipe's hub.repo_id",
-        ),
-    ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Upload the merged model too, to OWNER/NAME-merged.")
-    ] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="A repository that is made can be read by everybody.")
-    ] = False,
-    runs_dir: RunsDir = Path("runs"),
+def demo(
+    target: TargetArgument,
+    models: HandModels = None,
+    prompt: PromptOption = "recipe",
+    recipe: OutsideRecipe = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Upload the adapter of a run to the Hugging Face hub, with processor, card, plan, metrics and evaluations.
+    """Show a page on this machine that asks about images, the base and the tuned model beside each other.
 
-    The token is that of `hf auth login` or HF_TOKEN. Repeated, it sends only what has changed.
+    It is reached on loopback alone and needs gradio: pip install 'samestep[demo]'.
     """
-    from launch.hub.push import push_run
-    from launch.recipe.loading import load_recipe
-    from launch.run.find import find_run
+    from launch.local import ask_by_hand
 
-    found = find_run(run, runs_dir)
-    repository = repo or load_recipe(found.recipe_file).hub.repo_id
-    if repository is None:
-        raise ConfigError("--repo: missing, and the recipe has no hub.repo_id; give owner/name")
-    for address in push_run(found, repository, merged=merged, private=not public):
-        echo(f"uploaded: {address}")
-
-
-@commands.command(
-    name="export",
-    epilog=example("samestep export first --format vllm", "samestep export first --format gguf --output ."),
-)
-def export_(
-    run: RunArgument,
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="FORMAT",
-            parser=one_of("--format", ("vllm", "gguf")),
-            help="vllm: check that the merged folder has what vLLM needs; gguf: convert it by llama.cpp.",
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            parser=place("--output"),
-            help="Where the GGUF files go.",
-            show_default="the run's folder",
-        ),
-    ] = None,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Check a run's merged model for a loader, or convert it for llama.cpp."""
-    from launch.export.gguf import convert
-    from launch.export.loadable import check_loadable
-    from launch.run.find import find_run
-
-    if output is not None and format_ == "vllm":
-        raise ConfigError("--output: vLLM loads the merged folder as it is; leave it out")
-    found = find_run(run, runs_dir)
-    for each in check_loadable(found):
-        echo(f"{each.need:11} {each.found}")
-    if format_ == "vllm":
-        echo(f"ready: vllm serve {found.merged}")
-        return
-    for file in convert(found, output or found.path):
-        echo(f"written: {file}")
+    ask_by_hand.demo(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt, beside_base=True))
 
 
 AdapterConfig = Annotated[
@@ -241,6 +216,7 @@ def merge(
             metavar="RUN|CHECKPOINT|ADAPTER",
             parser=named("SOURCE"),
             help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
+            autocompletion=complete_run,
         ),
     ],
     output: Annotated[
@@ -291,7 +267,7 @@ def merge(
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
     allow: AllowPart = [],  # noqa: B006
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
     from launch.local import postprocess
@@ -319,7 +295,7 @@ def consolidate(
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
     from launch.local import postprocess

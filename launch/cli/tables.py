@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.console import add_row, echo
+from launch.console import add_row, echo, table_console
 from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from launch.run.changes import Change
 
 
+MEMORY_COLUMNS = ("strategy", "loading", "training", "settings", "fits")
+
+
 def show_plan(plan: Plan, to_stderr: bool = False) -> None:
     """Print the plan as one table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -33,12 +36,11 @@ def show_plan(plan: Plan, to_stderr: bool = False) -> None:
     )
     for name, value in plan_rows(plan):
         add_row(table, name, value)
-    Console(highlight=False, stderr=to_stderr).print(table)
+    table_console(to_stderr).print(table)
 
 
 def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     """Print what each strategy needs on these GPUs; `reserved` counts what is not PyTorch's as well."""
-    from rich.console import Console
     from rich.table import Table
 
     from launch.planning.oom_fallback import memory_rows
@@ -48,14 +50,24 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     if not rows:
         return
     known = f"GPUs of {gib(topology.gpu_memory)}" if topology.gpu_memory else "a GPU"
-    table = Table("strategy", "loading", "training", "settings", "fits", title_justify="left")
+    table = Table(*MEMORY_COLUMNS, title_justify="left")
     table.title = f"memory of {known}, {topology.world_size} process{'es' if topology.world_size > 1 else ''}"
     for row in rows:
         add_row(table, *row)
-    Console(highlight=False).print(table)
+    table_console().print(table)
+
+
+def plan_json(plan: Plan, recipe: Recipe, index: Index, topology: Topology) -> str:
+    """What `samestep plan --json` prints: the plan as plan.json holds it, and a row for each strategy's memory."""
+    from launch.planning.oom_fallback import memory_rows
+
+    rows = memory_rows(recipe, index, topology)
+    memory = [dict(zip(MEMORY_COLUMNS, row, strict=True)) for row in rows]
+    return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory}, indent=1)
 
 
 def say_allowed(changed: Sequence[Change]) -> None:
+    """Print what differs from the run that goes on, and what follows from it."""
     from launch.run.changes import consequences
 
     for consequence in consequences(changed):

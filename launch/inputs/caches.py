@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.hub_names import is_hub_id
 from launch.recipe.schema import EMBEDDED
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def config_file(recipe: Recipe) -> Path | None:
     folder = embedded_folder() / "model" if name == EMBEDDED else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder / "config.json"
-    if name == EMBEDDED or folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name == EMBEDDED or folder.is_dir() or not is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.model_files import part_files
-from launch.recipe.schema import EMBEDDED
+from launch.recipe.schema import EMBEDDED, later_values
+from launch.recipe.split_names import parse_split
 from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 INDEX_VERSION = 4
+IMAGE_TOKENS = "image_tokens"
+"""A column of an index only where some sample has not exactly one image."""
 # What the token counts of any dataset depend on.
 COUNTING_PACKAGES = ("pillow", "tokenizers", "transformers")
 _COUNTING_PARTS = ("model.processor", "model.chat_template", "model.tokenizer")
@@ -38,8 +42,9 @@ class Split:
     """Token counts of the samples of one split, in the order of the source.
 
     Arrays of length n: `rows` (row number in the source split, which may hold bad rows between), `text_tokens`
-    (all tokens but the image's), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine`;
-    `digests`: of each row's content, `row_digest`.
+    (all tokens but the images'), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine` (-1:
+    not known); `digests`: of each row's content, `row_digest`. `image_tokens`: the visual tokens of every image of each
+    sample, None: every sample has one image.
     """
 
     rows: NDArray[np.int64]
@@ -48,6 +53,7 @@ class Split:
     target_tokens: NDArray[np.int64]
     human_or_machine: NDArray[np.int64]
     digests: tuple[bytes, ...] = ()
+    image_tokens: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,6 +62,22 @@ class Split:
     def tokens(self) -> NDArray[np.int64]:
         """Text and visual tokens of each sample, [n]."""
         return self.text_tokens + self.visual_tokens
+
+    @property
+    def visual_squares(self) -> NDArray[np.int64]:
+        """The sum of the squares of its images' visual tokens, of each sample, [n]: images do not see each other."""
+        import numpy as np
+
+        if self.image_tokens is None:
+            return self.visual_tokens**2
+        squares = [sum(tokens * tokens for tokens in images) for images in self.image_tokens]
+        return np.array(squares, dtype=np.int64)
+
+    def tokens_of_images(self, sample: int) -> tuple[int, ...]:
+        """The visual tokens of each image of a sample."""
+        if self.image_tokens is None:
+            return (int(self.visual_tokens[sample]),)
+        return self.image_tokens[sample]
 
 
 @dataclass(frozen=True)
@@ -73,18 +95,24 @@ def row_digest(image: bytes, query: str, label: list[str]) -> bytes:
     return hashlib.sha256(hashlib.sha256(image).digest() + texts).digest()
 
 
-def split_parts(split: str) -> tuple[str, str]:
-    """`train[:10%]` -> (`train`, `[:10%]`); `train` -> (`train`, ``)."""
-    name, bracket, rest = split.partition("[")
-    return name, bracket + rest
+def splits_of(recipe: Recipe) -> dict[SplitName, str]:
+    """The splits that a recipe has, as it calls them; training always, validation and test where they are not null."""
+    named: dict[SplitName, str | None] = {split: getattr(recipe.data, split) for split in SPLITS}
+    return {split: name for split, name in named.items() if name is not None}
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """List the parquet files of one split in a folder: `<split>.parquet`, `<split>-*.parquet`, also under `data/`."""
-    name, _ = split_parts(split)
-    for place in (folder, folder / "data"):
-        if files := sorted([*place.glob(f"{name}.parquet"), *place.glob(f"{name}-*.parquet")]):
-            return files
+    """List the files of one split in a folder, of the first kind that is there: `NAME.parquet`, `NAME-*.parquet`, also
+    under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl` or .csv of an imagefolder."""
+    name = parse_split(split).name
+    for suffix in ("parquet", "jsonl", "csv"):
+        for place in (folder, folder / "data"):
+            if files := sorted([*place.glob(f"{name}.{suffix}"), *place.glob(f"{name}-*.{suffix}")]):
+                return files
+    for place in (folder / name, folder / "data" / name):
+        for metadata in ("metadata.jsonl", "metadata.csv"):
+            if (place / metadata).exists():
+                return [place / metadata]
     return []
 
 
@@ -96,7 +124,7 @@ def local_dataset(recipe: Recipe) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ConfigError(
             f"data.dataset: {name!r} is not a folder here and not a hub id (owner/name); "
             "give a folder of parquet files, a hub id, or `embedded`"
@@ -116,9 +144,12 @@ def _processor_facts(recipe: Recipe) -> object:
 def index_key(recipe: Recipe) -> str:
     """sha256 (hex, 20 digits) of everything the index depends on; another key is another index."""
     data: dict[str, Any] = recipe.data.model_dump(mode="json", exclude={"vision_cache"})
+    data = {key: value for key, value in data.items() if f"data.{key}" not in later_values(recipe)}
     local = local_dataset(recipe)
     if local is not None:
-        data["files"] = [files_digest(split_files(local, getattr(recipe.data, split))) for split in SPLITS]
+        data["files"] = [files_digest(split_files(local, name)) for name in splits_of(recipe).values()]
+    if recipe.data.chat_template is not None:
+        data["chat_template"] = files_digest([Path(recipe.data.chat_template)])
     facts = {
         "version": INDEX_VERSION,
         "embedded": embedded_version()
@@ -213,4 +244,7 @@ def _read_split(parquet: bytes) -> Split:
         column("target_tokens"),
         column("human_or_machine"),
         tuple(table.column("digest").to_pylist()),
+        tuple(map(tuple, table.column(IMAGE_TOKENS).to_pylist()))
+        if IMAGE_TOKENS in table.column_names
+        else None,
     )

@@ -26,7 +26,9 @@ WEIGHTS = "model.weights"
 MODEL_PARTS = (WEIGHTS, *MODEL_FILES)
 DATA_PARTS = tuple(f"data.{split}.rows" for split in SPLITS)
 TRAIN_ROWS = DATA_PARTS[0]  # the dataset's fingerprint
-PARTS = (*MODEL_PARTS, *DATA_PARTS)
+OWN_TEMPLATE = "data.chat_template.text"
+"""A part of runs with a chat template of their own alone."""
+PARTS = (*MODEL_PARTS, *DATA_PARTS, OWN_TEMPLATE)
 NONE = "none"
 """In the place of a digest: the model has no file of that part."""
 _SHOWN = 12  # digits of a digest
@@ -40,7 +42,7 @@ class RunIdentity:
 
     def missing(self) -> list[str]:
         """Parts that are not known: an older version recorded fewer."""
-        return [part for part in PARTS if part not in self.parts]
+        return [part for part in PARTS if part not in self.parts and part != OWN_TEMPLATE]
 
     def only(self, *parts: str) -> RunIdentity:
         """Keep these parts alone."""
@@ -56,6 +58,8 @@ def what_is(part: str) -> str:
     """Put a part in words: its files, or the rows it stands for. `model.content`: what older versions recorded."""
     if part in DATA_PARTS:
         return f"rows and images of data.{part.split('.')[1]}"
+    if part == OWN_TEMPLATE:
+        return "the file that data.chat_template names"
     if part == WEIGHTS:
         return "all bytes of the safetensors files"
     return ", ".join(MODEL_FILES.get(part, ("config.json", "a sample of the weights"))[:3])
@@ -72,7 +76,14 @@ def find_identity(recipe: Recipe, index: Index) -> RunIdentity:
         raise ConfigError(
             f"model.name_or_path: {recipe.model.name_or_path} is not on this machine; run `samestep prepare` first"
         )
-    return RunIdentity({**model_identity(file.parent).parts, **data_identity(index).parts})
+    return whole_identity(file.parent, recipe, index)
+
+
+def whole_identity(base: Path, recipe: Recipe, index: Index) -> RunIdentity:
+    """The identity of a recipe whose base lies in a folder. ConfigError: something cannot be read."""
+    template = recipe.data.chat_template
+    own = {} if template is None else {OWN_TEMPLATE: files_digest([Path(template)])}
+    return RunIdentity({**model_identity(base).parts, **data_identity(index).parts, **own})
 
 
 def model_identity(folder: Path) -> RunIdentity:

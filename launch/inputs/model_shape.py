@@ -1,31 +1,39 @@
-"""The shape of a Qwen2-VL, from the config.json of its base model: what its bytes are counted from. Torch-free."""
+"""The shape of a base model: what its bytes are counted from. Torch-free."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from launch.inputs.caches import config_file
-from launch.untrusted_files import read_mapping
-
-if TYPE_CHECKING:
-    from launch.recipe.schema import Recipe
-
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 LAYERS = "model.language_model.layers"
+TOWER = "model.visual"
 LAYER_LINEARS = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
-"""The linear layers of a decoder layer of a Qwen2-VL, and where the layers are (transformers 5.23)."""
+"""The linear layers of a decoder layer, and where the layers are: the same in all families (transformers 5.23)."""
+
+
+@dataclass(frozen=True)
+class TowerLinear:
+    """Linear layers of the vision tower that are alike: how many, and their sizes."""
+
+    copies: int
+    outputs: int
+    inputs: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the language model, then of the vision tower. `patch_values`: numbers in one image patch."""
+    """Sizes of the language model, then of the vision tower.
+
+    `head_width`: channels of an attention head; `attention_bias`: of queries, keys and values; `query_norm`: queries
+    and keys are normalized head by head; `patch_values`: numbers in one image patch; `tower_linears`: by their path in
+    the tower, `*` for a number; `vision_gated`: the tower has Qwen2.5-VL's RMSNorm and gated MLP; `deepstack`: mergers
+    besides the last; `vision_positions`: learned ones.
+    """
 
     hidden: int
     intermediate: int
@@ -34,15 +42,24 @@ class ModelShape:
     kv_heads: int
     vocabulary: int
     tied_embeddings: bool
+    head_width: int
     vision_width: int
     vision_blocks: int
     vision_intermediate: int
     patch_values: int
     patches_per_token: int
+    tower_linears: Mapping[str, TowerLinear] = field(default_factory=dict)
+    attention_bias: bool = True
+    query_norm: bool = False
+    vision_gated: bool = False
+    deepstack: int = 0
+    vision_positions: int = 0
+    patch_bias: bool = False
 
     @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
+    def query_width(self) -> int:
+        """Channels of all queries."""
+        return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
@@ -52,12 +69,12 @@ class ModelShape:
     @property
     def layer_linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of a decoder layer: name -> (outputs, inputs)."""
-        hidden, kv, inner = self.hidden, self.kv_width, self.intermediate
+        hidden, query, kv, inner = self.hidden, self.query_width, self.kv_width, self.intermediate
         return {
-            "q_proj": (hidden, hidden),
+            "q_proj": (query, hidden),
             "k_proj": (kv, hidden),
             "v_proj": (kv, hidden),
-            "o_proj": (hidden, hidden),
+            "o_proj": (hidden, query),
             "gate_proj": (inner, hidden),
             "up_proj": (inner, hidden),
             "down_proj": (hidden, inner),
@@ -70,10 +87,8 @@ class ModelShape:
 
     @property
     def tower_weights(self) -> int:
-        """Weights of the vision tower's linear layers, which are quantized too: blocks and merger."""
-        width, merged = self.vision_width, self.vision_width * self.patches_per_token
-        block = 4 * width * width + 2 * width * self.vision_intermediate
-        return self.vision_blocks * block + merged * merged + merged * self.hidden
+        """Weights of the vision tower's linear layers, which are quantized too: blocks and mergers."""
+        return sum(each.copies * each.outputs * each.inputs for each in self.tower_linears.values())
 
     @property
     def vocabulary_weights(self) -> int:
@@ -82,13 +97,23 @@ class ModelShape:
 
     @property
     def other_weights(self) -> int:
-        """Norms, biases and the patch embedding; never quantized."""
-        width, merged = self.vision_width, self.vision_width * self.patches_per_token
-        layer = 3 * self.hidden + 2 * self.kv_width
-        block = 9 * width + self.vision_intermediate
-        merger = 2 * width + merged + self.hidden
-        rest = self.hidden + merger + width * self.patch_values
-        return self.layers * layer + self.vision_blocks * block + rest
+        """Norms, biases, the patch embedding and the tower's positions; never quantized."""
+        return self.layers * self._layer_other_weights + self.hidden + self._tower_other_weights
+
+    @property
+    def _layer_other_weights(self) -> int:
+        biases = self.query_width + 2 * self.kv_width if self.attention_bias else 0
+        return 2 * self.hidden + biases + (2 * self.head_width if self.query_norm else 0)
+
+    @property
+    def _tower_other_weights(self) -> int:
+        width, inner = self.vision_width, self.vision_intermediate
+        merged = width * self.patches_per_token
+        norm = width if self.vision_gated else 2 * width
+        block = 2 * norm + 5 * width + (2 * inner if self.vision_gated else inner)
+        mergers = norm + self.deepstack * 2 * merged + (1 + self.deepstack) * (merged + self.hidden)
+        patches = width * (self.patch_values + (1 if self.patch_bias else 0))
+        return self.vision_blocks * block + mergers + patches + width * self.vision_positions
 
 
 def unreached(names: Sequence[str], layers: int | None) -> list[str]:
@@ -100,47 +125,34 @@ def unreached(names: Sequence[str], layers: int | None) -> list[str]:
     return [name for name in names if not any(_ends_in(linear, name, layers) for linear in LAYER_LINEARS)]
 
 
+def reached_in_tower(name: str, paths: Mapping[str, int | None]) -> list[str]:
+    """The linear layers of the tower that a name of `lora.target_modules` reaches: those of `paths` that it ends.
+
+    A name that reaches a decoder layer is of that alone: Qwen2.5-VL's tower has a `gate_proj` too. `paths`: path in
+    the tower, `*` for a number -> how many there are, None where that is not known.
+    """
+    if not unreached([name], None):
+        return []
+    numbers = [int(each) for each in re.findall(r"(?<=\.)[0-9]+(?=\.)", f".{name}")]
+    general = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", f".{name}")
+    return [
+        path
+        for path, copies in paths.items()
+        if f".{TOWER}.{path}".endswith(general) and all(each < (copies or math.inf) for each in numbers)
+    ]
+
+
+def reached_tower_linears(names: Sequence[str] | str, shape: ModelShape) -> list[str]:
+    """The paths of the tower's linear layers that `lora.target_modules` reaches; `all-linear`: none."""
+    if isinstance(names, str):
+        return []
+    paths = {path: linear.copies for path, linear in shape.tower_linears.items()}
+    return [path for path in paths if any(path in reached_in_tower(name, paths) for name in names)]
+
+
 def _ends_in(linear: str, name: str, layers: int | None) -> bool:
     index = re.search(r"(?:^|\.)([0-9]+)\.(?:self_attn|mlp)\.", name)
     if index and (str(int(index[1])) != index[1] or int(index[1]) >= (layers or math.inf)):
         return False
     path = f"{LAYERS}.{index[1] if index else 0}.{linear}"
     return path == name or path.endswith(f".{name}")
-
-
-def read_shape(recipe: Recipe) -> ModelShape | str:
-    """Read the shape of a recipe's base model; or, where its config.json is not here or not understood, why."""
-    file = config_file(recipe)
-    if file is None:
-        return f"config.json of {recipe.model.name_or_path} is not on this machine; `samestep prepare` fetches it"
-    try:
-        return shape_of(read_mapping(file))
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        return f"{file} cannot be read as a Qwen2-VL's ({type(error).__name__}: {error})"
-
-
-def shape_of(config: dict[str, Any]) -> ModelShape:
-    """Derive the shape from config.json: flat, as on the hub, or with a `text_config`, as transformers 5 writes it.
-
-    Raises KeyError, TypeError or ValueError when it is not a Qwen2-VL's.
-    """
-    if config["model_type"] != "qwen2_vl":
-        raise ValueError(f"a {config['model_type']}, not a qwen2_vl")
-    text, vision = config.get("text_config") or config, config["vision_config"]
-    width = int(vision["embed_dim"])
-    patch = int(vision.get("patch_size", 14))
-    channels = int(vision.get("in_channels", vision.get("in_chans", 3)))
-    return ModelShape(
-        hidden=int(text["hidden_size"]),
-        intermediate=int(text["intermediate_size"]),
-        layers=int(text["num_hidden_layers"]),
-        heads=int(text["num_attention_heads"]),
-        kv_heads=int(text["num_key_value_heads"]),
-        vocabulary=int(text["vocab_size"]),
-        tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        vision_width=width,
-        vision_blocks=int(vision["depth"]),
-        vision_intermediate=int(width * vision.get("mlp_ratio", 4)),
-        patch_values=channels * int(vision.get("temporal_patch_size", 2)) * patch * patch,
-        patches_per_token=int(vision.get("spatial_merge_size", 2)) ** 2,
-    )

@@ -50,7 +50,7 @@ def import_foreign_checkpoint(request: RunRequest) -> RunRequest:
         )
     taken, _ = newest_valid(output)
     if taken is None:
-        raise RunError(f"{source}: was taken over, but {output} holds no valid checkpoint; try again")
+        raise RunError(f"{source}: was imported, but {output} holds no valid checkpoint; try again")
     return replace(request, source=taken.folder)
 
 

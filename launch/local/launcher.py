@@ -27,6 +27,7 @@ from launch.run.directory import (
     reason_of_sigterm,
     request_stop,
 )
+from launch.run.local_log import add_to_log
 from launch.run.lock import lock_holder, refuse_if_running
 from launch.strategies import STRATEGIES
 from launch.subprocesses import STARTED, processes_with, wait_for
@@ -56,7 +57,7 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
     Returns the marker. Raises ConfigError for REFUSED or when another trainer took the run first, RunError when
     there is no marker, KeyboardInterrupt after that second Ctrl-C.
     """
-    command = run_command(plan, run, machine)
+    command, began = run_command(plan, run, machine), time.time()
     ended = wait_for(command, child_environment(plan), ask_to_stop(run))
     if not ended.killed:
         wait_for_trainer(run)
@@ -73,6 +74,7 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
         machine.rank == 0
     ):  # on another machine the lock is the first one's, whose trainer may end a little later
         refuse_if_running(run)  # another trainer, to which ours gave way without a marker
+    add_to_log(run, f"the launcher ended with exit status {ended.status}; no marker was written", began)
     raise RunError(
         f"{run.path}: ended before it was done; see the words above, the same command goes on "
         "from the newest checkpoint"

@@ -33,6 +33,7 @@ from launch.run.continuation import (
     refuse_lost_checkpoints,
 )
 from launch.run.directory import RunDirectory, is_done_at, open_run
+from launch.run.evaluations import early_end
 from launch.run.lock import refuse_if_running
 from launch.run.planned import plan_attempt
 from launch.subprocesses import call_module
@@ -185,7 +186,7 @@ def plan_run(request: RunRequest) -> PlannedRun:
 
 def is_done(planned: PlannedRun) -> bool:
     """This run, whose recipe and data may go on, has taken its last step already, and its adapter is there."""
-    return is_done_at(planned.run, planned.plan.max_steps)
+    return is_done_at(planned.run, planned.plan.max_steps, early_end(planned.run, planned.recipe))
 
 
 def describe_start(planned: PlannedRun, request: RunRequest) -> str:
@@ -198,7 +199,11 @@ def describe_start(planned: PlannedRun, request: RunRequest) -> str:
         aside = "the older run is moved aside, and " if run.path.exists() else ""
         return f"{run.path}: {aside}trained from step 0 to {last:,}"
     if is_done(planned):
-        return f"{run.path}: done already, step {last:,} of {last:,}, adapter in {run.adapter}; nothing to change"
+        end = early_end(run, planned.recipe)
+        step = f"{last if end is None else end:,}"
+        return (
+            f"{run.path}: done already, step {step} of {last:,}, adapter in {run.adapter}; nothing to change"
+        )
     newest = find_beginning(planned)
     if newest is not None:
         return f"{run.path}: goes on from {newest.folder.name}, step {newest.step:,} of {last:,}"
@@ -221,10 +226,12 @@ def refuse_unwritable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{folder}: {place} is a file, no folder; choose another --runs-dir")
-    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"--runs-dir: {place} is a file, no folder; choose another --runs-dir")
+    usage = shutil.disk_usage(place)
+    # A file system without blocks (/proc, /sys) takes no files, whatever its modes say to root.
+    if not os.access(place, os.W_OK | os.X_OK) or usage.total == 0:
         raise ConfigError(f"{folder}: cannot be written; give permission, or choose another --runs-dir")
-    free = shutil.disk_usage(place).free
+    free = usage.free
     if free < NEEDED_BYTES:
         raise NoSpaceError(
             f"{folder}: no space left for a run ({free / 2**20:,.0f} MB free, "

@@ -3,89 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
-from launch.checkpoints.manifest import CHECKPOINT_NAME, read_manifest
 from launch.console import echo
 from launch.errors import ConfigError
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.topology import choose_topology, refuse_missing_gpus
 from launch.run.directory import RunDirectory
-from launch.run.find import find_run
-from launch.run.merged_model import COMPARISON, is_merged_already, made_anew, merge_behind
+from launch.run.evaluation_target import Target, missing_models
+from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
 from launch.subprocesses import ChildError, call_module, wait_for
 
 
-def find_evaluated(name: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
-    """A run by name or path, or one of its checkpoints by path (RUN/checkpoint-STEP): (run, step or None).
-
-    Raises:
-        ConfigError: there is no such run.
-        CheckpointError: the run has no such checkpoint, or it is damaged.
-    """
-    path = Path(name).expanduser()
-    named = CHECKPOINT_NAME.fullmatch(path.name)
-    if not named or named[2] or len(path.parts) < 2:
-        return find_run(name, runs_dir), None
-    run = find_run(str(path.parent), runs_dir)
-    checkpoint = run.checkpoint(int(named[1]))
-    if not checkpoint.is_dir():
-        raise ConfigError(
-            f"{checkpoint}: no such checkpoint; `samestep checkpoints {run.path}` shows those there are"
-        )
-    read_manifest(checkpoint, verify=True)
-    return run, int(named[1])
-
-
-def refuse_missing_models(run: RunDirectory, models: Sequence[str], checkpoint: int | None = None) -> None:
-    """ConfigError for every model that the run does not have (yet)."""
-    problems = []
-    if checkpoint is not None:
-        if "merged" in models:
-            problems.append(
-                f"--models: merged is of the run's last adapter, not of checkpoint-{checkpoint}; leave it out"
-            )
-    elif {"adapter", "shuffled"} & {*models} and not (run.adapter / "adapter_config.json").is_file():
-        problems.append(f"{run.adapter}: no adapter yet; `samestep run` writes it when the run is done")
-    if "merged" in models and not (run.merged / "config.json").is_file():
-        problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")
-    if "merged" in models and (behind := merge_behind(run, run.merged)):
-        problems.append(behind)
-    if problems:
-        raise ConfigError(problems)
-
-
 def evaluate(
-    run: RunDirectory,
-    models: Sequence[str],
-    arguments: Sequence[str],
-    gpus_per_node: int | None,
-    checkpoint: int | None = None,
+    target: Target, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
     topology = choose_topology(None, 1, gpus_per_node)
     refuse_missing_gpus(topology)
-    refuse_missing_models(run, models, checkpoint)
-    refuse_readonly(run.path, "the evaluation")
-    if checkpoint is not None:
-        arguments = [*arguments, "--checkpoint", str(checkpoint)]
-    command = trainer_command(
-        topology,
-        "trainer.evaluation.generate",
-        ["--run-dir", str(run.path), "--models", ",".join(models), *arguments],
-    )
-    ended = wait_for(command, child_environment(topology))
+    run = target.run
+    if problems := missing_models(run, models, target.checkpoint, target.adapter):
+        raise ConfigError(problems)
+    with _folder_of(run):
+        refuse_readonly(run.path, "the evaluation")
+        command = trainer_command(
+            topology,
+            "trainer.evaluation.generate",
+            [*target.flags(), "--models", ",".join(models), *arguments],
+        )
+        ended = wait_for(command, child_environment(topology))
     if ended.interrupted:
         echo(
-            f"{run.path}: the evaluation was interrupted; the same command starts it again",
+            f"{run.path}: the evaluation was interrupted; the same command goes on with the answers so far",
             to_stderr=True,
         )
         raise KeyboardInterrupt
     if ended.status:
         raise ChildError("evaluate", ended.status)
+
+
+@contextmanager
+def _folder_of(run: RunDirectory) -> Iterator[None]:
+    """Make the folder of a run that has not begun; it goes again if nothing was written to it."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # something is in it
+            run.path.rmdir()
 
 
 @dataclass(frozen=True)

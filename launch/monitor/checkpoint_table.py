@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from launch.checkpoints.manifest import MANIFEST
 from launch.checkpoints.scan import Checkpoint
@@ -26,6 +27,23 @@ def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
             _age_of(checkpoint, now),
             _state(checkpoint),
         )
+        for checkpoint in found
+    ]
+
+
+def as_objects(found: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """What `samestep checkpoints --json` prints: for each checkpoint its step, state, size in bytes and problems."""
+    return [
+        {
+            "step": checkpoint.step,
+            "folder": str(checkpoint.folder),
+            "form": _fact(checkpoint, "form", "portable"),
+            "world_size": checkpoint.metadata.get("world_size"),
+            "strategy": checkpoint.metadata.get("strategy"),
+            "bytes": checkpoint.bytes,
+            "state": _state(checkpoint),
+            "problems": list(checkpoint.problems),
+        }
         for checkpoint in found
     ]
 

@@ -11,6 +11,7 @@ from launch.errors import ConfigError
 from launch.monitor.status import current_state, job_of
 from launch.planning.plan import Plan
 from launch.run.directory import RunDirectory
+from launch.run.local_log import local_logs
 from launch.run.lock import lock_holder
 from launch.slurm import attempts as ledger
 from launch.slurm.attempts import Ledger
@@ -23,17 +24,21 @@ def log_files(run: RunDirectory, rank: int | None) -> list[Path]:
 
     Raises ConfigError for a rank that the run does not have.
     """
-    return _of_rank(run, rank) if rank is not None else _of_job(run, ledger.read_ledger(run))
+    return _of_rank(run, rank) if rank is not None else _newest_log(run, ledger.read_ledger(run))
 
 
 def no_log(run: RunDirectory, rank: int | None) -> ConfigError:
     """Why there is nothing to show."""
+    of = "" if rank is None else f" of rank {rank}"
     if ledger.read_ledger(run).job is None:
         return ConfigError(
-            f"{run.path / 'logs'}: no log, for no job of a cluster has had this run; a run of this machine writes its "
-            f"words where it was started, its figures into {run.metrics_file.name}"
+            f"{run.path / 'logs'}: no log{of}, and no job of a cluster has had this run; "
+            + (
+                "the ranks of this machine share one log, leave --rank out"
+                if rank is not None
+                else "start it first"
+            )
         )
-    of = "" if rank is None else f" of rank {rank}"
     return ConfigError(
         f"{run.path / 'logs'}: no log{of} yet; `samestep status {run.name}` says whether its job has started"
     )
@@ -55,7 +60,8 @@ def waits_for(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now
     """What a run without a log waits for, in a line."""
     book = ledger.read_ledger(run)
     state, because = current_state(run, book, job_of(book, show_job), now)
-    return f"{run.name}: no log yet, waiting for job {book.job} to begin: {state} ({because})"
+    what = f"job {book.job} to begin" if book.job else "its first line"
+    return f"{run.name}: no log yet, waiting for {what}: {state} ({because})"
 
 
 def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: float) -> str | None:
@@ -71,6 +77,13 @@ def end_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], now: f
     if state in ("queued", "running", "not started"):
         return None
     return f"{run.name}: {state} ({because})"
+
+
+def _newest_log(run: RunDirectory, book: Ledger) -> list[Path]:
+    """Of the newest attempt, in a job or on this machine."""
+    local = [path_inside(run.path, path) for path in local_logs(run)[-1:]]
+    written = {path: at for path in [*local, *_of_job(run, book)] if (at := _written_at(path)) is not None}
+    return sorted(written, key=written.__getitem__)[-1:]
 
 
 def _of_job(run: RunDirectory, book: Ledger) -> list[Path]:
@@ -102,8 +115,8 @@ def _of_rank(run: RunDirectory, rank: int) -> list[Path]:
         raise ConfigError(
             f"--rank: {rank} is none of this run's ({plan.world_size} ranks); give 0 to {plan.world_size - 1}"
         )
-    if plan.parallelism.is_one_process:  # no torchrun: the job's log is the rank's
-        return _of_job(run, ledger.read_ledger(run))
+    if plan.parallelism.is_one_process:  # no torchrun: the attempt's log is the rank's
+        return _newest_log(run, ledger.read_ledger(run))
     attempts = [
         path for path in (run.path / "logs").glob("*.*") if re.fullmatch(r"\d+(_\d+)?\.\d+", path.name)
     ]

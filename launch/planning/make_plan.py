@@ -6,7 +6,7 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from launch.inputs.model_shape import read_shape
+from launch.inputs.families import read_shape
 from launch.planning.auto_settings import ChosenSettings, Gpus, batches_of, choose
 from launch.planning.plan import Plan, PlannedSettings, RunHistory
 from launch.planning.run_steps import balanced_steps, least_budget, longest_of, whole_steps

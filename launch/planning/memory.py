@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from launch.inputs.model_shape import reached_tower_linears
 from launch.strategies import STRATEGIES
 from launch.units import GIB
 
@@ -46,7 +47,9 @@ class Kernels:
 class Load:
     """What a recipe, a strategy and a world ask of each GPU. Sizes of numbers in bytes.
 
-    `targets`: the linear layers with a LoRA of rank `lora_rank`; `dropout`: before them.
+    `targets`: the linear layers of the decoder with a LoRA of rank `lora_rank` at most, `tower_targets`: of the tower,
+    by their paths; `dropout`: before them; `dora`: with lengths of rows; `fp8`: weights that are held for the products
+    of the decoder layers are of 8 bits.
     """
 
     shape: ModelShape
@@ -60,6 +63,9 @@ class Load:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: bool = True
     kernels: Kernels = Kernels()
+    tower_targets: tuple[str, ...] = ()
+    dora: bool = False
+    fp8: bool = False
 
     @property
     def shares(self) -> int:
@@ -131,10 +137,13 @@ def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, k
         double_quantized=quantization.bnb_4bit_use_double_quant,
         weight_bytes=weight_bytes,
         activation_bytes=2 if (compute, weight_bytes) == ("bfloat16", 2) else 4,
-        lora_rank=lora.r,
+        lora_rank=max([lora.r, *lora.rank_pattern.values()]),
         targets=tuple(name for name in every if any(word.split(".")[-1] == name for word in named)),
         dropout=lora.lora_dropout > 0,
         kernels=kernels,
+        tower_targets=tuple(reached_tower_linears(lora.target_modules, shape)),
+        dora=lora.use_dora,
+        fp8=recipe.model.products == "fp8",
     )
 
 
@@ -142,7 +151,7 @@ def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
     kept, temporary = _training_peak(load, packed, settings)
     return Memory(
-        base=_base_bytes(replace(load, load_in_4bit=False) if settings.keep_dequantized else load),
+        base=_resident_bytes(load) if settings.keep_dequantized else _base_bytes(load),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -177,6 +186,12 @@ def _base_bytes(load: Load) -> int:
     return _undivided_bytes(load) + layers * _linear_bytes(load, layer, load.shares) + whole
 
 
+def _resident_bytes(load: Load) -> int:
+    """The frozen base with its 4-bit weights held dequantized; in 8 bits those whose products are."""
+    saved = load.shape.layers * load.shape.layer_weights * (load.weight_bytes - 1) if load.fp8 else 0
+    return _base_bytes(replace(load, load_in_4bit=False)) - saved
+
+
 def _loading_bytes(load: Load) -> int:
     """Count the peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the
     trial of the largest micro-batch, when one more is on its way.
@@ -197,8 +212,14 @@ def _largest_linear(shape: ModelShape) -> int:
 
 def trained_parameters(load: Load) -> int:
     """Weights of all LoRA layers."""
-    linears = load.shape.layer_linears
-    return load.shape.layers * load.lora_rank * sum(sum(linears[name]) for name in load.targets)
+    shape, lengths = load.shape, 1 if load.dora else 0
+    linears = [(shape.layers, *shape.layer_linears[name]) for name in load.targets]
+    tower = [shape.tower_linears[path] for path in load.tower_targets]
+    linears += [(each.copies, each.outputs, each.inputs) for each in tower]
+    return sum(
+        copies * (load.lora_rank * (outputs + inputs) + lengths * outputs)
+        for copies, outputs, inputs in linears
+    )
 
 
 def _trained_bytes(load: Load) -> int:
@@ -228,7 +249,9 @@ def layer_bytes(load: Load) -> int:
     """
     shape, size = load.shape, load.activation_bytes
     norms = 2 * shape.hidden * (size if load.kernels.fused else 4)
-    attention = size * (2 * shape.hidden + 2 * shape.kv_width) + 4 * shape.heads
+    if shape.query_norm:  # transformers' own in both ways: its input in fp32, the factor of each head
+        norms += 4 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
+    attention = size * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
     product = size * shape.intermediate * (2 if load.kernels.fused else 3)
     return norms + attention + product + _lora_bytes(load) + 2 * 4
 
@@ -237,6 +260,9 @@ def _lora_bytes(load: Load) -> int:
     shape, size = load.shape, load.activation_bytes
     rank, fused = load.lora_rank, load.kernels.fused_lora and load.lora_rank <= _LARGEST_FUSED_RANK
     thin = size * len(load.targets) * rank
+    if load.dora:  # PEFT's own forward: the base's output, LoRA's, and the input in fp32
+        fused = False
+        thin += sum(2 * 4 * shape.layer_linears[name][0] for name in load.targets)
     if load.dropout and not fused:
         return thin + (1 + size) * sum(shape.layer_linears[name][1] for name in load.targets)
     # Undropped, or dropped within the kernel: layers that are fed alike save one input, o_proj's is the attention's.
@@ -279,15 +305,40 @@ def _is_recomputed(number: int, every: int) -> bool:
 
 
 def _held_bytes(load: Load, packed: Packed, patches: int) -> int:
-    """What a whole micro-batch holds beside its layers: pixels, positions, dropout keys, cos and sin, the
-    last norm."""
+    """What a whole micro-batch holds beside its layers: pixels, positions, dropout keys, cos and sin, the last norm,
+    features that enter decoder layers."""
     shape = load.shape
     keys = 8 * len(load.targets) * shape.layers if load.dropout else 0
     rotation = 2 * load.activation_bytes * shape.head_width
     last_norm = shape.hidden * (load.activation_bytes if load.kernels.fused else 4)
-    return patches * (load.weight_bytes * shape.patch_values + 16) + packed.tokens * (
-        keys + rotation + last_norm + 6 * 8
-    )
+    deepstack = packed.visual_tokens * shape.deepstack * shape.hidden * load.weight_bytes
+    pixels = patches * (load.weight_bytes * shape.patch_values + 16)
+    kept = pixels + deepstack + _trained_tower_bytes(load, patches)
+    return kept + packed.tokens * (keys + rotation + last_norm + 6 * 8)
+
+
+def _trained_tower_bytes(load: Load, patches: int) -> int:
+    """What autograd saves of a tower with LoRA, whose forwards are transformers' own, until the backward pass ends.
+
+    A block as a decoder layer: norms, attention, MLP; blocks count where one has LoRA, mergers always. The inputs of
+    its LoRA are in fp32, and dropout keeps a byte a value and its keys.
+    """
+    if not load.tower_targets:
+        return 0
+    shape, size = load.shape, load.activation_bytes
+    width, inner = shape.vision_width, shape.vision_intermediate
+    gated = shape.vision_gated
+    norms = 2 * width * (4 if gated else size)
+    block = norms + 4 * width * size + 4 + size * inner * (3 if gated else 1)
+    in_blocks = any(path.startswith("blocks.") for path in load.tower_targets)
+    kept = shape.vision_blocks * block if in_blocks else 0
+    kept += (1 + shape.deepstack) * 2 * size * width
+    lora = 0
+    for path in load.tower_targets:
+        linear = shape.tower_linears[path]
+        share = 1 if path.startswith("blocks.") else shape.patches_per_token
+        lora += linear.copies * (linear.inputs * (5 if load.dropout else 4) + 4 * load.lora_rank + 8) // share
+    return patches * (kept + lora)
 
 
 def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
@@ -298,5 +349,9 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
     inner = size * shape.intermediate * tokens
     weight = _largest_linear(shape) * size if load.load_in_4bit and not settings.keep_dequantized else 0
     product = max(inner + weight, inner if fused else 3 * inner)
-    attention = tokens * shape.hidden * (6 * size if fused else 12)
+    if load.dora:  # PEFT's `get_lora_weight`: an identity matrix in fp32, and the change of the weight
+        squares = (shape.layer_linears[name] for name in load.targets)
+        weight += max(4 * inputs * (inputs + 3 * outputs) for outputs, inputs in squares)
+        product = max(product, inner + weight)
+    attention = tokens * max(shape.hidden, shape.query_width) * (6 * size if fused else 12)
     return max(product, attention) + 2 * size * shape.hidden * tokens

@@ -33,7 +33,7 @@ def balanced_steps(
     train = index.splits["train"]
     return plan_steps(
         train.tokens,
-        cost(train.text_tokens, train.visual_tokens),
+        cost(train.text_tokens, train.visual_tokens, train.visual_squares),
         sample_stream(recipe, index, begin),
         world_size=world_size,
         budget=budget,
@@ -62,7 +62,7 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
         micro_batches=plan.micro_batches,
         budget=plan.micro_batch_tokens,
         tokens=train.text_tokens + train.visual_tokens,
-        costs=cost(train.text_tokens, train.visual_tokens),
+        costs=cost(train.text_tokens, train.visual_tokens, train.visual_squares),
     )
 
 
@@ -72,7 +72,7 @@ def validation_samples(recipe: Recipe, index: Index) -> NDArray[np.int64]:
 
     count = len(index.splits["validation"])
     seen = min(recipe.evaluation.max_samples, count)
-    return np.linspace(0, count - 1, seen).round().astype(np.int64)
+    return np.linspace(0, max(0, count - 1), seen).round().astype(np.int64)
 
 
 def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int, int]:

@@ -46,18 +46,21 @@ _VISION_PER_PATCH_SQUARED = 4 * 1280 * 32 * 1e-9
 _PATCHES_PER_VISUAL_TOKEN = 4  # the merger folds 2 x 2 patches into one token
 
 
-def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike) -> Floats:
+def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike, visual_squares: ArrayLike | None = None) -> Floats:
     """Relative work of training on each sample: linear layers, attention, vision tower.
 
     The unit is one GFLOP of the 7B model, whatever the model trained: only ratios between samples matter to
-    the balance, and linear and quadratic shares change little over the model family. One image a sample.
+    the balance, and linear and quadratic shares change little over the model family. `visual_squares`: the sum of the
+    squares of the images' visual tokens, because images do not attend to each other; None: one image a sample.
     """
     text = np.asarray(text_tokens, dtype=np.float64)
     visual = np.asarray(visual_tokens, dtype=np.float64)
     tokens = text + visual
     patches = visual * _PATCHES_PER_VISUAL_TOKEN
+    squares = visual * visual if visual_squares is None else np.asarray(visual_squares, dtype=np.float64)
+    patches_squared = squares * _PATCHES_PER_VISUAL_TOKEN**2
     language = tokens * _LINEAR_PER_TOKEN + tokens * tokens * _ATTENTION_PER_TOKEN_SQUARED
-    vision = patches * _VISION_PER_PATCH + patches * patches * _VISION_PER_PATCH_SQUARED
+    vision = patches * _VISION_PER_PATCH + patches_squared * _VISION_PER_PATCH_SQUARED
     return np.asarray(language + vision, dtype=np.float64)
 
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from launch.errors import ConfigError
-from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_TRAINING_FIELDS
+from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.recipe.validation_errors import validation_errors
 from launch.resources import resource_folder, resource_names
@@ -48,6 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     problems = list(_apply_overrides(values, overrides))
     _make_local_folders_absolute(values)
+    _make_local_files_absolute(values, path.parent)
     try:
         recipe = recipe_from_dict(values)
     except ConfigError as error:
@@ -67,6 +68,35 @@ def _make_local_folders_absolute(values: dict[str, Any]) -> None:
                 values[section][key] = str(folder.resolve())
 
 
+def _make_local_files_absolute(values: dict[str, Any], folder: Path) -> None:
+    """Files that a recipe names lie beside it, or where the command was given; the run's own copy of the recipe has to
+    name them too."""
+    data, evaluation = values.get("data"), values.get("evaluation")
+    metrics = evaluation.get("metrics") if isinstance(evaluation, dict) else None
+    if isinstance(evaluation, dict) and isinstance(metrics, list):
+        evaluation["metrics"] = [_absolute_metric(metric, folder) for metric in metrics]
+    name = data.get("chat_template") if isinstance(data, dict) else None
+    with suppress(OSError, RuntimeError, ValueError):
+        if isinstance(data, dict) and isinstance(name, str):
+            near = [
+                place
+                for place in (folder / Path(name).expanduser(), Path(name).expanduser())
+                if place.is_file()
+            ]
+            data["chat_template"] = str(near[0].resolve()) if near else name
+
+
+def _absolute_metric(metric: Any, folder: Path) -> Any:
+    """`scores:close` of a file beside the recipe with the file's whole path; anything else as it is."""
+    if not isinstance(metric, str) or ":" not in metric:
+        return metric
+    name, _, function = metric.rpartition(":")
+    file = folder / (name if name.endswith(".py") else f"{name}.py")
+    with suppress(OSError, RuntimeError, ValueError):
+        return f"{file.resolve()}:{function}" if file.is_file() else metric
+    return metric
+
+
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Validate plain values. ConfigError lists every problem."""
     try:
@@ -76,7 +106,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _refusals() -> dict[str, str]:
-    return REFUSED_TRAINING_FIELDS | OF_OTHER_TOOLS
+    return REFUSED_TRAINING_FIELDS | REFUSED_LORA_FIELDS | OF_OTHER_TOOLS
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The SFTConfig fields a recipe may not set (trl 1.16, transformers 5.23) and keys of other tools, with the reasons."""
+"""The SFTConfig and LoraConfig fields a recipe may not set and keys of other tools, with the reasons.
+
+Of trl 1.16 with transformers 5.23, and of PEFT 0.21.
+"""
 
 _BY_REASON: dict[str, str] = {
     "the plan derives it from batch.global_batch_size and the hardware; set batch.global_batch_size": """
@@ -50,8 +53,8 @@ _BY_REASON: dict[str, str] = {
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
     "set it in the section model": "model_init_kwargs",
     "no code from a hub repository is run; remove it": "trust_remote_code",
-    "the tokenizer and chat template of the base model are kept; remove it": """
-        chat_template_path eos_token pad_token""",
+    "the tokenizer of the base model is kept; remove it": "eos_token pad_token",
+    "a chat template of your own is called data.chat_template": "chat_template_path",
     "it does nothing here: samestep calls the trainer itself; remove it": """
         debug skip_memory_metrics do_train do_eval do_predict""",
 }
@@ -59,6 +62,27 @@ _BY_REASON: dict[str, str] = {
 REFUSED_TRAINING_FIELDS: dict[str, str] = {
     field: reason for reason, fields in _BY_REASON.items() for field in fields.split()
 }
+
+_LORA_BY_REASON: dict[str, str] = {
+    "LoRA here trains matrices beside frozen linear layers, nothing else of the base; add linear layers to "
+    "lora.target_modules": """
+        modules_to_save trainable_token_indices target_parameters layer_replication ensure_weight_tying lora_bias""",
+    "it begins from other base weights than are quantized, so merged and resumed runs would differ; remove it": """
+        init_lora_weights loftq_config eva_config corda_config lora_ga_config""",
+    "name the layers in lora.target_modules, such as layers.3.self_attn.q_proj": """
+        layers_to_transform layers_pattern exclude_modules""",
+    "the same steps on every number of GPUs are not shown for it, and merging would not be exact; remove it": """
+        use_qalora qalora_group_size use_bdlora arrow_config kasa_config velora_config monteclora_config
+        alora_invocation_tokens runtime_config megatron_config megatron_core fan_in_fan_out""",
+    "samestep sets it itself; remove it": """
+        task_type peft_type auto_mapping peft_version base_model_name_or_path inference_mode""",
+    "it is set with model.revision": "revision",
+}
+
+REFUSED_LORA_FIELDS: dict[str, str] = {
+    f"lora.{field}": reason for reason, fields in _LORA_BY_REASON.items() for field in fields.split()
+}
+"""The LoraConfig fields of PEFT 0.21 that a recipe may not set, by their dotted key."""
 
 _OF_OTHER_TOOLS: dict[str, str] = {
     "a recipe names no hardware; say it with --nodes and --gpus-per-node": """

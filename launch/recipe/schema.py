@@ -7,16 +7,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from launch.errors import ConfigError
 from launch.option_values import NAME_PATTERN, place
+from launch.recipe.split_names import FORMS as SPLIT_FORMS
+from launch.recipe.split_names import parse_split
 
 EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
 _REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}"  # of git's names for a branch, those that the hub takes
-SPLIT_PATTERN = r"[A-Za-z0-9_.-]+(\[:[1-9][0-9]*%?\])?"
 
 
 def _number(value: object) -> object:
@@ -50,6 +52,11 @@ class ModelSection(Section):
         "auto",
         description="true: 4-bit weights are held dequantized, for speed; false; `auto`: where memory allows",
     )
+    products: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="of the language model's frozen linear layers. fp8: 8 bits, one scale a token; on GPUs of compute "
+        "capability 8.9 and up, about 1.4 times as fast; other numbers",
+    )
 
 
 class QuantizationSection(Section):
@@ -65,6 +72,10 @@ class QuantizationSection(Section):
     )
 
 
+ModulePattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+"""The end of a module's path. PEFT takes it for a regular expression; of those only names are allowed."""
+
+
 class LoraSection(Section):
     """LoraConfig: the trained weights, always in fp32."""
 
@@ -73,21 +84,49 @@ class LoraSection(Section):
     lora_dropout: Real = Field(0.05, ge=0, lt=1, description="a dropout share from 0 to below 1")
     bias: Literal["none"] = Field("none", description="`none`: biases are not trained")
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        default=["q_proj", "v_proj"], description="a list of module names, or `all-linear`"
+        default=["q_proj", "v_proj"],
+        description="a list of module names, or `all-linear`: every linear layer of the decoder",
+    )
+    use_rslora: bool = Field(False, description="true: scale by alpha / sqrt(r); false: by alpha / r")
+    use_dora: bool = Field(False, description="true: train the length of each row too (DoRA); false: LoRA")
+    rank_pattern: dict[ModulePattern, Annotated[int, Field(ge=1, le=4096)]] = Field(
+        default={}, description="a map from module names to ranks, for layers whose rank is not `r`"
+    )
+    alpha_pattern: dict[ModulePattern, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="a map from module names to scales, for layers whose scale is not `lora_alpha`",
     )
 
 
 class DataSection(Section):
-    """Rows of ChartQA's schema, and how they become a chat."""
+    """The rows, and how they become a chat."""
 
-    dataset: str = Field(min_length=1, description="a hub id, a local folder of parquet files, or `embedded`")
+    dataset: str = Field(
+        min_length=1, description="a hub id, a local folder of parquet, JSONL or CSV files, or `embedded`"
+    )
     revision: str = Field("main", min_length=1, description="a branch, tag or commit of the hub dataset")
-    train: str = Field("train", description="a split: train, train[:10%] or train[:200]")
-    validation: str = Field("val", description="a split: val, val[:10%] or val[:200]")
-    test: str = Field("test", description="a split: test, test[:10%] or test[:200]")
-    system_message: str = Field(description="the first message of every chat")
-    loss: Literal["answer", "sequence"] = Field(
-        "answer", description="the targets: the answer's tokens, or every token"
+    format: Literal["auto", "chartqa", "messages", "columns"] = Field(
+        "auto",
+        description="`chartqa`; `messages`: chats; `columns`: question and answer by data.columns; `auto`: as seen",
+    )
+    columns: dict[Literal["image", "query", "label", "human_or_machine"], str] | None = Field(
+        None,
+        description="a map from image, query and label to the names of the columns, or null: the usual names",
+    )
+    train: str = Field("train", description="a split: train, train[:10%], train[10%:90%] or train[:200]")
+    validation: str | None = Field(
+        "val", description="a split: val, train[90%:], `train, 5 %` (drawn out of train), or null: none"
+    )
+    test: str | None = Field("test", description="a split: test, test[:10%] or test[:200], or null: none")
+    system_message: str | None = Field(
+        description="the first message of every chat that has none of its own, or null: none"
+    )
+    chat_template: str | None = Field(
+        None, description="a file with a chat template (Jinja), or null: the base model's own"
+    )
+    loss: Literal["answer", "all_answers", "sequence"] = Field(
+        "answer",
+        description="the targets: the last answer's tokens, those of every answer, or every token",
     )
     on_bad_row: Literal["error", "drop"] = Field("error", description="what happens about unusable rows")
     max_pixels: int | None = Field(
@@ -160,6 +199,10 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(20, ge=1, description="the steps between checkpoints, at least 1")
     keep: int = Field(3, ge=2, description="the number of valid checkpoints that stay, at least 2")
+    keep_best: Literal["eval_loss", "accuracy"] | None = Field(
+        None,
+        description="the metric whose best evaluation is saved, stays and becomes adapter-best/, or null: none does",
+    )
     first_step: bool = Field(
         False,
         description="true: save after the first step of every attempt too, to see that saving works; false",
@@ -175,6 +218,19 @@ class EvaluationSection(Section):
 
     every_steps: int = Field(10, ge=1, description="the steps between validation losses, at least 1")
     max_samples: int = Field(192, ge=1, description="the validation samples of each time, at least 1")
+    metrics: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
+        "auto",
+        description="a list of relaxed_accuracy, exact_match, anls, token_f1 or module:function, or `auto`",
+    )
+    answers: int = Field(
+        0, ge=0, description="the validation answers that are generated and scored during training (0: none)"
+    )
+    answers_every: int = Field(
+        1, ge=1, description="of how many evaluations one scores answers, at least 1; the last one does"
+    )
+    early_stop: int = Field(
+        0, ge=0, description="the evaluations in a row without gain that end the run (0: it is not ended)"
+    )
     max_new_tokens: int = Field(32, ge=1, description="the longest answer in tokens, at least 1")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="the prompts generated together (a whole number of at least 1), or `auto`"
@@ -239,11 +295,12 @@ class Recipe(Section):
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What no single field can see."""
     data, training = recipe.data, recipe.training
-    for key in ("train", "validation", "test"):
-        split = getattr(data, key)
-        percent = re.search(r"\[:(\d+)%", split)
-        if not re.fullmatch(SPLIT_PATTERN, split) or (percent and int(percent[1]) > 100):
-            yield f"data.{key}: {split!r} is not a split; write a name, name[:10%] (1 to 100) or name[:200]"
+    yield from _wrong_splits(data)
+    yield from _wrong_metrics(recipe.evaluation.metrics)
+    if data.validation is None and (recipe.evaluation.answers or recipe.evaluation.early_stop):
+        yield "evaluation.answers: there is no validation split to ask (data.validation: null); name one"
+    if data.columns is not None and data.format not in ("auto", "columns"):
+        yield f"data.columns: is for data.format: columns, not {data.format}; drop one of the two"
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         yield f"data.min_pixels: above max_pixels ({data.min_pixels} > {data.max_pixels}); swap or drop one"
     if training.max_steps == 0:
@@ -258,9 +315,41 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
             "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
         )
+    if recipe.checkpoint.keep_best == "accuracy" and not recipe.evaluation.answers:
+        yield (
+            "checkpoint.keep_best: accuracy is not measured during training (evaluation.answers: 0); set "
+            "evaluation.answers, or keep_best: eval_loss"
+        )
     yield from _wrong_names(recipe)
     if recipe.hub.push and not recipe.hub.repo_id:
         yield "hub.repo_id: missing while hub.push is true; give owner/name, or set hub.push: false"
+
+
+def _wrong_splits(data: DataSection) -> Iterator[str]:
+    for key in ("train", "validation", "test"):
+        split = getattr(data, key)
+        try:
+            drawn = split is not None and parse_split(split).share > 0
+        except ValueError as error:
+            yield f"data.{key}: {split!r} {error}; write {SPLIT_FORMS}"
+            continue
+        if drawn and key == "train":
+            yield f"data.train: {split!r} draws rows to be left out of training; write it as data.validation"
+    if data.validation is not None and data.validation == data.test and "," in data.validation:
+        yield "data.test: draws the same rows as data.validation; name another split, or null"
+
+
+METRICS = ("relaxed_accuracy", "exact_match", "anls", "token_f1")
+
+
+def _wrong_metrics(names: list[str] | str) -> Iterator[str]:
+    for name in () if names == "auto" else names:
+        module, colon, function = name.rpartition(":")
+        if name not in METRICS and not (colon and module and function.isidentifier()):
+            yield (
+                f"evaluation.metrics: {name!r} is not {', '.join(METRICS)} or module:function; write for example "
+                "scores:close for the function close in scores.py beside the recipe"
+            )
 
 
 def _wrong_names(recipe: Recipe) -> Iterator[str]:
@@ -307,6 +396,28 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
+_LATER: dict[str, Any] = {
+    "data.format": "auto",
+    "data.columns": None,
+    "data.chat_template": None,
+    "evaluation.metrics": "auto",
+    "lora.use_rslora": False,
+    "lora.use_dora": False,
+    "lora.rank_pattern": {},
+    "lora.alpha_pattern": {},
+}
+"""Keys that recipes of older versions do not have, with the values that mean what those versions did."""
+
+
+def later_values(recipe: Recipe) -> set[str]:
+    """Dotted keys that say nothing an older version did not mean: no fingerprint counts them."""
+    return {
+        key
+        for key, value in _LATER.items()
+        if getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2]) == value
+    }
+
+
 def altering_values(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> value of everything that alters the numbers of a run: equal values, same run."""
     values = recipe.model_dump(mode="json")
@@ -325,6 +436,13 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
         "training.gradient_checkpointing",
         "training.dataloader_num_workers",
     }
+    harmless |= later_values(recipe)
+    if (
+        recipe.data.chat_template is not None
+    ):  # where it lies is no matter: its content is part of the identity
+        flat["data.chat_template"] = Path(recipe.data.chat_template).name
+    if recipe.model.products == "bf16":
+        harmless.add("model.products")  # as in the runs of before there was a choice
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
     return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
 

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
-from launch.inputs.model_shape import LAYER_LINEARS, read_shape, unreached
+from launch.inputs.families import every_tower_linear, read_shape, tower_targets, why_not_trained
+from launch.inputs.model_shape import LAYER_LINEARS, reached_in_tower, unreached
 from launch.rules.request import PlanRequest, Rule
 from launch.strategies import STRATEGIES
 
@@ -145,22 +146,89 @@ def trackers_are_installed(request: PlanRequest) -> str | None:
     )
 
 
+def base_is_of_a_known_family(request: PlanRequest) -> str | None:
+    """transformers loads a model of another kind as far as the names agree."""
+    why = why_not_trained(request.recipe)
+    return f"model.name_or_path: {why}" if why else None
+
+
 def lora_names_layers_that_are_there(request: PlanRequest) -> str | None:
-    """PEFT passes over a name that reaches nothing; LoRA outside the decoder layers would not train as asked."""
+    """PEFT passes over a name that reaches nothing; LoRA elsewhere would not train as asked."""
     modules = request.recipe.lora.target_modules
     if isinstance(modules, str):
         return None
     shape = read_shape(request.recipe)
-    idle = unreached(modules, None if isinstance(shape, str) else shape.layers)
+    if isinstance(shape, str):  # not here: who loads the base sees which layers it has
+        idle = [name for name in unreached(modules, None) if not reached_in_tower(name, every_tower_linear())]
+    else:
+        tower = {path: linear.copies for path, linear in shape.tower_linears.items()}
+        idle = [name for name in unreached(modules, shape.layers) if not reached_in_tower(name, tower)]
     if not idle:
         return None
     known = [name.rpartition(".")[2] for name in LAYER_LINEARS]
     near = difflib.get_close_matches(idle[0].rpartition(".")[2], known, n=1)
     hint = f"did you mean {near[0]}? there" if near else "there"
     return (
-        f"lora.target_modules: {', '.join(map(repr, idle))} names no linear layer of the decoder layers "
+        f"lora.target_modules: {', '.join(map(repr, idle))} names no linear layer of decoder or vision tower "
         f"({len(idle)} of {len(modules)}); {hint} are {', '.join(known)}, or give `all-linear` without a list"
     )
+
+
+def trained_tower_is_whole(request: PlanRequest) -> str | None:
+    """ZeRO-3 does not know the tower, which it must not partition: a rank without images would leave others waiting."""
+    targets = tower_targets(request.recipe)
+    if request.strategy != "zero3" or not targets:
+        return None
+    return (
+        f"lora.target_modules: LoRA in the vision tower ({len(targets)} kinds of layers, such as {targets[0]}) with "
+        "--strategy zero3, which knows nothing of the tower; use ddp, fsdp or zero2, or name layers of the decoder"
+    )
+
+
+def trained_tower_is_not_cached(request: PlanRequest) -> str | None:
+    """Features of a tower that trains are others after every step."""
+    targets, place = tower_targets(request.recipe), request.recipe.data.vision_cache
+    if place == "off" or not targets:
+        return None
+    return (
+        f"data.vision_cache: {place} with LoRA in the vision tower ({len(targets)} kinds of layers, such as "
+        f"{targets[0]}), whose features change with every step; set it to off, or name layers of the decoder"
+    )
+
+
+def dora_sees_whole_weights(request: PlanRequest) -> str | None:
+    """DoRA measures the rows of every weight when it begins and in every forward."""
+    if not request.recipe.lora.use_dora or request.strategy not in ("fsdp", "zero3"):
+        return None
+    return (
+        f"lora.use_dora: true with --strategy {request.strategy}, which cuts the weights whose rows DoRA measures; "
+        "use ddp or zero2, or set it to false"
+    )
+
+
+def patterns_name_layers_with_lora(request: PlanRequest) -> str | None:
+    """PEFT passes over a pattern that fits no layer with LoRA."""
+    lora = request.recipe.lora
+    names = lora.target_modules
+    if isinstance(names, str):
+        names = [linear.rpartition(".")[2] for linear in LAYER_LINEARS]
+    idle = [
+        (key, pattern)
+        for key in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(lora, key)
+        if not any(_ends(name, pattern) or _ends(pattern, name) for name in names)
+    ]
+    if not idle:
+        return None
+    key, pattern = idle[0]
+    return (
+        f"lora.{key}: {pattern!r} names no layer that has LoRA ({len(idle)} such names; target_modules: "
+        f"{', '.join(names)}); correct the name, or add it to target_modules"
+    )
+
+
+def _ends(path: str, name: str) -> bool:
+    return f".{path}".endswith(f".{name}")
 
 
 def sharded_weights_stay_packed(request: PlanRequest) -> str | None:
@@ -235,11 +303,32 @@ def gpu_computes_bfloat16(request: PlanRequest) -> str | None:
     )
 
 
+def gpu_has_8_bit_products(request: PlanRequest) -> str | None:
+    """`torch._scaled_mm` needs compute capability 8.9 for e4m3, and gives bfloat16 where every row has its scale."""
+    capability, recipe = request.capability, request.recipe
+    if recipe.model.products != "fp8" or capability is None:
+        return None
+    if capability < (8, 9):
+        return (
+            f"model.products: fp8 on a GPU of compute capability {capability[0]}.{capability[1]} (8.9 is needed); "
+            "set it to bf16, or use a newer GPU (L4, L40S, H100 or later)"
+        )
+    asked = {"model.dtype": recipe.model.dtype}
+    if recipe.quantization.load_in_4bit:
+        asked["quantization.bnb_4bit_compute_dtype"] = recipe.quantization.bnb_4bit_compute_dtype
+    if wrong := [key for key, dtype in asked.items() if dtype != "bfloat16"]:
+        return (
+            f"model.products: fp8 with {', '.join(wrong)} float32; set to bfloat16, or model.products to bf16"
+        )
+    return None
+
+
 MACHINE_RULES: tuple[Rule, ...] = (
     deepspeed_can_be_imported,
     fsdp_stores_floats,
     versions_are_those_that_were_measured,
     gpu_computes_bfloat16,
+    gpu_has_8_bit_products,
 )
 
 SCHEMA_RULES: tuple[tuple[str, str], ...] = (
@@ -262,7 +351,12 @@ REQUEST_RULES: tuple[Rule, ...] = (
     single_is_one_process,
     fsdp_has_gpus,
     every_process_gets_a_sample,
+    base_is_of_a_known_family,
     lora_names_layers_that_are_there,
+    trained_tower_is_whole,
+    trained_tower_is_not_cached,
+    dora_sees_whole_weights,
+    patterns_name_layers_with_lora,
     sharded_weights_stay_packed,
     upload_has_a_token,
     trackers_are_installed,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.inputs.identity import DATA_PARTS, MODEL_PARTS, PARTS, RunIdentity, short, what_is
+from launch.inputs.identity import DATA_PARTS, MODEL_PARTS, OWN_TEMPLATE, PARTS, RunIdentity, short, what_is
 from launch.untrusted_files import printable
 
 CONTENT_KEYS = ("data.content", "model.content")
@@ -25,11 +25,14 @@ _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
         for part in DATA_PARTS
     },
     **dict.fromkeys(MODEL_PARTS, ("model.content", "model.name_or_path", "model.revision")),
+    OWN_TEMPLATE: ("data.chat_template",),
     "model.content": ("model.name_or_path", "model.revision"),  # of a run whose base has no parts recorded
 }
 _NEVER = {
     "lora.r": "the stored adapter has matrices of that rank",
     "lora.target_modules": "the stored adapter belongs to those modules",
+    "lora.use_dora": "the stored adapter has lengths of rows, or has none",
+    "lora.rank_pattern": "the stored adapter has matrices of those ranks",
     "lora.bias": "the stored adapter holds no biases",
 }
 _OTHER_END = (
@@ -46,11 +49,14 @@ _CONSEQUENCES: dict[str, str] = {
     "training.seed": "the rest of the run sees the samples in another order: some a second time, some not at all, in "
     "the epoch under way; dropout masks are others",
     "lora.lora_alpha": "the adapter counts for more or less from now on, what was trained so far too; the loss jumps",
+    "lora.use_rslora": "the adapter counts for more or less from now on, what was trained so far too; the loss jumps",
+    "lora.alpha_pattern": "layers count for more or less from now on, what was trained so far too; the loss jumps",
     "data.loss": "the rest of the run counts the loss over other tokens; it cannot be compared with what was so far",
     "data.validation.rows": _OTHER_VALIDATION,
     "data.test.rows": _OTHER_TEST,
     "model.processor": "the images become other numbers from now on; the loss may jump",
     "model.chat_template": "the questions are put in other words from now on; the loss may jump",
+    OWN_TEMPLATE: "the questions are put in other words from now on; the loss may jump",
     "model.tokenizer": "the texts may become other tokens from now on; the loss may jump",
     "model.generation": "answers may end at other tokens; what is trained stays the same",
     "data.validation": _OTHER_VALIDATION,

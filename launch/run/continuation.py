@@ -75,7 +75,7 @@ def continue_run(
         ConfigError: the recipe differs in values that are not allowed to, all of them named.
         CheckpointError: `source` is no published checkpoint of ours, or damaged.
     """
-    refuse_unknown_keys(allow, list(altering_values(recipe)))
+    refuse_unknown_keys(allow, ["model.products", *altering_values(recipe)])
     changed = _changed_since(run, recipe, allow)
     size, old = recipe.batch.global_batch_size, old_plan(run)
     before = old.started_from if old else ""
@@ -233,6 +233,7 @@ def _read_metadata(folder: Path, metadata: dict[str, Any]) -> _Metadata:
 
 _SETTINGS_DEPEND_ON = (
     ("model", "resident_weights"),
+    ("model", "products"),
     ("training", "gradient_checkpointing"),
     ("batch", "micro_batch_tokens"),
     ("batch", "global_batch_size"),

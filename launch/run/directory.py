@@ -1,8 +1,9 @@
 """The run directory: the only state of a run, and who may write to it.
 
 runs/<name>/ holds recipe.yaml, plan.json, data_report.jsonl, environment.json, checkpoint-<step>/, adapter/, merged/,
-metrics.jsonl, evaluations.jsonl, eval.json, at most one marker (DONE, STOPPED or REFUSED) and the lock of the
-process that writes. Whoever wants something of a run under way puts a file there: STOP, with its reason, or SAVE.
+adapter-best/, metrics.jsonl, evaluations.jsonl, answers/, eval.json, at most one marker (DONE, STOPPED or REFUSED) and
+the lock of the process that writes. Whoever wants something of a run under way puts a file there: STOP, with its
+reason, or SAVE.
 """
 
 import contextlib
@@ -79,6 +80,15 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def best_adapter(self) -> Path:
+        return self.path / "adapter-best"
+
+    @property
+    def answers(self) -> Path:
+        """What every model answered, by weights, prompt, split and decoding."""
+        return self.path / "answers"
+
+    @property
     def merged(self) -> Path:
         return self.path / "merged"
 
@@ -87,14 +97,19 @@ class RunDirectory:
         return self.path / "merged-dequantized"
 
     def eval_file(
-        self, split: str = "test", samples: int | None = None, checkpoint: int | None = None
+        self,
+        split: str = "test",
+        samples: int | None = None,
+        checkpoint: int | None = None,
+        label: str = "",
     ) -> Path:
         """Figures and answers of every model that was evaluated on a split, or on so many samples of it.
 
-        `eval.json` is that of the whole test split and the run's adapter: a look at a few samples, or at the checkpoint
-        after `checkpoint` steps, does not replace it.
+        `eval.json` is that of the whole test split and the run's adapter: a look at a few samples, at the checkpoint
+        after `checkpoint` steps, or at what another folder holds, called `label`, does not replace it.
         """
-        parts = ["eval", *([] if checkpoint is None else [f"checkpoint-{checkpoint}"])]
+        parts = ["eval", *([label] if label else [])]
+        parts += [] if checkpoint is None else [f"checkpoint-{checkpoint}"]
         parts += [*([] if split == "test" else [split]), *([] if samples is None else [str(samples)])]
         return self.path / f"{'-'.join(parts)}.json"
 
@@ -166,13 +181,17 @@ def read_marker(run: RunDirectory) -> Marker | None:
     return None
 
 
-def is_done_at(run: RunDirectory, max_steps: int) -> bool:
-    """The run has taken its last step of `max_steps`, and its adapter is whole. A damaged marker says nothing."""
+def is_done_at(run: RunDirectory, max_steps: int, early_end: int | None = None) -> bool:
+    """The run has taken its last step of `max_steps`, and its adapter is whole. A damaged marker says nothing.
+
+    `early_end`: the step at which it ends all the same (`launch.run.evaluations`).
+    """
     try:
         marker = read_marker(run)
     except UntrustedFileError:
         return False
-    return marker == Marker("DONE", f"step {max_steps}") and is_whole(run.adapter)
+    ends = [Marker("DONE", f"step {step}") for step in (max_steps, early_end) if step is not None]
+    return marker in ends and is_whole(run.adapter)
 
 
 def clear_markers(run: RunDirectory) -> None:

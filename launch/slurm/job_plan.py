@@ -15,6 +15,7 @@ from launch.planning.plan import Plan
 from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.run.directory import RunDirectory, is_done_at, open_run
+from launch.run.evaluations import early_end
 from launch.slurm.attempts import MAX_CRASHES
 
 
@@ -91,7 +92,8 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
         plan = Plan.read(target.plan_file)
         if plan.nodes == allocation.nodes:
             refuse_other_gpus(target, plan, allocation)
-            return JobPlan(plan, is_done_at(target, plan.max_steps))
+            end = early_end(target, load_recipe(target.recipe_file))
+            return JobPlan(plan, is_done_at(target, plan.max_steps, end))
         request = _request_of_run(target, plan, allocation)
     else:
         request = _request_of_recipe(options, allocation)

@@ -57,7 +57,7 @@ def test_one_process_takes_the_steps_of_two_again_and_names_what_was_altered(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--steps", "0:3"], "is not among the steps 1 to 8"),
+        (["--steps", "0:3"], "is no range of steps"),
         (["--steps", "5:9"], "is not among the steps 1 to 8"),
         (["--steps", "a:b"], "is no range of steps"),
         ([], "give the steps, such as 40:45, or --random 3"),

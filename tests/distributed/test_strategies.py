@@ -17,6 +17,7 @@ from tests.helpers.distributed.recorded import (
     evaluations_of,
     metrics_of,
     run_of,
+    sha256_of,
     write_recipe,
     write_tried_recipe,
 )
@@ -27,13 +28,19 @@ CHAIN = (("zero3", 2, 2), ("fsdp", 2, 4), ("zero2", 2, 6), ("single", 1, None))
 """(strategy, processes, the step to stop at) of the run that changes its strategy."""
 
 
+ANSWERS = {"answers": 7, "answers_every": 2, "batch_size": 3, "max_new_tokens": 5}
+"""Three batches, of which two ranks have unequal shares; every second evaluation and the last."""
+
+
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`<kind>-<strategy>` of each kind and strategy, and `chain`; one launch a strategy of several processes."""
     folder = tmp_path_factory.mktemp("strategies")
     recipes = {
-        kind: write_recipe(world, folder / f"{kind}.yaml", kind, checkpoint={"keep": 9}) for kind in KINDS
+        kind: write_recipe(world, folder / f"{kind}.yaml", kind, checkpoint={"keep": 9}, evaluation=ANSWERS)
+        for kind in KINDS
     }
+    recipes["unasked"] = write_recipe(world, folder / "unasked.yaml", "plain", checkpoint={"keep": 9})
     # With a warm-up the first step would leave the weights as they are.
     recipes[SILENT] = write_recipe(
         world, folder / "silent.yaml", "plain", training={"warmup_steps": 0}, checkpoint={"every_steps": 100}
@@ -49,12 +56,29 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if processes > 1:
             requests += [request(TRIED, f"{name}-{strategy}") for name in (TRIED, FIXED)]
         last = [request(SILENT, SILENT)] if strategy == "zero2" else []
+        last += [request("unasked", f"unasked-{strategy}")] if strategy in ("zero3", "single") else []
         requests += [request("nf4", "chain", stop), *last]
         if strategy == "single":
             drive_here(requests)
         else:
             drive(processes, requests, folder, strategy=strategy)
     return folder
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp", "zero2", "zero3"])
+def test_answers_are_scored_while_it_trains_and_change_nothing(runs: Path, strategy: str) -> None:
+    lines = evaluations_of(runs / f"plain-{strategy}")
+    asked = [line for line in lines if "answers" in line]
+    assert [line["step"] for line in asked] == [4, 8]
+    assert [line["answers"] for line in asked] == [7, 7]
+    straight = [line for line in evaluations_of(runs / "plain-single") if "answers" in line]
+    for line, expected in zip(asked, straight, strict=True):
+        for key in ("accuracy", "correct", "answers_digest"):
+            assert line[key] == expected[key]
+    if strategy in ("single", "zero3"):
+        unasked = runs / f"unasked-{strategy}"
+        assert sha256_of(unasked) == sha256_of(runs / f"plain-{strategy}")
+        assert not any("answers" in line for line in evaluations_of(unasked))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])

@@ -11,9 +11,9 @@ import torch
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
+from trainer.data.splits import open_split
 from trainer.model import base
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training, trainable_parameters
 from trainer.prepare import prepare

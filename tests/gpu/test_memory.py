@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.inputs.model_shape import ModelShape, read_shape
+from launch.inputs.families import read_shape
+from launch.inputs.model_shape import ModelShape
 from launch.planning.auto_settings import Gpus, kernels_of
 from launch.planning.memory import layer_bytes, load_of
 from launch.recipe.loading import recipe_from_dict

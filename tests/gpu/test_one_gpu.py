@@ -14,9 +14,9 @@ from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.packing import cumulative, pack
+from trainer.data.splits import open_split
 from trainer.metrics_log import read_lines
 from trainer.model.attention import Segments, _loop, varlen
 from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
@@ -120,8 +120,8 @@ def test_a_packed_micro_batch_in_bf16_gives_the_losses_of_its_samples_alone(reci
                 logits = model(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    pixel_values=sample.pixel_values.to(device, torch.bfloat16),
-                    image_grid_thw=torch.tensor([sample.grid], device=device),
+                    pixel_values=sample.images[0].pixel_values.to(device, torch.bfloat16),
+                    image_grid_thw=torch.tensor([sample.images[0].grid], device=device),
                     mm_token_type_ids=(ids == processor.image_token_id).int(),
                 ).logits[0]
             labels = sample.labels[1:].to(device)

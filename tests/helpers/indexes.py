@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from launch.inputs.dataset_index import Index, Split
-from launch.inputs.model_shape import shape_of
+from launch.inputs.families import shape_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.resources import resource

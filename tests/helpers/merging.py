@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from trainer.export import merge as merging
 from trainer.export.adapter import AdapterOverrides
@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def make_adapter(base: Path, folder: Path, **lora: Any) -> Path:
     """A PEFT adapter of random numbers, saved by PEFT, naming `base`."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | lora
     adapted = get_peft_model(model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(1)
@@ -52,6 +52,6 @@ def merge(source: Path, output: Path, *, base_model: str | None = None, **asked:
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    model = PeftModel.from_pretrained(Qwen2VLForConditionalGeneration.from_pretrained(base), adapter)
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
     state: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
     return state

@@ -23,7 +23,7 @@ from launch.checkpoints.rotation import rotate
 from launch.checkpoints.scan import newest_valid
 from launch.run.directory import RunDirectory, make_folder, request_stop, write_marker
 from launch.run.lock import hold_lock
-from trainer.export.output_folder import written_aside
+from trainer.export.output_folder import atomic_output
 
 ROOT = os.geteuid() == 0
 USERS = (54321, 54322) if ROOT else (os.geteuid(), os.geteuid())
@@ -52,7 +52,7 @@ def _write_a_run(run: RunDirectory) -> None:
             publish(aside, run.checkpoint(3), {"step": 3})
             with atomic_dir(run.adapter) as folder:
                 save_file(TENSORS, folder / "adapter_model.safetensors")
-            with written_aside(run.merged) as folder:
+            with atomic_output(run.merged) as folder:
                 save_file(TENSORS, folder / "model.safetensors")
             run.metrics_file.write_text("{}\n")
 
@@ -72,7 +72,7 @@ def _go_on_with_it(run: RunDirectory) -> None:
             file.write("{}\n")
         atomic_write(run.metrics_file, "{}\n")
         run.merged.rename(run.path / "merged.old")
-        with written_aside(run.merged):
+        with atomic_output(run.merged):
             pass
 
 

@@ -6,7 +6,7 @@ from launch.rules.accelerate_config import launched_strategy, shipped_config
 from launch.strategies import STRATEGIES, Strategy, default_strategy
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_strategy_launches_with_the_engine_and_stage_that_it_says(strategy: Strategy) -> None:
     config = shipped_config(strategy.name)
     assert launched_strategy(config, several=not strategy.is_one_process) == strategy.name

@@ -24,6 +24,7 @@ LINKED = (
     "slurm",
     "pyproject.toml",
     "constraints.txt",
+    "docs",
 )
 
 
@@ -39,15 +40,7 @@ def test_every_page_with_commands_for_this_machine_is_in_the_order() -> None:
 
 
 def test_the_commands_of_the_documentation_do_what_they_say(tmp_path: Path) -> None:
-    for name in (
-        "Makefile",
-        "README.md",
-        "recipes",
-        "accelerate_configs",
-        "slurm",
-        "pyproject.toml",
-        "constraints.txt",
-    ):
+    for name in LINKED:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(Path(sys.prefix))
     environment = {**os.environ, "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"}

@@ -105,7 +105,7 @@ def test_the_ranks_share_the_writing(runs: Path) -> None:
         sizes = sorted(file.stat().st_size for file in parts)
         assert len(sizes) == size
         assert sizes[-1] < 1.1 * sizes[0]
-        state = sum(tensor.nbytes for tensor in import_checkpoint(last).moments.values()) * 1.5
+        state = sum(tensor.nbytes for tensor in import_checkpoint(last).optimizer_state.values()) * 1.5
         rows.append(
             (
                 f"{strategy} on {size}",

@@ -28,7 +28,7 @@ from tests.helpers.attempts import planned
 from tests.helpers.distributed.recorded import adapter_of, metrics_of, run_of, write_recipe
 from tests.helpers.launcher import EMBEDDED, samestep, stand_in
 from tests.helpers.merging import make_adapter
-from trainer.checkpoint.resume import refuse_another_run
+from trainer.checkpoint.resume import refuse_different_run
 from trainer.formats.detect import import_checkpoint
 from trainer.formats.key_names import adapter_key
 from trainer.import_checkpoint import main, write_checkpoint
@@ -51,21 +51,21 @@ def test_adapter_moments_and_step_are_taken_over(
     source = foreign / engine / "checkpoint-3"
     assert main([str(recipe), str(source), "--output", str(tmp_path / "taken")]) == 0
     said = capsys.readouterr().out
-    assert "taken over: the adapter" in said
+    assert "imported: the adapter" in said
     assert "the optimizer's moments of" in said
-    assert "not taken over: the order of its samples: this run goes on at sample 24" in said
-    assert "not taken over: which weights its base had" in said
+    assert "not imported: the order of its samples: this run goes on at sample 24" in said
+    assert "not imported: which weights its base had" in said
     taken = tmp_path / "taken" / "checkpoint-3"
     read_manifest(taken, verify=True)
     truth = load_file(foreign / engine / "truth.safetensors")
-    moments = load_file(taken / "optimizer.safetensors")
+    optimizer_state = load_file(taken / "optimizer.safetensors")
     stored = load_file(taken / "adapter_model.safetensors")
     weights = [name for name in truth if ".lora_" in name and name.endswith(".weight")]
     assert weights
     assert all(torch.equal(stored[adapter_key(name)[0]], truth[name].float()) for name in weights)
     compared = [name for name in truth if name.endswith((".exp_avg", ".exp_avg_sq"))]
     assert compared
-    assert all(torch.equal(moments[name], truth[name].float()) for name in compared)
+    assert all(torch.equal(optimizer_state[name], truth[name].float()) for name in compared)
     assert train([str(recipe), "--runs-dir", str(tmp_path), "--name", "on", "--from", str(taken)]) == 0
     assert [line["step"] for line in metrics_of(tmp_path / "on")] == [4, 5, 6, 7, 8]
     before, after = load_file(taken / "adapter_model.safetensors"), adapter_of(tmp_path / "on")
@@ -104,7 +104,7 @@ def test_the_command_begins_a_run_with_it_and_the_same_command_goes_on(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "not taken over: the learning-rate schedule" in capfd.readouterr().out
+    assert "not imported: the learning-rate schedule" in capfd.readouterr().out
     assert run_of(tmp_path / "runs" / "small").facts(8)["step"] == 8
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -151,11 +151,11 @@ def test_a_base_of_which_only_a_name_is_known_is_not_called_the_recipes(
     assert newest is not None
     run = RunDirectory(tmp_path / "run")
     monkeypatch.setattr("trainer.checkpoint.resume.old_base_identity", lambda _: known or "b" * 64)
-    refuse_another_run(Task(recipe, plan, index, run), newest)
+    refuse_different_run(Task(recipe, plan, index, run), newest)
     if known:
         monkeypatch.setattr("trainer.checkpoint.resume.old_base_identity", lambda _: "b" * 64)
         with pytest.raises(ConfigError, match=r"model\.content: the run has 'c"):
-            refuse_another_run(Task(recipe, plan, index, run), newest)
+            refuse_different_run(Task(recipe, plan, index, run), newest)
 
 
 def test_a_folder_that_holds_nothing_is_refused(

@@ -21,8 +21,8 @@ from launch.inputs.identity import model_identity
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
+from trainer.data.splits import open_split
 from trainer.prepare import main, prepare
 from trainer.pretrained import base_path, fetch_base, load_processor
 
@@ -52,7 +52,7 @@ def test_the_index_holds_what_the_processor_makes_of_every_row(world: Path) -> N
         sample = encoder(rows[number])
         assert split.tokens[number] == len(sample.input_ids)
         assert split.target_tokens[number] == sample.target_tokens
-        assert split.visual_tokens[number] == sample.grid[1] * sample.grid[2] // 4
+        assert split.visual_tokens[number] == sample.images[0].visual_tokens(2)
     assert split.human_or_machine.tolist() == [number % 2 for number in range(len(split))]
     assert len(np.unique(split.visual_tokens)) > 3
 
@@ -142,7 +142,7 @@ def test_bad_rows_can_be_dropped_and_are_written_down(world: Path, tmp_path: Pat
     [
         ({"dataset": "/nowhere/at/all"}, "is not a folder here and not a hub id"),
         ({"train": "training"}, "no training.parquet or training-*.parquet"),
-        ({"dataset": "nobody/chart-questions"}, "without a network, run `samestep prepare RECIPE` once"),
+        ({"dataset": "nobody/chart-questions"}, "check this machine's network and HTTPS_PROXY"),
     ],
 )
 def test_data_that_is_not_there_is_named(
@@ -159,16 +159,18 @@ def test_data_that_is_not_there_is_named(
 def test_wrong_columns_and_types_are_named(world: Path, tmp_path: Path) -> None:
     rows = {split: chart_rows(12, seed) for seed, split in enumerate(SPLIT_SIZES)}
     texts = {
-        split: [{**row, "label": row["label"][0]} for row in of_split] for split, of_split in rows.items()
+        split: [{**row, "label": {"text": row["label"][0]}} for row in of_split]
+        for split, of_split in rows.items()
     }
-    with pytest.raises(ConfigError, match="train row 0: label is '"):
+    with pytest.raises(ConfigError, match=r"train row 0: label is \{'text': '"):
         prepare(_recipe(world, dataset=str(write_charts(tmp_path / "texts", texts))), quiet=True)
     fewer = {
         split: [{key: row[key] for key in ("image", "query", "label")} for row in of_split]
         for split, of_split in rows.items()
     }
+    folder = write_charts(tmp_path / "fewer", fewer)
     with pytest.raises(ConfigError, match="lacks the columns human_or_machine"):
-        prepare(_recipe(world, dataset=str(write_charts(tmp_path / "fewer", fewer))), quiet=True)
+        prepare(_recipe(world, dataset=str(folder), format="chartqa"), quiet=True)
     numbers = {split: [{**row, "image": 3} for row in of_split] for split, of_split in rows.items()}
     with pytest.raises(ConfigError, match="the column image holds int64"):
         prepare(_recipe(world, dataset=str(write_charts(tmp_path / "numbers", numbers))), quiet=True)

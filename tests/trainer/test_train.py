@@ -78,6 +78,7 @@ def test_the_run_directory_holds_all_there_is_to_know(done: RunDirectory) -> Non
         "evaluations.jsonl",
         "adapter",
         "checkpoint-3",
+        "logs",
         "DONE",
     }
     line = read_lines(done.metrics_file)[0]
@@ -165,7 +166,7 @@ def test_figures_that_find_no_room_stop_the_run_with_a_message(
         raise OSError(28, "No space left on device", str(file))
 
     recipe = _write(world, tmp_path / "recipe.yaml")
-    monkeypatch.setattr("trainer.loop.trainer.append_line", full)
+    monkeypatch.setattr("trainer.loop.callbacks.append_line", full)
     assert _train(recipe, "run") == 1
     said = capsys.readouterr().err
     assert "metrics.jsonl: No space left on device (disk at " in said
@@ -188,7 +189,8 @@ def test_what_is_refused_after_the_start_of_a_new_run_leaves_no_folder(
 def test_rows_that_changed_behind_the_index_stop_the_run(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.data.chartqa import Row, Rows
+    from trainer.data.rows import Row
+    from trainer.data.splits import Rows
 
     read = Rows.__getitem__
 
@@ -216,10 +218,10 @@ def test_a_base_that_lacks_tensors_or_is_another_model_is_refused(
     assert "(3 tensors are missing, unknown or of another shape" in capsys.readouterr().err
     shutil.copytree(world / "base", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl_moe"}))
     recipe = _write(world, tmp_path / "b.yaml", model={"name_or_path": str(tmp_path / "other")})
     assert _train(recipe, "b") == 2
-    assert "is a qwen2_5_vl, not a qwen2_vl" in capsys.readouterr().err
+    assert "is a qwen3_vl_moe: a mixture of experts" in capsys.readouterr().err
 
 
 def test_another_recipe_in_the_same_run_is_refused_with_the_values(

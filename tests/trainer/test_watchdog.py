@@ -27,7 +27,7 @@ from launch.run.directory import (
 )
 from launch.subprocesses import processes_with
 from trainer import WATCHDOG, launcher, watchdog
-from trainer.distributed.stop_requests import heed_early_stops, stop_requests
+from trainer.distributed.stop_requests import handle_early_stops, handle_stop_requests
 from trainer.watchdog import (
     OTHERS_PATIENCE_S,
     PATIENCE_S,
@@ -163,7 +163,7 @@ def test_a_save_under_way_is_not_cut_off_and_not_waited_for_without_end(clock: C
 
 def test_a_signal_is_seen_while_the_main_thread_hears_none(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    with stop_requests(run, 1, None) as watch:
+    with handle_stop_requests(run, 1, None) as watch:
         os.write(WATCHDOG.wakeup, bytes([signal.SIGCHLD, signal.SIGTERM]))
         deadline = time.monotonic() + 10
         while watch._signalled is None:  # the thread looks for itself
@@ -179,7 +179,7 @@ def test_what_is_given_up_before_its_first_step_has_stopped_as_asked(
     monkeypatch.setattr("trainer.distributed.stop_requests.WATCHDOG", watched := Watchdog(None))
     for rank, left in ((1, None), (0, Marker("STOPPED", "time: at step 3 of 9"))):
         request_stop(run, "time")
-        with stop_requests(run, rank, 0 if rank else None) as watch:  # rank 1 knows it from its parent
+        with handle_stop_requests(run, rank, 0 if rank else None) as watch:  # rank 1 knows it from its parent
             watch.begins_at = "at step 3 of 9"
             watched.look()
             with pytest.raises(EndedError):
@@ -194,7 +194,7 @@ def test_what_is_given_up_before_its_first_step_has_stopped_as_asked(
     ):
         monkeypatch.setenv("RANK", rank)
         run.stop_file.unlink(missing_ok=True)
-        heed_early_stops(run)
+        handle_early_stops(run)
         watched.look()
         _let_pass(clock, watched, PATIENCE_S)
         request_stop(run, "user")
@@ -239,7 +239,7 @@ def test_only_a_save_of_this_attempt_is_one_under_way(
     run = RunDirectory(tmp_path)
     (tmp_path / "checkpoint-1.partial").mkdir()  # of an attempt that was killed
     monkeypatch.setattr("trainer.distributed.stop_requests.WATCHDOG", watched := Watchdog(None))
-    with stop_requests(run, 0, None):
+    with handle_stop_requests(run, 0, None):
         assert not watched._is_saving()
         (tmp_path / "checkpoint-2.partial").mkdir()
         assert watched._is_saving()

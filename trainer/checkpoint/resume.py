@@ -15,6 +15,7 @@ from launch.recipe.schema import altering_values
 from launch.run.changes import Change, changes, consequences, content_changes, refuse_changes
 from launch.run.continuation import planned_identity, refuse_lost_checkpoints
 from launch.run.directory import RunDirectory, is_done_at
+from launch.run.evaluations import early_end
 from launch.run.lock import lock_holder
 from launch.run.request_files import started_from_of
 from trainer.metrics_log import keep_lines_until, read_lines
@@ -25,7 +26,7 @@ logger = logging.getLogger("trainer")
 
 
 def resume_point(task: Task) -> Checkpoint | None:
-    """The newest checkpoint whose files verify, or None for a new run; names what it passes over. On rank 0.
+    """Return the newest checkpoint whose files verify, or None for a new run; names what it passes over. On rank 0.
 
     Raises:
         ConfigError: it was written by a run that differs in values that are not allowed to.
@@ -38,26 +39,27 @@ def resume_point(task: Task) -> Checkpoint | None:
     if newest is None:
         refuse_lost_checkpoints(task.run, passed_over, task.plan.begin.step)
     else:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     for folder in clear_unpublished(task.run.path):
         logger.info("%s: removed, it was never published", folder)
     return newest
 
 
 def is_over(task: Task) -> bool:
-    """The run of this recipe, data and base has taken its last step, and nobody is changing it. On rank 0.
+    """Return whether the run of this recipe, data and base is finished, and nobody is changing it. On rank 0.
 
     Writes nothing. Raises as `resume_point` when what is asked for is another run than the one that ended.
     """
-    if not is_done_at(task.run, task.plan.max_steps) or lock_holder(task.run.path) is not None:
+    end = early_end(task.run, task.recipe)
+    if not is_done_at(task.run, task.plan.max_steps, end) or lock_holder(task.run.path) is not None:
         return False
     newest, _ = newest_valid(task.run.path)
     if newest is not None:
-        refuse_another_run(task, newest)
+        refuse_different_run(task, newest)
     return True
 
 
-def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
+def refuse_different_run(task: Task, checkpoint: Checkpoint) -> None:
     """Hold a checkpoint's facts against the plan.
 
     Raises:
@@ -93,30 +95,30 @@ def refuse_another_run(task: Task, checkpoint: Checkpoint) -> None:
 
 
 def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
-    """What is recorded of data and base, and differs. What is not recorded is not compared, which is said."""
+    """Compare data and base with what the checkpoint recorded of them; log what it did not record."""
     facts, now = checkpoint.metadata, planned_identity(task.plan)
     recorded = recorded_identity(facts)
-    found = content_changes(recorded, now)
+    content_differences = content_changes(recorded, now)
     if not (missing := recorded.missing()):
-        return found
-    old = facts.get("base_identity")  # of an older version; null where it was taken over and not known
+        return content_differences
+    old = facts.get("base_identity")  # of an older version; null where it was imported and not known
     compared = ""
     if old_kind(old) is not None:
         here = old_base_identity(Path(base_path(task.recipe)))
         compared = f", but for the base as far as it is recorded ({old_kind(old)} {short(str(old))})"
         if here != old:
-            found = [*found, Change("model.content", old, here)]
+            content_differences = [*content_differences, Change("model.content", old, here)]
     logger.info(
-        "%s: does not record all that makes its run (an older version wrote it, or it was taken over); not compared%s: "
+        "%s: does not record all that makes its run (an older version wrote it, or it was imported); not compared%s: "
         "%s; recorded from now on",
         checkpoint.folder,
         compared,
         ", ".join(missing),
     )
-    return found
+    return content_differences
 
 
-def forget_after(run: RunDirectory, step: int) -> None:
+def remove_later_metrics(run: RunDirectory, step: int) -> None:
     """Remove the figures of steps that will be taken again, and what damage did to those of the others."""
     lines = keep_lines_until(run.metrics_file, step)
     first = min(lines.steps, default=1) if started_from_of(run) else 1  # with the source's next step
@@ -127,7 +129,18 @@ def forget_after(run: RunDirectory, step: int) -> None:
         logger.warning("%s", problem)
 
 
+def has_ended_early(task: Task, step: int) -> bool:
+    """Return whether the run ended early where it goes on after a kill: only its result is missing. On rank 0."""
+    end = early_end(task.run, task.recipe)
+    return end is not None and end <= step
+
+
 def evaluation_is_missing(task: Task, step: int) -> bool:
-    """A stop cut the evaluation at `step` short, where the run goes on. On rank 0."""
-    due = step > 0 and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    """Return whether a stop interrupted the evaluation at `step`, where the run goes on. On rank 0."""
+    has_any = task.recipe.data.validation is not None
+    due = (
+        has_any
+        and step > 0
+        and (step % task.recipe.evaluation.every_steps == 0 or step == task.plan.max_steps)
+    )
     return due and all(line["step"] != step for line in read_lines(task.run.evaluations_file))

@@ -1,4 +1,4 @@
-"""What sharding could do to a decoder layer without an error: change bytes, change answers, or not shard at all."""
+"""Checks of what sharding could do without an error: change bytes, change outputs, or not shard at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.errors import RunError
-from trainer.checks.training import may_differ_by
+from trainer.checks.training import output_tolerance
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.model.attention import Segments
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
@@ -25,7 +25,7 @@ RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class LayerReference:
     """What a whole decoder layer is, to be held against its shards.
 
     `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of the weights; `constants`:
@@ -39,14 +39,14 @@ class LayerFacts:
 
 
 @torch.no_grad()
-def layer_facts(layer: nn.Module) -> LayerFacts:
-    """Of a layer that is whole, on this device: right after it was quantized, or while its shards are together."""
+def reference_layer(layer: nn.Module) -> LayerReference:
+    """Compute the reference of a whole layer on this device, right after quantization or while it is gathered."""
     packed = {name: _checksum(weight) for name, weight in _packed_weights(layer)}
     size = sum(parameter.nbytes for parameter in frozen_weights(layer))
-    return LayerFacts(packed, _output(layer), size, _constants(layer))
+    return LayerReference(packed, _output(layer), size, _constants(layer))
 
 
-def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: int) -> None:
+def check_sharding(model: PeftModel, whole: Sequence[LayerReference], world_size: int) -> None:
     """Gather every layer once: same packed bytes, same output as before it was sharded; and it is really sharded.
 
     A collective. FSDP2 with `bfloat16` storage rewrites bytes that look like NaN on a GPU (torch 2.11), and leaves
@@ -62,17 +62,17 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerFacts], world_size: in
     for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
         local = resident_bytes(layer)
         with gathered(layer):
-            after = layer_facts(layer)
+            after = reference_layer(layer)
         run_on_all_ranks(partial(_compare_layer, number, before, after, local, world_size))
 
 
 def resident_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's frozen weights on this rank: its share where they are sharded, constants included."""
+    """Return the bytes of a layer's frozen weights on this rank: its share of sharded ones, constants included."""
     return sum(_local_bytes(parameter) for parameter in frozen_weights(layer)) + _constants(layer)
 
 
 def whole_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's frozen weights over all ranks, constants included."""
+    """Return the bytes of a layer's frozen weights over all ranks, constants included."""
     return sum(
         int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
         for weight in frozen_weights(layer)
@@ -92,7 +92,9 @@ def _gathered_by_zero(layer: nn.Module) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(list(layer.parameters())))
 
 
-def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: int, world_size: int) -> None:
+def _compare_layer(
+    number: int, before: LayerReference, after: LayerReference, local: int, world_size: int
+) -> None:
     if changed := sorted(name for name, sum_ in before.packed.items() if after.packed.get(name) != sum_):
         raise RunError(
             f"model: sharding changed the packed 4-bit bytes of decoder layer {number} ({len(changed)} of "
@@ -100,7 +102,7 @@ def _compare_layer(number: int, before: LayerFacts, after: LayerFacts, local: in
         )
     apart = (before.output.float() - after.output.float()).abs().max().item()
     size = max(1.0, before.output.float().abs().max().item())  # one rounding of bfloat16 at 2 to 4 is 0.0156
-    if not apart <= size * may_differ_by(before.output.dtype):
+    if not apart <= size * output_tolerance(before.output.dtype):
         raise RunError(
             f"model: decoder layer {number} computes otherwise after it was sharded (largest difference {apart:.3g}); "
             "install the versions of constraints.txt, or use --strategy ddp"
@@ -125,13 +127,13 @@ def _checksum(weight: Tensor) -> int:
 
 
 def _constants(layer: nn.Module) -> int:
-    """Bytes of the quantization constants, which stay whole on every rank; the small code tables are not counted."""
+    """Count the bytes of the quantization constants, which stay whole on every rank, without the small code tables."""
     states = [
         getattr(module, "quant_state", None) for module in layer.modules() if isinstance(module, Linear4bit)
     ]
-    found = [state for state in states if state is not None]
-    nested = [state.state2 for state in found if getattr(state, "state2", None) is not None]
-    return sum(state.absmax.nbytes for state in (*found, *nested))
+    quantized = [state for state in states if state is not None]
+    nested = [state.state2 for state in quantized if getattr(state, "state2", None) is not None]
+    return sum(state.absmax.nbytes for state in (*quantized, *nested))
 
 
 def _local_bytes(parameter: nn.Parameter) -> int:
@@ -141,12 +143,13 @@ def _local_bytes(parameter: nn.Parameter) -> int:
 
 
 def _output(layer: nn.Module) -> Tensor:
-    """On 8 tokens of fixed random numbers without positions, on the CPU."""
+    """Compute the layer's output on 8 tokens of fixed random numbers without positions; returned on the CPU."""
     attention: Any = layer.self_attn
+    width: Any = layer.hidden_size
     parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
     device, dtype = cast(Tensor, parameter).device, cast(Tensor, parameter).dtype
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, attention.hidden_size, generator=generator).to(device, dtype)
+    hidden = torch.randn(1, 8, width, generator=generator).to(device, dtype)
     cos = torch.ones(1, 8, attention.head_dim, device=device, dtype=dtype)
     whole = Segments(torch.tensor([0, 8], dtype=torch.int32, device=device), (8,))
     was_training = layer.training

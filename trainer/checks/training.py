@@ -1,4 +1,4 @@
-"""What could corrupt a run without an error is checked here and named."""
+"""Checks of a training run against what would corrupt it without an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def may_differ_by(dtype: torch.dtype) -> float:
-    """The most that an output may differ by before and after wrapping.
+def output_tolerance(dtype: torch.dtype) -> float:
+    """Return the most that an output may differ by before and after wrapping.
 
     0 in fp32 on a CPU; a GPU's libraries choose another kernel when weights lie elsewhere in memory (4.8e-7 seen).
     """
@@ -34,7 +35,7 @@ _NOISE_OF_LOGITS = 0.5  # in 16 bits, by another kernel: five times what was see
 
 
 def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Every rank: world size, distributed type and wrapper class are what the plan says.
+    """Check on this rank that world size, distributed type and wrapper class are what the plan says.
 
     `accelerate launch` can start one process where several were asked for, or wrap nothing (accelerate 1.15,
     `MULTI_CPU` with `num_processes: 2`; FSDP on a CPU), and reports success.
@@ -43,17 +44,21 @@ def check_launch(plan: Plan, accelerator: Accelerator, wrapped: nn.Module) -> No
         RunError: they are not.
     """
     types, wrapper = plan.parallelism.distributed_types, plan.parallelism.wrapper
-    found = (accelerator.num_processes, accelerator.distributed_type.value, type(wrapped).__name__)
-    if found[0] != plan.world_size or found[1] not in types or found[2] != wrapper:
+    processes, kind, wrapped_in = (
+        accelerator.num_processes,
+        accelerator.distributed_type.value,
+        type(wrapped).__name__,
+    )
+    if processes != plan.world_size or kind not in types or wrapped_in != wrapper:
         raise RunError(
-            f"rank {accelerator.process_index}: the launcher started {found[0]} processes of type {found[1]} with the "
-            f"model in {found[2]}, the plan wants {plan.world_size}, {' or '.join(sorted(types))}, {wrapper}; "
+            f"rank {accelerator.process_index}: the launcher started {processes} processes of type {kind} with the "
+            f"model in {wrapped_in}, the plan wants {plan.world_size}, {' or '.join(sorted(types))}, {wrapper}; "
             "check the accelerate config and --num_processes"
         )
 
 
 def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
-    """Adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
+    """Check that adapters train in fp32 (trl casts those of a quantized model to bf16), and nothing else trains.
 
     Raises:
         RunError: they do not.
@@ -68,19 +73,19 @@ def check_adapters(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bool = False) -> None:
-    """The wrapped model answers as the one that was loaded: log-probabilities of one sample, computed in `dtype`.
+    """Check that wrapping left the log-probabilities of one sample unchanged, computed in `dtype`. A collective.
 
     `gathered`: the layers' weights now come together elsewhere in memory, so that products may take another kernel.
-    In 16 bits that alone moves the answers: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
+    In 16 bits that alone moves the outputs: with the 7B shape in bfloat16, 161 of the 138,752 numbers of one product in
     the first layer were one rounding apart, and log-probabilities of -12 by up to 0.10, while the losses of the first
     two steps stayed the same to the last digit. Noise of the logits moves log p by 1 - p times as much, which is less
-    than -log p: what is all but certain stays so. A collective.
+    than -log p: what is all but certain stays so.
 
     Raises:
         RunError: on all ranks.
     """
     apart = (before.float() - after.float()).abs()
-    allowed = torch.full_like(apart, may_differ_by(dtype))
+    allowed = torch.full_like(apart, output_tolerance(dtype))
     if gathered and dtype != torch.float32:
         allowed = allowed.maximum(_NOISE_OF_LOGITS * before.float().abs().clamp(max=1.0))
 
@@ -88,7 +93,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
         if not (apart <= allowed).all():
             place = (apart - allowed).nan_to_num(math.inf).argmax()
             raise RunError(
-                "model: it answers otherwise since it was wrapped (the log-probability of a target differs by "
+                "model: wrapping changed its outputs (the log-probability of a target differs by "
                 f"{apart.view(-1)[place]:.3g}, {allowed.view(-1)[place]:.3g} allowed); install the versions of "
                 "constraints.txt, or use another --strategy"
             )
@@ -97,7 +102,7 @@ def check_logits(before: Tensor, after: Tensor, dtype: torch.dtype, gathered: bo
 
 
 def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
-    """After a resume all ranks hold the same adapter. A collective.
+    """Check after a resume that all ranks hold the same adapter. A collective.
 
     Raises:
         RunError: on all ranks.
@@ -105,51 +110,53 @@ def check_same_adapters(parameters: Mapping[str, nn.Parameter]) -> None:
     digest = hashlib.sha256()
     for parameter in parameters.values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    told = gather_objects(digest.hexdigest())
-    odd = [rank for rank, other in enumerate(told) if other != told[0]]
+    digests = gather_objects(digest.hexdigest())
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
 
     def compare() -> None:
-        if odd:
+        if differing:
             raise RunError(
-                f"rank {odd[0]}: resumed with another adapter than rank 0 ({len(odd)} ranks differ); the nodes "
-                "see other files, share the run directory"
+                f"rank {differing[0]}: resumed with another adapter than rank 0 ({len(differing)} ranks differ); "
+                "the nodes see other files, share the run directory"
             )
 
     run_on_all_ranks(compare)
 
 
 def describe_targets(
-    inputs: Mapping[str, Any], samples: Sequence[int], scored: Sequence[str | None], tokenizer: Any
+    inputs: Mapping[str, Any],
+    samples: Sequence[int],
+    scored: Sequence[tuple[str, ...] | None],
+    tokenizer: Any,
 ) -> str:
-    """Hold what the first micro-batch scores against what each of its samples should; in words for the log.
+    """Check that the first micro-batch scores what each of its samples should; return a description for the log.
 
-    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the text of each sample's targets, None
-    for all its tokens but the first.
+    `inputs`: a `ModelInputs` of `samples`, positions in the split; `scored`: the texts of each sample's targets, one
+    for every answer that is scored, the last one ending the sample; None for all its tokens but the first.
 
     Raises:
-        RunError: a sample's targets are not exactly the tokens of that text, the last of the sample.
+        RunError: a sample's targets are not exactly the tokens of these texts.
     """
     ids, ends = inputs["input_ids"][0].tolist(), inputs["text_cu_seqlens"].tolist()
     targets = dict(
         zip((inputs["scored_positions"] + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True)
     )
-    for sample, begin, end, wanted in zip(samples, ends, ends[1:], scored, strict=False):
-        mine = [place for place in targets if begin <= place < end]
-        first = begin + 1 if wanted is None else end - len(mine)
-        text = unicodedata.normalize(
-            "NFC", tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
-        )
+    for sample, begin, end, expected in zip(samples, ends, ends[1:], scored, strict=False):
+        places = [place for place in targets if begin <= place < end]
+        texts = [_text_of(ids, run, tokenizer) for run in _runs(places)]
         if (
-            not mine
-            or mine != list(range(first, end))
-            or [targets[place] for place in mine] != ids[first:end]
-            or (wanted is not None and text != unicodedata.normalize("NFC", wanted))
+            not places
+            or places[-1] != end - 1
+            or [targets[place] for place in places] != [ids[place] for place in places]
+            or (expected is None and places != list(range(begin + 1, end)))
+            or (expected is not None and texts != _in_nfc(expected))
         ):
-            found = tokenizer.decode([targets[place] for place in mine])
+            target_text = tokenizer.decode([targets[place] for place in places])
+            expected_text = "all but the first" if expected is None else repr(" ... ".join(expected)[:200])
             raise RunError(
-                f"data.loss: sample {sample} scores {len(mine):,} of its {end - begin:,} tokens, {found[:200]!r}, "
-                f"where {'all but the first' if wanted is None else repr(wanted[:200])} should be; the tokenizer "
-                "and the chat template do not fit each other"
+                f"data.loss: sample {sample} scores {len(places):,} of its {end - begin:,} tokens, "
+                f"{target_text[:200]!r}, where {expected_text} should be; the tokenizer and the chat template do not "
+                "fit each other"
             )
     first, last = (tokenizer.decode([int(inputs["shift_labels"][0, place])]) for place in (0, -1))
     return (
@@ -158,25 +165,41 @@ def describe_targets(
     )
 
 
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Split ascending places into runs [begin, end) without gaps."""
+    groups = groupby(enumerate(places), lambda each: each[1] - each[0])
+    runs = [[place for _, place in group] for _, group in groups]
+    return [(run[0], run[-1] + 1) for run in runs]
+
+
+def _text_of(ids: Sequence[int], run: tuple[int, int], tokenizer: Any) -> str:
+    text = tokenizer.decode(ids[run[0] : run[1]], clean_up_tokenization_spaces=False)
+    return unicodedata.normalize("NFC", text)
+
+
+def _in_nfc(texts: Sequence[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
 class GradientCheck:
-    """Sees the gradients of the first step of an attempt, in whatever way the engine takes them away."""
+    """Records the gradients of the first step of an attempt, whatever the engine does with them afterwards."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._largest: dict[str, Tensor] = {}
-        self.excused = False
-        """This rank did not get to its gradients; then nobody's are judged."""
+        self.skipped = False
+        """This rank did not compute its gradients; then those of no rank are checked."""
         self._names = list(parameters)
         self._handles = [
-            parameter.register_hook(partial(self._see, name)) for name, parameter in parameters.items()
+            parameter.register_hook(partial(self._record, name)) for name, parameter in parameters.items()
         ]
 
-    def _see(self, name: str, gradient: Tensor) -> None:
+    def _record(self, name: str, gradient: Tensor) -> None:
         largest = gradient.detach().abs().amax()
         known = self._largest.get(name)
         self._largest[name] = largest if known is None else torch.maximum(known, largest)
 
     def check(self) -> None:
-        """After the step's last backward; looks no more afterwards. A collective.
+        """Check them after the step's last backward, and record no more. A collective.
 
         Raises:
             RunError: on all ranks, for an adapter without gradients, or a lora_B whose are zero on all ranks.
@@ -185,30 +208,31 @@ class GradientCheck:
             handle.remove()
         known = list(self._largest)
         values = torch.stack([self._largest[name] for name in known]).tolist() if known else []
-        told = gather_objects(None if self.excused else dict(zip(known, values, strict=True)))
-        seen_by_rank = [seen for seen in told if seen is not None]
+        largest_by_rank = gather_objects(None if self.skipped else dict(zip(known, values, strict=True)))
+        gradients_by_rank = [gradients for gradients in largest_by_rank if gradients is not None]
 
         def compare() -> None:
-            if len(seen_by_rank) < len(told):
+            if len(gradients_by_rank) < len(largest_by_rank):
                 return
-            silent = [name for name in self._names if not any(name in seen for seen in seen_by_rank)]
+            missing = [name for name in self._names if not any(name in known for known in gradients_by_rank)]
             zero = [
                 name
                 for name in self._names
-                if ".lora_B." in name and not any(seen.get(name, 0.0) != 0.0 for seen in seen_by_rank)
+                if ".lora_B." in name and not any(known.get(name, 0.0) != 0.0 for known in gradients_by_rank)
             ]
-            if odd := silent or zero:
-                what = "no gradient" if silent else "a gradient of zero"
+            if wrong := missing or zero:
+                what = "no gradient" if missing else "a gradient of zero"
                 raise RunError(
-                    f"model: {len(odd)} of {len(self._names)} adapters got {what} in the first step, such as {odd[0]}; "
-                    "they would not train; install the versions of constraints.txt, or use another --strategy"
+                    f"model: {len(wrong)} of {len(self._names)} adapters got {what} in the first step, such as "
+                    f"{wrong[0]}; they would not train; install the versions of constraints.txt, or use another "
+                    "--strategy"
                 )
 
         run_on_all_ranks(compare)
 
 
 def check_step_taken(norm: float, step: int) -> None:
-    """After DeepSpeed's backward, which takes the step: the loss was finite, the gradients may not have been.
+    """Check after DeepSpeed's backward, which takes the step, that the gradients were finite; the loss was.
 
     Raises:
         RunError: they were not (DeepSpeed 0.19 then leaves the weights as they are).
@@ -223,7 +247,7 @@ def check_step_taken(norm: float, step: int) -> None:
 
 
 def check_finite(loss: float, grad_norm: float, step: int, samples: list[int]) -> None:
-    """Before the weights change, on every rank with the same numbers.
+    """Check loss and gradient norm before the weights change, on every rank with the same numbers.
 
     Raises:
         RunError: loss or gradient norm is not a finite number.

@@ -1,4 +1,4 @@
-"""A model that an engine has wrapped is what it was whole: its answers, and its layers where they are sharded."""
+"""Checks that wrapping a model changed neither its outputs nor, where they are sharded, its layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from launch.planning.plan import Plan
 from launch.strategies import Strategy
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import check_logits
 from trainer.model.base import DTYPES
 from trainer.model.layer_stand_ins import decoder_layers
@@ -20,45 +20,49 @@ from trainer.model.layer_stand_ins import decoder_layers
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """A model that no engine has wrapped yet: its answers to a sample, and its layers where they will be sharded."""
+    """The log-probabilities of a model before it is wrapped, and its layers where they will be sharded."""
 
     sample: dict[str, Any]
-    answers: Tensor
-    layers: list[LayerFacts]
+    log_probs: Tensor
+    layers: list[LayerReference]
 
 
-def whole_before_wrapping(
+def reference_outputs(
     model: PeftModel, strategy: Strategy, read_sample: Callable[[], dict[str, Any]]
 ) -> ReferenceOutputs | None:
-    """What the model is while every rank has all of it; fsdp's was checked while it was loaded. No collectives."""
+    """Compute the outputs while every rank has the whole model. No collectives.
+
+    None where nothing is to be compared: fsdp's layers are checked while they are loaded.
+    """
     if not strategy.wraps_whole_model:
         return None
-    facts = [layer_facts(layer) for layer in decoder_layers(model)] if strategy.shards_layers else []
+    facts = [reference_layer(layer) for layer in decoder_layers(model)] if strategy.shards_layers else []
     sample = read_sample()
     return ReferenceOutputs(sample, _log_probs(model, sample), facts)
 
 
-def compare_with_whole(
-    whole: ReferenceOutputs | None, model: PeftModel, wrapped: nn.Module, plan: Plan
+def compare_outputs(
+    reference: ReferenceOutputs | None, model: PeftModel, wrapped: nn.Module, plan: Plan
 ) -> None:
-    """Wrapped as it was whole. Collectives.
+    """Compare a wrapped model with what it was. Collectives.
 
     Raises:
-        RunError: on all ranks: its answers or its layers have changed.
+        RunError: on all ranks: its outputs or its layers have changed.
     """
-    if whole is None:
+    if reference is None:
         return
-    if whole.layers:
-        check_sharding(model, whole.layers, plan.world_size)
-    answers = _log_probs(wrapped, whole.sample)
-    check_logits(whole.answers, answers, DTYPES[plan.compute_dtype], gathered=bool(whole.layers))
+    if reference.layers:
+        check_sharding(model, reference.layers, plan.world_size)
+    log_probs = _log_probs(wrapped, reference.sample)
+    dtype = DTYPES[plan.compute_dtype]
+    check_logits(reference.log_probs, log_probs, dtype, gathered=bool(reference.layers))
 
 
 @torch.no_grad()
 def _log_probs(model: nn.Module, sample: dict[str, Any]) -> Tensor:
-    """Log-probabilities of the sample's targets, on the CPU. A wrapped model: all ranks at once."""
+    """Compute the log-probabilities of the sample's targets, on the CPU. A collective if the model is wrapped."""
     was_training = model.training
     model.eval()
-    answers: Tensor = model(**sample).log_probs
+    log_probs: Tensor = model(**sample).log_probs
     model.train(was_training)
-    return answers.cpu()
+    return log_probs.cpu()

@@ -1,8 +1,9 @@
-"""One row -> one encoded sample, text and image."""
+"""One row -> one encoded sample: the text of its turns, and its images."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.errors import RunError
-from trainer.data.chartqa import Row, chat
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError, reason_of
+from trainer.data.rows import Row, Turn, chat
 from trainer.vision_cache.store import FeatureCache, name_of
 
 IGNORED = -100
@@ -23,16 +24,31 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """One image of P patches and V = P / merge_size**2 visual tokens: its pixels, or its features where cached.
+
+    `grid`: patches in time, height and width; `name`: the same for the same bytes.
+    """
+
+    grid: tuple[int, int, int]
+    pixel_values: Tensor | None  # [P, channels * temporal_patch * patch * patch]
+    features: Tensor | None = None  # [V, hidden]
+    name: str = ""
+
+    def visual_tokens(self, merge: int) -> int:
+        """Tokens that stand for it, with `merge` patches a side folded into one."""
+        time, height, width = self.grid
+        return time * height * width // merge**2
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One encoded sample of T tokens, P image patches and V = P / merge_size**2 visual tokens."""
+    """One encoded sample of T tokens and its images, none to several."""
 
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64, IGNORED where the loss does not count
     positions: Tensor  # [3, T] int64, M-RoPE
-    pixel_values: Tensor | None  # [P, channels * temporal_patch * patch * patch]; None: features are cached
-    grid: tuple[int, int, int]  # patches in time, height, width
-    features: Tensor | None = None  # [V, hidden], where they are cached
-    image: str = ""  # its name in the cache of features, where there is one
+    images: tuple[EncodedImage, ...]
 
     @property
     def target_tokens(self) -> int:
@@ -41,15 +57,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """A row as text through the chat template. `answers`: where each answer that is scored begins and ends in it, the
+    end of its turn included; the last one ends with the text."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+    @property
+    def prompt(self) -> str:
+        """All up to the last answer."""
+        return self.text[: self.answers[-1][0]]
+
+
+@dataclass(frozen=True)
 class Encoder:
     """Turns rows into samples with the base model's processor.
 
-    `features`: an image that is there is neither decoded nor processed; `pixels`: dtype of the others' patches, the
-    tower's own, to which it would round them anyway.
+    `loss`: as of `data.loss`. `features`: an image that is there is neither decoded nor processed; `pixels`: dtype of
+    the others' patches, the tower's own, to which it would round them anyway.
     """
 
-    processor: Qwen2VLProcessor
-    system_message: str
+    processor: ProcessorMixin
+    system_message: str | None
     loss: str
     features: FeatureCache | None = None
     pixels: torch.dtype = torch.float32
@@ -58,35 +88,54 @@ class Encoder:
         """Encode one row.
 
         Raises:
-            RowError: its image cannot be decoded, the processor refuses it, or the answer's first token merges with
-                the prompt's last, so that no mask could part them.
+            RowError: an image cannot be decoded, the processor refuses it, or a token lies across the border of an
+                answer, so that no mask could part them.
         """
-        prompt, text = self.texts(row)
-        image = name_of(row.image) if self.features else ""
-        cached = self.features.read(image) if self.features else None
-        if cached is not None:
-            input_ids, grid, pixels = self._ids(text, len(cached.values)), cached.grid, None
-        else:
-            encoded = self._processed(text, decode_image(row.image))
-            input_ids, pixels = encoded["input_ids"][0], encoded["pixel_values"].to(self.pixels)
-            grid = tuple(encoded["image_grid_thw"][0].tolist())
-        labels = input_ids.clone()
-        if self.loss == "answer":
-            labels[: self.prompt_length(prompt, input_ids)] = IGNORED
+        conversation = self.conversation(row)
+        input_ids, images = self._encoded(conversation.text, row.images)
+        is_image = input_ids == self.processor.image_token_id
         merge: int = self.processor.image_processor.merge_size
         return Sample(
             input_ids=input_ids,
-            labels=labels,
-            positions=mrope_positions(input_ids == self.processor.image_token_id, grid, merge),
-            pixel_values=pixels,
-            grid=grid,
-            features=cached.values if cached else None,
-            image=image,
+            labels=self._labels(conversation, input_ids, [image.visual_tokens(merge) for image in images]),
+            positions=mrope_positions(is_image, [image.grid for image in images], merge),
+            images=images,
         )
 
-    def _processed(self, text: str, image: Image.Image) -> Any:
+    def _encoded(self, text: str, images: Sequence[bytes]) -> tuple[Tensor, tuple[EncodedImage, ...]]:
+        """Token ids [T], and the images with their pixels or cached features."""
+        names = [name_of(image) for image in images]
+        cached = [self.features.read(name) if self.features else None for name in names]
+        fresh = [decode_image(image) for image, known in zip(images, cached, strict=True) if known is None]
+        input_ids = None
+        pixels: list[tuple[Tensor, tuple[int, int, int]]] = []
+        if fresh:
+            processed = self._processed(text, fresh, whole=len(fresh) == len(images))
+            input_ids = processed["input_ids"][0] if "input_ids" in processed else None
+            grids = [(int(t), int(h), int(w)) for t, h, w in processed["image_grid_thw"].tolist()]
+            values = processed["pixel_values"].to(self.pixels).split([t * h * w for t, h, w in grids])
+            pixels = list(zip(values, grids, strict=True))
+        processed_images = iter(pixels)
+        encoded = []
+        for name, known in zip(names, cached, strict=True):
+            if known is not None:
+                encoded.append(EncodedImage(known.grid, None, known.values, name))
+            else:
+                values_of_image, grid = next(processed_images)
+                encoded.append(EncodedImage(grid, values_of_image, None, name))
+        if input_ids is None:
+            merge = self.processor.image_processor.merge_size
+            input_ids = torch.tensor(self._ids(text, [image.visual_tokens(merge) for image in encoded]))
+        return input_ids, tuple(encoded)
+
+    def _processed(self, text: str, images: list[Image.Image], *, whole: bool) -> Any:
+        """Pixels and grids of images; with `whole`, when these are all of the text's, its token ids too."""
         try:
-            return self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+            if whole:
+                return self.processor(
+                    text=[text], images=images, return_tensors="pt", add_special_tokens=False
+                )
+            return self.processor.image_processor(images=images, return_tensors="pt")
         except Exception as error:  # of text or image, and of no type that the processor promises
             raise RowError(f"the processor refuses it ({reason_of(error)})") from error
 
@@ -98,54 +147,114 @@ class Encoder:
         tokens = {*tokenizer.all_special_tokens, *added} - {""}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
-    def _ids(self, text: str, visual_tokens: int) -> Tensor:
-        """Token ids [T] of a conversation with one image, as the processor makes them of text and pixels."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        place = ids.index(self.processor.image_token_id)
-        return torch.tensor([*ids[:place], *[ids[place]] * visual_tokens, *ids[place + 1 :]])
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text in which one token stands for each image."""
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _ids(self, text: str, visual_tokens: Sequence[int]) -> list[int]:
+        """Token ids of a conversation and its images, as the processor makes them of text and pixels."""
+        return _spread(self.text_ids(text), self.processor.image_token_id, visual_tokens)
+
+    def conversation(self, row: Row) -> Conversation:
+        """The row through the chat template.
+
+        Raises:
+            RunError: the template does not write a conversation turn by turn, so that no answer could be told apart.
+        """
+        text = self._rendered(row.turns)
+        answers = [place for place, turn in enumerate(row.turns) if turn.role == "assistant"]
+        spans = []
+        for place in answers if self.loss == "all_answers" else answers[-1:]:
+            prompt = self._rendered(row.turns[:place], prompt=True)
+            is_last = place == len(row.turns) - 1
+            ended = text if is_last else self._rendered(row.turns[: place + 1])
+            if not (text.startswith(ended) and ended.startswith(prompt)):
+                raise RunError(
+                    "model: its chat template does not begin a conversation with the prompt it generates from"
+                )
+            spans.append((len(prompt), len(ended)))
+        return Conversation(text, tuple(spans))
+
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        text: str = self.processor.apply_chat_template(
+            chat(self.system_message, turns), tokenize=False, add_generation_prompt=prompt
+        )
+        return text
 
     def texts(self, row: Row) -> tuple[str, str]:
-        """The prompt up to where the answer begins, and the whole conversation, through the chat template."""
-        render = self.processor.apply_chat_template
-        prompt = render(
-            chat(self.system_message, row, answer=False), tokenize=False, add_generation_prompt=True
-        )
-        text = render(chat(self.system_message, row, answer=True), tokenize=False)
-        if not text.startswith(prompt):
-            raise RunError(
-                "model: its chat template does not begin a conversation with the prompt it generates from"
-            )
-        return prompt, text
+        """The prompt up to where the last answer begins, and the whole conversation, through the chat template."""
+        conversation = self.conversation(row)
+        return conversation.prompt, conversation.text
 
-    def scored_text(self, row: Row) -> str | None:
-        """The answer and the end of its turn, as the chat template writes them; None for all but the first token."""
-        prompt, text = self.texts(row)
-        return text[len(prompt) :] if self.loss == "answer" else None
+    def scored_texts(self, row: Row) -> tuple[str, ...] | None:
+        """Each scored answer and the end of its turn, as the template writes them; None: all but the first token."""
+        if self.loss == "sequence":
+            return None
+        conversation = self.conversation(row)
+        return tuple(conversation.text[begin:end] for begin, end in conversation.answers)
 
-    def prompt_length(self, prompt: str, input_ids: Tensor) -> int:
-        """Tokens before the answer, visual ones included."""
-        prompt_ids = self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        visual = int((input_ids == self.processor.image_token_id).sum())
-        length = len(prompt_ids) - 1 + visual
-        if prompt_ids[-2:] != input_ids[length - 2 : length].tolist():
-            raise RowError(f"the answer merges with the prompt {prompt[-20:]!r} in the tokenizer")
-        return length
+    def spans(self, conversation: Conversation, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Where the scored answers begin and end in `ids`, the `text_ids` of the conversation.
+
+        Raises:
+            RowError: a token lies across a border.
+        """
+        text = conversation.text
+
+        def tokens_before(place: int, what: str) -> int:
+            if place == len(text):
+                return len(ids)
+            before = self.text_ids(text[:place])
+            if ids[: len(before)] != before:
+                raise RowError(f"the answer merges with the {what} in the tokenizer")
+            return len(before)
+
+        return [
+            (tokens_before(begin, "prompt"), tokens_before(end, "next turn"))
+            for begin, end in conversation.answers
+        ]
+
+    def _labels(self, conversation: Conversation, input_ids: Tensor, visual_tokens: Sequence[int]) -> Tensor:
+        """Labels [T]: the scored tokens' ids, IGNORED elsewhere. RowError as `spans`."""
+        if self.loss == "sequence":
+            return input_ids.clone()
+        labels = torch.full_like(input_ids, IGNORED)
+        ids = self.text_ids(conversation.text)
+        before = [0]  # tokens that images add before each text token
+        images = iter(visual_tokens)
+        for token in ids:
+            before.append(before[-1] + (next(images, 1) - 1 if token == self.processor.image_token_id else 0))
+        for begin, end in self.spans(conversation, ids):
+            begin, end = begin + before[begin], end + before[end]
+            labels[begin:end] = input_ids[begin:end]
+        return labels
 
 
-def mrope_positions(is_image: Tensor, grid: tuple[int, int, int], merge: int) -> Tensor:
-    """M-RoPE positions [3, T] of a sample with one image.
+def _spread(ids: Sequence[int], image_token: int, visual_tokens: Sequence[int]) -> list[int]:
+    """Token ids with the token of each image repeated for its visual tokens."""
+    counts = iter(visual_tokens)
+    return [each for token in ids for each in [token] * (next(counts) if token == image_token else 1)]
 
-    Text counts on all three axes together; a visual token has the text position where the image begins plus its own
+
+def mrope_positions(is_image: Tensor, grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
+    """M-RoPE positions [3, T] of a sample with the images `grids` (patches in time, height and width), none to several.
+
+    Text counts on all three axes together; a visual token has the text position where its image begins plus its own
     (time, height, width); the text after it goes on from the largest position so far.
     Source: Qwen2-VL (arXiv 2409.12191, section 2.1); tested against `Qwen2VLModel.get_rope_index`.
     """
-    time, height, width = grid[0], grid[1] // merge, grid[2] // merge
-    begin = int(is_image.nonzero()[0])
-    visual = time * height * width
-    after = len(is_image) - begin - visual
-    head = torch.arange(begin).expand(3, -1)
-    image = torch.stack(
-        torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
-    )
-    tail = torch.arange(after).expand(3, -1) + begin + max(time, height, width)
-    return torch.cat([head, image.reshape(3, -1) + begin, tail], dim=1)
+    places = is_image.nonzero()[:, 0].tolist()
+    parts, done, position, seen = [], 0, 0, 0  # `done`: tokens; `position`: the next text's
+    for grid in grids:
+        time, height, width = grid[0], grid[1] // merge, grid[2] // merge
+        begin = places[seen]
+        parts.append(torch.arange(begin - done).expand(3, -1) + position)
+        position += begin - done
+        axes = torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
+        parts.append(torch.stack(axes).reshape(3, -1) + position)
+        position += max(time, height, width)
+        seen += time * height * width
+        done = begin + time * height * width
+    parts.append(torch.arange(len(is_image) - done).expand(3, -1) + position)
+    return torch.cat(parts, dim=1)

@@ -11,18 +11,16 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, SamestepError
-from launch.inputs.dataset_index import row_digest
-from launch.untrusted_files import printable
-from trainer.data.chartqa import Row, Rows, image_bytes
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import RowError, reason_of
-from trainer.progress_bars import Report
+from trainer.data.rows import Row
+from trainer.data.splits import Rows
+from trainer.progress_bars import ReportProgress
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
@@ -42,104 +40,94 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Measured:
-    """A valid row's numbers. `digest`: see `row_digest`; `answers`: labels; `answer_tokens`: see `needed_tokens`."""
+    """A valid row's numbers. `row`: its number in the source; `digest`: of its content; `image_tokens`: the visual
+    tokens of each image; `sizes`: the images' (height, width); `human_or_machine`: None where it is not known;
+    `answers`: labels; `answer_tokens`: see `needed_tokens`."""
 
     row: int
     digest: bytes
     text_tokens: int
-    visual_tokens: int
+    image_tokens: tuple[int, ...]
     target_tokens: int
-    human_or_machine: int
-    height: int
-    width: int
+    human_or_machine: int | None
+    sizes: tuple[tuple[int, int], ...]
     answers: int
     answer_tokens: int
 
+    @property
+    def visual_tokens(self) -> int:
+        """Of all its images."""
+        return sum(self.image_tokens)
+
+
+_Size = tuple[int, int] | str
+"""(height, width) of a decoded image, or why it is bad."""
+
 
 def measure_split(
-    rows: Rows, split: str, encoder: Encoder, report: Report
+    rows: Rows, split: str, encoder: Encoder, report: ReportProgress
 ) -> tuple[list[Measured], list[BadRow]]:
     """Measure every row; `report` is told the progress. The images are decoded on all cores this process may use."""
-    sizes: dict[bytes, tuple[int, int] | str] = {}
+    sizes: dict[bytes, _Size] = {}
     measured: list[Measured] = []
     bad: list[BadRow] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for first in range(0, len(rows), 256):
-            block = [(number, rows.raw(number)) for number in range(first, min(first + 256, len(rows)))]
-            digests = [_image_digest(raw) for _, raw in block]
-            new = {
-                digest: raw
-                for digest, (_, raw) in zip(digests, block, strict=True)
-                if isinstance(digest, bytes) and digest not in sizes
+            numbers = rows.numbers[first : first + 256].tolist()
+            block = [(number, _read(rows, number)) for number in numbers]
+            images = {
+                hashlib.sha256(image).digest(): image
+                for _, row in block
+                if isinstance(row, Row)
+                for image in row.images
             }
+            new = {digest: image for digest, image in images.items() if digest not in sizes}
             sizes.update(zip(new, pool.map(_decoded_size, new.values()), strict=True))
-            for (number, raw), digest in zip(block, digests, strict=True):
+            for number, row in block:
                 try:
-                    measured.append(_measure(number, raw, digest, sizes, encoder))
+                    measured.append(_measure(number, row, sizes, encoder))
                 except RowError as refused:
                     bad.append(BadRow(split, number, str(refused)))
             report(min(first + 256, len(rows)), len(rows))
     return measured, bad
 
 
-def _image_content(raw: dict[str, Any]) -> bytes:
-    """The bytes of the row's image file; RowError: there are none."""
-    image = raw.get("image")
-    if not isinstance(image, dict) or (image.get("bytes") is None and not image.get("path")):
-        raise RowError("the image is missing; each row needs exactly one")
+def _read(rows: Rows, number: int) -> Row | RowError:
     try:
-        return image_bytes(image)
-    except Exception as error:  # as with decoding: none of them may end `prepare`
-        why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
-        raise RowError(
-            f"the image file {printable(str(Path(str(image.get('path'))).absolute()))} cannot be read ({why}); give "
-            "the bytes, or the path of a file that every machine can read"
-        ) from error
-
-
-def _image_digest(raw: dict[str, Any]) -> bytes | str:
-    """sha256 of the image file, or why there is none."""
-    try:
-        return hashlib.sha256(_image_content(raw)).digest()
+        return rows[number]
     except RowError as refused:
-        return str(refused)
+        return refused
 
 
-def _decoded_size(raw: dict[str, Any]) -> tuple[int, int] | str:
-    """(height, width) of the decoded image, or why the image is bad."""
+def _decoded_size(image: bytes) -> _Size:
     try:
-        width, height = decode_image(_image_content(raw)).size
+        width, height = decode_image(image).size
     except RowError as refused:
         return str(refused)
     return height, width
 
 
-def _measure(
-    number: int,
-    raw: dict[str, Any],
-    digest: bytes | str,
-    sizes: dict[bytes, tuple[int, int] | str],
-    encoder: Encoder,
-) -> Measured:
-    if isinstance(digest, str):
-        raise RowError(digest)
-    size = sizes[digest]
-    if isinstance(size, str):
-        raise RowError(size)
-    query, label, human = _texts(raw, encoder)
-    text_tokens, target_tokens = _count_text(encoder, Row(b"", query, label, human))
-    visual = _visual_tokens(encoder, *size)
+def _measure(number: int, row: Row | RowError, sizes: dict[bytes, _Size], encoder: Encoder) -> Measured:
+    if isinstance(row, RowError):
+        raise row
+    of_images = [sizes[hashlib.sha256(image).digest()] for image in row.images]
+    for place, size in enumerate(of_images):
+        if isinstance(size, str):
+            raise RowError(size if len(of_images) == 1 else f"image {place}: {size}")
+    known = [size for size in of_images if not isinstance(size, str)]
+    _check_texts(row, encoder)
+    text_tokens, scored = _count_text(encoder, row)
+    visual = tuple(_visual_tokens(encoder, *size) for size in known)
     return Measured(
         row=number,
-        digest=row_digest(_image_content(raw), query, label),
+        digest=row.digest,
         text_tokens=text_tokens,
-        visual_tokens=visual,
-        target_tokens=target_tokens if encoder.loss == "answer" else text_tokens + visual - 1,
-        human_or_machine=human,
-        height=size[0],
-        width=size[1],
-        answers=len(label),
-        answer_tokens=needed_tokens(label[0], encoder.processor.tokenizer),
+        image_tokens=visual,
+        target_tokens=text_tokens + sum(visual) - 1 if encoder.loss == "sequence" else scored,
+        human_or_machine=row.human_or_machine,
+        sizes=tuple(known),
+        answers=len(row.label),
+        answer_tokens=needed_tokens(row.label[0], encoder.processor.tokenizer),
     )
 
 
@@ -156,43 +144,32 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
     return patches // images.merge_size**2
 
 
-def _texts(raw: dict[str, Any], encoder: Encoder) -> tuple[str, list[str], int]:
-    query, label, human = raw.get("query"), raw.get("label"), raw.get("human_or_machine")
-    if not isinstance(query, str):
-        raise RowError(f"query is a {type(query).__name__}, not text")
-    if not query.strip():
-        raise RowError("query is empty")
-    if not isinstance(label, list) or not all(isinstance(text, str) for text in label):
-        raise RowError(f"label is {repr(label)[:100]}, not a list of text")
-    if not label or not label[0].strip():
-        raise RowError("label is empty")
-    if isinstance(human, bool) or human not in (0, 1):
-        raise RowError(f"human_or_machine is {repr(human)[:100]}, not 0 or 1")
-    for name, text in (("query", query), ("label", label[0])):
-        if found := encoder.control_tokens.search(text):
+def _check_texts(row: Row, encoder: Encoder) -> None:
+    is_question = len(row.turns) == 2
+    for place, turn in enumerate(row.turns):
+        if special := encoder.control_tokens.search(turn.text):
+            name = ("query", "label")[place] if is_question else f"message {place} ({turn.role})"
             raise RowError(
-                f"{name} holds the special token {found[0]}, which the model does not read as text"
+                f"{name} holds the special token {special[0]}, which the model does not read as text"
             )
-    return query, label, int(human)
 
 
 def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
-    """(tokens besides the image's, scored tokens of the answer), by the chat template and the tokenizer."""
-    tokenizer, image_token = encoder.processor.tokenizer, encoder.processor.image_token_id
+    """(tokens besides the images', scored tokens of the answers), by the chat template and the tokenizer."""
+    image_token = encoder.processor.image_token_id
     try:
-        prompt, text = encoder.texts(row)
-        prompt_ids, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
-    except SamestepError:
+        conversation = encoder.conversation(row)
+        ids = encoder.text_ids(conversation.text)
+        spans = encoder.spans(conversation, ids)
+    except (SamestepError, RowError):
         raise
     except Exception as error:
         raise RowError(f"the chat template or the tokenizer refuses it ({reason_of(error)})") from error
-    if ids.count(image_token) != 1:
+    if ids.count(image_token) != len(row.images):
         raise RowError(
-            f"the conversation holds {ids.count(image_token)} image tokens; each row needs exactly one"
+            f"the conversation holds {ids.count(image_token)} image tokens, the row has {len(row.images)} images"
         )
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise RowError("the answer merges with the prompt in the tokenizer")
-    return len(ids) - 1, len(ids) - len(prompt_ids)
+    return len(ids) - len(row.images), sum(end - begin for begin, end in spans)
 
 
 def needed_tokens(label: str, tokenizer: Any) -> int:
@@ -233,9 +210,10 @@ def check_against_processor(
         real = (len(sample.input_ids), sample.target_tokens)
         counted = (row.text_tokens + row.visual_tokens, row.target_tokens)
         if real != counted:
+            sizes = ", ".join(f"{width} x {height}" for height, width in row.sizes) or "no"
             raise ConfigError(
                 f"{split} row {row.row}: the processor makes {real[0]} tokens ({real[1]} scored), the size of its "
-                f"{row.width} x {row.height} image gives {counted[0]} ({counted[1]}); the processor is not Qwen2-VL's"
+                f"{sizes} image gives {counted[0]} ({counted[1]}); the processor is not its family's"
             )
     return bad
 
@@ -243,7 +221,11 @@ def check_against_processor(
 def _probes(measured: list[Measured], count: int) -> Iterator[Measured]:
     """Evenly spaced over the rows sorted by length, so that the shortest and the longest are among them."""
     by_length = sorted(
-        measured, key=lambda row: (row.text_tokens + row.visual_tokens, row.height / row.width)
+        measured,
+        key=lambda row: (
+            row.text_tokens + row.visual_tokens,
+            row.sizes[0][0] / row.sizes[0][1] if row.sizes else 0.0,
+        ),
     )
     count = min(count, len(by_length))
     for position in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -154,6 +155,7 @@ def lost_worker(error: Exception) -> RunError | None:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    gc.enable()  # the training calls it by itself; what it froze stays shared with this process
     end_with_lost_batches()
     # A stop is agreed by the ranks, which need their data until then. A rank that dies without a word is noticed
     # (PyTorch's watchdog looks for the parent every 5 s); one that ends calls `_end_workers`.

@@ -8,12 +8,13 @@ from typing import TypedDict
 from torch.utils.data import Dataset
 
 from launch.errors import RunError, SamestepError
-from launch.inputs.dataset_index import Split, row_digest
+from launch.inputs.dataset_index import Split
 from launch.planning.step_plan import MicroBatch, StepPlan
-from trainer.data.chartqa import Row, Rows
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack
-from trainer.data.row_errors import naming_row
+from trainer.data.row_errors import RowError, naming_row
+from trainer.data.rows import Row
+from trainer.data.splits import Rows
 
 
 class PackedBatch(TypedDict):
@@ -23,6 +24,7 @@ class PackedBatch(TypedDict):
     step: int  # counted from 0
     step_target_tokens: int  # of the whole optimizer step, over all ranks
     samples: tuple[int, ...]  # positions in the split; empty for a filler
+    images: int
 
 
 class Batches(Dataset["PackedBatch | SamestepError"]):
@@ -104,7 +106,7 @@ def assemble(
     """
     read = [_read(rows, split, sample) for sample in batch.samples]
     for number, row in zip(batch.samples, read, strict=True):
-        if row_digest(row.image, row.query, row.label) != split.digests[number]:
+        if row.digest != split.digests[number]:
             raise RunError(
                 f"data: sample {number} (row {split.rows[number]}) is not what `samestep prepare` saw; "
                 "the data changed since: prepare it again, under another run name"
@@ -134,13 +136,14 @@ def assemble(
         step=step,
         step_target_tokens=step_target_tokens,
         samples=() if batch.filler else tuple(batch.samples),
+        images=sum(len(sample.images) for sample in samples),
     )
 
 
 def _read(rows: Rows, split: Split, sample: int) -> Row:
     try:
         return rows[int(split.rows[sample])]
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (RowError, OSError, LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"data: sample {sample} (row {split.rows[sample]}) cannot be read ({type(error).__name__}: {error}); "
             "the data changed or went away since `samestep prepare`"

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
-from trainer.data.encoder import IGNORED, Sample
+from trainer.data.encoder import IGNORED, EncodedImage, Sample
 
 
 class ModelInputs(TypedDict):
     """What the packed forward takes, for N samples of T tokens together.
 
-    Images come in two kinds: C whose features are cached (Vc visual tokens), and F fresh ones (P patches, Vf visual
-    tokens), for which the tower runs.
+    Their images, of which a sample may have none or several, come in two kinds: C whose features are cached (Vc visual
+    tokens), and F fresh ones (P patches, Vf visual tokens), for which the tower runs, once for an image that is shown
+    several times.
     """
 
     input_ids: Tensor  # [1, T]
@@ -31,9 +32,13 @@ class ModelInputs(TypedDict):
     shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32
     text_lengths: tuple[int, ...]
+    read_positions: Tensor  # [S]: of each sample the tokens from the first scored one to its end
+    read_cu_seqlens: Tensor  # [N + 1] int32
+    read_lengths: tuple[int, ...]
     pixel_values: Tensor  # [P, patch features]
     image_grid_thw: Tensor  # [F, 3]
     fresh_positions: Tensor  # [Vf]: where their visual tokens lie in the row
+    fresh_rows: Tensor  # [Vf]: the rows of their features there, where an image is shown twice; else empty
     fresh_images: tuple[str, ...]  # F names in the cache of features; empty without one
     fresh_grids: tuple[tuple[int, int, int], ...]  # `image_grid_thw` once more, for the host
     vision_positions: Tensor  # [P, 2]: height and width of each patch, in merge order
@@ -62,9 +67,11 @@ def pack(
     text_positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
     positions = torch.cat([sample.positions for sample in samples], dim=1)
     text_lengths = tuple(len(sample.input_ids) for sample in samples)
-    is_visual = input_ids == image_token_id
-    is_cached = torch.tensor([sample.features is not None for sample in samples])
-    is_cached = is_cached.repeat_interleave(torch.tensor(text_lengths))
+    images = [image for sample in samples for image in sample.images]
+    visual = (input_ids == image_token_id).nonzero()[:, 0]
+    is_cached = torch.tensor([image.features is not None for image in images], dtype=torch.bool)
+    counts = torch.tensor([image.visual_tokens(merge) for image in images], dtype=torch.int64)
+    is_cached = is_cached.repeat_interleave(counts)
     return ModelInputs(
         input_ids=input_ids[None],
         position_ids=torch.cat([text_positions[None], positions])[:, None],
@@ -74,10 +81,37 @@ def pack(
         shift_labels=next_labels[scored][None],
         text_cu_seqlens=cumulative(text_lengths),
         text_lengths=text_lengths,
-        fresh_positions=(is_visual & ~is_cached).nonzero()[:, 0],
-        cached_positions=(is_visual & is_cached).nonzero()[:, 0],
-        cached_features=_joined([sample.features for sample in samples]),
-        **_pack_fresh([sample for sample in samples if sample.features is None], merge),
+        **_read_tokens(text_lengths, scored),
+        fresh_positions=visual[~is_cached],
+        cached_positions=visual[is_cached],
+        cached_features=_joined([image.features for image in images]),
+        **_pack_fresh([image for image in images if image.features is None], merge),
+    )
+
+
+class _ReadTokens(TypedDict):
+    """The part of `ModelInputs` that the last decoder layer takes."""
+
+    read_positions: Tensor
+    read_cu_seqlens: Tensor
+    read_lengths: tuple[int, ...]
+
+
+def _read_tokens(lengths: Sequence[int], scored: Tensor) -> _ReadTokens:
+    """Of each sample the tokens from the first scored one to its end; two where none is scored, as in a filler.
+
+    Never one alone: FlashAttention takes rows of one query for decoding, and folds their heads.
+    """
+    ends = cumulative(lengths)[1:].tolist()
+    begins = []
+    for length, end in zip(lengths, ends, strict=True):
+        at = int(torch.searchsorted(scored, end - length))
+        first = int(scored[at]) if at < len(scored) else end
+        begins.append(min(first, max(end - 2, end - length)))
+    counts = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    return _ReadTokens(
+        read_positions=torch.cat(spans), read_cu_seqlens=cumulative(counts), read_lengths=counts
     )
 
 
@@ -86,6 +120,7 @@ class _FreshImages(TypedDict):
 
     pixel_values: Tensor
     image_grid_thw: Tensor
+    fresh_rows: Tensor
     fresh_images: tuple[str, ...]
     fresh_grids: tuple[tuple[int, int, int], ...]
     vision_positions: Tensor
@@ -93,18 +128,39 @@ class _FreshImages(TypedDict):
     vision_lengths: tuple[int, ...]
 
 
-def _pack_fresh(samples: Sequence[Sample], merge: int) -> _FreshImages:
-    """The images of samples without cached features, end to end; empty tensors for none."""
-    grids = torch.tensor([sample.grid for sample in samples], dtype=torch.int64).view(-1, 3)
+def _pack_fresh(shown: Sequence[EncodedImage], merge: int) -> _FreshImages:
+    """Images without cached features, end to end and each once; empty tensors for none."""
+    images = _distinct(shown)
+    grids = torch.tensor([image.grid for image in images], dtype=torch.int64).view(-1, 3)
     lengths = tuple(grid[1] * grid[2] for grid in grids.tolist() for _ in range(grid[0]))
     return _FreshImages(
-        pixel_values=_joined([sample.pixel_values for sample in samples]),
+        pixel_values=_joined([image.pixel_values for image in images]),
         image_grid_thw=grids,
-        fresh_images=tuple(sample.image for sample in samples if sample.image),
-        fresh_grids=tuple(sample.grid for sample in samples),
-        vision_positions=get_vision_position_ids(grids, merge) if samples else grids.new_empty(0, 2),
+        fresh_rows=_feature_rows(shown, images, merge),
+        fresh_images=tuple(image.name for image in images if image.name),
+        fresh_grids=tuple(image.grid for image in images),
+        vision_positions=get_vision_position_ids(grids, merge) if images else grids.new_empty(0, 2),
         vision_cu_seqlens=cumulative(lengths),
         vision_lengths=lengths,
+    )
+
+
+def _distinct(shown: Sequence[EncodedImage]) -> list[EncodedImage]:
+    """Each image once, in their order; one that has no name stands for itself."""
+    first: dict[str | int, EncodedImage] = {}
+    for number, image in enumerate(shown):
+        first.setdefault(image.name or number, image)
+    return list(first.values())
+
+
+def _feature_rows(shown: Sequence[EncodedImage], distinct: Sequence[EncodedImage], merge: int) -> Tensor:
+    """Where the features of every shown image lie among those of the distinct ones; empty where all are."""
+    if len(shown) == len(distinct):
+        return torch.empty(0, dtype=torch.int64)
+    ends = cumulative([image.visual_tokens(merge) for image in distinct]).tolist()
+    begins = {image.name or id(image): begin for image, begin in zip(distinct, ends, strict=False)}
+    return torch.cat(
+        [torch.arange(image.visual_tokens(merge)) + begins[image.name or id(image)] for image in shown]
     )
 
 

@@ -1,4 +1,4 @@
-"""All ranks fail together: what goes wrong on one rank is told to all before any of them waits for it for ever."""
+"""Collectives of Python values, and errors that all ranks raise together instead of waiting for one that failed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = 
 
 
 def to_user_error(raised: Exception) -> SamestepError:
-    """Any exception as the error that a user reads."""
+    """Turn any exception into the error that a user reads."""
     if isinstance(raised, UntrustedFileError):  # which others could not make of its words
         return ConfigError(raised.problems)
     if isinstance(raised, SamestepError):
@@ -73,9 +73,9 @@ def to_user_error(raised: Exception) -> SamestepError:
 
 
 def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
-    """What PyTorch says when a GPU is full, in words."""
-    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(raised))
-    wanted = f" ({found[1]} more wanted)" if found else ""
+    """Turn PyTorch's error of a full GPU into one for the user."""
+    amount = re.search(r"Tried to allocate ([\d.]+ \w+)", str(raised))
+    wanted = f" ({amount[1]} more wanted)" if amount else ""
     return GpuMemoryError(
         f"GPU: out of memory{wanted}; the same command goes on, with less where batch.micro_batch_tokens, "
         "training.gradient_checkpointing or model.resident_weights is auto; `samestep plan` shows what fits"
@@ -86,9 +86,9 @@ def _first_failure(error: SamestepError | None, group: dist.ProcessGroup | None)
     if not dist.is_initialized():
         return error
     gathered = gather_objects((type(error), str(error)) if error else None, group)
-    for rank, told in enumerate(gathered):
-        if told is not None:
-            kind, message = told
+    for rank, failure in enumerate(gathered):
+        if failure is not None:
+            kind, message = failure
             return kind(message if rank == 0 else f"rank {rank}: {message}")
     return None
 
@@ -100,7 +100,7 @@ def run_on_main(action: Callable[[], None]) -> None:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The value of every rank, by rank (picklable)."""
+    """Return the value of every rank, by rank (picklable)."""
     if not dist.is_initialized():
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()
@@ -122,7 +122,7 @@ def broadcast_from_main(action: Callable[[], T]) -> T:
 
 
 def lost_contact(error: RuntimeError) -> RunError | None:
-    """What a collective raises when another rank is gone, in words; None for any other error.
+    """Return the user's error for what a collective raises when another rank is gone; None for any other error.
 
     gloo raises a plain RuntimeError with its own name in it, NCCL a `DistBackendError` (torch 2.14).
     """

@@ -24,7 +24,9 @@ from trainer.distributed.collectives import gather_objects, run_on_all_ranks, ru
 from trainer.task import Task
 
 logger = get_logger("trainer")
-PATIENCE = timedelta(hours=1)  # nodes that read a large base at unequal speed wait for each other
+PROCESS_GROUP_TIMEOUT = timedelta(
+    hours=1
+)  # nodes that read a large base at unequal speed wait for each other
 
 
 def init_process_group() -> PartialState:
@@ -38,16 +40,16 @@ def init_process_group() -> PartialState:
             _announce_compiling()
     with _interruptible():
         if torch.cuda.is_available():
-            return PartialState(timeout=PATIENCE)
+            return PartialState(timeout=PROCESS_GROUP_TIMEOUT)
         # With `cpu=True` accelerate 1.15 would forget DeepSpeed, and without a backend the others.
         if uses_deepspeed():
-            return PartialState(backend="gloo", timeout=PATIENCE)
-        return PartialState(cpu=True, timeout=PATIENCE)
+            return PartialState(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+        return PartialState(cpu=True, timeout=PROCESS_GROUP_TIMEOUT)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A Ctrl-C ends the process at once: Python would hear of it when the other ranks have come."""
+    """Let a Ctrl-C end the process at once: Python would hear of it only when the other ranks have come."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may change this
         return
@@ -68,7 +70,7 @@ def stay_on_this_machine() -> None:
 
 
 def _announce_compiling() -> None:
-    """Before the first start of DeepSpeed on CPUs, which would be silent for that long."""
+    """Announce the first start of DeepSpeed on CPUs, which compiles in silence for minutes."""
     from torch.utils.cpp_extension import get_default_build_root
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -79,22 +81,22 @@ def _announce_compiling() -> None:
 
 
 def uses_deepspeed() -> bool:
-    """The launcher's config says so."""
+    """Return whether the launcher's config names DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def find_deepspeed_config() -> None:
-    """Where a shipped accelerate config names a shipped DeepSpeed file, that is found from every folder."""
+    """Make the DeepSpeed file that a shipped accelerate config names findable from every folder."""
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if name in ("ds_configs/zero2.json", "ds_configs/zero3.json") and not Path(name).is_file():
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(resource("ds_configs", Path(name).name))
 
 
 def smallest_gpu(device: torch.device) -> int | None:
-    """Bytes of the smallest GPU of all ranks, None on CPUs. A collective."""
+    """Return the memory in bytes of the smallest GPU of all ranks, None on CPUs. A collective."""
     mine = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    found = [memory for memory in gather_objects(mine) if memory is not None]
-    return min(found, default=None)
+    memories = [memory for memory in gather_objects(mine) if memory is not None]
+    return min(memories, default=None)
 
 
 def check_same_plan(task: Task, state: PartialState) -> None:
@@ -127,14 +129,14 @@ def check_same_plan(task: Task, state: PartialState) -> None:
             )
 
     run_on_all_ranks(check)
-    everyone = gather_objects(plan.digest())
-    odd = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
+    digests = gather_objects(plan.digest())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
 
     def compare() -> None:
-        if odd:
+        if differing:
             raise RunError(
-                f"its plan differs from rank {odd[0]}'s ({len(odd)} ranks differ); the nodes see other data, "
-                "recipes or library versions; share SAMESTEP_CACHE, or make them alike"
+                f"its plan differs from rank {differing[0]}'s ({len(differing)} ranks differ); the nodes see other "
+                "data, recipes or library versions; share SAMESTEP_CACHE, or make them alike"
             )
 
     run_on_main(compare)

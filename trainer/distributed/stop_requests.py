@@ -1,7 +1,7 @@
-"""What is asked of a run from outside, agreed over the ranks: stop at the next step boundary, or save there.
+"""Requests to a run from outside, agreed over the ranks: stop at the next step boundary, or save there.
 
-Signals, the files STOP and SAVE in the run directory and the death of the launcher become numbers, one for each
-kind of wish. Every rank adds its own to the step's all-reduce, so all ranks read the same wishes in the same step
+Signals, the files STOP and SAVE in the run directory and the death of the launcher become flags, one number for each
+kind of request. Every rank adds its own to the step's all-reduce, so all ranks read the same requests in the same step
 and nobody is left waiting in a collective.
 """
 
@@ -32,12 +32,12 @@ from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REASONS: tuple[StopReason, ...] = get_args(StopReason)  # the first that anybody gives is the run's
 FLAGS = (*REASONS, "save", "fail")
-"""What each number of `Watch.wishes` counts."""
+"""What each number of `StopRequests.flags` counts."""
 
 
 @dataclass(frozen=True)
 class AgreedRequests:
-    """What all ranks know after they added up their wishes."""
+    """The requests that all ranks know of after they added up their flags."""
 
     stop: StopReason | None = None
     save: bool = False
@@ -45,14 +45,14 @@ class AgreedRequests:
 
     @staticmethod
     def of(sums: Sequence[float]) -> AgreedRequests:
-        """From the sums over all ranks, in the order of `FLAGS`."""
-        wished = {wish for wish, count in zip(FLAGS, sums, strict=True) if count > 0}
-        stop = next((reason for reason in REASONS if reason in wished), None)
-        return AgreedRequests(stop, "save" in wished, "fail" in wished)
+        """Read the requests from the sums over all ranks, in the order of `FLAGS`."""
+        raised = {flag for flag, count in zip(FLAGS, sums, strict=True) if count > 0}
+        stop = next((reason for reason in REASONS if reason in raised), None)
+        return AgreedRequests(stop, "save" in raised, "fail" in raised)
 
 
 class StopRequests:
-    """The wishes of one rank. Rank 0 alone looks at the files: a node may see an older state of a shared disk.
+    """The requests that one rank knows of. Rank 0 alone reads the files: a node may see an older state of the disk.
 
     `parent`: the launcher's process id, None for a process that nobody waits for. `begins_at`: where the attempt
     begins, for the marker, once that is known.
@@ -66,22 +66,22 @@ class StopRequests:
         self.begins_at = ""
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler: the first of each kind is a wish; a second Ctrl-C ends the process at once."""
+        """Signal handler: the first of each kind is a request; a second Ctrl-C ends the process at once."""
         if number == signal.SIGINT:
             if self._interrupted:
                 os._exit(130)
             self._interrupted = True
         self._signalled = self._signalled or reason_of_signal(number)
 
-    def wishes(self) -> list[float]:
-        """One number for each of `FLAGS`: 1 where this rank knows of it."""
+    def flags(self) -> list[float]:
+        """Return one number for each of `FLAGS`: 1 where this rank knows of it."""
         WATCHDOG.heartbeat()
         known: set[str] = {*self._stops()}
         if self.failure:
             known.add("fail")
         if self._rank == 0 and requested_save(self._run):
             known.add("save")
-        return [float(wish in known) for wish in FLAGS]
+        return [float(flag in known) for flag in FLAGS]
 
     def _stops(self) -> set[StopReason]:
         known: set[StopReason] = set()
@@ -93,8 +93,8 @@ class StopRequests:
             known.add(reason)
         return known
 
-    def wanted(self, numbers: bytes) -> StopReason | None:
-        """Why this rank should stop, as the watchdog sees it. `numbers`: of the signals since the last look.
+    def stop_reason(self, numbers: bytes) -> StopReason | None:
+        """Return why this rank should stop, as the watchdog sees it. `numbers`: of the signals since the last look.
 
         Python calls a handler when the main thread is back from C, and a collective without the others never is.
         """
@@ -109,16 +109,16 @@ class StopRequests:
             leave_stopped(self._run, reason, self.begins_at)
 
     def fail(self, error: Exception) -> None:
-        """This rank cannot go on: the next step's all-reduce tells all, before the weights change."""
+        """Note that this rank cannot go on; the next step's all-reduce tells all before the weights change."""
         self.failure = self.failure or to_user_error(error)
 
     def raise_failure(self) -> None:
-        """After the last step, when no other brings the failure to the other ranks."""
+        """Raise this rank's failure, after the last step: no other step would bring it to the other ranks."""
         if self.failure:
             raise self.failure
 
     def agreed_failure(self) -> SamestepError:
-        """What all ranks raise once they know of a failure: that of the first rank that has one. A collective."""
+        """Return what all ranks raise once they know of a failure: that of the first failed rank. A collective."""
         try:
             run_on_all_ranks(self.raise_failure)
         except SamestepError as error:
@@ -126,17 +126,18 @@ class StopRequests:
         return RunError("a rank could not go on and did not say why; see the words above")
 
     def agree(self) -> AgreedRequests:
-        """A collective of its own, for where no step's all-reduce comes by: before the first and in evaluations."""
-        return AgreedRequests.of([sum(told) for told in zip(*gather_objects(self.wishes()), strict=True)])
+        """Agree where no step's all-reduce comes by, before the first step and in evaluations. A collective."""
+        flags_by_rank = gather_objects(self.flags())
+        return AgreedRequests.of([sum(flags) for flags in zip(*flags_by_rank, strict=True)])
 
 
 def reason_of_signal(number: int) -> StopReason:
-    """Why a signal of `STOP_SIGNALS` stops the run: a scheduler, somebody's SIGTERM, or the one at the terminal."""
+    """Return why a signal of `STOP_SIGNALS` stops the run: a scheduler, somebody's SIGTERM, or the user."""
     return reason_of_sigterm() if number == signal.SIGTERM else "user"
 
 
 def warn_of_slow_save(seconds: float) -> str | None:
-    """What to say when a save took more than half of the scheduler's warning time (a batch job sets it)."""
+    """Return what to say when a save took more than half of the scheduler's warning time (a batch job sets it)."""
     lead = os.environ.get("SAMESTEP_STOP_LEAD", "")
     if not lead.isdigit() or seconds <= int(lead) / 2:
         return None
@@ -147,28 +148,30 @@ def warn_of_slow_save(seconds: float) -> str | None:
 
 
 @contextmanager
-def stop_requests(run: RunDirectory, rank: int, parent: int | None) -> Iterator[StopRequests]:
-    """From here on signals are wishes, which the watchdog sees too; at the end they are again what they were.
+def handle_stop_requests(run: RunDirectory, rank: int, parent: int | None) -> Iterator[StopRequests]:
+    """Make signals requests, which the watchdog sees too; afterwards they are handled as before.
 
     `parent`: the launcher's process id, read when this process began. A signal that is ignored (`nohup`) stays so.
     """
-    watch = StopRequests(run, rank, parent)
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    old = _unpublished(run)
-    before = {number: signal.signal(number, watch.receive) for number in heeded}
-    woken = signal.set_wakeup_fd(WATCHDOG.wakeup, warn_on_full_buffer=False)
-    WATCHDOG.answer_stops(watch.wanted, watch.give_up, lambda: bool(_unpublished(run) - old))
+    requests = StopRequests(run, rank, parent)
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    unpublished_before = _unpublished(run)
+    handlers_before = {number: signal.signal(number, requests.receive) for number in handled}
+    wakeup_before = signal.set_wakeup_fd(WATCHDOG.wakeup, warn_on_full_buffer=False)
+    WATCHDOG.answer_stops(
+        requests.stop_reason, requests.give_up, lambda: bool(_unpublished(run) - unpublished_before)
+    )
     try:
-        yield watch
+        yield requests
     finally:
         WATCHDOG.forget_stops()
-        signal.set_wakeup_fd(woken)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
 
 
-def heed_early_stops(run: RunDirectory) -> None:
-    """Before the run is taken: a stop that the start does not come to answer (a rendezvous without the others) ends it.
+def handle_early_stops(run: RunDirectory) -> None:
+    """Let a stop end the start before the run is locked, where the start cannot answer (a rendezvous, say).
 
     For a process that somebody waits for, who has cleared away what was asked of earlier attempts.
     """
@@ -184,11 +187,11 @@ def heed_early_stops(run: RunDirectory) -> None:
 
 
 def _unpublished(run: RunDirectory) -> set[tuple[int, int]]:
-    """What is being written beside its final name now, by any rank, or was when an attempt was killed."""
-    found = set()
+    """List the folders (inode, ctime) that any rank is writing now, or wrote when an attempt was killed."""
+    folders = set()
     for pattern in ("checkpoint-*.partial", f".{run.adapter.name}.*"):
         for folder in run.path.glob(pattern):
             with suppress(OSError):
-                about = folder.stat()
-                found.add((about.st_ino, about.st_ctime_ns))
-    return found
+                status = folder.stat()
+                folders.add((status.st_ino, status.st_ctime_ns))
+    return folders

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,39 +25,42 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from launch.errors import RunError
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
-from trainer.formats.portable import MOMENTS, State, step_device
-from trainer.formats.sharded import InMemoryCheckpointEngine, ZeroPart
+from trainer.formats.key_names import ADAM_STATE_KEYS
+from trainer.formats.portable import TrainedState, step_device
+from trainer.formats.sharded import InMemoryCheckpointEngine, ZeroRankState
 from trainer.model.layer_stand_ins import decoder_layers
 
 logger = get_logger("trainer")
-_MOST_FETCHES = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+_MAX_FETCHES = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 class Zero:
     """The trained state in DeepSpeed's shards."""
 
     steps_in_backward = True
+    # DeepSpeed must not divide by the micro-batches: the loss is of the whole step.
+    backward_options: ClassVar[dict[str, bool]] = {"scale_wrt_gas": False}
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], stage: int) -> None:
         self.parameters, self.stage = parameters, stage
         self.loss_factor = float(dist.get_world_size())  # DeepSpeed averages gradients over the ranks
         self._engine: Any = None
-        self._forget_zero()
+        self._unset_hf_config()
 
-    def started(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Training begins: the model as accelerate wrapped it."""
+    def attach(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take the engine that accelerate made of the model, before the first step."""
         self._engine = wrapped
-        self._forget_zero()
+        self._unset_hf_config()
         if self.stage == 3:
-            # After each step it lets go of every parameter below this module, and asks each when it was last used.
+            # After each step DeepSpeed walks over every parameter below this module to release it.
             layers = decoder_layers(self._engine.module)
             offload = self._engine.optimizer.parameter_offload
             offload.module = layers
-            self._engine.module.register_forward_hook(partial(_let_go_after_evaluation, offload))
+            self._engine.module.register_forward_hook(partial(_partition_after_evaluation, offload))
             if not self._engine.zero_overlap_comm():
-                _let_the_host_run_ahead(offload.param_coordinator, layers)
+                _allow_two_layers_in_flight(offload.param_coordinator, layers)
 
-    def _forget_zero(self) -> None:
+    def _unset_hf_config(self) -> None:
         """Make the libraries forget that ZeRO-3 is on, whenever they may have been told.
 
         trl 1.16 would gather the output head, which is not partitioned (`maybe_gather_lm_head_ctx`), and
@@ -66,7 +69,7 @@ class Zero:
         unset_hf_deepspeed_config()
 
     @contextmanager
-    def outside_training(self, model: PeftModel) -> Iterator[None]:
+    def hide_unsharded_modules(self, model: PeftModel) -> Iterator[None]:
         """While the engine is made, hide from ZeRO-3 what it must not partition: all but the decoder layers.
 
         The tower is replicated by design; the output head's weight is read without a call of the module, so
@@ -75,10 +78,10 @@ class Zero:
         if self.stage < 3:
             yield
             return
-        _put_a_float_first(model)
+        _put_float_parameter_first(model)
         _gather_whole_layers(model)
         options = AcceleratorState().deepspeed_plugin.deepspeed_config["zero_optimization"]
-        sizes = _one_layer_ahead(model)  # `launch.rules.config_rules` refuses a file that has them
+        sizes = _prefetch_one_layer(model)  # `launch.rules.config_rules` refuses a file that has them
         options |= sizes
         base: Any = model.get_base_model()
         inner = base.model
@@ -97,33 +100,48 @@ class Zero:
             for key in sizes:
                 del options[key]
 
-    def keep_gradients(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
-        """DeepSpeed reduces in every backward."""
+    @contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        """Release gathered layers while the model generates: `generate` calls the base, past the wrapper's hook."""
+        if (
+            self.stage < 3 or self._engine is None
+        ):  # a run that goes on may evaluate before anything is wrapped
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        hook = model.get_base_model().register_forward_hook(partial(_partition_after_evaluation, offload))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def no_sync(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """Keep nothing back: DeepSpeed reduces in every backward."""
         return nullcontext()
 
-    def add_up(self, told: Tensor) -> tuple[list[float], float]:
-        """Sum `told` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `norm`."""
-        dist.all_reduce(told)
-        return told.tolist(), float("nan")
+    def all_reduce(self, values: Tensor) -> tuple[list[float], float]:
+        """Sum `values` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `grad_norm`."""
+        dist.all_reduce(values)
+        return values.tolist(), float("nan")
 
-    def before_next_step(self, action: Callable[[], None]) -> None:
+    def call_before_next_step(self, action: Callable[[], None]) -> None:
         """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step.
 
         accelerate 1.15 calls the engine's `step` in the last backward of a step (`DeepSpeedEngineWrapper.backward`),
         and DeepSpeed 0.19 has no hook there; what stands in its place calls it.
         """
-        take = self._engine.step
+        take_step = self._engine.step
 
-        def ask_first(*args: Any, **kwargs: Any) -> Any:
+        def call_first(*args: Any, **kwargs: Any) -> Any:
             del self._engine.step  # from now on the class's own again
-            run_on_all_ranks(self._all_were_reduced)
+            run_on_all_ranks(self._check_all_reduced)
             action()
-            return take(*args, **kwargs)
+            return take_step(*args, **kwargs)
 
-        self._engine.step = ask_first
+        self._engine.step = call_first
 
-    def _all_were_reduced(self) -> None:
-        """After a backward; DeepSpeed takes a gradient away when it reduces it.
+    def _check_all_reduced(self) -> None:
+        """Check after a backward that no gradient is left: DeepSpeed takes each away when it reduces it.
 
         Raises:
             RunError: a whole layer's were reduced before they were all there.
@@ -136,16 +154,15 @@ class Zero:
                 "--strategy"
             )
 
-    def norm(self) -> float:
-        """Of the step just taken, before clipping."""
-        found = self._engine.get_global_grad_norm()
-        return float(found)
+    def grad_norm(self) -> float:
+        """Return the gradients' norm of the step just taken, before clipping."""
+        return float(self._engine.get_global_grad_norm())
 
-    def state(self) -> State | None:
-        """Copies of adapters and moments, put together on rank 0. A collective."""
+    def full_state(self) -> TrainedState | None:
+        """Copy adapters and optimizer state, put together on rank 0; the others get None. A collective."""
         adapter = self.weights()
         optimizer: dict[str, Tensor] = {}
-        for key in MOMENTS:
+        for key in ADAM_STATE_KEYS:
             gathered = self._gather({name: state[key] for name, state in self._states().items()})
             optimizer |= {f"{name}.{key}": tensor for name, tensor in gathered.items()}
         if adapter is None:
@@ -154,48 +171,48 @@ class Zero:
             optimizer[f"{name}.step"] = (
                 torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
             )
-        return State(adapter, optimizer)
+        return TrainedState(adapter, optimizer)
 
-    def part(self, step: int) -> ZeroPart:
-        """Copies of what DeepSpeed saves on this rank, under its own names. A collective.
+    def rank_state(self, step: int) -> ZeroRankState:
+        """Copy what DeepSpeed saves on this rank, under its own names. A collective.
 
         It writes in the middle of its collectives, where a rank with a full disk would leave the others waiting;
         so it is handed what only keeps the files.
         """
-        engine, kept, tag = self._engine, InMemoryCheckpointEngine(), f"global_step{step}"
-        own = engine.checkpoint_engine
-        engine.checkpoint_engine = kept
+        engine, memory, tag = self._engine, InMemoryCheckpointEngine(), f"global_step{step}"
+        original = engine.checkpoint_engine
+        engine.checkpoint_engine = memory
         engine._copy_recovery_script = lambda _: None  # into the folder that is not there yet
         engine.module_state_dict = lambda **_: {}  # the frozen base, and once more what the shards hold
         try:
             engine.save_checkpoint(".", tag, save_latest=False, exclude_frozen_parameters=True)
         finally:
-            engine.checkpoint_engine = own
+            engine.checkpoint_engine = original
             del engine._copy_recovery_script, engine.module_state_dict
         latest = {"latest": tag} if dist.get_rank() == 0 else {}
-        return ZeroPart(kept.files | latest)
+        return ZeroRankState(memory.files | latest)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The adapters by name, on rank 0 alone. A collective."""
+        """Return the adapters by name on rank 0, and None on the others. A collective."""
         if self._engine is None or self.stage < 3:
-            found = {
+            weights = {
                 name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()
             }
         else:
-            found = self._gather({name: shard for name, (shard, _) in self._pieces().items()})
-        return found if dist.get_rank() == 0 else None
+            weights = self._gather({name: shard for name, (shard, _) in self._pieces().items()})
+        return weights if dist.get_rank() == 0 else None
 
-    def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Put stored moments and step counts into this rank's shards, before the first step or later."""
+    def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
+        """Put a stored optimizer state into this rank's shards, before the first step or later."""
         inner: torch.optim.Optimizer = self._engine.optimizer.optimizer
         for name, (shard, piece) in self._pieces().items():
             state = inner.state[shard]
             if not state:
-                state["step"] = moments[f"{name}.step"].to(step_device(inner, shard)).clone()
-                state |= {key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS}
+                state["step"] = optimizer_state[f"{name}.step"].to(step_device(inner, shard)).clone()
+                state |= {key: torch.zeros_like(shard, requires_grad=False) for key in ADAM_STATE_KEYS}
                 inner.state[shard] = state
-            for key in MOMENTS:
-                flat = moments[f"{name}.{key}"].reshape(-1)[piece.begin : piece.begin + piece.count]
+            for key in ADAM_STATE_KEYS:
+                flat = optimizer_state[f"{name}.{key}"].reshape(-1)[piece.begin : piece.begin + piece.count]
                 state[key][piece.at : piece.at + piece.count].copy_(flat)
 
     def _states(self) -> dict[str, dict[str, Any]]:
@@ -222,10 +239,10 @@ class Zero:
         }
 
     def _pieces(self) -> dict[str, tuple[Tensor, Piece]]:
-        """Name -> (this rank's flat fp32 shard that holds a part of it, or would, and which part)."""
+        """Map each name to this rank's flat fp32 shard that holds a part of it, or would, and to which part."""
         optimizer, rank = self._engine.optimizer, dist.get_rank()
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        found: dict[str, tuple[Tensor, Piece]] = {}
+        pieces: dict[str, tuple[Tensor, Piece]] = {}
         if self.stage < 3:
             for group, shard in enumerate(optimizer.single_partition_of_fp32_groups):
                 members = optimizer.round_robin_bit16_groups[group]
@@ -233,15 +250,15 @@ class Zero:
                     members, optimizer.round_robin_bit16_offsets[group], strict=True
                 ):
                     piece = piece_of_flat(offset, parameter.numel(), rank * shard.numel(), shard.numel())
-                    found[names[id(parameter)]] = (shard, piece)
+                    pieces[names[id(parameter)]] = (shard, piece)
         else:
             for group, shard in enumerate(optimizer.fp32_partitioned_groups_flat):
                 at = 0
                 for parameter in optimizer.fp16_groups[group]:
                     share = parameter.partition_numel()
-                    found[names[id(parameter)]] = (shard, piece_of_own(parameter.ds_numel, rank, share, at))
+                    pieces[names[id(parameter)]] = (shard, piece_of_own(parameter.ds_numel, rank, share, at))
                     at += share
-        return {name: found[name] for name in self.parameters}
+        return {name: pieces[name] for name in self.parameters}
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -252,7 +269,7 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _put_a_float_first(model: PeftModel) -> None:
+def _put_float_parameter_first(model: PeftModel) -> None:
     """Let the first parameter of the decoder layers be a bias, not its packed weight.
 
     DeepSpeed 0.19.8 takes the dtype of the first parameter for the model's (`DeepSpeedZeRoOffload`), and refuses
@@ -277,10 +294,10 @@ def _gather_whole_layers(model: PeftModel) -> None:
         set_z3_leaf_module(layer, True)
     trained = [layer for layer in layers if any(weight.requires_grad for weight in layer.parameters())]
     for first in trained[:1]:
-        first.register_forward_pre_hook(_ask_for_a_gradient)
+        first.register_forward_pre_hook(_require_input_gradient)
 
 
-def _ask_for_a_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _require_input_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Let the first layer that trains have an input with a gradient, which nobody reads.
 
     DeepSpeed 0.19.8 reduces a whole layer's gradients in a full backward hook. Where no input of a module has a
@@ -293,13 +310,13 @@ def _ask_for_a_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     return hidden, *others
 
 
-def _one_layer_ahead(model: PeftModel) -> dict[str, int]:
+def _prefetch_one_layer(model: PeftModel) -> dict[str, int]:
     """Sizes for ZeRO-3, in elements: the layer that computes is whole, and the next one on its way."""
     layer = max(sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model))
     return {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
 
 
-def _let_go_after_evaluation(offload: Any, model: nn.Module, *_: Any) -> None:
+def _partition_after_evaluation(offload: Any, model: nn.Module, *_: Any) -> None:
     """Have ZeRO-3 forget a forward without a backward.
 
     It brings layers for a backward that does not come, where it has learned their order in training. Where it is
@@ -313,7 +330,7 @@ def _let_go_after_evaluation(offload: Any, model: nn.Module, *_: Any) -> None:
         offload.param_coordinator._invalidate_trace()
 
 
-def _let_the_host_run_ahead(coordinator: Any, layers: nn.ModuleList) -> None:
+def _allow_two_layers_in_flight(coordinator: Any, layers: nn.ModuleList) -> None:
     """Let two layers be under way to the GPU before Python waits for it.
 
     DeepSpeed 0.19.8 waits where more than 2 fetches are: each weight of a layer counts as one, so at every layer
@@ -321,6 +338,6 @@ def _let_the_host_run_ahead(coordinator: Any, layers: nn.ModuleList) -> None:
     so it takes no more of it to be ahead.
     """
     weights = max(len(list(layer.parameters())) for layer in layers)
-    if not hasattr(coordinator, _MOST_FETCHES):
-        logger.warning(f"DeepSpeed {version('deepspeed')} has no {_MOST_FETCHES}: steps may take longer")
-    setattr(coordinator, _MOST_FETCHES, 2 * weights)
+    if not hasattr(coordinator, _MAX_FETCHES):
+        logger.warning(f"DeepSpeed {version('deepspeed')} has no {_MAX_FETCHES}: steps may take longer")
+    setattr(coordinator, _MAX_FETCHES, 2 * weights)

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
@@ -36,11 +36,11 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
-from trainer.base_files import refuse_unsafe_base
-from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
+from trainer.data.rows import Row
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica, spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
@@ -52,8 +52,9 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
+from trainer.evaluation.loading import with_named_targets
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
-from trainer.export.base_model import add_allow, check_base, find_base, run_of
+from trainer.export.base_model import add_allow, check_base, find_base, run_containing
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.export.merge import merge, print_report
 from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
@@ -61,7 +62,7 @@ from trainer.formats.validated import read_json
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
-from trainer.pretrained import load_processor
+from trainer.pretrained import load_processor, model_class_of
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
@@ -91,34 +92,23 @@ def compare(request: Request) -> Comparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
-            _with_named_targets(request.adapter), Path(adapter)
+            with_named_targets(request.adapter), Path(adapter)
         )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
-
-
-def _with_named_targets(adapter: Adapter) -> Adapter:
-    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
-    named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
-    patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
-    return replace(adapter, config=adapter.config | named | patterns)
 
 
 def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
     dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def plain(folder: Path) -> Qwen2VLForConditionalGeneration:
-        refuse_unsafe_base(folder, None)
-        return cast(
-            Qwen2VLForConditionalGeneration,
-            Qwen2VLForConditionalGeneration.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-            ),
+    def plain(folder: Path) -> PreTrainedModel:
+        return model_class_of(folder).from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         )
 
     pairs = len(request.adapter.pairs)
@@ -225,7 +215,7 @@ def kind_of(folder: Path) -> str:
         return folder.name
 
 
-def with_adapter(base: Qwen2VLForConditionalGeneration, folder: Path, wanted: int) -> torch.nn.Module:
+def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.Module:
     """PEFT's own loading, which says nothing about keys that match no layer: counted here."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
@@ -257,16 +247,19 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.inference_mode()
 def answer_logits(
-    model: torch.nn.Module, processor: Qwen2VLProcessor, recipe: Recipe, row: Row, dtype: torch.dtype
+    model: torch.nn.Module, processor: ProcessorMixin, recipe: Recipe, row: Row, dtype: torch.dtype
 ) -> Tensor:
     """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
-    prompt, text = encoder.texts(row)
+    conversation = encoder.conversation(row)
     device = next(model.parameters()).device
     with naming_row(f"data: the row that asks {row.query!r}"):
-        image = decode_image(row.image)
-        inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
-        begin = encoder.prompt_length(prompt, inputs["input_ids"][0])
+        images = [decode_image(image) for image in row.images] or None
+        inputs = processor(
+            text=[conversation.text], images=images, return_tensors="pt", add_special_tokens=False
+        )
+        begin, end = encoder.spans(conversation, encoder.text_ids(conversation.text))[-1]
+        begin = inputs["input_ids"].shape[1] - (end - begin)  # no image stands in an answer
     inputs = inputs.to(device)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits
@@ -275,7 +268,7 @@ def answer_logits(
 
 def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
     """The recipe of the run that `source` is or lies in, or of `run_dir`."""
-    run = RunDirectory(run_dir) if run_dir else run_of(source)
+    run = RunDirectory(run_dir) if run_dir else run_containing(source)
     if run is not None and run.recipe_file.is_file():
         return run.recipe_file
     raise ConfigError(

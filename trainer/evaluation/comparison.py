@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trainer.data.chartqa import Row
 from trainer.data.relaxed_accuracy import correct
+from trainer.data.rows import Row
 
 UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 

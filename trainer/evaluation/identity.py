@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.inputs.identity import MODEL_PARTS, PARTS
+from launch.inputs.identity import MODEL_PARTS, OWN_TEMPLATE, PARTS
 from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
-from trainer.evaluation.answers import Task
+from launch.run.variants import parse_variant
+from trainer.evaluation.request import Task
 from trainer.export.base_model import old_base_change, recorded_at
-from trainer.identity import identity_of
+from trainer.identity import compute_identity
 from trainer.pretrained import base_path
 
 logger = logging.getLogger("trainer")
@@ -26,18 +27,23 @@ def hold_against_training(task: Task) -> dict[str, Any]:
         ConfigError: parts differ that are not allowed to; each is named with both digests.
     """
     request = task.request
-    of_model = _OF_ANY_MODEL if request.models == ("merged",) else MODEL_PARTS
-    now = identity_of(task.recipe, task.index).only(*of_model, f"data.{request.split}.rows")
+    all_merged = {parse_variant(model).weights for model in request.models} == {"merged"}
+    of_model = _OF_ANY_MODEL if all_merged else MODEL_PARTS
+    now = compute_identity(task.recipe, task.index).only(
+        *of_model, OWN_TEMPLATE, f"data.{request.split}.rows"
+    )
     refuse_unknown_parts(request.allow, PARTS)
-    recorded, where = recorded_at(request.run.path)
+    trained_at = request.trained_at
+    recorded, where = recorded_at(trained_at) if trained_at else (None, "")
     found = content_changes(recorded, now) if recorded else []
-    if of_model == MODEL_PARTS and (old := old_base_change(request.run.path, Path(base_path(task.recipe)))):
-        found.append(old)
+    if trained_at and of_model == MODEL_PARTS:
+        old = old_base_change(trained_at, Path(base_path(task.recipe)))
+        found += [old] if old else []
     if refused := [change for change in found if not is_allowed(change, request.allow)]:
         raise ConfigError(
             [
                 *(f"{change.key}: {change.comparison(f'{where} has')}" for change in refused),
-                f"{request.run.path}: was trained on others (parts that differ: {len(refused)}); bring them back, or "
+                f"{trained_at}: was trained on others (parts that differ: {len(refused)}); bring them back, or "
                 f"--allow {' --allow '.join(change.key for change in refused)}",
             ]
         )

@@ -12,17 +12,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import WEIGHTS
+from launch.run.variants import from_worse_to_better, parse_variant
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
-from trainer.data.relaxed_accuracy import correct
-from trainer.evaluation.metrics import Accuracy, mcnemar, summary
-
-PAIRS = (("base", "adapter"), ("shuffled", "adapter"), ("merged", "adapter"))
-"""Models that are compared question by question."""
+from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
+from trainer.evaluation.metrics import Accuracy, Paired, paired, summary_of
 
 _QUESTION = ("row", "query", "label", "human_or_machine")
 
@@ -38,7 +37,11 @@ class Kept:
 
 
 def with_earlier_answers(
-    result: dict[str, Any], file: Path, weights: Mapping[str, str | None], adapter: Path
+    result: dict[str, Any],
+    file: Path,
+    weights: Mapping[str, str | None],
+    adapter: Path,
+    metrics: Metrics = RELAXED,
 ) -> Kept:
     """A result with the answers that `file` holds of other models. Writes nothing.
 
@@ -51,16 +54,21 @@ def with_earlier_answers(
         return Kept(result, (), _free_name(file) if file.exists() else None)
     if not _same_questions(older, result):
         return Kept(result, (), _free_name(file))
-    current = {model for model in older["accuracy"] if _is_current(model, older, weights, adapter)}
+    current = {
+        model
+        for model in older["accuracy"]
+        if _is_current(model, older, weights, adapter) and _same_prompt(model, older, result)
+    }
     stale = older["accuracy"].keys() - current
     carried = [model for model in weights if model in current - result["accuracy"].keys()]
     models = [model for model in weights if model in {*carried, *result["accuracy"]}]
     answers = {each["row"]: each for each in older["predictions"]}
     predictions = [
         {key: each[key] for key in _QUESTION}
-        | {m: _scored(answers[each["row"]][m], each) if m in carried else each[m] for m in models}
+        | {m: _scored(answers[each["row"]][m], each, metrics) if m in carried else each[m] for m in models}
         for each in result["predictions"]
     ]
+    pairs = compared(predictions, models)
     # Of all models in the file: an evaluation of the merged one alone says nothing of the base's weights.
     facts: dict[str, Any] = {
         key: {**older.get(key, {}), **result[key]} for key in ("identity", "differs") if key in result
@@ -68,40 +76,66 @@ def with_earlier_answers(
     whole = {
         **result,
         **facts,
-        "weights": {m: weights[m] if m in carried else result["weights"][m] for m in models},
+        "weights": {
+            m: _weights_of(m, older, weights) if m in carried else result["weights"][m] for m in models
+        },
         "finished_of": {m: _finished(older, m) if m in carried else result["finished"] for m in models},
         "accuracy": {m: _accuracy(m, predictions) if m in carried else result["accuracy"][m] for m in models},
+        "prompts": {m: (older if m in carried else result).get("prompts", {}).get(m) for m in models},
+        "metrics": figures(predictions, models, metrics),
         "predictions": predictions,
-        "mcnemar_p": compared(predictions, models),
+        "mcnemar_p": probabilities(pairs),
+        "paired": pairs,
     }
     return Kept(whole, tuple(carried), _free_name(file) if stale else None)
 
 
-def _scored(answer: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
-    return {**answer, "correct": correct(answer["prediction"], question["label"][0])}
+def _weights_of(model: str, older: dict[str, Any], weights: Mapping[str, str | None]) -> str | None:
+    told: str | None = older.get("weights", {}).get(model)
+    return told or weights[model]
+
+
+def _scored(answer: dict[str, Any], question: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
+    prediction, labels = answer["prediction"], question["label"]
+    return {
+        **answer,
+        "correct": metrics.is_correct(prediction, labels),
+        "scores": metrics.score(prediction, labels),
+    }
 
 
 def _accuracy(model: str, predictions: Sequence[dict[str, Any]]) -> dict[str, Accuracy]:
-    return summary(
-        {
-            "prediction": each[model]["prediction"],
-            "target": each["label"][0],
-            "human_or_machine": each["human_or_machine"],
-        }
-        for each in predictions
-    )
+    return summary_of((each[model]["correct"], each["human_or_machine"]) for each in predictions)
 
 
-def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, float]:
-    """McNemar's p of every pair of `PAIRS` that was asked."""
+def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, Paired]:
+    """Every pair of models on the same questions, from the base to what was made of it: `base -> adapter`."""
     return {
-        f"{before} -> {after}": mcnemar(
+        f"{before} -> {after}": paired(
             [each[before]["correct"] for each in predictions],
             [each[after]["correct"] for each in predictions],
         )
-        for before, after in PAIRS
-        if before in models and after in models
+        for before, after in combinations(from_worse_to_better(models), 2)
     }
+
+
+def probabilities(pairs: Mapping[str, Paired]) -> dict[str, float]:
+    """McNemar's p of every pair, as eval.json has had it from the first."""
+    return {pair: each["p"] for pair, each in pairs.items()}
+
+
+def models_in(file: Path) -> list[str]:
+    """The models whose answers an older result holds; none where it cannot be read."""
+    older = _read(file)
+    return [model for model in older["accuracy"] if _is_name(model)] if older else []
+
+
+def _is_name(model: str) -> bool:
+    try:
+        parse_variant(model)
+    except ValueError:
+        return False
+    return True
 
 
 def write_result(kept: Kept, file: Path) -> None:
@@ -145,17 +179,27 @@ def _same_questions(older: dict[str, Any], result: dict[str, Any]) -> bool:
 
 
 def _is_current(model: str, older: dict[str, Any], weights: Mapping[str, str | None], adapter: Path) -> bool:
-    """Its answers are of the weights that the run has now."""
-    if model == "base":
+    """Its answers are of the weights that the run has now; those of a checkpoint that is gone stay what they are."""
+    if not _is_name(model):
+        return False
+    name = parse_variant(model)
+    if name.weights == "base":
         return True
     if (told := older.get("weights", {}).get(model)) is not None:
-        return bool(told == weights.get(model))
+        now = weights.get(model)
+        return bool(told == now) or (now is None and name.step is not None)
     try:  # an older version did not say: by age
         return (
             datetime.fromisoformat(_finished(older, model)).timestamp() >= (adapter / WEIGHTS).stat().st_mtime
         )
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _same_prompt(model: str, older: dict[str, Any], result: dict[str, Any]) -> bool:
+    """It was not asked again with another system message under the same name."""
+    before, now = (one.get("prompts", {}).get(model) for one in (older, result))
+    return before is None or now is None or before == now
 
 
 def _finished(older: dict[str, Any], model: str) -> str:

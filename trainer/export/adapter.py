@@ -75,7 +75,7 @@ class Saved:
         return tuple(self.tensor.shape)
 
     def merged(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
-        """The rows that take the place of `rows` (from row `begin` on)."""
+        """Return the rows that take the place of `rows` (from row `begin` on)."""
         whole = self.tensor.reshape(self.tensor.shape[0] if self.tensor.ndim else 1, -1)
         return whole[begin : begin + len(rows)]
 
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """The base model that it names."""
+        """Return the base model that it names."""
         return self.config.get("base_model_name_or_path")
 
     @property
@@ -102,7 +102,7 @@ class Adapter:
 
     @property
     def contents(self) -> dict[str, memoryview]:
-        """The bytes of every tensor, as stored."""
+        """Return the bytes of every tensor, as stored."""
         return {
             name: memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for name, tensor in self.tensors.items()
@@ -125,26 +125,26 @@ def read_adapter(source: Path, missing: AdapterOverrides | None = None) -> Adapt
     return adapter_of(import_checkpoint(source), missing or AdapterOverrides())
 
 
-def adapter_of(found: ImportedCheckpoint, missing: AdapterOverrides) -> Adapter:
-    """The checked adapter of a checkpoint that was read."""
-    config, file = _config_of(found, missing)
+def adapter_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> Adapter:
+    """Return the checked adapter of a checkpoint that was read."""
+    config, file = _config_of(imported, missing)
     refuse_unknown_methods(file, config)
     checked(Values, config, file)
-    modules = {part[0] for key in found.tensors if (part := lora_part(key)) is not None}
-    refuse_endless_patterns(file, config, modules | {written_module(found, module) for module in modules})
+    modules = {part[0] for key in imported.tensors if (part := lora_part(key)) is not None}
+    refuse_endless_patterns(file, config, modules | {written_module(imported, module) for module in modules})
     sides: dict[str, dict[str, torch.Tensor]] = {}
     rest: dict[str, torch.Tensor] = {}
-    for key, tensor in found.tensors.items():
+    for key, tensor in imported.tensors.items():
         if (part := lora_part(key)) is None:
             rest[key] = tensor
         else:
             sides.setdefault(part[0], {})[part[1]] = tensor.float()
     if not sides:
-        raise CheckpointError(f"{found.source}: holds no lora_A and lora_B; give the folder of a LoRA")
-    config = in_present_names(found, config, list(sides))
-    saved = _saved(found.source, rest, config)
-    pairs = tuple(_pair(found.source, module, sides[module], config) for module in sorted(sides))
-    return Adapter(found.source, found.form, config, found.tensors, pairs, saved)
+        raise CheckpointError(f"{imported.source}: holds no lora_A and lora_B; give the folder of a LoRA")
+    config = in_present_names(imported, config, list(sides))
+    saved = _saved(imported.source, rest, config)
+    pairs = tuple(_pair(imported.source, module, sides[module], config) for module in sorted(sides))
+    return Adapter(imported.source, imported.form, config, imported.tensors, pairs, saved)
 
 
 def refuse_untrained(adapter: Adapter) -> None:
@@ -159,19 +159,19 @@ def refuse_untrained(adapter: Adapter) -> None:
 # The configuration -----------------------------------------------------------------------
 
 
-def _config_of(found: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[dict[str, Any], Path]:
+def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[dict[str, Any], Path]:
     if missing.adapter_config is not None:
         given = missing.adapter_config.expanduser()
         file = given / ADAPTER_CONFIG if given.is_dir() else given
         config = read_json(file)
-    elif found.config is not None and found.config_file is not None:
-        file, config = found.config_file, dict(found.config)
+    elif imported.config is not None and imported.config_file is not None:
+        file, config = imported.config_file, dict(imported.config)
     elif missing.lora_alpha is not None:
-        file, config = found.source, config_from_shapes(found, missing.lora_alpha)
+        file, config = imported.source, config_from_shapes(imported, missing.lora_alpha)
     else:
         raise CheckpointError(
-            f"{found.source}: has no {ADAPTER_CONFIG}, and its tensors do not tell lora_alpha ({found.form}); give "
-            f"the file with --adapter-config, or what the training had: --lora-alpha N (with --base-model)"
+            f"{imported.source}: has no {ADAPTER_CONFIG}, and its tensors do not tell lora_alpha ({imported.form}); "
+            f"give the file with --adapter-config, or what the training had: --lora-alpha N (with --base-model)"
         )
     if missing.base_model is not None:
         config |= {"base_model_name_or_path": missing.base_model, "revision": None}
@@ -183,11 +183,11 @@ def _config_of(found: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[di
 
 def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tuple[Saved, ...]:
     wanted = list(config.get("modules_to_save") or [])
-    found, unknown = [], []
+    saved, unknown = [], []
     for key, tensor in rest.items():
         module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
         if any(_belongs(module, name) for name in wanted):
-            found.append(Saved(module, parameter, tensor))
+            saved.append(Saved(module, parameter, tensor))
         else:
             unknown.append(key)
     if unknown:
@@ -195,20 +195,20 @@ def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, 
             f"{source}: {unknown[0]} is neither lora_A nor lora_B of a linear layer, nor of a module in "
             f"modules_to_save ({len(unknown)} such tensors); use PEFT's merge_and_unload"
         )
-    gone = [name for name in wanted if not any(_belongs(s.module, name) for s in found)]
+    gone = [name for name in wanted if not any(_belongs(s.module, name) for s in saved)]
     if gone:
         raise CheckpointError(
             f"{source}: modules_to_save names {', '.join(gone)}, of which no tensor is there; copy the checkpoint again"
         )
-    if broken := [f"{s.module}.{s.parameter}" for s in found if not s.tensor.isfinite().all()]:
+    if broken := [f"{s.module}.{s.parameter}" for s in saved if not s.tensor.isfinite().all()]:
         raise CheckpointError(
             f"{source}: {broken[0]} holds infinite or undefined numbers; take an earlier checkpoint"
         )
-    return tuple(found)
+    return tuple(saved)
 
 
 def _belongs(module: str, name: str) -> bool:
-    """Whether a module is one that PEFT 0.21 saves whole for `name`, or lies in one: the ends of names count."""
+    """Return whether PEFT 0.21 saves a module, or one around it, whole for `name`: the ends of names count."""
     parts = module.split(".")
     return any(".".join(parts[: number + 1]).endswith(name) for number in range(len(parts)))
 

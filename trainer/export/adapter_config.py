@@ -17,7 +17,7 @@ from launch.errors import CheckpointError
 from launch.untrusted_files import printable
 from trainer.formats.detect import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
-from trainer.formats.validated import Layout
+from trainer.formats.validated import FileSchema
 from trainer.sandbox import trial
 
 # adapter_config.json: values that change nothing in the sum, and ways to begin that leave the base as it was.
@@ -53,7 +53,7 @@ _Pattern = Annotated[str, AfterValidator(_regular)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Values(Layout):
+class Values(FileSchema):
     """What adapter_config.json may say under the keys that are read, here and in `trainer.import_checkpoint`."""
 
     r: PositiveInt
@@ -79,14 +79,16 @@ class Values(Layout):
         raise ValueError(f"neither a pattern nor a list of names: {value!r:.60}")
 
 
-def config_from_shapes(found: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
-    """The configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
-    parts = {key: part for key in found.tensors if (part := lora_part(key)) is not None}
-    ranks = {module: found.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"}
+def config_from_shapes(imported: ImportedCheckpoint, lora_alpha: float) -> dict[str, Any]:
+    """Return the configuration that the tensors' names and shapes tell, with PEFT's defaults for the rest."""
+    parts = {key: part for key in imported.tensors if (part := lora_part(key)) is not None}
+    ranks = {
+        module: imported.tensors[key].shape[0] for key, (module, part) in parts.items() if part == "lora_A"
+    }
     if not ranks:
-        raise CheckpointError(f"{found.source}: holds no lora_A; give the folder of a LoRA")
+        raise CheckpointError(f"{imported.source}: holds no lora_A; give the folder of a LoRA")
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    whole = {key.removeprefix(PREFIX).rpartition(".")[0] for key in found.tensors if key not in parts}
+    whole = {key.removeprefix(PREFIX).rpartition(".")[0] for key in imported.tensors if key not in parts}
     config: dict[str, Any] = LoraConfig(
         r=rank,
         lora_alpha=int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
@@ -111,12 +113,14 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: simple(value) for key, value in config.items()}
 
 
-def in_present_names(found: ImportedCheckpoint, config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
+def in_present_names(
+    imported: ImportedCheckpoint, config: dict[str, Any], modules: list[str]
+) -> dict[str, Any]:
     """Patterns and targets that name modules as an older version did, with the names of the present one.
 
     Every module keeps the rank and alpha that its old name had; PEFT would quietly give it the defaults.
     """
-    old = {module: written_module(found, module) for module in modules}
+    old = {module: written_module(imported, module) for module in modules}
     if all(module == before for module, before in old.items()):
         return config
     config = dict(config)
@@ -124,16 +128,16 @@ def in_present_names(found: ImportedCheckpoint, config: dict[str, Any], modules:
         values = {m: pattern_value(config.get(pattern), before, config[default]) for m, before in old.items()}
         config[pattern] = {re.escape(m): value for m, value in values.items() if value != config[default]}
     known = {key: config[key] for key in ("target_modules", "exclude_modules") if config.get(key)}
-    chosen = LoraConfig(**known)
-    if not all(check_target_module_exists(chosen, module) for module in modules):
+    lora = LoraConfig(**known)
+    if not all(check_target_module_exists(lora, module) for module in modules):
         config |= {"target_modules": sorted(modules), "exclude_modules": None}
     return config
 
 
-def written_module(found: ImportedCheckpoint, module: str) -> str:
-    """The module's name in the version that wrote the checkpoint."""
+def written_module(imported: ImportedCheckpoint, module: str) -> str:
+    """Return the module's name in the version that wrote the checkpoint."""
     for side in ("lora_A", "lora_B"):
-        raw = found.written_as.get(f"{PREFIX}{module}.{side}.weight")
+        raw = imported.written_as.get(f"{PREFIX}{module}.{side}.weight")
         if raw is not None:
             return raw.rpartition(f".{side}.")[0].rpartition(PREFIX)[2]
     return module
@@ -160,17 +164,17 @@ def refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iter
     PEFT 0.21 matches all of them against every module, and nothing interrupts Python's `re`.
     """
     keys = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
-    chosen = {key: config[key] for key in keys if config.get(key)}
+    given = {key: config[key] for key in keys if config.get(key)}
 
     def match() -> None:
-        targets = LoraConfig(**chosen)
+        targets = LoraConfig(**given)
         for module in modules:
             for pattern in ("rank_pattern", "alpha_pattern"):
                 pattern_value(config.get(pattern), module, 0)
-            if "target_modules" in chosen:
+            if "target_modules" in given:
                 check_target_module_exists(targets, module)
 
-    patterned = any(isinstance(value, str) for value in chosen.values()) or "layers_pattern" in chosen
+    patterned = any(isinstance(value, str) for value in given.values()) or "layers_pattern" in given
     if not (patterned or config.get("rank_pattern") or config.get("alpha_pattern")):
         return
     if problem := trial(match):
@@ -181,7 +185,7 @@ def refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iter
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: float) -> Any:
-    """What PEFT 0.21 takes from a `rank_pattern` or `alpha_pattern`: the first key that ends the name."""
+    """Return what PEFT 0.21 takes from a `rank_pattern` or `alpha_pattern`: the first key that ends the name."""
     for key, value in (pattern or {}).items():
         if _ending(key).match(module):
             return value

@@ -10,7 +10,9 @@ from typing import Any
 
 from launch.checkpoints.manifest import MANIFEST
 from launch.errors import CheckpointError
+from launch.hub_names import is_hub_id
 from launch.inputs.caches import embedded_folder
+from launch.inputs.families import Family, family_of
 from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
 from launch.inputs.model_files import old_base_identity, old_kind
 from launch.recipe.loading import load_recipe
@@ -23,7 +25,7 @@ from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
 from trainer.export.adapter import Adapter
 from trainer.formats.safetensors_blocks import read_base_shards
-from trainer.formats.validated import Layout, checked, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, read_json, unreadable_is_refused
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
 
@@ -39,7 +41,7 @@ class BaseCheck:
         return f"base {'' if self.compared else 'not '}compared with the training's: {self.how}"
 
 
-class _Config(Layout):
+class _Config(FileSchema):
     """What is read of config.json."""
 
     quantization_config: dict[str, Any] | None = None
@@ -48,8 +50,8 @@ class _Config(Layout):
     tie_word_embeddings: bool | None = None
 
 
-def run_of(source: Path) -> RunDirectory | None:
-    """The run directory that `source` is, or lies in; None outside a run."""
+def run_containing(source: Path) -> RunDirectory | None:
+    """Return the run directory that contains `source` or is it; None outside a run."""
     source = source.expanduser().absolute()
     for folder in (source, source.parent):
         if RunDirectory(folder).recipe_file.is_file():
@@ -57,11 +59,11 @@ def run_of(source: Path) -> RunDirectory | None:
     return None
 
 
-def recipe_of(source: Path, recipe_file: Path | None = None) -> Recipe | None:
-    """The recipe of the run that `source` belongs to, or `recipe_file`; None without one."""
+def run_recipe(source: Path, recipe_file: Path | None = None) -> Recipe | None:
+    """Return the recipe of the run that `source` belongs to, or `recipe_file`; None without one."""
     if recipe_file is not None:
         return load_recipe(recipe_file)
-    run = run_of(source)
+    run = run_containing(source)
     return load_recipe(run.recipe_file) if run else None
 
 
@@ -81,8 +83,8 @@ def check_base(adapter: Adapter, folder: Path, allow: Sequence[str] = ()) -> Bas
     if not recorded.only(*MODEL_PARTS).parts:
         return _check_old(adapter.path, folder, where, allow)
     now = model_identity(folder)
-    found = content_changes(recorded, now)
-    if refused := [change for change in found if not is_allowed(change, allow)]:
+    differing = content_changes(recorded, now)
+    if refused := [change for change in differing if not is_allowed(change, allow)]:
         raise CheckpointError(
             "\n".join(
                 [
@@ -92,41 +94,43 @@ def check_base(adapter: Adapter, folder: Path, allow: Sequence[str] = ()) -> Bas
                 ]
             )
         )
-    if found:
-        told = "; ".join(f"{change.key}: {change.comparison(f'{where} has')}" for change in found)
-        return BaseCheck(True, f"it differs as allowed; {told}")
+    if differing:
+        differences = "; ".join(f"{change.key}: {change.comparison(f'{where} has')}" for change in differing)
+        return BaseCheck(True, f"it differs as allowed; {differences}")
     weights = short(now.parts[WEIGHTS])
     return BaseCheck(True, f"the same content (weights {weights}, {len(now.parts)} parts) as in {where}")
 
 
 def _check_old(source: Path, folder: Path, where: str, allow: Sequence[str]) -> BaseCheck:
-    """By what older versions recorded: the commit of a hub model, or a sample of its weights."""
+    """Check by what older versions recorded: the commit of a hub model, or a sample of its weights."""
     identity = _newest_facts(source)[0].get("base_identity")
-    kind, found = old_kind(identity), old_base_identity(folder)
+    kind, own_identity = old_kind(identity), old_base_identity(folder)
     if kind is None:
         return BaseCheck(False, f"{where} does not say what its base was")
-    if old_kind(found) != kind:
+    if old_kind(own_identity) != kind:
         return BaseCheck(
             False,
-            f"{where} knows its base by its {kind}, and of the one given the {old_kind(found)} alone is known",
+            f"{where} knows its base by its {kind}, and of the one given the {old_kind(own_identity)} alone is known",
         )
-    if found != identity and "model.content" in allow:
+    if own_identity != identity and "model.content" in allow:
         return BaseCheck(
-            True, f"another as allowed ({kind} {short(found)}, {short(str(identity))} in {where})"
+            True, f"another as allowed ({kind} {short(own_identity)}, {short(str(identity))} in {where})"
         )
-    if found != identity:
+    if own_identity != identity:
         raise CheckpointError(
-            f"{folder}: is not the base that the run was trained on ({kind} {short(found)} here, "
+            f"{folder}: is not the base that the run was trained on ({kind} {short(own_identity)} here, "
             f"{short(str(identity))} in {where}); give the same one with --base-model, or --allow model.content"
         )
     if kind == "sample":
-        return BaseCheck(True, f"the same sampled content ({short(found)}, not all bytes) as in {where}")
-    return BaseCheck(True, f"the same commit ({short(found)}) as in {where}")
+        return BaseCheck(
+            True, f"the same sampled content ({short(own_identity)}, not all bytes) as in {where}"
+        )
+    return BaseCheck(True, f"the same commit ({short(own_identity)}) as in {where}")
 
 
 @unreadable_is_refused()
 def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
-    """The folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
+    """Return the folder of the base model: `base_model`, or what the adapter names; a local folder or a hub id.
 
     Raises:
         CheckpointError: it cannot be had.
@@ -146,21 +150,23 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
             raise CheckpointError(f"{folder}: no config.json; give the base model's folder with --base-model")
         refuse_unsafe_base(folder, None)
         return folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise CheckpointError(
             f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
         )
-    found = _snapshot(name, _revision(name, adapter))
-    refuse_unsafe_base(found, None)
-    return found
+    folder = _snapshot(name, _revision(name, adapter))
+    refuse_unsafe_base(folder, None)
+    return folder
 
 
 def old_base_change(source: Path, folder: Path) -> Change | None:
-    """How a base differs from what an older version recorded beside an adapter, as far as the two can be compared."""
+    """Compare a base with what an older version recorded beside an adapter, as far as that can be compared."""
     identity = _newest_facts(source)[0].get("base_identity")
-    found = old_base_identity(folder)
-    comparable = old_kind(identity) is not None and old_kind(identity) == old_kind(found)
-    return Change("model.content", identity, found) if comparable and identity != found else None
+    own_identity = old_base_identity(folder)
+    comparable = old_kind(identity) is not None and old_kind(identity) == old_kind(own_identity)
+    return (
+        Change("model.content", identity, own_identity) if comparable and identity != own_identity else None
+    )
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:
@@ -175,19 +181,19 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
 
 
 def recorded_at(source: Path) -> tuple[RunIdentity | None, str]:
-    """What the newest checkpoint beside an adapter recorded, else the run's plan; and where. Or None and the reason."""
+    """Return the record of the newest checkpoint beside an adapter, else the plan's, and where; or None and why."""
     facts, where = _newest_facts(source)
     if facts:
         return recorded_identity(facts), where
-    run = run_of(source)
+    run = run_containing(source)
     if run is not None and (plan := old_plan(run)) is not None and plan.identity:
         return planned_identity(plan), run.plan_file.name
     return None, where
 
 
 def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
-    """The facts of the newest checkpoint beside an adapter, and where they stand; else none and the reason."""
-    run = run_of(source)
+    """Return the facts of the newest checkpoint beside an adapter, and where they stand; else none and the reason."""
+    run = run_containing(source)
     if (source / MANIFEST).is_file():
         folders = [source]
     elif run is not None:
@@ -208,8 +214,8 @@ def _newest_facts(source: Path) -> tuple[dict[str, Any], str]:
 
 
 def _revision(name: str, adapter: Adapter) -> str:
-    """The revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
-    recipe = recipe_of(adapter.path)
+    """Return the revision that the run was trained on, when its recipe lies beside the adapter; else the adapter's."""
+    recipe = run_recipe(adapter.path)
     if recipe is not None and recipe.model.name_or_path == name:
         return recipe.model.revision
     return adapter.revision if adapter.revision and adapter.base == name else "main"
@@ -263,14 +269,23 @@ def refuse_quantized_base(folder: Path) -> None:
 
 
 def ties_embeddings(folder: Path) -> bool:
-    """Whether a model's lm_head is its embedding."""
+    """Return whether a model's lm_head is its embedding."""
     config = _config(folder)
     return bool(config.tie_word_embeddings or (config.text_config or {}).get("tie_word_embeddings"))
 
 
 def has_vision(folder: Path) -> bool:
-    """Whether a model sees images."""
+    """Return whether a model sees images."""
     return _config(folder).vision_config is not None
+
+
+def base_family(folder: Path) -> Family:
+    """The family of a base; CheckpointError when it is none that can be merged here."""
+    file = folder / "config.json"
+    try:
+        return family_of(read_json(file))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is of {error}") from None
 
 
 def _config(folder: Path) -> _Config:

@@ -27,7 +27,7 @@ from launch.errors import CheckpointError, SamestepError
 from launch.option_values import for_argparse, place, positive
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
-from trainer.export.output_folder import refuse_place, written_aside
+from trainer.export.output_folder import atomic_output, refuse_place
 from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ImportedCheckpoint, import_checkpoint
 from trainer.formats.validated import read_tensors
 from trainer.logging_setup import print_error, setup_logging
@@ -35,9 +35,9 @@ from trainer.logging_setup import print_error, setup_logging
 
 @dataclass(frozen=True)
 class Consolidated:
-    """What was found, and where the adapter lies now."""
+    """The checkpoint that was read, and where the adapter lies now."""
 
-    found: ImportedCheckpoint
+    imported: ImportedCheckpoint
     adapter: Adapter
     output: Path
 
@@ -50,12 +50,12 @@ def consolidate(source: Path, output: Path, missing: AdapterOverrides | None = N
     """
     output = output.expanduser().absolute()
     refuse_place(output, 0)
-    found = import_checkpoint(source)
-    adapter = adapter_of(found, missing or AdapterOverrides())
+    imported = import_checkpoint(source)
+    adapter = adapter_of(imported, missing or AdapterOverrides())
     refuse_place(output, sum(tensor.nbytes for tensor in adapter.tensors.values()) + 2**20)
-    with written_aside(output) as aside:
-        write_adapter(adapter, aside)
-    return Consolidated(found, adapter, output)
+    with atomic_output(output) as tmp_dir:
+        write_adapter(adapter, tmp_dir)
+    return Consolidated(imported, adapter, output)
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
@@ -78,11 +78,11 @@ def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def print_consolidated(done: Consolidated, console: Console) -> None:
-    """What was found, what is in the adapter, and what the checkpoint does not hold."""
-    found, adapter = done.found, done.adapter
+    """Print the form, what is in the adapter, and what the checkpoint does not hold."""
+    imported, adapter = done.imported, done.adapter
     table = Table(title=Text(f"adapter: {done.output}"), show_header=False, title_justify="left")
-    add_row(table, "found", f"{found.form} in {found.source}")
-    renamed = sum(written_module(found, pair.module) != pair.module for pair in adapter.pairs)
+    add_row(table, "found", f"{imported.form} in {imported.source}")
+    renamed = sum(written_module(imported, pair.module) != pair.module for pair in adapter.pairs)
     names = f", {renamed} of them under names of an older transformers" if renamed else ""
     add_row(table, "lora pairs", f"{len(adapter.pairs)}{names}")
     if adapter.saved:
@@ -91,17 +91,19 @@ def print_consolidated(done: Consolidated, console: Console) -> None:
         add_row(table, "untrained", f"{len(silent)} pairs are zero ({', '.join(silent[:3])})")
     add_row(table, "r, lora_alpha", f"{adapter.config['r']}, {adapter.config['lora_alpha']}")
     add_row(table, "base", str(adapter.base or "not named; give it when you load or merge"))
-    add_row(table, "step", "not known" if found.step is None else str(found.step))
+    add_row(table, "step", "not known" if imported.step is None else str(imported.step))
     add_row(
         table,
         "optimizer",
-        f"moments of {len(found.moments) // 3} parameters" if found.moments else "no moments",
+        f"moments of {len(imported.optimizer_state) // 3} parameters"
+        if imported.optimizer_state
+        else "no moments",
     )
     console.print(table)
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    """What may be said where a checkpoint does not say it."""
+    """Add the options for values that a checkpoint may lack."""
     parser.add_argument(
         "--adapter-config",
         type=for_argparse(place("--adapter-config")),
@@ -118,7 +120,7 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
 
 
 def missing_of(given: argparse.Namespace) -> AdapterOverrides:
-    """The values of `add_adapter_options`."""
+    """Return the values of `add_adapter_options`."""
     return AdapterOverrides(given.adapter_config, given.lora_alpha, given.base_model)
 
 

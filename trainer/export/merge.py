@@ -41,9 +41,9 @@ from trainer.export.merge_plan import (
     plan_merge,
 )
 from trainer.export.model_card import merge_record, model_card
-from trainer.export.output_folder import written_aside
+from trainer.export.output_folder import atomic_output
 from trainer.export.verify import BaseRows, MergeReport, verify
-from trainer.formats.safetensors_blocks import DTYPES, FLOATS, INDEX_FILE, write_shard
+from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, TORCH_DTYPES, write_shard
 from trainer.formats.validated import read_json
 from trainer.logging_setup import print_error, setup_logging
 
@@ -55,23 +55,23 @@ def merge(request: MergeRequest) -> MergeReport:
         CheckpointError: the request cannot be met (then nothing is written), or the result is not right.
     """
     plan = plan_merge(request)
-    with written_aside(plan.output) as aside:
-        report = _write_then_verify(plan, aside)
-        (aside / RECORD).write_text(json.dumps(merge_record(plan, report), indent=1) + "\n")
-        (aside / CARD).write_text(model_card(request, plan, report))
+    with atomic_output(plan.output) as tmp_dir:
+        report = _write_then_verify(plan, tmp_dir)
+        (tmp_dir / RECORD).write_text(json.dumps(merge_record(plan, report), indent=1) + "\n")
+        (tmp_dir / CARD).write_text(model_card(request, plan, report))
     return report
 
 
-def _write_then_verify(plan: MergePlan, aside: Path) -> MergeReport:
+def _write_then_verify(plan: MergePlan, tmp_dir: Path) -> MergeReport:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         writing = progress.add_task("merge ", total=plan.bytes_read)
-        _copy_files(plan, aside)
+        _copy_files(plan, tmp_dir)
         start = BaseRows(plan.rounding, plan.rounded)
         digests: dict[str, bytes] = {}
         for shard in plan.shards:
             digests |= write_shard(
-                aside / shard.path.name,
+                tmp_dir / shard.path.name,
                 shard,
                 plan.dtypes,
                 lambda file, name, begin, end, shard=shard: _merged_rows(  # type: ignore[misc]
@@ -80,7 +80,7 @@ def _write_then_verify(plan: MergePlan, aside: Path) -> MergeReport:
                 lambda count: progress.advance(writing, count),
             )
         verifying = progress.add_task("verify", total=plan.bytes_read)
-        return verify(plan, aside, digests, lambda count: progress.advance(verifying, count))
+        return verify(plan, tmp_dir, digests, lambda count: progress.advance(verifying, count))
 
 
 def _merged_rows(plan: MergePlan, name: str, begin: int, rows: Any) -> Any:
@@ -88,10 +88,10 @@ def _merged_rows(plan: MergePlan, name: str, begin: int, rows: Any) -> Any:
     return rows if target is None else target.merged(rows, begin)
 
 
-def _copy_files(plan: MergePlan, aside: Path) -> None:
+def _copy_files(plan: MergePlan, tmp_dir: Path) -> None:
     for file in plan.files:
-        shutil.copyfile(file, aside / file.name)
-    config_file, index_file = aside / "config.json", plan.base / INDEX_FILE
+        shutil.copyfile(file, tmp_dir / file.name)
+    config_file, index_file = tmp_dir / "config.json", plan.base / INDEX_FILE
     config = read_json(config_file)
     if _set_dtype(config, plan):
         config_file.write_text(json.dumps(config, indent=2) + "\n")
@@ -101,10 +101,10 @@ def _copy_files(plan: MergePlan, aside: Path) -> None:
             e.bytes_as(plan.dtypes[name]) for shard in plan.shards for name, e in shard.entries.items()
         )
         if (index.get("metadata") or {}).get("total_size", total) == total:
-            shutil.copyfile(index_file, aside / INDEX_FILE)
+            shutil.copyfile(index_file, tmp_dir / INDEX_FILE)
         else:
             index["metadata"]["total_size"] = total
-            (aside / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            (tmp_dir / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
@@ -115,7 +115,7 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
     }
     if before == after:
         return False
-    name = str(DTYPES[after.pop()]).removeprefix("torch.")
+    name = str(TORCH_DTYPES[after.pop()]).removeprefix("torch.")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in section:
@@ -124,7 +124,7 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
 
 
 def print_report(report: MergeReport, console: Console) -> None:
-    """The counts that prove the merge, as a table."""
+    """Print the counts that prove the merge, as a table."""
     table = Table(title=Text(f"merged model: {report.output}"), show_header=False, title_justify="left")
     add_row(table, "adapter", report.form)
     add_row(table, "base", f"{report.base} ({report.base_kind})")

@@ -18,8 +18,8 @@ from trainer.export.base_model import (
     check_base,
     find_base,
     has_vision,
-    recipe_of,
     refuse_quantized_base,
+    run_recipe,
     ties_embeddings,
 )
 from trainer.export.output_folder import refuse_place
@@ -106,7 +106,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     targets = match_targets(adapter, folder, shards)
     rounding = None
     if request.base == "dequantized":
-        rounding = rounding_of(recipe_of(request.source, request.recipe), folder)
+        rounding = rounding_of(run_recipe(request.source, request.recipe), folder)
     plan = MergePlan(
         adapter,
         folder,
@@ -124,7 +124,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
 
 
 def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict[str, Pair | Saved]:
-    """Every lora pair and saved tensor by its tensor's name on disk; each must fit exactly one tensor of its shape."""
+    """Match every LoRA pair and saved tensor to the one tensor of its shape, by that tensor's name on disk."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     names: dict[str, list[str]] = {}
     for name in entries:
@@ -137,22 +137,22 @@ def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict
     targets: dict[str, Pair | Saved] = {}
     problems: list[str] = []
     for name, target in wanted:
-        found = names.get(name, [])
+        matches = names.get(name, [])
         if tied and name in ("lm_head.weight", "text.embed_tokens.weight"):
             problems.append(
                 f"{target.module} is tied (lm_head is the embedding): the other would change with it"
             )
-        elif len(found) != 1:
-            problems.append(f"{target.module} matches {', '.join(found) or 'no tensor'}")
-        elif entries[found[0]].shape != target.shape or entries[found[0]].dtype not in FLOATS:
-            entry = entries[found[0]]
+        elif len(matches) != 1:
+            problems.append(f"{target.module} matches {', '.join(matches) or 'no tensor'}")
+        elif entries[matches[0]].shape != target.shape or entries[matches[0]].dtype not in FLOATS:
+            entry = entries[matches[0]]
             problems.append(
-                f"{target.module} is for {list(target.shape)}, {found[0]} is {entry.dtype} {list(entry.shape)}"
+                f"{target.module} is for {list(target.shape)}, {matches[0]} is {entry.dtype} {list(entry.shape)}"
             )
-        elif found[0] in targets:
-            problems.append(f"{target.module} and {targets[found[0]].module} both match {found[0]}")
+        elif matches[0] in targets:
+            problems.append(f"{target.module} and {targets[matches[0]].module} both match {matches[0]}")
         else:
-            targets[found[0]] = target
+            targets[matches[0]] = target
     if problems:
         kinds = "lora pairs" if not adapter.saved else "lora pairs and saved tensors"
         raise CheckpointError(
@@ -183,7 +183,7 @@ def _stored_dtypes(shards: Sequence[Shard], dtype: DtypeChoice) -> dict[str, str
 
 
 def _files_to_copy(base: Path, adapter: Adapter) -> tuple[Path, ...]:
-    """The base's files beside its weights; where the base has no processor, the adapter folder's."""
+    """List the base's files beside its weights; where the base has no processor, the adapter folder's."""
 
     def chosen(folder: Path) -> dict[str, Path]:
         return {

@@ -10,11 +10,12 @@ from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import CONFIG, WEIGHTS, digest_of, read_digest
+from launch.hub_names import is_hub_id
 from launch.recipe.schema import EMBEDDED, Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
 from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
-from trainer.export.base_model import recipe_of, run_of
+from trainer.export.base_model import run_containing, run_recipe
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.export.verify import MergeReport
 
@@ -26,8 +27,8 @@ _FIGURES_BEGIN, _FIGURES_END = (
 
 
 def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> str:
-    """The text of README.md, with the front matter that the hub reads."""
-    recipe, run = recipe_of(request.source, request.recipe), run_of(request.source)
+    """Return the text of README.md, with the front matter that the hub reads."""
+    recipe, run = run_recipe(request.source, request.recipe), run_containing(request.source)
     base = _base_name(recipe, plan)
     name = recipe.name if recipe else plan.output.name
     parts = [
@@ -43,7 +44,7 @@ def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> s
 
 
 def adapter_card(run: RunDirectory, recipe: Recipe, base: str, folder: Path) -> str:
-    """The text of README.md of a run's own adapter, which lies in `folder`. `base`: as the adapter names it."""
+    """Return the text of README.md of a run's own adapter, which lies in `folder`. `base`: as the adapter names it."""
     lora = recipe.lora
     what = (
         f"A LoRA adapter (r {lora.r}, alpha {lora.lora_alpha}) for {base}, with the processor of its base.\n"
@@ -80,7 +81,7 @@ def refresh_figures(run: RunDirectory) -> None:
 
 
 def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
-    """What programs want to know of a merge: `merge.json`."""
+    """Return what programs want to know of a merge: `merge.json`."""
     return {
         "base": plan.base_kind,
         "rounding": None if plan.rounding is None else str(plan.rounding),
@@ -106,17 +107,13 @@ def _base_name(recipe: Recipe | None, plan: MergePlan) -> str:
     return str(named or plan.base)
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _front_matter(
     base: str, recipe: Recipe | None, library: str = "transformers", relation: str = "finetune"
 ) -> str:
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
-    if _is_hub_id(base):
+    if is_hub_id(base):
         lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
-    if recipe and _is_hub_id(recipe.data.dataset):
+    if recipe and is_hub_id(recipe.data.dataset):
         lines += ["datasets:", f"- {recipe.data.dataset}"]
     return "\n".join([*lines, "---", ""])
 
@@ -184,8 +181,8 @@ def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
             model: groups["overall"]
             for model, groups in result["accuracy"].items()
             if model == "base"
-            or None in (told := result.get("weights", {}).get(model), adapter)
-            or told == adapter
+            or None in (weights := result.get("weights", {}).get(model), adapter)
+            or weights == adapter
         }
         rows = [
             f"| {model} | {each['percent']:.1f} % | {each['correct']} of {each['count']} |"
@@ -217,8 +214,8 @@ def _loading() -> str:
 In this folder, with transformers:
 
 ```python
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-model = Qwen2VLForConditionalGeneration.from_pretrained(".", dtype="auto", device_map="auto")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(".", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(".")
 ```
 
@@ -227,8 +224,8 @@ With vLLM: `vllm serve .`
 
 
 def _adapter_beside(plan: MergePlan) -> str | None:
-    """Where the adapter's folder is found from the merged model's; None where it came in another form."""
-    run = run_of(plan.adapter.path)
+    """Return where the adapter's folder lies, seen from the merged model's; None where it came in another form."""
+    run = run_containing(plan.adapter.path)
     folder = run.adapter if run is not None and plan.adapter.path == run.path else plan.adapter.path
     if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
         return None
@@ -236,21 +233,21 @@ def _adapter_beside(plan: MergePlan) -> str | None:
 
 
 def _loading_the_adapter(recipe: Recipe | None, base: str, folder: str | None) -> str:
-    """The code that adds the adapter in `folder` to its base with PEFT. The processor lies in the card's own folder."""
+    """Write the code that adds the adapter in `folder` to its base with PEFT. The processor lies beside the card."""
     if folder is None:
         return ""
     before, name = "", f'"{base}"'
     if recipe is not None and recipe.model.name_or_path == EMBEDDED:
         before = "from launch.inputs.caches import embedded_folder  # `samestep prepare embedded` builds it\n"
         name = 'embedded_folder() / "model"'
-    elif recipe is not None and recipe.model.revision != "main" and _is_hub_id(base):
+    elif recipe is not None and recipe.model.revision != "main" and is_hub_id(base):
         name += f', revision="{recipe.model.revision}"'
     return f"""The adapter on its base, with PEFT:
 
 ```python
 {before}from peft import PeftModel
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-base = Qwen2VLForConditionalGeneration.from_pretrained({name}, dtype="auto", device_map="auto")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+base = AutoModelForImageTextToText.from_pretrained({name}, dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(base, "{folder}")
 processor = AutoProcessor.from_pretrained(".")
 ```

@@ -28,7 +28,7 @@ def refuse_place(output: Path, needed: int) -> None:
         if parent.exists():
             raise CheckpointError(f"--output: {parent} is a file; choose another folder")
         parent = parent.parent
-    free = shutil.disk_usage(parent).free + _size(_aside(output))
+    free = shutil.disk_usage(parent).free + _size(_tmp_dir(output))
     if free < needed:
         raise CheckpointError(
             f"--output: {parent} has {free / 1e9:.2f} GB free where {needed / 1e9:.2f} GB are needed; "
@@ -36,35 +36,35 @@ def refuse_place(output: Path, needed: int) -> None:
         )
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"--output: {parent} cannot be written to; choose another place")
-    aside = _aside(output)
-    is_empty = aside.is_dir() and not any(aside.iterdir())
-    if aside.exists() and not is_empty and not (aside / _OURS).is_file():
-        raise CheckpointError(f"{aside}: exists and is not the rest of our own writing; move it away")
+    tmp_dir = _tmp_dir(output)
+    is_empty = tmp_dir.is_dir() and not any(tmp_dir.iterdir())
+    if tmp_dir.exists() and not is_empty and not (tmp_dir / _OURS).is_file():
+        raise CheckpointError(f"{tmp_dir}: exists and is not the rest of our own writing; move it away")
     if holder := lock_holder(output.parent, _lock_name(output)):
         raise CheckpointError(_busy(output, holder))
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """An empty folder to fill; on disk and renamed to `output` at the end, removed when the block fails.
+def atomic_output(output: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on disk and renamed to `output` at the end, removed when the block fails.
 
     A kill leaves `<output>.partial`, which the next call replaces. Call `refuse_place` first. Only who holds the lock
     beside it removes anything: another process may be writing there since.
     """
-    aside = _aside(output)
+    tmp_dir = _tmp_dir(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(output):
             _refuse_existing(output)  # another process may have been done first
-            with _removed_on_failure(aside):
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                (aside / _OURS).touch()
-                yield aside
-                follow_umask(aside)
-                for path in (*aside.rglob("*"), aside):
+            with _removed_on_failure(tmp_dir):
+                shutil.rmtree(tmp_dir, ignore_errors=True)
+                tmp_dir.mkdir()
+                (tmp_dir / _OURS).touch()
+                yield tmp_dir
+                follow_umask(tmp_dir)
+                for path in (*tmp_dir.rglob("*"), tmp_dir):
                     sync(path)
-                aside.rename(output)
+                tmp_dir.rename(output)
             (output / _OURS).unlink()
             sync(output.parent)
     except OSError as error:
@@ -105,15 +105,15 @@ def _lock_name(output: Path) -> str:
 
 
 def _busy(output: Path, holder: str) -> str:
-    return f"{_aside(output)}: {holder} writes there now; wait, or choose another --output"
+    return f"{_tmp_dir(output)}: {holder} writes there now; wait, or choose another --output"
 
 
-def _aside(output: Path) -> Path:
+def _tmp_dir(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the rest of a killed attempt, which will make room."""
+    """Return the bytes of the rest of a killed attempt, which will make room."""
     if not (folder / _OURS).is_file():
         return 0
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

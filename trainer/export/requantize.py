@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from launch.errors import CheckpointError
 from launch.recipe.schema import Recipe
+from trainer.export.base_model import base_family
 from trainer.formats.key_names import canonical_name
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -30,7 +32,7 @@ class Rounding:
     names: frozenset[str]
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """A whole weight [out, in] after 4 bits and back, in `dtype`.
+        """Return a whole weight [out, in] after 4 bits and back, in `dtype`.
 
         bitsandbytes' CPU code. Double quantization takes the mean over all blocks of a tensor, so no less than a
         whole tensor gives the same numbers.
@@ -50,7 +52,7 @@ class Rounding:
 
 
 def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
-    """The rounding of a run's base.
+    """Return the rounding of a run's base.
 
     Raises:
         CheckpointError: the recipe is not known, or trained on weights that were not quantized.
@@ -60,8 +62,8 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
             "--base dequantized: the adapter lies in no run, which would say how its base was quantized; give the "
             "training's recipe with --recipe, or merge into the original weights"
         )
-    chosen = recipe.quantization
-    if not chosen.load_in_4bit:
+    quantization = recipe.quantization
+    if not quantization.load_in_4bit:
         raise CheckpointError(
             "--base dequantized: the run trained on weights that were not quantized (quantization.load_in_4bit: "
             "false); leave --base out"
@@ -69,15 +71,19 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
     names = frozenset(canonical_name(name) for name in quantized_modules(base))
     weights = frozenset(f"{name}.weight" for name in names)
     return Rounding(
-        chosen.bnb_4bit_quant_type, chosen.bnb_4bit_use_double_quant, _DTYPES[recipe.model.dtype], weights
+        quantization.bnb_4bit_quant_type,
+        quantization.bnb_4bit_use_double_quant,
+        _DTYPES[recipe.model.dtype],
+        weights,
     )
 
 
 def quantized_modules(base: Path) -> list[str]:
-    """Module names that transformers quantizes when it loads a Qwen2-VL in 4 bits: asked of it, on an empty model."""
-    config = Qwen2VLConfig.from_pretrained(base, trust_remote_code=False)
+    """Module names that transformers quantizes when it loads a model in 4 bits: asked of it, on an empty model."""
+    family = base_family(base)
+    config = getattr(transformers, family.config_class).from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config)
+        model = getattr(transformers, family.model_class)(config)
     kept = get_keys_to_not_convert(model)
     replaced = replace_with_bnb_linear(
         model, modules_to_not_convert=kept, quantization_config=BitsAndBytesConfig(load_in_4bit=True)

@@ -17,7 +17,7 @@ from trainer.export.base_model import BaseCheck
 from trainer.export.merge_plan import MergePlan
 from trainer.export.requantize import Rounding
 from trainer.formats.safetensors_blocks import (
-    DTYPES,
+    TORCH_DTYPES,
     Entry,
     Shard,
     block_rows,
@@ -74,7 +74,7 @@ class BaseRows:
         self._last: tuple[Path, str, torch.Tensor] | None = None
 
     def rows(self, file: BinaryIO, shard: Shard, name: str, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) of a tensor, [rows, width]."""
+        """Return rows [begin, end) of a tensor, [rows, width]."""
         entry = shard.entries[name]
         if self._rounding is None or name not in self._names:
             return read_block(file, entry, begin, end)
@@ -142,7 +142,7 @@ def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
     rounded = plan.rounded - changed
     kept = checks.keys() - changed - rounded
     converted = {name for name in kept if stored[name] != plan.dtypes[name]}
-    types = {str(DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
+    types = {str(TORCH_DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
     return MergeReport(
         base=plan.base,
         base_check=plan.base_check,
@@ -215,7 +215,7 @@ def _same_bytes(expected: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _bytes_of(entry: Entry, begin: int, end: int) -> int:
-    return (end - begin) * entry.width * DTYPES[entry.dtype].itemsize
+    return (end - begin) * entry.width * TORCH_DTYPES[entry.dtype].itemsize
 
 
 def sum_error(pair: Pair, old: torch.Tensor, new: torch.Tensor, begin: int) -> tuple[float, bool]:

@@ -67,7 +67,7 @@ class _Reader(filesystem.FileSystemReader):
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
-    """What a distributed checkpoint (DCP) says it holds, held against its files.
+    """Read what a distributed checkpoint (DCP) says it holds, and compare it with its files.
 
     Raises:
         CheckpointError: it is no Metadata; or a file with a part of a tensor is missing, cut short, or smaller than
@@ -76,8 +76,8 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     file = folder / ".metadata"
     try:
         content = io.BytesIO(read_bytes(file, METADATA_BYTES))
-        found = _MetadataUnpickler(content).load()
-        _refuse_no_metadata(found)
+        dcp_metadata = _MetadataUnpickler(content).load()
+        _refuse_no_metadata(dcp_metadata)
     except FileNotFoundError:
         raise CheckpointError(
             f"{printable(str(file))}: is missing, so the checkpoint was never completed; use an older one"
@@ -86,17 +86,17 @@ def read_metadata(folder: Path) -> metadata.Metadata:
         raise CheckpointError(
             f"{printable(str(file))}: cannot be read ({why_damaged(error)}); copy the checkpoint again"
         ) from error
-    _refuse_other_files(folder, found)
-    if found.storage_meta is None:
-        found.storage_meta = metadata.StorageMeta()
-    return cast(metadata.Metadata, found)
+    _refuse_other_files(folder, dcp_metadata)
+    if dcp_metadata.storage_meta is None:
+        dcp_metadata.storage_meta = metadata.StorageMeta()
+    return cast(metadata.Metadata, dcp_metadata)
 
 
-def _refuse_no_metadata(found: Any) -> None:
+def _refuse_no_metadata(dcp_metadata: Any) -> None:
     """ValueError when it is not what torch 2.14 writes: any object of the permitted classes could be in the file."""
-    if type(found) is not metadata.Metadata:
-        raise ValueError(f"it holds a {type(found).__name__}, no Metadata")
-    tensors, places = vars(found).get("state_dict_metadata"), vars(found).get("storage_data")
+    if type(dcp_metadata) is not metadata.Metadata:
+        raise ValueError(f"it holds a {type(dcp_metadata).__name__}, no Metadata")
+    tensors, places = vars(dcp_metadata).get("state_dict_metadata"), vars(dcp_metadata).get("storage_data")
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         raise ValueError("its Metadata names no tensors and no files")
     for name, kind in tensors.items():
@@ -125,12 +125,12 @@ def _refuse_no_pieces(name: str, kind: TensorStorageMetadata) -> None:
         raise ValueError(f"its pieces of {name!r:.60} are {pieces:,} numbers of {math.prod(kind.size):,}")
 
 
-def _refuse_other_files(folder: Path, found: metadata.Metadata) -> None:
+def _refuse_other_files(folder: Path, dcp_metadata: metadata.Metadata) -> None:
     """CheckpointError when the files are not those that hold what the Metadata says."""
     needed: dict[str, int] = {}
     held: dict[str, int] = {}
     stored: dict[str, int] = {}
-    for index, place in found.storage_data.items():
+    for index, place in dcp_metadata.storage_data.items():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
         held[place.relative_path] = held.get(place.relative_path, 0) + place.length
         stored[index.fqn] = stored.get(index.fqn, 0) + place.length
@@ -146,7 +146,7 @@ def _refuse_other_files(folder: Path, found: metadata.Metadata) -> None:
             problems.append(
                 f"{shown}: is cut short ({there} of {max(size, held[name])} bytes); copy it again"
             )
-    for name, kind in found.state_dict_metadata.items():
+    for name, kind in dcp_metadata.state_dict_metadata.items():
         if not isinstance(kind, TensorStorageMetadata):
             continue
         if (claimed := _bytes_of(kind)) > stored.get(name, 0):
@@ -163,7 +163,7 @@ def _bytes_of(kind: TensorStorageMetadata) -> int:
 
 
 def distributed_keys(folder: Path) -> list[str]:
-    """Names of the tensors in a distributed checkpoint (DCP). CheckpointError as `read_metadata`."""
+    """Return the names of the tensors in a distributed checkpoint (DCP). CheckpointError as `read_metadata`."""
     stored = read_metadata(folder).state_dict_metadata
     return [name for name, kind in stored.items() if isinstance(kind, TensorStorageMetadata)]
 

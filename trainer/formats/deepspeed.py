@@ -20,26 +20,26 @@ from torch import Tensor
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import LINE, printable, read_bytes
+from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.torch_files import as_number, load_mapping, load_torch, mapping
 from trainer.formats.validated import inside, whole_number
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_SHOWN = 64
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
 
 @dataclass(frozen=True)
 class ZeroState:
-    """What DeepSpeed trained. Keys are parameter names; `moments` has `<name>.exp_avg`, `.exp_avg_sq`, `.step`."""
+    """What DeepSpeed trained, by parameter name; `optimizer_state` has `<name>.exp_avg`, `.exp_avg_sq`, `.step`."""
 
     form: str
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     step: int | None
 
 
 def zero_folder(source: Path) -> Path | None:
-    """The folder with every rank's files: `source`, or the one its file `latest` names; None without one."""
+    """Return the folder with every rank's files: `source`, or the one its file `latest` names; None without one."""
     if _optimizer_files(source):
         return source
     latest = source / "latest"
@@ -56,7 +56,7 @@ def zero_folder(source: Path) -> Path | None:
 
 
 def universal_folder(source: Path) -> Path | None:
-    """The folder of a universal checkpoint: `source`, or the one in it; None without one."""
+    """Return the folder of a universal checkpoint: `source`, or the one in it; None without one."""
     latest = source / "latest_universal"
     named = _named_in(latest) if latest.is_file() else None
     candidates = [source, *([named] if named else [])]
@@ -68,13 +68,13 @@ def universal_folder(source: Path) -> Path | None:
 
 
 def _named_in(latest: Path) -> Path | None:
-    """The folder that DeepSpeed's file `latest` names; None when the file is empty. CheckpointError: not beside it."""
+    """Return the folder that DeepSpeed's `latest` names; None when empty. CheckpointError: it is not beside it."""
     name = read_bytes(latest, LINE).decode(errors="replace").strip()
     return inside(latest.parent, name, latest) if name else None
 
 
 def read_zero(folder: Path) -> ZeroState:
-    """Weights and moments of a ZeRO-1, 2 or 3 folder.
+    """Read weights and optimizer state of a ZeRO-1, 2 or 3 folder.
 
     Raises:
         CheckpointError: files of some ranks are missing (all are named), or tensor parallelism wrote it.
@@ -99,7 +99,9 @@ def read_zero(folder: Path) -> ZeroState:
             f"{folder}: holds {len(flat[''][0])} groups of weights where {len(shapes)} are named; copy it again"
         )
     flat |= {
-        key: states for key in MOMENTS if (states := _flat_states(parts, stage, key, flat[""])) is not None
+        key: states
+        for key in ADAM_STATE_KEYS
+        if (states := _flat_states(parts, stage, key, flat[""])) is not None
     }
     take = _whole_of_stage_3 if stage == 3 else _whole_of_stage_2
     paddings = first.get("param_alignment_paddings")
@@ -112,16 +114,16 @@ def read_zero(folder: Path) -> ZeroState:
         ) from error
     counted = _step_count(parts[0], stage)
     updates = step if counted is None else counted
-    moments: dict[str, Tensor] = {}
-    if updates is not None and all(key in whole for key in MOMENTS):
+    optimizer_state: dict[str, Tensor] = {}
+    if updates is not None and all(key in whole for key in ADAM_STATE_KEYS):
         for name in whole[""]:
-            moments |= {f"{name}.{key}": whole[key][name] for key in MOMENTS}
-            moments[f"{name}.step"] = torch.tensor(float(updates))
-    return ZeroState(f"DeepSpeed ZeRO-{int(stage)} of {ranks} ranks", whole[""], moments, step)
+            optimizer_state |= {f"{name}.{key}": whole[key][name] for key in ADAM_STATE_KEYS}
+            optimizer_state[f"{name}.step"] = torch.tensor(float(updates))
+    return ZeroState(f"DeepSpeed ZeRO-{int(stage)} of {ranks} ranks", whole[""], optimizer_state, step)
 
 
 def read_universal(folder: Path) -> ZeroState:
-    """Weights and moments of a universal checkpoint: a folder a parameter, a file a state.
+    """Read weights and optimizer state of a universal checkpoint: a folder a parameter, a file a state.
 
     Raises:
         CheckpointError: files of some parameters are missing (all are named).
@@ -129,7 +131,7 @@ def read_universal(folder: Path) -> ZeroState:
     shapes, step = _shapes(folder)
     sizes = {name: size for group in shapes for name, size in group.items()}
     places = {name: inside(folder / "zero", name, folder) for name in sizes}
-    wanted = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *MOMENTS)]
+    wanted = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *ADAM_STATE_KEYS)]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(wanted)} files are missing ({printable(', '.join(missing[:5]))}); "
@@ -137,29 +139,31 @@ def read_universal(folder: Path) -> ZeroState:
         )
     count = _universal_step(folder)
     weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     for name, size in sizes.items():
         here = places[name]
         weights[name] = _universal_tensor(here / "fp32.pt", size)
         own = here / "step.pt"
         steps = as_number(load_torch(own)) if own.is_file() else count if count is not None else step
         if steps is not None:
-            moments |= {f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in MOMENTS}
-            moments[f"{name}.step"] = torch.tensor(float(steps))
-    return ZeroState("DeepSpeed universal checkpoint", weights, moments, step)
+            optimizer_state |= {
+                f"{name}.{key}": _universal_tensor(here / f"{key}.pt", size) for key in ADAM_STATE_KEYS
+            }
+            optimizer_state[f"{name}.step"] = torch.tensor(float(steps))
+    return ZeroState("DeepSpeed universal checkpoint", weights, optimizer_state, step)
 
 
 def _optimizer_files(folder: Path) -> dict[int, Path]:
-    """Every rank's optimizer file by rank."""
-    found = {}
+    """Return every rank's optimizer file by rank."""
+    files_by_rank = {}
     for file in folder.glob("*_optim_states.pt"):
         match = _RANK.search(file.name)
         if match is None:
             continue
         if int(match[2]):
             raise CheckpointError(f"{file}: was written under tensor parallelism, which is not read here")
-        found[int(match[1])] = file
-    return found
+        files_by_rank[int(match[1])] = file
+    return files_by_rank
 
 
 def _optimizer_state(file: Path) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _flat_weights(part: dict[str, Any], stage: int, file: Path) -> list[Tensor]:
 
 
 def _base_state(part: dict[str, Any], stage: int) -> dict[Any, dict[str, Any]]:
-    """The optimizer's own state by parameter group; empty where there is none to read."""
+    """Return the optimizer's own state by parameter group; empty where there is none to read."""
     base = part.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     state = base.get("state") if isinstance(base, dict) else None
     return {n: own for n, own in state.items() if isinstance(own, dict)} if isinstance(state, dict) else {}
@@ -219,7 +223,7 @@ def _base_state(part: dict[str, Any], stage: int) -> dict[Any, dict[str, Any]]:
 def _flat_states(
     parts: Sequence[dict[str, Any]], stage: int, key: str, weights: Sequence[Sequence[Tensor]]
 ) -> list[list[Tensor]] | None:
-    """One moment's vectors of every rank; None where the optimizer has none of the weights' sizes.
+    """Return the vectors of one optimizer state of every rank; None where the optimizer has none of the weights' sizes.
 
     The last rank's may be longer: its weights are saved without the padding of the group, its moments with it.
     """

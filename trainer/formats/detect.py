@@ -50,7 +50,7 @@ class ImportedCheckpoint:
 
     `tensors`: by the keys of PEFT's adapter file, as stored. `config`: its adapter_config.json, if one lies there.
     `written_as`: the keys under which older versions wrote them, where they differ.
-    `moments`: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` by the names of a PeftModel's parameters, or empty.
+    `optimizer_state`: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` by a PeftModel's parameter names, or empty.
     `step`: optimizer steps made, if the form says it. `lost`: what a training would need and is not there, in words.
     """
 
@@ -60,7 +60,7 @@ class ImportedCheckpoint:
     written_as: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     config_file: Path | None = None
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     step: int | None = None
     lost: tuple[str, ...] = ()
 
@@ -77,18 +77,21 @@ def import_checkpoint(source: Path) -> ImportedCheckpoint:
         raise CheckpointError(
             f"{source}: no such folder; give a run directory, a checkpoint or an adapter folder"
         )
-    found = _read(source)
-    if not found.tensors:
-        raise CheckpointError(f"{found.source}: holds no tensors of an adapter ({found.form}); {_WHY_EMPTY}")
-    if empty := [key for key, tensor in found.tensors.items() if tensor.numel() == 0]:
+    imported = _read(source)
+    if not imported.tensors:
         raise CheckpointError(
-            f"{found.source}: {len(empty)} of {len(found.tensors)} tensors are empty ({printable(empty[0])}); it was "
-            "saved without gathering what the ranks hold, give the folder with every rank's part"
+            f"{imported.source}: holds no tensors of an adapter ({imported.form}); {_WHY_EMPTY}"
+        )
+    if empty := [key for key, tensor in imported.tensors.items() if tensor.numel() == 0]:
+        raise CheckpointError(
+            f"{imported.source}: {len(empty)} of {len(imported.tensors)} tensors are empty ({printable(empty[0])}); "
+            "it was saved without gathering what the ranks hold, give the folder with every rank's part"
         )
     refuse_more_than_memory(
-        sum(tensor.nbytes for tensor in (*found.tensors.values(), *found.moments.values())), found.source
+        sum(tensor.nbytes for tensor in (*imported.tensors.values(), *imported.optimizer_state.values())),
+        imported.source,
     )
-    return _with_config(_with_step(found))
+    return _with_config(_with_step(imported))
 
 
 _WHY_EMPTY = (
@@ -116,7 +119,7 @@ def _read(source: Path) -> ImportedCheckpoint:
 
 @unreadable_is_refused()
 def read_sharded(checkpoint: Path) -> ImportedCheckpoint | None:
-    """A sharded checkpoint of ours, of any number of ranks, whose files were verified before; None for another form."""
+    """Read a sharded checkpoint of ours, of any number of ranks, verified before; None for another form."""
     shards = _shards(checkpoint)
     return None if shards is None else _from_shards(shards)
 
@@ -132,10 +135,10 @@ def _from_shards(folder: Path) -> ImportedCheckpoint:
     zero = zero_folder(folder)
     if zero is None:
         form = f"torch DCP, {len(list(folder.glob('*.distcp')))} files"
-        found = _read_distributed(folder, folder, form)
+        imported = _read_distributed(folder, folder, form)
     else:
-        found = _from_zero_state(zero, read_zero(zero))
-    return replace(found, source=folder.parent, form=f"sharded checkpoint of samestep ({found.form})")
+        imported = _from_zero_state(zero, read_zero(zero))
+    return replace(imported, source=folder.parent, form=f"sharded checkpoint of samestep ({imported.form})")
 
 
 def _distributed(source: Path) -> Path | None:
@@ -150,19 +153,19 @@ def _from_distributed(folder: Path) -> ImportedCheckpoint:
 
 
 def _read_distributed(folder: Path, optimizer: Path, form: str) -> ImportedCheckpoint:
-    """`optimizer`: the folder with the moments, which may be the same one."""
+    """`optimizer`: the folder with the optimizer state, which may be the same one."""
     names = [name for name in distributed_keys(folder) if not name.startswith("optimizer.")]
     keys = adapter_keys(names, folder)
     tensors = load_distributed(folder, list(keys))
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     if optimizer.is_dir() and tensors:
         names = [name for name in distributed_keys(optimizer) if name.startswith(OPTIMIZER_PREFIX)]
         states: dict[str, dict[str, Tensor]] = {}
         for name, tensor in load_distributed(optimizer, names).items():
             parameter, _, state = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
             states.setdefault(parameter, {})[state] = tensor
-        moments = by_name(states)
-    return ImportedCheckpoint(folder, form, *_renamed(tensors, keys), moments=moments)
+        optimizer_state = by_name(states)
+    return ImportedCheckpoint(folder, form, *_renamed(tensors, keys), optimizer_state=optimizer_state)
 
 
 def _full(source: Path) -> Path | None:
@@ -172,10 +175,10 @@ def _full(source: Path) -> Path | None:
 def _from_full(file: Path) -> ImportedCheckpoint:
     stored = _adapter_of(load_mapping(file), file)
     optimizer = file.with_name(FULL_OPTIMIZER)
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     if optimizer.is_file():
-        moments = by_name(mapping(load_mapping(optimizer).get("state"), optimizer, "state"))
-    return ImportedCheckpoint(file.parent, "FSDP, in one file", *stored, moments=moments)
+        optimizer_state = by_name(mapping(load_mapping(optimizer).get("state"), optimizer, "state"))
+    return ImportedCheckpoint(file.parent, "FSDP, in one file", *stored, optimizer_state=optimizer_state)
 
 
 def _local_shards(source: Path) -> Path | None:
@@ -191,12 +194,12 @@ def _refuse_local_shards(file: Path) -> ImportedCheckpoint:
 
 def _from_zero_state(source: Path, state: ZeroState) -> ImportedCheckpoint:
     keys = adapter_keys(list(state.weights), source)
-    moments = {}
-    for name, tensor in state.moments.items():
+    optimizer_state = {}
+    for name, tensor in state.optimizer_state.items():
         parameter, _, kind = name.rpartition(".")
-        moments[f"{parameter_name(adapter_key(parameter)[0])}.{kind}"] = tensor
+        optimizer_state[f"{parameter_name(adapter_key(parameter)[0])}.{kind}"] = tensor
     return ImportedCheckpoint(
-        source, state.form, *_renamed(state.weights, keys), moments=moments, step=state.step
+        source, state.form, *_renamed(state.weights, keys), optimizer_state=optimizer_state, step=state.step
     )
 
 
@@ -216,7 +219,7 @@ def _from_adapter(folder: Path) -> ImportedCheckpoint:
     stored = _adapter_of(_load_any(file), file)
     if (folder / MANIFEST).is_file() and (folder / OPTIMIZER_FILE).is_file():
         return ImportedCheckpoint(
-            folder, "checkpoint of samestep", *stored, moments=read_tensors(folder / OPTIMIZER_FILE)
+            folder, "checkpoint of samestep", *stored, optimizer_state=read_tensors(folder / OPTIMIZER_FILE)
         )
     optimizer = folder / NUMBERED_OPTIMIZER
     if not optimizer.is_file():
@@ -225,7 +228,7 @@ def _from_adapter(folder: Path) -> ImportedCheckpoint:
         folder,
         "transformers Trainer (DDP or one process)",
         *stored,
-        moments=by_index(load_mapping(optimizer), stored[0]),
+        optimizer_state=by_index(load_mapping(optimizer), stored[0]),
     )
 
 
@@ -249,12 +252,14 @@ def _from_weights(source: Path, files: list[Path]) -> ImportedCheckpoint:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _load_any(file)
-    found = _adapter_of(tensors, source)
-    if not any(is_lora(key) for key in found[0]):
+    imported = _adapter_of(tensors, source)
+    if not any(is_lora(key) for key in imported[0]):
         raise CheckpointError(
             f"{source}: a model without a LoRA ({len(tensors)} tensors); give an adapter or a checkpoint of one"
         )
-    return ImportedCheckpoint(source, "weights alone (`accelerate merge-weights`, `zero_to_fp32.py`)", *found)
+    return ImportedCheckpoint(
+        source, "weights alone (`accelerate merge-weights`, `zero_to_fp32.py`)", *imported
+    )
 
 
 _FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], ImportedCheckpoint]], ...] = (
@@ -289,13 +294,13 @@ def _adapter_of(stored: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Te
 def _renamed(
     stored: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by their keys in an adapter file, and the keys they had."""
+    """Return the tensors by their keys in an adapter file, and the keys they had."""
     return {key: stored[raw].detach() for raw, key in keys.items()}, {key: raw for raw, key in keys.items()}
 
 
-def _holders(found: ImportedCheckpoint) -> list[Path]:
-    """The folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
-    folder = found.source if found.source.is_dir() else found.source.parent
+def _holders(imported: ImportedCheckpoint) -> list[Path]:
+    """Return the folders that belong to a checkpoint: where it was read, and around a part of it the whole."""
+    folder = imported.source if imported.source.is_dir() else imported.source.parent
     is_part = (
         folder.name in (DISTRIBUTED, SHARDS)
         or folder.name.startswith("global_step")
@@ -304,30 +309,30 @@ def _holders(found: ImportedCheckpoint) -> list[Path]:
     return [folder, folder.parent] if is_part else [folder]
 
 
-def _with_step(found: ImportedCheckpoint) -> ImportedCheckpoint:
-    for folder in _holders(found):
+def _with_step(imported: ImportedCheckpoint) -> ImportedCheckpoint:
+    for folder in _holders(imported):
         if (folder / MANIFEST).is_file():
-            return _with_losses(replace(found, step=int(read_manifest(folder)["facts"]["step"])))
+            return _with_losses(replace(imported, step=int(read_manifest(folder)["facts"]["step"])))
         if (folder / TRAINER_STATE).is_file():
             step = read_json(folder / TRAINER_STATE, TABLE).get("global_step")
             if step is None:
-                return _with_losses(found)
+                return _with_losses(imported)
             return _with_losses(
-                replace(found, step=whole_number(step, folder / TRAINER_STATE, "global_step"))
+                replace(imported, step=whole_number(step, folder / TRAINER_STATE, "global_step"))
             )
-    return _with_losses(found)
+    return _with_losses(imported)
 
 
-def _with_losses(found: ImportedCheckpoint) -> ImportedCheckpoint:
-    lost = [] if found.moments else ["the optimizer's moments"]
-    lost += [] if found.step is not None else ["the number of steps"]
-    return replace(found, lost=tuple(lost))
+def _with_losses(imported: ImportedCheckpoint) -> ImportedCheckpoint:
+    lost = [] if imported.optimizer_state else ["the optimizer's moments"]
+    lost += [] if imported.step is not None else ["the number of steps"]
+    return replace(imported, lost=tuple(lost))
 
 
-def _with_config(found: ImportedCheckpoint) -> ImportedCheckpoint:
-    for folder in _holders(found):
+def _with_config(imported: ImportedCheckpoint) -> ImportedCheckpoint:
+    for folder in _holders(imported):
         if (folder / ADAPTER_CONFIG).is_file():
             return replace(
-                found, config=read_json(folder / ADAPTER_CONFIG), config_file=folder / ADAPTER_CONFIG
+                imported, config=read_json(folder / ADAPTER_CONFIG), config_file=folder / ADAPTER_CONFIG
             )
-    return found
+    return imported

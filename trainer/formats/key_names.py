@@ -10,6 +10,7 @@ from launch.errors import CheckpointError
 from launch.untrusted_files import printable
 
 PREFIX = "base_model.model."  # of every key in a PEFT adapter
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # of AdamW for each parameter, beside its step count
 DEFAULT = "default"  # the name that PEFT gives to an adapter without one
 
 # Module names of transformers 4 and 5, and tensor names on the hub, in one form. The first match counts.
@@ -31,7 +32,7 @@ _WHOLE_MODEL = (".base_layer.", ".original_module.")  # only in the state of a m
 
 
 def canonical_name(name: str) -> str:
-    """One name for a module or tensor of transformers 4, of transformers 5 and on the hub."""
+    """Return one name for a module or tensor of transformers 4, of transformers 5 and on the hub."""
     for pattern, replacement in _LAYOUTS:
         changed, hits = pattern.subn(replacement, name)
         if hits:
@@ -40,7 +41,7 @@ def canonical_name(name: str) -> str:
 
 
 def memory_name(name: str) -> str:
-    """The module's name in a Qwen2-VL of transformers 5, whatever version wrote it."""
+    """Return the module's name in a Qwen2-VL of transformers 5, whatever version wrote it."""
     name = canonical_name(name)
     for pattern, replacement in _IN_MEMORY:
         name = pattern.sub(replacement, name)
@@ -48,7 +49,7 @@ def memory_name(name: str) -> str:
 
 
 def adapter_key(raw: str) -> tuple[str, str | None]:
-    """A tensor's key as PEFT 0.21 with transformers 5 writes it to a file, and the adapter's name if it was in `raw`.
+    """Return the key that PEFT 0.21 with transformers 5 writes to a file, and the adapter's name if `raw` has it.
 
     `raw` is a key of an adapter file, of a PeftModel's state, of a sharded checkpoint of it, or a parameter name.
     """
@@ -75,7 +76,7 @@ def adapter_keys(raw_keys: Mapping[str, object] | list[str], where: object) -> d
             f"{where}: holds a tensor that no model has ({printable(odd[0])[:200]}); copy the checkpoint again"
         )
     whole_model = any(mark in key for key in raw_keys for mark in _WHOLE_MODEL)
-    found: dict[str, str] = {}
+    key_of_raw: dict[str, str] = {}
     adapters: set[str] = set()
     for raw in raw_keys:
         key, adapter = adapter_key(raw)
@@ -84,27 +85,27 @@ def adapter_keys(raw_keys: Mapping[str, object] | list[str], where: object) -> d
             continue
         if adapter is not None:
             adapters.add(adapter)
-        found[raw] = key
+        key_of_raw[raw] = key
     if len(adapters) > 1:
         raise CheckpointError(
             f"{where}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); save the one you mean alone"
         )
-    if len(set(found.values())) < len(found):
-        keys = sorted(found.values())
+    if len(set(key_of_raw.values())) < len(key_of_raw):
+        keys = sorted(key_of_raw.values())
         twice = next(a for a, b in itertools.pairwise(keys) if a == b)
         raise CheckpointError(
             f"{where}: {twice} is there twice, under two names; the file was put together wrongly"
         )
-    return found
+    return key_of_raw
 
 
 def is_lora(key: str) -> bool:
-    """Whether a key of an adapter file is a part of a LoRA layer (else it is a module saved whole)."""
+    """Return whether a key of an adapter file is a part of a LoRA layer (else it is a module saved whole)."""
     return _LORA.match(key) is not None
 
 
 def parameter_name(key: str) -> str:
-    """The name that the tensor of an adapter file has among the parameters of a PeftModel."""
+    """Return the name that the tensor of an adapter file has among the parameters of a PeftModel."""
     if match := _LORA.match(key):
         suffix = "" if match["part"].startswith("lora_embedding") else ".weight"
         return f"{match['module']}.{match['part']}.{DEFAULT}{suffix}"

@@ -1,4 +1,4 @@
-"""Portable checkpoints: the adapter in PEFT's format and the optimizer's moments by parameter name.
+"""Portable checkpoints: the adapter in PEFT's format and the optimizer state by parameter name.
 
 Small (30 MB for the 7B recipe), independent of strategy and world size, and made of JSON and safetensors alone.
 """
@@ -17,40 +17,41 @@ from torch import Tensor, nn
 
 from launch.errors import CheckpointError, RunError
 from launch.untrusted_files import printable
+from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.validated import read_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state beside its step count."""
 
 
 @dataclass(frozen=True)
-class State:
+class TrainedState:
     """What trains, as it was at the end of a step: copies in memory, which the next steps do not touch.
 
-    `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<moment or step>`.
+    `adapter`: the trained parameters by their name in the model; `optimizer`: `<parameter>.<state key or step>`.
     """
 
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
 
-def snapshot(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
-    """Copy weights, moments and step counts of every trained parameter to the CPU."""
-    moments = {
+def copy_trained_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> TrainedState:
+    """Copy weights and optimizer state of every trained parameter to the CPU."""
+    optimizer_state = {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in parameters.items()
-        for key in (*MOMENTS, "step")
+        for key in (*ADAM_STATE_KEYS, "step")
     }
-    return State(_copied(parameters), _copied(moments))
+    return TrainedState(_copied(parameters), _copied(optimizer_state))
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def save_state(model: PeftModel, state: State, folder: Path) -> None:
+def save_state(model: PeftModel, state: TrainedState, folder: Path) -> None:
     """Write the adapter and the optimizer of a snapshot.
 
     Raises:
@@ -95,12 +96,14 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape.
     """
-    put_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+    set_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
 
 
-def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> None:
+def set_adapter(
+    model: PeftModel, stored: Mapping[str, Tensor], where: Path, adapter_name: str = "default"
+) -> None:
     """As `load_adapter`, of tensors by their keys in an adapter file; `where` they were read."""
-    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     wrong = [
         *(f"{name} is missing" for name in sorted(present.keys() - stored.keys())),
         *(f"{name} is unknown" for name in sorted(stored.keys() - present.keys())),
@@ -115,8 +118,8 @@ def put_adapter(model: PeftModel, stored: Mapping[str, Tensor], where: Path) -> 
             f"{where}: does not fit the model ({len(wrong)} tensors: {printable(wrong[0])}); "
             "resume with the recipe that wrote it"
         )
-    set_peft_model_state_dict(model, dict(stored))
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, dict(stored), adapter_name=adapter_name)
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if differing := sorted(_differing(stored, loaded)):
         raise CheckpointError(f"{where}: {differing[0]} was not loaded as it was stored")
 
@@ -133,7 +136,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
-    """The stored moments and step counts of these parameters (name -> shape), as `<parameter>.<moment or step>`.
+    """Read the optimizer state of these parameters (name -> shape), as `<parameter>.<exp_avg, exp_avg_sq or step>`.
 
     Raises:
         CheckpointError: the file holds other parameters or shapes.
@@ -144,8 +147,8 @@ def read_optimizer_state(parameters: Mapping[str, torch.Size], folder: Path) -> 
 def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
-    """`stored`, once it holds what AdamW keeps of these parameters. CheckpointError as `read_optimizer_state`."""
-    wanted = {f"{name}.{key}" for name in parameters for key in (*MOMENTS, "step")}
+    """Return `stored` if it is the optimizer state of these parameters; CheckpointError as `read_optimizer_state`."""
+    wanted = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
     if wanted != stored.keys():
         odd = sorted(wanted ^ stored.keys())
         raise CheckpointError(
@@ -153,7 +156,7 @@ def matching_optimizer_state(
             f"{printable(odd[0])}); resume with the recipe that wrote it"
         )
     for name, shape in parameters.items():
-        for key in MOMENTS:
+        for key in ADAM_STATE_KEYS:
             if stored[f"{name}.{key}"].shape != shape:
                 raise CheckpointError(
                     f"{where}: {name}.{key} has shape {tuple(stored[f'{name}.{key}'].shape)}, the "
@@ -162,14 +165,18 @@ def matching_optimizer_state(
     return stored
 
 
-def inject(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer_state: Mapping[str, Tensor],
 ) -> None:
-    """Put moments and step counts, of `read_optimizer_state`, into a fresh optimizer over the same parameters."""
+    """Set the state of a fresh optimizer over the same parameters to that of `read_optimizer_state`."""
     for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {"step": moments[f"{name}.step"].to(step_device(optimizer, parameter))}
-        for key in MOMENTS:
-            state[key] = moments[f"{name}.{key}"].to(parameter.device, parameter.dtype)
+        state: dict[str, Tensor] = {
+            "step": optimizer_state[f"{name}.step"].to(step_device(optimizer, parameter))
+        }
+        for key in ADAM_STATE_KEYS:
+            state[key] = optimizer_state[f"{name}.{key}"].to(parameter.device, parameter.dtype)
         optimizer.state[parameter] = state
 
 

@@ -19,11 +19,11 @@ from pydantic import Field, NonNegativeInt, RootModel
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, open_plain, parse_json, printable
-from trainer.formats.validated import Layout, checked, inside, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, inside, read_json, unreadable_is_refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,8 +63,8 @@ class Entry:
         return math.prod(self.shape)
 
     def bytes_as(self, dtype: str) -> int:
-        """Bytes of this tensor when stored as `dtype`."""
-        return self.elements * DTYPES[dtype].itemsize
+        """Return the bytes of this tensor when stored as `dtype`."""
+        return self.elements * TORCH_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Shard:
     header_bytes: int
 
 
-class _Stored(Layout):
+class _Stored(FileSchema):
     """One tensor in a safetensors header; `data_offsets` count from the end of the header."""
 
     dtype: str
@@ -93,7 +93,7 @@ class _Metadata(RootModel[dict[str, str]]):
     """What a safetensors header says beside its tensors."""
 
 
-class _Index(Layout):
+class _Index(FileSchema):
     """What is read of `*.index.json`."""
 
     weight_map: dict[str, str] = Field(min_length=1)
@@ -119,7 +119,7 @@ def read_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     metadata = checked(_Metadata, metadata, path).root
     tensors = checked(_Tensors, header, path).root
-    unknown = {stored.dtype for stored in tensors.values()} - set(DTYPES)
+    unknown = {stored.dtype for stored in tensors.values()} - set(TORCH_DTYPES)
     if unknown:
         raise CheckpointError(
             f"{path}: tensors stored as {printable(', '.join(sorted(unknown))[:200])}; use the unquantized weights"
@@ -131,7 +131,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def _entries(path: Path, tensors: dict[str, _Stored], start: int) -> dict[str, Entry]:
-    """The tensors in the order of their bytes, which must be as many as their shapes need, and nobody else's."""
+    """Return the tensors in the order of their bytes, which must be as many as their shapes need, and nobody else's."""
     entries, last = {}, 0
     for name, stored in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         begin, end = stored.data_offsets
@@ -151,7 +151,7 @@ def _entries(path: Path, tensors: dict[str, _Stored], start: int) -> dict[str, E
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, as `*.index.json` says it. CheckpointError: it says something else, or leads away."""
+    """Read the file of every tensor, as `*.index.json` has it. CheckpointError: it is something else, or leads away."""
     weight_map = checked(_Index, read_json(index, TABLE), index).weight_map
     for name in set(weight_map.values()):
         inside(index.parent, name, index)
@@ -159,7 +159,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def read_base_shards(base: Path) -> list[Shard]:
-    """The safetensors files of a model folder: the single file, or all files that its index names.
+    """Return the safetensors files of a model folder: the single file, or all files that its index names.
 
     A missing file, and tensors in which index and files disagree, are a CheckpointError.
     """
@@ -179,9 +179,9 @@ def read_base_shards(base: Path) -> list[Shard]:
             "copy them again"
         )
     shards = [read_shard(base / name) for name in names]
-    found = {tensor: shard.path.name for shard in shards for tensor in shard.entries}
+    files = {tensor: shard.path.name for shard in shards for tensor in shard.entries}
     differing = sorted(
-        name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name)
+        name for name in files.keys() | weight_map.keys() if files.get(name) != weight_map.get(name)
     )
     if weight_map and differing:
         raise CheckpointError(
@@ -199,8 +199,8 @@ def block_rows(entry: Entry) -> Iterator[tuple[int, int]]:
 
 
 def read_block(file: BinaryIO, entry: Entry, begin: int, end: int) -> torch.Tensor:
-    """Rows [begin, end) as a tensor [rows, width] of the stored dtype."""
-    dtype = DTYPES[entry.dtype]
+    """Return rows [begin, end) as a tensor [rows, width] of the stored dtype."""
+    dtype = TORCH_DTYPES[entry.dtype]
     file.seek(entry.begin + begin * entry.width * dtype.itemsize)
     count = (end - begin) * entry.width
     if count == 0:
@@ -212,7 +212,7 @@ def read_block(file: BinaryIO, entry: Entry, begin: int, end: int) -> torch.Tens
 
 
 def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bytes of a tensor as uint8 (comparing values would call two NaN different)."""
+    """Return the raw bytes of a tensor as uint8 (comparing values would call two NaN different)."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
@@ -235,11 +235,11 @@ def write_shard(
         for name, entry in shard.entries.items():
             digest = hashlib.sha256()
             for begin, end in block_rows(entry):
-                rows = block(source, name, begin, end).to(DTYPES[dtypes[name]])
+                rows = block(source, name, begin, end).to(TORCH_DTYPES[dtypes[name]])
                 data = tensor_bytes(rows).numpy().data
                 digest.update(data)
                 target.write(data)
-                advance((end - begin) * entry.width * DTYPES[entry.dtype].itemsize)
+                advance((end - begin) * entry.width * TORCH_DTYPES[entry.dtype].itemsize)
             digests[name] = digest.digest()
         target.flush()
         os.fsync(target.fileno())

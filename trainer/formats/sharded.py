@@ -1,7 +1,8 @@
 """Sharded checkpoints: every rank writes its own part of the trained state, into `shards/`.
 
-single, ddp and fsdp: each rank has all of it, so it is dealt out, and torch writes the parts (distributed checkpoint,
-DCP). zero2 and zero3: the files that DeepSpeed makes of its shards. `foreign` reads both, of any number of ranks.
+single, ddp and fsdp: each rank has all of it, so it is partitioned, and torch writes the parts (distributed checkpoint,
+DCP). zero2 and zero3: the files that DeepSpeed makes of its shards.
+`trainer.formats.detect` reads both, of any number of ranks.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from launch.errors import RunError, SamestepError
 from trainer.distributed.collectives import to_user_error
 from trainer.formats.dcp import load_distributed
 from trainer.formats.detect import OPTIMIZER_PREFIX
-from trainer.formats.portable import State
+from trainer.formats.portable import TrainedState
 from trainer.formats.torch_files import load_torch
 
 
 def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """The names for each rank to write, the sums of their sizes balanced: the largest first, each to who has least."""
+    """Partition names over the ranks so that their sizes balance: the largest first, each to who has least."""
     parts: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -41,13 +42,13 @@ def partition_by_size(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class DistributedPart:
+class DcpRankState:
     """The share of one rank in a state that all ranks have: copies of it.
 
-    DCP would deal out whole tensors as well, by size, but only after every rank had copied all of them.
+    DCP would partition whole tensors as well, by size, but only after every rank had copied all of them.
     """
 
-    state: State
+    state: TrainedState
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> list[str]:
         """Write it into a folder that is there; the names of its files. A collective of `group`, which raises on all.
@@ -57,8 +58,10 @@ class DistributedPart:
         """
         # Said once for each save of a single process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        moments = {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()}
-        tensors = {**self.state.adapter, **moments}
+        optimizer_state = {
+            f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in self.state.optimizer.items()
+        }
+        tensors = {**self.state.adapter, **optimizer_state}
         single, rank = not dist.is_initialized(), dist.get_rank() if dist.is_initialized() else 0
         # 0: nothing is left to be copied from a GPU, where torch would wait in this thread for the first one.
         writer = _Writer(folder, per_thread_copy_ahead=0)
@@ -87,14 +90,14 @@ class _Writer(FileSystemWriter):
 
 
 def _first_failure(error: CheckpointException) -> SamestepError:
-    """What every rank was told of the ranks that failed, as `together` would say it."""
+    """Return what every rank was told of the ranks that failed, as `run_on_all_ranks` would raise it."""
     rank, (cause, _) = min(error.failures.items())
     words = to_user_error(cause if isinstance(cause, Exception) else RuntimeError(repr(cause)))
     return words if rank == 0 else type(words)(f"rank {rank}: {words}")
 
 
 @dataclass(frozen=True)
-class ZeroPart:
+class ZeroRankState:
     """What DeepSpeed saves on one rank: file below the folder -> its content, copied. A text is a text file."""
 
     files: dict[str, Any]
@@ -143,7 +146,7 @@ class InMemoryCheckpointEngine:
 
 
 def copied(value: Any) -> Any:
-    """A structure of dictionaries and lists with its tensors copied to the CPU."""
+    """Return a structure of dictionaries and lists with its tensors copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, dict):
@@ -152,7 +155,7 @@ def copied(value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a structure of dictionaries and lists."""
+    """Yield every tensor in a structure of dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list):
@@ -169,7 +172,7 @@ def _compare(where: Path, meant: Any, written: Any) -> None:
 
 
 def _refused(error: Exception, place: Path) -> SamestepError:
-    """What the disk said. torch's writer of archives covers that with an error of its own (torch 2.14)."""
+    """Return what the disk said. torch's writer of archives covers that with an error of its own (torch 2.14)."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

@@ -42,7 +42,7 @@ DAMAGED = (
 
 
 def load_torch(file: Path) -> Any:
-    """The content of a file of `torch.save`, on the CPU.
+    """Return the content of a file of `torch.save`, on the CPU.
 
     Raises:
         CheckpointError: it is missing, damaged, says more than it holds, or holds objects that only running code
@@ -72,7 +72,7 @@ def load_torch(file: Path) -> Any:
 
 
 def why_damaged(error: BaseException) -> str:
-    """The words of one of `DAMAGED`, without the file's name."""
+    """Return the words of one of `DAMAGED`, without the file's name."""
     if isinstance(error, UntrustedFileError):
         return error.reason
     return printable(" ".join(str(error).split())[:200]) or type(error).__name__
@@ -114,7 +114,7 @@ def _refuse_claim(tensor: Tensor) -> None:
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a structure of mappings and lists; each of these is looked into once, however often it stands."""
+    """Yield every tensor in a structure of mappings and lists; each is visited once, however often it occurs."""
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()
@@ -126,7 +126,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def load_mapping(file: Path) -> dict[Any, Any]:
-    """The mapping in a file of `torch.save`, on the CPU. CheckpointError as `load_torch`, or when it is none."""
+    """Return the mapping in a file of `torch.save`, on the CPU. CheckpointError as `load_torch`, or when it is none."""
     return mapping(load_torch(file), file)
 
 
@@ -141,7 +141,7 @@ def mapping(value: object, file: Path, key: str = "") -> dict[Any, Any]:
 
 
 def as_number(value: object) -> float | None:
-    """A number, or a tensor of one, as a float; None for anything else."""
+    """Return a number, or a tensor of one, as a float; None for anything else."""
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
     return None

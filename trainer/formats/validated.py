@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.errors import CheckpointError
+from launch.units import decimal_size
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
@@ -26,7 +27,7 @@ from launch.untrusted_files import (
 from trainer.base_files import is_inside
 
 
-class Layout(BaseModel):
+class FileSchema(BaseModel):
     """The keys of a file that are read, and of which kind their values must be; other keys may be there."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -54,7 +55,7 @@ def unreadable_is_refused(file: Path | None = None) -> Iterator[None]:
 
 
 def read_json(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes. CheckpointError when it is missing or something else."""
+    """Read the object in a JSON file of at most `limit` bytes. CheckpointError when it is missing or something else."""
     try:
         return read_mapping(file, limit)
     except UNREADABLE as error:
@@ -64,7 +65,7 @@ def read_json(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
 
 
 def read_tensors(file: Path, advice: str = "copy it again") -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped from the disk. CheckpointError when it is missing or damaged."""
+    """Return all tensors of a safetensors file, mapped from the disk. CheckpointError when it is missing or damaged."""
     try:
         plain_size(file)  # the library would wait for a pipe
         return load_file(file)
@@ -78,13 +79,13 @@ def refuse_more_than_memory(size: int, file: Path) -> None:
     """CheckpointError when `size` bytes of `file` would not fit in free memory: a file may be full of holes."""
     if size > (free := psutil.virtual_memory().available):
         raise CheckpointError(
-            f"{printable(str(file))}: needs {size / 1e9:,.1f} GB of memory ({free / 1e9:,.1f} GB are free); copy it "
+            f"{printable(str(file))}: needs {decimal_size(size)} of memory ({decimal_size(free)} are free); copy it "
             "again if it should be smaller, or take a machine with more memory"
         )
 
 
 def inside(folder: Path, name: str, file: Path) -> Path:
-    """Where the file or folder `name` lies, which `file` says is in `folder`. CheckpointError when it would not be."""
+    """Locate the file or folder `name`, which `file` says is in `folder`. CheckpointError when it would not be."""
     if not is_inside(name):
         raise CheckpointError(
             f"{printable(str(file))}: names a file outside of its folder ({printable(name)[:200]}); copy the "
@@ -111,7 +112,7 @@ def checked(layout: type[Read], values: object, file: Path) -> Read:
 
 
 def whole_number(value: object, file: Path, key: str) -> int:
-    """A count that a file gives. CheckpointError when it is no whole number from 0 on."""
+    """Return a count that a file gives. CheckpointError when it is no whole number from 0 on."""
     if type(value) is not int or value < 0:
         raise CheckpointError(
             f"{file}: {key} is no whole number from 0 on ({value!r:.60}); copy the checkpoint again"

@@ -1,29 +1,30 @@
-"""Base, adapters and trainer of a task, on this rank's device."""
+"""Builds the base, the adapters and the trainer of a task on this rank's device, and closes what the trainer opened."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import nn
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 from launch.recipe.schema import Recipe
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.data.encoder import Encoder
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import DTYPES, add_lora, load_base
+from trainer.model.families.registry import feature_width
 from trainer.model.fsdp import close_sharding, mesh_of, shard_layer
 from trainer.pretrained import load_processor
-from trainer.startup_timer import FirstStep
+from trainer.startup_timer import StartupTimer
 from trainer.task import Task
 from trainer.vision_cache.cache_key import facts_of, kind_of
 from trainer.vision_cache.store import FeatureCache, describe, open_cache, remove_unused
@@ -32,9 +33,9 @@ logger = get_logger("trainer")
 
 
 def build(
-    task: Task, state: PartialState, watch: StopRequests, resumed_at: int, clock: FirstStep
+    task: Task, state: PartialState, stop_requests: StopRequests, resumed_at: int, timer: StartupTimer
 ) -> PlannedTrainer:
-    """Base, LoRA and trainer on this rank's device.
+    """Build base, LoRA and trainer on this rank's device.
 
     Raises:
         SamestepError: on all ranks together: what one rank alone can meet is met outside the collectives of sharding.
@@ -44,60 +45,66 @@ def build(
     encoder = run_on_all_ranks(
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
-    clock.passed("processor")
+    timer.record("processor")
     model = load_model(task, state.device)
-    clock.passed("base")
+    timer.record("base")
 
     def finish() -> PlannedTrainer:
-        kept = open_features(task.recipe, model, encoder.processor)
+        features = open_features(task.recipe, model, encoder.processor)
         return build_trainer(
             model,
             task,
-            replace(encoder, features=kept, pixels=DTYPES[task.recipe.model.dtype]),
-            watch,
+            replace(encoder, features=features, pixels=DTYPES[task.recipe.model.dtype]),
+            stop_requests,
             resumed_at,
-            clock,
+            timer,
         )
 
     trainer = run_on_all_ranks(finish)
-    clock.passed("trainer")
+    timer.record("trainer")
     return trainer
 
 
 def build_trainer(
-    model: PeftModel, task: Task, encoder: Encoder, watch: StopRequests, resumed_at: int, clock: FirstStep
+    model: PeftModel,
+    task: Task,
+    encoder: Encoder,
+    stop_requests: StopRequests,
+    resumed_at: int,
+    timer: StartupTimer,
 ) -> PlannedTrainer:
-    """A trainer with its step callback attached, first in line so that the records precede reports and saves."""
-    trainer = PlannedTrainer(model, task, encoder, watch, resumed_at, clock)
-    trainer.callback_handler.callbacks.insert(0, StepEnd(trainer))
+    """Build a trainer with its step callback attached, first in line so that the records precede reports and saves."""
+    trainer = PlannedTrainer(model, task, encoder, stop_requests, resumed_at)
+    trainer.callback_handler.callbacks.insert(0, StepEnd(trainer, timer))
     return trainer
 
 
-def open_features(recipe: Recipe, model: PeftModel, processor: Qwen2VLProcessor) -> FeatureCache | None:
-    """The cache of vision features that the recipe asks for; `model` is as it was loaded."""
+def open_features(recipe: Recipe, model: PeftModel, processor: ProcessorMixin) -> FeatureCache | None:
+    """Open the cache of vision features that the recipe asks for; `model` is as it was loaded."""
     place = recipe.data.vision_cache
     if place != "memory":
         remove_unused()
     if place == "off":
         return None
-    tower = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.visual
+    base = cast(Any, model.get_base_model())
+    tower = base.model.visual
     facts = facts_of(recipe, tower, processor.image_processor)
-    found = open_cache(place, kind_of(tower, facts), facts)
-    for line in describe(found, facts):
+    cache = open_cache(place, kind_of(tower, feature_width(base), facts), facts)
+    for line in describe(cache, facts):
         logger.info(line)
-    return found
+    return cache
 
 
 def load_model(task: Task, device: torch.device) -> PeftModel:
-    """Base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
+    """Load base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
     recipe, plan = task.recipe, task.plan
     if not plan.parallelism.shards_while_loading:
         return run_on_all_ranks(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
-    whole: list[LayerFacts] = []
+    whole: list[LayerReference] = []
     mesh = mesh_of(plan.world_size, device)
 
     def take(layer: nn.Module) -> None:
-        whole.append(layer_facts(layer))
+        whole.append(reference_layer(layer))
         shard_layer(layer, mesh)
 
     def read() -> PeftModel:
@@ -111,6 +118,19 @@ def load_model(task: Task, device: torch.device) -> PeftModel:
 
 
 def make_deterministic() -> None:
-    """The same bits on every repetition on the same GPU."""
+    """Choose kernels that give the same bits on every repetition on the same GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def close(trainer: PlannedTrainer) -> None:
+    """End the threads and processes of an attempt, while the run is still locked and signals are requests."""
+    if trainer.training_loader:
+        trainer.training_loader.close()
+    trainer.saver.wait()
+    if trainer.features:
+        trainer.features.close()
+        if summary := trainer.features.summary():
+            logger.info(summary)
+        assert trainer.encoder.features is not None
+        trainer.encoder.features.close()

@@ -1,8 +1,7 @@
-"""The largest micro-batch, tried before the first step: settings that a GPU cannot hold come down instead of failing.
+"""Tries the largest micro-batch before the first step, and reduces settings that a GPU cannot hold.
 
-No collective is in the trial, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it is
-tried before anything is wrapped, and decoder layers that are shared out have stand-ins
-(`trainer.model.layer_stand_ins`).
+The trial runs no collectives, whatever the strategy, so a rank that runs out of memory leaves nobody waiting: it comes
+before anything is wrapped, and layers that will be sharded are replaced by zeros (`trainer.model.layer_stand_ins`).
 What the trial leaves are compiled kernels: its gradients are dropped, and neither a generator nor a counter of the run
 moves.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from launch.planning.auto_settings import recomputation
 from launch.planning.memory import bytes_of_first_step
 from launch.planning.oom_fallback import plan_with_less
 from launch.planning.plan import Plan
+from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
-from trainer.data.chartqa import open_split
 from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
+from trainer.loop.dataloaders import uncached
 from trainer.loop.trainer import PlannedTrainer
+from trainer.model.base import recompute_layers
 from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, temporarily_sharded, zero_weight_layers
 
 logger = get_logger("trainer")
@@ -37,7 +40,7 @@ GATHERED_LAYERS = 2  # beside the one that computes: the next, as it arrives and
 
 
 def fit_to_memory(trainer: PlannedTrainer) -> None:
-    """Come down from the plan's settings to some that all ranks can hold, and write them into plan.json. A collective.
+    """Reduce the plan's settings to some that all ranks can hold, and write them into plan.json. A collective.
 
     Raises:
         GpuMemoryError: on all ranks: the recipe allows nothing smaller, or only with weights that are loaded otherwise.
@@ -46,36 +49,44 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
         return
     while not all(gather_objects(largest_micro_batch_fits(trainer))):
         smaller = broadcast_from_main(lambda: _smaller(trainer))
-        trainer.take_plan(smaller)
+        _apply_plan(trainer, smaller)
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
             f"{smaller.micro_batches} micro-batches a step, "
             f"recomputed: {recomputation(smaller.settings.activation_checkpoint_every)}"
         )
-    trainer.take_plan(trainer.plan.with_settings(tried=True))
+    _apply_plan(trainer, trainer.plan.with_settings(tried=True))
     run_on_main(lambda: keep_plan(trainer.run_directory, trainer.plan))
 
 
 def _smaller(trainer: PlannedTrainer) -> Plan:
-    asked = trainer.recipe, trainer.index, trainer.plan
-    found = plan_with_less(*asked, reloading=False)
-    if found is None:
-        after = plan_with_less(*asked, reloading=True)
+    setup = trainer.recipe, trainer.index, trainer.plan
+    smaller = plan_with_less(*setup, reloading=False)
+    if smaller is None:
+        after_reloading = plan_with_less(*setup, reloading=True)
         raise GpuMemoryError(
             f"GPU: out of memory with the largest micro-batch ({trainer.plan.micro_batch_tokens:,} tokens); "
             + (
                 "the same command goes on with 4-bit weights that are not held dequantized"
-                if after
+                if after_reloading
                 else "the recipe allows nothing that needs less: set batch.micro_batch_tokens, "
                 "training.gradient_checkpointing and model.resident_weights to auto"
                 + ("" if trainer.plan.parallelism.shards_layers else ", or use --strategy fsdp")
             )
         )
-    return found
+    return smaller
+
+
+def _apply_plan(trainer: PlannedTrainer, plan: Plan) -> None:
+    """Train by a plan with other micro-batches and recomputation; before the first step."""
+    trainer.plan, trainer.task = plan, replace(trainer.task, plan=plan)
+    trainer.step_plan = step_plan(trainer.recipe, trainer.index, plan)
+    trainer.args.gradient_accumulation_steps = plan.micro_batches
+    recompute_layers(trainer.model, plan.settings.activation_checkpoint_every)
 
 
 def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
-    """Whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
+    """Return whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
     packed = run_on_all_ranks(lambda: _largest(trainer))
     strategy = trainer.plan.parallelism
     held_whole = strategy.shards_layers and strategy.wraps_whole_model  # until it is wrapped
@@ -85,8 +96,8 @@ def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
     split = trainer.index.splits["train"]
-    chosen = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    return assemble(open_split(trainer.recipe, "train"), split, trainer.computing_encoder, chosen, 0, 1)
+    batch = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
+    return assemble(open_split(trainer.recipe, "train"), split, uncached(trainer.encoder), batch, 0, 1)
 
 
 def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
@@ -107,35 +118,34 @@ def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
 
 def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
     device = trainer.args.device
-    spare = torch.empty(_to_come(trainer), dtype=torch.uint8, device=device)
+    spare = torch.empty(_bytes_to_come(trainer), dtype=torch.uint8, device=device)
     trainer.model.train()
     with (
         zero_weight_layers(trainer.model, device) if trainer.plan.parallelism.shards_layers else nullcontext()
     ):
-        loss = trainer._loss(trainer.model, trainer._prepare_inputs(packed))
-        loss.backward()
+        trainer.micro_batch_loss(trainer.model, packed).backward()
     del spare
 
 
-def _to_come(trainer: PlannedTrainer) -> int:
-    """Bytes that are not there yet: of the optimizer, of layers that come together, and a spare part of the GPU."""
+def _bytes_to_come(trainer: PlannedTrainer) -> int:
+    """Count the bytes not allocated yet: the optimizer's, those of gathered layers, and a spare share of the GPU."""
     plan, device = trainer.plan, trainer.args.device
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    found = bytes_of_first_step(plan.strategy, plan.world_size, count)
+    size = bytes_of_first_step(plan.strategy, plan.world_size, count)
     if plan.parallelism.shards_layers:
-        found += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
+        size += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
     if device.type == "cuda":
-        found += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    return found
+        size += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return size
 
 
 def largest_micro_batch(tokens: NDArray[np.int64], budget: int) -> MicroBatch:
-    """Samples that together come as near to the budget as the longest ones first do; positions in the split."""
-    chosen, left = [], budget
+    """Fill a micro-batch with the longest samples that the budget holds; positions in the split."""
+    samples, left = [], budget
     for sample in np.argsort(-tokens, kind="stable").tolist():
         if tokens[sample] <= left:
-            chosen.append(sample)
+            samples.append(sample)
             left -= int(tokens[sample])
         if left < int(tokens.min()):
             break
-    return MicroBatch(tuple(sorted(chosen)), filler=False)
+    return MicroBatch(tuple(sorted(samples)), filler=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -25,9 +27,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import LINE, printable, read_text
+from trainer.attempt_log import LOG
 from trainer.loop.hub_upload import CheckpointUpload
 from trainer.loop.step_figures import StepFigures, screen_text
 from trainer.loop.trackers import TrackerCallback
+from trainer.progress_bars import ShortenedText
 from trainer.task import Task
 
 
@@ -47,11 +51,11 @@ class ProgressBar(TrainerCallback):
             return
         progress = Progress(
             TextColumn("step"),
-            BarColumn(),
+            BarColumn(12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            ShortenedText(),
             console=self._console,
         )
         self._bar = (progress, progress.add_task("", total=state.max_steps, completed=self._resumed_at))
@@ -69,6 +73,7 @@ class ProgressBar(TrainerCallback):
         if self._bar:
             progress, task = self._bar
             progress.update(task, description=shown)
+            LOG.add_line(f"step {state.global_step}/{state.max_steps} {shown}\n".encode())
         else:
             print(f"step {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
 
@@ -106,14 +111,15 @@ class Trackio(TrainerCallback):
         try:
             import trackio
 
-            self._run = trackio.init(
-                project=self._recipe.tracking.project,
-                name=tracking_name(self._run_directory),
-                space_id=self._recipe.tracking.space_id,
-                config=self._recipe.model_dump(mode="json"),
-                resume="allow",
-                embed=False,
-            )
+            with self._quiet_when_local():
+                self._run = trackio.init(
+                    project=self._recipe.tracking.project,
+                    name=tracking_name(self._run_directory),
+                    space_id=self._recipe.tracking.space_id,
+                    config=self._recipe.model_dump(mode="json"),
+                    resume="allow",
+                    embed=False,
+                )
         except Exception as error:
             self._give_up(error)
 
@@ -131,7 +137,14 @@ class Trackio(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._guarded(lambda run: run.finish())
+        with self._quiet_when_local():
+            self._guarded(lambda _: _finish_trackio())
+
+    def _quiet_when_local(self) -> contextlib.AbstractContextManager[Any]:
+        """trackio 0.43 prints "Uploading logs" and more for a database on this disk; a Space's address is shown."""
+        if self._recipe.tracking.space_id is not None:
+            return contextlib.nullcontext()
+        return contextlib.redirect_stdout(io.StringIO())
 
     def _guarded(self, action: Callable[[Any], None]) -> None:
         """Whatever ails the tracker, the training goes on: metrics.jsonl has it all."""
@@ -147,16 +160,23 @@ class Trackio(TrainerCallback):
         logging.getLogger("trainer").warning("trackio: not used (%s: %s)", type(error).__name__, error)
 
 
+def _finish_trackio() -> None:
+    """Not `Run.finish`: after that trackio 0.43 finishes the run once more, and says so, when the process ends."""
+    import trackio
+
+    trackio.finish()
+
+
 def tracking_name(run: RunDirectory) -> str:
-    """One name for all attempts of a run, another for a run of the same name begun afresh."""
+    """Return one name for all attempts of a run, another for a run of the same name begun afresh."""
     file = run.path / ".trackio"
     if not file.exists():
         file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
     return printable(read_text(file, LINE).strip())
 
 
-def reporters(task: Task, resumed_at: int) -> list[TrainerCallback]:
-    """What rank 0 shows of a run; nothing on the others."""
+def progress_callbacks(task: Task, resumed_at: int) -> list[TrainerCallback]:
+    """Return what rank 0 shows of a run; nothing on the others."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
     recipe, run = task.recipe, task.run

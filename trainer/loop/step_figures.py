@@ -10,7 +10,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launch.inputs.dataset_index import Index
-from launch.inputs.model_shape import ModelShape, read_shape
+from launch.inputs.families import read_shape
+from launch.inputs.model_shape import ModelShape
 from launch.planning.plan import Plan
 from launch.recipe.schema import Recipe
 from launch.units import GIB
@@ -37,21 +38,26 @@ def flops_per_step(shape: ModelShape, index: Index, plan: Plan, vision: bool) ->
     """Floating-point operations that an average optimizer step cannot do without, on all ranks together.
 
     The decoder forward and backward to its activations (its weights are frozen), causal attention, the head at target
-    tokens, and with `vision` the tower forward. Not counted: recomputation, LoRA, padding. A multiply and an add are
-    two operations. The same counting as in `benchmarks/flops.py`, from the base's own shape.
+    tokens, and with `vision` the tower forward. Not counted: recomputation, LoRA (nor the backward of a tower that
+    trains), padding. A multiply and an add are two operations. The same counting as in `benchmarks/flops.py`, from the
+    base's own shape.
     """
     split = index.splits["train"]
     tokens, visual = split.tokens.astype(float), split.visual_tokens.astype(float)
     patches = visual * shape.patches_per_token
     linear = 4.0 * shape.layers * shape.layer_weights * tokens
-    attention = 6.0 * shape.layers * shape.hidden * tokens**2
+    attention = 6.0 * shape.layers * shape.query_width * tokens**2
     head = 4.0 * shape.hidden * shape.vocabulary * split.target_tokens
     per_sample = linear + attention + head
     if vision:
-        width, merged = shape.vision_width, shape.vision_width * shape.patches_per_token
-        block = 4 * width * width + 2 * width * shape.vision_intermediate
-        blocks = shape.vision_blocks * (2.0 * block * patches + 4.0 * width * patches**2)
-        per_sample = per_sample + blocks + 2.0 * merged * (merged + shape.hidden) * visual
+        linears = shape.tower_linears.items()
+        of_patch = sum(
+            each.copies * each.outputs * each.inputs for name, each in linears if name.startswith("blocks.")
+        )
+        of_token = shape.tower_weights - of_patch  # the mergers'
+        squares = split.visual_squares.astype(float) * shape.patches_per_token**2
+        within = 4.0 * shape.vision_blocks * shape.vision_width * squares
+        per_sample = per_sample + 2.0 * of_patch * patches + 2.0 * of_token * visual + within
     return float(per_sample.mean()) * plan.global_batch_size
 
 

@@ -24,7 +24,7 @@ PASSED_ON = (
 
 
 def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
-    """The SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
+    """Return the SFTConfig of a plan. Everything that the plan, our loader or our loss owns is switched off here."""
     training = recipe.training
     arguments = SFTConfig(
         output_dir=str(output),
@@ -41,7 +41,7 @@ def training_arguments(recipe: Recipe, plan: Plan, output: Path) -> SFTConfig:
         use_cpu=plan.device == "cpu" and not plan.parallelism.is_zero,
         # transformers 5.23 makes the process state anew; see `init_process_group`.
         ddp_backend="gloo" if plan.device == "cpu" and plan.parallelism.is_zero else None,
-        eval_strategy="steps",
+        eval_strategy="no" if recipe.data.validation is None else "steps",
         eval_steps=recipe.evaluation.every_steps,
         save_strategy="steps",
         save_steps=recipe.checkpoint.every_steps,

@@ -8,6 +8,8 @@ over the samples with `scaled_dot_product_attention`. No flash-attn package is n
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -35,10 +37,24 @@ class Segments:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch both towers of a Qwen2-VL to packed attention. Generation needs the stock one: do not switch there."""
+    """Switch both towers to packed attention. Generation needs the stock one: do not switch there."""
     AttentionInterface.register(PACKED, packed_attention)
     model.model.language_model.config._attn_implementation = PACKED
     model.model.visual.config._attn_implementation = PACKED
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a Qwen2-VL with packed attention has transformers' own again, for generation."""
+    configs = [model.model.language_model.config, model.model.visual.config]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def packed_attention(
@@ -59,24 +75,70 @@ def packed_attention(
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    attend = varlen if _has_varlen(query.device, query.dtype) else _loop
     return attend(q, k, v, segments, causal, scaling)[None], None
 
 
-def _loop(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
-    """[T, heads, head_dim] each; one call per segment."""
-    parts = (tensor.transpose(0, 1).split(segments.lengths, dim=1) for tensor in (q, k, v))
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float | None,
+    queries: Segments | None = None,
+) -> Tensor:
+    """Attention within each segment, [T, heads, head_dim] each, through the kernel that the device has.
+
+    `queries`: q has fewer tokens, the last ones of each segment.
+    """
+    kernel = varlen if _has_varlen(q.device, q.dtype) else _loop
+    return kernel(q, k, v, segments, causal, scale, queries)
+
+
+def _loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float | None,
+    queries: Segments | None = None,
+) -> Tensor:
+    """One call per segment."""
+    lengths = (queries or segments).lengths, segments.lengths, segments.lengths
+    tensors = zip((q, k, v), lengths, strict=True)
+    parts = (tensor.transpose(0, 1).split(each, dim=1) for tensor, each in tensors)
     outputs = [
         scaled_dot_product_attention(
-            q_part[None], k_part[None], v_part[None], is_causal=causal, scale=scale, enable_gqa=True
+            q_part[None],
+            k_part[None],
+            v_part[None],
+            attn_mask=_causal_mask(q_part, k_part) if queries and causal else None,
+            is_causal=causal and not queries,
+            scale=scale,
+            enable_gqa=True,
         )[0]
         for q_part, k_part, v_part in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
-    """[T, heads, head_dim] each; one kernel for all segments.
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """What each of the last tokens of a segment sees, bool [queries, keys]."""
+    shape = q.shape[1], k.shape[1]
+    return torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float | None,
+    queries: Segments | None = None,
+) -> Tensor:
+    """One kernel for all segments, whose causal mask is aligned to the ends of queries and keys.
 
     The signature of `varlen_attn` changed: torch 2.14 wants `enable_gqa` for fewer key than query heads; 2.11 has no
     such argument and takes them as they are, which its kernel has always understood.
@@ -95,10 +157,16 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sc
         q = q * (scale * q.shape[-1] ** 0.5)
     if q.shape[1] != k.shape[1] and "enable_gqa" in known:
         options["enable_gqa"] = True
-    longest = max(segments.lengths)
-    bounds = segments.cu_seqlens
+    queries = queries or segments
     output = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **options
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        queries.cu_seqlens,
+        segments.cu_seqlens,
+        max(queries.lengths),
+        max(segments.lengths),
+        **options,
     )
     return cast(Tensor, output)
 

@@ -12,18 +12,23 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from launch.errors import ConfigError
+from launch.inputs.model_shape import unreached
 from launch.recipe.schema import Recipe
+from launch.units import gib
 from launch.untrusted_files import printable
 from trainer.model.attention import use_packed_attention
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.families.registry import modelling_of
+from trainer.model.fp8 import use_fp8_products
 from trainer.model.head import patch_forward_target_logprobs
+from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
-from trainer.model.vision import Keep, register_packed_inputs
-from trainer.pretrained import base_name, base_path, check_is_qwen2_vl
+from trainer.model.vision import Keep, register_packed_inputs, trained_tower
+from trainer.pretrained import base_name, base_path, family_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,7 +39,7 @@ def load_base(
     quant_storage: str = "uint8",
     take_layer: Callable[[nn.Module], None] | None = None,
     layers: bool = True,
-) -> Qwen2VLForConditionalGeneration:
+) -> PreTrainedModel:
     """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
@@ -42,14 +47,14 @@ def load_base(
     without `layers` they are left out.
 
     Raises:
-        ConfigError: the base is not there, is not a Qwen2-VL, or lacks tensors.
+        ConfigError: the base is not there, is of no family that is known, or lacks tensors.
     """
     path = base_path(recipe)
-    check_is_qwen2_vl(path)
+    family = family_at(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
-        kinds = list(text.layer_types)
+        kinds = list(getattr(text, "layer_types", None) or [None] * text.num_hidden_layers)
     except Exception as error:  # transformers raises a dozen types over values of another kind
         raise ConfigError(
             f"model.name_or_path: {path}/config.json: {_why(error)}; get the model again"
@@ -57,10 +62,12 @@ def load_base(
     loud = transformers.logging.get_verbosity()
     without = take_layer is not None or not layers
     if without:
-        text.num_hidden_layers, text.layer_types = 0, []
+        text.num_hidden_layers = 0
+        if hasattr(text, "layer_types"):
+            text.layer_types = []
         transformers.logging.set_verbosity_error()  # its report calls every tensor of the layers unexpected
     try:
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+        model, report = getattr(transformers, family.model_class).from_pretrained(
             path,
             config=config,
             dtype=DTYPES[recipe.model.dtype],
@@ -75,7 +82,7 @@ def load_base(
         raise
     except Exception as error:
         raise ConfigError(
-            f"model.name_or_path: {path} cannot be loaded as a Qwen2-VL ({_why(error)}); "
+            f"model.name_or_path: {path} cannot be loaded as a {family.name} ({_why(error)}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
         ) from error
     finally:
@@ -84,8 +91,8 @@ def load_base(
     unexpected = [key for key in report["unexpected_keys"] if not (without and is_of_layer(key))]
     if wrong := sorted(map(str, [*report["missing_keys"], *unexpected, *report["mismatched_keys"]])):
         raise ConfigError(
-            f"model.name_or_path: the weights in {path} are not those of a whole Qwen2-VL ({len(wrong)} tensors are "
-            f"missing, unknown or of another shape, such as {wrong[0]}); get them again"
+            f"model.name_or_path: the weights in {path} are not those of a whole {family.name} ({len(wrong)} tensors "
+            f"are missing, unknown or of another shape, such as {wrong[0]}); get them again"
         )
     model.requires_grad_(False)
     if take_layer is not None:
@@ -93,7 +100,7 @@ def load_base(
             take_layer(layer)
     model.config.use_cache = False
     keep_cpu_weights(model)
-    return cast(Qwen2VLForConditionalGeneration, model)
+    return model
 
 
 def _why(error: Exception) -> str:
@@ -115,11 +122,11 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
     )
 
 
-def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftModel:
+def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
 
     Raises:
-        ConfigError: a name in `lora.target_modules` reaches no layer, or one outside the decoder layers.
+        ConfigError: a name in `lora.target_modules` reaches no layer, or what is no linear layer of decoder or tower.
     """
     chosen = recipe.lora
     config = LoraConfig(
@@ -127,8 +134,12 @@ def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftMode
         lora_alpha=chosen.lora_alpha,
         lora_dropout=chosen.lora_dropout,
         bias=chosen.bias,
+        use_rslora=chosen.use_rslora,
+        use_dora=chosen.use_dora,
+        rank_pattern=dict(chosen.rank_pattern),
+        alpha_pattern=dict(chosen.alpha_pattern),
         target_modules=chosen.target_modules,
-        exclude_modules=r".*\bvisual\b.*",  # the tower is frozen and runs without a graph
+        exclude_modules=_kept_frozen(model, chosen.target_modules),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(recipe.training.seed)
@@ -146,26 +157,53 @@ def add_lora(model: Qwen2VLForConditionalGeneration, recipe: Recipe) -> PeftMode
     return cast(PeftModel, peft_model)
 
 
+def _kept_frozen(model: PreTrainedModel, names: list[str] | str) -> list[str] | str:
+    """What of the vision tower PEFT must pass over, though it has the name of a layer that is reached.
+
+    Without a name of the tower's own it is frozen whole, and runs without a graph. With one, Qwen2.5-VL's `gate_proj`
+    is still the decoder's alone (`launch.inputs.model_shape.reached_in_tower`).
+    """
+    whole = r".*\bvisual\b.*"
+    if isinstance(names, str):
+        return whole
+    own = unreached(names, None)
+    tower = [f"model.visual.{name}" for name, _ in model.model.visual.named_modules() if name]
+    if not any(_ends_in(path, name) for path in tower for name in own):
+        return whole
+    shared = [name for name in names if name not in own]
+    return [
+        path
+        for path in tower
+        if any(_ends_in(path, name) for name in shared) and not any(_ends_in(path, name) for name in own)
+    ]
+
+
 def _check_reach(model: PeftModel, names: list[str] | str) -> None:
-    """Every name reaches linear layers inside the decoder layers, and nothing else.
+    """Every name reaches linear layers of decoder or vision tower, and nothing else.
 
     LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
     up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
     """
-    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    base = cast(PreTrainedModel, model.get_base_model())
     reached: list[str] = model.base_model.targeted_module_names
-    inside = set(base.model.language_model.layers.modules())
-    outside = [name for name in reached if base.get_submodule(name) not in inside]
+    inside = {*base.model.language_model.layers.modules(), *base.model.visual.modules()}
+    layers = {name: base.get_submodule(name) for name in reached}
+    outside = [
+        name
+        for name, layer in layers.items()
+        if layer not in inside or not isinstance(getattr(layer, "base_layer", None), nn.Linear)
+    ]
     idle = [] if isinstance(names, str) else [n for n in names if not any(_ends_in(r, n) for r in reached)]
     problems = []
     if outside:
         problems.append(
-            f"lora.target_modules: {names} reaches outside the decoder layers of the language model ({len(outside)} "
-            f"modules: {', '.join(outside[:3])}); name linear layers inside them, or give `all-linear`"
+            f"lora.target_modules: {names} reaches outside the decoder layers of the language model and the linear "
+            f"layers of the vision tower ({len(outside)} modules: {', '.join(outside[:3])}); name linear layers inside "
+            "them, or give `all-linear`"
         )
     if idle:
         problems.append(
-            f"lora.target_modules: {', '.join(idle)} names no layer of the language model ({len(reached)} layers are "
+            f"lora.target_modules: {', '.join(idle)} names no layer of the model ({len(reached)} layers are "
             "reached by the others); correct the name or leave it out"
         )
     if problems:
@@ -197,22 +235,45 @@ def prepare_training(
     pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `keep`: hears of computed image features.
     Returns in words which way it runs.
     """
-    base = cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    base = cast(PreTrainedModel, model.get_base_model())
     said = []
+    if recipe.model.products == "fp8":  # before the rest is dequantized
+        language = base.model.language_model
+        held = use_fp8_products(language, compute_dtype, resident=resident_weights)
+        said.append(f"products of the language model in 8 bits ({held / 2**30:.1f} GiB held so)")
     if resident_weights:
-        said.append(
-            f"4-bit weights held dequantized ({dequantize_weights(base, compute_dtype) / 2**30:.1f} GiB)"
-        )
-    use_packed_attention(base)
+        said.append(f"4-bit weights held dequantized ({gib(dequantize_weights(base, compute_dtype))})")
+    _prepare_packed(base)
     patch_forward_target_logprobs(base)
-    register_packed_inputs(base, use_sample_dropout(base.model.language_model, recipe.training.seed), keep)
+    seed = recipe.training.seed
+    keys = use_sample_dropout(base.model.language_model, seed)
+    tower = trained_tower(base.model.visual, seed)
+    register_packed_inputs(base, keys, keep, tower)
     recompute_layers(model, recompute_every)
     if why_not := _no_kernels(base, compute_dtype):
+        compute_read_tokens_only(base.model.language_model.layers[-1], plain_layer)
         return "; ".join([*said, f"plain PyTorch kernels ({why_not})"])
+    return "; ".join([*said, _use_kernels(base, tower is None)])
+
+
+def _prepare_packed(model: PreTrainedModel) -> None:
+    use_packed_attention(model)
+    modelling_of(model).prepare(model)
+
+
+def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
+    """Switch decoder and vision tower to fused kernels; in words, which. A tower that trains keeps its own forwards."""
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
-    use_fused_kernels(base)
-    return "; ".join([*said, "fused kernels (Liger's, and LoRA with dropout)"])
+    family = modelling_of(model)
+    use_fused_kernels(model)
+    if frozen_tower:
+        family.fuse_tower(model.model.visual)
+    stock = [
+        part for part in (family.stock, "" if frozen_tower else "the vision tower, which trains,") if part
+    ]
+    own = f"; transformers' own forwards: {', '.join(stock)}" if stock else ""
+    return f"fused kernels (Liger's, and LoRA with dropout){own}"
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:
@@ -221,22 +282,20 @@ def recompute_layers(model: PeftModel, every: int) -> None:
     The language model only: the tower has no graph. Ours rather than the Trainer's or accelerate's: one way for all
     strategies, and the arguments of a layer (segments, dropout keys) come back in its recomputation.
     """
-    language = cast(Qwen2VLForConditionalGeneration, model.get_base_model()).model.language_model
+    language = cast(PreTrainedModel, model.get_base_model()).model.language_model
     language.activation_checkpointing_disable()
     if every:
         language.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
 
-def prepare_tower(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> None:
+def prepare_tower(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Make the vision tower of a model that does not train compute as it does in training."""
-    use_packed_attention(model)
+    _prepare_packed(model)
     if not _no_kernels(model, compute_dtype):
-        from trainer.model.fused import use_fused_kernels
-
-        use_fused_kernels(model)
+        _use_kernels(model, frozen_tower=True)
 
 
-def _no_kernels(model: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype) -> str | None:
+def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:
     """Why a model cannot use the fused kernels, or None."""
     if model.device.type != "cuda":
         return f"they need a GPU, this is a {model.device.type}"

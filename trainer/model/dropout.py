@@ -16,6 +16,7 @@ draw of 16 bits. These are the only operations at the full size of an activation
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -75,6 +76,7 @@ class DropoutKeys:
     def __init__(self, seed: int, names: list[str]) -> None:
         self._seed, self._modules = seed, module_keys(names)
         self.current: Tensor | None = None
+        self.read_positions: Tensor | None = None
 
     def of(self, step: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
         """The row keys of a micro-batch, int32 [M, T, 2]: 8 bytes for each token in each module."""
@@ -85,9 +87,12 @@ class DropoutKeys:
         """A forward pre-hook of a decoder layer's attention, the layer's first part: its keys are now current.
 
         Being arguments of the layer, they come back with it in the recomputation, whatever ran in between. Its linear
-        layers are called with activations alone, so that the last step to them goes through this object.
+        layers are called with activations alone, so that the last step to them goes through this object. The last layer
+        computes some tokens alone in most of its modules (`trainer.model.last_layer`): which, is known here too.
         """
         self.current = kwargs.pop(ARGUMENT, None)
+        queries = kwargs.get("queries")
+        self.read_positions = None if queries is None else queries.positions
         return args, kwargs
 
 
@@ -121,6 +126,9 @@ class SampleDropout(nn.Module):
             )
         rows = self.keys.current[self.index]
         tokens = x.shape[:-1].numel()
+        read = self.keys.read_positions
+        if read is not None and tokens == len(read):
+            return rows.index_select(0, read)
         if tokens != len(rows):
             raise RunError(
                 f"lora.lora_dropout: {self.name} is given {tokens} tokens, and keys for {len(rows)}; "
@@ -155,21 +163,33 @@ def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 def use_sample_dropout(language_model: nn.Module, seed: int) -> DropoutKeys | None:
     """Replace the dropout of all LoRA layers in the decoder layers; None where there is none (a share of 0)."""
+    keys = replace_dropout(language_model, seed)
+    if keys is not None:
+        for layer in cast(Any, language_model).layers:
+            layer.self_attn.register_forward_pre_hook(keys.take, with_kwargs=True)
+    return keys
+
+
+def replace_dropout(
+    part: nn.Module, seed: int, prefix: str = "", wanted: Callable[[str], bool] = lambda name: True
+) -> DropoutKeys | None:
+    """Replace the dropout of the LoRA layers whose name in `part` is `wanted`; None where there is none.
+
+    They are keyed by their names in `part`, with `prefix`. Whoever calls the part gives it `current` keys.
+    """
     found = {
         (name, adapter): dropout
-        for name, module in language_model.named_modules()
-        if isinstance(module, LoraLayer)
+        for name, module in part.named_modules()
+        if isinstance(module, LoraLayer) and wanted(name)
         for adapter, dropout in module.lora_dropout.items()
         if isinstance(dropout, nn.Dropout)
     }
     if not found:
         return None
-    keys = DropoutKeys(seed, [name for name, _ in found])
+    keys = DropoutKeys(seed, [f"{prefix}{name}" for name, _ in found])
     for index, ((name, adapter), dropout) in enumerate(found.items()):
-        layer: Any = language_model.get_submodule(name)
-        layer.lora_dropout[adapter] = SampleDropout(dropout.p, name, index, keys)
-    for layer in cast(Any, language_model).layers:
-        layer.self_attn.register_forward_pre_hook(keys.take, with_kwargs=True)
+        layer: Any = part.get_submodule(name)
+        layer.lora_dropout[adapter] = SampleDropout(dropout.p, f"{prefix}{name}", index, keys)
     return keys
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 from liger_kernel.ops.rms_norm import rms_norm_forward
 from liger_kernel.ops.rope import LigerRopeFunction
@@ -22,50 +21,67 @@ from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
+from trainer.model.fp8 import (
+    Fp8Rows,
+    backward_product,
+    forward_product,
+    is_fp8,
+    quantize_rows,
+    rows_of_weight,
+)
+from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
+from trainer.model.resident import matrix_of, quantization_of
+from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]
 
 
-def use_fused_kernels(model: Qwen2VLForConditionalGeneration) -> None:
-    """Switch a model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
+def use_fused_kernels(model: PreTrainedModel) -> None:
+    """Switch the language model in bfloat16 on a GPU to fused kernels, after LoRA and sample dropout are on it.
 
-    They reach over the modules of a decoder layer: an engine that shards must bring it together whole.
+    They reach over the modules of a decoder layer: an engine that shards must bring it together whole. Its layers
+    are the same in all families; the tower's are in `trainer.model.families`.
     """
-    language, visual = model.model.language_model, model.model.visual
-    _replace(language.norm, rms_norm)
+    language = model.model.language_model
+    replace(language.norm, rms_norm)
     for layer in language.layers:
-        _replace(layer.input_layernorm, rms_norm)
-        _replace(layer.post_attention_layernorm, rms_norm)
-        _replace(layer.mlp, swiglu_mlp)
-        _replace(layer, decoder_layer)
-        _replace(layer.self_attn, _or_stock(layer.self_attn.forward, text_attention))
-    _replace(visual.patch_embed, embed_patches)
-    for block in visual.blocks:
-        _replace(block.attn, _or_stock(block.attn.forward, vision_attention))
-        if type(block.mlp.act).__name__ == "QuickGELUActivation":
-            _replace(block.mlp.act, _or_stock(block.mlp.act.forward, quick_gelu))
+        replace(layer.input_layernorm, rms_norm)
+        replace(layer.post_attention_layernorm, rms_norm)
+        replace(layer.mlp, swiglu_mlp)
+        replace(layer, decoder_layer)
+        replace_where_it_fits(layer.self_attn, text_attention)
+    compute_read_tokens_only(language.layers[-1], last_decoder_layer)
     for module in language.modules():
         if isinstance(module, LoraLayer):
-            _replace(module, _or_stock(module.forward, lora_linear))
+            replace_where_it_fits(module, lora_linear)
 
 
-def _replace(module: nn.Module, forward: Forward) -> None:
+def fuse_patches_and_attention(visual: Any) -> None:
+    """Switch what the towers of all families have alike."""
+    replace(visual.patch_embed, embed_patches)
+    for block in visual.blocks:
+        replace_where_it_fits(block.attn, vision_attention)
+
+
+def replace(module: nn.Module, forward: Forward) -> None:
+    """Let a module compute with `forward`."""
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def _or_stock(stock: Forward, fused: Forward) -> Forward:
-    """`fused`, or the stock forward where `fused` returns NotImplemented."""
+def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
+    """Let a module compute with `fused`, and as before where `fused` returns NotImplemented."""
+    stock = module.forward
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = fused(module, *args, **kwargs)
         return stock(*args, **kwargs) if result is NotImplemented else result
 
-    return forward
+    replace(module, forward)
 
 
 # --- between the linear layers ------------------------------------------------------------------------------------
@@ -136,6 +152,17 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return cast(Tensor, residual + module.mlp(normed))
 
 
+def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, **kwargs: Any) -> Tensor:
+    """`_decoder_layer` at the tokens read: [1, S, hidden] of [1, T, hidden]."""
+    norm = module.input_layernorm
+    normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    attended, _ = module.self_attn(normed, queries=read, linears=linears, **kwargs)
+    norm = module.post_attention_layernorm
+    residual = rows(residual, read.positions)
+    normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
+    return cast(Tensor, residual + module.mlp(normed))
+
+
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
     gate, up = linears(hidden, (module.gate_proj, module.up_proj))
@@ -155,6 +182,8 @@ def text_attention(
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
     projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     query, key, value = (tensor.view(heads) for tensor in projected)
+    if hasattr(module, "q_norm"):  # Qwen3-VL's, head by head
+        query, key = module.q_norm(query), module.k_norm(key)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
     output = varlen(
@@ -176,17 +205,19 @@ def vision_attention(
     **_: Any,
 ) -> Any:
     """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; without a gradient."""
-    if segments is None:
+    if segments is None or torch.is_grad_enabled():
         return NotImplemented
     together = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1)
     turned = kernels.rotate(together, *position_embeddings)
-    output = varlen(*turned, segments, causal=False, scale=module.scaling)
+    output = attend_tower(*turned, segments, module.scaling)
     return module.proj(output.reshape(len(hidden_states), -1))
 
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:
     """`PatchEmbed.forward`: kernel and stride of its convolution are a whole patch, so it is a matrix product."""
-    return linear(pixels.to(module.proj.weight.dtype), module.proj.weight.view(module.embed_dim, -1))
+    convolution = module.proj
+    matrix = convolution.weight.view(module.embed_dim, -1)
+    return linear(pixels.to(matrix.dtype), matrix, convolution.bias)
 
 
 def quick_gelu(_: nn.Module, x: Tensor) -> Any:
@@ -203,10 +234,12 @@ def quick_gelu(_: nn.Module, x: Tensor) -> Any:
 class _Layer:
     """What a linear layer and its adapter are besides tensors.
 
-    `packed`: the quantization state of a 4-bit weight, else None; of 65536 draws `dropped` are not kept.
+    `packed`: the quantization state of a 4-bit weight, the scales of one that is held in 8 bits, else None; `fp8`: the
+    products are of 8 bits; of 65536 draws `dropped` are not kept.
     """
 
     packed: Any = None
+    fp8: bool = False
     has_lora: bool = False
     scaling: float = 0.0
     dropped: int = 0
@@ -239,7 +272,8 @@ def _takes_lora(module: Any) -> bool:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
     if not isinstance(module, LoraLayer):
-        return _Layer(_quantization_of(module)), (module.weight, module.bias, None, None, None)
+        plain = _Layer(quantization_of(module), is_fp8(module))
+        return plain, (module.weight, module.bias, None, None, None)
     if not _takes_lora(module):
         return None
     layer: Any = module
@@ -251,7 +285,7 @@ def _read(module: Any, x: Tensor) -> _Read | None:
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    facts = _Layer(_quantization_of(base), True, layer.scaling[adapter], dropped)
+    facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
     return facts, (base.weight, base.bias, down, up, rows)
 
 
@@ -259,18 +293,6 @@ def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
     layers = [layer for layer, _ in read]
     tensors = [tensor for _, group in read for tensor in group]
     return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
-
-
-def _quantization_of(base: Any) -> Any:
-    """FSDP2's gathered weight has lost its quantization state, the module has it."""
-    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-
-
-def _matrix(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
-    """The base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
-    if packed is None:
-        return weight.to(dtype)
-    return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
 
 
 _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
@@ -288,9 +310,9 @@ class _Linears(torch.autograd.Function):
         saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).contiguous()
+            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
             for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
-                matrix = _matrix(weight, layer.packed, x.dtype)
-                output = linear(flat, matrix, None if bias is None else bias.to(x.dtype))
+                output = _product(flat, in_8_bits, layer, weight, None if bias is None else bias.to(x.dtype))
                 inner = None
                 if layer.has_lora:
                     mask = _mask_of(flat, rows, layer.dropped)
@@ -321,13 +343,28 @@ class _Linears(torch.autograd.Function):
                     of_inners.append((of_inner, down, *mask, layer.scaling))
                 of_adapters += [None, None, of_down, of_up, None]
                 if ctx.needs_input_grad[0]:
-                    matrix = _matrix(weight, layer.packed, gradient.dtype)
-                    of_x = gradient.mm(matrix) if of_x is None else of_x.addmm_(gradient, matrix)
+                    of_x = _add_product(of_x, gradient, layer, weight)
             if of_x is not None:
                 for part in of_inners:
                     kernels.add_back(of_x, *part)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
         return of_x, None, *of_adapters
+
+
+def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, [T, out]."""
+    if layer.fp8 and in_8_bits is not None:
+        return forward_product(in_8_bits, rows_of_weight(weight, layer.packed, x.dtype), bias, x.dtype)
+    return linear(x, matrix_of(weight, layer.packed, x.dtype), bias)
+
+
+def _add_product(before: Tensor | None, gradient: Tensor, layer: _Layer, weight: Any) -> Tensor:
+    """before + gradient @ weight, [T, in]; over `before`, if there is one."""
+    if layer.fp8:
+        product = backward_product(gradient, rows_of_weight(weight, layer.packed, gradient.dtype))
+        return product if before is None else before.add_(product)
+    matrix = matrix_of(weight, layer.packed, gradient.dtype)
+    return gradient.mm(matrix) if before is None else before.addmm_(gradient, matrix)
 
 
 def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:

@@ -6,13 +6,14 @@ them with a mask, and waits for the device twice a micro-batch).
 
 from __future__ import annotations
 
+import functools
 import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 _TOKENS = 1024  # whose logits are there at once: 0.6 GB in fp32 with the vocabulary of Qwen2-VL
@@ -28,10 +29,15 @@ class Scored(ModelOutput):
     log_probs: Tensor | None = None
 
 
-def patch_forward_target_logprobs(model: Qwen2VLForConditionalGeneration) -> None:
-    """Let the model's forward answer a packed micro-batch that has `shift_labels` [1, K] with `Scored`."""
+def patch_forward_target_logprobs(model: PreTrainedModel) -> None:
+    """Let the model's forward answer a packed micro-batch that has `shift_labels` [1, K] with `Scored`.
+
+    Everything else, such as what `generate` calls it with, goes to the forward that was there, whose signature stays.
+    """
     stock = model.forward
 
+    # `generate` refuses arguments that the signature does not name (transformers 5.23, `_validate_model_kwargs`).
+    @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any) -> Any:
         if shift_labels is None or "text_cu_seqlens" not in kwargs:
             return stock(*args, **kwargs)

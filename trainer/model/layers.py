@@ -9,11 +9,11 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
 from launch.errors import ConfigError
+from trainer.model.families.registry import modelling_of
 
 _LAYERS = ("model.layers.", "model.language_model.layers.")
 """How a decoder layer's tensors begin: on the hub, and as transformers 5 writes them."""
@@ -33,13 +33,13 @@ def is_of_layer(key: str) -> bool:
 
 
 def append_layers(
-    model: Qwen2VLForConditionalGeneration,
+    model: PreTrainedModel,
     path: Path,
-    kinds: Sequence[str],
+    kinds: Sequence[str | None],
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
 ) -> Iterator[nn.Module]:
-    """Give a model without decoder layers those of its `kinds` from `path`; yields each while it is whole.
+    """Give a model without decoder layers those of its `kinds` (None: all are alike) from `path`; yields each whole.
 
     Whoever takes a layer shards it before asking for the next.
 
@@ -47,11 +47,14 @@ def append_layers(
         ConfigError: a tensor is missing or has another shape.
     """
     config = model.config.get_text_config()
-    config.num_hidden_layers, config.layer_types = len(kinds), list(kinds)
+    config.num_hidden_layers = len(kinds)
+    if hasattr(config, "layer_types"):
+        config.layer_types = list(kinds)
+    make = modelling_of(model).decoder_layer
     files = _files_of_layers(path)
     for number in range(len(kinds)):
         with torch.device("meta"):
-            layer = Qwen2VLDecoderLayer(config, number).to(model.dtype)
+            layer = make(config, number).to(model.dtype)
         if quantization is not None:
             layer = replace_with_bnb_linear(layer, [], quantization, pre_quantized=False)
         _fill(layer, files.get(number, {}), device, model.dtype, f"{path}: decoder layer {number}")
@@ -85,8 +88,8 @@ def _fill(
     wanted = dict(layer.named_parameters())
     if odd := sorted(wanted.keys() ^ files.keys()):
         raise ConfigError(
-            f"model.name_or_path: {where} has not the tensors of a Qwen2-VL ({len(odd)} are missing or unknown, such "
-            f"as {odd[0]}); get the model again"
+            f"model.name_or_path: {where} has other tensors than a layer of its family ({len(odd)} missing or unknown, "
+            f"such as {odd[0]}); get the model again"
         )
     for name, empty in wanted.items():
         file, key = files[name]

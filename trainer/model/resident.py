@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch import nn
+from torch import Tensor, nn
 
 
 def dequantize_weights(model: nn.Module, dtype: torch.dtype) -> int:
@@ -33,3 +35,19 @@ def _dequantized(layer: Linear4bit, dtype: torch.dtype) -> nn.Linear:
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
     return plain
+
+
+def quantization_of(base: Any) -> Any:
+    """The quantization state of a 4-bit layer, the scales of one of 8 bits, else None.
+
+    FSDP2's gathered weight has lost it, the module has it.
+    """
+    of_weight = getattr(base.weight, "quant_state", None)
+    return getattr(base, "quant_state", None) if of_weight is None else of_weight
+
+
+def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
+    """The base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
+    if packed is None:
+        return weight.to(dtype)
+    return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)

@@ -1,42 +1,103 @@
-"""The frozen vision tower in a packed forward: no autograd graph, no recomputation, no device sync.
+"""The vision tower in a packed forward: frozen, it has no autograd graph, no recomputation, no device sync.
 
 transformers >= 5 makes the output of every input embedding require gradients once PEFT and gradient checkpointing
 are on, the patch embedding included, and so runs a useless backward through the whole tower. Here its features
-are computed under `no_grad` and handed to the language model as part of the embeddings.
+are computed under `no_grad` and handed to the language model as part of the embeddings. A tower with LoRA has a graph,
+and sample dropout of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
+from transformers.vision_utils import get_vision_position_ids
 
 from trainer.model.attention import Segments
-from trainer.model.dropout import ARGUMENT, DropoutKeys
+from trainer.model.dropout import ARGUMENT, DropoutKeys, replace_dropout
+from trainer.model.families.modelling import DEEPSTACK, Grid
+from trainer.model.families.registry import modelling_of
+from trainer.model.last_layer import ReadTokens
 
 Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
-"""Told the names of images, their grids and their features [V, hidden] when the tower has computed them."""
+"""Told the names of images, their grids and their features [V, maps * hidden] when the tower has computed them."""
+
+
+@dataclass(frozen=True)
+class TrainedTower:
+    """A tower with LoRA: the dropout of its blocks, keyed by patches, and of its mergers, keyed by visual tokens.
+
+    Its masks belong to the image, by its content, not to the sample: an image that several samples of a micro-batch
+    show goes through the tower once, and has the same masks in every layout.
+    """
+
+    blocks: DropoutKeys | None
+    mergers: DropoutKeys | None
+    unit: int  # patches to a visual token
+
+    def take_keys(
+        self,
+        step: int,
+        images: Sequence[str],
+        grids: Sequence[Grid],
+        order: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        """Make the masks of a pass over `images` (sha256, hexadecimal) current.
+
+        `order`: [V], in which the tower computes the visual tokens, where it is not that of the row.
+        """
+        counts = torch.tensor([time * height * width // self.unit for time, height, width in grids])
+        names = torch.tensor([int(name[:15], 16) for name in images])
+        whose = names.repeat_interleave(counts).to(device)
+        where = torch.cat([torch.arange(count) for count in counts.tolist()]).to(device)
+        if order is not None:
+            whose, where = whose[order], where[order]
+        if self.mergers is not None:
+            self.mergers.current = self.mergers.of(step, whose, where)
+        if self.blocks is not None:
+            patches = where[:, None] * self.unit + torch.arange(self.unit, device=device)
+            self.blocks.current = self.blocks.of(
+                step, whose.repeat_interleave(self.unit), patches.reshape(-1)
+            )
+
+
+def trained_tower(visual: Any, seed: int) -> TrainedTower | None:
+    """Give a tower with LoRA its sample dropout; None for a frozen one."""
+    if not any(weight.requires_grad for weight in visual.parameters()):
+        return None
+    unit = int(visual.spatial_merge_size) ** 2
+    return TrainedTower(
+        replace_dropout(visual, seed, "visual.", lambda name: name.startswith("blocks.")),
+        replace_dropout(visual, seed, "visual.", lambda name: not name.startswith("blocks.")),
+        unit,
+    )
 
 
 def register_packed_inputs(
-    model: Qwen2VLForConditionalGeneration, keys: DropoutKeys | None, keep: Keep | None = None
+    model: PreTrainedModel,
+    keys: DropoutKeys | None,
+    keep: Keep | None = None,
+    tower: TrainedTower | None = None,
 ) -> None:
     """Teach the model's forward the packed inputs of `trainer.data.packing.ModelInputs`; `keys` of its dropout.
 
     A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
     packed inputs, like `generate`'s, pass through untouched.
     """
-    model.model.register_forward_pre_hook(partial(_unpack, keys, keep), with_kwargs=True)
+    model.model.register_forward_pre_hook(partial(_unpack, keys, keep, tower), with_kwargs=True)
     model.model.register_forward_hook(_keep_scored, with_kwargs=True)
 
 
 def _unpack(
     keys: DropoutKeys | None,
     keep: Keep | None,
+    tower: TrainedTower | None,
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -49,55 +110,104 @@ def _unpack(
     if "text_cu_seqlens" not in kwargs:
         return None
     embeddings: Tensor = model.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
-    fresh = _fresh_features(keep, model, kwargs)
-    for positions, features in (
+    fresh = _fresh_features(keep, tower, model, kwargs)
+    if tower is not None and not len(fresh):
+        # Every rank must have gradients of the tower: a blank image takes part, and weighs nothing.
+        embeddings = embeddings + 0.0 * _blank_features(model, tower, embeddings.device).sum()
+    both = (
         (kwargs.pop("fresh_positions"), fresh),
         (kwargs.pop("cached_positions"), kwargs.pop("cached_features")),
-    ):
-        if len(positions):
-            embeddings = embeddings.index_copy(1, positions, features[None].to(embeddings.dtype))
+    )
+    images = [(positions, features) for positions, features in both if len(positions)]
+    hidden = embeddings.shape[-1]
+    for positions, features in images:
+        embeddings = embeddings.index_copy(1, positions, features[None, :, :hidden].to(embeddings.dtype))
     kwargs["inputs_embeds"] = embeddings
+    if images and images[0][1].shape[1] > hidden:
+        places = torch.cat([positions for positions, _ in images])
+        maps = torch.cat([features[:, hidden:] for _, features in images])
+        kwargs[DEEPSTACK] = places, maps.split(hidden, dim=1)
     kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    read = Segments(kwargs.pop("read_cu_seqlens"), kwargs.pop("read_lengths"))
+    positions = kwargs.pop("read_positions")
+    if read.lengths != kwargs["segments"].lengths:  # else every token is read
+        kwargs["read"] = ReadTokens(positions, read)
     step, sample_ids = kwargs.pop("step"), kwargs.pop("sample_ids")
     if keys is not None and model.training:
         kwargs[ARGUMENT] = keys.of(step, sample_ids, kwargs["position_ids"][0, 0])
-    # A mapping is taken as ready-made masks: the segments say it all, and building masks would sync the device.
-    kwargs["attention_mask"] = {"full_attention": None, "sliding_attention": None}
+    kwargs["attention_mask"] = modelling_of(model).mask
     return args, kwargs
 
 
-def _fresh_features(keep: Keep | None, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-    """Features [Vf, hidden] of the images that are not cached; `keep` hears of them."""
+def _fresh_features(
+    keep: Keep | None, tower: TrainedTower | None, model: nn.Module, kwargs: dict[str, Any]
+) -> Tensor:
+    """Features [Vf, maps * hidden] of the images that are not cached; `keep` hears of them."""
     pixels, grids, positions = (
         kwargs.pop(name) for name in ("pixel_values", "image_grid_thw", "vision_positions")
     )
     segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
-    names, sizes = kwargs.pop("fresh_images"), kwargs.pop("fresh_grids")
+    names, sizes, rows = (kwargs.pop(name) for name in ("fresh_images", "fresh_grids", "fresh_rows"))
     if not segments.lengths:
         return pixels
-    features = image_features(model, pixels, grids, positions, segments)
+    keys = None
+    if tower is not None:
+        keys = partial(tower.take_keys, kwargs["step"], names, sizes)
+    features = image_features(model, pixels, grids, sizes, positions, segments, keys)
     if keep is not None and names:
         keep(names, sizes, features)
-    return features
+    return features.index_select(0, rows) if len(rows) else features
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Hand only the hidden states that predict a target to the output head: [1, K, hidden]."""
     if "scored_positions" in kwargs:
-        output.last_hidden_state = output.last_hidden_state.index_select(1, kwargs["scored_positions"])
+        places, read = kwargs["scored_positions"], kwargs.get("read")
+        places = places if read is None else read.among(places)
+        output.last_hidden_state = output.last_hidden_state.index_select(1, places)
     return output
 
 
-@torch.no_grad()
-def image_features(
-    model: nn.Module, pixel_values: Tensor, grids: Tensor, positions: Tensor, segments: Segments
-) -> Tensor:
-    """Features [V, hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
+def _blank_features(model: Any, tower: TrainedTower, device: torch.device) -> Tensor:
+    """Of one visual token of a grey image, for no sample."""
+    edge, patch = int(tower.unit**0.5), model.visual.patch_embed.proj.weight[0]
+    grid = (1, edge, edge)
+    grids = torch.tensor([grid])
+    segments = Segments(torch.tensor([0, tower.unit], dtype=torch.int32, device=device), (tower.unit,))
+    return image_features(
+        model,
+        torch.zeros(tower.unit, patch.numel(), device=device),
+        grids.to(device),
+        [grid],
+        get_vision_position_ids(grids, edge).to(device),
+        segments,
+        partial(tower.take_keys, 0, ["0"], [grid]),
+    )
 
-    `positions` [P, 2] and `segments` are what the tower would else compute from `grids` with a device sync each.
+
+def image_features(
+    model: nn.Module,
+    pixel_values: Tensor,
+    grids: Tensor,
+    sizes: Sequence[Grid],
+    positions: Tensor,
+    segments: Segments,
+    take_keys: Callable[[Tensor | None, torch.device], None] | None = None,
+) -> Tensor:
+    """Features [V, maps * hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
+
+    `take_keys`: of a tower that trains, is told the order of its visual tokens; without it there is no graph.
+
+    `sizes`: `grids` [F, 3] once more, for the host. `positions` [P, 2] and `segments` are what the tower would else
+    compute from `grids` with a device sync each.
     """
     visual: Any = model.visual
-    with torch.autocast(pixel_values.device.type, enabled=False):
+    family = modelling_of(model)
+    inputs = family.tower_inputs(visual, sizes, pixel_values.device)
+    if take_keys is not None and visual.training:
+        take_keys(inputs.get("window_index"), pixel_values.device)
+    graph = torch.is_grad_enabled() and take_keys is not None
+    with torch.set_grad_enabled(graph), torch.autocast(pixel_values.device.type, enabled=False):
         output = visual(
             pixel_values.to(visual.patch_embed.proj.weight.dtype),
             grid_thw=grids,
@@ -105,6 +215,6 @@ def image_features(
             cu_seqlens=segments.cu_seqlens,
             max_seqlen=max(segments.lengths),
             segments=segments,
+            **inputs,
         )
-    features: Tensor = output.pooler_output
-    return features
+        return family.features(output)

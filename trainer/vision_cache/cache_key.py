@@ -47,12 +47,10 @@ def facts_of(recipe: Recipe, tower: nn.Module, image_processor: Any) -> dict[str
     return plain
 
 
-def kind_of(tower: Any, facts: Mapping[str, Any]) -> Kind:
-    """The kind of features that a tower makes, named by its facts."""
+def kind_of(tower: Any, width: int, facts: Mapping[str, Any]) -> Kind:
+    """The kind of features [V, width] that a tower makes, named by its facts."""
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()[:16]
-    return Kind(
-        key, tower.merger.ln_q.weight.dtype, tower.config.hidden_size, tower.config.spatial_merge_size
-    )
+    return Kind(key, tower.patch_embed.proj.weight.dtype, width, tower.config.spatial_merge_size)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ import psutil
 from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.errors import ConfigError
 from launch.inputs.caches import cache_root
+from launch.units import decimal_size
 from launch.untrusted_files import UNREADABLE, read_bytes, read_json
 from trainer.vision_cache.cache_key import differences
 from trainer.vision_cache.file import Features, FlawError, Kind, encode, read
@@ -130,11 +131,13 @@ class FeatureCache:
         with self._locked() as used:
             total = self.used_bytes()
             if total + size > self.bound:
-                raise FullError(f"{gigabytes(total)} of {gigabytes(self.bound)} are used{self._others()}")
+                raise FullError(
+                    f"{decimal_size(total)} of {decimal_size(self.bound)} are used{self._others()}"
+                )
             disk = shutil.disk_usage(self.folder)
             if disk.free - size < SPARED * disk.total:
                 raise FullError(
-                    f"{gigabytes(disk.free)} of {gigabytes(disk.total)} are free on its disk, of which "
+                    f"{decimal_size(disk.free)} of {decimal_size(disk.total)} are free on its disk, of which "
                     f"{SPARED:.0%} are spared"
                 )
             with aside.open("xb") as file:
@@ -176,7 +179,10 @@ class FeatureCache:
         """What to do when the room went to features that this run cannot use."""
         if not (others := self.others_bytes()):
             return "; raise SAMESTEP_VISION_CACHE_GB for more"
-        return f", {gigabytes(others)} by other towers or settings; delete those in {self.root} that you need no more"
+        others_size = decimal_size(others)
+        return (
+            f", {others_size} by other towers or settings; delete those in {self.root} that you need no more"
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -229,8 +235,8 @@ def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     """Where features are kept and how many; which are of no use, and why."""
     kept = _used(cache.folder)
     yield (
-        f"vision features: {cache.place}, {cache.folder}, {gigabytes(kept)} are there, at most "
-        f"{gigabytes(cache.bound)}"
+        f"vision features: {cache.place}, {cache.folder}, {decimal_size(kept)} are there, at most "
+        f"{decimal_size(cache.bound)}"
     )
     for folder in _folders(cache.root):
         if folder != cache.folder and (size := _used(folder)):
@@ -238,7 +244,7 @@ def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
                 why = differences(facts, read_json(folder / "about.json"))
             except (OSError, ValueError, AttributeError):
                 why = "nothing says what made them"
-            yield f"vision features: {gigabytes(size)} in {folder} are ignored: {why}"
+            yield f"vision features: {decimal_size(size)} in {folder} are ignored: {why}"
 
 
 def root_of(place: Place) -> Path:
@@ -281,11 +287,6 @@ def _memory_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):
             free = min(free, int((Path("/sys/fs/cgroup") / file).read_text()))
     return free
-
-
-def gigabytes(size: int) -> str:
-    """A size in words: `0.3 GB`, `12 MB`."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 # --- features in memory: who uses them ------------------------------------------------------------------------------

@@ -30,10 +30,16 @@ class _Computed:
     copied: torch.cuda.Event | None
 
 
+def open_writer(cache: FeatureCache | None) -> FeatureWriter | None:
+    """Return the writer of a run's cache, which warns once when it keeps no more."""
+    return FeatureWriter(cache, logger.warning) if cache else None
+
+
 class FeatureWriter:
     """Writes what is computed in a thread; `say` hears from it, once, why no more is kept.
 
-    `kept`, `dropped`: images so far.
+    `kept`, `dropped`: images so far that were written, or not for want of time. `needed`, `computed`: images of this
+    rank's micro-batches so far, and those of them that the tower ran for.
     """
 
     def __init__(self, cache: FeatureCache, say: Callable[[str], None]) -> None:
@@ -42,7 +48,7 @@ class FeatureWriter:
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
         self._given_up = False
-        self.kept = self.dropped = 0
+        self.kept = self.dropped = self.needed = self.computed = 0
 
     def keep(self, images: Sequence[str], grids: Sequence[tuple[int, int, int]], features: Tensor) -> None:
         """Take the features [V, hidden] of a micro-batch's images; returns at once, drops them when it is behind."""
@@ -55,6 +61,21 @@ class FeatureWriter:
             self._thread = threading.Thread(target=self._work, name="features", daemon=True)
             self._thread.start()
         self._queue.put_nowait(_Computed(images, grids, *self._copy(features)))
+
+    def count(self, needed: int, computed: int) -> None:
+        """Count the images of a micro-batch, and those among them that the tower runs for."""
+        self.needed += needed
+        self.computed += computed
+
+    def summary(self) -> str | None:
+        """Describe for the log what the cache was good for, once closed; None when nothing was computed."""
+        if not self.needed:
+            return None
+        dropped = f", {self.dropped} dropped for want of time" if self.dropped else ""
+        return (
+            f"vision features: {self.needed - self.computed} of {self.needed} images of rank 0 were there; "
+            f"{self.kept} added{dropped}"
+        )
 
     def wait(self) -> None:
         """Until nothing is being written: before processes are forked, at the end."""

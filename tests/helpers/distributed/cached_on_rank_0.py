@@ -16,13 +16,17 @@ from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.logging_setup import setup_logging
 from trainer.loop.trainer import PlannedTrainer
 
-_finish = PlannedTrainer.finish
+_close = train.close
 
 
-def _tell(self: PlannedTrainer) -> None:
+def _tell(trainer: PlannedTrainer) -> None:
     """Write down how many images this rank needed, and for how many it ran the tower."""
-    Path(f"{os.environ['TOLD']}-{PartialState().process_index}.json").write_text(json.dumps(self._images))
-    _finish(self)
+    writer = trainer.features
+    assert writer is not None
+    Path(f"{os.environ['TOLD']}-{PartialState().process_index}.json").write_text(
+        json.dumps([writer.needed, writer.computed])
+    )
+    _close(trainer)
 
 
 def main() -> None:
@@ -32,7 +36,7 @@ def main() -> None:
         os.environ["SAMESTEP_VISION_CACHE"] += "-of-rank-1"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         allow_fsdp_on_cpu()
-    PlannedTrainer.finish = _tell  # type: ignore[method-assign]
+    train.close = _tell
     options = train.parse(sys.argv[1:])
     index = train.prepare_first(options)
     train.train_once(options, index, train.init_process_group(), os.getppid())

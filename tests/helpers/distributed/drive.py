@@ -29,8 +29,7 @@ from trainer import train
 from trainer.checks.training import GradientCheck
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.logging_setup import setup_logging
-from trainer.loop import oom_trial
-from trainer.loop import trainer as sft
+from trainer.loop import oom_trial, preparation
 from trainer.loop.trainer import PlannedTrainer
 
 STOP_AT: dict[str, int] = {}
@@ -63,7 +62,7 @@ def silence_an_adapter(options: argparse.Namespace, index: Index, state: Partial
         )
         return GradientCheck(parameters)
 
-    sft.GradientCheck = silence  # type: ignore[assignment, misc]
+    preparation.GradientCheck = silence  # type: ignore[assignment, misc]
     try:
         train.train_once(options, index, state, os.getppid())
     except SamestepError as error:

@@ -26,7 +26,7 @@ from trainer.distributed.collectives import end_process
 from trainer.loop import dataloaders, oom_trial
 from trainer.loop.trainer import PlannedTrainer
 
-_loss, _publish, _assemble = PlannedTrainer._loss, saver.publish, dataloaders.assemble
+_loss, _publish, _assemble = PlannedTrainer.micro_batch_loss, saver.publish, dataloaders.assemble
 _full_once = {"later"}
 
 
@@ -81,7 +81,7 @@ def main() -> int:
     saver.publish = _full
     train_named("full", state)
     saver.publish = _publish
-    PlannedTrainer._loss = _out_of_memory  # type: ignore[method-assign]
+    PlannedTrainer.micro_batch_loss = _out_of_memory  # type: ignore[method-assign]
     train_named("later", state)
     train_named("later", state)
     oom_trial.DEVICES = ("cpu",)
@@ -90,7 +90,7 @@ def main() -> int:
     oom_trial.DEVICES = ()
     plan = Plan.from_json((runs / "tried" / "plan.json").read_text())
     train_named("fixed", state, "--set", f"batch.micro_batch_tokens={plan.micro_batch_tokens}")
-    PlannedTrainer._loss = _poisoned  # type: ignore[method-assign]
+    PlannedTrainer.micro_batch_loss = _poisoned  # type: ignore[method-assign]
     return train.main()
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from launch.rules import request_rules
+from launch.rules import checks, request_rules
 
 _plain_init = AcceleratorState.__init__
 
@@ -29,6 +29,6 @@ def _init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
 def allow_fsdp_on_cpu() -> None:
     """From now on an FSDP plugin is honoured on gloo, and our rule against it is off."""
     AcceleratorState.__init__ = _init
-    request_rules.REQUEST_RULES = tuple(
+    checks.REQUEST_RULES = tuple(
         rule for rule in request_rules.REQUEST_RULES if rule is not request_rules.fsdp_has_gpus
     )

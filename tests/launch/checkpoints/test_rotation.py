@@ -70,6 +70,16 @@ def test_what_claims_to_be_newer_than_the_one_just_published_does_not_push_it_ou
     assert [found.step for found in scan_checkpoints(tmp_path)] == [20, 30, 40, 60]
 
 
+def test_a_protected_checkpoint_stays_beside_the_newest_and_counts_for_none_of_them(tmp_path: Path) -> None:
+    published(tmp_path, 10, 20, 30, 40, 50)
+    rotate(tmp_path, keep=2, protected={20})
+    assert names(tmp_path) == {"checkpoint-20", "checkpoint-40", "checkpoint-50"}
+    rotate(tmp_path, keep=2, protected={50})  # the newest is the best: two others stay
+    assert names(tmp_path) == {"checkpoint-20", "checkpoint-40", "checkpoint-50"}
+    rotate(tmp_path, keep=2)
+    assert names(tmp_path) == {"checkpoint-40", "checkpoint-50"}
+
+
 def test_a_file_that_cannot_be_removed_does_not_end_a_rotation_and_is_removed_by_the_next(
     tmp_path: Path,
 ) -> None:

@@ -1,9 +1,11 @@
 """The samestep command: what it refuses, what it writes, what it starts, what it returns."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -356,9 +358,12 @@ def test_no_space_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("/proc/samestep", "choose another"),
-        ("a-file/runs", "a-file is a file, no folder; choose another --runs-dir"),
-        ("a-file", "a-file is a file, no folder; choose another --runs-dir"),
+        (
+            "/proc/samestep",
+            "/proc/samestep: cannot be written; give permission, or choose another --runs-dir",
+        ),
+        ("a-file/runs", "--runs-dir: {folder}/a-file is a file, no folder; choose another --runs-dir"),
+        ("a-file", "--runs-dir: {folder}/a-file is a file, no folder; choose another --runs-dir"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_one_line(
@@ -367,7 +372,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
     (tmp_path / "a-file").write_text("")
     assert samestep("run", *EMBEDDED, "--runs-dir", place) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+    assert words.format(folder=tmp_path) == line
     assert launcher.commands == []
 
 
@@ -813,7 +818,7 @@ def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[s
 
     assert samestep("rules") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert len(rule_rows()) == 30
+    assert len(rule_rows()) == 36
     assert "offloaded to a CPU" in said
     assert "bitsandbytes#89" in said
     assert all(reason for _, reason in rule_rows())
@@ -897,3 +902,65 @@ def test_the_commands_that_are_printed_work_as_they_were_typed(
     assert "`samestep run` or" in said(str(program), "status")
     assert "`samestep run` or" in said("samestep", "status")
     assert "SAMESTEP_COMMAND" not in os.environ
+
+
+def test_plan_checkpoints_and_rules_print_json(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("plan", *EMBEDDED, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"]["max_steps"] == 6
+    assert {row["strategy"] for row in shown["memory"]} <= {"ddp", "fsdp", "zero2", "zero3"}
+    assert samestep("rules", "--json") == 0
+    assert all(row["rule"] and row["why"] for row in json.loads(capsys.readouterr().out))
+    (tmp_path / "runs" / "old" / "checkpoint-3").mkdir(parents=True)
+    assert samestep("checkpoints", "old", "--json") == 0
+    (checkpoint,) = json.loads(capsys.readouterr().out)
+    assert (checkpoint["step"], checkpoint["state"]) == (3, "damaged")
+    assert checkpoint["problems"]
+
+
+def test_a_plan_for_other_gpus_says_how_many_processes_it_counts(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("plan", *EMBEDDED, "--gpu-memory", "24GB") == 0
+    assert "planned for 2 processes a node" in capsys.readouterr().err
+    assert samestep("plan", *EMBEDDED, "--gpu-memory", "24GB", "--gpus-per-node", "4") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_child_has_said_is_not_said_again(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.local.planned_run.read_index", lambda _: None)
+    launcher.status = 2
+    assert samestep("run", *EMBEDDED) == 2
+    assert capsys.readouterr().err == ""
+    launcher.status = -9
+    assert samestep("run", *EMBEDDED) == 1
+    assert "python -m trainer.prepare: did not finish" in capsys.readouterr().err
+
+
+def test_the_shell_completes_recipes_and_runs_and_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "plan.json").write_text("{}")
+
+    def complete(words: str) -> list[str]:
+        variables = {"_SAMESTEP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
+        return _shell("samestep", tmp_path, variables).splitlines()
+
+    assert complete("samestep status m") == ["mine"]
+    assert complete("samestep logs o") == ["other"]
+    assert complete("samestep plan embed") == ["embedded"]
+    assert "samestep" in _shell("samestep --show-completion bash", tmp_path)
+    assert _shell("samestep rules | head -1; echo ${PIPESTATUS[0]}", tmp_path).splitlines()[-1] == "0"
+
+
+def _shell(command: str, folder: Path, variables: dict[str, str] | None = None) -> str:
+    environment = {**os.environ, **(variables or {})}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stdout

@@ -29,7 +29,7 @@ from launch.inputs.model_files import hub_commit, old_base_identity, old_kind, w
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import SPLIT_SIZES, chart_rows, recipe_values, write_charts
-from trainer.data.chartqa import open_split
+from trainer.data.splits import open_split
 from trainer.prepare import prepare
 
 
@@ -313,12 +313,12 @@ def test_a_damaged_index_is_never_believed_and_made_anew_with_a_word(
 
 
 def test_the_launcher_and_the_trainer_find_the_same_identity(world: Path) -> None:
-    from trainer.identity import identity_of
+    from trainer.identity import compute_identity
 
     recipe = recipe_on(world)
     index = prepare(recipe, quiet=True)
     found = find_identity(recipe, index)
-    assert found == identity_of(recipe, index)
+    assert found == compute_identity(recipe, index)
     assert found.missing() == []
 
 
@@ -330,7 +330,7 @@ def test_nodes_that_see_other_models_are_refused_and_the_part_is_named(
 
     recipe = recipe_on(world)
     index = prepare(recipe, quiet=True)
-    mine = identity.identity_of(recipe, index)
+    mine = identity.compute_identity(recipe, index)
     other = RunIdentity({**mine.parts, "model.processor": "b" * 32})
     monkeypatch.setattr(identity, "gather_objects", lambda found: [found, None, found, other])
     with pytest.raises(
@@ -339,5 +339,5 @@ def test_nodes_that_see_other_models_are_refused_and_the_part_is_named(
         identity.agree_on_identity(recipe, index)
     monkeypatch.setattr(identity, "gather_objects", lambda found: [mine, found, mine])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(identity, "identity_of", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(identity, "compute_identity", lambda *_: pytest.fail("looked"))
     assert identity.agree_on_identity(recipe, index) == mine

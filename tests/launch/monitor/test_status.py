@@ -21,6 +21,7 @@ from launch.monitor.logs import log_files
 from launch.monitor.status import Status, status_of
 from launch.monitor.status_table import COLUMNS, columns_for
 from launch.run.directory import RunDirectory, write_marker
+from launch.run.local_log import add_to_log
 from launch.run.lock import hold_lock
 from launch.slurm import attempts
 from launch.slurm.output import JobFacts
@@ -275,7 +276,7 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert samestep("logs", "mine") == 2
-    assert "no log, for no job of a cluster has had this run" in capsys.readouterr().err
+    assert "no log, and no job of a cluster has had this run" in capsys.readouterr().err
     attempts.write_event(run, "submit", job="7")
     assert samestep("logs", "mine") == 2
     assert "no log yet" in capsys.readouterr().err
@@ -302,6 +303,27 @@ def test_logs_are_those_of_the_newest_job_or_of_a_rank(
         (place / "stderr.log").write_text(text)
     assert samestep("logs", "mine", "--rank", "3") == 0
     assert capsys.readouterr().out == "rank 3"
+
+
+def test_logs_of_a_run_of_this_machine_are_those_of_its_newest_attempt(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = run.path / "logs"
+    logs.mkdir()
+    (logs / "local-20260101-000000.log").write_text("first\n")
+    (logs / "local-20260102-000000.log").write_text("second\n")
+    assert samestep("logs", "mine") == 0
+    assert capsys.readouterr().out == "second\n"
+    began = time.time()
+    os.utime(logs / "local-20260102-000000.log", (began - 9, began - 9))
+    add_to_log(run, "of another attempt", began)
+    add_to_log(run, "ended", began - 10)
+    assert samestep("logs", "mine") == 0
+    second, ended = capsys.readouterr().out.splitlines()
+    assert second == "second"
+    assert ended.endswith(" ended")
+    (logs / "local-20260103-000000.log").symlink_to("/etc/hostname")
+    assert samestep("logs", "mine") == 2
 
 
 def _following(

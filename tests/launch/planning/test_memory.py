@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.inputs.model_shape import ModelShape, read_shape, shape_of
+from launch.inputs.families import read_shape, shape_of
+from launch.inputs.model_shape import ModelShape
 from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, layer_bytes, load_of, memory_of
 from launch.planning.memory import trained_parameters as planned_parameters
 from launch.recipe.loading import recipe_from_dict
@@ -145,6 +146,8 @@ def test_settings_order_memory_as_they_should() -> None:
     assert peaks[1] == pytest.approx(half, rel=0.1)  # every 2nd of 28 layers
     resident = of_7b(Settings(True, 0), kernels=FUSED).training - peaks[-1]
     assert 9 * GIB < resident < 11 * GIB  # bf16 for 4 bits, of language model and tower
+    in_8_bits = of_7b(Settings(True, 0), kernels=FUSED, fp8=True).training - peaks[-1]
+    assert (resident - in_8_bits) / GIB == pytest.approx(6.1, abs=0.1)  # a byte less for each of its weights
 
 
 def test_sharding_saves_where_it_says() -> None:

@@ -13,8 +13,15 @@ import yaml
 
 from launch.errors import ConfigError
 from launch.recipe.loading import dump_recipe, find_recipe, load_recipe, recipe_from_dict
-from launch.recipe.refused_fields import REFUSED_TRAINING_FIELDS
-from launch.recipe.schema import Recipe, TrainingSection, altering_values, recipe_fingerprint, recipe_schema
+from launch.recipe.refused_fields import REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
+from launch.recipe.schema import (
+    LoraSection,
+    Recipe,
+    TrainingSection,
+    altering_values,
+    recipe_fingerprint,
+    recipe_schema,
+)
 from launch.resources import resource, resource_names
 
 EMBEDDED = resource("recipes", "embedded.yaml")
@@ -75,6 +82,14 @@ def test_the_larger_and_smaller_recipes_differ_from_the_default_in_the_model_alo
         assert {key for key in default if default[key] != other[key]} == {"model.name_or_path"}
 
 
+def test_products_of_8_bits_alter_a_run_and_their_absence_is_what_older_runs_recorded() -> None:
+    name = "qwen2vl_7b_chartqa"
+    plain = altering_values(load_recipe(find_recipe(name)))
+    in_8_bits = altering_values(load_recipe(find_recipe(name), ["model.products=fp8"]))
+    assert "model.products" not in plain
+    assert in_8_bits == plain | {"model.products": "fp8"}
+
+
 def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:
     from trl import SFTConfig
 
@@ -82,6 +97,28 @@ def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:
     accepted, refused = set(TrainingSection.model_fields), set(REFUSED_TRAINING_FIELDS)
     assert accepted & refused == set()
     assert accepted | refused == installed | {"deterministic"}
+
+
+def test_every_lora_field_is_either_accepted_or_refused_with_a_reason() -> None:
+    from peft import LoraConfig
+
+    installed = {field.name for field in dataclasses.fields(LoraConfig)}
+    accepted = set(LoraSection.model_fields)
+    refused = {key.removeprefix("lora.") for key in REFUSED_LORA_FIELDS}
+    assert accepted & refused == set()
+    assert accepted | refused == installed
+
+
+def test_lora_fields_that_older_versions_lacked_leave_their_recipes_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"))
+    newer = {"use_dora", "use_rslora", "rank_pattern", "alpha_pattern"}
+    assert not {f"lora.{key}" for key in newer} & set(altering_values(recipe))
+    changed = load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["lora.use_dora=true"])
+    assert recipe_fingerprint(changed) != recipe_fingerprint(recipe)
+    with pytest.raises(ConfigError, match=r"lora\.modules_to_save: refused; LoRA here trains matrices"):
+        load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["lora.modules_to_save=[lm_head]"])
+    with pytest.raises(ConfigError, match=r"lora\.rank_pattern"):
+        load_recipe(find_recipe("qwen2vl_7b_chartqa"), ['lora.rank_pattern={"(q|v)_proj": 4}'])
 
 
 def test_every_scheduler_is_one_that_transformers_has() -> None:
@@ -158,15 +195,51 @@ def test_a_learning_rate_that_is_none_is_refused(value: str) -> None:
     assert problem.startswith("training.learning_rate: ")
 
 
-@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[:200]", "train[:100%]"])
+@pytest.mark.parametrize(
+    "split", ["train", "train[:10%]", "train[:200]", "train[:100%]", "train[90%:]", "train[10:20]"]
+)
 def test_a_split_may_be_shortened(split: str) -> None:
     assert load_recipe(EMBEDDED, [f"data.train={split}"]).data.train == split
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "train[:101%]", "train[10:]", "../x", "train[:10%", "''"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        "train[:0]",
+        "train[:101%]",
+        "train[10:5]",
+        "train[90%:90%]",
+        "../x",
+        "train[:10%",
+        "''",
+        "'train, 5 %'",
+    ],
+)
 def test_a_split_that_is_none_is_refused(split: str) -> None:
     (problem,) = problems_of(f"data.train={split}")
     assert problem.startswith("data.train: ")
+
+
+def test_validation_and_test_may_be_drawn_out_of_training_or_missing() -> None:
+    for split in ("'train, 5 %'", "'train, 0.5%'", "null", "train[95%:]"):
+        assert load_recipe(EMBEDDED, [f"data.validation={split}", "data.test=null"]).data.test is None
+    for split in ("'train, 0 %'", "'train, 100 %'", "'train, x'"):
+        (problem,) = problems_of(f"data.validation={split}")
+        assert problem.startswith("data.validation: ")
+    (problem,) = problems_of("data.validation='train, 5 %'", "data.test='train, 5 %'")
+    assert problem.startswith("data.test: draws the same rows as data.validation")
+    (problem,) = problems_of("data.validation=null", "evaluation.answers=8")
+    assert problem.startswith("evaluation.answers: there is no validation split")
+    (problem,) = problems_of("data.format=messages", "data.columns={query: q}")
+    assert problem.startswith("data.columns: is for data.format: columns")
+
+
+def test_keys_that_older_recipes_do_not_have_alter_no_fingerprint() -> None:
+    recipe = load_recipe(EMBEDDED)
+    later = ("data.format", "data.columns", "data.chat_template")
+    assert not [key for key in altering_values(recipe) if key in later]
+    other = load_recipe(EMBEDDED, ["data.columns={query: question}"])
+    assert recipe_fingerprint(other) != recipe_fingerprint(recipe)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +299,10 @@ def test_what_people_bring_from_other_tools_is_explained_in_any_section(brought:
 
 def test_a_key_like_none_of_its_section_is_answered_with_the_section() -> None:
     (problem,) = problems_of("lora.xyz=1")
-    assert problem == "lora.xyz: unknown key; lora has r, lora_alpha, lora_dropout, bias, target_modules"
+    keys = (
+        "r, lora_alpha, lora_dropout, bias, target_modules, use_rslora, use_dora, rank_pattern, alpha_pattern"
+    )
+    assert problem == f"lora.xyz: unknown key; lora has {keys}"
 
 
 @pytest.mark.parametrize(

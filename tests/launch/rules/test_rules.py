@@ -1,5 +1,6 @@
 """Each forbidden combination: refused by its own rule, with the numbers, and no other request is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from launch.rules.accelerate_config import LaunchConfig, launched_config, launch
 from launch.rules.checks import refuse_config, refuse_topology, violations
 from launch.rules.request import PlanRequest, Rule
 from launch.strategies import STRATEGIES
-from tests.helpers.indexes import embedded_recipe
+from tests.helpers.indexes import HUB_7B, embedded_recipe
 
 ALLOWED = PlanRequest(
     embedded_recipe(),
@@ -36,6 +37,12 @@ BFLOAT16_BASE = embedded_recipe(
 )
 FLOAT32 = embedded_recipe("quantization.bnb_4bit_compute_dtype=float32", "model.dtype=float32")
 RESIDENT = embedded_recipe("model.resident_weights=true")
+FP8_IN_FLOAT32 = embedded_recipe(
+    "model.products=fp8", "model.dtype=float32", "quantization.load_in_4bit=false"
+)
+FP8 = embedded_recipe(
+    "model.products=fp8", "model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16"
+)
 FSDP2 = {"fsdp_version": 2}
 
 
@@ -74,7 +81,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             request_rules.lora_names_layers_that_are_there,
             replace(ALLOWED, recipe=embedded_recipe("lora.target_modules=[q_proj, qproj]")),
-            "'qproj' names no linear layer of the decoder layers (1 of 2); did you mean q_proj?",
+            "'qproj' names no linear layer of decoder or vision tower (1 of 2); did you mean q_proj?",
         ),
         (request_rules.data_fills_one_step, replace(ALLOWED, samples=31, max_steps=0), "31 < 32"),
         (request_rules.run_has_a_step, replace(ALLOWED, max_steps=0), "330 samples"),
@@ -159,6 +166,16 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
             "pdsh (here)",
         ),
         (
+            request_rules.dora_sees_whole_weights,
+            replace(ALLOWED, strategy="fsdp", recipe=embedded_recipe("lora.use_dora=true")),
+            "use ddp or zero2",
+        ),
+        (
+            request_rules.patterns_name_layers_with_lora,
+            replace(ALLOWED, recipe=embedded_recipe('lora.rank_pattern={"qkv": 4}')),
+            "lora.rank_pattern: 'qkv' names no layer",
+        ),
+        (
             request_rules.sharded_weights_stay_packed,
             replace(ALLOWED, strategy="zero3", recipe=RESIDENT),
             "model.resident_weights",
@@ -187,6 +204,16 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
             request_rules.gpu_computes_bfloat16,  # what is not in 4 bits
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16_BASE),
             "model.dtype: bfloat16 on a GPU of compute capability 7.5",
+        ),
+        (
+            request_rules.gpu_has_8_bit_products,
+            replace(ALLOWED, capability=(8, 6), recipe=FP8),
+            "fp8 on a GPU of compute capability 8.6 (8.9 is needed)",
+        ),
+        (
+            request_rules.gpu_has_8_bit_products,
+            replace(ALLOWED, capability=(9, 0), recipe=FP8_IN_FLOAT32),
+            "fp8 with model.dtype float32",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -237,6 +264,52 @@ def test_a_recipe_cannot_say_what_is_the_plans(override: str) -> None:
         embedded_recipe(override)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen3_vl_moe", "a mixture of experts is not trained here"),
+        ("llava", "not one of qwen2_vl, qwen2_5_vl,"),
+    ],
+)
+def test_a_base_of_no_known_family_is_refused_by_its_kind(tmp_path: Path, kind: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    recipe = embedded_recipe(f"model.name_or_path={tmp_path}")
+    told = request_rules.base_is_of_a_known_family(replace(ALLOWED, recipe=recipe))
+    assert told is not None
+    assert words in told
+    assert f"is a {kind}" in told
+
+
+def test_lora_in_the_vision_tower_is_refused_with_zero3_and_with_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB_7B))
+    base = f"model.name_or_path={tmp_path}"
+    for names, targets in (("qkv", 1), ("visual.merger.mlp.0", 1), ("fc1,mlp.2", 2)):
+        lora = f"lora.target_modules=[q_proj,{names}]"
+        sharded = replace(ALLOWED, strategy="zero3", recipe=embedded_recipe(base, lora))
+        assert f"({targets} kinds of layers" in str(request_rules.trained_tower_is_whole(sharded))
+        assert request_rules.trained_tower_is_whole(replace(sharded, strategy="zero2")) is None
+        cached = replace(ALLOWED, recipe=embedded_recipe(base, lora, "data.vision_cache=disk"))
+        assert "set it to off" in str(request_rules.trained_tower_is_not_cached(cached))
+        assert request_rules.lora_names_layers_that_are_there(cached) is None
+    for idle in ("blocks.32.attn.qkv", "patch_embed.proj", "linear_fc1"):
+        wrong = embedded_recipe(base, f"lora.target_modules=[q_proj,{idle}]")
+        assert repr(idle) in str(
+            request_rules.lora_names_layers_that_are_there(replace(ALLOWED, recipe=wrong))
+        )
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    both = replace(ALLOWED, recipe=embedded_recipe("tracking.report_to=[tensorboard, wandb]"))
+    assert request_rules.trackers_are_installed(both) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    refused = request_rules.trackers_are_installed(both)
+    assert refused is not None
+    assert "wandb is not installed (1 of 2 trackers); pip install 'samestep[wandb]'" in refused
+    assert request_rules.trackers_are_installed(replace(both, packages_here=False)) is None
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -244,7 +317,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 26
+    assert len(every) == 33
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.errors import ConfigError
-from launch.inputs.identity import MODEL_PARTS, PARTS, RunIdentity
+from launch.inputs.identity import MODEL_PARTS, OWN_TEMPLATE, PARTS, RunIdentity
 from launch.recipe.schema import altering_values
 from launch.run.changes import (
     CONTENT_KEYS,
@@ -136,7 +136,7 @@ def test_each_part_that_differs_is_named_with_both_digests_and_an_unknown_one_is
     assert lines[0].endswith("--allow model.processor")
     assert lines[1].startswith("data.test.rows: the run has 'cccccccccccc', here it is 'dddddddddddd'")
     assert len(lines) == 3
-    assert old.missing() == [part for part in PARTS if part not in old.parts]
+    assert old.missing() == [part for part in PARTS if part not in (*old.parts, OWN_TEMPLATE)]
 
 
 def test_a_key_that_one_side_does_not_know_is_a_change() -> None:

@@ -61,7 +61,7 @@ def test_evaluate_refuses_a_merged_model_of_an_earlier_adapter_and_names_the_com
 
 
 def test_the_plain_evaluation_refuses_it_too(run: RunDirectory) -> None:
-    from trainer.evaluation.answers import Request, check_request
+    from trainer.evaluation.request import Request, check_request
 
     check_request(Request(run, "test", ("adapter", "merged"), None))
     _train(run, 2.0)

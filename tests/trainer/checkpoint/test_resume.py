@@ -248,7 +248,7 @@ def test_a_run_directory_that_vanishes_stops_the_run_with_a_message(
 
     def vanish_in_step_4(self: PlannedTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 3 and (tmp_path / "run").exists():
-            self.publisher.wait()  # of step 2
+            self.saver.wait()  # of step 2
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return training_step(self, *args, **kwargs)
 
@@ -270,7 +270,7 @@ def test_a_disk_that_becomes_read_only_stops_the_run_and_leaves_the_last_good_ch
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.loop.trainer.append_line", refuse)
+        patched.setattr("trainer.loop.callbacks.append_line", refuse)
         assert _again(run) == 1
     said = capsys.readouterr().err
     assert "metrics.jsonl: Read-only file system; give permission to write" in said

@@ -19,7 +19,7 @@ from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import chart_png, recipe_values
 from trainer.checks import sharding
-from trainer.checks.sharding import LayerFacts, check_sharding, layer_facts
+from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import (
     GradientCheck,
     check_logits,
@@ -27,9 +27,9 @@ from trainer.checks.training import (
     check_step_taken,
     describe_targets,
 )
-from trainer.data.chartqa import Row
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack
+from trainer.data.rows import question_row
 from trainer.model.base import add_lora, load_base
 from trainer.pretrained import load_processor
 
@@ -47,9 +47,9 @@ def _recipe(world: Path, base: Path | None = None) -> Recipe:
 
 
 def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(world: Path) -> None:
-    seen: list[LayerFacts] = []
+    seen: list[LayerReference] = []
     at_once = load_base(_recipe(world), CPU, "float16")
-    one_by_one = load_base(_recipe(world), CPU, "float16", lambda layer: seen.append(layer_facts(layer)))
+    one_by_one = load_base(_recipe(world), CPU, "float16", lambda layer: seen.append(reference_layer(layer)))
     expected, found = dict(at_once.named_parameters()), dict(one_by_one.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -59,7 +59,7 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
     layers = at_once.model.language_model.layers
     assert len(seen) == len(layers)
     for before, layer in zip(seen, layers, strict=True):
-        now = layer_facts(layer)
+        now = reference_layer(layer)
         assert (now.packed, now.bytes, now.constants) == (before.packed, before.bytes, before.constants)
         assert now.constants > 0
         assert torch.equal(now.output, before.output)
@@ -105,25 +105,29 @@ def test_a_layer_that_is_not_whole_is_refused(world: Path, tmp_path: Path, spoil
         load_base(_recipe(world, base), CPU, "float16", lambda layer: None)
 
 
-FACTS = LayerFacts({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
+FACTS = LayerReference({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
 
 
 @pytest.mark.parametrize(
     ("after", "local", "words"),
     [
         (
-            LayerFacts({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
+            LayerReference({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
             500,
             r"changed the packed .* 4 \(1 of 2 weights",
         ),
-        (LayerFacts({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
-        (LayerFacts(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000), 500, r"computes otherwise .* 0\.001"),
-        (LayerFacts(FACTS.packed, torch.tensor([1, 1, float("nan")]), 1000), 500, r"computes otherwise"),
+        (LayerReference({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
+        (
+            LayerReference(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000),
+            500,
+            r"computes otherwise .* 0\.001",
+        ),
+        (LayerReference(FACTS.packed, torch.tensor([1, 1, float("nan")]), 1000), 500, r"computes otherwise"),
         (FACTS, 560, r"not sharded: 560 of its 1,000 bytes are resident, at most 550"),
     ],
     ids=["bytes", "weight gone", "output", "nan", "whole"],
 )
-def test_what_sharding_does_to_a_layer_is_noticed(after: LayerFacts, local: int, words: str) -> None:
+def test_what_sharding_does_to_a_layer_is_noticed(after: LayerReference, local: int, words: str) -> None:
     sharding._compare_layer(4, FACTS, FACTS, 540, 2)
     with pytest.raises(RunError, match=words):
         sharding._compare_layer(4, FACTS, after, local, 2)
@@ -152,10 +156,10 @@ def test_every_layer_is_held_against_what_it_was_before_it_was_sharded(
     world: Path, happens: Callable[[nn.Module], None] | None, processes: int, words: str | None
 ) -> None:
     """On a model whose layers come together without having been taken apart."""
-    whole: list[LayerFacts] = []
+    whole: list[LayerReference] = []
     recipe = _recipe(world)
     model = add_lora(
-        load_base(recipe, CPU, "float16", lambda layer: whole.append(layer_facts(layer))), recipe
+        load_base(recipe, CPU, "float16", lambda layer: whole.append(reference_layer(layer))), recipe
     )
     calls: list[str] = []
     for number, layer in enumerate(model.get_base_model().model.language_model.layers):
@@ -182,13 +186,13 @@ def test_bytes_that_look_like_nan_keep_their_checksum_and_bfloat16_that_rewrites
     seen: list[nn.Module] = []
     load_base(_recipe(world), CPU, "bfloat16", seen.append)
     layer = seen[0]
-    before = layer_facts(layer)
-    assert layer_facts(layer).packed == before.packed
+    before = reference_layer(layer)
+    assert reference_layer(layer).packed == before.packed
     weight = layer.self_attn.q_proj.weight.data  # type: ignore[union-attr]
     weight.view(torch.int16).view(-1)[0] = 0x7F81
-    signalling = layer_facts(layer).packed
+    signalling = reference_layer(layer).packed
     weight.view(torch.int16).view(-1)[0] = 0x7FC1
-    assert {name for name, sum_ in layer_facts(layer).packed.items() if sum_ != signalling[name]} == {
+    assert {name for name, sum_ in reference_layer(layer).packed.items() if sum_ != signalling[name]} == {
         "self_attn.q_proj"
     }
 
@@ -205,7 +209,7 @@ def test_a_wrapped_model_that_answers_otherwise_is_noticed(
     answers = torch.zeros(1, 4)
     check_logits(answers, answers + allowed, dtype)
     for other in (answers + too_much, answers + float("nan")):
-        with pytest.raises(RunError, match="answers otherwise since it was wrapped"):
+        with pytest.raises(RunError, match="wrapping changed its outputs"):
             check_logits(answers, other, dtype)
 
 
@@ -214,11 +218,11 @@ def test_another_kernel_is_no_other_model_where_weights_are_gathered() -> None:
     noise = torch.tensor([[0.103, 0.0004, 0.03]])  # the first was seen
     check_logits(before, before + noise, torch.bfloat16, gathered=True)
     for other in (torch.tensor([[0.6, 0.0, 0.0]]), torch.tensor([[0.0, -0.02, 0.0]]), noise * float("nan")):
-        with pytest.raises(RunError, match="answers otherwise since it was wrapped"):
+        with pytest.raises(RunError, match="wrapping changed its outputs"):
             check_logits(before, before + other, torch.bfloat16, gathered=True)
     with pytest.raises(RunError, match=r"differs by 0\.103, 0\.01 allowed"):
         check_logits(before, before + noise, torch.bfloat16)
-    with pytest.raises(RunError, match="answers otherwise since it was wrapped"):
+    with pytest.raises(RunError, match="wrapping changed its outputs"):
         check_logits(before, before + noise, torch.float32, gathered=True)
 
 
@@ -236,12 +240,12 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
     recipe = _recipe(world)
     processor = load_processor(recipe)
     rows = [
-        Row(chart_png(1), "why?", ["because " * 60 + "of it . "], 0),
-        Row(chart_png(2), "how high?", ["7"], 1),
+        question_row([chart_png(1)], "why?", ["because " * 60 + "of it . "], 0),
+        question_row([chart_png(2)], "how high?", ["7"], 1),
     ]
     tokenizer = processor.tokenizer
 
-    def packed(loss: str) -> tuple[ModelInputs, list[str | None]]:
+    def packed(loss: str) -> tuple[ModelInputs, list[tuple[str, ...] | None]]:
         encoder = Encoder(processor, recipe.data.system_message, loss)
         inputs = pack(
             [encoder(row) for row in rows],
@@ -251,13 +255,13 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
             image_token_id=processor.image_token_id,
             merge=2,
         )
-        return inputs, [encoder.scored_text(row) for row in rows]
+        return inputs, [encoder.scored_texts(row) for row in rows]
 
     # As some tokenizers are saved; what a model answers loses blanks by it, the targets do not.
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     inputs, scored = packed("answer")
-    assert scored == [f"{rows[0].label[0]}<|im_end|>\n", "7<|im_end|>\n"]
+    assert scored == [(f"{rows[0].label[0]}<|im_end|>\n",), ("7<|im_end|>\n",)]
     targets, tokens = inputs["shift_labels"].numel(), inputs["input_ids"].numel()
     assert targets > tokens / 2  # long answers are no fault
     said = describe_targets(inputs, (4, 9), scored, tokenizer)

@@ -14,10 +14,10 @@ from launch.planning.step_plan import MicroBatch
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import IGNORED, Encoder, mrope_positions
 from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
+from trainer.data.splits import open_split
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -75,8 +75,8 @@ def _loss_alone(model: Any, sample: Any, encoder: Encoder) -> torch.Tensor:
     logits = model(
         input_ids=sample.input_ids[None],
         attention_mask=torch.ones_like(sample.input_ids)[None],
-        pixel_values=sample.pixel_values,
-        image_grid_thw=torch.tensor([sample.grid]),
+        pixel_values=sample.images[0].pixel_values,
+        image_grid_thw=torch.tensor([sample.images[0].grid]),
         mm_token_type_ids=image[None],
     ).logits[0]
     return torch.nn.functional.cross_entropy(
@@ -135,10 +135,10 @@ def test_positions_are_those_of_the_models_own_rope_index(
         expected, _ = stock.get_base_model().model.get_rope_index(
             sample.input_ids[None],
             mm_token_type_ids=is_image.long()[None],
-            image_grid_thw=torch.tensor([sample.grid]),
+            image_grid_thw=torch.tensor([sample.images[0].grid]),
             attention_mask=torch.ones_like(sample.input_ids)[None],
         )
-        assert torch.equal(mrope_positions(is_image, sample.grid, 2), expected[-3:, 0])
+        assert torch.equal(mrope_positions(is_image, [sample.images[0].grid], 2), expected[-3:, 0])
         assert torch.equal(sample.positions, expected[-3:, 0])
 
 
@@ -296,3 +296,52 @@ def test_a_filler_has_gradients_and_they_are_zero(packed: Any, samples: list[Any
     gradients = [parameter.grad for parameter in packed.parameters() if parameter.requires_grad]
     assert gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_the_last_layer_computes_the_tokens_that_are_read_alone_and_the_same_numbers(
+    world: Path, samples: list[Any], encoder: Encoder
+) -> None:
+    """With dropout in all its linear layers; read are the answers, and a filler reads what weighs nothing."""
+    model = _training(world, recompute=False)
+    inputs = _pack(samples, encoder)
+    answers = sum(sample.target_tokens + 1 for sample in samples)
+    last = model.get_base_model().model.language_model.layers[-1]
+    seen: list[int] = []
+    hook = last.mlp.register_forward_hook(lambda _, given, output: seen.append(output.shape[1]))
+    inputs["step"] = 4
+    read = model(**inputs).log_probs
+    read.sum().backward()
+    mine = _gradients(model)
+    inputs |= {"read_lengths": inputs["text_lengths"], "read_cu_seqlens": inputs["text_cu_seqlens"]}
+    every = model(**inputs).log_probs
+    every.sum().backward()
+    hook.remove()
+    assert seen == [answers, sum(inputs["text_lengths"])]
+    torch.testing.assert_close(read, every, rtol=1e-6, atol=1e-6)
+    for one, other in zip(mine, _gradients(model), strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+def test_no_gradient_goes_below_the_first_adapter(world: Path, samples: list[Any], encoder: Encoder) -> None:
+    model = _training(world, recompute=False)
+    language = model.get_base_model().model.language_model
+    wanted: list[bool] = []
+    hook = language.layers[0].register_forward_pre_hook(
+        lambda _, given: wanted.append(given[0].requires_grad)
+    )
+    model(**_pack(samples[:2], encoder)).log_probs.sum().backward()
+    hook.remove()
+    assert wanted == [False]
+
+
+def test_the_tower_computes_an_image_once_that_several_samples_of_a_micro_batch_show(
+    packed: Any, samples: list[Any], encoder: Encoder
+) -> None:
+    chosen = [samples[0], samples[1], samples[0], samples[2], samples[1]]
+    inputs = _pack(chosen, encoder)
+    assert inputs["fresh_grids"] == tuple(sample.images[0].grid for sample in samples[:3])
+    assert len(inputs["pixel_values"]) == sum(len(sample.images[0].pixel_values) for sample in samples[:3])
+    with torch.no_grad():
+        together = _packed_losses(packed, chosen, encoder)
+        alone = torch.cat([_packed_losses(packed, [sample], encoder) for sample in chosen])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)

@@ -28,12 +28,13 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.request_files import write_request
 from tests.conftest import SPLIT_SIZES, chart_png, chart_rows, recipe_values, write_charts
-from trainer.data.chartqa import Row, open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.lengths import needed_tokens
 from trainer.data.micro_batches import assemble
 from trainer.data.row_errors import RowError
+from trainer.data.rows import Row, question_row
+from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.prepare import main, prepare
 from trainer.pretrained import load_processor
@@ -222,10 +223,10 @@ def test_a_row_that_only_the_encoder_refuses_is_a_bad_row_too(
     """The rows that `prepare` encodes to prove its counts: a failure there names the row, and it can be dropped."""
     honest = Encoder._processed
 
-    def moody(self: Encoder, text: str, image: Image.Image) -> Any:
+    def moody(self: Encoder, text: str, images: list[Image.Image], *, whole: bool) -> Any:
         if "bar 4 of" in text:
             raise RowError("the processor refuses it (ValueError: no)")
-        return honest(self, text, image)
+        return honest(self, text, images, whole=whole)
 
     monkeypatch.setattr(Encoder, "_processed", moody)
     with pytest.raises(ConfigError, match="train row 4: the processor refuses it") as raised:
@@ -252,7 +253,7 @@ def test_training_and_evaluation_name_the_row_that_fails(world: Path, tmp_path: 
 
     class Damaged:
         def __getitem__(self, number: int) -> Row:
-            return Row(UNWRITABLE, "how high?", ["7"], 0)
+            return question_row([UNWRITABLE], "how high?", ["7"], 0)
 
     model: Any = SimpleNamespace(device="cpu")
     replica = Replica(model, processor, Damaged(), 4, torch.float32)  # type: ignore[arg-type]

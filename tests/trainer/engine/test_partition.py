@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from launch.errors import RunError
 from trainer.engine.partition import piece_of_flat, piece_of_own
 from trainer.engine.zero import Zero
-from trainer.formats.portable import MOMENTS
+from trainer.formats.key_names import ADAM_STATE_KEYS
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 WORLDS = st.integers(1, 5)
@@ -116,7 +116,7 @@ def _moments(sizes: list[int]) -> dict[str, Tensor]:
     """No element equals another."""
     count, found = 1, {}
     for number, size in enumerate(sizes):
-        for key in MOMENTS:
+        for key in ADAM_STATE_KEYS:
             found[f"p{number}.{key}"] = torch.arange(count, count + size, dtype=torch.float32)
             count += size
         found[f"p{number}.step"] = torch.tensor(7.0)
@@ -128,31 +128,33 @@ def _moments(sizes: list[int]) -> dict[str, Tensor]:
 def test_moments_that_are_put_into_zeros_shards_before_the_first_step_come_out_of_them_whole(
     stage: int, sizes: list[int], world: int
 ) -> None:
-    moments = _moments(sizes)
+    optimizer_state = _moments(sizes)
     with pytest.MonkeyPatch.context() as patch:
         ranks = _Ranks(patch, world)
         for rank in reversed(range(world)):
             ranks.become(rank)
             zero, inner = _engine(stage, sizes, rank, world)
-            zero.restore(moments)
-            # a second restore goes into the state that is there
-            zero.restore(moments)
-            _assert_nothing_but_moments(inner.state, moments)
-            state = zero.state()
+            zero.load_optimizer_state(optimizer_state)
+            # a second time it goes into the state that is there
+            zero.load_optimizer_state(optimizer_state)
+            _assert_nothing_but_moments(inner.state, optimizer_state)
+            state = zero.full_state()
             assert (state is not None) == (rank == 0)
     assert state is not None
-    assert state.optimizer.keys() == moments.keys()
-    for name, expected in moments.items():
+    assert state.optimizer.keys() == optimizer_state.keys()
+    for name, expected in optimizer_state.items():
         assert torch.equal(state.optimizer[name], expected), name
     for number, size in enumerate(sizes):
         assert torch.equal(state.adapter[f"p{number}"], torch.ones(size))
 
 
-def _assert_nothing_but_moments(states: Mapping[Any, Any], moments: Mapping[str, Tensor]) -> None:
+def _assert_nothing_but_moments(states: Mapping[Any, Any], optimizer_state: Mapping[str, Tensor]) -> None:
     """A shard's padding stays zero, and no rank holds a moment that is none."""
-    known = {value for name, tensor in moments.items() if "step" not in name for value in tensor.tolist()}
+    known = {
+        value for name, tensor in optimizer_state.items() if "step" not in name for value in tensor.tolist()
+    }
     for state in states.values():
-        held = [value for key in MOMENTS for value in state[key].tolist() if value]
+        held = [value for key in ADAM_STATE_KEYS for value in state[key].tolist() if value]
         assert len(held) == len(set(held))
         assert set(held) <= known
 
@@ -165,7 +167,7 @@ def test_a_gradient_that_comes_after_the_reduction_ends_the_run_before_its_step(
     zero, _ = _engine(3, [2, 3], rank=0, world=1)
     steps: list[str] = []
     zero._engine.step = lambda: steps.append("taken")
-    zero.before_next_step(lambda: steps.append("looked at"))
+    zero.call_before_next_step(lambda: steps.append("looked at"))
     zero.parameters["p1"].grad = torch.ones(3)
     with pytest.raises(RunError, match="1 of 2 adapters got their gradients after DeepSpeed had"):
         zero._engine.step()

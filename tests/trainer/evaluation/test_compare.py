@@ -13,7 +13,7 @@ from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from tests.helpers.adapters import write_run
 from tests.helpers.merging import merge
-from trainer.data.chartqa import Row
+from trainer.data.rows import question_row
 from trainer.evaluation import compare
 from trainer.evaluation.compare import main
 from trainer.evaluation.comparison import Comparison, Seen, answered, difference, print_comparison
@@ -93,7 +93,7 @@ def test_a_merge_in_bf16_is_compared_in_bf16(
 
 
 def test_answers_are_counted_as_same_and_as_right() -> None:
-    rows = [Row(b"", "?", ["10"], 0), Row(b"", "?", ["Asia"], 1)]
+    rows = [question_row([b""], "?", ["10"], 0), question_row([b""], "?", ["Asia"], 1)]
     mine, reference = Seen(torch.zeros(1), ("10.4", "asia")), Seen(torch.zeros(1), ("10.4", "Asia"))
     found = answered("m", mine, reference, rows)
     assert (found.same, found.correct, found.accuracy) == (0.5, 2, 100.0)

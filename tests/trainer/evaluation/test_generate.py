@@ -15,15 +15,17 @@ from benchmarks.launching import accelerate_launch
 from launch.checkpoints.publish import publish
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import MODEL_PARTS, find_identity
-from launch.local.postprocess import find_evaluated
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
+from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
-from trainer.data.chartqa import chat, open_split
 from trainer.data.images import decode_image
-from trainer.evaluation.answers import Question, answer_all, make_batches, other_images, spread
+from trainer.data.rows import chat
+from trainer.data.splits import open_split
+from trainer.evaluation.answering import answer_all
+from trainer.evaluation.answers import Question, make_batches, other_images, spread
 from trainer.evaluation.generate import main
 from trainer.evaluation.stored_answers import with_earlier_answers
 from trainer.formats.portable import save_adapter
@@ -54,7 +56,7 @@ def result(run: RunDirectory) -> dict[str, Any]:
 def plain_answer(model: Any, processor: Any, recipe: Recipe, row: Any, image: bytes) -> str:
     """One question alone, the way the documentation of transformers does it."""
     text = processor.apply_chat_template(
-        chat(recipe.data.system_message, row, answer=False), tokenize=False, add_generation_prompt=True
+        chat(recipe.data.system_message, row.turns[:-1]), tokenize=False, add_generation_prompt=True
     )
     inputs = processor(text=[text], images=[decode_image(image)], return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=True)
@@ -70,12 +72,12 @@ def test_every_answer_is_the_one_of_a_plain_call_on_that_question_alone(
     for each in result["predictions"]:
         row = rows[each["row"]]
         assert (each["query"], each["label"]) == (row.query, row.label)
-        assert each["adapter"]["prediction"] == plain_answer(model, processor, recipe, row, row.image)
-        shown = rows[each["shuffled"]["image_of_row"]].image
-        assert shown != row.image
+        assert each["adapter"]["prediction"] == plain_answer(model, processor, recipe, row, row.images[0])
+        shown = rows[each["shuffled"]["image_of_row"]].images[0]
+        assert shown != row.images[0]
         assert each["shuffled"]["prediction"] == plain_answer(model, processor, recipe, row, shown)
         with model.disable_adapter():
-            assert each["base"]["prediction"] == plain_answer(model, processor, recipe, row, row.image)
+            assert each["base"]["prediction"] == plain_answer(model, processor, recipe, row, row.images[0])
     answers = [
         [each[model]["prediction"] for each in result["predictions"]]
         for model in ("base", "adapter", "shuffled")
@@ -88,13 +90,20 @@ def test_the_figures_count_every_question_once(result: dict[str, Any]) -> None:
         assert [of_model[group]["count"] for group in ("human", "augmented", "overall")] == [6, 6, 12]
     for model, of_model in result["accuracy"].items():
         assert of_model["overall"]["correct"] == sum(each[model]["correct"] for each in result["predictions"])
-    assert result["mcnemar_p"].keys() == {"base -> adapter", "shuffled -> adapter"}
+        low, high = of_model["overall"]["interval"]
+        assert low <= of_model["overall"]["percent"] <= high
+    assert result["mcnemar_p"].keys() == {"base -> adapter", "shuffled -> adapter", "base -> shuffled"}
+    outcomes = [(each["base"]["correct"], each["adapter"]["correct"]) for each in result["predictions"]]
+    pair = result["paired"]["base -> adapter"]
+    assert pair["gained"] == outcomes.count((False, True))
+    assert pair["lost"] == outcomes.count((True, False))
 
 
 def test_two_ranks_give_the_same_answers_and_share_a_failure(
     run: RunDirectory, result: dict[str, Any]
 ) -> None:
     run.eval_file().unlink()
+    shutil.rmtree(run.answers)
     launched = accelerate_launch(2, ["tests.helpers.distributed.answer_twice", "--run-dir", str(run.path)])
     assert launched.returncode == 0, launched.stdout
     assert launched.stdout.count("failed with 1") == 2
@@ -103,6 +112,7 @@ def test_two_ranks_give_the_same_answers_and_share_a_failure(
     assert again["world_size"] == 2
     assert again["predictions"] == result["predictions"]
     assert again["accuracy"] == result["accuracy"]
+    assert {len(list(folder.glob("rank-*.jsonl"))) for folder in run.answers.iterdir()} == {2}
 
 
 def test_the_table_names_paths_and_the_next_commands(
@@ -149,7 +159,9 @@ def test_what_is_evaluated_is_held_against_what_was_trained(
 def test_answers_of_other_models_stay_and_those_of_other_weights_are_kept_under_another_name(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = RunDirectory(shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*")))
+    here = RunDirectory(
+        shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*", "answers"))
+    )
     asked = ["--run-dir", str(here.path), "--max-samples", "4", "--models"]
     file = here.eval_file("test", 4)
     assert main([*asked, "base"]) == 0
@@ -178,7 +190,9 @@ def test_answers_are_of_the_weights_that_gave_them(
     run: RunDirectory, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that goes on replaces its adapter while the questions are answered."""
-    here = RunDirectory(shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*")))
+    here = RunDirectory(
+        shutil.copytree(run.path, tmp_path / "here", ignore=shutil.ignore_patterns("eval*", "answers"))
+    )
     weights = here.adapter / "adapter_model.safetensors"
 
     def answers_meanwhile(*words: Any) -> Any:
@@ -241,8 +255,8 @@ def test_a_checkpoint_is_evaluated_by_its_path(
     save_adapter(random_adapter(recipe), aside)
     publish(aside, run.checkpoint(3), {"step": 3})
     run.plan_file.touch()
-    assert find_evaluated(str(run.checkpoint(3)), Path("runs")) == (run, 3)
-    assert find_evaluated(str(run.path), Path("runs")) == (run, None)
+    found = [find_target(str(place), Path("runs")) for place in (run.checkpoint(3), run.path, run.adapter)]
+    assert [(target.run, target.checkpoint) for target in found] == [(run, 3), (run, None), (run, None)]
     asked = ["--run-dir", str(run.path), "--checkpoint", "3", "--models"]
     assert main([*asked, "adapter"]) == 0
     written = json.loads(run.eval_file(checkpoint=3).read_text())

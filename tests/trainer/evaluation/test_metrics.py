@@ -3,7 +3,8 @@
 import pytest
 
 from trainer.data.relaxed_accuracy import correct
-from trainer.evaluation.metrics import Prediction, mcnemar, summary
+from launch.statistics import mcnemar
+from trainer.evaluation.metrics import Prediction, paired, summary, wilson
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,13 @@ def test_summary_reports_human_augmented_and_overall_with_counts_and_standard_er
     assert report["human"] == {
         "percent": 36.0,
         "standard_error": pytest.approx(9.6),
+        "interval": [pytest.approx(20.25, abs=0.01), pytest.approx(55.48, abs=0.01)],
         "correct": 9,
         "count": 25,
     }
-    assert report["augmented"] == {"percent": 100.0, "standard_error": 0.0, "correct": 75, "count": 75}
+    augmented = report["augmented"]
+    assert (augmented["percent"], augmented["standard_error"]) == (100.0, 0.0)
+    assert (augmented["correct"], augmented["count"]) == (75, 75)
     assert report["overall"]["percent"] == 84.0
     assert report["overall"]["count"] == 100
 
@@ -90,7 +94,22 @@ def test_the_standard_error_of_the_whole_test_split_is_three_quarters_of_a_point
 
 def test_a_group_without_questions_has_no_percentage() -> None:
     report = summary(_rows(1, right=1, wrong=1))
-    assert report["human"] == {"percent": None, "standard_error": None, "correct": 0, "count": 0}
+    nothing = {"percent": None, "standard_error": None, "interval": None}
+    assert report["human"] == nothing | {"correct": 0, "count": 0}
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (1, 10, 1.79, 40.42), (81, 263, 25.53, 36.62)],
+)
+def test_the_interval_is_the_one_of_newcombes_tables(right: int, count: int, low: float, high: float) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (81 of 263); of none and all the closed form."""
+    assert wilson(right, count) == [pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01)]
+
+
+def test_a_pair_says_what_was_gained_and_what_was_lost() -> None:
+    before, after = [False] * 10 + [True] * 5, [True] * 10 + [False] * 2 + [True] * 3
+    assert paired(before, after) == {"gained": 10, "lost": 2, "p": mcnemar(before, after)}
 
 
 def test_mcnemar_counts_changed_outcomes_only() -> None:

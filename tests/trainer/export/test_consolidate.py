@@ -71,17 +71,17 @@ def test_a_checkpoint_of_every_engine_becomes_the_adapter_that_its_processes_hel
         AdapterOverrides(lora_alpha=12, base_model=str(world / "base")) if engine == "fsdp_sharded" else None
     )
     done = consolidate(foreign / engine / place, tmp_path / "adapter", alpha)
-    assert form in done.found.form
-    weights, moments = truth(foreign / engine)
+    assert form in done.imported.form
+    weights, optimizer_state = truth(foreign / engine)
     loaded = loaded_by_peft(world / "base", tmp_path / "adapter")
     assert_same({parameter_name(key): tensor for key, tensor in loaded.items()}, weights)
     config = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 12, str(world / "base"))
 
-    steps = {name for name in done.found.moments if name.endswith(".step")}
-    assert {float(done.found.moments[name]) for name in steps} == {3.0}
-    assert_same({n: t for n, t in done.found.moments.items() if n not in steps}, moments)
-    assert (done.found.step, done.found.lost) == (3, ())
+    steps = {name for name in done.imported.optimizer_state if name.endswith(".step")}
+    assert {float(done.imported.optimizer_state[name]) for name in steps} == {3.0}
+    assert_same({n: t for n, t in done.imported.optimizer_state.items() if n not in steps}, optimizer_state)
+    assert (done.imported.step, done.imported.lost) == (3, ())
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
@@ -92,7 +92,7 @@ def test_a_universal_checkpoint_holds_the_same_adapter_and_moments(foreign: Path
     )
     assert "universal" in universal.form
     assert_same(universal.tensors, shards.tensors)
-    assert_same(universal.moments, shards.moments)
+    assert_same(universal.optimizer_state, shards.optimizer_state)
     assert (universal.step, universal.config) == (3, shards.config)
 
 
@@ -440,12 +440,12 @@ def test_our_own_checkpoint_gives_adapter_moments_and_step(foreign: Path, tmp_pa
     aside.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(foreign / "ddp" / STEP / name, aside)
-    moments = import_checkpoint(foreign / "ddp" / STEP).moments
-    save_file(moments, aside / "optimizer.safetensors")
+    optimizer_state = import_checkpoint(foreign / "ddp" / STEP).optimizer_state
+    save_file(optimizer_state, aside / "optimizer.safetensors")
     publish(aside, tmp_path / "checkpoint-3", {"step": 3})
     found = import_checkpoint(tmp_path / "checkpoint-3")
     assert (found.form, found.step, found.lost) == ("checkpoint of samestep", 3, ())
-    assert_same(found.moments, moments)
+    assert_same(found.optimizer_state, optimizer_state)
     (tmp_path / "checkpoint-3/optimizer.safetensors").write_bytes(b"x")
     refused(tmp_path / "checkpoint-3", "optimizer.safetensors")
 

@@ -25,7 +25,7 @@ from trainer.embedded.tiny_model import random_tiny
 from trainer.export import merge as merging
 from trainer.export.merge import main
 from trainer.export.merge_plan import MergeRequest, plan_merge
-from trainer.export.output_folder import written_aside
+from trainer.export.output_folder import atomic_output
 from trainer.export.verify import verify
 from trainer.formats.key_names import canonical_name
 
@@ -449,12 +449,12 @@ def test_the_folder_that_another_process_writes_is_left_alone(
 ) -> None:
     monkeypatch.setattr("launch.run.lock._LOCK_PATIENCE_S", 0.0)
     output, theirs = tmp_path / "merged", tmp_path / "merged.partial/model.safetensors"
-    with written_aside(output):
+    with atomic_output(output):
         theirs.write_text("half")
         assert "writes there now; wait" in refused(capsys, adapter, output)
-        with pytest.raises(CheckpointError, match="writes there now; wait"), written_aside(output):
+        with pytest.raises(CheckpointError, match="writes there now; wait"), atomic_output(output):
             pass  # asked before the other began
         assert theirs.read_text() == "half"
     assert (output / "model.safetensors").read_text() == "half"
-    with pytest.raises(CheckpointError, match="exists already"), written_aside(output):
+    with pytest.raises(CheckpointError, match="exists already"), atomic_output(output):
         pass  # asked while the other wrote

@@ -34,9 +34,9 @@ from trainer.export.adapter_config import refuse_endless_patterns
 from trainer.export.base_model import find_base
 from trainer.formats.dcp import distributed_keys, load_distributed
 from trainer.formats.detect import import_checkpoint
-from trainer.formats.portable import State
+from trainer.formats.portable import TrainedState
 from trainer.formats.safetensors_blocks import block_rows, read_base_shards, read_shard
-from trainer.formats.sharded import DistributedPart
+from trainer.formats.sharded import DcpRankState
 from trainer.formats.torch_files import load_torch
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
@@ -397,7 +397,7 @@ def written(folder: Path) -> Path:
     """A distributed checkpoint of two tensors."""
     folder.mkdir()
     tensors = {"a.lora_A.default.weight": torch.ones(2, 3), "b": torch.zeros(5)}
-    DistributedPart(State(tensors, {})).write(folder, None)
+    DcpRankState(TrainedState(tensors, {})).write(folder, None)
     assert load_distributed(folder, ["b"])["b"].tolist() == [0.0] * 5
     return folder
 

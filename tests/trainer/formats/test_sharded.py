@@ -28,12 +28,12 @@ from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter
 from tests.helpers.checkpoints import change_one_bit, halve
 from tests.helpers.merging import merge
-from trainer.checkpoint.saver import LARGE, form_of, load_checkpoint
+from trainer.checkpoint.saver import SHARDED_FROM_BYTES, checkpoint_form, load_checkpoint
 from trainer.engine.replicated import Replicated
 from trainer.export.consolidate import consolidate
 from trainer.formats.detect import SHARDS, import_checkpoint, read_sharded
 from trainer.formats.portable import save_adapter, save_adapter_config
-from trainer.formats.sharded import DistributedPart, InMemoryCheckpointEngine, ZeroPart, partition_by_size
+from trainer.formats.sharded import DcpRankState, InMemoryCheckpointEngine, ZeroRankState, partition_by_size
 from trainer.import_checkpoint import refuse_what_we_do_not_train
 from trainer.model.base import trainable_parameters
 
@@ -55,7 +55,7 @@ def trained(world: Path) -> Trained:
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     optimizer.step()
     engine = Replicated(parameters)
-    engine.started(model, optimizer)
+    engine.attach(model, optimizer)
     return Trained(model, engine)
 
 
@@ -63,7 +63,7 @@ def _publish(trained: Trained, run: Path, step: int = 7) -> Path:
     """As one process saves it."""
     aside = partial_folder(run, step)
     (aside / SHARDS).mkdir(parents=True)
-    names = trained.engine.part(step).write(aside / SHARDS, None)
+    names = trained.engine.rank_state(step).write(aside / SHARDS, None)
     known = sync_and_hash(aside, [f"{SHARDS}/{name}" for name in names])
     save_adapter_config(trained.model, aside)
     publish(aside, run / f"checkpoint-{step}", {"step": step, "form": "sharded"}, known=known)
@@ -96,10 +96,10 @@ def test_every_tensor_is_written_by_one_rank_and_none_writes_much_more_than_anot
 
 
 def test_auto_is_sharded_from_one_gigabyte_of_weights_and_moments_on() -> None:
-    assert form_of("auto", LARGE // 12) == "portable"
-    assert form_of("auto", LARGE // 12 + 1) == "sharded"
-    assert form_of("portable", LARGE) == "portable"
-    assert form_of("sharded", 1) == "sharded"
+    assert checkpoint_form("auto", SHARDED_FROM_BYTES // 12) == "portable"
+    assert checkpoint_form("auto", SHARDED_FROM_BYTES // 12 + 1) == "sharded"
+    assert checkpoint_form("portable", SHARDED_FROM_BYTES) == "portable"
+    assert checkpoint_form("sharded", 1) == "sharded"
 
 
 # what comes back -------------------------------------------------------------------------
@@ -107,13 +107,13 @@ def test_auto_is_sharded_from_one_gigabyte_of_weights_and_moments_on() -> None:
 
 def test_the_state_comes_back_to_the_bit_and_makes_an_adapter(trained: Trained, tmp_path: Path) -> None:
     checkpoint = _publish(trained, tmp_path)
-    state = trained.engine.state()
+    state = trained.engine.full_state()
     assert state is not None
     found = import_checkpoint(checkpoint)
     assert found.form == "sharded checkpoint of samestep (torch DCP, 1 files)"
     assert (found.source, found.step, found.lost) == (checkpoint, 7, ())
-    assert found.moments.keys() == state.optimizer.keys()
-    assert all(torch.equal(found.moments[name], tensor) for name, tensor in state.optimizer.items())
+    assert found.optimizer_state.keys() == state.optimizer.keys()
+    assert all(torch.equal(found.optimizer_state[name], tensor) for name, tensor in state.optimizer.items())
     save_adapter(trained.model, tmp_path / "meant")
     consolidate(checkpoint, tmp_path / "adapter")
     written, meant = (
@@ -134,8 +134,8 @@ def test_a_model_takes_the_adapter_and_gets_the_moments(
     checkpoint = _publish(trained, tmp_path)
     shapes = {name: parameter.shape for name, parameter in trained.engine.parameters.items()}
     other = random_adapter(recipe_from_dict(recipe_values(world)))
-    moments = load_checkpoint(other, shapes, checkpoint)
-    assert moments is not None
+    optimizer_state = load_checkpoint(other, shapes, checkpoint)
+    assert optimizer_state is not None
     for name, parameter in trainable_parameters(other).items():
         assert torch.equal(parameter, trained.engine.parameters[name])
     with pytest.raises(CheckpointError, match="holds other parameters than the model trains"):
@@ -148,7 +148,7 @@ def test_what_deepspeed_would_write_is_copied_before_the_next_step(tmp_path: Pat
     kept.save({"groups": [weight], "count": 2}, "./step/optimizer.pt")
     weight.zero_()
     assert kept.files["step/model.pt"] == {"module": {}, "param_shapes": [{"w": torch.Size([3])}]}
-    names = ZeroPart({**kept.files, "latest": "step"}).write(tmp_path, None)
+    names = ZeroRankState({**kept.files, "latest": "step"}).write(tmp_path, None)
     assert set(names) == {"step/model.pt", "step/optimizer.pt", "latest"}
     assert torch.load(tmp_path / "step" / "optimizer.pt")["groups"][0].tolist() == [1, 1, 1]
     assert (tmp_path / "latest").read_text() == "step"
@@ -171,7 +171,9 @@ def test_it_merges_and_begins_another_run_like_a_portable_one(
     copy, original = (read_sharded(folder) for folder in (run.checkpoint(7), checkpoint))
     assert copy is not None
     assert original is not None
-    assert all(torch.equal(copy.moments[name], tensor) for name, tensor in original.moments.items())
+    assert all(
+        torch.equal(copy.optimizer_state[name], tensor) for name, tensor in original.optimizer_state.items()
+    )
 
 
 # what goes wrong -------------------------------------------------------------------------
@@ -179,8 +181,8 @@ def test_it_merges_and_begins_another_run_like_a_portable_one(
 
 @pytest.mark.parametrize("kind", ["dcp", "zero"])
 def test_a_disk_that_is_full_is_named_with_the_file(trained: Trained, tmp_path: Path, kind: str) -> None:
-    zero = ZeroPart({"step/optimizer.pt": {"groups": [torch.ones(100_000)]}})
-    part: DistributedPart | ZeroPart = zero if kind == "zero" else trained.engine.part(7)
+    zero = ZeroRankState({"step/optimizer.pt": {"groups": [torch.ones(100_000)]}})
+    part: DcpRankState | ZeroRankState = zero if kind == "zero" else trained.engine.rank_state(7)
     with little_room(5_000), pytest.raises(RunError, match="File too large; make room") as refused:
         part.write(tmp_path, None)
     assert str(tmp_path) in str(refused.value)
@@ -198,7 +200,9 @@ def test_what_the_disk_makes_of_a_part_is_found_before_it_is_published(
     real_save = torch.save
     monkeypatch.setattr(torch, "save", save)
     part = (
-        ZeroPart({"optimizer.pt": {"groups": [torch.ones(9)]}}) if kind == "zero" else trained.engine.part(7)
+        ZeroRankState({"optimizer.pt": {"groups": [torch.ones(9)]}})
+        if kind == "zero"
+        else trained.engine.rank_state(7)
     )
     with pytest.raises(RunError, match="tensors were not written as they are; the disk is damaged"):
         part.write(tmp_path, None)

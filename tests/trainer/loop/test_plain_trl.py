@@ -23,16 +23,16 @@ from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
+from trainer.data.splits import open_split
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.build import build_trainer
 from trainer.metrics_log import read_lines
 from trainer.model.base import add_lora, load_base
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
-from trainer.startup_timer import FirstStep
+from trainer.startup_timer import StartupTimer
 from trainer.task import Task
 
 STEPS = 3
@@ -75,7 +75,7 @@ def ours(
     seen = Gradients()
     model = add_lora(load_base(recipe, torch.device("cpu")), recipe)
     task, watch = Task(recipe, plan, index, run), StopRequests(run, 0, os.getppid())
-    trainer = build_trainer(model, task, encoder, watch, 0, FirstStep(time.time()))
+    trainer = build_trainer(model, task, encoder, watch, 0, StartupTimer(time.time()))
     trainer.add_callback(seen)
     trainer.train()
     return seen, run, plan, index

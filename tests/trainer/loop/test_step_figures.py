@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.flops import sample_flops
-from launch.inputs.model_shape import shape_of
+from launch.inputs.families import shape_of
 from tests.helpers.attempts import INDEX, planned, recipe_of
 from tests.helpers.indexes import HUB_7B
 from trainer.data.loader import DATA_WAIT

@@ -113,7 +113,7 @@ def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(
 
     monkeypatch.setattr(fused, "_decoder_layer", computed)
     for layer in language.layers:
-        fused._replace(layer, fused.decoder_layer)
+        fused.replace(layer, fused.decoder_layer)
     language.train().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     hidden = torch.ones(1, 3, 8, device=DEVICE, requires_grad=True)
     for layer in language.layers:

@@ -17,9 +17,9 @@ from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import SPLIT_SIZES, recipe_values
 from tests.helpers.distributed.recorded import apart, evaluations_of
 from trainer import train
-from trainer.data.chartqa import open_split
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
+from trainer.data.splits import open_split
 from trainer.prepare import main as prepare_main
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -111,7 +111,7 @@ def test_a_sample_with_kept_features_is_the_sample_but_for_its_pixels(world: Pat
         sample = plain(rows[number])
         visual = int(split.visual_tokens[number])
         kept[number] = torch.randn(visual, 8)
-        keeping.features.write(name_of(rows[number].image), Features(kept[number], sample.grid))
+        keeping.features.write(name_of(rows[number].images[0]), Features(kept[number], sample.images[0].grid))
     for chosen in ((0, 2, 4), (1, 3), (7, 8, 10, 9, 11, 0), (2,)):
         batch = MicroBatch(chosen, filler=False)
         one, other = (dict(assemble(rows, split, of, batch, 3, 9)["inputs"]) for of in (keeping, plain))
@@ -139,7 +139,7 @@ def test_features_of_another_size_than_the_index_knows_stop_the_run(world: Path)
     split, rows = index.splits["train"], open_split(recipe, "train")
     cache = open_cache("disk", Kind(b"k" * 16, torch.float32, 8, 2), {})
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer", cache)
-    cache.write(name_of(rows[0].image), Features(torch.zeros(35, 8), (1, 10, 14)))
+    cache.write(name_of(rows[0].images[0]), Features(torch.zeros(35, 8), (1, 10, 14)))
     with pytest.raises(RunError, match="the index says"):
         assemble(rows, split, encoder, MicroBatch((0,), filler=False), 0, 1)
 

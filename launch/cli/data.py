@@ -1,0 +1,116 @@
+"""`samestep init` and `samestep data`: from somebody's files to a recipe, and a look at what it reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.cli.options import Overrides, RecipeArgument, example
+from launch.console import echo
+from launch.errors import ConfigError
+from launch.option_values import named, place, text, whole
+
+commands = typer.Typer()
+
+
+@commands.command(
+    epilog=example("samestep data my.yaml", "samestep data my.yaml --rows 1 --set data.loss=sequence")
+)
+def data(
+    recipe: RecipeArgument,
+    rows: Annotated[
+        int,
+        typer.Option(
+            metavar="N", parser=whole("--rows", 0, 1000), help="Rows to show as the model sees them."
+        ),
+    ] = 3,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Show what a run will read: rows, images, tokens, the longest rows, and the first ones with their targets."""
+    from launch.recipe.loading import find_recipe, load_recipe
+    from launch.subprocesses import call_module
+
+    file = find_recipe(recipe)
+    load_recipe(file, overrides)
+    flags = [word for override in overrides for word in ("--set", override)]
+    call_module("trainer.show_data", [str(file), "--rows", str(rows), *flags])
+
+
+def _column(option: str, of: str) -> Any:
+    """An option that names a column of the table."""
+    return typer.Option(
+        option,
+        metavar="COLUMN",
+        parser=text(option),
+        show_default="by its name",
+        help=f"The column of the {of}.",
+    )
+
+
+@commands.command(
+    epilog=example(
+        "samestep init my.yaml --data pictures --model Qwen/Qwen2-VL-2B-Instruct",
+        "samestep init my.yaml --data pictures --query question --label answer",
+    )
+)
+def init(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", parser=place("FILE"), help="The recipe to write.", show_default="NAME.yaml"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            parser=named("--data"),
+            help="A folder with a table and images, or a hub id.",
+            show_default="asked",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            parser=named("--model"),
+            help="A hub id, a folder, or `embedded`.",
+            show_default="asked",
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=whole("--gpus", 0, 100_000), help="GPUs it will run on.", show_default="asked"
+        ),
+    ] = None,
+    image: Annotated[str | None, _column("--image", "images")] = None,
+    query: Annotated[str | None, _column("--query", "questions")] = None,
+    label: Annotated[str | None, _column("--label", "answers")] = None,
+) -> None:
+    """Write a recipe with comments for your own data. Asks on a terminal for what no option says."""
+    from launch.atomic_files import atomic_write
+    from launch.inputs.new_recipe import DEFAULT_MODEL, recipe_text, seen_data
+
+    asks = sys.stdin.isatty()
+    if data is None and not asks:
+        raise ConfigError(
+            "--data: missing; give a folder with a table (CSV, JSONL, parquet) and its images, or a hub id"
+        )
+    data = data or typer.prompt("data (a folder, or a hub id)")
+    model = model or (typer.prompt("model", default=DEFAULT_MODEL) if asks else DEFAULT_MODEL)
+    if gpus is None:
+        gpus = typer.prompt("GPUs", default=1, type=int) if asks else 1
+    columns = {"image": image, "query": query, "label": label}
+    source = seen_data(data, {role: column for role, column in columns.items() if column is not None})
+    file = file or Path(f"{source.name}.yaml")
+    if file.exists():
+        raise ConfigError(f"{file}: is there already; give another name, or remove it")
+    written = recipe_text(file.stem, model, source, gpus)
+    atomic_write(file, written)
+    processes = f" --gpus-per-node {gpus}" if gpus > 1 else ""
+    echo(f"{file}: written ({source.said})")
+    echo(f"next:\n  samestep data {file}\n  samestep run {file}{processes}")

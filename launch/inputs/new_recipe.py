@@ -1,0 +1,180 @@
+"""A recipe for somebody's own data, with comments: what `samestep init` writes. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import ConfigError
+from launch.inputs.text_tables import SUFFIXES, TextTable
+from launch.option_values import NAME_PATTERN
+from launch.recipe.schema import EMBEDDED
+from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
+_USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "images", "file_name", "picture", "photo", "img", "file", "path", "image_path"),
+    "query": ("query", "question", "prompt", "instruction", "problem"),
+    "label": ("label", "answer", "answers", "response", "output", "target", "caption", "solution"),
+}
+_VALIDATION_NAMES = ("val", "validation", "valid", "dev")
+
+
+@dataclass(frozen=True)
+class SeenData:
+    """What is known of a data set: a name for the recipe, its splits (None: has none) and what its columns are.
+
+    `columns`: as `data.columns`, None where they need no names; `said`: in words.
+    """
+
+    name: str
+    dataset: str
+    splits: Mapping[str, str | None]
+    columns: Mapping[str, str] | None
+    said: str
+
+
+def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
+    """Look at a folder, or take a hub id by its word. `named`: columns that the user names, by their roles.
+
+    Raises:
+        ConfigError: the folder holds no table, or its columns need names.
+    """
+    folder = Path(dataset).expanduser()
+    if not folder.is_dir():
+        if dataset != EMBEDDED and (dataset.count("/") != 1 or dataset.startswith((".", "/", "~"))):
+            raise ConfigError(
+                f"--data: {dataset!r} is not a folder here and not a hub id (owner/name); give a folder with a table"
+            )
+        splits: dict[str, str | None] = {"train": "train", "validation": "train, 5 %", "test": None}
+        if dataset in (EMBEDDED, "HuggingFaceM4/ChartQA"):
+            splits = {"train": "train", "validation": "val", "test": "test"}
+        return SeenData(_name_of(dataset), dataset, splits, named or None, "the hub is not asked")
+    tables = _tables(folder)
+    if not tables:
+        raise ConfigError(
+            f"--data: {folder} holds no table ({', '.join(SUFFIXES)} or .parquet, or metadata.jsonl beside the "
+            "images); write one with a line for each question"
+        )
+    train = "train" if "train" in tables else next(iter(tables))
+    validation = next((name for name in _VALIDATION_NAMES if name in tables), None)
+    splits = {
+        "train": train,
+        "validation": validation or f"{train}, 5 %",
+        "test": "test" if "test" in tables else None,
+    }
+    names = _columns_of(tables[train])
+    columns = _roles(names, named, tables[train])
+    said = f"{tables[train].name}, columns {', '.join(names)}"
+    return SeenData(_name_of(folder.resolve().name), str(folder), splits, columns, said)
+
+
+def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
+    """The recipe as YAML with comments, for `gpus` GPUs (0: none)."""
+    tiny = model == EMBEDDED or gpus == 0
+    dtype = "float32" if tiny else "bfloat16"
+    batch = max(32 if gpus <= 32 else gpus, 1)
+    lines = [
+        "# Written by `samestep init`. Every key and its default: `samestep schema`.",
+        f"name: {_quoted(name)}  # the run's name",
+        "model:",
+        f"  name_or_path: {_quoted(model)}  # a hub id, a local folder, or embedded (a tiny one for trying out)",
+        f"  dtype: {dtype}",
+        "quantization:",
+        "  load_in_4bit: true  # QLoRA; false: plain LoRA",
+        f"  bnb_4bit_compute_dtype: {dtype}",
+        "lora:",
+        "  r: 8",
+        "  lora_alpha: 16",
+        "  target_modules: [q_proj, v_proj]  # or all-linear",
+        "data:",
+        f"  dataset: {_quoted(source.dataset)}",
+        "  format: auto  # chartqa, messages, columns; auto: seen from the columns, and said",
+    ]
+    if source.columns:
+        lines.append(f"  columns: {json.dumps(dict(source.columns), ensure_ascii=False)}")
+    for split in ("train", "validation", "test"):
+        split_name = source.splits[split]
+        comment = {
+            "train": "a table's name, or a slice of it: NAME[:90%]",
+            "validation": "drawn out of the training rows, the same in every run; null: none",
+            "test": "what `samestep evaluate` asks; null: none",
+        }[split]
+        lines.append(f"  {split}: {'null' if split_name is None else _quoted(split_name)}  # {comment}")
+    lines += [
+        "  system_message: null  # the first message of every chat; null: none",
+        "  loss: answer  # answer: the last answer; all_answers: every answer of a chat; sequence: every token",
+        "  max_pixels: null  # a bound of an image's area, for speed; null: the processor's",
+        "batch:",
+        f"  global_batch_size: {batch}  # samples of a step, the same on any number of GPUs",
+        "training:",
+        "  num_train_epochs: 3",
+        "  learning_rate: 2.0e-4",
+        "evaluation:",
+        "  every_steps: 10  # validation loss",
+        "checkpoint:",
+        "  every_steps: 20",
+        "tracking:",
+        "  report_to: none  # or trackio",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(folder: Path) -> dict[str, Path]:
+    """The tables of a folder by the names of their splits."""
+    found: dict[str, Path] = {}
+    for place in (folder, folder / "data"):
+        for suffix in (".parquet", *SUFFIXES):
+            for file in sorted(place.glob(f"*{suffix}")):
+                found.setdefault(re.sub(r"-\d+(-of-\d+)?$", "", file.stem), file)
+        for metadata in sorted([*place.glob("*/metadata.jsonl"), *place.glob("*/metadata.csv")]):
+            found.setdefault(metadata.parent.name, metadata)
+    return found
+
+
+def _columns_of(table: Path) -> list[str]:
+    try:
+        if table.suffix in SUFFIXES:
+            return TextTable([table]).column_names
+        plain_size(table)
+        import pyarrow.parquet as pq
+
+        return list(pq.read_schema(table).names)
+    except UNREADABLE as error:
+        raise ConfigError(f"--data: {printable(str(table))}: {reason_of(error)}; correct it") from error
+    except ValueError as error:  # pyarrow's errors are among them
+        raise ConfigError(f"--data: {printable(str(table))}: is no table ({error}); correct it") from error
+
+
+def _roles(names: Sequence[str], named: Mapping[str, str], table: Path) -> dict[str, str] | None:
+    if "messages" in names and not named:
+        return None
+    if unknown := [f"--{role} {column}" for role, column in named.items() if column not in names]:
+        raise ConfigError(
+            f"{', '.join(unknown)}: {table} has no such column (it has {', '.join(names)}); name one of them"
+        )
+    lower = {name.lower(): name for name in names}
+    roles = {
+        role: named.get(role) or next((lower[name] for name in usual if name in lower), None)
+        for role, usual in _USUAL_NAMES.items()
+    }
+    if missing := [f"--{role}" for role in ("query", "label") if roles[role] is None]:
+        raise ConfigError(
+            f"{' and '.join(missing)}: {table} has the columns {', '.join(names)}; say which of them it is"
+        )
+    if all(roles[role] in (role, None) for role in roles):
+        return None
+    return {role: column for role, column in roles.items() if column is not None}
+
+
+def _name_of(dataset: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset.rpartition("/")[2]).strip("-._") or "mine"
+    return name if re.fullmatch(NAME_PATTERN, name) else "mine"
+
+
+def _quoted(text: str) -> str:
+    """As YAML reads it back: plain where it can be."""
+    return text if re.fullmatch(r"[A-Za-z/][A-Za-z0-9._/-]*", text) else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,86 @@
+"""Rows in JSONL and CSV files that somebody else wrote: read whole within bounds, parsed one at a time. Torch-free."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, printable, read_bytes
+
+SUFFIXES = (".jsonl", ".csv")
+_COLUMN_ROWS = 100  # of which the columns of a JSONL file are taken: its lines need not agree
+
+
+class TextTable:
+    """The rows of some files of one kind, `.jsonl` or `.csv`, end to end.
+
+    The lines are kept as bytes and parsed when asked for, so that data workers share the memory. Blank lines are no
+    rows. Raises as `read_bytes` when it is made, and UntrustedFileError for a CSV file that has no header.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._lines: list[bytes] = []
+        self._ends: list[tuple[int, Path]] = []
+        for file in files:
+            content = read_bytes(file, TABLE)
+            lines = _records(file, content) if file.suffix == ".csv" else content.splitlines()
+            self._lines += [line for line in lines if line.strip()]
+            self._ends.append((len(self._lines), file))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def raw(self, number: int) -> dict[str, Any]:
+        """A row's values by column. ValueError says in a line why it has none."""
+        values = parse_json(self._lines[number])
+        if not isinstance(values, dict):
+            raise ValueError(f"the row is a {type(values).__name__}, not a mapping of columns to values")
+        if reason := values.get(_DAMAGED):
+            raise ValueError(str(reason))
+        return values
+
+    def folder(self, number: int) -> Path:
+        """The folder of a row's file, which its image paths are relative to."""
+        return next(file for end, file in self._ends if number < end).parent
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of the first rows, in their order."""
+        names: dict[str, None] = {}
+        for number in range(min(len(self), _COLUMN_ROWS)):
+            try:
+                names |= dict.fromkeys(map(str, self.raw(number)))
+            except ValueError:
+                continue  # listed with the other bad rows
+        return list(names)
+
+
+_DAMAGED = "\0damaged"  # no column of a CSV file: it may hold no NUL
+
+
+def _records(file: Path, content: bytes) -> Iterator[bytes]:
+    """The records of a CSV file as JSON; cells without text are null."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UntrustedFileError(file, f"is no UTF-8 text ({error.reason} at byte {error.start:,})") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if not header or len({*header}) != len(header) or not all(name.strip() for name in header):
+            raise UntrustedFileError(
+                file, f"has no header of distinct column names ({printable(','.join(header))[:100]!r})"
+            )
+        for record in reader:
+            if not record:
+                continue
+            values: dict[str, str | None] = dict(zip(header, (cell or None for cell in record), strict=False))
+            if len(record) != len(header):
+                values[_DAMAGED] = f"the row has {len(record)} cells, the header {len(header)}"
+            yield json.dumps(values).encode()
+    except csv.Error as error:
+        raise UntrustedFileError(file, f"is no CSV (line {reader.line_num:,}: {error})") from None

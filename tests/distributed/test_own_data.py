@@ -1,0 +1,110 @@
+"""Chats of none to several images and one to three questions: the promises hold for them as for ChartQA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.inputs.dataset_index import read_index
+from launch.planning.run_steps import step_plan
+from launch.recipe.loading import dump_recipe, load_recipe, recipe_from_dict
+from tests.helpers.chats import chats_recipe, write_chats
+from tests.helpers.distributed.here import drive_here
+from tests.helpers.distributed.killing import Hit, survive
+from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.recorded import (
+    apart,
+    assert_the_same_to_the_byte,
+    evaluations_of,
+    metrics_of,
+    run_of,
+)
+
+RUNS = (("ddp", 2), ("ddp", 4), ("zero3", 2))
+
+
+def _write_recipe(world: Path, folder: Path, name: str, steps: int, **data: Any) -> Path:
+    values = chats_recipe(world, folder / "chats", **data)
+    # A rank's micro-batches hold one or two samples: some of them no image, on this rank or that.
+    values["batch"] = {"global_batch_size": 8, "micro_batch_tokens": 330}
+    values["training"] |= {"max_steps": steps, "learning_rate": 2e-4}
+    values["lora"] = {"lora_dropout": 0.05}
+    answers = {} if data else {"answers": 4, "max_new_tokens": 3, "metrics": ["token_f1"]}
+    values["evaluation"] = {"every_steps": 2, "max_samples": 6, **answers}
+    values["checkpoint"] = {"every_steps": 1}
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_recipe(recipe_from_dict(values)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`single-1` and `<strategy>-<processes>` of 4 steps; `straight`: 6 steps on two processes;
+    `unvalidated`: 2 steps without a validation split."""
+    folder = tmp_path_factory.mktemp("own-data")
+    write_chats(folder / "chats", {"train": 40, "val": 8})
+    recipe = _write_recipe(world, folder, "four", 4)
+
+    def request(name: str, of: Path = recipe) -> tuple[list[str], int | None]:
+        return [str(of), "--runs-dir", str(folder), "--name", name], None
+
+    without = _write_recipe(world, folder, "without", 2, validation=None)
+    drive_here([request("single-1"), request("unvalidated", without)])
+    for strategy, processes in RUNS:
+        requests = [request(f"{strategy}-{processes}")]
+        if (strategy, processes) == ("ddp", 2):
+            requests.append(request("straight", _write_recipe(world, folder, "six", 6)))
+        drive(processes, requests, folder, strategy=strategy)
+    return folder
+
+
+def _is_without_images_on_one_rank_alone(runs: Path, run: Path) -> bool:
+    """At some place of some step a rank's micro-batch has no image, and another rank's has some."""
+    recipe, plan = load_recipe(runs / "four.yaml"), run_of(run).plan
+    index = read_index(recipe)
+    assert index is not None
+    split = index.splits["train"]
+    for step in range(plan.max_steps):
+        for together in zip(*step_plan(recipe, index, plan).ranks(step), strict=True):
+            images = [sum(len(split.tokens_of_images(n)) for n in batch.samples) for batch in together]
+            if min(images) == 0 < max(images):
+                return True
+    return False
+
+
+@pytest.mark.parametrize(("strategy", "processes"), RUNS)
+def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, processes: int) -> None:
+    one, several = runs / "single-1", runs / f"{strategy}-{processes}"
+    loss, weights = apart(several, one)
+    print(
+        f"chats, {strategy} on {processes}: losses within {loss:.1e} relative, adapters within {weights:.1e}"
+    )
+    assert loss <= 1e-6
+    assert weights <= 1e-6
+    assert len(metrics_of(one)) == 4
+    assert _is_without_images_on_one_rank_alone(runs, several)
+    assert [line["target_tokens"] for line in metrics_of(several)] == [
+        line["target_tokens"] for line in metrics_of(one)
+    ]
+    for key in ("accuracy", "answers", "answers_digest"):
+        assert [line[key] for line in evaluations_of(several)] == [line[key] for line in evaluations_of(one)]
+    assert [line["loss"] for line in evaluations_of(several)] == pytest.approx(
+        [line["loss"] for line in evaluations_of(one)], rel=1e-6
+    )
+
+
+def test_a_killed_run_on_chats_ends_with_the_bytes_of_the_straight_one(runs: Path) -> None:
+    arguments = ["trainer.train", str(runs / "six.yaml"), "--runs-dir", str(runs), "--name", "killed"]
+    survive(arguments, runs / "killed", 2, (Hit("all", False, 2),), runs / "log")
+    assert_the_same_to_the_byte(runs / "killed", runs / "straight")
+
+
+def test_a_run_without_a_validation_split_trains_and_evaluates_nothing(runs: Path) -> None:
+    assert [line["step"] for line in metrics_of(runs / "unvalidated")] == [1, 2]
+    assert metrics_of(runs / "unvalidated")[0]["loss"] == pytest.approx(
+        metrics_of(runs / "single-1")[0]["loss"], rel=1e-6
+    )
+    assert (runs / "unvalidated" / "adapter").is_dir()
+    assert not (runs / "unvalidated" / "evaluations.jsonl").exists()

@@ -1,0 +1,82 @@
+"""`samestep init` writes a recipe for what lies in a folder, and says what it cannot tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from launch.inputs.new_recipe import recipe_text, seen_data
+from launch.recipe.loading import load_recipe
+from launch.recipe.schema import EMBEDDED
+from tests.helpers.launcher import Launcher, samestep, stand_in
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
+    return stand_in(monkeypatch, tmp_path)
+
+
+def _table(folder: Path, name: str, first: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(first)
+    return folder
+
+
+def test_a_recipe_is_written_for_a_folder_with_a_csv(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _table(tmp_path / "pictures", "labels.csv", "picture,Question,answer\na.png,why?,so\n")
+    file = tmp_path / "my.yaml"
+    assert samestep("init", str(file), "--data", str(folder), "--model", "a/b", "--gpus", "64") == 0
+    assert f"samestep run {file} --gpus-per-node 64" in capsys.readouterr().out
+    recipe = load_recipe(file)
+    assert recipe.data.columns == {"image": "picture", "query": "Question", "label": "answer"}
+    assert (recipe.data.train, recipe.data.validation, recipe.data.test) == ("labels", "labels, 5 %", None)
+    assert (recipe.name, recipe.batch.global_batch_size) == ("my", 64)
+    assert recipe.data.dataset == str(folder)
+    assert samestep("init", str(file), "--data", str(folder)) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_splits_chats_and_imagefolders_are_seen(tmp_path: Path) -> None:
+    folder = _table(tmp_path / "a", "train.jsonl", json.dumps({"messages": [], "images": []}))
+    pq.write_table(pa.table({"messages": [["x"]]}), folder / "val-00000-of-00002.parquet")
+    seen = seen_data(str(folder), {})
+    assert dict(seen.splits) == {"train": "train", "validation": "val", "test": None}
+    assert seen.columns is None
+    imagefolder = _table(
+        tmp_path / "b" / "train", "metadata.csv", "file_name,query,label\na.png,?,1\n"
+    ).parent
+    assert seen_data(str(imagefolder), {}).columns == {
+        "image": "file_name",
+        "query": "query",
+        "label": "label",
+    }
+    charts = seen_data(EMBEDDED, {})
+    (tmp_path / "tiny.yaml").write_text(recipe_text("tiny", EMBEDDED, charts, 0))
+    tiny = load_recipe(tmp_path / "tiny.yaml")
+    assert (tiny.model.dtype, tiny.data.validation) == ("float32", "val")
+
+
+def test_what_cannot_be_told_is_asked_for(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _table(tmp_path / "odd", "train.csv", "bild,frage,antwort\na.png,?,1\n")
+    for arguments, words in (
+        ((), "--data: missing"),
+        (("--data", str(tmp_path)), "holds no table"),
+        (("--data", str(folder)), "--query and --label: "),
+        (("--data", str(folder), "--query", "fragen"), "--query fragen: "),
+    ):
+        assert samestep("init", str(tmp_path / "x.yaml"), *arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.splitlines()) == 1
+    named = ("--image", "bild", "--query", "frage", "--label", "antwort")
+    assert samestep("init", str(tmp_path / "x.yaml"), "--data", str(folder), *named) == 0
+    columns = load_recipe(tmp_path / "x.yaml").data.columns
+    assert columns == {"image": "bild", "query": "frage", "label": "antwort"}

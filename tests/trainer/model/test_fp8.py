@@ -1,0 +1,244 @@
+"""Products of 8 bits: their rounding, that it is a token's own, and the layers and kernels that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.recipe.loading import dump_recipe, recipe_from_dict
+from tests.conftest import recipe_values
+from trainer.data.encoder import Encoder
+from trainer.data.packing import pack
+from trainer.data.splits import open_split
+from trainer.metrics_log import read_lines
+from trainer.model import fused
+from trainer.model.base import add_lora, load_base, prepare_training, trainable_parameters
+from trainer.model.fp8 import (
+    E4M3,
+    Fp8Linear,
+    Fp8Rows,
+    backward_product,
+    forward_product,
+    frozen_linears,
+    quantize_rows,
+    use_fp8_products,
+)
+from trainer.pretrained import load_processor
+from trainer.train import main as train
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=draw) * 3).to(DEVICE, DTYPE)
+
+
+def _values(rows: Fp8Rows) -> torch.Tensor:
+    return rows.values.float() * rows.scales
+
+
+def test_a_row_is_rounded_by_its_own_largest_number_and_by_no_other_row() -> None:
+    x = _random(40, 48)
+    x[3] *= 1000
+    x[7] = 0
+    rows = quantize_rows(x)
+    alone = quantize_rows(x[5:6])
+    assert torch.equal(rows.values[5:6].float(), alone.values.float())
+    assert torch.equal(rows.scales[5:6], alone.scales)
+    assert not _values(rows)[7].any()
+    assert (rows.values.float().abs().amax(1)[:7] == 448).all()
+    apart = (_values(rows) - x.float()).norm(dim=1) / x.float().norm(dim=1).clamp_min(1e-9)
+    assert 0.01 < apart.max() < 0.04
+
+
+def test_products_both_ways_are_those_of_the_rounded_matrices() -> None:
+    x, weight, gradient, bias = (
+        _random(24, 64),
+        _random(32, 64, seed=1),
+        _random(24, 32, seed=2),
+        _random(32, seed=3),
+    )
+    rows = quantize_rows(weight)
+    found = forward_product(quantize_rows(x), rows, bias, DTYPE)
+    close = {"rtol": 1e-5, "atol": 1e-4} if DEVICE.type == "cpu" else {"rtol": 1e-2, "atol": 1.0}
+    torch.testing.assert_close(
+        found, (_values(quantize_rows(x)) @ _values(rows).t() + bias).to(DTYPE), **close
+    )
+    of_x = backward_product(gradient, rows)
+    scaled = quantize_rows(gradient, rows.scales.view(-1))
+    torch.testing.assert_close(of_x, (_values(scaled) @ rows.values.float()).to(DTYPE), **close)
+    exact = gradient.float() @ weight.float()
+    assert 0.01 < (of_x.float() - exact).norm() / exact.norm() < 0.06
+
+
+def test_the_kernels_round_as_the_plain_form_does() -> None:
+    """Widths below and above a tile. Triton 3.8's interpreter loses a carry when it rounds to e4m3: values on a GPU."""
+    from trainer.model.fp8_kernels import quantize_rows as by_kernel
+    from trainer.model.fp8_kernels import transposed
+
+    for columns in (200, 5000):
+        x = torch.randn(6, columns, generator=torch.Generator().manual_seed(4))
+        factors = torch.rand(columns, generator=torch.Generator().manual_seed(5))
+        for each in (None, factors):
+            values, scales = by_kernel(x.to(DEVICE), None if each is None else each.to(DEVICE))
+            expected = quantize_rows(x, each)
+            torch.testing.assert_close(scales.cpu(), expected.scales, rtol=0, atol=0)
+            if DEVICE.type == "cuda":
+                assert torch.equal(values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
+            turned = transposed(expected.values.to(DEVICE)).cpu().view(torch.uint8)
+            assert torch.equal(turned, expected.values.view(torch.uint8).t())
+
+
+def _recipe(world: Path, *, packed: bool, products: str = "fp8") -> Any:
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = packed
+    values["model"]["products"] = products
+    values["lora"] = {"lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    return recipe_from_dict(values)
+
+
+def _model(recipe: Any, device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008
+    model = add_lora(load_base(recipe, device), recipe).train()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in trainable_parameters(model).values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) / 10)
+    return model
+
+
+def _language(model: Any) -> Any:
+    return model.get_base_model().model.language_model
+
+
+def test_the_frozen_linear_layers_of_the_decoder_layers_compute_in_8_bits_and_no_others(world: Path) -> None:
+    recipe = _recipe(world, packed=True)
+    model = _model(recipe)
+    said = prepare_training(model, recipe, resident_weights=True)
+    assert "8 bits" in said
+    base = model.get_base_model()
+    in_8_bits = {name for name, module in base.named_modules() if isinstance(module, Fp8Linear)}
+    layers = base.config.get_text_config().num_hidden_layers
+    assert len(in_8_bits) == 7 * layers
+    assert all(".layers." in name and "lora" not in name for name in in_8_bits)
+    for name in in_8_bits:
+        assert base.get_submodule(name).weight.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_that_are_held_in_8_bits_give_the_bits_of_those_quantized_in_every_pass(
+    world: Path, packed: bool
+) -> None:
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for resident in (True, False):
+        language = _language(_model(_recipe(world, packed=packed)))
+        x = torch.randn(1, 9, language.config.hidden_size, generator=torch.Generator().manual_seed(2))
+        use_fp8_products(language, torch.float32, resident=resident)
+        leaf = x.clone().requires_grad_()
+        output = language.layers[0].mlp(leaf)
+        output.sin().sum().backward()
+        found.append((output.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_fused_linear_layers_take_the_same_products(world: Path, resident: bool) -> None:
+    """Through Triton's kernels where there is a GPU, so in its dtype."""
+    model = _model(_recipe(world, packed=True), DEVICE)
+    language = _language(model)
+    for layer in language.layers:
+        layer.to(DTYPE)
+    use_fp8_products(language, DTYPE, resident=resident)
+    layer = language.layers[0]
+    group = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    x = _random(1, 21, language.config.hidden_size, seed=2)
+
+    def run(compute: Any) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        outputs = compute(leaf)
+        sum(output.sin().sum() for output in outputs).backward()
+        found = [each.grad for each in trainable_parameters(model).values() if each.grad is not None]
+        model.zero_grad()
+        assert leaf.grad is not None
+        return [*(output.detach() for output in outputs), leaf.grad, *found]
+
+    mine = run(lambda leaf: fused.linears(leaf, group))
+    theirs = run(lambda leaf: [module(leaf) for module in group])
+    assert len(mine) == len(theirs) == 3 + 1 + 4
+    for one, other in zip(mine, theirs, strict=True):
+        close = (
+            1e-4 if DEVICE.type == "cpu" else 3e-2
+        )  # rounding alone may move a number to the next of 8 bits
+        assert (one.float() - other.float()).norm() < close * other.float().norm()
+
+
+def test_a_packed_micro_batch_has_the_losses_of_its_samples_alone_and_nearly_those_of_bf16(
+    world: Path,
+) -> None:
+    """What differs in the last bit of fp32 may be rounded to another of the 8-bit numbers."""
+    values = _recipe(world, packed=True)
+    processor = load_processor(values)
+    encoder, rows = Encoder(processor, values.data.system_message, "answer"), open_split(values, "train")
+    samples = [encoder(rows[number]) for number in range(4)]
+
+    def losses(model: Any, *groups: list[int]) -> torch.Tensor:
+        packed = [
+            pack(
+                [samples[number] for number in ids],
+                sample_ids=ids,
+                step=0,
+                masked=False,
+                image_token_id=processor.image_token_id,
+                merge=2,
+            )
+            for ids in groups
+        ]
+        with torch.no_grad():
+            return -torch.cat([model(**inputs).log_probs[0] for inputs in packed])
+
+    found = {}
+    for products in ("fp8", "bf16"):
+        recipe = _recipe(world, packed=True, products=products)
+        model = _model(recipe)
+        prepare_training(model, recipe)
+        found[products] = losses(model, [0, 1, 2, 3]), losses(model, [0], [1, 2], [3])
+    together, apart = found["fp8"]
+    torch.testing.assert_close(together, apart, rtol=5e-3, atol=5e-3)
+    assert together.mean() == pytest.approx(float(found["bf16"][0].mean()), rel=1e-2)
+    assert not torch.equal(together, found["bf16"][0])
+
+
+def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
+    language = _language(_model(_recipe(world, packed=False)))
+    found = frozen_linears(language)
+    assert len({id(layer) for _, _, layer in found}) == len(found) == 7 * len(language.layers)
+
+
+def test_e4m3_has_the_largest_number_that_scales_are_made_for() -> None:
+    assert torch.finfo(E4M3).max == 448
+
+
+def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_its_own_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for products in ("bf16", "fp8"):
+        values = recipe_values(world)
+        values["model"]["products"] = products
+        values["training"]["max_steps"] = 3
+        file = tmp_path / f"{products}.yaml"
+        file.write_text(dump_recipe(recipe_from_dict(values)))
+        run = tmp_path / products
+        assert train([str(file), "--runs-dir", str(tmp_path), "--name", products]) == 0
+        losses[products] = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=1e-2)
+    assert losses["fp8"] != losses["bf16"]
+    capsys.readouterr()
+    changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
+    assert train([*changed, "--set", "training.max_steps=4"]) == 2
+    assert "model.products: the run has 'fp8'" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""The vision tower's attention: the kernel's numbers, and which kernel a card gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.data.packing import cumulative
+from trainer.model import tower_attention
+from trainer.model.attention import Segments, attend
+from trainer.model.attention_kernel import attend_images
+from trainer.model.tower_attention import DEFAULT, KERNELS, kernel_for
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OWN = next(name for name in KERNELS if name != DEFAULT)
+CARD = (torch.device("cuda", 0), torch.bfloat16, 16, 80)
+
+
+@pytest.mark.parametrize("width", [80, 64])
+def test_the_kernel_attends_within_every_image_as_the_loop_does(width: int) -> None:
+    """Images shorter and longer than a tile, whole multiples of tiles and not."""
+    lengths = (37, 128, 1, 200, 64)
+    segments = Segments(cumulative(lengths).to(DEVICE), lengths)
+    draw = torch.Generator().manual_seed(0)
+    shape = 3, sum(lengths), 2, width
+    q, k, v = torch.randn(shape, generator=draw).to(DEVICE, torch.bfloat16).float().unbind()
+    expected = attend(q, k, v, segments, False, 0.2)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    found = attend_images(q.to(dtype), k.to(dtype), v.to(dtype), segments.cu_seqlens, lengths, 0.2)
+    assert (found.float() - expected).norm() / expected.norm() < (1e-2 if DEVICE.type == "cuda" else 1e-5)
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A GPU on which our kernel is the faster one; how often it was measured."""
+    measured: list[int] = []
+
+    def measure(*_: object) -> dict[str, float]:
+        measured.append(1)
+        return {DEFAULT: 2.5, OWN: 1.5}
+
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Card / 9000")
+    monkeypatch.setattr(tower_attention, "_measured", measure)
+    kernel_for.cache_clear()
+    yield measured
+    kernel_for.cache_clear()
+
+
+def test_the_fastest_kernel_is_measured_once_for_a_card_and_its_versions(
+    card: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernel_for(*CARD) == OWN
+    kernel_for.cache_clear()  # another process
+    assert kernel_for(*CARD) == OWN
+    assert len(card) == 1
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert json.loads(file.read_text())["card"] == "Card / 9000"
+    kernel_for.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "99")
+    kernel_for(*CARD)
+    assert len(card) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"milliseconds": {}}', '{"milliseconds": {"other": 1.0}}'])
+def test_a_damaged_memory_of_it_is_measured_anew(card: list[int], tmp_path: Path, content: str) -> None:
+    kernel_for(*CARD)
+    (file,) = (tmp_path / "kernels").iterdir()
+    file.write_text(content)
+    kernel_for.cache_clear()
+    assert kernel_for(*CARD) == OWN
+    assert len(card) == 2
+    assert json.loads(file.read_text())["milliseconds"] == {DEFAULT: 2.5, OWN: 1.5}
+
+
+def test_a_deterministic_run_depends_on_no_measurement(card: list[int]) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert kernel_for(*CARD) == DEFAULT
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not card

@@ -1,0 +1,108 @@
+"""Chats as trl and ms-swift take them: `messages` with roles and contents, and `images` beside them or within."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trainer.data.formats.images import ImageFiles
+from trainer.data.row_errors import RowError
+from trainer.data.rows import IMAGE, Row, Turn
+
+TAG = "<image>"
+"""Where an image stands in a text (ms-swift, LLaVA)."""
+_ROLES = ("system", "user", "assistant")
+_IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
+
+
+def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
+    """The chat of a row; RowError says why it is none.
+
+    An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
+    images stand before the first question, as trl 1.16 puts them.
+    """
+    messages = raw.get("messages")
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise RowError(f"messages is {repr(messages)[:60]}, not a list of messages")
+    images = list(files.read_all(raw["images"] if raw.get("images") is not None else raw.get("image")))
+    inline: list[bytes] = []
+    turns = [_turn(number, message, files, inline) for number, message in enumerate(messages)]
+    places = sum(part is IMAGE for turn in turns for part in turn.content)
+    if inline and (images or len(inline) != places):
+        raise RowError("some images are within the messages and others beside them; give all in one place")
+    images = inline or images
+    if images and not places:
+        turns, places = _before_first_question(turns, len(images)), len(images)
+    if places != len(images):
+        raise RowError(f"the messages have places for {places} images, the row has {len(images)}")
+    _check_order(turns)
+    return Row(tuple(images), tuple(turns), [turns[-1].text])
+
+
+def _turn(number: int, message: object, files: ImageFiles, inline: list[bytes]) -> Turn:
+    if not isinstance(message, Mapping):
+        raise RowError(f"message {number} is a {type(message).__name__}, not a role and a content")
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        raise RowError(f"message {number} has the role {repr(role)[:40]}, not {', '.join(_ROLES)}")
+    if message.get("tool_calls"):
+        raise RowError(f"message {number} calls tools, which are not trained here")
+    parts = tuple(_parts(number, content, files, inline))
+    if role != "user" and IMAGE in parts:
+        raise RowError(f"message {number} ({role}) has an image; only questions of the user may have some")
+    if not any(isinstance(part, str) and part.strip() for part in parts) and (
+        role != "user" or IMAGE not in parts
+    ):
+        raise RowError(f"message {number} ({role}) is empty")
+    if role == "assistant":
+        parts = ("".join(part for part in parts if part is not None),)
+    return Turn(role, parts)
+
+
+def _parts(number: int, content: object, files: ImageFiles, inline: list[bytes]) -> Iterator[str | None]:
+    if isinstance(content, str):
+        yield from _text_parts(content)
+        return
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise RowError(f"message {number} has a content of type {type(content).__name__}, not text or parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield from _text_parts(part["text"])
+        elif kind in ("image", "image_url"):
+            yield IMAGE
+            given = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+            if given is not None:
+                inline.append(files.read(given))
+        else:
+            raise RowError(
+                f"message {number} has a part of type {repr(kind or part)[:40]}, not text or image"
+            )
+
+
+def _text_parts(text: str) -> Iterator[str | None]:
+    for place, words in enumerate(text.split(TAG)):
+        if place:
+            yield IMAGE
+        if words:
+            yield words
+
+
+def _before_first_question(turns: list[Turn], images: int) -> list[Turn]:
+    first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        return turns
+    question = Turn("user", (*[IMAGE] * images, *turns[first].content))
+    return [*turns[:first], question, *turns[first + 1 :]]
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    """An optional system message, then user and assistant in turn, the assistant last."""
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    first = len(turns) - len(spoken)
+    for place, turn in enumerate(spoken):
+        expected = "assistant" if place % 2 else "user"
+        if turn.role != expected:
+            raise RowError(f"message {first + place} is of {turn.role}, where {expected} is due")
+    if not spoken or spoken[-1].role != "assistant":
+        raise RowError("the last message is not of the assistant, so there is no answer to train")

@@ -1,0 +1,220 @@
+"""The rows of a split: one reader for the hub, a local folder of parquet, JSONL or CSV files, and the embedded set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from launch.errors import ConfigError
+from launch.inputs.caches import cache_root, embedded_folder
+from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
+from launch.inputs.file_digests import files_digest
+from launch.inputs.text_tables import SUFFIXES, TextTable
+from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.split_names import parse_split, rows_of_split
+from launch.untrusted_files import UNREADABLE, plain_size, reason_of
+from trainer.data.formats.choose import Format, choose_format
+from trainer.data.formats.images import ImageFiles
+from trainer.data.row_errors import RowError
+from trainer.data.rows import Row
+
+
+class Table(Protocol):
+    """A source's rows as they are stored."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def raw(self, number: int) -> dict[str, Any]: ...
+
+    def folder(self, number: int) -> Path | None: ...
+
+
+class _ArrowTable:
+    """A table of `datasets`, its images undecoded. `place`: the folder of its files, None: the hub's."""
+
+    def __init__(self, table: datasets.Dataset, place: Path | None) -> None:
+        self._table, self._place = table, place
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self._table.column_names)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def raw(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._table[number]
+        return row
+
+    def folder(self, number: int) -> Path | None:
+        return self._place
+
+
+class Rows:
+    """The rows of one split, read from disk one at a time, so that no rank holds decoded images.
+
+    `numbers`: the rows of the source that are in the split, by which they are read; `root`: the folder that no image
+    path leaves, None: paths are taken as they are.
+    """
+
+    def __init__(self, table: Table, kind: Format, numbers: NDArray[np.int64], root: Path | None) -> None:
+        self._table, self._root = table, root
+        self.kind, self.numbers = kind, numbers
+        self._as_written = kind.name == "chartqa" and isinstance(table, _ArrowTable)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def names_files(self) -> bool:
+        """Its images may lie in files beside the table."""
+        return isinstance(self._table, TextTable) or (self._root is not None and self.kind.name != "chartqa")
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[int(number)] for number in self.numbers)
+
+    def __getitem__(self, number: int) -> Row:
+        """The row of that number in the source. RowError: it is not of the split's format."""
+        try:
+            raw = self._table.raw(number)
+        except ValueError as error:
+            raise RowError(f"the row cannot be read ({error})") from error
+        return self.kind.row(raw, ImageFiles(self._table.folder(number), self._root, self._as_written))
+
+
+def open_split(recipe: Recipe, split: SplitName) -> Rows:
+    """Open a split of the recipe's dataset; one that the recipe does not have is empty.
+
+    Raises:
+        ConfigError: the folder lacks the split, the hub cannot be reached, or the columns are of no known format.
+    """
+    splits = splits_of(recipe)
+    if split not in splits:
+        return Rows(TextTable([]), Format("none", _no_row, ""), np.empty(0, np.int64), None)
+    wanted = splits[split]
+    local = embedded_folder() / "data" if recipe.data.dataset == EMBEDDED else local_dataset(recipe)
+    table = _open_local(local, split, wanted) if local is not None else _open_hub(recipe, split, wanted)
+    kind = choose_format(
+        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {wanted}"
+    )
+    others = tuple(other for name, other in splits.items() if name != split)
+    numbers = rows_of_split(wanted, len(table), others)
+    return Rows(table, kind, numbers, local)
+
+
+def _no_row(raw: object, files: ImageFiles) -> Row:
+    raise RowError("the split is empty")
+
+
+def _open_local(folder: Path, split: SplitName, wanted: str) -> Table:
+    name = parse_split(wanted).name
+    files = split_files(folder, wanted)
+    if not files:
+        raise ConfigError(
+            f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}, nor {name}.jsonl, {name}.csv or "
+            f"{name}/metadata.jsonl; name a split that the folder holds, or correct data.dataset"
+        )
+    for file in files:
+        try:
+            plain_size(file)  # pyarrow would wait for a pipe
+        except UNREADABLE as error:
+            raise ConfigError(
+                f"data.{split}: {file} cannot be read ({reason_of(error)}); copy it again"
+            ) from error
+    if files[0].suffix in SUFFIXES:
+        try:
+            return TextTable(files)
+        except UNREADABLE as error:
+            raise ConfigError(f"data.{split}: {error}") from error
+    content = files_digest(files)
+    table = _load(
+        lambda: datasets.load_dataset(
+            "parquet",
+            data_files={name: [str(file) for file in files]},
+            split=name,
+            # `datasets` knows its tables by the times of the files, which a rewritten file may have kept.
+            cache_dir=str(cache_root() / "datasets" / content),
+        ),
+        f"data.{split}: {wanted} of {folder}",
+    )
+    return _ArrowTable(_undecoded(table), files[0].parent)
+
+
+def _open_hub(recipe: Recipe, split: SplitName, wanted: str) -> Table:
+    name = parse_split(wanted).name
+    load = partial(datasets.load_dataset, recipe.data.dataset, revision=recipe.data.revision, split=name)
+    return _ArrowTable(_undecoded(_load(load, f"data.{split}: {wanted} of {recipe.data.dataset}")), None)
+
+
+def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:
+    try:
+        return load()
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot be read ({_first_line(error)}); {OFFLINE_ADVICE}") from error
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"{what}: cannot be read ({_first_line(error)}); correct data.dataset or the split"
+        ) from error
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """With every image as the bytes and the path that are stored, at any depth.
+
+    A column `image` that holds neither is refused here; a text is an image's path.
+    """
+    features = {name: _undecoded_feature(feature) for name, feature in table.features.items()}
+    column = features.get("image")
+    if isinstance(column, datasets.Value) and column.dtype not in ("string", "large_string", "binary"):
+        raise _no_images(table)
+    if features != dict(table.features):
+        try:
+            return table.cast(datasets.Features(features))
+        except (ValueError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise _no_images(table) from error
+    return table
+
+
+def _no_images(table: datasets.Dataset) -> ConfigError:
+    return ConfigError(
+        f"data.dataset: the column image holds {table.features['image'].dtype}, not images "
+        "(a struct of bytes and path); write it as `datasets.Image` does"
+    )
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_undecoded_feature(feature.feature))
+    return feature
+
+
+OFFLINE_ADVICE = (
+    "check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a machine with a network, "
+    "or point the recipe at a local folder"
+)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+
+
+def sources(rows_by_split: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
+    """In a line for each, what the splits' rows were taken for; equal ones once."""
+    said: set[str] = set()
+    for split, rows in rows_by_split:
+        if rows.kind.said and rows.kind.said not in said:
+            said.add(rows.kind.said)
+            yield f"data.format of {split}: {rows.kind.said}"

@@ -1,0 +1,148 @@
+"""The answers of all models to all questions: one rank's share of the batches, each answer written as it comes.
+
+Every rank holds a replica (generation under sharding waits for answers of unequal length). The batches do not depend on
+the number of ranks, so neither do the answers; what is stored already is left out of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import ProcessorMixin
+
+from launch.errors import RunError
+from trainer.data.splits import Rows, open_split
+from trainer.evaluation.answer_store import AnswerStore, question_id
+from trainer.evaluation.answers import Answer, Question, Replica, make_batches, other_images, read_questions
+from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
+from trainer.evaluation.request import Task, Variant, variants_of
+from trainer.pretrained import load_processor
+
+BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
+Loader = Callable[[Task, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Of one variant: where its answers are kept, and those that were there when the evaluation began."""
+
+    store: AnswerStore
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Questions, by position, that one variant answers together; `images`: the rows of the images it looks at."""
+
+    variant: Variant
+    positions: list[int]
+    images: list[int]
+    ids: list[str]
+
+
+def answer_all(
+    task: Task, state: PartialState, stored: Mapping[str, Stored]
+) -> tuple[list[Question], list[Answer]]:
+    """The questions, and this rank's share of the answers, by the names of the variants."""
+    processor = load_processor(task.recipe)
+    rows = open_split(task.recipe, task.request.split)
+    variants = variants_of(task.request, task.recipe)
+    messages = {variant.prompt: variant.system_message for variant in variants if variant.prompt}
+    questions = read_questions(task, processor, rows, messages)
+    others = other_images(questions) if any(variant.shuffled for variant in variants) else []
+    answers: list[Answer] = []
+    # Two names may stand for the same weights: what one has answered, the other need not.
+    known = {one.store.folder: dict(one.answers) for one in stored.values()}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not state.is_main_process) as progress:
+        for load, together in _loads(variants):
+            share = list(_share(task, questions, others, together, state))
+            total = sum(len(_left(batch, known[_store(stored, batch).folder]).ids) for batch in share)
+            names = ", ".join(variant.name for variant in together)
+            ranks = " (rank 0)" if state.num_processes > 1 else ""
+            shown = progress.add_task(f"answers of {names}{ranks}", total=total, visible=total > 0)
+            replica = load(task, processor, rows, state.device, together) if total else None
+            for batch in share:
+                store = _store(stored, batch)
+                there = known[store.folder]
+                left = _left(batch, there)
+                if left.ids and replica is not None:
+                    predictions = _predictions(replica, left, questions)
+                    new = dict(zip(left.ids, predictions, strict=True))
+                    store.append(state.process_index, new.items())
+                    there |= new
+                answers += _answers(batch, questions, there)
+                progress.advance(shown, len(left.ids))
+            del replica
+            release()
+    return questions, answers
+
+
+def _store(stored: Mapping[str, Stored], batch: _Batch) -> AnswerStore:
+    return stored[batch.variant.name].store
+
+
+def _loads(variants: Sequence[Variant]) -> Iterator[tuple[Loader, list[Variant]]]:
+    """Who answers together: base and adapters are one model, the merged one is loaded after them."""
+    if together := [variant for variant in variants if not variant.is_merged]:
+        yield load_replica, together
+    if merged := [variant for variant in variants if variant.is_merged]:
+        yield load_merged, merged
+
+
+def _share(
+    task: Task,
+    questions: Sequence[Question],
+    others: Sequence[int],
+    variants: Sequence[Variant],
+    state: PartialState,
+) -> Iterator[_Batch]:
+    """This rank's batches. Variants that see the same images take turns, while the features are there."""
+    size = task.recipe.evaluation.batch_size
+    for shuffled in (False, True):
+        looking = [variant for variant in variants if variant.shuffled == shuffled]
+        seen = [questions[other] for other in others] if shuffled and others else questions
+        lengths = [
+            asked.text_tokens + shown.visual_tokens for asked, shown in zip(questions, seen, strict=True)
+        ]
+        batches = make_batches(lengths, BATCH_SIZE if size == "auto" else size)
+        for positions in batches[state.process_index :: state.num_processes]:
+            for variant in looking:
+                ids = [question_id(questions[p].prompt_of(variant.prompt), seen[p].image) for p in positions]
+                yield _Batch(variant, positions, [seen[p].image_row for p in positions], ids)
+
+
+def _left(batch: _Batch, known: Mapping[str, str]) -> _Batch:
+    """What is still to be answered of a batch."""
+    left = [number for number, id_ in enumerate(batch.ids) if id_ not in known]
+    return _Batch(
+        batch.variant,
+        [batch.positions[number] for number in left],
+        [batch.images[number] for number in left],
+        [batch.ids[number] for number in left],
+    )
+
+
+def _answers(batch: _Batch, questions: Sequence[Question], known: Mapping[str, str]) -> list[Answer]:
+    return [
+        Answer(model=batch.variant.name, row=questions[position].row, image_row=image, prediction=known[id_])
+        for position, image, id_ in zip(batch.positions, batch.images, batch.ids, strict=True)
+    ]
+
+
+def _predictions(replica: Replica, batch: _Batch, questions: Sequence[Question]) -> list[str]:
+    prompts = [questions[position].prompt_of(batch.variant.prompt) for position in batch.positions]
+    try:
+        replica.forget_trained_features()
+        with answering_as(replica.model, batch.variant):
+            return replica.answers(prompts, batch.images)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"evaluation.batch_size: {len(prompts)} prompts are too many for this GPU's memory; "
+            "set a smaller one in the run's recipe.yaml"
+        ) from error

@@ -1,0 +1,60 @@
+"""Options of every command that asks models: who is asked, as `launch.run.evaluation_target.Target.flags` writes it."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from launch.inputs.dataset_index import SplitName
+from launch.option_values import for_argparse, place, whole
+from launch.run.directory import RunDirectory
+from launch.run.variants import NO_PROMPT, WEIGHTS, parse_models
+from trainer.evaluation.request import Request
+
+
+def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
+    """`models`: who is asked where nobody says."""
+    folder, file = for_argparse(place("--run-dir")), for_argparse(place("--prompt-file"))
+    parser.add_argument("--run-dir", type=folder, required=True, help="the run's folder")
+    parser.add_argument(
+        "--models",
+        type=for_argparse(partial(parse_models, of_files=True)),
+        default=models,
+        help=f"comma-separated, of {', '.join(WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
+        f"(default: {models})",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=for_argparse(whole("--checkpoint", 0, 10**9)),
+        metavar="STEP",
+        help="the run's checkpoint of that step (default: its adapter)",
+    )
+    parser.add_argument("--adapter", type=file, help="another adapter in the place of the run's")
+    parser.add_argument("--label", default="", help="of the file with the results")
+    parser.add_argument("--recipe", type=file, help="a recipe in the place of the run's recipe.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of it"
+    )
+    parser.add_argument("--prompt-file", type=file, help="the system message of NAME-prompt-FILE")
+
+
+def request_of(
+    given: argparse.Namespace,
+    split: SplitName = "test",
+    max_samples: int | None = None,
+    allow: tuple[str, ...] = (),
+) -> Request:
+    """The request of parsed options."""
+    return Request(
+        run=RunDirectory(given.run_dir.expanduser().absolute()),
+        split=split,
+        models=tuple(given.models.split(",")),
+        max_samples=max_samples,
+        allow=allow,
+        checkpoint=given.checkpoint,
+        adapter_folder=given.adapter and given.adapter.absolute(),
+        label=given.label,
+        recipe_file=given.recipe,
+        overrides=tuple(given.set),
+        prompt_file=given.prompt_file,
+    )

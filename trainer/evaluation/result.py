@@ -1,0 +1,196 @@
+"""The result of an evaluation on rank 0: figures and answers as eval.json holds them, and as they are shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.errors import RunError
+from launch.invocation import VARIABLE, command
+from launch.run.directory import RunDirectory
+from launch.run.merged_model import merge_behind
+from launch.run.variants import in_order
+from trainer.evaluation.answers import Answer, Question
+from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
+from trainer.evaluation.metrics import Accuracy, Paired, summary_of
+from trainer.evaluation.request import Request, Task, variants_of
+from trainer.evaluation.stored_answers import Kept, compared, probabilities
+
+_COMMAND = Path(sys.executable).with_name("samestep")
+
+
+def result_of(
+    task: Task,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    world_size: int,
+    weights: Mapping[str, str | None],
+    identity: Mapping[str, Any] = MappingProxyType({}),
+    metrics: Metrics = RELAXED,
+) -> dict[str, Any]:
+    """Everything that eval.json holds. `metrics`: the first one says what is correct.
+
+    `weights`: as of `weights_of`, before they were loaded; `identity`: as of
+    `hold_against_training`.
+
+    Raises:
+        RunError: a question has not exactly one answer of every model.
+    """
+    request, recipe = task.request, task.recipe
+    by_model: dict[str, dict[int, Answer]] = {model: {} for model in in_order(request.models)}
+    for answer in answers:
+        by_model[answer["model"]][answer["row"]] = answer
+    expected = {question.row for question in questions}
+    whole = all(given.keys() == expected for given in by_model.values())
+    if not whole or len(answers) != len(expected) * len(by_model):
+        raise RunError(
+            f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
+            "models; the ranks did not share the questions as agreed, report this"
+        )
+    accuracy: dict[str, dict[str, Accuracy]] = {}
+    outcomes: dict[str, list[bool]] = {}
+    for model, given in by_model.items():
+        outcomes[model] = [metrics.is_correct(given[q.row]["prediction"], q.label) for q in questions]
+        kinds = (question.human_or_machine for question in questions)
+        accuracy[model] = summary_of(zip(outcomes[model], kinds, strict=True))
+    variants = variants_of(request, recipe)
+    shuffled = {variant.name for variant in variants if variant.shuffled}
+    predictions = [
+        {
+            "row": question.row,
+            "query": question.query,
+            "label": list(question.label),
+            "human_or_machine": question.human_or_machine,
+            **{
+                model: {
+                    "prediction": given[question.row]["prediction"],
+                    "correct": outcomes[model][position],
+                    "scores": metrics.score(given[question.row]["prediction"], question.label),
+                    **({"image_of_row": given[question.row]["image_row"]} if model in shuffled else {}),
+                }
+                for model, given in by_model.items()
+            },
+        }
+        for position, question in enumerate(questions)
+    ]
+    pairs = compared(predictions, request.models)
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "run": request.run.name,
+        "split": request.split,
+        "source": getattr(recipe.data, request.split),
+        "questions": len(questions),
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "prompts_sha256": _digest([question.prompt for question in questions]),
+        "prompts": {
+            variant.name: _digest([question.prompt_of(variant.prompt) for question in questions])
+            for variant in variants
+        },
+        "world_size": world_size,
+        **identity,
+        "finished": finished,
+        "finished_of": dict.fromkeys(by_model, finished),
+        "weights": {model: weights[model] for model in by_model},
+        "accuracy": accuracy,
+        "metrics": figures(predictions, list(by_model), metrics),
+        "mcnemar_p": probabilities(pairs),
+        "paired": pairs,
+        "predictions": predictions,
+    }
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def print_result(kept: Kept, request: Request, console: Console) -> None:
+    """The accuracies as a table, then the paths and what to type next."""
+    run, result = request.run, kept.result
+    accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
+    first, *others = result["metrics"]
+    title = f"{first.replace('_', ' ')} on {result['questions']} questions of {result['source']}"
+    table = Table(title=title, title_justify="left")
+    groups = [group for group, each in next(iter(accuracy.values())).items() if each["count"]]
+    for column in ("model", *groups, "95 % interval", *others):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model, of_model in accuracy.items():
+        shares = (_share_text(of_model[group]) for group in groups)
+        more = (f"{result['metrics'][name][model]['percent']:.1f} %" for name in others)
+        table.add_row(_title(model), *shares, _interval_text(of_model["overall"]), *more)
+    console.print(table)
+    pairs: dict[str, Paired] = result["paired"]
+    for pair, each in pairs.items():
+        console.print(
+            f"McNemar {pair}: {each['gained']} gained, {each['lost']} lost, p = {each['p']:.2g}", markup=False
+        )
+    for model in kept.models:
+        console.print(f"{model}: answers of {result['finished_of'][model]}, kept", markup=False)
+    if kept.aside is not None:
+        console.print(
+            f"{_short(request.file)}: was of other weights or questions; that one is now {_short(kept.aside)}",
+            markup=False,
+        )
+    paths = {
+        "adapter": run.adapter,
+        "merged": run.merged,
+        "answers": request.file,
+        "every step": run.metrics_file,
+    }
+    console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
+    if request.run.adapter.is_dir() and not request.label:
+        console.print("next:", *(f"  {command}" for command in next_commands(run)), sep="\n")
+
+
+def _title(model: str) -> str:
+    return model.replace("shuffled", "adapter, images shuffled")
+
+
+def _interval_text(accuracy: Accuracy) -> str:
+    interval = accuracy["interval"]
+    return "-" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f} %"
+
+
+def _share_text(accuracy: Accuracy) -> str:
+    if accuracy["percent"] is None:
+        return "-"
+    return f"{accuracy['percent']:.1f} % ({accuracy['correct']}/{accuracy['count']})"
+
+
+def next_commands(run: RunDirectory) -> list[str]:
+    """Three commands that make sense after an evaluation."""
+    samestep = (
+        command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
+    )
+    folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
+    is_merged = run.merged.is_dir() and merge_behind(run, run.merged) is None
+    merged = f"evaluate {folder} --models base,adapter,merged" if is_merged else f"merge {folder}"
+    longer = "--set training.max_steps=-1 --set training.num_train_epochs=5"
+    return [
+        f"{samestep} {merged}",
+        f"{samestep} run {folder}/recipe.yaml --runs-dir {place} --name {run.name}-longer {longer}",
+        f"{samestep} plan {folder}/recipe.yaml --gpus-per-node 4",
+    ]
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def print_json(kept: Kept, request: Request) -> None:
+    """The figures, without the answers, and where those are."""
+    figures = {key: value for key, value in kept.result.items() if key != "predictions"}
+    sys.stdout.write(json.dumps({**figures, "file": str(request.file)}, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.flush()

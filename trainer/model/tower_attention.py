@@ -1,0 +1,136 @@
+"""The vision tower's attention through the kernel that is fastest on the GPU at hand, for its heads of 80 channels.
+
+Which one that is, is measured once for a card and the versions of PyTorch and Triton, on images of a chart's size, and
+remembered in the cache folder (`kernels/`). The numbers differ in their rounding alone. With
+`training.deterministic` nothing is measured: PyTorch's own kernel computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from launch.atomic_files import atomic_write
+from launch.inputs.caches import cache_root
+from launch.untrusted_files import read_json
+from trainer.model.attention import Segments, varlen
+from trainer.model.attention_kernel import attend_images
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
+"""q, k and v [P, heads, width] of all images, where each begins and ends, the scale: the output like q."""
+
+_IMAGES, _PATCHES = 8, 2304
+_REPEATS = 7
+
+logger = logging.getLogger("trainer")
+
+
+def _pytorch(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    return varlen(q, k, v, segments, causal=False, scale=scale)
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    return attend_images(q, k, v, segments.cu_seqlens, segments.lengths, scale)
+
+
+KERNELS: dict[str, Kernel] = {"PyTorch's varlen_attn": _pytorch, "samestep's Triton kernel": _own}
+DEFAULT = "PyTorch's varlen_attn"
+
+
+def attend_tower(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Attention of every image's patches to each other, through the kernel for this GPU; chosen at the first call."""
+    heads, width = q.shape[1:]
+    return KERNELS[kernel_for(q.device, q.dtype, heads, width)](q, k, v, segments, scale)
+
+
+@cache
+def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
+    """The name of the fastest kernel, from the file of an earlier process or measured now; said once."""
+    if torch.are_deterministic_algorithms_enabled():
+        return DEFAULT
+    facts = {
+        "card": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "heads": f"{heads} x {width} {dtype}",
+    }
+    known = _remembered(facts)
+    if known is None:
+        known = _measured(device, dtype, heads, width)
+        _remember(facts, known)
+    chosen = min(known, key=lambda name: known[name])
+    words = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in known.items())
+    logger.info(f"vision tower: attention by {chosen} ({words} for {_IMAGES} images on {facts['card']})")
+    return chosen
+
+
+def _file(facts: Mapping[str, str]) -> Path:
+    words = "-".join(facts.values())
+    return cache_root() / "kernels" / ("".join(c if c.isalnum() else "-" for c in words) + ".json")
+
+
+def _remembered(facts: Mapping[str, str]) -> dict[str, float] | None:
+    """Milliseconds by kernel that an earlier process measured; None without a file that says so."""
+    try:
+        times = read_json(_file(facts))["milliseconds"]
+        if DEFAULT in times and times.keys() <= KERNELS.keys():
+            return {name: float(value) for name, value in times.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _remember(facts: Mapping[str, str], times: Mapping[str, float]) -> None:
+    """Not to be able to costs the next process a measurement."""
+    file = _file(facts)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps({**facts, "milliseconds": dict(times)}, indent=1))
+
+
+@torch.no_grad()
+def _measured(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> dict[str, float]:
+    """Milliseconds of PyTorch's kernel, and of each other that runs here and gives its numbers."""
+    lengths = (_PATCHES,) * _IMAGES
+    bounds = torch.arange(0, _PATCHES * (_IMAGES + 1), _PATCHES, dtype=torch.int32, device=device)
+    segments, scale = Segments(bounds, lengths), width**-0.5
+    draw = torch.Generator(device).manual_seed(0)  # not the training's
+    shape = 3, _PATCHES * _IMAGES, heads, width
+    q, k, v = torch.randn(shape, generator=draw, dtype=dtype, device=device).unbind()
+    expected = _pytorch(q, k, v, segments, scale).float()
+    times: dict[str, float] = {}
+    for name, kernel in KERNELS.items():
+        try:
+            apart = (kernel(q, k, v, segments, scale).float() - expected).norm() / expected.norm()
+            fits = float(apart) < 1e-2
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler that does not know the card, say
+            logger.info(f"vision tower: {name} does not run here ({type(error).__name__})")
+            fits = False
+        if fits:
+            times[name] = _milliseconds(partial(kernel, q, k, v, segments, scale))
+    return times
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    """The median of a few calls."""
+    seconds = []
+    for _ in range(_REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end))
+    return statistics.median(seconds)

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 _NORMAL_95 = 1.959963984540054  # quantile 0.975 of the standard normal distribution
 
 
-def wilson_interval(successes: int, count: int) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a share, both ends in [0, 1]; None without an observation.
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` observations (at least 1), both ends in [0, 1].
 
     Unlike the normal approximation it is not empty for 0 or `count` successes (E. B. Wilson, 1927).
     """
-    if count == 0:
-        return None
     share, z2 = successes / count, _NORMAL_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _NORMAL_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))

@@ -35,6 +35,7 @@ from launch.cli.options import (
     with_early_stop,
 )
 from launch.cli.results import commands as results_commands
+from launch.cli.shipping import commands as shipping_commands
 from launch.cli.tables import plan_json, say_allowed, show_memory, show_plan
 from launch.console import add_row, echo, emit, table_console
 from launch.errors import ConfigError, SamestepError
@@ -340,6 +341,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
 
 app.add_typer(data_commands)
 app.add_typer(results_commands)
+app.add_typer(shipping_commands)
 app.add_typer(audit_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 

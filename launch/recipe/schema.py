@@ -237,12 +237,24 @@ class EvaluationSection(Section):
     )
 
 
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
+
+
 class TrackingSection(Section):
     """Where figures are shown besides metrics.jsonl."""
 
-    report_to: Literal["trackio", "none"] = Field("trackio", description="a tracker")
+    report_to: Tracker | Literal["none"] | Annotated[list[Tracker], Field(min_length=1)] = Field(
+        "trackio", description="trackio, wandb, tensorboard, mlflow, a list of them, or `none`"
+    )
     project: str = Field("samestep", min_length=1, description="a name of the tracker's project")
-    space_id: str | None = Field(None, description="a Hugging Face Space, or null: local only")
+    space_id: str | None = Field(None, description="a Hugging Face Space for trackio, or null: local only")
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """Every tracker once, in the order of the recipe."""
+        if isinstance(self.report_to, list):
+            return tuple(dict.fromkeys(self.report_to))
+        return () if self.report_to == "none" else (self.report_to,)
 
 
 class HubSection(Section):

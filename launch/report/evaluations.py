@@ -47,6 +47,7 @@ class Evaluation:
     split: str
     variants: tuple[str, ...]
     questions: tuple[Question, ...]
+    metric: str = "relaxed_accuracy"
 
     @property
     def title(self) -> str:
@@ -113,7 +114,9 @@ def _evaluation(run: str, file: Path, content: Mapping[str, Any]) -> Evaluation:
         )
         for each in content["predictions"]
     )
-    return Evaluation(run, file, str(content["split"]), variants, questions)
+    # The first of the recipe's metrics decides what counts as right. Older versions knew relaxed accuracy alone.
+    metric = str(next(iter(content.get("metrics", {})), "relaxed_accuracy"))
+    return Evaluation(run, file, str(content["split"]), variants, questions, metric)
 
 
 def scores(evaluation: Evaluation, variant: str) -> dict[str, Score]:
@@ -130,7 +133,7 @@ def scores(evaluation: Evaluation, variant: str) -> dict[str, Score]:
 
 def _score(outcomes: Sequence[bool]) -> Score:
     correct, count = sum(outcomes), len(outcomes)
-    low, high = wilson_interval(correct, count) or (0.0, 1.0)
+    low, high = wilson_interval(correct, count)
     return Score(correct, count, 100 * correct / count, 100 * low, 100 * high)
 
 

@@ -32,6 +32,12 @@ VARIANTS = {
 }
 
 
+METRICS = {
+    "relaxed_accuracy": "relaxed accuracy: a number may be off by 5 %, a text must be equal",
+    "exact_match": "exact match, but for case, articles and punctuation",
+}
+
+
 def write_report(runs: Sequence[RunDirectory], output: Path | None = None) -> Path:
     """Write the report of one run, or of several side by side. Returns its path.
 
@@ -166,6 +172,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "title": evaluation.title,
         "file": evaluation.file.name,
+        "metric": METRICS.get(evaluation.metric, evaluation.metric),
         "groups": list(next(iter(by_variant.values()))),
         "variants": [
             (variant, _meaning(variant), list(of_variant.values()))

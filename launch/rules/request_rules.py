@@ -1,6 +1,7 @@
 """What is refused before anything starts: one named rule per forbidden combination."""
 
 import difflib
+import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -128,6 +129,21 @@ def upload_has_a_token(request: PlanRequest) -> str | None:
     if not get_token():
         return "hub.push: no token of the hub is there; type `hf auth login`, set HF_TOKEN, or set hub.push: false"
     return None
+
+
+def trackers_are_installed(request: PlanRequest) -> str | None:
+    """A tracker that is missing would be noticed when the curves are looked for."""
+    if not request.packages_here:
+        return None
+    names = request.recipe.tracking.trackers
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    extras = ",".join(missing)
+    return (
+        f"tracking.report_to: {', '.join(missing)} is not installed ({len(missing)} of {len(names)} trackers); "
+        f"pip install 'samestep[{extras}]', or leave it out"
+    )
 
 
 def base_is_of_a_known_family(request: PlanRequest) -> str | None:
@@ -343,6 +359,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     patterns_name_layers_with_lora,
     sharded_weights_stay_packed,
     upload_has_a_token,
+    trackers_are_installed,
 )
 DATA_RULES: tuple[Rule, ...] = (
     data_fills_one_step,

@@ -12,13 +12,8 @@ def test_the_ends_of_the_interval_are_the_shares_that_a_score_test_would_just_no
     right: int, count: int
 ) -> None:
     interval = wilson_interval(right, count)
-    assert interval is not None
     for end in interval:
         distance = abs(right / count - end)
         assert distance == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), abs=1e-6)
     assert interval[0] <= right / count <= interval[1]
     assert interval[0] < interval[1]
-
-
-def test_no_observation_has_no_interval() -> None:
-    assert wilson_interval(0, 0) is None

@@ -26,25 +26,43 @@ LARGEST = 2**16  # bytes of a file
 SIZES = ((640, 82), (480, 75), (360, 60), (240, 40))  # the longest side in pixels, and WebP's quality
 
 
-def thumbnail(image: bytes) -> bytes:
-    """An encoded image as WebP of at most `LARGEST` bytes, turned upright, on white where it is transparent.
+def thumbnail(images: Sequence[bytes]) -> bytes:
+    """The encoded images of a row side by side as WebP of at most `LARGEST` bytes, upright, on white.
 
     For a reader's eyes: training decodes by `trainer.data.images`, which imports torch.
 
     Raises:
         Exception: whatever Pillow raises for a damaged image.
     """
-    opened = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-    layer = opened.convert("RGBA")
-    flat = Image.new("RGB", layer.size, "white")
-    flat.paste(layer, mask=layer.getchannel("A"))
+    flat = _side_by_side([_on_white(image) for image in images])
     for size, quality in SIZES:
-        flat.thumbnail((size, size), Image.Resampling.LANCZOS)
+        flat.thumbnail((size * min(len(images), 3), size), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         flat.save(buffer, "WEBP", quality=quality)
         if buffer.tell() <= LARGEST:
             break
     return buffer.getvalue()
+
+
+def _on_white(image: bytes) -> Image.Image:
+    layer = ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert("RGBA")
+    layer.thumbnail((SIZES[0][0], SIZES[0][0]), Image.Resampling.LANCZOS)
+    flat = Image.new("RGB", layer.size, "white")
+    flat.paste(layer, mask=layer.getchannel("A"))
+    return flat
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    if len(images) == 1:
+        return images[0]
+    flat = Image.new(
+        "RGB", (sum(each.width for each in images), max(each.height for each in images)), "white"
+    )
+    left = 0
+    for each in images:
+        flat.paste(each, (left, 0))
+        left += each.width
+    return flat
 
 
 def write_images(run: RunDirectory, split: str, rows: Sequence[int], output: Path) -> None:
@@ -64,7 +82,7 @@ def write_images(run: RunDirectory, split: str, rows: Sequence[int], output: Pat
             images = source[row].images
             if not images:
                 continue
-            small = thumbnail(images[0])
+            small = thumbnail(images)
         except Exception as error:  # Pillow raises a dozen types for damaged files
             echo(f"row {row}: its image cannot be decoded ({type(error).__name__})", to_stderr=True)
             continue

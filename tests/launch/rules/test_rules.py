@@ -298,6 +298,18 @@ def test_lora_in_the_vision_tower_is_refused_with_zero3_and_with_a_cache(tmp_pat
         )
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    both = replace(ALLOWED, recipe=embedded_recipe("tracking.report_to=[tensorboard, wandb]"))
+    assert request_rules.trackers_are_installed(both) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    refused = request_rules.trackers_are_installed(both)
+    assert refused is not None
+    assert "wandb is not installed (1 of 2 trackers); pip install 'samestep[wandb]'" in refused
+    assert request_rules.trackers_are_installed(replace(both, packages_here=False)) is None
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -305,7 +317,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 32
+    assert len(every) == 33
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -7,19 +7,20 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SETUP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 RUN := runs/embedded
-DEFAULT_TESTS := "not long and not slurm and not gpu and not multigpu"
+DEFAULT_TESTS := "not browser and not long and not slurm and not gpu and not multigpu"
 SEED ?= 1
 FAULTS ?= 100
 
-.PHONY: help install run test test-long test-slurm test-slurm-long test-faults slurm check docs
+.PHONY: help install run test test-long test-slurm test-slurm-long test-faults test-report slurm chromium check docs
 
 help:
-	@echo "make run      set up, train the embedded recipe, merge it, evaluate it (minutes on 2 cores, no download of models)"
+	@echo "make run      set up, train the embedded recipe, merge, evaluate, report (minutes on 2 cores, no download of models)"
 	@echo "make test     set up, run the default tests"
 	@echo "make test-long  the full matrices, within an hour; writes tests/long/RESULTS.md"
 	@echo "make test-slurm  on a real Slurm cluster on this machine, in minutes; root, installs Debian's packages of Slurm"
 	@echo "make test-slurm-long  twelve events on it; writes tests/slurm/RESULTS.md"
 	@echo "make test-faults SEED=1 FAULTS=100  chains of random faults, half an hour; root; writes tests/faults/RESULTS.md"
+	@echo "make test-report  looks at a report in a headless Chromium; installs Debian's package where it is missing"
 	@echo "make check    set up, lint, types, imports, documentation"
 	@echo "make docs     set up, build the documentation into site/; every broken link is an error"
 	@echo "make install  the set-up alone: .venv with the versions in constraints.txt"
@@ -52,6 +53,7 @@ run: install
 	@if [ -f $(RUN)/merged/config.json ]; then echo "merged already: $(RUN)/merged"; else \
 		echo "$(BIN)/samestep merge embedded"; $(BIN)/samestep merge embedded; fi
 	$(BIN)/samestep evaluate embedded --models base,adapter,shuffled
+	$(BIN)/samestep report embedded
 
 # Launches of several processes use all cores by themselves, and deadlines are theirs: one after another.
 test: install
@@ -71,7 +73,7 @@ test-slurm: install slurm
 test-slurm-long: install slurm
 	$(BIN)/python -m pytest -m "slurm and long" tests/slurm
 
-# The only target that installs anything but .venv. The daemons of the packages are not what the tests use.
+# It and `chromium` alone install anything but .venv. The daemons of the packages are not what the tests use.
 slurm:
 	@if ! PATH=$$PATH:/usr/sbin:/sbin type slurmctld slurmd sbatch munged ip shellcheck >/dev/null 2>&1; then \
 		[ "$$(id -u)" = 0 ] || { echo "test-slurm: needs root, to start Slurm and to install it" >&2; exit 2; }; \
@@ -79,6 +81,17 @@ slurm:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 			slurmctld slurmd slurm-client munge iproute2 shellcheck \
 			|| { echo "test-slurm: could not; install these packages yourself, then repeat" >&2; exit 2; }; \
+	fi
+
+test-report: install chromium
+	$(BIN)/python -m pytest -m browser tests/launch/report
+
+chromium:
+	@if ! type chromium >/dev/null 2>&1 && ! type google-chrome >/dev/null 2>&1; then \
+		root=""; [ "$$(id -u)" = 0 ] || root="sudo -n"; \
+		echo "test-report: installing chromium"; \
+		$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium \
+			|| { echo "test-report: could not; install the package chromium yourself, then repeat" >&2; exit 2; }; \
 	fi
 
 check: install

@@ -67,6 +67,12 @@ def test_every_shipped_file_of_the_repository_is_in_the_wheel(unpacked: Path) ->
         assert there == here, kind
 
 
+def test_the_page_of_the_report_is_in_the_wheel(unpacked: Path) -> None:
+    pages = {file.name for file in (REPOSITORY / "launch/report/page").iterdir()}
+    assert {file.name for file in (unpacked / "launch/report/page").iterdir()} == pages
+    assert len(pages) == 3
+
+
 def test_a_wrong_recipe_is_two_lines_and_status_two(unpacked: Path, tmp_path: Path) -> None:
     done = run_outside(
         unpacked,

@@ -58,6 +58,7 @@ from trainer.identity import agree_on_identity
 from trainer.logging_setup import print_error, setup_logging
 from trainer.loop.build import build, close
 from trainer.loop.final_adapter import save_final_adapter
+from trainer.loop.hub_upload import upload_final
 from trainer.loop.oom_trial import fit_to_memory
 from trainer.loop.preparation import load_resumed_adapter
 from trainer.loop.trainer import PlannedTrainer
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timer.record("data")
         state = init_process_group()
         timer.record("processes")
-        train_once(options, index, state, WATCHDOG.parent, timer)
+        finished = train_once(options, index, state, WATCHDOG.parent, timer)
+        is_main = state.is_main_process
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -96,6 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         return end_badly(to_user_error(error), options)
     destroy_process_group()
+    if finished is not None and is_main and finished.recipe.hub.push:
+        upload_final(
+            finished.run, finished.recipe
+        )  # nobody waits for this rank any more, and the run is done
     return 0
 
 
@@ -123,10 +129,10 @@ def train_once(
     state: PartialState,
     launcher: int | None,
     timer: StartupTimer | None = None,
-) -> None:
+) -> Task | None:
     """From the request to the marker, inside an existing process group; `launcher`: the process id of who waits.
 
-    `timer`: of what came before, if anybody counted it.
+    `timer`: of what came before, if anybody counted it. Returns the task when this attempt has finished the run.
 
     Raises:
         SamestepError: on all ranks together; the marker says so where the run directory could be taken.
@@ -139,7 +145,7 @@ def train_once(
     check_same_plan(task, state)
     if broadcast_from_main(lambda: is_over(task)):
         logger.info(f"{task.run.path}: done already, adapter in {task.run.adapter}; nothing to change")
-        return
+        return None
     with ExitStack() as held:
         new = broadcast_from_main(lambda: acquire_run(task, held, options.marker_decides))
         open_attempt_log(task.run, broadcast_from_main(log_name), state.is_main_process)
@@ -156,6 +162,7 @@ def train_once(
                     write_smaller_plan(task)
             raise
         run_on_main(lambda: write_exit_marker(task, result))
+    return None if result.stop else task
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

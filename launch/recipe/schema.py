@@ -237,19 +237,35 @@ class EvaluationSection(Section):
     )
 
 
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
+
+
 class TrackingSection(Section):
     """Where figures are shown besides metrics.jsonl."""
 
-    report_to: Literal["trackio", "none"] = Field("trackio", description="a tracker")
+    report_to: Tracker | Literal["none"] | Annotated[list[Tracker], Field(min_length=1)] = Field(
+        "trackio", description="trackio, wandb, tensorboard, mlflow, a list of them, or `none`"
+    )
     project: str = Field("samestep", min_length=1, description="a name of the tracker's project")
-    space_id: str | None = Field(None, description="a Hugging Face Space, or null: local only")
+    space_id: str | None = Field(None, description="a Hugging Face Space for trackio, or null: local only")
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """Every tracker once, in the order of the recipe."""
+        if isinstance(self.report_to, list):
+            return tuple(dict.fromkeys(self.report_to))
+        return () if self.report_to == "none" else (self.report_to,)
 
 
 class HubSection(Section):
-    """Upload of the adapter when the run is done."""
+    """Upload of the adapter when the run is done, and of checkpoints while it is under way."""
 
-    push: bool = Field(False, description="true: upload the adapter; false: do not")
+    push: bool = Field(False, description="true: upload the adapter when the run is done; false: do not")
     repo_id: str | None = Field(None, description="owner/name on the hub, or null")
+    private: bool = Field(True, description="true: a new repository is private; false: everybody can read it")
+    every_checkpoints: int = Field(
+        0, ge=0, description="the checkpoints between two uploads to `last-checkpoint/`; 0: none is uploaded"
+    )
 
 
 class Recipe(Section):

@@ -1,6 +1,7 @@
 """What is refused before anything starts: one named rule per forbidden combination."""
 
 import difflib
+import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -117,11 +118,32 @@ def warm_up_ends_within_the_run(request: PlanRequest) -> str | None:
     )
 
 
-def upload_is_available(request: PlanRequest) -> str | None:
-    """Nothing pushes to the hub yet."""
-    if not request.recipe.hub.push:
+def upload_has_a_token(request: PlanRequest) -> str | None:
+    """An upload that cannot succeed would be noticed when the training is over."""
+    if not request.recipe.hub.push or not request.packages_here:
         return None
-    return "hub.push: not available yet; set it to false and upload the adapter folder yourself"
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return "hub.push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or set hub.push: false"
+    if not get_token():
+        return "hub.push: no token of the hub is there; type `hf auth login`, set HF_TOKEN, or set hub.push: false"
+    return None
+
+
+def trackers_are_installed(request: PlanRequest) -> str | None:
+    """A tracker that is missing would be noticed when the curves are looked for."""
+    if not request.packages_here:
+        return None
+    names = request.recipe.tracking.trackers
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    extras = ",".join(missing)
+    return (
+        f"tracking.report_to: {', '.join(missing)} is not installed ({len(missing)} of {len(names)} trackers); "
+        f"pip install 'samestep[{extras}]', or leave it out"
+    )
 
 
 def base_is_of_a_known_family(request: PlanRequest) -> str | None:
@@ -336,7 +358,8 @@ REQUEST_RULES: tuple[Rule, ...] = (
     dora_sees_whole_weights,
     patterns_name_layers_with_lora,
     sharded_weights_stay_packed,
-    upload_is_available,
+    upload_has_a_token,
+    trackers_are_installed,
 )
 DATA_RULES: tuple[Rule, ...] = (
     data_fills_one_step,

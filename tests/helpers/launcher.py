@@ -88,6 +88,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
     monkeypatch.setattr("launch.local.planned_run.base_is_there", lambda _: True)
     monkeypatch.setattr("launch.inputs.identity.find_identity", lambda _, index: data_identity(index))
     monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: "no base here")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     set_gpus(monkeypatch, 0)
     return fake
 

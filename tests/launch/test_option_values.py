@@ -28,6 +28,8 @@ HOSTILE: dict[str, list[str]] = {
     "--nodes": COUNTS,
     "--gpus-per-node": COUNTS,
     "--gpu-memory": SIZES,
+    "--price": ["", "x", "0", "-1", "nan", "inf", "1e999"],
+    "--watts": ["", "x", "0", "-1", "nan", "inf", "1e999"],
     "--name": ["", ".", "..", "a/b", "a b", "a\n", LONG, "-x"],
     "--runs-dir": PATHS,
     "--set": ["", "x", "=", "=1", "lora.=1", "lora.r=\x00", "lora.r={", "name.x=1", f"{LONG}=1"],
@@ -69,11 +71,18 @@ HOSTILE: dict[str, list[str]] = {
     "--query": TEXTS,
     "--label": TEXTS,
     "--rows": ["", "x", "-1", "1001"],
+    "--repo": ["", "x", "a/b/c", "a b/c", "../x", "a/" + "b" * 200],
+    "--format": ["", "onnx", "VLLM"],
     "--steps": ["", "x", "0", "5:4", "-1", "1:", ":1", "1:2:3", "9" * 5000, LONG],
     "--random": ["", "0", "-1", "x", "1001"],
     "--seed": ["", "-1", "x", "1.5"],
 }
-NEEDED = {"consolidate": ("--output", "adapter"), "replay": ("--steps", "1")}
+NEEDED = {
+    "consolidate": ("--output", "adapter"),
+    "replay": ("--steps", "1"),
+    "export": ("--format", "vllm"),
+    "push": ("--repo", "me/it"),
+}
 ARGUMENT = {
     "recipe": "RECIPE",
     "run": "RUN",

@@ -7,7 +7,9 @@ import gc
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,16 @@ def data_workers(processes_per_node: int) -> int:
     """Data workers of one rank: its share of the cores this process may run on, at most 8; 0 when none is to spare."""
     cores = len(os.sched_getaffinity(0))
     return max(0, min(8, cores // processes_per_node - 1))
+
+
+@dataclass
+class DataWait:
+    """Seconds that this rank has waited for micro-batches, over all loaders."""
+
+    seconds: float = 0.0
+
+
+DATA_WAIT = DataWait()
 
 
 class _Numbers(torch.utils.data.Sampler[int]):
@@ -111,6 +123,7 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
     """
     try:
         while True:
+            began = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
@@ -123,6 +136,7 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
                 batch = batch.unpickle()
             if isinstance(batch, SamestepError):
                 raise batch
+            DATA_WAIT.seconds += time.perf_counter() - began
             WATCHDOG.heartbeat()
             yield batch
     finally:

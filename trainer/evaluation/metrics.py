@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
+from launch.statistics import mcnemar, wilson_interval
 from trainer.data.relaxed_accuracy import correct
 
 GROUPS = {0: "human", 1: "augmented"}  # by ChartQA's column human_or_machine
@@ -74,12 +75,7 @@ def wilson(right: int, count: int) -> list[float]:
 
     Of few questions, or of nearly all right ones, the standard error says nothing.
     """
-    z = 1.959963984540054  # of a normal distribution, 2.5 % lie above
-    share, square = right / count, z * z / count
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / count / 4)
-    low = 0.0 if right == 0 else middle - half
-    high = 1.0 if right == count else middle + half
+    low, high = wilson_interval(right, count)
     return [100 * low, 100 * high]
 
 
@@ -90,17 +86,3 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
         lost=sum(b > a for b, a in zip(before, after, strict=True)),
         p=mcnemar(before, after),
     )
-
-
-def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """The probability of a change at least as one-sided as this one, if the two were equally good.
-
-    Exact two-sided McNemar test: only questions whose outcome changed count, and each would have been as
-    likely to change for the better as for the worse. `before` and `after` hold the outcomes of the same
-    questions in the same order; ValueError when their lengths differ.
-    """
-    better = sum(b < a for b, a in zip(before, after, strict=True))
-    worse = sum(b > a for b, a in zip(before, after, strict=True))
-    changed = better + worse
-    tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**changed)

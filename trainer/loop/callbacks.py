@@ -15,6 +15,7 @@ from launch.errors import RunError
 from launch.planning.plan import samples_consumed
 from trainer import WATCHDOG
 from trainer.checkpoint.best import judge
+from trainer.loop.step_figures import memory_figures
 from trainer.loop.trainer import PlannedTrainer
 from trainer.metrics_log import append_line, rows_digest, samples_digest
 from trainer.startup_timer import StartupTimer
@@ -93,6 +94,7 @@ class StepEnd(TrainerCallback):
             "samples": len(samples),
             "samples_digest": self._digest(samples),
             "seconds": round(time.perf_counter() - self.step_began, 4),
+            **memory_figures(),
         }
         self._append(trainer.run_directory.metrics_file, values)
         if step == trainer.resumed_at + 1:

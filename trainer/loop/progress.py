@@ -28,13 +28,18 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import LINE, printable, read_text
 from trainer.attempt_log import LOG
+from trainer.loop.hub_upload import CheckpointUpload
+from trainer.loop.step_figures import StepFigures, screen_text
+from trainer.loop.trackers import TrackerCallback
 from trainer.progress_bars import ShortenedText
+from trainer.task import Task
 
 
 class ProgressBar(TrainerCallback):
     """A bar with the last loss; on a log file, a line every `logging_steps`."""
 
-    def __init__(self, resumed_at: int) -> None:
+    def __init__(self, resumed_at: int, figures: StepFigures) -> None:
+        self._figures = figures
         self._console = Console(stderr=True)
         self._resumed_at = resumed_at
         self._bar: tuple[Progress, TaskID] | None = None
@@ -64,7 +69,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = " ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items())
+        shown = screen_text(logs or {}, self._figures.seconds_left)
         if self._bar:
             progress, task = self._bar
             progress.update(task, description=shown)
@@ -170,11 +175,18 @@ def tracking_name(run: RunDirectory) -> str:
     return printable(read_text(file, LINE).strip())
 
 
-def progress_callbacks(recipe: Recipe, run: RunDirectory, resumed_at: int) -> list[TrainerCallback]:
+def progress_callbacks(task: Task, resumed_at: int) -> list[TrainerCallback]:
     """Return what rank 0 shows of a run; nothing on the others."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
-    shown: list[TrainerCallback] = [ProgressBar(resumed_at)]
-    if recipe.tracking.report_to == "trackio":
-        shown.append(Trackio(recipe, run))
+    recipe, run = task.recipe, task.run
+    figures = StepFigures(recipe, task.index, task.plan)  # first: the others are handed what it adds
+    shown: list[TrainerCallback] = [figures, ProgressBar(resumed_at, figures)]
+    for tracker in recipe.tracking.trackers:
+        if tracker == "trackio":
+            shown.append(Trackio(recipe, run))
+        else:
+            shown.append(TrackerCallback(tracker, recipe, run, lambda: tracking_name(run), resumed_at))
+    if recipe.hub.push and recipe.hub.every_checkpoints:
+        shown.append(CheckpointUpload(run, recipe))
     return shown

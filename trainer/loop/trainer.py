@@ -62,7 +62,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=Dataset.from_dict({"image": [0]}),
             data_collator=lambda rows: rows,
             processing_class=encoder.processor,
-            callbacks=progress_callbacks(self.recipe, self.run_directory, resumed_at),
+            callbacks=progress_callbacks(task, resumed_at),
         )
         self.remove_callback(PrinterCallback)
         self.parameters = trainable_parameters(self.model)

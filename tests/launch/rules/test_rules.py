@@ -55,6 +55,13 @@ def test_an_allowed_request_breaks_no_rule() -> None:
     assert list(violations(ALLOWED)) == []
 
 
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever tests may have one."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.mark.parametrize(
     ("rule", "request_", "numbers"),
     [
@@ -85,9 +92,9 @@ def test_an_allowed_request_breaks_no_rule() -> None:
             "30 of 30 steps",
         ),
         (
-            request_rules.upload_is_available,
+            request_rules.upload_has_a_token,
             replace(ALLOWED, recipe=embedded_recipe("hub.push=true", "hub.repo_id=a/b")),
-            "not available yet",
+            "hf auth login",
         ),
         (config_rules.accelerate_casts_nothing, _asking(mixed_precision="bf16"), "bf16 in here"),
         (config_rules.fsdp_is_version_2, _asking(fsdp={"fsdp_version": 1}), "1 in here"),
@@ -291,6 +298,18 @@ def test_lora_in_the_vision_tower_is_refused_with_zero3_and_with_a_cache(tmp_pat
         )
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    both = replace(ALLOWED, recipe=embedded_recipe("tracking.report_to=[tensorboard, wandb]"))
+    assert request_rules.trackers_are_installed(both) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    refused = request_rules.trackers_are_installed(both)
+    assert refused is not None
+    assert "wandb is not installed (1 of 2 trackers); pip install 'samestep[wandb]'" in refused
+    assert request_rules.trackers_are_installed(replace(both, packages_here=False)) is None
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -298,7 +317,7 @@ def test_every_rule_has_a_case_above() -> None:
         + request_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 32
+    assert len(every) == 33
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from launch.statistics import mcnemar
 from trainer.data.relaxed_accuracy import correct
-from trainer.evaluation.metrics import Prediction, mcnemar, paired, summary, wilson
+from trainer.evaluation.metrics import Prediction, paired, summary, wilson
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_save_file_is_a_wish_to_save(tmp_path: Path) -> None:
     ("number", "reason"),
     [(signal.SIGINT, "user"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "user")],
 )
-def test_signals_are_wishes_while_the_run_is_requestsed(
+def test_signals_are_requests_while_they_are_handled(
     tmp_path: Path, number: signal.Signals, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from launch.planning.plan import Plan
 from launch.planning.plan_table import plan_rows
 from launch.report.evaluations import OVERALL, Evaluation, pairs_of, read_evaluations, scores
 from launch.run.directory import RunDirectory
-from launch.untrusted_files import UNREADABLE, read_json, read_text
+from launch.untrusted_files import UNREADABLE, read_json, read_mapping, read_text
 
 _CODE = re.compile(r"```python\n.*?```", re.DOTALL)
 _SAFE = str.maketrans({"|": "\\|", "\n": " ", "`": "'", "<": "&lt;"})  # in a cell of a Markdown table
@@ -88,7 +87,7 @@ def _evaluation(evaluation: Evaluation) -> str:
 def describe(run: RunDirectory) -> str:
     """The message of a commit: which run, and the digest of what was trained on."""
     try:
-        fingerprint = json.loads(read_text(run.plan_file))["dataset_fingerprint"][:12]
+        fingerprint = read_mapping(run.plan_file)["dataset_fingerprint"][:12]
     except (*UNREADABLE, ValueError, LookupError, TypeError):
         return f"samestep run {run.name}"
     return f"samestep run {run.name}, data {fingerprint}"

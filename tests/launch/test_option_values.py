@@ -69,11 +69,18 @@ HOSTILE: dict[str, list[str]] = {
     "--query": TEXTS,
     "--label": TEXTS,
     "--rows": ["", "x", "-1", "1001"],
+    "--repo": ["", "x", "a/b/c", "a b/c", "../x", "a/" + "b" * 200],
+    "--format": ["", "onnx", "VLLM"],
     "--steps": ["", "x", "0", "5:4", "-1", "1:", ":1", "1:2:3", "9" * 5000, LONG],
     "--random": ["", "0", "-1", "x", "1001"],
     "--seed": ["", "-1", "x", "1.5"],
 }
-NEEDED = {"consolidate": ("--output", "adapter"), "replay": ("--steps", "1")}
+NEEDED = {
+    "consolidate": ("--output", "adapter"),
+    "replay": ("--steps", "1"),
+    "export": ("--format", "vllm"),
+    "push": ("--repo", "me/it"),
+}
 ARGUMENT = {
     "recipe": "RECIPE",
     "run": "RUN",

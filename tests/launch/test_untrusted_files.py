@@ -47,6 +47,8 @@ PAST_THE_GATE = {
     "run/merged_model.py:_weights_are_whole": "safetensors opens by name; plain_size looks first",
     "checkpoints/publish.py:_bring_to_disk": "what this process or its ranks just wrote",
     "checkpoints/publish.py:publish": "parses what it has just dumped",
+    "report/write.py:_source": "files of the installed package",
+    "export/loadable.py:_tensor_names": "safetensors opens by name; plain_size looks first",
     "cli/tables.py:plan_json": "parses what it has just dumped",
     "run/local_log.py:add_to_log": "adds a line of our own, and follows no link",
     "slurm/submit.py:prepare": "files of the installed package",

@@ -123,8 +123,9 @@ def print_result(kept: Kept, request: Request, console: Console) -> None:
     title = f"{first.replace('_', ' ')} on {result['questions']} questions of {result['source']}"
     table = Table(title=title, title_justify="left")
     groups = [group for group, each in next(iter(accuracy.values())).items() if each["count"]]
-    for column in ("model", *groups, "95 % interval", *others):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column("model", no_wrap=True, min_width=max(len(_title(model)) for model in accuracy))
+    for column in (*groups, "95 % interval", *others):
+        table.add_column(column, justify="right")
     for model, of_model in accuracy.items():
         shares = (_share_text(of_model[group]) for group in groups)
         more = (f"{result['metrics'][name][model]['percent']:.1f} %" for name in others)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.data.relaxed_accuracy import correct
 from launch.statistics import mcnemar
+from trainer.data.relaxed_accuracy import correct
 from trainer.evaluation.metrics import Prediction, paired, summary, wilson
 
 

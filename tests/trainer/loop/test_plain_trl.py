@@ -90,7 +90,7 @@ def plain(recipe: Recipe, ours: tuple[Any, ...], tmp_path_factory: pytest.TempPa
     dataset = Dataset.from_list(
         [
             {
-                "images": [decode_image(rows[sample].image)],
+                "images": [decode_image(rows[sample].images[0])],
                 "messages": [
                     {"role": "system", "content": recipe.data.system_message},
                     {"role": "user", "content": rows[sample].query},

@@ -69,6 +69,23 @@ def gpu_memory() -> int | None:
     return min((memory for memory in found if memory), default=None) if all(found) else None
 
 
+def gpu_name() -> str:
+    """The name of the GPUs that a process started here would see; empty where they differ or nothing says it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return ""
+    visible = visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_of_driver())
+    chosen = ["-i", ",".join(visible)] if visible else []
+    command = [tool, *chosen, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    names = {line.strip() for line in listed.stdout.splitlines()} if listed.returncode == 0 else set()
+    return names.pop() if len(names) == 1 else ""
+
+
 @dataclass(frozen=True)
 class _Gpu:
     capability: tuple[int, int]

@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timer.record("data")
         state = init_process_group()
         timer.record("processes")
-        task = train_once(options, index, state, WATCHDOG.parent, timer)
-        first = state.is_main_process
+        finished = train_once(options, index, state, WATCHDOG.parent, timer)
+        is_main = state.is_main_process
     except KeyboardInterrupt:  # before the run was taken: there is nothing to stop in good order
         return 130
     except SamestepError as error:
@@ -98,8 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         return end_badly(to_user_error(error), options)
     destroy_process_group()
-    if task is not None and first and task.recipe.hub.push:
-        upload_final(task.run, task.recipe)  # nobody waits for this rank any more, and the run is done
+    if finished is not None and is_main and finished.recipe.hub.push:
+        upload_final(
+            finished.run, finished.recipe
+        )  # nobody waits for this rank any more, and the run is done
     return 0
 
 

@@ -21,6 +21,7 @@ from launch.cli.options import (
     Fresh,
     GpuMemory,
     Overrides,
+    Price,
     Processes,
     RecipeArgument,
     RunArgument,
@@ -28,6 +29,7 @@ from launch.cli.options import (
     RunsDir,
     Source,
     Strategy,
+    Watts,
     example,
     nodes_option,
     with_early_stop,
@@ -118,7 +120,10 @@ _PLACE_ERRORS = (
 
 
 @app.command(
-    epilog=example("samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8 --gpu-memory 24GB")
+    epilog=example(
+        "samestep plan qwen2vl_7b_chartqa --strategy ddp --gpus-per-node 8 --gpu-memory 24GB",
+        "samestep plan qwen2vl_7b_chartqa --gpus-per-node 4 --price 2.50 --watts 700",
+    )
 )
 def plan(
     recipe: RecipeArgument,
@@ -126,14 +131,17 @@ def plan(
     nodes: Annotated[int, nodes_option("Machines.")] = 1,
     gpus_per_node: Processes = None,
     gpu_memory: GpuMemory = None,
+    price: Price = None,
+    watts: Watts = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Show every number derived from a recipe, a strategy and a topology. Prepares the data when it must."""
-    from launch.hardware import gpus_present
+    from launch.hardware import gpu_name, gpus_present
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
+    from launch.planning.forecast import forecast_line, forecast_of
     from launch.planning.make_plan import make_plan
     from launch.recipe.loading import find_recipe, load_recipe
     from launch.rules.checks import refuse_topology
@@ -145,11 +153,15 @@ def plan(
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
     planned = make_plan(loaded, index, topology, identity=identity)
+    card = gpu_name() if gpu_memory is None else ""  # other GPUs than those here
+    forecast = forecast_of(loaded, index, planned, card, price, watts)
     if as_json:
-        emit(plan_json(planned, loaded, index, topology))
+        emit(plan_json(planned, loaded, index, topology, forecast))
     else:
         show_plan(planned)
         show_memory(loaded, index, topology)
+        if forecast:
+            echo(forecast_line(forecast))
     if gpu_memory is not None and gpus_per_node is None and strategy != "single":
         counted = "the GPUs here" if gpus_present() else "no GPU is here to be counted"
         echo(

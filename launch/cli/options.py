@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.errors import ConfigError
-from launch.option_values import line_of_text, named, place, text, whole
+from launch.option_values import line_of_text, named, place, positive, text, whole
 from launch.resources import resource_names
 
 DEFAULT_RUNS_DIR = Path("runs")
@@ -141,6 +141,16 @@ GpuMemory = Annotated[
         help="Plan for GPUs of this memory: 24GB.",
         show_default="the GPUs' here",
     ),
+]
+Price = Annotated[
+    float | None,
+    typer.Option(
+        metavar="AMOUNT", parser=positive("--price"), help="Of a GPU hour: the forecast then has the cost."
+    ),
+]
+Watts = Annotated[
+    float | None,
+    typer.Option(metavar="W", parser=positive("--watts"), help="Of a GPU: the forecast then has the energy."),
 ]
 Source = Annotated[
     Path | None,

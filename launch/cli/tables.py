@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launch.console import add_row, echo, table_console
@@ -11,6 +12,7 @@ from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
+    from launch.planning.forecast import Forecast
     from launch.planning.plan import Plan
     from launch.planning.topology import Topology
     from launch.recipe.schema import Recipe
@@ -57,13 +59,14 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     table_console().print(table)
 
 
-def plan_json(plan: Plan, recipe: Recipe, index: Index, topology: Topology) -> str:
-    """What `samestep plan --json` prints: the plan as plan.json holds it, and a row for each strategy's memory."""
+def plan_json(plan: Plan, recipe: Recipe, index: Index, topology: Topology, forecast: Forecast | None) -> str:
+    """What `samestep plan --json` prints: the plan as in plan.json, each strategy's memory, and the forecast."""
     from launch.planning.oom_fallback import memory_rows
 
     rows = memory_rows(recipe, index, topology)
     memory = [dict(zip(MEMORY_COLUMNS, row, strict=True)) for row in rows]
-    return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory}, indent=1)
+    times = asdict(forecast) if forecast else None
+    return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory, "forecast": times}, indent=1)
 
 
 def say_allowed(changed: Sequence[Change]) -> None:

@@ -28,6 +28,8 @@ HOSTILE: dict[str, list[str]] = {
     "--nodes": COUNTS,
     "--gpus-per-node": COUNTS,
     "--gpu-memory": SIZES,
+    "--price": ["", "x", "0", "-1", "nan", "inf", "1e999"],
+    "--watts": ["", "x", "0", "-1", "nan", "inf", "1e999"],
     "--name": ["", ".", "..", "a/b", "a b", "a\n", LONG, "-x"],
     "--runs-dir": PATHS,
     "--set": ["", "x", "=", "=1", "lora.=1", "lora.r=\x00", "lora.r={", "name.x=1", f"{LONG}=1"],

@@ -86,7 +86,16 @@ def test_a_whole_run_is_no_checkpoint_of_another_library(
         ConfigError, match=r"is a run, not one of its checkpoints; give its newest, .*checkpoint-4"
     ):
         import_foreign_checkpoint(
-            RunRequest(asked[0], (), None, None, "new", tmp_path / "runs", False, (), Path(asked[-1]))
+            RunRequest(
+                recipe=asked[0],
+                overrides=(),
+                strategy=None,
+                gpus_per_node=None,
+                name="new",
+                runs_dir=tmp_path / "runs",
+                fresh=False,
+                source=Path(asked[-1]),
+            )
         )
 
 

@@ -182,11 +182,10 @@ def progress_callbacks(task: Task, resumed_at: int) -> list[TrainerCallback]:
     recipe, run = task.recipe, task.run
     figures = StepFigures(recipe, task.index, task.plan)  # first: the others are handed what it adds
     shown: list[TrainerCallback] = [figures, ProgressBar(resumed_at, figures)]
-    for tracker in recipe.tracking.trackers:
-        if tracker == "trackio":
-            shown.append(Trackio(recipe, run))
-        else:
-            shown.append(TrackerCallback(tracker, recipe, run, lambda: tracking_name(run), resumed_at))
+    if "trackio" in recipe.tracking.trackers:
+        shown.append(Trackio(recipe, run))
+    if others := [tracker for tracker in recipe.tracking.trackers if tracker != "trackio"]:
+        shown.append(TrackerCallback(others, recipe, run, lambda: tracking_name(run), resumed_at))
     if recipe.hub.push and recipe.hub.every_checkpoints:
         shown.append(CheckpointUpload(run, recipe))
     return shown

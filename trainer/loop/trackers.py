@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,23 +36,32 @@ Open = Callable[[Recipe, RunDirectory, str, int], Backend]
 
 
 class TrackerCallback(TrainerCallback):
-    """Hands every logged figure to a tracker. `name`: of the attempts together, as of `tracking_name`."""
+    """Hands every logged figure to several trackers. `name`: of the attempts together, as of `tracking_name`.
+
+    One callback for all: transformers warns of two of a class.
+    """
 
     def __init__(
-        self, tracker: str, recipe: Recipe, run: RunDirectory, name: Callable[[], str], resumed_at: int
+        self,
+        trackers: Sequence[str],
+        recipe: Recipe,
+        run: RunDirectory,
+        name: Callable[[], str],
+        resumed_at: int,
     ) -> None:
-        self._tracker, self._recipe, self._run, self._name = tracker, recipe, run, name
+        self._trackers, self._recipe, self._run, self._name = trackers, recipe, run, name
         self._resumed_at = resumed_at
-        self._backend: Backend | None = None
+        self._backends: dict[str, Backend] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        try:
-            opened = OPEN[self._tracker](self._recipe, self._run, self._name(), self._resumed_at)
-            self._backend = opened
-        except Exception as error:  # of a foreign library
-            self._give_up(error)
+        for tracker in self._trackers:
+            try:
+                opened = OPEN[tracker](self._recipe, self._run, self._name(), self._resumed_at)
+                self._backends[tracker] = opened
+            except Exception as error:  # of a foreign library
+                self._give_up(tracker, error)
 
     def on_log(
         self,
@@ -71,17 +80,16 @@ class TrackerCallback(TrainerCallback):
         self._guarded(lambda backend: backend.finish())
 
     def _guarded(self, action: Callable[[Backend], None]) -> None:
-        if self._backend is None:
-            return
-        try:
-            action(self._backend)
-        except Exception as error:
-            self._give_up(error)
+        for tracker, backend in [*self._backends.items()]:
+            try:
+                action(backend)
+            except Exception as error:  # of a foreign library
+                self._give_up(tracker, error)
 
-    def _give_up(self, error: Exception) -> None:
-        self._backend = None
+    def _give_up(self, tracker: str, error: Exception) -> None:
+        self._backends.pop(tracker, None)
         reason = str(error).strip().splitlines()[:1]
-        logger.warning("%s: not used (%s: %s)", self._tracker, type(error).__name__, *(reason or [""]))
+        logger.warning("%s: not used (%s: %s)", tracker, type(error).__name__, *(reason or [""]))
 
 
 def open_wandb(recipe: Recipe, run: RunDirectory, name: str, resumed_at: int) -> Backend:

@@ -45,7 +45,7 @@ def attempt(callback: TrainerCallback, *steps: int, finish: bool = True) -> None
 
 
 def tracker(name: str, recipe: Recipe, run: RunDirectory, resumed_at: int = 0) -> TrackerCallback:
-    return TrackerCallback(name, recipe, run, lambda: tracking_name(run), resumed_at)
+    return TrackerCallback([name], recipe, run, lambda: tracking_name(run), resumed_at)
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(recipe: Recipe, run: RunDirectory) -> None:
@@ -93,7 +93,7 @@ def test_trackio_has_one_run_over_two_attempts(
     assert logs[0]["tokens_per_second"] == 9.0
 
 
-def test_a_tracker_that_fails_is_one_warning(
+def test_a_tracker_that_fails_is_one_warning_and_leaves_the_others(
     recipe: Recipe, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
@@ -104,8 +104,9 @@ def test_a_tracker_that_fails_is_one_warning(
             raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(trackers.OPEN, "wandb", lambda *_: Broken())
-    attempt(tracker("wandb", recipe, run), 1, 2, 3)
+    attempt(TrackerCallback(["wandb", "tensorboard"], recipe, run, lambda: "name", 0), 1, 2, 3)
     assert calls == [1]
+    assert len([*(run.path / "tensorboard").iterdir()]) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "wandb: not used (ConnectionError: no route)"
     ]

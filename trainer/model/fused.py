@@ -55,7 +55,8 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
         replace(layer.mlp, swiglu_mlp)
         replace(layer, decoder_layer)
         replace_where_it_fits(layer.self_attn, text_attention)
-    compute_read_tokens_only(language.layers[-1], last_decoder_layer)
+    if language.layers:  # `prepare --vision` loads the tower alone
+        compute_read_tokens_only(language.layers[-1], last_decoder_layer)
     for module in language.modules():
         if isinstance(module, LoraLayer):
             replace_where_it_fits(module, lora_linear)

@@ -278,7 +278,7 @@ def lora_model(world: Path, targets: Any) -> Any:
     [
         (["q_proj", "lm_head"], r"reaches outside the decoder layers .*\(1 modules: lm_head\); name"),
         (["embed_tokens"], r"reaches outside the decoder layers .* model\.language_model\.embed_tokens\)"),
-        (["q_proj", "w_proj"], r"w_proj names no layer of the language model \(2 layers are reached"),
+        (["q_proj", "w_proj"], r"w_proj names no layer of the model \(2 layers are reached"),
         (["w_proj"], r"\['w_proj'\] \(No modules were targeted"),
     ],
 )

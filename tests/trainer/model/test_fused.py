@@ -122,3 +122,11 @@ def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(
     hidden.pow(2).sum().backward()
     again = [number for number in reversed(range(len(language.layers))) if number % 2 == 0]
     assert calls[len(language.layers) :] == again
+
+
+def test_a_model_without_decoder_layers_takes_the_fused_kernels(world: Path) -> None:
+    """`samestep prepare --vision` loads the vision tower alone."""
+    model = load_base(recipe_from_dict(recipe_values(world)), torch.device("cpu"))
+    model.model.language_model.layers = torch.nn.ModuleList()
+    fused.use_fused_kernels(model)
+    assert model.model.language_model.norm.forward.__func__ is fused.rms_norm

@@ -81,7 +81,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:
     """A machine of two CPU processes with prepared data; the working folder is `folder`."""
     fake = Launcher()
     monkeypatch.chdir(folder)
-    for module in ("local.launcher", "local.postprocess"):
+    for module in ("local.launcher", "local.postprocess", "export.gguf"):
         monkeypatch.setattr(f"launch.{module}.wait_for", fake)
     monkeypatch.setattr("launch.subprocesses.wait_for", fake)
     monkeypatch.setattr("launch.local.planned_run.read_index", lambda _: make_index())

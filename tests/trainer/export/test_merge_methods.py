@@ -367,7 +367,7 @@ def test_the_card_says_base_data_recipe_figures_and_how_to_load(world: Path, tmp
         "6 steps of 8 samples",
         "Training loss 2.500 at step 1, 1.250 at step 6",
         "| adapter | 40.0 % | 4 of 10 |",
-        "Qwen2VLForConditionalGeneration.from_pretrained",
+        "AutoModelForImageTextToText.from_pretrained",
         "vllm serve .",
         'PeftModel.from_pretrained(base, "../adapter")',
     ):

@@ -24,11 +24,13 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 TOWER = {"qwen2_5_vl": ["qkv", "down_proj", "merger.mlp.0"], "qwen3_vl": ["attn.proj", "linear_fc2"]}
 """Layers with LoRA besides `q_proj`, in blocks and mergers; `down_proj` is the decoder's alone."""
 DORA = "dora"
-IN_DEFAULT_TIER = {
-    "ddp": [*FAMILIES, *(f"{kind}-tower" for kind in FAMILIES), DORA],
+IN_DEFAULT_TIER = {"ddp": [*FAMILIES, "qwen2_5_vl-tower"]}
+LONG = {
+    "ddp": ["qwen3_vl-tower", DORA],
     "zero3": [*FAMILIES],
+    "fsdp": [*FAMILIES, *(f"{kind}-tower" for kind in FAMILIES)],
+    "zero2": ["qwen3_vl-tower", DORA],
 }
-LONG = {"fsdp": [*FAMILIES, *(f"{kind}-tower" for kind in FAMILIES)], "zero2": ["qwen3_vl-tower", DORA]}
 RUNS = [(strategy, name) for strategy, names in IN_DEFAULT_TIER.items() for name in names]
 LONG_RUNS = [(strategy, name) for strategy, names in LONG.items() for name in names]
 

@@ -95,6 +95,7 @@ def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, pr
     )
 
 
+@pytest.mark.long
 def test_a_killed_run_on_chats_ends_with_the_bytes_of_the_straight_one(runs: Path) -> None:
     arguments = ["trainer.train", str(runs / "six.yaml"), "--runs-dir", str(runs), "--name", "killed"]
     survive(arguments, runs / "killed", 2, (Hit("all", False, 2),), runs / "log")

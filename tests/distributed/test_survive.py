@@ -16,7 +16,7 @@ HITS = {
 }
 
 
-@pytest.mark.parametrize("processes", HITS)
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_that_is_killed_again_and_again_is_the_straight_run_to_the_byte(
     world: Path, tmp_path: Path, processes: int
 ) -> None:

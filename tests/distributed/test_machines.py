@@ -42,6 +42,7 @@ def _command(place: Path, rank: int, port: int) -> list[str]:
     return machine_command(place / "recipe.yaml", options, rank=rank, nodes=2, port=port)
 
 
+@pytest.mark.long  # of the default tiers, `make test-slurm` has two machines
 def test_two_machines_take_the_steps_of_one_and_either_can_stop_both(place: Path, tmp_path: Path) -> None:
     run, port = RunDirectory(place / "two"), free_port()
     first, second = tmp_path / "first", tmp_path / "second"

@@ -22,7 +22,7 @@ from tests.helpers.distributed.recorded import (
     run_of,
 )
 
-RUNS = (("ddp", 2), ("ddp", 4), ("zero3", 2))
+RUNS = (("ddp", 2), ("zero3", 2))
 
 
 def _write_recipe(world: Path, folder: Path, name: str, steps: int, **data: Any) -> Path:
@@ -41,8 +41,7 @@ def _write_recipe(world: Path, folder: Path, name: str, steps: int, **data: Any)
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`single-1` and `<strategy>-<processes>` of 4 steps; `straight`: 6 steps on two processes;
-    `unvalidated`: 2 steps without a validation split."""
+    """`single-1` and `<strategy>-<processes>` of 4 steps; `unvalidated`: 2 steps without a validation split."""
     folder = tmp_path_factory.mktemp("own-data")
     write_chats(folder / "chats", {"train": 40, "val": 8})
     recipe = _write_recipe(world, folder, "four", 4)
@@ -53,11 +52,17 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     without = _write_recipe(world, folder, "without", 2, validation=None)
     drive_here([request("single-1"), request("unvalidated", without)])
     for strategy, processes in RUNS:
-        requests = [request(f"{strategy}-{processes}")]
-        if (strategy, processes) == ("ddp", 2):
-            requests.append(request("straight", _write_recipe(world, folder, "six", 6)))
-        drive(processes, requests, folder, strategy=strategy)
+        drive(processes, [request(f"{strategy}-{processes}")], folder, strategy=strategy)
     return folder
+
+
+@pytest.fixture(scope="module")
+def long_runs(world: Path, runs: Path) -> Path:
+    """Beside `runs`: `ddp-4`, and `straight`, 6 steps on two processes."""
+    six = _write_recipe(world, runs, "six", 6)
+    for name, recipe, processes in (("ddp-4", runs / "four.yaml", 4), ("straight", six, 2)):
+        drive(processes, [([str(recipe), "--runs-dir", str(runs), "--name", name], None)], runs)
+    return runs
 
 
 def _is_without_images_on_one_rank_alone(runs: Path, run: Path) -> bool:
@@ -96,10 +101,16 @@ def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, pr
 
 
 @pytest.mark.long
-def test_a_killed_run_on_chats_ends_with_the_bytes_of_the_straight_one(runs: Path) -> None:
-    arguments = ["trainer.train", str(runs / "six.yaml"), "--runs-dir", str(runs), "--name", "killed"]
-    survive(arguments, runs / "killed", 2, (Hit("all", False, 2),), runs / "log")
-    assert_the_same_to_the_byte(runs / "killed", runs / "straight")
+def test_four_processes_take_the_same_steps_on_chats(long_runs: Path) -> None:
+    test_every_world_takes_the_same_steps_on_chats(long_runs, "ddp", 4)
+
+
+@pytest.mark.long
+def test_a_killed_run_on_chats_ends_with_the_bytes_of_the_straight_one(long_runs: Path) -> None:
+    six, run = long_runs / "six.yaml", long_runs / "killed"
+    arguments = ["trainer.train", str(six), "--runs-dir", str(long_runs), "--name", "killed"]
+    survive(arguments, run, 2, (Hit("all", False, 2),), long_runs / "log")
+    assert_the_same_to_the_byte(run, long_runs / "straight")
 
 
 def test_a_run_without_a_validation_split_trains_and_evaluates_nothing(runs: Path) -> None:

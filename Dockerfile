@@ -1,6 +1,6 @@
 # samestep with everything it needs on a machine with NVIDIA's driver and container toolkit. See docs/shipping.md.
 #   docker build -t samestep .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" -v "$HOME/.cache:/cache" samestep run qwen2vl_7b_chartqa
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/samestep/runs" -v "$HOME/.cache:/cache" samestep run qwen2vl_7b_chartqa
 # PyTorch's wheels bring CUDA's libraries; the image adds the compiler that DeepSpeed's and Triton's kernels ask for.
 ARG CUDA=13.0.1
 FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04
@@ -24,7 +24,7 @@ RUN pip install --no-deps .
 
 # Caches and runs belong to volumes; a user without a home can write there too.
 ENV HF_HOME=/cache/huggingface SAMESTEP_CACHE=/cache/samestep TRITON_CACHE_DIR=/cache/triton
-RUN mkdir -p /cache /work/runs && chmod 1777 /cache /work /work/runs
-WORKDIR /work
+RUN mkdir -p /cache /samestep/runs && chmod 1777 /cache /samestep /samestep/runs
+WORKDIR /samestep
 ENTRYPOINT ["samestep"]
 CMD ["--help"]

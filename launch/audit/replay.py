@@ -33,8 +33,10 @@ _QUIET = (
     "checkpoint.every_steps=1000000000",
     "checkpoint.first_step=false",
     "evaluation.every_steps=1000000000",
+    "tracking.report_to=none",
+    "hub.push=false",
 )
-"""What alters no number of a step, and costs time."""
+"""What alters no number of a step, and costs time, or would show others the copy as if it were the run."""
 
 
 @dataclass(frozen=True)

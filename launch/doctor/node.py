@@ -52,7 +52,13 @@ def check_node(runs_dir: Path, recipe: Recipe | None = None) -> Iterator[Finding
 def _versions() -> Finding:
     """The installed packages against what samestep's metadata asks for."""
     problems = []
-    for line in requires("samestep") or []:
+    try:
+        requirements = requires("samestep") or []
+    except PackageNotFoundError:
+        return Finding(
+            "libraries", "warning", "samestep runs from a folder and is not installed", "make install"
+        )
+    for line in requirements:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue

@@ -74,12 +74,9 @@ def result_of(
             "label": list(question.label),
             "human_or_machine": question.human_or_machine,
             **{
-                model: {
-                    "prediction": given[question.row]["prediction"],
-                    "correct": outcomes[model][position],
-                    "scores": metrics.score(given[question.row]["prediction"], question.label),
-                    **({"image_of_row": given[question.row]["image_row"]} if model in shuffled else {}),
-                }
+                model: _prediction(
+                    given[question.row], question, outcomes[model][position], metrics, model in shuffled
+                )
                 for model, given in by_model.items()
             },
         }
@@ -109,6 +106,18 @@ def result_of(
         "paired": pairs,
         "predictions": predictions,
     }
+
+
+def _prediction(
+    answer: Answer, question: Question, correct: bool, metrics: Metrics, shuffled: bool
+) -> dict[str, Any]:
+    """One model's answer to a question, with its scores; `shuffled`: it saw the image of another row."""
+    prediction = {
+        "prediction": answer["prediction"],
+        "correct": correct,
+        "scores": metrics.score(answer["prediction"], question.label),
+    }
+    return prediction | ({"image_of_row": answer["image_row"]} if shuffled else {})
 
 
 def _digest(texts: Sequence[str]) -> str:

@@ -8,10 +8,11 @@ remembered in the cache folder (`kernels/`). The numbers differ in their roundin
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
         "triton": triton.__version__,
         "heads": f"{heads} x {width} {dtype}",
     }
-    known = _remembered(facts)
-    if known is None:
-        known = _measured(device, dtype, heads, width)
-        _remember(facts, known)
+    with _one_at_a_time(_file(facts)):
+        known = _remembered(facts)
+        if known is None:
+            known = _measured(device, dtype, heads, width)
+            _remember(facts, known)
     chosen = min(known, key=lambda name: known[name])
     words = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in known.items())
     logger.info(f"vision tower: attention by {chosen} ({words} for {_IMAGES} images on {facts['card']})")
@@ -77,6 +79,19 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
 def _file(facts: Mapping[str, str]) -> Path:
     words = "-".join(facts.values())
     return cache_root() / "kernels" / ("".join(c if c.isalnum() else "-" for c in words) + ".json")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Let one process of the machine measure, and the others read what it wrote: ranks take the same kernel.
+
+    Two measurements differ by their noise, and other kernels round otherwise. The lock is let go when its process ends.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a cache folder without room or locks: each measures for itself
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(file.with_suffix(".lock").open("a")), fcntl.LOCK_EX)
+        yield
 
 
 def _remembered(facts: Mapping[str, str]) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_a_package_of_another_version_is_named(tmp_path: Path, monkeypatch: pyte
     assert "numpy" in finding.text
     assert "no-such-package is missing" in finding.text
     assert "rich" not in finding.text
+
+
+def test_a_checkout_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(node, "requires", missing)
+    assert by_check(tmp_path)["libraries"].state == "warning"
 
 
 def test_a_recipe_whose_base_and_data_are_not_here_is_not_ready(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,7 @@ def test_the_fastest_kernel_is_measured_once_for_a_card_and_its_versions(
     kernel_for.cache_clear()  # another process
     assert kernel_for(*CARD) == OWN
     assert len(card) == 1
-    (file,) = (tmp_path / "kernels").iterdir()
+    (file,) = (tmp_path / "kernels").glob("*.json")
     assert json.loads(file.read_text())["card"] == "Card / 9000"
     kernel_for.cache_clear()
     monkeypatch.setattr(torch, "__version__", "99")
@@ -66,10 +68,27 @@ def test_the_fastest_kernel_is_measured_once_for_a_card_and_its_versions(
     assert len(card) == 2
 
 
+def test_two_ranks_that_begin_together_take_the_kernel_of_one_measurement(
+    card: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank would find other times, and kernels differ in their rounding."""
+    choose = kernel_for.__wrapped__
+
+    def measure(*_: object) -> dict[str, float]:
+        card.append(1)
+        time.sleep(0.3)  # the other rank comes meanwhile
+        return {DEFAULT: 2.5, OWN: 1.5} if len(card) == 1 else {DEFAULT: 1.4, OWN: 1.5}
+
+    monkeypatch.setattr(tower_attention, "_measured", measure)
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(lambda _: choose(*CARD), range(2))) == [OWN, OWN]
+    assert len(card) == 1
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"milliseconds": {}}', '{"milliseconds": {"other": 1.0}}'])
 def test_a_damaged_memory_of_it_is_measured_anew(card: list[int], tmp_path: Path, content: str) -> None:
     kernel_for(*CARD)
-    (file,) = (tmp_path / "kernels").iterdir()
+    (file,) = (tmp_path / "kernels").glob("*.json")
     file.write_text(content)
     kernel_for.cache_clear()
     assert kernel_for(*CARD) == OWN

@@ -131,6 +131,46 @@ def test_modes_follow_the_umask(umask: int, file: int, folder: int, tmp_path: Pa
     assert found == {"adapter": folder, **dict.fromkeys(files, file)}
 
 
+def _as_small_folder(tmp_path: Path) -> Path:
+    with atomic_dir(tmp_path / "adapter") as folder:
+        _two_files(folder)
+    return tmp_path / "adapter"
+
+
+def _as_checkpoint(tmp_path: Path) -> Path:
+    _two_files(partial_folder(tmp_path, 3))
+    publish(partial_folder(tmp_path, 3), tmp_path / "checkpoint-3", {"step": 3})
+    return tmp_path / "checkpoint-3"
+
+
+def _as_large_folder(tmp_path: Path) -> Path:
+    with atomic_output(tmp_path / "merged") as folder:
+        _two_files(folder)
+    return tmp_path / "merged"
+
+
+def _two_files(folder: Path) -> None:
+    (folder / "shards").mkdir(parents=True)
+    for name in ("config.json", "shards/weights"):
+        (folder / name).write_text("{}")
+
+
+@pytest.mark.parametrize("publish_folder", [_as_small_folder, _as_checkpoint, _as_large_folder])
+def test_a_folder_is_on_the_disk_before_it_gets_its_name_and_the_name_is_after_it(
+    publish_folder: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    flush, rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: (events.append(os.fstat(descriptor).st_ino), flush(descriptor))
+    )
+    monkeypatch.setattr(Path, "rename", lambda old, new: (events.append("rename"), rename(old, new))[1])
+    folder = publish_folder(tmp_path)
+    before, after = events[: events.index("rename")], events[events.index("rename") :]
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= {*before}
+    assert tmp_path.stat().st_ino in after
+
+
 def test_a_disk_that_changes_no_modes_keeps_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

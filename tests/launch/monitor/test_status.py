@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.cluster import _show_table
+from launch.cli.monitor import _show_table
 from launch.monitor.follow import follow
 from launch.monitor.logs import log_files
 from launch.monitor.status import Status, status_of

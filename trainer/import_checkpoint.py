@@ -20,12 +20,14 @@ from transformers import TrainerState
 from launch.checkpoints.manifest import MANIFEST
 from launch.checkpoints.publish import partial_folder, publish
 from launch.errors import CheckpointError, SamestepError
+from launch.hub_names import EMBEDDED
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
 from launch.planning.step_plan import StreamOffset
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.export.adapter import AdapterOverrides, adapter_of
 from trainer.formats.detect import ImportedCheckpoint, import_checkpoint

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from launch.atomic_files import atomic_dir, atomic_write
 from launch.errors import ConfigError, SamestepError
+from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
 from launch.inputs.dataset_index import (
@@ -39,7 +40,7 @@ from launch.inputs.dataset_index import (
 )
 from launch.inputs.identity import model_identity
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split

@@ -12,10 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from transformers import AutoProcessor, ProcessorMixin
 
 from launch.errors import ConfigError
-from launch.hub_names import is_hub_id
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,

@@ -19,8 +19,9 @@ from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import recorded_identity, short
 from launch.planning.plan import Plan
 from launch.planning.run_steps import stream_of
+from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory, is_done_at
 from launch.run.merged_model import DIGEST, read_record
 from launch.untrusted_files import UNREADABLE, printable, read_mapping, reason_of

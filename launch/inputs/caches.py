@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.hub_names import is_hub_id
-from launch.recipe.schema import EMBEDDED
+from launch.hub_names import EMBEDDED, is_hub_id
 
 if TYPE_CHECKING:
     from launch.recipe.schema import Recipe

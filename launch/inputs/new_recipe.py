@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import ConfigError
+from launch.hub_names import EMBEDDED
 from launch.inputs.text_tables import SUFFIXES, TextTable
 from launch.option_values import NAME_PATTERN
-from launch.recipe.schema import EMBEDDED
 from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"

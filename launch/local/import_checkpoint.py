@@ -13,8 +13,8 @@ from launch.checkpoints.scan import newest_valid
 from launch.errors import ConfigError, RunError
 from launch.inputs.caches import cache_root
 from launch.local.planned_run import RunRequest
+from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import recipe_fingerprint
 from launch.run.directory import RunDirectory, open_run
 from launch.run.request_files import started_from_of
 from launch.subprocesses import call_module

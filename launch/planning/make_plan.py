@@ -12,7 +12,8 @@ from launch.planning.plan import Plan, PlannedSettings, RunHistory
 from launch.planning.run_steps import balanced_steps, least_budget, longest_of, whole_steps
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
-from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.recipe.fingerprint import recipe_fingerprint
+from launch.recipe.schema import Recipe
 from launch.rules.checks import refuse_request
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES

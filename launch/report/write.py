@@ -13,7 +13,7 @@ from typing import Any
 from launch.atomic_files import atomic_write, refuse_readonly
 from launch.errors import ConfigError
 from launch.planning.plan_table import plan_rows
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from launch.report import words
 from launch.report.curves import curves, median_speed
 from launch.report.evaluations import OVERALL, Evaluation, Pair, pair_runs, pairs_of, scores

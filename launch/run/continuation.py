@@ -18,8 +18,8 @@ from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.planning.plan import Plan, RunHistory, SamplesDigest
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import altering_values
 from launch.run.changes import (
     OTHER_RUN,
     Change,

@@ -10,8 +10,9 @@ from pathlib import Path
 from launch.checkpoints.adapter_file import CONFIG, is_whole
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, read_manifest
 from launch.errors import ConfigError
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.run.changes import changes
 from launch.run.directory import RunDirectory, open_run
 from launch.run.find import find_run

@@ -28,7 +28,7 @@ from launch.checkpoints.manifest import Entries
 from launch.checkpoints.publish import partial_folder, publish, sync_and_hash
 from launch.checkpoints.rotation import rotate
 from launch.planning.plan import samples_consumed
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from trainer import metrics_log
 from trainer.checkpoint.best import protected_steps
 from trainer.distributed.collectives import gather_objects, lost_contact, run_on_all_ranks

@@ -13,11 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from launch.errors import ConfigError
+from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.text_tables import SUFFIXES, TextTable
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split, rows_of_split
 from launch.untrusted_files import UNREADABLE, plain_size, reason_of
 from trainer.data.formats.choose import Format, choose_format

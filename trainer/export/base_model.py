@@ -10,13 +10,13 @@ from typing import Any
 
 from launch.checkpoints.manifest import MANIFEST
 from launch.errors import CheckpointError
-from launch.hub_names import is_hub_id
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
 from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
 from launch.inputs.model_files import old_base_identity, old_kind
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.run.changes import Change, content_changes, is_allowed, refuse_unknown_parts
 from launch.run.continuation import planned_identity
 from launch.run.directory import RunDirectory

@@ -10,8 +10,8 @@ from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.checkpoints.adapter_file import CONFIG, WEIGHTS, digest_of, read_digest
-from launch.hub_names import is_hub_id
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.hub_names import EMBEDDED, is_hub_id
+from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
 from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text

@@ -13,8 +13,9 @@ import pytest
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import dump_recipe, load_recipe, recipe_from_dict
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.run.changes import changes, content_changes
 from tests.conftest import chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.encoder import Encoder

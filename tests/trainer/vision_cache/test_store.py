@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from launch.errors import ConfigError
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import recipe_from_dict
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
 from trainer.vision_cache.cache_key import MEANING, differences, facts_of, tower_digest
 from trainer.vision_cache.file import HEADER_BYTES, Features, Kind

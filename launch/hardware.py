@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 CPU_PROCESSES = 2  # by default, where there is no GPU
+SHARED_MEMORY = Path("/dev/shm")  # where Linux and PyTorch have it
 
 _DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 

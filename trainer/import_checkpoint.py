@@ -17,7 +17,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from launch.checkpoints.manifest import MANIFEST
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS
+from launch.checkpoints.manifest import MANIFEST, OPTIMIZER_FILE
 from launch.checkpoints.publish import partial_folder, publish
 from launch.errors import CheckpointError, SamestepError
 from launch.hub_names import EMBEDDED
@@ -31,7 +32,6 @@ from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.export.adapter import AdapterOverrides, adapter_of
 from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
-from trainer.formats.portable import ADAPTER_FILE, OPTIMIZER_FILE
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare import prepare
 from trainer.pretrained import base_name, base_path
@@ -114,7 +114,8 @@ def write_checkpoint(recipe: Recipe, index: Index, imported: ImportedCheckpoint,
     shutil.rmtree(tmp_dir, ignore_errors=True)
     tmp_dir.mkdir(parents=True)
     save_file(
-        {key: tensor.float().contiguous() for key, tensor in imported.tensors.items()}, tmp_dir / ADAPTER_FILE
+        {key: tensor.float().contiguous() for key, tensor in imported.tensors.items()},
+        tmp_dir / ADAPTER_WEIGHTS,
     )
     if imported.optimizer_state:
         optimizer_state = {

@@ -27,7 +27,7 @@ from launch.atomic_files import atomic_dir, atomic_write
 from launch.errors import ConfigError, SamestepError
 from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
-from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
+from launch.inputs.data_report import DROPPED_ROWS, notes_of, summarize_notes, write_data_report
 from launch.inputs.dataset_index import (
     IMAGE_TOKENS,
     SPLITS,
@@ -312,8 +312,8 @@ def _say_prepared(recipe: Recipe, index: Index) -> None:
     )
     if notes := notes_of(recipe, index.path):
         with _writing_the_cache():
-            report = write_report(notes, index.path)
-        print(*summary(notes), f"each of these rows is named in {report}", sep="\n")
+            report = write_data_report(notes, index.path)
+        print(*summarize_notes(notes), f"each of these rows is named in {report}", sep="\n")
 
 
 if __name__ == "__main__":

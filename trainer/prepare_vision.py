@@ -28,19 +28,19 @@ from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
-from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.base import RECIPE_DTYPES, load_base, prepare_tower
 from trainer.model.families.registry import feature_width
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
 from trainer.progress_bars import ReportProgress
-from trainer.vision_cache.cache_key import facts_of, kind_of
+from trainer.vision_cache.cache_key import feature_facts, feature_kind
 from trainer.vision_cache.file import Features
 from trainer.vision_cache.store import (
     SPARED,
     FeatureCache,
     FullError,
-    describe,
-    name_of,
+    describe_cache,
+    image_name,
     open_cache,
 )
 
@@ -87,8 +87,8 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(recipe).image_processor
     model = load_base(recipe, device, layers=False)
-    facts = facts_of(recipe, model.model.visual, processor)
-    cache = open_cache("disk", kind_of(model.model.visual, feature_width(model), facts), facts)
+    facts = feature_facts(recipe, model.model.visual, processor)
+    cache = open_cache("disk", feature_kind(model.model.visual, feature_width(model), facts), facts)
     try:
         cache.recount()
     except OSError as error:
@@ -105,7 +105,7 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     needed = sum(cache.kind.bytes_of(image.visual_tokens) for image in missing)
     _refuse_want_of_room(cache, needed)
     said = [
-        *describe(cache, facts),
+        *describe_cache(cache, facts),
         f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
         f"{decimal_size(needed)}",
     ]
@@ -118,7 +118,7 @@ def fill(filling: Filling, report: ReportProgress) -> None:
     Raises:
         RunError: an image cannot be read any more, or the disk does not take them.
     """
-    prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
+    prepare_tower(filling.model, RECIPE_DTYPES[compute_dtype_of(filling.recipe)])
     pixels = _Pixels(filling.rows, filling.missing, filling.processor)
     loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
     together: list[_Encoded] = []
@@ -150,7 +150,7 @@ def _wanted(
             with naming_row(f"data: {split} row {row}"):
                 images = rows[split][row].images
             for place, (image, tokens) in enumerate(zip(images, facts.tokens_of_images(sample), strict=True)):
-                if (name := name_of(image)) not in seen:
+                if (name := image_name(image)) not in seen:
                     seen.add(name)
                     yield Wanted(split, row, place, name, tokens)
             done += 1

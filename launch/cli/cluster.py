@@ -205,8 +205,8 @@ def _submit(
     if not dry_run:
         slurm.refuse_missing_sbatch()
         slurm.refuse_too_many_cpus(site, gpus_per_node)
-    request = import_foreign_checkpoint(slurm.choose(request, site, nodes, gpus_per_node))
-    submission = slurm.prepare(request, site, follow_ups, max_crashes)
+    request = import_foreign_checkpoint(slurm.request_for_site(request, site, nodes, gpus_per_node))
+    submission = slurm.plan_submission(request, site, follow_ups, max_crashes)
     _show(submission, to_stderr=dry_run)
     if dry_run:
         echo(describe_start(submission.planned, submission.request), to_stderr=True)
@@ -232,7 +232,7 @@ def _queue(submission: Submission, fresh: bool) -> None:
         with planned_run.moved_aside(planned.run, fresh) as old:
             if old:
                 echo(f"the older run is now {old}")
-            queued = slurm.queue(submission)
+            queued = slurm.queue_submission(submission)
     emit(submission.script)
     for script, job in queued:
         echo(f"queued as job {job}: {planned.run.path / script}")

@@ -146,7 +146,7 @@ def prepare(
 
     file = find_recipe(recipe)
     load_recipe(file, overrides)
-    planned_run.prepare(file, overrides, vision=vision)
+    planned_run.start_prepare(file, overrides, vision=vision)
 
 
 @commands.command(

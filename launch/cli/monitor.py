@@ -138,13 +138,15 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     """The rows of `samestep status`, as many columns as the terminal has room for."""
     from rich.table import Table
 
-    from launch.monitor.status_table import COLUMNS, columns_for, has_room, missed
+    from launch.monitor.status_table import STATUS_COLUMNS, columns_for, has_room, missed
 
     console, table = table_console(), Table()
     kept = columns_for(console.width, rows)
     may_fold = {"state"} if has_room(console.width, rows, kept) else {"run", "state"}
     for column in kept:
-        table.add_column(COLUMNS[column], overflow="fold", no_wrap=COLUMNS[column] not in may_fold)
+        table.add_column(
+            STATUS_COLUMNS[column], overflow="fold", no_wrap=STATUS_COLUMNS[column] not in may_fold
+        )
     for cells in rows:
         add_row(table, *(cells[column] for column in kept))
     console.print(table)
@@ -162,7 +164,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
     from rich.text import Text
 
     from launch.checkpoints.scan import scan_checkpoints
-    from launch.monitor.checkpoint_table import COLUMNS, as_objects, reasons, rows
+    from launch.monitor.checkpoint_table import CHECKPOINT_COLUMNS, as_objects, checkpoint_rows, reasons
     from launch.run.find import find_run
     from launch.run.request_files import old_plan
 
@@ -182,8 +184,8 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
         )
         return
     title = Text(printable(f"checkpoints of {place.name}"))
-    table = Table(*COLUMNS, title=title, title_justify="left")
-    for row in rows(found, time.time()):
+    table = Table(*CHECKPOINT_COLUMNS, title=title, title_justify="left")
+    for row in checkpoint_rows(found, time.time()):
         add_row(table, *row)
     console.print(table)
     for line in reasons(found, old_plan(place)):

@@ -124,7 +124,7 @@ def evaluate(
     asked = with_prompt(models.split(",") if models else found.models, suffix)
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
-    postprocess.evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
+    postprocess.start_evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
 
 
 @commands.command(
@@ -152,7 +152,7 @@ def ask(
     """Ask about images; the answer appears as it comes. Several models answer one after the other."""
     from launch.local import ask_by_hand
 
-    ask_by_hand.ask(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt), words)
+    ask_by_hand.start_ask(ask_by_hand.model_flags(target, runs_dir, recipe, models, prompt), words)
 
 
 @commands.command(
@@ -171,7 +171,9 @@ def demo(
     """
     from launch.local import ask_by_hand
 
-    ask_by_hand.demo(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt, beside_base=True))
+    ask_by_hand.start_demo(
+        ask_by_hand.model_flags(target, runs_dir, recipe, models, prompt, beside_base=True)
+    )
 
 
 AdapterConfig = Annotated[
@@ -275,7 +277,7 @@ def merge(
     options = postprocess.MergeOptions(
         None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
     )
-    if not postprocess.merge(source, output, options, compare, runs_dir):
+    if not postprocess.start_merge(source, output, options, compare, runs_dir):
         echo("not compared with base + adapter: the adapter lies in no run, which would name the data")
 
 
@@ -303,4 +305,4 @@ def consolidate(
     options = postprocess.MergeOptions(
         adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model
     )
-    postprocess.consolidate(source, output, options, runs_dir)
+    postprocess.start_consolidate(source, output, options, runs_dir)

@@ -19,7 +19,7 @@ from launch.checkpoints.adapter_file import is_whole
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.console import echo
 from launch.errors import ConfigError, RunError, SamestepError
-from launch.hub.card import card_for_hub, describe
+from launch.hub.card import card_for_hub, describe_run
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.untrusted_files import printable
@@ -85,7 +85,7 @@ def push_checkpoint(run: RunDirectory, repo_id: str, step: int, private: bool = 
             folder_path=folder,
             path_in_repo=LAST_CHECKPOINT,
             delete_patterns="*",
-            commit_message=f"{describe(run)}, checkpoint {step}",
+            commit_message=f"{describe_run(run)}, checkpoint {step}",
         )
         return f"{api.endpoint}/{repo_id}/tree/main/{LAST_CHECKPOINT}"
 
@@ -126,7 +126,7 @@ def _upload(run: RunDirectory, repo_id: str, folder: Path, files: dict[str, Path
         api.create_repo(repo_id, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        api.create_commit(repo_id, operations, commit_message=describe(run))
+        api.create_commit(repo_id, operations, commit_message=describe_run(run))
         return f"{api.endpoint}/{repo_id}"
 
     return _in_words(repo_id, upload)

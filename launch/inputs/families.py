@@ -42,8 +42,8 @@ def family_of(config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
     if (family := FAMILIES.get(str(kind))) is not None:
         return family
-    if kind in REFUSED:
-        raise ValueError(f"a {kind}: {REFUSED[str(kind)]}")
+    if kind in REFUSED_MODEL_TYPES:
+        raise ValueError(f"a {kind}: {REFUSED_MODEL_TYPES[str(kind)]}")
     raise ValueError(
         f"a {printable(str(kind))[:60]}, not one of {', '.join(FAMILIES)}; give a model of one of these kinds"
     )
@@ -220,7 +220,7 @@ def every_tower_linear() -> dict[str, int | None]:
     )
 
 
-REFUSED = {
+REFUSED_MODEL_TYPES = {
     "qwen3_vl_moe": "a mixture of experts is not trained here (its experts are no linear layers, so bitsandbytes does "
     "not quantize them); give a dense Qwen3-VL (2B, 4B, 8B, 32B)",
 }

@@ -15,7 +15,7 @@ from launch.subprocesses import become_module
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def find_asked(
+def model_flags(
     name: str, runs_dir: Path, recipe: str | None, models: str | None, prompt: str, beside_base: bool = False
 ) -> list[str]:
     """The command line that says who is asked: the adapter where nobody says, `beside_base` with its base.
@@ -45,7 +45,7 @@ def _models(target: Target, beside_base: bool) -> list[str]:
     return models if beside_base else models[-1:]
 
 
-def ask(asked: Sequence[str], words: Sequence[str]) -> None:
+def start_ask(asked: Sequence[str], words: Sequence[str]) -> None:
     """Go on as the process that answers. `words`: images, and a question or none.
 
     Raises:
@@ -59,7 +59,7 @@ def ask(asked: Sequence[str], words: Sequence[str]) -> None:
     )
 
 
-def demo(asked: Sequence[str]) -> None:
+def start_demo(asked: Sequence[str]) -> None:
     """Go on as the process that serves the page. ConfigError without gradio."""
     if find_spec("gradio") is None:
         raise ConfigError(

@@ -18,7 +18,7 @@ from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
 from launch.subprocesses import ChildError, call_module, wait_for
 
 
-def evaluate(
+def start_evaluate(
     target: Target, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
@@ -85,7 +85,7 @@ class MergeOptions:
 _OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")
 
 
-def merge(
+def start_merge(
     source: str, output: Path | None, options: MergeOptions, compare: bool | None, runs_dir: Path
 ) -> bool:
     """Start `trainer.export.merge`, then the comparison of its result. ChildError when either fails.
@@ -144,7 +144,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
         echo(f"{output}: was of another adapter; that one is now {old}")
 
 
-def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
+def start_consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
     """Start `trainer.export.consolidate`. ChildError when it fails."""
     folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
     call_module("trainer.export.consolidate", [str(folder), "--output", str(output), *flags])

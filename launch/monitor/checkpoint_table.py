@@ -11,12 +11,12 @@ from launch.planning.plan import Plan, samples_consumed
 from launch.units import age, megabytes
 from launch.untrusted_files import printable
 
-COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
+CHECKPOINT_COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"
 
 
-def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
-    """A row of `COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
+def checkpoint_rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
+    """A row of `CHECKPOINT_COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
     return [
         (
             str(checkpoint.step),

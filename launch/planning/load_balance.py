@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from launch.errors import ConfigError
 from launch.planning.bin_packing import (
     Groups,
+    balance,
     best_fit_decreasing,
     fill_empty,
     largest_first,
     members_of,
-    pack,
-    spread,
+    pack_into,
     total,
 )
 
@@ -136,11 +136,11 @@ def _assign_samples_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups] | None:
     """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
-    greedy = spread(work, world_size)
+    greedy = balance(work, world_size)
     rank_of = _level(work, lengths, greedy, list(range(world_size)), budget=sum(lengths))
     ranks = []
     for members in members_of(rank_of, world_size):
-        groups = pack(lengths, members, budget, micro_batches)
+        groups = pack_into(lengths, members, budget, micro_batches)
         if groups is None:
             return None
         ranks.append(groups)
@@ -152,14 +152,14 @@ def _assign_bins_first(
 ) -> list[Groups]:
     """Pack the whole step, assign the bins to ranks, then level by swaps that keep bins within the budget."""
     bins = world_size * micro_batches
-    packed = pack(lengths, range(len(lengths)), budget, bins)
+    packed = pack_into(lengths, range(len(lengths)), budget, bins)
     if packed is None:
         raise AssertionError(f"best-fit decreasing packed {len(lengths)} samples into at most {bins} before")
     bin_of = [0] * len(lengths)
     for index, members in enumerate(packed):
         for member in members:
             bin_of[member] = index
-    rank_of_bin = spread([total(members, work) for members in packed], world_size, most=micro_batches)
+    rank_of_bin = balance([total(members, work) for members in packed], world_size, most=micro_batches)
     levelled = members_of(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
     ranks: list[Groups] = [[] for _ in range(world_size)]
     for rank, members in zip(rank_of_bin, levelled, strict=True):

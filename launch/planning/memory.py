@@ -240,7 +240,7 @@ def bytes_of_first_step(strategy: str, world_size: int, count: int) -> int:
 # activations ------------------------------------------------------------------------------
 
 
-def layer_bytes(load: Load) -> int:
+def layer_activation_bytes(load: Load) -> int:
     """What autograd saves of one token in a decoder layer that is not recomputed.
 
     4-bit and frozen linear layers save nothing. Plain: each norm its input in fp32, SiLU its input, the product both
@@ -280,7 +280,7 @@ def _training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int,
     patches = packed.visual_tokens * shape.patches_per_token
     held = _held_bytes(load, packed, patches)
     kept = [_is_recomputed(number, settings.activation_checkpoint_every) for number in range(shape.layers)]
-    one, own_input = layer_bytes(load) * tokens, size * shape.hidden * tokens
+    one, own_input = layer_activation_bytes(load) * tokens, size * shape.hidden * tokens
     before, peak = 0, 0
     for recomputed in kept:
         # The fused norm saves the layer's input itself, which recomputation has kept.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from launch.checkpoints.adapter_file import CONFIG
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
 from launch.errors import CheckpointError, ConfigError
@@ -111,7 +111,7 @@ def refuse_lost_checkpoints(
     Raises:
         CheckpointError: the run has a result, checkpoints or a beginning that would be lost.
     """
-    if (run.adapter / CONFIG).is_file() and not run.checkpoints():
+    if (run.adapter / ADAPTER_CONFIG).is_file() and not run.checkpoints():
         raise CheckpointError(
             f"{run.adapter}: the run has a result and no checkpoint to go on from (0 are left); bring one back from "
             "a copy, or begin anew with --fresh"

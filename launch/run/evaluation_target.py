@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checkpoints.adapter_file import CONFIG, is_whole
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, is_whole
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, read_manifest
 from launch.errors import ConfigError
 from launch.recipe.fingerprint import altering_values
@@ -118,7 +118,7 @@ def _of_a_run(name: str, runs_dir: Path) -> Target | None:
 
 def default_models(run: RunDirectory) -> tuple[str, ...]:
     """The base, and the run's adapter; of a run that is not done, its newest checkpoint."""
-    if (run.adapter / CONFIG).is_file():
+    if (run.adapter / ADAPTER_CONFIG).is_file():
         return ("base", "adapter", "shuffled")
     published = [folder.name for folder in run.checkpoints() if (folder / MANIFEST).is_file()]
     return ("base", *published[-1:])
@@ -128,7 +128,9 @@ def _outside_of_runs(
     name: str, folder: Path, runs_dir: Path, recipe: str | None, overrides: Sequence[str]
 ) -> Target:
     """An adapter, a checkpoint of any library, or a model, which a recipe gives data and settings."""
-    is_model = not folder.is_dir() or ((folder / MODEL_CONFIG).is_file() and not (folder / CONFIG).is_file())
+    is_model = not folder.is_dir() or (
+        (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+    )
     if recipe is None:
         raise ConfigError(
             f"--recipe: missing ({name} lies in no run, whose recipe would name the data); give the recipe with the "
@@ -213,7 +215,7 @@ def missing_models(
             for name in ("merged", "best")
             if name in weights
         ]
-    elif {"adapter", "shuffled"} & weights and not (run.adapter / CONFIG).is_file():
+    elif {"adapter", "shuffled"} & weights and not (run.adapter / ADAPTER_CONFIG).is_file():
         problems.append(f"{run.adapter}: no adapter yet; {_instead(run)}")
     problems += [line for name in sorted(names, key=str) if (line := _missing_checkpoint(run, name))]
     if not problems and "best" in weights and not is_whole(run.best_adapter):

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.adapter_file import WEIGHTS, read_digest
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, read_digest
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import TABLE, UNREADABLE, path_inside, plain_size, read_mapping
 
@@ -23,7 +23,7 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
     A merge that recorded no adapter (an older samestep's, or another tool's) is judged by age, which a copy without
     the files' times makes a guess.
     """
-    weights, config = run.adapter / WEIGHTS, merged / "config.json"
+    weights, config = run.adapter / ADAPTER_WEIGHTS, merged / "config.json"
     if not (weights.is_file() and config.is_file()):
         return False
     recorded = merged_digest(merged)

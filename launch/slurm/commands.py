@@ -108,7 +108,7 @@ _OTHERS = (  # of 22.05 to 24.11; any of them may be given
     "threads-per-core time-min tmp tres-bind tres-per-task uid use-min-nodes verbose wait-all-nodes wckey"
 )
 _ONE_TASK = "a node has one task, which starts its processes"
-REFUSED: Mapping[str, str] = {
+REFUSED_SBATCH_OPTIONS: Mapping[str, str] = {
     "account": "give the key account",
     "array": "it would start one run many times",
     "constraint": "give the key constraint",
@@ -147,7 +147,7 @@ def meant_by(name: str) -> list[str]:
 
     sbatch takes `--arr` for `--array`. Options of a site's own plugins are known to sbatch alone.
     """
-    known = {*REFUSED, *_OTHERS.split()}
+    known = {*REFUSED_SBATCH_OPTIONS, *_OTHERS.split()}
     return [name] if name in known else sorted(option for option in known if option.startswith(name))
 
 
@@ -156,7 +156,7 @@ def why_not(name: str) -> str | None:
     meant = meant_by(name)
     if len(meant) > 1:
         return f"it may mean {', '.join(f'--{option}' for option in meant)}; write the whole name"
-    return REFUSED.get(meant[0]) if meant else None
+    return REFUSED_SBATCH_OPTIONS.get(meant[0]) if meant else None
 
 
 def overriding_variables(script: str) -> set[str]:

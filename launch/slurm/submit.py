@@ -55,7 +55,7 @@ def check_follow_ups(then: str) -> list[str]:
     return [word for word in FOLLOW_UPS if word in words]
 
 
-def choose(
+def request_for_site(
     request: planned_run.RunRequest, site: Site, nodes: int, gpus_per_node: int
 ) -> planned_run.RunRequest:
     """The request for the site's nodes: this machine does not count, nor its packages if another Python runs."""
@@ -112,7 +112,9 @@ def refuse_missing_sbatch() -> None:
         )
 
 
-def prepare(request: planned_run.RunRequest, site: Site, then: Sequence[str], max_crashes: int) -> Submission:
+def plan_submission(
+    request: planned_run.RunRequest, site: Site, then: Sequence[str], max_crashes: int
+) -> Submission:
     """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused."""
     planned = planned_run.plan_run(request)
     job = replace(_job(planned, site), max_crashes=max_crashes)
@@ -186,7 +188,7 @@ def refuse_if_queued(run: RunDirectory) -> None:
         )
 
 
-def write(submission: Submission) -> Path:
+def write_submission(submission: Submission) -> Path:
     """Write the run directory with its scripts; returns that of the training. The caller has claimed the name."""
     planned, run = submission.planned, submission.planned.run
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ def write(submission: Submission) -> Path:
     return run.path / SCRIPT
 
 
-def queue(submission: Submission) -> list[tuple[str, str]]:
+def queue_submission(submission: Submission) -> list[tuple[str, str]]:
     """Write and submit all; returns (script, job id) in order. ConfigError with sbatch's own words.
 
     When the first one is refused, a run directory that was not there before goes again; not where there was no answer.
@@ -209,7 +211,7 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     run = submission.planned.run
     with removed_on_failure(run, new=make_folder(run)):
         try:
-            first = sbatch(write(submission), submission.script)
+            first = sbatch(write_submission(submission), submission.script)
         except UnansweredError:
             raise
         except ConfigError as error:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from launch.atomic_files import atomic_dir, atomic_write, follow_umask, place_of
 from launch.checkpoints.publish import partial_folder, publish
-from launch.checkpoints.rotation import rotate
+from launch.checkpoints.rotation import rotate_checkpoints
 from launch.checkpoints.scan import newest_valid
 from launch.run.directory import RunDirectory, make_folder, request_stop, write_marker
 from launch.run.lock import hold_lock
@@ -66,7 +66,7 @@ def _go_on_with_it(run: RunDirectory) -> None:
         for step in (newest.step + 3, newest.step + 6):
             partial_folder(run.path, step).mkdir()
             publish(partial_folder(run.path, step), run.checkpoint(step), {"step": step})
-        rotate(run.path, 2)
+        rotate_checkpoints(run.path, 2)
         write_marker(run, "DONE", "step 9")
         with run.metrics_file.open("a") as file:
             file.write("{}\n")

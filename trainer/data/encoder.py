@@ -15,9 +15,9 @@ from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from trainer.data.images import decode_image
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 from trainer.data.rows import Row, Turn, chat
-from trainer.vision_cache.store import FeatureCache, name_of
+from trainer.vision_cache.store import FeatureCache, image_name
 
 IGNORED = -100
 """The label of a token that the loss does not count (PyTorch's `ignore_index`)."""
@@ -104,7 +104,7 @@ class Encoder:
 
     def _encoded(self, text: str, images: Sequence[bytes]) -> tuple[Tensor, tuple[EncodedImage, ...]]:
         """Token ids [T], and the images with their pixels or cached features."""
-        names = [name_of(image) for image in images]
+        names = [image_name(image) for image in images]
         cached = [self.features.read(name) if self.features else None for name in names]
         fresh = [decode_image(image) for image, known in zip(images, cached, strict=True) if known is None]
         input_ids = None
@@ -137,7 +137,7 @@ class Encoder:
                 )
             return self.processor.image_processor(images=images, return_tensors="pt")
         except Exception as error:  # of text or image, and of no type that the processor promises
-            raise RowError(f"the processor refuses it ({reason_of(error)})") from error
+            raise RowError(f"the processor refuses it ({describe_error(error)})") from error
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:

@@ -20,7 +20,7 @@ from trainer import WATCHDOG
 from trainer.data.micro_batches import Batches, PackedBatch
 from trainer.data.worker_transport import HandedOver, Pickled, describe_loss, end_with_lost_batches
 
-PATIENCE_S = 600
+BATCH_PATIENCE_S = 600
 """For one micro-batch of data workers that are alive: a disk that is out of reach, say."""
 
 
@@ -81,7 +81,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=pin_memory,
-            timeout=PATIENCE_S if workers else 0,
+            timeout=BATCH_PATIENCE_S if workers else 0,
             worker_init_fn=_start_worker,
         )
         self._reading: Generator[PackedBatch, None, None] | None = None

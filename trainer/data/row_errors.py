@@ -16,7 +16,7 @@ class RowError(Exception):
     """Why a row cannot be used, in words; whoever catches it knows which row it is."""
 
 
-def reason_of(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """An error of a library in one line: its type and its words, without the address of the object it was about."""
     kind = type(error).__name__
     kind = f"{type(error).__module__}.{kind}" if kind == "error" else kind  # such as struct.error
@@ -38,5 +38,5 @@ def naming_row(row: str) -> Iterator[None]:
         raise RunError(f"{row}: {error}; `samestep prepare` finds and lists such rows") from error
     except Exception as error:
         raise RunError(
-            f"{row}: cannot be read ({reason_of(error)}); `samestep prepare` finds and lists such rows"
+            f"{row}: cannot be read ({describe_error(error)}); `samestep prepare` finds and lists such rows"
         ) from error

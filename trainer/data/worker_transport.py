@@ -13,14 +13,14 @@ import pickle
 import sys
 from dataclasses import dataclass
 from multiprocessing import queues
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-SHARED_MEMORY = Path("/dev/shm")
+from launch.hardware import SHARED_MEMORY
+
 LEAST_BYTES = 2**20
 """Of shared memory for the semaphores of the queues alone; without it there are no data workers."""
 MARGIN = 2

@@ -20,11 +20,11 @@ from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
 from trainer.evaluation.answers import Answer, Question, Replica, make_batches, other_images, read_questions
 from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
-from trainer.evaluation.request import Task, Variant, variants_of
+from trainer.evaluation.request import EvaluationTask, Variant, variants_of
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
-Loader = Callable[[Task, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
+ReplicaLoader = Callable[[EvaluationTask, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Batch:
 
 
 def answer_all(
-    task: Task, state: PartialState, stored: Mapping[str, Stored]
+    task: EvaluationTask, state: PartialState, stored: Mapping[str, Stored]
 ) -> tuple[list[Question], list[Answer]]:
     """The questions, and this rank's share of the answers, by the names of the variants."""
     processor = load_processor(task.recipe)
@@ -87,7 +87,7 @@ def _store(stored: Mapping[str, Stored], batch: _Batch) -> AnswerStore:
     return stored[batch.variant.name].store
 
 
-def _loads(variants: Sequence[Variant]) -> Iterator[tuple[Loader, list[Variant]]]:
+def _loads(variants: Sequence[Variant]) -> Iterator[tuple[ReplicaLoader, list[Variant]]]:
     """Who answers together: base and adapters are one model, the merged one is loaded after them."""
     if together := [variant for variant in variants if not variant.is_merged]:
         yield load_replica, together
@@ -96,7 +96,7 @@ def _loads(variants: Sequence[Variant]) -> Iterator[tuple[Loader, list[Variant]]
 
 
 def _share(
-    task: Task,
+    task: EvaluationTask,
     questions: Sequence[Question],
     others: Sequence[int],
     variants: Sequence[Variant],

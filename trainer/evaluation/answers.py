@@ -21,7 +21,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows
-from trainer.evaluation.request import Task
+from trainer.evaluation.request import EvaluationTask
 
 CACHE_BYTES = 2 << 30  # of image features on the device
 
@@ -62,14 +62,14 @@ class Answer(TypedDict):
 # The questions: the same on every rank ---------------------------------------------------
 
 
-def spread(total: int, wanted: int | None) -> list[int]:
+def evenly_spaced(total: int, wanted: int | None) -> list[int]:
     """`wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
     count = total if wanted is None else min(wanted, total)
     return [position * total // count for position in range(count)]
 
 
 def read_questions(
-    task: Task,
+    task: EvaluationTask,
     processor: ProcessorMixin,
     rows: Rows,
     messages: Mapping[str, str | None] = MappingProxyType({}),
@@ -85,7 +85,7 @@ def read_questions(
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     others = {suffix: replace(encoder, system_message=message) for suffix, message in messages.items()}
     questions, first_rows = [], dict[str, int]()
-    for sample in spread(len(split), request.max_samples):
+    for sample in evenly_spaced(len(split), request.max_samples):
         number = int(split.rows[sample])
         with naming_row(f"data: row {number} of the split"):
             row = rows[number]

@@ -22,7 +22,7 @@ from launch.run.evaluation_target import missing_models
 from launch.untrusted_files import printable
 from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import EvaluationRequest
 from trainer.logging_setup import print_error, setup_logging
 
 
@@ -34,7 +34,7 @@ class PrintableStreamer(TextStreamer):
         sys.stdout.flush()
 
 
-def check_hand_request(request: Request) -> None:
+def check_hand_request(request: EvaluationRequest) -> None:
     """ConfigError for what cannot be asked by hand, or is not there."""
     problems = missing_models(request.run, request.models, request.checkpoint, request.adapter_folder)
     if any(model.startswith("shuffled") for model in request.models):

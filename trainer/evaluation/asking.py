@@ -24,8 +24,8 @@ from trainer.data.row_errors import RowError
 from trainer.data.rows import IMAGE, Turn, chat
 from trainer.evaluation.answers import greedy
 from trainer.evaluation.loading import answering_as, load_stored, load_with_adapters
-from trainer.evaluation.request import Request, Variant, variants_of
-from trainer.model.base import DTYPES
+from trainer.evaluation.request import EvaluationRequest, Variant, variants_of
+from trainer.model.base import RECIPE_DTYPES
 from trainer.pretrained import load_processor
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -90,7 +90,9 @@ class Panel:
         return str(self.processor.tokenizer.decode(new, skip_special_tokens=True).strip())
 
 
-def seat(request: Request, recipe: Recipe, telling: Callable[[str], None] = lambda _: None) -> Panel:
+def seat(
+    request: EvaluationRequest, recipe: Recipe, telling: Callable[[str], None] = lambda _: None
+) -> Panel:
     """Load everyone that is asked; base and adapters are one model. `telling` hears what is loaded.
 
     Raises:
@@ -103,7 +105,7 @@ def seat(request: Request, recipe: Recipe, telling: Callable[[str], None] = lamb
     loaded: dict[bool, tuple[Model, torch.dtype]] = {}
     if on_base:
         telling(recipe.model.name_or_path)
-        loaded[False] = load_with_adapters(recipe, device, on_base), DTYPES[compute_dtype_of(recipe)]
+        loaded[False] = load_with_adapters(recipe, device, on_base), RECIPE_DTYPES[compute_dtype_of(recipe)]
     if len(on_base) < len(variants):
         telling(str(request.run.merged))
         merged = load_stored(request.run.merged, device)

@@ -8,8 +8,8 @@ from functools import partial
 from launch.inputs.dataset_index import SplitName
 from launch.option_values import for_argparse, place, whole
 from launch.run.directory import RunDirectory
-from launch.run.variants import NO_PROMPT, WEIGHTS, parse_models
-from trainer.evaluation.request import Request
+from launch.run.variants import NO_PROMPT, VARIANT_WEIGHTS, parse_models
+from trainer.evaluation.request import EvaluationRequest
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
@@ -20,7 +20,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
         "--models",
         type=for_argparse(partial(parse_models, of_files=True)),
         default=models,
-        help=f"comma-separated, of {', '.join(WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
+        help=f"comma-separated, of {', '.join(VARIANT_WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
         f"(default: {models})",
     )
     parser.add_argument(
@@ -43,9 +43,9 @@ def request_of(
     split: SplitName = "test",
     max_samples: int | None = None,
     allow: tuple[str, ...] = (),
-) -> Request:
+) -> EvaluationRequest:
     """The request of parsed options."""
-    return Request(
+    return EvaluationRequest(
         run=RunDirectory(given.run_dir.expanduser().absolute()),
         split=split,
         models=tuple(given.models.split(",")),

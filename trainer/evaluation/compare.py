@@ -41,12 +41,12 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica, spread
+from trainer.evaluation.answers import Replica, evenly_spaced
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
     Compared,
-    Comparison,
+    MergeComparison,
     Seen,
     answered,
     difference,
@@ -58,7 +58,7 @@ from trainer.export.base_model import add_allow, check_base, find_base, run_cont
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.export.merge import merge, print_report
 from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
-from trainer.formats.validated import read_json
+from trainer.formats.validated import read_json_object
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
@@ -66,11 +66,11 @@ from trainer.pretrained import load_processor, model_class_of
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
-Loader = Callable[[], torch.nn.Module]
+ModelLoader = Callable[[], torch.nn.Module]
 
 
 @dataclass(frozen=True)
-class Request:
+class ComparisonRequest:
     """What is compared: an adapter and its base, the merged models, on which recipe's data.
 
     `both_bases`: make the merge onto the other base too (original or dequantized), compare it, and remove it.
@@ -88,7 +88,7 @@ class Request:
     allow: tuple[str, ...] = ()
 
 
-def compare(request: Request) -> Comparison:
+def compare(request: ComparisonRequest) -> MergeComparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
@@ -97,7 +97,7 @@ def compare(request: Request) -> Comparison:
         return _compare(request, folders, Path(adapter))
 
 
-def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
+def _compare(request: ComparisonRequest, folders: dict[str, Path], adapter: Path) -> MergeComparison:
     dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -112,13 +112,13 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
         )
 
     pairs = len(request.adapter.pairs)
-    loaders: dict[str, Loader] = {name: partial(plain, folder) for name, folder in folders.items()}
+    loaders: dict[str, ModelLoader] = {name: partial(plain, folder) for name, folder in folders.items()}
     loaders[UNMERGED] = lambda: with_adapter(plain(request.base), adapter, pairs)
     if request.recipe.quantization.load_in_4bit:
         loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
     seen, rows = _look(request, loaders, dtype)
     reference = QUANTIZED if QUANTIZED in seen else UNMERGED
-    return Comparison(
+    return MergeComparison(
         samples=len(rows),
         positions=len(seen[UNMERGED].logits),
         dtype=str(dtype).removeprefix("torch."),
@@ -137,7 +137,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
 
 
 def _look(
-    request: Request, loaders: Mapping[str, Loader], dtype: torch.dtype
+    request: ComparisonRequest, loaders: Mapping[str, ModelLoader], dtype: torch.dtype
 ) -> tuple[dict[str, Seen], list[Row]]:
     """Every model's logits and answers, one model in memory at a time; and the rows they are of."""
     processor = load_processor(request.recipe)
@@ -170,9 +170,9 @@ def _look(
 
 
 @contextmanager
-def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
+def _merged_folders(request: ComparisonRequest) -> Iterator[dict[str, Path]]:
     """The merged models by a name that says their base; with `both_bases` the other one is made meanwhile."""
-    folders = {f"merged, {kind_of(folder)}": folder for folder in request.merged}
+    folders = {f"merged, {base_kind_of(folder)}": folder for folder in request.merged}
     if len(folders) < len(request.merged):
         raise CheckpointError(
             f"--merged: {len(request.merged)} folders of the same kind of base; give one of each kind"
@@ -181,7 +181,7 @@ def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
         yield folders
         return
     first = request.merged[0]
-    other: BaseKind = "original" if kind_of(first) == "dequantized" else "dequantized"
+    other: BaseKind = "original" if base_kind_of(first) == "dequantized" else "dequantized"
     dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
     with _room_beside(first) as room:
         twin = Path(room, first.name)
@@ -207,7 +207,7 @@ def _room_beside(folder: Path) -> TemporaryDirectory[str]:
         ) from error
 
 
-def kind_of(folder: Path) -> str:
+def base_kind_of(folder: Path) -> str:
     """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
     try:
         return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
@@ -227,20 +227,20 @@ def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.M
     return cast(torch.nn.Module, model)
 
 
-def validation_numbers(request: Request) -> list[int]:
+def validation_numbers(request: ComparisonRequest) -> list[int]:
     """Numbers of rows of the validation split, evenly spaced over it."""
     index = read_index(request.recipe) or prepare(request.recipe)
     numbers = index.splits["validation"].rows
     if not len(numbers):
         raise ConfigError("data.validation: has no rows to compare on; correct the split")
-    return [int(numbers[position]) for position in spread(len(numbers), request.samples)]
+    return [int(numbers[position]) for position in evenly_spaced(len(numbers), request.samples)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json of a merged model names."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return cast(torch.dtype, getattr(torch, name or "float32"))
 
@@ -327,20 +327,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def keep_comparison(comparison: Comparison, merged: Path) -> None:
+def keep_comparison(comparison: MergeComparison, merged: Path) -> None:
     """Beside the record of a merge of ours. A folder that cannot be written costs another comparison, nothing else."""
     if (merged / RECORD).is_file():
         with suppress(OSError):
             atomic_write(merged / COMPARISON, json.dumps(asdict(comparison), indent=1) + "\n")
 
 
-def _request(given: argparse.Namespace) -> Request:
+def _request(given: argparse.Namespace) -> ComparisonRequest:
     source, missing = given.source.expanduser().absolute(), missing_of(given)
     adapter = read_adapter(source, missing)
     recipe_file = recipe_file_of(source, given.run_dir)
     base = find_base(adapter, missing.base_model)
     check_base(adapter, base, given.allow)
-    return Request(
+    return ComparisonRequest(
         source=source,
         adapter=adapter,
         base=base,

@@ -16,7 +16,7 @@ UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """Of the merged model's logits from another's, over all answer positions and the whole vocabulary.
 
     `largest`, `mean`: absolute; `logit_range`: largest minus smallest logit of the other model, to read them by;
@@ -35,8 +35,8 @@ class Compared:
 
     model: str
     folder: str
-    unmerged: Difference
-    quantized: Difference | None
+    unmerged: LogitDifference
+    quantized: LogitDifference | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MergeComparison:
     """Every merged model beside the unmerged ones. `reference`: the model as it was trained."""
 
     samples: int
@@ -76,10 +76,10 @@ def answered(name: str, seen: Seen, reference: Seen, rows: Sequence[Row]) -> Ans
     return Answered(name, same / len(rows), 100 * right / len(rows), right)
 
 
-def difference(merged: Tensor, other: Tensor) -> Difference:
+def difference(merged: Tensor, other: Tensor) -> LogitDifference:
     """Both [positions, vocabulary]."""
     gap = (merged - other).abs()
-    return Difference(
+    return LogitDifference(
         largest=float(gap.max()),
         mean=float(gap.mean()),
         logit_range=float(other.max() - other.min()),
@@ -87,7 +87,7 @@ def difference(merged: Tensor, other: Tensor) -> Difference:
     )
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
+def print_comparison(comparison: MergeComparison, console: Console) -> None:
     """Two tables."""
     title = (
         f"logits ({comparison.dtype}) at {comparison.positions} answer tokens "

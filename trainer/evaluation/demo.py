@@ -22,7 +22,7 @@ from launch.untrusted_files import printable
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import spread
+from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
 from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
@@ -49,7 +49,7 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
     """(image file, question, target) of rows with one image, spread over the test split."""
     rows, found = open_split(recipe, "test"), []
-    for number in spread(len(rows), count):
+    for number in evenly_spaced(len(rows), count):
         row = rows[number]
         file = folder / f"row-{number}.png"
         if len(row.images) != 1:

@@ -26,11 +26,11 @@ from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
-from trainer.evaluation.answers import Replica, make_batches, spread
+from trainer.evaluation.answers import Replica, evenly_spaced, make_batches
 from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.evaluation.metrics import summary_of
 from trainer.model.attention import stock_attention
-from trainer.model.base import DTYPES
+from trainer.model.base import RECIPE_DTYPES
 from trainer.task import Task
 
 BATCH_SIZE = 8  # of `evaluation.batch_size: auto`: beside the training's memory
@@ -84,7 +84,7 @@ def score_answers(
         processor,
         rows,
         task.recipe.evaluation.max_new_tokens,
-        DTYPES[task.plan.compute_dtype],
+        RECIPE_DTYPES[task.plan.compute_dtype],
         synced=synced,
     )
     predictions: dict[int, str] = {}
@@ -159,7 +159,7 @@ def _questions(task: Task, processor: ProcessorMixin, rows: Rows) -> list[_Quest
     recipe, split = task.recipe, task.index.splits["validation"]
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     questions = []
-    for sample in spread(len(split), recipe.evaluation.answers):
+    for sample in evenly_spaced(len(split), recipe.evaluation.answers):
         number = int(split.rows[sample])
         with naming_row(f"data: row {number} of the validation split"):
             row = rows[number]

@@ -21,11 +21,11 @@ from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.data.splits import Rows
 from trainer.evaluation.answers import Replica
-from trainer.evaluation.request import Task, Variant
+from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
-from trainer.model.base import DTYPES, load_base
+from trainer.model.base import RECIPE_DTYPES, load_base
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of
 
@@ -33,16 +33,26 @@ SHARE = 0.5  # of free memory; the rest is for activations, the cache of keys an
 
 
 def load_replica(
-    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: EvaluationTask,
+    processor: ProcessorMixin,
+    rows: Rows,
+    device: torch.device,
+    variants: Sequence[Variant],
 ) -> Replica:
     """The recipe's base with every adapter that the variants need."""
     recipe = task.recipe
     model = load_with_adapters(recipe, device, variants)
-    return Replica(model, processor, rows, recipe.evaluation.max_new_tokens, DTYPES[compute_dtype_of(recipe)])
+    return Replica(
+        model, processor, rows, recipe.evaluation.max_new_tokens, RECIPE_DTYPES[compute_dtype_of(recipe)]
+    )
 
 
 def load_merged(
-    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: EvaluationTask,
+    processor: ProcessorMixin,
+    rows: Rows,
+    device: torch.device,
+    variants: Sequence[Variant],
 ) -> Replica:
     """The run's merged model, unquantized, in the dtype it is stored in."""
     model = load_stored(task.request.run.merged, device)
@@ -58,7 +68,7 @@ def load_with_adapters(
         if folder is not None:
             model = add_adapter(model, folder)
     if device.type == "cuda" and recipe.model.resident_weights is not False:
-        hold_dequantized(model, DTYPES[compute_dtype_of(recipe)], torch.cuda.mem_get_info(device)[0])
+        hold_dequantized(model, RECIPE_DTYPES[compute_dtype_of(recipe)], torch.cuda.mem_get_info(device)[0])
     return model.eval()
 
 
@@ -94,7 +104,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> PeftModel:
     Raises:
         CheckpointError: it cannot be read, or does not fit the base.
     """
-    adapter, name = read_adapter(folder), name_of(folder)
+    adapter, name = read_adapter(folder), peft_name_of(folder)
     with TemporaryDirectory() as place:
         write_adapter(with_named_targets(adapter), Path(place))  # as PEFT's present version reads it
         if isinstance(model, PeftModel):
@@ -113,7 +123,7 @@ def with_named_targets(adapter: Adapter) -> Adapter:
     return replace(adapter, config=adapter.config | named | patterns)
 
 
-def name_of(folder: Path) -> str:
+def peft_name_of(folder: Path) -> str:
     """What PEFT calls the adapter of a folder: one name a folder, without dots, which part the names of modules."""
     return f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}".replace(".", "-")
 
@@ -124,7 +134,7 @@ def answering_as(model: Any, variant: Variant) -> AbstractContextManager[Any]:
         return nullcontext()
     if variant.adapter is None:
         return cast(AbstractContextManager[Any], model.disable_adapter())
-    model.set_adapter(name_of(variant.adapter))
+    model.set_adapter(peft_name_of(variant.adapter))
     return nullcontext()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from launch.errors import ConfigError, RunError
 from launch.recipe.schema import Recipe
 from trainer.data.relaxed_accuracy import correct
-from trainer.data.row_errors import reason_of
+from trainer.data.row_errors import describe_error
 
 logger = logging.getLogger("trainer")
 
@@ -122,7 +122,7 @@ def _own(name: str) -> Score:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a program of the user's
-        raise ConfigError(f"{key}: {path} cannot be loaded ({reason_of(error)}); correct it") from error
+        raise ConfigError(f"{key}: {path} cannot be loaded ({describe_error(error)}); correct it") from error
     score: Any = getattr(module, function, None)
     if not callable(score):
         raise ConfigError(
@@ -139,7 +139,7 @@ def _judged(name: str, score: Score, prediction: str, labels: Sequence[str]) -> 
         value = float(score(prediction, labels))
     except Exception as error:  # a program of the user's
         raise RunError(
-            f"evaluation.metrics: {name} fails on the answer {prediction[:80]!r} ({reason_of(error)}); correct it"
+            f"evaluation.metrics: {name} fails on the answer {prediction[:80]!r} ({describe_error(error)}); correct it"
         ) from error
     if not 0 <= value <= 1:
         raise RunError(

@@ -12,7 +12,7 @@ from launch.checkpoints.adapter_file import read_digest
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, SplitName
-from launch.inputs.identity import WEIGHTS, model_identity
+from launch.inputs.identity import WEIGHTS_PART, model_identity
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
@@ -23,7 +23,7 @@ from launch.run.variants import NO_PROMPT, file_suffix, parse_variant, read_prom
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is asked for. `models`: names as of `launch.run.variants`.
 
     `allow`: parts of the run's identity that may differ from the training's. `checkpoint`: the step of the checkpoint
@@ -68,10 +68,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """The request with what it needs."""
 
-    request: Request
+    request: EvaluationRequest
     recipe: Recipe
     index: Index
 
@@ -92,12 +92,12 @@ class Variant:
     system_message: str | None
 
 
-def variants_of(request: Request, recipe: Recipe) -> list[Variant]:
+def variants_of(request: EvaluationRequest, recipe: Recipe) -> list[Variant]:
     """Every model that is asked, in the order of the request. ConfigError when the prompt's file is gone."""
     return [_variant(model, request, recipe) for model in request.models]
 
 
-def _variant(model: str, request: Request, recipe: Recipe) -> Variant:
+def _variant(model: str, request: EvaluationRequest, recipe: Recipe) -> Variant:
     name = parse_variant(model)
     adapter = None
     if name.weights in ("adapter", "shuffled"):
@@ -120,7 +120,7 @@ def _message_of(suffix: str, file: Path | None) -> str:
     return read_prompt(file)
 
 
-def check_request(request: Request) -> None:
+def check_evaluation_request(request: EvaluationRequest) -> None:
     """Refuse what is missing before a model is loaded."""
     run = request.run
     if request.recipe_file is None and not run.recipe_file.is_file():
@@ -132,12 +132,12 @@ def check_request(request: Request) -> None:
     refuse_readonly(run.path, "the evaluation")
 
 
-def weights_of(request: Request, models: Iterable[str] = ()) -> dict[str, str | None]:
+def weights_of(request: EvaluationRequest, models: Iterable[str] = ()) -> dict[str, str | None]:
     """What these models are of now, those asked where none are named; None where that is not known."""
     return {model: _weights(request, model) for model in models or request.models}
 
 
-def _weights(request: Request, model: str) -> str | None:
+def _weights(request: EvaluationRequest, model: str) -> str | None:
     name = parse_variant(model)
     if name.weights == "base":
         return None
@@ -161,8 +161,8 @@ def _checkpoint_digest(folder: Path) -> str | None:
         return None
 
 
-def facts_of(
-    variant: Variant, request: Request, recipe: Recipe, identity: Mapping[str, str]
+def answer_facts(
+    variant: Variant, request: EvaluationRequest, recipe: Recipe, identity: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything that a variant's answers depend on beside the questions: equal facts, equal answers.
 
@@ -170,10 +170,10 @@ def facts_of(
     """
     weights: dict[str, Any]
     if variant.is_merged:
-        weights = {"merged": model_identity(request.run.merged).parts[WEIGHTS]}
+        weights = {"merged": model_identity(request.run.merged).parts[WEIGHTS_PART]}
     else:
         weights = {
-            "base": identity.get(WEIGHTS),
+            "base": identity.get(WEIGHTS_PART),
             "quantization": recipe.quantization.model_dump(),
             "dtype": recipe.model.dtype,
             "adapter": variant.adapter and (read_digest(variant.adapter) or _digest_of_any(variant.adapter)),

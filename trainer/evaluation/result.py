@@ -25,14 +25,14 @@ from launch.run.variants import in_order
 from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
 from trainer.evaluation.metrics import Accuracy, Paired, summary_of
-from trainer.evaluation.request import Request, Task, variants_of
+from trainer.evaluation.request import EvaluationRequest, EvaluationTask, variants_of
 from trainer.evaluation.stored_answers import Kept, compared, probabilities
 
 _COMMAND = Path(sys.executable).with_name("samestep")
 
 
 def result_of(
-    task: Task,
+    task: EvaluationTask,
     questions: Sequence[Question],
     answers: Sequence[Answer],
     world_size: int,
@@ -124,7 +124,7 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def print_result(kept: Kept, request: Request, console: Console) -> None:
+def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> None:
     """The accuracies as a table, then the paths and what to type next."""
     run, result = request.run, kept.result
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
@@ -199,7 +199,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def print_json(kept: Kept, request: Request) -> None:
+def print_json(kept: Kept, request: EvaluationRequest) -> None:
     """The figures, without the answers, and where those are."""
     figures = {key: value for key, value in kept.result.items() if key != "predictions"}
     sys.stdout.write(json.dumps({**figures, "file": str(request.file)}, indent=1, ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write
-from launch.checkpoints.adapter_file import WEIGHTS
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS
 from launch.run.variants import from_worse_to_better, parse_variant
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
@@ -190,7 +190,8 @@ def _is_current(model: str, older: dict[str, Any], weights: Mapping[str, str | N
         return bool(told == now) or (now is None and name.step is not None)
     try:  # an older version did not say: by age
         return (
-            datetime.fromisoformat(_finished(older, model)).timestamp() >= (adapter / WEIGHTS).stat().st_mtime
+            datetime.fromisoformat(_finished(older, model)).timestamp()
+            >= (adapter / ADAPTER_WEIGHTS).stat().st_mtime
         )
     except (OSError, ValueError, TypeError):
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
 from trainer.export.adapter_config import (
     Values,
@@ -20,9 +21,9 @@ from trainer.export.adapter_config import (
     refuse_unknown_methods,
     written_module,
 )
-from trainer.formats.detect import ADAPTER_CONFIG, ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
 from trainer.formats.key_names import PREFIX, lora_part
-from trainer.formats.validated import checked, read_json
+from trainer.formats.validated import checked, read_json_object
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class AdapterOverrides:
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """One LoRA pair. `module` is its name in the adapter; the change of the weight is scaling * b @ a.
 
     With a `magnitude` (DoRA) every row of the sum is then brought to that length.
@@ -88,7 +89,7 @@ class Adapter:
     form: str
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LoraPair, ...]
     saved: tuple[Saved, ...]
 
     @property
@@ -163,7 +164,7 @@ def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple
     if missing.adapter_config is not None:
         given = missing.adapter_config.expanduser()
         file = given / ADAPTER_CONFIG if given.is_dir() else given
-        config = read_json(file)
+        config = read_json_object(file)
     elif imported.config is not None and imported.config_file is not None:
         file, config = imported.config_file, dict(imported.config)
     elif missing.lora_alpha is not None:
@@ -213,7 +214,9 @@ def _belongs(module: str, name: str) -> bool:
     return any(".".join(parts[: number + 1]).endswith(name) for number in range(len(parts)))
 
 
-def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Pair:
+def _pair(
+    source: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> LoraPair:
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     if set(sides) != wanted:
         raise CheckpointError(
@@ -245,4 +248,4 @@ def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: 
         )
     alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(module, a, b, scaling, None if magnitude is None else magnitude.view(-1))
+    return LoraPair(module, a, b, scaling, None if magnitude is None else magnitude.view(-1))

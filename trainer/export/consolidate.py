@@ -22,13 +22,14 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save_file
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.console import add_row
 from launch.errors import CheckpointError, SamestepError
 from launch.option_values import for_argparse, place, positive
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
 from trainer.export.output_folder import atomic_output, refuse_place
-from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
 from trainer.formats.validated import read_tensors
 from trainer.logging_setup import print_error, setup_logging
 

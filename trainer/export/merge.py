@@ -42,9 +42,9 @@ from trainer.export.merge_plan import (
 )
 from trainer.export.model_card import merge_record, model_card
 from trainer.export.output_folder import atomic_output
-from trainer.export.verify import BaseRows, MergeReport, verify
-from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, TORCH_DTYPES, write_shard
-from trainer.formats.validated import read_json
+from trainer.export.verify import BaseRows, MergeReport, verify_merged
+from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, SAFETENSORS_DTYPES, write_shard
+from trainer.formats.validated import read_json_object
 from trainer.logging_setup import print_error, setup_logging
 
 
@@ -80,7 +80,7 @@ def _write_then_verify(plan: MergePlan, tmp_dir: Path) -> MergeReport:
                 lambda count: progress.advance(writing, count),
             )
         verifying = progress.add_task("verify", total=plan.bytes_read)
-        return verify(plan, tmp_dir, digests, lambda count: progress.advance(verifying, count))
+        return verify_merged(plan, tmp_dir, digests, lambda count: progress.advance(verifying, count))
 
 
 def _merged_rows(plan: MergePlan, name: str, begin: int, rows: Any) -> Any:
@@ -92,11 +92,11 @@ def _copy_files(plan: MergePlan, tmp_dir: Path) -> None:
     for file in plan.files:
         shutil.copyfile(file, tmp_dir / file.name)
     config_file, index_file = tmp_dir / "config.json", plan.base / INDEX_FILE
-    config = read_json(config_file)
+    config = read_json_object(config_file)
     if _set_dtype(config, plan):
         config_file.write_text(json.dumps(config, indent=2) + "\n")
     if index_file.exists():
-        index = read_json(index_file)
+        index = read_json_object(index_file)
         total = sum(
             e.bytes_as(plan.dtypes[name]) for shard in plan.shards for name, e in shard.entries.items()
         )
@@ -115,7 +115,7 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
     }
     if before == after:
         return False
-    name = str(TORCH_DTYPES[after.pop()]).removeprefix("torch.")
+    name = str(SAFETENSORS_DTYPES[after.pop()]).removeprefix("torch.")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in section:

@@ -8,10 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, open_plain
-from trainer.export.adapter import Adapter, AdapterOverrides, Pair, Saved, read_adapter, refuse_untrained
+from trainer.export.adapter import Adapter, AdapterOverrides, LoraPair, Saved, read_adapter, refuse_untrained
 from trainer.export.base_model import (
     COPIED,
     BaseCheck,
@@ -24,7 +25,6 @@ from trainer.export.base_model import (
 )
 from trainer.export.output_folder import refuse_place
 from trainer.export.requantize import Rounding, rounding_of
-from trainer.formats.detect import ADAPTER_CONFIG
 from trainer.formats.key_names import canonical_name
 from trainer.formats.safetensors_blocks import FLOATS, Shard, read_base_shards
 from trainer.formats.validated import unreadable_is_refused
@@ -48,7 +48,7 @@ class MergePlan:
     base_check: BaseCheck
     output: Path
     shards: tuple[Shard, ...]
-    targets: dict[str, Pair | Saved]  # by the tensor name in the base
+    targets: dict[str, LoraPair | Saved]  # by the tensor name in the base
     rounding: Rounding | None  # with `--base dequantized`
     rounded: frozenset[str]  # tensor names in the base that it rounds
     dtypes: dict[str, str]  # stored type of every tensor, as safetensors says it
@@ -123,18 +123,18 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     return plan
 
 
-def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict[str, Pair | Saved]:
+def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict[str, LoraPair | Saved]:
     """Match every LoRA pair and saved tensor to the one tensor of its shape, by that tensor's name on disk."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     names: dict[str, list[str]] = {}
     for name in entries:
         names.setdefault(canonical_name(name), []).append(name)
-    wanted: list[tuple[str, Pair | Saved]] = [
+    wanted: list[tuple[str, LoraPair | Saved]] = [
         *((canonical_name(pair.module) + ".weight", pair) for pair in adapter.pairs),
         *((f"{canonical_name(saved.module)}.{saved.parameter}", saved) for saved in adapter.saved),
     ]
     tied = ties_embeddings(base)
-    targets: dict[str, Pair | Saved] = {}
+    targets: dict[str, LoraPair | Saved] = {}
     problems: list[str] = []
     for name, target in wanted:
         matches = names.get(name, [])

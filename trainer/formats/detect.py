@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from launch.checkpoints.manifest import MANIFEST, read_manifest
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from launch.checkpoints.manifest import MANIFEST, OPTIMIZER_FILE, SHARDS, read_manifest
 from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, printable
 from trainer.formats.dcp import distributed_keys, load_distributed
@@ -22,17 +23,14 @@ from trainer.formats.optimizer_state import by_index, by_name
 from trainer.formats.safetensors_blocks import read_shard, read_weight_map
 from trainer.formats.torch_files import load_mapping, mapping
 from trainer.formats.validated import (
-    read_json,
+    read_json_object,
     read_tensors,
     refuse_more_than_memory,
     unreadable_is_refused,
     whole_number,
 )
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 DISTRIBUTED, DISTRIBUTED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-SHARDS = "shards"  # in a sharded checkpoint of ours
 FULL, FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
 OPTIMIZER_PREFIX = "optimizer.state."
 NUMBERED_OPTIMIZER, TRAINER_STATE = "optimizer.pt", "trainer_state.json"
@@ -314,7 +312,7 @@ def _with_step(imported: ImportedCheckpoint) -> ImportedCheckpoint:
         if (folder / MANIFEST).is_file():
             return _with_losses(replace(imported, step=int(read_manifest(folder)["facts"]["step"])))
         if (folder / TRAINER_STATE).is_file():
-            step = read_json(folder / TRAINER_STATE, TABLE).get("global_step")
+            step = read_json_object(folder / TRAINER_STATE, TABLE).get("global_step")
             if step is None:
                 return _with_losses(imported)
             return _with_losses(
@@ -333,6 +331,8 @@ def _with_config(imported: ImportedCheckpoint) -> ImportedCheckpoint:
     for folder in _holders(imported):
         if (folder / ADAPTER_CONFIG).is_file():
             return replace(
-                imported, config=read_json(folder / ADAPTER_CONFIG), config_file=folder / ADAPTER_CONFIG
+                imported,
+                config=read_json_object(folder / ADAPTER_CONFIG),
+                config_file=folder / ADAPTER_CONFIG,
             )
     return imported

@@ -54,7 +54,7 @@ def unreadable_is_refused(file: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def read_json(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
+def read_json_object(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
     """Read the object in a JSON file of at most `limit` bytes. CheckpointError when it is missing or something else."""
     try:
         return read_mapping(file, limit)

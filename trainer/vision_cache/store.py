@@ -32,14 +32,14 @@ import psutil
 
 from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.errors import ConfigError
+from launch.hardware import SHARED_MEMORY
 from launch.inputs.caches import cache_root
 from launch.units import decimal_size
 from launch.untrusted_files import UNREADABLE, read_bytes, read_json
-from trainer.vision_cache.cache_key import differences
+from trainer.vision_cache.cache_key import describe_difference
 from trainer.vision_cache.file import Features, FlawError, Kind, encode, read
 
 Place = Literal["memory", "disk"]
-SHARED_MEMORY = Path("/dev/shm")
 DISK_BYTES = 100 * 10**9
 """By default. All of ChartQA's charts take 93 GB from a 7B model."""
 SPARED = 0.05
@@ -55,7 +55,7 @@ class FullError(Exception):
     """Why nothing more can be kept."""
 
 
-def name_of(image: bytes) -> str:
+def image_name(image: bytes) -> str:
     """The name of an image's features: the sha256 of its encoded bytes, hexadecimal."""
     return sha256(image).hexdigest()
 
@@ -231,7 +231,7 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
     return found
 
 
-def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
+def describe_cache(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     """Where features are kept and how many; which are of no use, and why."""
     kept = _used(cache.folder)
     yield (
@@ -241,7 +241,7 @@ def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     for folder in _folders(cache.root):
         if folder != cache.folder and (size := _used(folder)):
             try:
-                why = differences(facts, read_json(folder / "about.json"))
+                why = describe_difference(facts, read_json(folder / "about.json"))
             except (OSError, ValueError, AttributeError):
                 why = "nothing says what made them"
             yield f"vision features: {decimal_size(size)} in {folder} are ignored: {why}"

@@ -10,7 +10,16 @@ import torch
 
 from launch.inputs.families import read_shape, shape_of
 from launch.inputs.model_shape import ModelShape
-from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, layer_bytes, load_of, memory_of
+from launch.planning.memory import (
+    Kernels,
+    Load,
+    Memory,
+    Packed,
+    Settings,
+    layer_activation_bytes,
+    load_of,
+    memory_of,
+)
 from launch.planning.memory import trained_parameters as planned_parameters
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
@@ -66,7 +75,7 @@ def test_a_layer_is_planned_to_keep_the_bytes_that_autograd_saves(
         saved = saved_bytes(model, keys, torch.device("cpu"))
     finally:
         torch.set_autocast_enabled("cpu", False)  # autocast leaves behind what it was told it found
-    assert saved == pytest.approx(layer_bytes(load), abs=1)
+    assert saved == pytest.approx(layer_activation_bytes(load), abs=1)
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     assert planned_parameters(load) == count
 

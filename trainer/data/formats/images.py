@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.untrusted_files import TABLE, UntrustedFileError, path_inside, printable, read_bytes
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _KEYS = ("bytes", "path", "image", "url")
@@ -93,7 +93,7 @@ def _read(place: Path, path: str) -> bytes:
     try:
         return read_bytes(place, TABLE)
     except Exception as error:  # whatever the disk or the gate says: it is the row's fault, and one of many
-        why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
         raise RowError(
             f"the image file {printable(str(Path(path) if Path(path).is_absolute() else place.absolute()))} cannot be "
             f"read ({why}); give the bytes, or the path of a file that every machine can read"

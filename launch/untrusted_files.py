@@ -190,8 +190,10 @@ def parse_yaml(text: str) -> Any:
         TypeError,
         ArithmeticError,
     ) as error:  # `!!int a`, 5,000 digits
-        told = _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
-        raise ValueError(printable(told)) from None
+        problem = (
+            _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
+        )
+        raise ValueError(printable(problem)) from None
     _judge(value)
     return value
 

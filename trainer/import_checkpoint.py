@@ -63,18 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        recipe = load_recipe(find_recipe(given.recipe), given.set)
+        recipe = load_recipe(find_recipe(options.recipe), options.set)
         index = read_index(recipe) or prepare(recipe)
-        imported = import_checkpoint(given.source)
+        imported = import_checkpoint(options.source)
         refuse_what_we_do_not_train(recipe, imported)
-        write_checkpoint(recipe, index, imported, given.output)
+        write_checkpoint(recipe, index, imported, options.output)
     except SamestepError as error:
         return print_error(error)
     print(
-        f"{printable(str(given.source))}: {imported.form}, step {imported.step or 0}; imported: "
+        f"{printable(str(options.source))}: {imported.form}, step {imported.step or 0}; imported: "
         f"{', '.join(_taken(imported))}"
     )
     for lost in (*imported.lost, *_lost_always(recipe, imported)):
@@ -158,8 +158,8 @@ def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
         if getattr(recipe.lora, key) and not config.get(key):
             old[f"lora.{key}"] = config.get(key)
     targets = config.get("target_modules")
-    wanted = recipe.lora.target_modules
-    if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
+    target_modules = recipe.lora.target_modules
+    if isinstance(targets, list) and not isinstance(target_modules, str) and {*targets} != {*target_modules}:
         old["lora.target_modules"] = sorted(targets)
     base = config.get("base_model_name_or_path")
     name = recipe.model.name_or_path

@@ -47,7 +47,7 @@ from trainer.data.lengths import BadRow, Measured, check_against_processor, meas
 from trainer.data.row_errors import RowError
 from trainer.data.splits import Rows, open_split, sources
 from trainer.logging_setup import print_error, setup_logging
-from trainer.prepare_vision import fill, survey
+from trainer.prepare_vision import fill, find_missing
 from trainer.pretrained import fetch_base, load_processor
 from trainer.progress_bars import BeginProgress, progress_reports
 
@@ -183,9 +183,9 @@ def _shared_rows(recipe: Recipe, opened: Sequence[tuple[SplitName, Rows]]) -> It
 
 def _check_system_message(encoder: Encoder) -> None:
     """It is in every row: a special token in it spoils them all."""
-    if found := encoder.control_tokens.search(encoder.system_message or ""):
+    if match := encoder.control_tokens.search(encoder.system_message or ""):
         raise ConfigError(
-            f"data.system_message: holds the special token {found[0]}, which the model does not read as text; "
+            f"data.system_message: holds the special token {match[0]}, which the model does not read as text; "
             "take it out"
         )
 
@@ -262,8 +262,8 @@ def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None
             "data.vision_cache=disk"
         )
     with progress_reports(quiet=quiet) as begin:
-        filling = survey(recipe, index, begin("looking at the images"))
-    print("\n".join(filling.said), flush=True)
+        filling = find_missing(recipe, index, begin("looking at the images"))
+    print("\n".join(filling.notes), flush=True)
     if filling.missing:
         with progress_reports(quiet=quiet) as begin:
             fill(filling, begin("computing vision features"))

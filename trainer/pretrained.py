@@ -247,8 +247,8 @@ def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the recipe gives one, and it is beyond the processor's other.
     """
-    given = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
-    bounds = own | {edge: pixels for edge, pixels in given.items() if pixels is not None}
+    own_bounds = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
+    bounds = own | {edge: pixels for edge, pixels in own_bounds.items() if pixels is not None}
     least, most = bounds["shortest_edge"], bounds["longest_edge"]
     if least > most and recipe.data.max_pixels is None:
         raise ConfigError(

@@ -165,8 +165,8 @@ def not_plain(path: Path, mode: int) -> str | None:
     return f"{printable(str(path))}: is no plain file ({kind}); {_OLDER}"
 
 
-def _other_content(path: Path, found: str, published: str) -> str:
-    return f"{printable(str(path))}: has another content (sha256 {found}, {published} published); {_OLDER}"
+def _other_content(path: Path, digest: str, published: str) -> str:
+    return f"{printable(str(path))}: has another content (sha256 {digest}, {published} published); {_OLDER}"
 
 
 def _digest(path: Path) -> str:

@@ -38,10 +38,10 @@ def rotate_checkpoints(
     ]
     if len(published) <= keep:
         return
-    wanted, older = keep, []
+    still_to_keep, older = keep, []
     for step, folder in reversed(published):
-        if wanted:
-            wanted -= inspect_checkpoint(folder, step, published=True, verify=True).valid
+        if still_to_keep:
+            still_to_keep -= inspect_checkpoint(folder, step, published=True, verify=True).valid
         elif inspect_checkpoint(folder, step, published=True, verify=False).valid:
             older.append(folder)
     for folder in reversed(older):

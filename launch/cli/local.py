@@ -27,7 +27,7 @@ from launch.cli.options import (
     nodes_option,
     with_early_stop,
 )
-from launch.cli.tables import plan_json, say_allowed, show_memory, show_plan
+from launch.cli.tables import plan_json, show_allowed, show_memory, show_plan
 from launch.console import echo, emit
 from launch.option_values import host, whole
 
@@ -220,7 +220,7 @@ def _dry_run(request: planned_run.RunRequest) -> None:
     from launch.local.launcher import run_command
 
     planned = planned_run.plan_run(import_foreign_checkpoint(request))
-    say_allowed(planned.changed)
+    show_allowed(planned.changed)
     show_plan(planned.plan)
     echo(planned_run.describe_start(planned, request))
     if request.fresh or not planned_run.is_done(planned):
@@ -241,7 +241,7 @@ def _run_here(request: planned_run.RunRequest) -> None:
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
             )
             return
-        say_allowed(planned.changed)
+        show_allowed(planned.changed)
         with planned_run.moved_aside(planned.run, request.fresh) as old:
             if old:
                 echo(f"the older run is now {old}")

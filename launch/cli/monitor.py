@@ -49,16 +49,16 @@ def status(
         emit("[]") if as_json else echo(_NO_RUNS.format(runs_dir))
         return
     now = time.time()
-    chosen = [find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
-    found = [status_of(run, show_job, now) for run in chosen]
+    runs_shown = [find_run(run, runs_dir) for run in runs] if runs else runs_below(runs_dir)
+    statuses = [status_of(run, show_job, now) for run in runs_shown]
     if as_json:
-        emit(json.dumps([one.to_json() for one in found], indent=1))
+        emit(json.dumps([one.to_json() for one in statuses], indent=1))
         return
-    if not found:
+    if not statuses:
         echo(_NO_RUNS.format(runs_dir))
         return
-    _show_table([row(one, now) for one in found])
-    for note in (note for one in found for note in one.notes):
+    _show_table([row(one, now) for one in statuses])
+    for note in (note for one in statuses for note in one.notes):
         echo(note)
 
 
@@ -89,14 +89,14 @@ def logs(
     from launch.run.lock import lock_holder
     from launch.slurm.attempts import read_ledger
 
-    found = find_run(run, runs_dir)
-    files = log_files(found, rank)
-    may_begin = read_ledger(found).job or lock_holder(found.path)
+    place = find_run(run, runs_dir)
+    files = log_files(place, rank)
+    may_begin = read_ledger(place).job or lock_holder(place.path)
     if not files and not (follow and may_begin):
-        raise no_log(found, rank)
+        raise no_log(place, rank)
     try:
         if follow:
-            _follow(found, rank)
+            _follow(place, rank)
             return
         for file in files:
             with open_plain(file) as handle:
@@ -171,22 +171,22 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
     place = find_run(run, runs_dir, whole=False)
     console = table_console(to_stderr=as_json)
     with console.status("reading") as status:  # says nothing where nobody watches
-        found = scan_checkpoints(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
+        scanned = scan_checkpoints(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
     if as_json:
-        emit(json.dumps(as_objects(found), indent=1))
+        emit(json.dumps(as_objects(scanned), indent=1))
         return
-    if not found and place.adapter.exists():
+    if not scanned and place.adapter.exists():
         echo(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
         return
-    if not found:
+    if not scanned:
         echo(
             f"{place.path}: no checkpoint yet (see checkpoint.every_steps); start or resume it with `samestep run`"
         )
         return
     title = Text(printable(f"checkpoints of {place.name}"))
     table = Table(*CHECKPOINT_COLUMNS, title=title, title_justify="left")
-    for row in checkpoint_rows(found, time.time()):
+    for row in checkpoint_rows(scanned, time.time()):
         add_row(table, *row)
     console.print(table)
-    for line in reasons(found, old_plan(place)):
+    for line in reasons(scanned, old_plan(place)):
         echo(line)

@@ -117,14 +117,14 @@ def evaluate(
     from launch.local import postprocess
     from launch.run.evaluation_target import find_target
 
-    found = find_target(target, runs_dir, recipe, overrides)
+    evaluated = find_target(target, runs_dir, recipe, overrides)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     words = [word for part in allow for word in ("--allow", part)]
     suffix, message = prompt_option(prompt)
-    asked = with_prompt(models.split(",") if models else found.models, suffix)
+    model_names = with_prompt(models.split(",") if models else evaluated.models, suffix)
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
-    postprocess.start_evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
+    postprocess.start_evaluate(evaluated, model_names, ["--split", split, *limit, *words], gpus_per_node)
 
 
 @commands.command(

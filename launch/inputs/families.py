@@ -122,9 +122,9 @@ def _tower(
 ) -> dict[str, TowerLinear]:
     """The tower's linear layers: of each block attention and MLP, whose last leads back; two of each merger."""
     blocks, merged = sizes["vision_blocks"], width * sizes["patches_per_token"]
-    found = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    found |= {f"mlp.{name}": (inner, width) for name in mlp[:-1]} | {f"mlp.{mlp[-1]}": (width, inner)}
-    linears = {f"blocks.*.{name}": TowerLinear(blocks, *shape) for name, shape in found.items()}
+    shapes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    shapes |= {f"mlp.{name}": (inner, width) for name in mlp[:-1]} | {f"mlp.{mlp[-1]}": (width, inner)}
+    linears = {f"blocks.*.{name}": TowerLinear(blocks, *shape) for name, shape in shapes.items()}
     for merger, copies in mergers.items():
         linears[f"{merger}.{ends[0]}"] = TowerLinear(copies, merged, merged)
         linears[f"{merger}.{ends[1]}"] = TowerLinear(copies, sizes["hidden"], merged)

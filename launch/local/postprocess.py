@@ -70,10 +70,10 @@ class MergeOptions:
 
     def flags(self, *names: str) -> list[str]:
         """The command line of those named that were given."""
-        given = [(name, getattr(self, name)) for name in names]
+        values = [(name, getattr(self, name)) for name in names]
         return [
             word
-            for name, value in given
+            for name, value in values
             if value is not None
             for word in (
                 f"--{name.replace('_', '-')}",
@@ -153,7 +153,7 @@ def start_consolidate(source: str, output: Path, options: MergeOptions, runs_dir
 def _find_source(source: str, runs_dir: Path) -> Path:
     """A run by name below `runs_dir`, or a folder or file by path. ConfigError when there is none."""
     named = runs_dir.expanduser() / source
-    found = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
-    if not found.exists():
-        raise ConfigError(f"{source}: no such run or folder ({named}, {found}); see --runs-dir")
-    return found
+    folder = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
+    if not folder.exists():
+        raise ConfigError(f"{source}: no such run or folder ({named}, {folder}); see --runs-dir")
+    return folder

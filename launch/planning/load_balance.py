@@ -222,8 +222,8 @@ class RankBalancer:
         return grown <= self.room[self.bin_of[take]] and -grown <= self.room[self.bin_of[give]]
 
     def _swap(self, heaviest: int, lighter: int, give: int, take: int) -> None:
-        given, grown = self.work[give] - self.work[take], self.lengths[give] - self.lengths[take]
-        for rank, change in ((heaviest, -given), (lighter, given)):
+        moved_work, grown = self.work[give] - self.work[take], self.lengths[give] - self.lengths[take]
+        for rank, change in ((heaviest, -moved_work), (lighter, moved_work)):
             del self.by_load[bisect_left(self.by_load, (self.loads[rank], rank))]
             self.loads[rank] += change
             insort(self.by_load, (self.loads[rank], rank))
@@ -259,8 +259,8 @@ def _best_swap(
         for run in (range(middle, end), range(middle - 1, -1, -1)):  # from g = gap / 2 outwards
             for at in run:
                 theirs, take = other[at]
-                given = mine - theirs
-                top = given if 2 * given > gap else gap - given
+                moved_work = mine - theirs
+                top = moved_work if 2 * moved_work > gap else gap - moved_work
                 if top >= best:
                     break
                 if fits(give, take):

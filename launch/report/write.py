@@ -217,8 +217,8 @@ def _pairs_between(runs: Sequence[RunRecords]) -> list[VariantPair]:
             theirs = next((each for each in second.evaluations if each.split == mine.split), None)
             if theirs is not None:
                 shared = [variant for variant in mine.variants if variant in theirs.variants]
-                found = (pair_runs(mine, theirs, variant) for variant in shared)
-                pairs += [pair for pair in found if pair is not None]
+                paired = (pair_runs(mine, theirs, variant) for variant in shared)
+                pairs += [pair for pair in paired if pair is not None]
     return pairs
 
 

@@ -313,10 +313,10 @@ def gpu_has_8_bit_products(request: PlanRequest) -> str | None:
             f"model.products: fp8 on a GPU of compute capability {capability[0]}.{capability[1]} (8.9 is needed); "
             "set it to bf16, or use a newer GPU (L4, L40S, H100 or later)"
         )
-    asked = {"model.dtype": recipe.model.dtype}
+    dtypes = {"model.dtype": recipe.model.dtype}
     if recipe.quantization.load_in_4bit:
-        asked["quantization.bnb_4bit_compute_dtype"] = recipe.quantization.bnb_4bit_compute_dtype
-    if wrong := [key for key, dtype in asked.items() if dtype != "bfloat16"]:
+        dtypes["quantization.bnb_4bit_compute_dtype"] = recipe.quantization.bnb_4bit_compute_dtype
+    if wrong := [key for key, dtype in dtypes.items() if dtype != "bfloat16"]:
         return (
             f"model.products: fp8 with {', '.join(wrong)} float32; set to bfloat16, or model.products to bf16"
         )

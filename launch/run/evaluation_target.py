@@ -187,12 +187,12 @@ def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
     """ConfigError where what answers or what is asked differs from the run's."""
     before, now = altering_values(load_recipe(run.recipe_file)), altering_values(recipe)
     of_answers = ("model.", "quantization.", "data.")
-    if found := [change for change in changes(before, now) if change.key.startswith(of_answers)]:
+    if differing := [change for change in changes(before, now) if change.key.startswith(of_answers)]:
         raise ConfigError(
             [
-                *map(str, found),
-                f"{run.path}: is a run of another recipe (values that differ: {len(found)}); evaluate the run, or give "
-                "the recipe another name with --set name=NAME",
+                *map(str, differing),
+                f"{run.path}: is a run of another recipe (values that differ: {len(differing)}); evaluate the run, or "
+                "give the recipe another name with --set name=NAME",
             ]
         )
 

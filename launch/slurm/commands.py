@@ -29,18 +29,19 @@ def sbatch(script: Path, text: str, *options: str) -> str:
     done = _slurm("sbatch", "--parsable", *options, str(script), without=overriding_variables(text))
     if done.returncode:
         words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-        said = "; ".join(word for word in words if word.strip()) or "without a word"
-        if "timed out" in said:  # of sbatch, not of the controller, which may have taken the job
+        message = "; ".join(word for word in words if word.strip()) or "without a word"
+        if "timed out" in message:  # of sbatch, not of the controller, which may have taken the job
             raise UnansweredError(
-                f"sbatch: no answer about {script.name} ({said}); see `squeue` whether the job is there before you "
+                f"sbatch: no answer about {script.name} ({message}); see `squeue` whether the job is there before you "
                 "submit again"
             )
-        if "contact slurm controller" in said:
+        if "contact slurm controller" in message:
             raise ConfigError(
-                f"sbatch: cannot reach the Slurm controller ({said}); submit again when `scontrol ping` says it is up"
+                f"sbatch: cannot reach the Slurm controller ({message}); submit again when `scontrol ping` says it "
+                "is up"
             )
         raise ConfigError(
-            f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
+            f"sbatch: refused {script.name} (exit status {done.returncode}): {message}; "
             "see `sinfo` and `sacctmgr show assoc` for what you may use"
         )
     return parse_job_id(done.stdout)
@@ -53,9 +54,9 @@ def show_job(job: str) -> JobFacts | None:
 
 def most_cpus(partition: str | None) -> int | None:
     """CPUs of the largest node of a partition, or of all; None where Slurm does not say."""
-    chosen = [f"--partition={partition}"] if partition else []
+    selection = [f"--partition={partition}"] if partition else []
     counts = re.findall(
-        r"^\s*(\d+)\s*$", _answer("sinfo", "--noheader", "--Node", *chosen, "--format=%c"), re.M
+        r"^\s*(\d+)\s*$", _answer("sinfo", "--noheader", "--Node", *selection, "--format=%c"), re.M
     )
     return max(map(int, counts), default=None)
 

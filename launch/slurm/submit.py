@@ -59,10 +59,10 @@ def request_for_site(
     request: planned_run.RunRequest, site: Site, nodes: int, gpus_per_node: int
 ) -> planned_run.RunRequest:
     """The request for the site's nodes: this machine does not count, nor its packages if another Python runs."""
-    chosen = choose_topology(request.strategy, nodes, gpus_per_node)
+    here = choose_topology(request.strategy, nodes, gpus_per_node)
     memory = parse_gpu_memory(site.gpu_memory) if site.gpu_memory and site.device == "cuda" else None
     topology = Topology(
-        chosen.strategy, nodes, gpus_per_node, site.device, memory, packages_here=not other_packages(site)
+        here.strategy, nodes, gpus_per_node, site.device, memory, packages_here=not other_packages(site)
     )
     return replace(request, topology=topology)
 
@@ -87,8 +87,8 @@ def refuse_short_time(site: Site) -> None:
 
 def refuse_too_many_cpus(site: Site, processes: int) -> None:
     """ConfigError when no node of the partition has as many CPUs as the processes of one are to get."""
-    most, wanted = most_cpus(site.partition), site.cpus_per_process * processes
-    if most is None or wanted <= most:
+    most, needed = most_cpus(site.partition), site.cpus_per_process * processes
+    if most is None or needed <= most:
         return
     where = f"partition {site.partition}" if site.partition else "this cluster"
     fewer = most // processes
@@ -152,8 +152,10 @@ def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
 
 def _caches() -> dict[str, str]:
     """Where this shell has its caches: a job must find the same in a container, and submitted from another shell."""
-    found = {name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ}
-    return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **found}
+    own_caches = {
+        name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ
+    }
+    return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **own_caches}
 
 
 def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:

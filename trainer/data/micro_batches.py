@@ -116,11 +116,11 @@ def assemble(
         with naming_row(f"data: sample {number} (row {split.rows[number]})"):
             samples.append(encoder(row))
     for number, sample in zip(batch.samples, samples, strict=True):
-        found = (len(sample.input_ids), sample.target_tokens)
+        counts = (len(sample.input_ids), sample.target_tokens)
         indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
-        if found != indexed:
+        if counts != indexed:
             raise RunError(
-                f"data: sample {number} (row {split.rows[number]}) has {found[0]} tokens of which {found[1]} are "
+                f"data: sample {number} (row {split.rows[number]}) has {counts[0]} tokens of which {counts[1]} are "
                 f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
     processor = encoder.processor

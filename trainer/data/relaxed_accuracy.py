@@ -19,9 +19,9 @@ def correct(prediction: str, target: str) -> bool:
     without either.
     """
     prediction, target = _normalized(prediction), _normalized(target)
-    predicted, wanted = _number(prediction), _number(target)
-    if predicted is not None and wanted:
-        return abs(predicted - wanted) / abs(wanted) <= TOLERANCE
+    predicted, expected = _number(prediction), _number(target)
+    if predicted is not None and expected:
+        return abs(predicted - expected) / abs(expected) <= TOLERANCE
     return prediction.lower() == target.lower()
 
 

@@ -214,8 +214,8 @@ def _first_line(error: BaseException) -> str:
 
 def sources(rows_by_split: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
     """In a line for each, what the splits' rows were taken for; equal ones once."""
-    said: set[str] = set()
+    described: set[str] = set()
     for split, rows in rows_by_split:
-        if rows.kind.said and rows.kind.said not in said:
-            said.add(rows.kind.said)
-            yield f"data.format of {split}: {rows.kind.said}"
+        if rows.kind.description and rows.kind.description not in described:
+            described.add(rows.kind.description)
+            yield f"data.format of {split}: {rows.kind.description}"

@@ -29,20 +29,20 @@ MARGIN = 2
 
 @dataclass(frozen=True)
 class Way:
-    """How many data workers a rank has, and whether they use the pipe. `said`: why it is not as asked for, or empty."""
+    """How many data workers a rank has, and whether they use the pipe. `notice`: why not as asked for, or empty."""
 
     workers: int
     by_pipe: bool = False
-    said: str = ""
+    notice: str = ""
 
 
 def free_shared_memory() -> tuple[int, int]:
     """Bytes of shared memory: free now, and all."""
     try:
-        found = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0, 0
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
 def choose_way(workers: int, ahead: int, batch_bytes: int, ranks: int) -> Way:
@@ -51,13 +51,13 @@ def choose_way(workers: int, ahead: int, batch_bytes: int, ranks: int) -> Way:
     needed = MARGIN * ranks * workers * ahead * batch_bytes
     if workers == 0 or needed <= free:
         return Way(workers)
-    found = (
+    reason = (
         f"{SHARED_MEMORY}: {_mb(free)} of {_mb(total)} free, micro-batches read ahead may take {_mb(needed)}"
     )
     if free < LEAST_BYTES:
-        return Way(0, said=f"{found}; each rank reads its data itself")
+        return Way(0, notice=f"{reason}; each rank reads its data itself")
     return Way(
-        workers, by_pipe=True, said=f"{found}; they come through pipes, which is slower for large images"
+        workers, by_pipe=True, notice=f"{reason}; they come through pipes, which is slower for large images"
     )
 
 

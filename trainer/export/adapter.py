@@ -162,8 +162,8 @@ def refuse_untrained(adapter: Adapter) -> None:
 
 def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[dict[str, Any], Path]:
     if missing.adapter_config is not None:
-        given = missing.adapter_config.expanduser()
-        file = given / ADAPTER_CONFIG if given.is_dir() else given
+        place = missing.adapter_config.expanduser()
+        file = place / ADAPTER_CONFIG if place.is_dir() else place
         config = read_json_object(file)
     elif imported.config is not None and imported.config_file is not None:
         file, config = imported.config_file, dict(imported.config)
@@ -183,11 +183,11 @@ def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple
 
 
 def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tuple[Saved, ...]:
-    wanted = list(config.get("modules_to_save") or [])
+    module_names = list(config.get("modules_to_save") or [])
     saved, unknown = [], []
     for key, tensor in rest.items():
         module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-        if any(_belongs(module, name) for name in wanted):
+        if any(_belongs(module, name) for name in module_names):
             saved.append(Saved(module, parameter, tensor))
         else:
             unknown.append(key)
@@ -196,7 +196,7 @@ def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, 
             f"{source}: {unknown[0]} is neither lora_A nor lora_B of a linear layer, nor of a module in "
             f"modules_to_save ({len(unknown)} such tensors); use PEFT's merge_and_unload"
         )
-    gone = [name for name in wanted if not any(_belongs(s.module, name) for s in saved)]
+    gone = [name for name in module_names if not any(_belongs(s.module, name) for s in saved)]
     if gone:
         raise CheckpointError(
             f"{source}: modules_to_save names {', '.join(gone)}, of which no tensor is there; copy the checkpoint again"
@@ -217,13 +217,13 @@ def _belongs(module: str, name: str) -> bool:
 def _pair(
     source: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> LoraPair:
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    if set(sides) != wanted:
+    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
+    if set(sides) != needed:
         raise CheckpointError(
-            f"{source}: {module} has {' and '.join(sorted(sides))} only where {' and '.join(sorted(wanted))} are "
+            f"{source}: {module} has {' and '.join(sorted(sides))} only where {' and '.join(sorted(needed))} are "
             f"needed; the file is incomplete or {ADAPTER_CONFIG} is of another adapter, copy it again"
-            if set(sides) < wanted
-            else f"{source}: {module} has {', '.join(sorted(set(sides) - wanted))}, which {ADAPTER_CONFIG} does not "
+            if set(sides) < needed
+            else f"{source}: {module} has {', '.join(sorted(set(sides) - needed))}, which {ADAPTER_CONFIG} does not "
             "name; config and weights are of different adapters"
         )
     a, b, magnitude = sides["lora_A"], sides["lora_B"], sides.get("lora_magnitude_vector")

@@ -120,9 +120,9 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def missing_of(given: argparse.Namespace) -> AdapterOverrides:
+def missing_of(options: argparse.Namespace) -> AdapterOverrides:
     """Return the values of `add_adapter_options`."""
-    return AdapterOverrides(given.adapter_config, given.lora_alpha, given.base_model)
+    return AdapterOverrides(options.adapter_config, options.lora_alpha, options.base_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder to write; must not exist",
     )
     add_adapter_options(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        done = consolidate(given.source, given.output, missing_of(given))
+        done = consolidate(options.source, options.output, missing_of(options))
     except SamestepError as error:
         return print_error(error)
     print_consolidated(done, Console(highlight=False, soft_wrap=True))

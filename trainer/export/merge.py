@@ -182,14 +182,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_adapter_options(parser)
     add_allow(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        recipe = None if given.recipe is None else find_recipe(given.recipe)
-        missing: AdapterOverrides = missing_of(given)
+        recipe = None if options.recipe is None else find_recipe(options.recipe)
+        missing: AdapterOverrides = missing_of(options)
         report = merge(
             MergeRequest(
-                given.source, given.output, given.base, given.dtype, recipe, missing, tuple(given.allow)
+                options.source,
+                options.output,
+                options.base,
+                options.dtype,
+                recipe,
+                missing,
+                tuple(options.allow),
             )
         )
     except SamestepError as error:

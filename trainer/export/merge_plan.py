@@ -129,14 +129,14 @@ def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict
     names: dict[str, list[str]] = {}
     for name in entries:
         names.setdefault(canonical_name(name), []).append(name)
-    wanted: list[tuple[str, LoraPair | Saved]] = [
+    trained: list[tuple[str, LoraPair | Saved]] = [
         *((canonical_name(pair.module) + ".weight", pair) for pair in adapter.pairs),
         *((f"{canonical_name(saved.module)}.{saved.parameter}", saved) for saved in adapter.saved),
     ]
     tied = ties_embeddings(base)
     targets: dict[str, LoraPair | Saved] = {}
     problems: list[str] = []
-    for name, target in wanted:
+    for name, target in trained:
         matches = names.get(name, [])
         if tied and name in ("lm_head.weight", "text.embed_tokens.weight"):
             problems.append(
@@ -156,7 +156,7 @@ def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict
     if problems:
         kinds = "lora pairs" if not adapter.saved else "lora pairs and saved tensors"
         raise CheckpointError(
-            f"{adapter.path}: {len(problems)} of {len(wanted)} {kinds} do not fit the base {base} "
+            f"{adapter.path}: {len(problems)} of {len(trained)} {kinds} do not fit the base {base} "
             f"({'; '.join(problems[:5])}); give the base it was trained on with --base-model"
         )
     return targets

@@ -174,12 +174,12 @@ def _check_digest(
     advance: Callable[[int], object],
 ) -> _Check:
     result = after[1].entries[name]
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for begin, end in block_rows(result):
-        found.update(tensor_bytes(read_block(after[0], result, begin, end)).numpy().data)
+        hasher.update(tensor_bytes(read_block(after[0], result, begin, end)).numpy().data)
         advance(_bytes_of(entry, begin, end))
     same_kind = (result.shape, result.dtype) == (entry.shape, plan.dtypes[name])
-    return _Check(right=same_kind and found.digest() == digest, changed=False)
+    return _Check(right=same_kind and hasher.digest() == digest, changed=False)
 
 
 def _check_tensor(
@@ -194,11 +194,11 @@ def _check_tensor(
     entry, result, target = before[1].entries[name], after[1].entries[name], plan.targets.get(name)
     if (result.shape, result.dtype) != (entry.shape, plan.dtypes[name]):
         return _Check(right=False, changed=True)
-    right, changed, largest, found = True, False, 0.0, hashlib.sha256()
+    right, changed, largest, hasher = True, False, 0.0, hashlib.sha256()
     for begin, end in block_rows(entry):
         old = start.rows(before[0], before[1], name, begin, end)
         new = read_block(after[0], result, begin, end)
-        found.update(tensor_bytes(new).numpy().data)
+        hasher.update(tensor_bytes(new).numpy().data)
         expected = target.merged(old, begin) if isinstance(target, Saved) else old
         same = _same_bytes(expected, new)
         changed |= not (same if expected is old else _same_bytes(old, new))
@@ -209,7 +209,7 @@ def _check_tensor(
         else:
             right &= same
         advance(_bytes_of(entry, begin, end))
-    return _Check(right and digest in (None, found.digest()), changed, largest)
+    return _Check(right and digest in (None, hasher.digest()), changed, largest)
 
 
 def _same_bytes(expected: torch.Tensor, new: torch.Tensor) -> bool:

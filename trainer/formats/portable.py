@@ -147,9 +147,9 @@ def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
     """Return `stored` if it is the optimizer state of these parameters; CheckpointError as `read_optimizer_state`."""
-    wanted = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
-    if wanted != stored.keys():
-        odd = sorted(wanted ^ stored.keys())
+    expected = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
+    if expected != stored.keys():
+        odd = sorted(expected ^ stored.keys())
         raise CheckpointError(
             f"{where}: holds other parameters than the model trains ({len(odd)} differ, such as "
             f"{printable(odd[0])}); resume with the recipe that wrote it"

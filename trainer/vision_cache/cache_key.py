@@ -70,5 +70,5 @@ def tower_digest(tower: nn.Module) -> str:
 
 def describe_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """In words, why features made under `theirs` are of no use here."""
-    found = [meaning for name, meaning in MEANING.items() if mine.get(name) != theirs.get(name)]
-    return ", ".join(found) or "settings that are unknown here"
+    differing = [meaning for name, meaning in MEANING.items() if mine.get(name) != theirs.get(name)]
+    return ", ".join(differing) or "settings that are unknown here"

@@ -222,13 +222,13 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
             f"data.vision_cache: {folder} cannot be made ({error.strerror or error}); set SAMESTEP_VISION_CACHE to a "
             "folder that can be written, or data.vision_cache: off"
         ) from error
-    found = FeatureCache(root, kind, place, bound_of(place, root), users)
+    cache = FeatureCache(root, kind, place, bound_of(place, root), users)
     if not (about := folder / "about.json").is_file():
         with contextlib.suppress(OSError):
             atomic_write(about, json.dumps(facts, indent=1, sort_keys=True))
     if place == "memory":
         remove_unused(mine=folder)
-    return found
+    return cache
 
 
 def describe_cache(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -249,8 +249,8 @@ def describe_cache(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[st
 
 def root_of(place: Place) -> Path:
     """The folder of all features in a place."""
-    if chosen := os.environ.get("SAMESTEP_VISION_CACHE"):
-        return Path(chosen).expanduser().resolve() / place
+    if configured := os.environ.get("SAMESTEP_VISION_CACHE"):
+        return Path(configured).expanduser().resolve() / place
     if place == "disk":
         return cache_root() / "vision"
     return SHARED_MEMORY / f"samestep-{os.getuid()}"
@@ -265,14 +265,14 @@ def bound_of(place: Place, root: Path) -> int:
     Raises:
         ConfigError: SAMESTEP_VISION_CACHE_GB is no number above 0.
     """
-    if asked := os.environ.get("SAMESTEP_VISION_CACHE_GB"):
+    if configured := os.environ.get("SAMESTEP_VISION_CACHE_GB"):
         try:
-            size = float(asked)
+            size = float(configured)
         except ValueError:
             size = 0.0
         if not 0 < size < float("inf"):
             raise ConfigError(
-                f"SAMESTEP_VISION_CACHE_GB: {asked!r} is no number of gigabytes above 0; give for example 200"
+                f"SAMESTEP_VISION_CACHE_GB: {configured!r} is no number of gigabytes above 0; give for example 200"
             )
         return int(size * 10**9)
     if place == "disk":

@@ -26,7 +26,7 @@ from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
-from trainer.prepare_vision import _wanted
+from trainer.prepare_vision import _images_of
 from trainer.pretrained import load_processor
 from trainer.show_data import conversation_text, show_data
 from trainer.vision_cache.file import Features, Kind
@@ -242,7 +242,7 @@ def test_every_distinct_image_of_the_chats_is_wanted_once_for_the_cache(
     recipe: Recipe, index: Index, rows: list[Row]
 ) -> None:
     splits: Any = {"train": open_split(recipe, "train"), "validation": open_split(recipe, "validation")}
-    wanted = list(_wanted(recipe, index, splits, lambda done, total: None))
+    wanted = list(_images_of(recipe, index, splits, lambda done, total: None))
     every = [*rows, *splits["validation"]]
     assert {image.name for image in wanted} == {image_name(image) for row in every for image in row.images}
     assert len(wanted) == len({image.name for image in wanted})

@@ -174,7 +174,7 @@ def test_csv_jsonl_imagefolder_and_parquet_give_the_same_rows(world: Path, tmp_p
     (tmp_path / "train" / "a.png").write_bytes(chart_png(0))
     (tmp_path / "train" / "b.png").write_bytes(chart_png(1))
     assert list(imagefolder) == expected
-    assert imagefolder.kind.said == (
+    assert imagefolder.kind.description == (
         "columns (seen from its columns query and label): image from file_name, query from query, label from label"
     )
 

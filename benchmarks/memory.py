@@ -161,7 +161,8 @@ def run_case(
 
     from launch.inputs.families import read_shape
     from launch.planning.auto_settings import Gpus, kernels_of
-    from launch.planning.memory import Packed, Settings, load_of, memory_of
+    from launch.planning.memory import memory_of
+    from launch.planning.memory_load import Packed, Settings, load_of
     from launch.planning.step_plan import MicroBatch
     from trainer.data.encoder import Encoder
     from trainer.data.micro_batches import assemble

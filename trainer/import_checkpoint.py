@@ -31,7 +31,8 @@ from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.export.adapter import AdapterOverrides, adapter_of
-from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare import prepare
 from trainer.pretrained import base_name, base_path

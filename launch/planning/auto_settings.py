@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch.errors import ConfigError
-from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, load_of, memory_of
+from launch.planning.memory import Memory, memory_of
+from launch.planning.memory_load import Kernels, Load, Packed, Settings, load_of
 from launch.strategies import STRATEGIES
 from launch.units import GIB, gib
 

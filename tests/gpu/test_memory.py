@@ -11,8 +11,9 @@ import torch
 
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
+from launch.planning.activations import layer_activation_bytes
 from launch.planning.auto_settings import Gpus, kernels_of
-from launch.planning.memory import layer_activation_bytes, load_of
+from launch.planning.memory_load import load_of
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.saved import saved_bytes

@@ -21,7 +21,8 @@ from trainer.export.adapter_config import (
     refuse_unknown_methods,
     written_module,
 )
-from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
 from trainer.formats.validated import checked, read_json_object
 

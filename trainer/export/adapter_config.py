@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import printable
-from trainer.formats.detect import ImportedCheckpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
 from trainer.formats.validated import FileSchema
 from trainer.sandbox import trial

@@ -29,7 +29,8 @@ from launch.option_values import for_argparse, place, positive
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
 from trainer.export.output_folder import atomic_output, refuse_place
-from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.validated import read_tensors
 from trainer.logging_setup import print_error, setup_logging
 

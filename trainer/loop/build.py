@@ -27,7 +27,8 @@ from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer
 from trainer.task import Task
 from trainer.vision_cache.cache_key import feature_facts, feature_kind
-from trainer.vision_cache.store import FeatureCache, describe_cache, open_cache, remove_unused
+from trainer.vision_cache.store import FeatureCache, describe_cache, open_cache
+from trainer.vision_cache.users import remove_unused
 
 logger = get_logger("trainer")
 

@@ -16,7 +16,7 @@ from launch.planning.auto_settings import (
     parse_gpu_memory,
     recomputation,
 )
-from launch.planning.memory import Load, Settings
+from launch.planning.memory_load import Load, Settings
 from launch.rules import request_rules
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES

@@ -10,17 +10,10 @@ import torch
 
 from launch.inputs.families import read_shape, shape_of
 from launch.inputs.model_shape import ModelShape
-from launch.planning.memory import (
-    Kernels,
-    Load,
-    Memory,
-    Packed,
-    Settings,
-    layer_activation_bytes,
-    load_of,
-    memory_of,
-)
+from launch.planning.activations import layer_activation_bytes
+from launch.planning.memory import Memory, memory_of
 from launch.planning.memory import trained_parameters as planned_parameters
+from launch.planning.memory_load import Kernels, Load, Packed, Settings, load_of
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.units import GIB

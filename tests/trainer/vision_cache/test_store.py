@@ -23,16 +23,9 @@ from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
 from trainer.vision_cache.cache_key import MEANING, describe_difference, feature_facts, tower_digest
 from trainer.vision_cache.file import HEADER_BYTES, Features, Kind
-from trainer.vision_cache.store import (
-    FeatureCache,
-    FullError,
-    bound_of,
-    describe_cache,
-    image_name,
-    open_cache,
-    remove_unused,
-    root_of,
-)
+from trainer.vision_cache.place import bound_of, root_of
+from trainer.vision_cache.store import FeatureCache, FullError, describe_cache, image_name, open_cache
+from trainer.vision_cache.users import remove_unused
 from trainer.vision_cache.writer import QUEUED, FeatureWriter
 
 KIND = Kind(b"k" * 16, torch.bfloat16, hidden=24, merge=2)

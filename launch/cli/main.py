@@ -13,6 +13,7 @@ from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.data import commands as data_commands
 from launch.cli.local import commands as local_commands
+from launch.cli.merging import commands as merging_commands
 from launch.cli.monitor import commands as monitor_commands
 from launch.cli.options import AsJson, example
 from launch.cli.results import commands as results_commands
@@ -96,6 +97,7 @@ for group in (
     monitor_commands,
     data_commands,
     results_commands,
+    merging_commands,
     shipping_commands,
     audit_commands,
     reference,

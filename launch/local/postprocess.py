@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
@@ -14,6 +13,7 @@ from launch.local.launcher import child_environment, trainer_command
 from launch.local.topology import choose_topology, refuse_missing_gpus
 from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import Target, missing_models
+from launch.run.merge_options import MergeOptions
 from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
 from launch.subprocesses import ChildError, call_module, wait_for
 
@@ -54,32 +54,6 @@ def _folder_of(run: RunDirectory) -> Iterator[None]:
     finally:
         with suppress(OSError):  # something is in it
             run.path.rmdir()
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What `samestep merge` and `consolidate` pass on; None and empty where nothing was said."""
-
-    base: str | None = None
-    dtype: str | None = None
-    recipe: str | None = None
-    adapter_config: Path | None = None
-    lora_alpha: float | None = None
-    base_model: str | None = None
-    allow: Sequence[str] = ()
-
-    def flags(self, *names: str) -> list[str]:
-        """The command line of those named that were given."""
-        values = [(name, getattr(self, name)) for name in names]
-        return [
-            word
-            for name, value in values
-            if value is not None
-            for word in (
-                f"--{name.replace('_', '-')}",
-                f"{value:g}" if isinstance(value, float) else str(value),
-            )
-        ]
 
 
 _OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")

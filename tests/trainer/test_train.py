@@ -328,7 +328,7 @@ def test_packages_and_gpus_that_the_plan_did_not_know_are_judged_where_it_trains
     assert "model.dtype: bfloat16 on a GPU of compute capability 7.5" in capsys.readouterr().err
     monkeypatch.setattr("trainer.distributed.process_group.capability_of", lambda _: None)
     monkeypatch.setattr("launch.run.planned.make_plan", partial(_plan_elsewhere, make_plan))
-    monkeypatch.setattr("launch.rules.request_rules._installed", lambda: {"accelerate": "1.14.2"})
+    monkeypatch.setattr("launch.rules.machine_rules._installed", lambda: {"accelerate": "1.14.2"})
     assert _train(recipe, "run") == 2
     assert "versions: too old (accelerate 1.14.2 < 1.15)" in capsys.readouterr().err
 

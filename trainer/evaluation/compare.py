@@ -34,6 +34,7 @@ from launch.option_values import for_argparse, place, whole
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
+from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.data.encoder import Encoder
@@ -57,7 +58,7 @@ from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_containing
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
 from trainer.export.merge import merge, print_report
-from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
+from trainer.export.merge_plan import MergeRequest
 from trainer.formats.validated import read_json_object
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base

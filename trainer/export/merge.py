@@ -28,18 +28,12 @@ from launch.console import add_row
 from launch.errors import SamestepError
 from launch.option_values import for_argparse, place
 from launch.recipe.loading import find_recipe
+from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import RECORD
 from trainer.export.adapter import AdapterOverrides
 from trainer.export.base_model import add_allow
 from trainer.export.consolidate import add_adapter_options, missing_of
-from trainer.export.merge_plan import (
-    CARD,
-    BaseKind,
-    DtypeChoice,
-    MergePlan,
-    MergeRequest,
-    plan_merge,
-)
+from trainer.export.merge_plan import CARD, MergePlan, MergeRequest, plan_merge
 from trainer.export.model_card import merge_record, model_card
 from trainer.export.output_folder import atomic_output
 from trainer.export.verify import BaseRows, MergeReport, verify_merged

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
+from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, open_plain
 from trainer.export.adapter import Adapter, AdapterOverrides, LoraPair, Saved, read_adapter, refuse_untrained
@@ -29,8 +29,6 @@ from trainer.formats.key_names import canonical_name
 from trainer.formats.safetensors_blocks import FLOATS, Shard, read_base_shards
 from trainer.formats.validated import unreadable_is_refused
 
-BaseKind = Literal["original", "dequantized"]
-DtypeChoice = Literal["auto", "bfloat16", "float32"]
 STORED = {"bfloat16": "BF16", "float32": "F32"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 CARD = "README.md"

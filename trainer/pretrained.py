@@ -171,8 +171,8 @@ def hub_snapshot(
             ) from error
         raise ConfigError(
             f"{key}: {shown} at revision {printable(revision)} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
-            f"machine with a network, or set {key} to a local folder"
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, run `samestep prepare "
+            f"RECIPE` on a machine with a network and the same HF_HOME, or set {key} to a local folder"
         ) from error
 
 

@@ -18,7 +18,7 @@ NO_RANGE = {"I": "32-bit grey", "F": "floating point grey"}
 
 
 def decode_image(image: bytes) -> Image.Image:
-    """The image in RGB, turned upright by its EXIF tag.
+    """Return the image in RGB, turned upright by its EXIF tag.
 
     Transparency is laid on white and palettes are looked up as transformers' own processors do it
     (`convert_to_rgb`); 16-bit grey becomes 8-bit by its range, where Pillow 12 would cut it at 255.

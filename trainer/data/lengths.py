@@ -56,7 +56,7 @@ class Measured:
 
     @property
     def visual_tokens(self) -> int:
-        """Of all its images."""
+        """Count the visual tokens of all its images."""
         return sum(self.image_tokens)
 
 
@@ -173,7 +173,7 @@ def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
 
 
 def needed_tokens(label: str, tokenizer: Any) -> int:
-    """The fewest first tokens of `label` that answer it under relaxed accuracy; 0 when not even all of them do.
+    """Count the fewest first tokens of `label` that answer it under relaxed accuracy; 0 when not even all of them do.
 
     What a perfect model says is the label's tokens, cut at `evaluation.max_new_tokens`.
     """

@@ -38,11 +38,11 @@ class Batches(Dataset["PackedBatch | SamestepError"]):
             return error
 
     def batch(self, number: int) -> PackedBatch:
-        """Micro-batch `number`."""
+        """Return micro-batch `number`."""
         raise AssertionError("every kind of micro-batches makes its own")
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         raise AssertionError("every kind of micro-batches knows its own")
 
 
@@ -57,7 +57,7 @@ class MicroBatches(Batches):
         return self._plan.max_steps * self._plan.micro_batches
 
     def batch(self, number: int) -> PackedBatch:
-        """The micro-batch, packed."""
+        """Return the micro-batch, packed."""
         step, position = divmod(number, self._plan.micro_batches)
         if self._step[0] != step:
             self._step = (step, self._plan.micro_batches_of(step, self._rank))
@@ -65,7 +65,7 @@ class MicroBatches(Batches):
         return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         return _sample_bytes(self._split, self._encoder)
 
 
@@ -79,11 +79,11 @@ class EvaluationBatches(Batches):
         return len(self._batches)
 
     def batch(self, number: int) -> PackedBatch:
-        """The micro-batch, packed; it belongs to no step."""
+        """Return the micro-batch, packed; it belongs to no step."""
         return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         return _sample_bytes(self._split, self._encoder)
 
 

@@ -78,7 +78,7 @@ class Rows:
 
     @property
     def names_files(self) -> bool:
-        """Its images may lie in files beside the table."""
+        """Say whether images may lie in files beside the table."""
         return isinstance(self._table, TextTable) or (self._root is not None and self.kind.name != "chartqa")
 
     def __iter__(self) -> Iterator[Row]:
@@ -213,7 +213,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def sources(rows_by_split: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
-    """In a line for each, what the splits' rows were taken for; equal ones once."""
+    """Yield, in a line for each, what the splits' rows were taken for; equal lines once."""
     described: set[str] = set()
     for split, rows in rows_by_split:
         if rows.kind.description and rows.kind.description not in described:

@@ -37,7 +37,7 @@ class Way:
 
 
 def free_shared_memory() -> tuple[int, int]:
-    """Bytes of shared memory: free now, and all."""
+    """Return the bytes of shared memory that are free now, and of all of it."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -46,7 +46,9 @@ def free_shared_memory() -> tuple[int, int]:
 
 
 def choose_way(workers: int, ahead: int, batch_bytes: int, ranks: int) -> Way:
-    """For `ranks` of this machine with so many workers, each `ahead` micro-batches of `batch_bytes` on the average."""
+    """Choose for `ranks` of this machine with so many workers, each `ahead` micro-batches of `batch_bytes` on the
+    average.
+    """
     free, total = free_shared_memory()
     needed = MARGIN * ranks * workers * ahead * batch_bytes
     if workers == 0 or needed <= free:
@@ -62,7 +64,7 @@ def choose_way(workers: int, ahead: int, batch_bytes: int, ranks: int) -> Way:
 
 
 def describe_loss(error: Exception) -> str:
-    """What to say when data workers hand nothing over any more."""
+    """Say why data workers hand nothing over any more, and what to do."""
     free, total = free_shared_memory()
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
@@ -106,11 +108,11 @@ class Pickled:
     data: bytes
 
     def unpickle(self) -> Any:
-        """The batch."""
+        """Return the batch."""
         return pickle.loads(self.data)
 
     def pin_memory(self) -> Any:
-        """The batch in pinned memory; called by PyTorch's thread that pins."""
+        """Return the batch in pinned memory; called by PyTorch's thread that pins."""
         return pin_memory(self.unpickle())
 
 
@@ -125,7 +127,7 @@ def _share(value: Any) -> None:
 
 
 def end_with_lost_batches() -> None:
-    """In a data worker: what its queue cannot send ends it, and the rank hears of that."""
+    """End a data worker whose queue cannot send a batch, and let the rank hear of that; called in the worker."""
 
     def end(error: Exception, _: object) -> None:
         _say(f"data worker: cannot hand over a micro-batch ({type(error).__name__}: {error})")

@@ -171,7 +171,7 @@ def test_what_the_disk_makes_of_a_tensor_is_found_before_it_is_published(
         file.write_bytes(content)
         return verify_merged(plan, folder, *rest)
 
-    monkeypatch.setattr(merging, "verify", damage_then_verify)
+    monkeypatch.setattr(merging, "verify_merged", damage_then_verify)
     with pytest.raises(CheckpointError, match=name):
         merge(run.path, tmp_path / "merged", base="dequantized")
     assert not list(tmp_path.glob("merged*"))

@@ -24,7 +24,7 @@ class Format:
 
 
 def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:
-    """The format of a table with the columns `names`; `where`: the table in words.
+    """Return the format of a table with the columns `names`; `where`: the table in words.
 
     Raises:
         ConfigError: the columns are not those of the recipe's format, or of none.

@@ -28,7 +28,7 @@ class ImageFiles:
     as_written: bool = False
 
     def read(self, value: object) -> bytes:
-        """The bytes of the file that `value` holds or names: bytes, a path, or a mapping with either.
+        """Return the bytes of the file that `value` holds or names: bytes, a path, or a mapping with either.
 
         Raises:
             RowError: there are none, it is an address, or a path that cannot be read or leads outside.
@@ -42,7 +42,7 @@ class ImageFiles:
         raise RowError(f"an image is a {type(value).__name__}, not bytes or a path")
 
     def read_all(self, value: object) -> tuple[bytes, ...]:
-        """Those of a list, of a single one, or none for None and the empty list."""
+        """Read the images of a list, a single image, or none for None and the empty list."""
         if value is None:
             return ()
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -16,7 +16,7 @@ _IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
 
 
 def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
-    """The chat of a row; RowError says why it is none.
+    """Return the chat of a row; RowError says why it is none.
 
     An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
     images stand before the first question, as trl 1.16 puts them.

@@ -29,7 +29,7 @@ ReplicaLoader = Callable[[EvaluationTask, ProcessorMixin, Rows, torch.device, Se
 
 @dataclass(frozen=True)
 class Stored:
-    """Of one variant: where its answers are kept, and those that were there when the evaluation began."""
+    """The stored answers of one variant: where they are kept, and those that were there when the evaluation began."""
 
     store: AnswerStore
     answers: Mapping[str, str]
@@ -48,7 +48,7 @@ class _Batch:
 def answer_all(
     task: EvaluationTask, state: PartialState, stored: Mapping[str, Stored]
 ) -> tuple[list[Question], list[Answer]]:
-    """The questions, and this rank's share of the answers, by the names of the variants."""
+    """Return the questions, and this rank's share of the answers, by the names of the variants."""
     processor = load_processor(task.recipe)
     rows = open_split(task.recipe, task.request.split)
     variants = variants_of(task.request, task.recipe)

@@ -46,7 +46,7 @@ class Question:
     prompts: Mapping[str, str] = field(default_factory=dict)
 
     def prompt_of(self, suffix: str) -> str:
-        """The prompt with the system message that a suffix stands for."""
+        """Return the prompt with the system message that a suffix stands for."""
         return self.prompts[suffix] if suffix else self.prompt
 
 
@@ -63,7 +63,7 @@ class Answer(TypedDict):
 
 
 def evenly_spaced(total: int, wanted: int | None) -> list[int]:
-    """`wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
+    """Return `wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
     count = total if wanted is None else min(wanted, total)
     return [position * total // count for position in range(count)]
 
@@ -74,7 +74,7 @@ def read_questions(
     rows: Rows,
     messages: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Question]:
-    """The questions of the split, with the training prompt; rows that `prepare` dropped are left out.
+    """Return the questions of the split, with the training prompt; rows that `prepare` dropped are left out.
 
     `messages`: other system messages that are wanted too, by the suffix that stands for them.
     """
@@ -111,7 +111,7 @@ def read_questions(
 
 
 def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
-    """For every question the position of one with other images, as many; the same for every call.
+    """Return, for every question, the position of one with other images, as many; the same for every call.
 
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
     keeps its image, also where several questions share one. Questions without an image, and the only one with so many,
@@ -134,7 +134,7 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Positions in batches of similar length, the longest first: the same for every number of ranks."""
+    """Return positions in batches of similar length, the longest first: the same for every number of ranks."""
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
@@ -163,18 +163,21 @@ class Replica:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model without PEFT's wrapper."""
+        """Return the model without PEFT's wrapper."""
         model = self.model
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def forget_trained_features(self) -> None:
-        """Before another adapter, or none, answers: features of a tower with LoRA are that adapter's."""
+        """Drop what a tower with LoRA has computed, before another adapter, or none, answers: its features are that
+        adapter's.
+        """
         if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
             self._features.clear()
 
     @torch.no_grad()
     def image_features(self, image_row: int) -> list[tuple[_Maps, Tensor]]:
-        """Maps of features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
+        """Return, for each of a row's images, its maps of features [V, hidden] and its grid [1, 3]; each is encoded
+        alone, so no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
@@ -201,7 +204,7 @@ class Replica:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the images of a row."""
+        """Return greedy answers, each to a prompt about the images of a row."""
         of_prompts = [self.image_features(row) for row in image_rows]
         images = [image for of_prompt in of_prompts for image in of_prompt]
         token = self.processor.image_token
@@ -237,7 +240,9 @@ class Replica:
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
+    """Return a generation configuration with nothing but the ends of the model's own: no sampling, no repetition
+    penalty.
+    """
     own, tokenizer = model.generation_config, processor.tokenizer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -30,12 +30,13 @@ class PrintableStreamer(TextStreamer):
     """Writes words as they are whole; no terminal obeys what a model says."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write the words so far; called by transformers' `TextStreamer`."""
         sys.stdout.write(printable(text) + ("\n" if stream_end else ""))
         sys.stdout.flush()
 
 
 def check_hand_request(request: EvaluationRequest) -> None:
-    """ConfigError for what cannot be asked by hand, or is not there."""
+    """Raise ConfigError for what cannot be asked by hand, or is not there."""
     problems = missing_models(request.run, request.models, request.checkpoint, request.adapter_folder)
     if any(model.startswith("shuffled") for model in request.models):
         problems.append("--models: shuffled needs the other images of a split; leave it out")
@@ -63,7 +64,7 @@ def converse(panel: Panel, images: Sequence[Image.Image], questions: Iterator[st
 
 
 def questions_of(question: str | None) -> Iterator[str]:
-    """The one that was given, or every line of the standard input that says something."""
+    """Yield the question that was given, or every line of the standard input that says something."""
     if question is not None:
         yield question
         return

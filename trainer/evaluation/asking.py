@@ -33,7 +33,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class Respondent:
-    """One name that answers. `model` is shared by all that stand on the same base."""
+    """A name that answers. `model` is shared by all that stand on the same base."""
 
     variant: Variant
     model: Model
@@ -41,6 +41,7 @@ class Respondent:
 
     @property
     def name(self) -> str:
+        """The name of the variant, as `--models` has it."""
         return self.variant.name
 
 
@@ -54,7 +55,7 @@ class Panel:
     _encoder: Encoder = field(repr=False)
 
     def refuse_question(self, question: str) -> None:
-        """ConfigError for a question that is empty, or that the model would read as structure."""
+        """Raise ConfigError for a question that is empty, or that the model would read as structure."""
         if not question.strip():
             raise ConfigError("QUESTION: is empty; ask something")
         if found := self._encoder.control_tokens.search(question):
@@ -70,7 +71,9 @@ class Panel:
         question: str,
         streamer: BaseStreamer | None = None,
     ) -> str:
-        """The greedy answer of one, about all images together; `streamer` is handed the tokens as they come."""
+        """Return the greedy answer of one model about all images together; `streamer` is handed the tokens as they
+        come.
+        """
         model = respondent.model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         turn = Turn("user", (*[IMAGE] * len(images), question))
@@ -93,7 +96,7 @@ class Panel:
 def seat(
     request: EvaluationRequest, recipe: Recipe, telling: Callable[[str], None] = lambda _: None
 ) -> Panel:
-    """Load everyone that is asked; base and adapters are one model. `telling` hears what is loaded.
+    """Load every model that is asked; base and adapters are one model. `telling` hears what is loaded.
 
     Raises:
         SamestepError: something is missing or does not fit.
@@ -116,7 +119,7 @@ def seat(
 
 
 def read_image(file: Path) -> Image.Image:
-    """An image in RGB as the training would see it. ConfigError, which names the file."""
+    """Return an image in RGB as the training would see it. ConfigError, which names the file."""
     try:
         return decode_image(read_bytes(file, TABLE))
     except UNREADABLE as error:

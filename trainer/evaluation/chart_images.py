@@ -27,7 +27,7 @@ SIZES = ((640, 82), (480, 75), (360, 60), (240, 40))  # the longest side in pixe
 
 
 def thumbnail(images: Sequence[bytes]) -> bytes:
-    """The encoded images of a row side by side as WebP of at most `LARGEST` bytes, upright, on white.
+    """Return the encoded images of a row side by side as WebP of at most `LARGEST` bytes, upright, on white.
 
     For a reader's eyes: training decodes by `trainer.data.images`, which imports torch.
 

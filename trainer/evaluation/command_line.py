@@ -13,7 +13,7 @@ from trainer.evaluation.request import EvaluationRequest
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
-    """`models`: who is asked where nobody says."""
+    """Add the options that say who is asked. `models`: their names where the command line has none."""
     folder, file = for_argparse(place("--run-dir")), for_argparse(place("--prompt-file"))
     parser.add_argument("--run-dir", type=folder, required=True, help="the run's folder")
     parser.add_argument(
@@ -44,7 +44,7 @@ def request_of(
     max_samples: int | None = None,
     allow: tuple[str, ...] = (),
 ) -> EvaluationRequest:
-    """The request of parsed options."""
+    """Return the request of parsed options."""
     return EvaluationRequest(
         run=RunDirectory(given.run_dir.expanduser().absolute()),
         split=split,

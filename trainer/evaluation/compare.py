@@ -209,7 +209,7 @@ def _room_beside(folder: Path) -> TemporaryDirectory[str]:
 
 
 def base_kind_of(folder: Path) -> str:
-    """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
+    """Return `original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
     try:
         return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
     except (*UNREADABLE, KeyError):
@@ -217,7 +217,7 @@ def base_kind_of(folder: Path) -> str:
 
 
 def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.Module:
-    """PEFT's own loading, which says nothing about keys that match no layer: counted here."""
+    """Load an adapter as PEFT does, and count its pairs: PEFT says nothing about keys that match no layer."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
     if loaded != wanted:
@@ -229,7 +229,7 @@ def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.M
 
 
 def validation_numbers(request: ComparisonRequest) -> list[int]:
-    """Numbers of rows of the validation split, evenly spaced over it."""
+    """Return the numbers of rows of the validation split, evenly spaced over it."""
     index = read_index(request.recipe) or prepare(request.recipe)
     numbers = index.splits["validation"].rows
     if not len(numbers):
@@ -238,7 +238,7 @@ def validation_numbers(request: ComparisonRequest) -> list[int]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json of a merged model names."""
+    """Return the dtype that config.json of a merged model names."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
     config = read_json_object(folder / "config.json")
@@ -250,7 +250,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def answer_logits(
     model: torch.nn.Module, processor: ProcessorMixin, recipe: Recipe, row: Row, dtype: torch.dtype
 ) -> Tensor:
-    """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
+    """Return fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     conversation = encoder.conversation(row)
     device = next(model.parameters()).device
@@ -268,7 +268,7 @@ def answer_logits(
 
 
 def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
-    """The recipe of the run that `source` is or lies in, or of `run_dir`."""
+    """Return the recipe of the run that `source` is or lies in, or of `run_dir`."""
     run = RunDirectory(run_dir) if run_dir else run_containing(source)
     if run is not None and run.recipe_file.is_file():
         return run.recipe_file
@@ -329,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def keep_comparison(comparison: MergeComparison, merged: Path) -> None:
-    """Beside the record of a merge of ours. A folder that cannot be written costs another comparison, nothing else."""
+    """Write a comparison beside the record of a merge of ours. A folder that cannot be written costs another
+    comparison, nothing else.
+    """
     if (merged / RECORD).is_file():
         with suppress(OSError):
             atomic_write(merged / COMPARISON, json.dumps(asdict(comparison), indent=1) + "\n")

@@ -17,7 +17,7 @@ UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Of the merged model's logits from another's, over all answer positions and the whole vocabulary.
+    """How a merged model's logits differ from another's, over all answer positions and the whole vocabulary.
 
     `largest`, `mean`: absolute; `logit_range`: largest minus smallest logit of the other model, to read them by;
     `agreement`: share of positions at which both put the same token first.
@@ -70,14 +70,14 @@ class Seen:
 
 
 def answered(name: str, seen: Seen, reference: Seen, rows: Sequence[Row]) -> Answered:
-    """How a model's answers compare with the reference's, and how many are right."""
+    """Compare a model's answers with the reference's, and count those that are right."""
     right = sum(correct(answer, row.label[0]) for answer, row in zip(seen.answers, rows, strict=True))
     same = sum(mine == other for mine, other in zip(seen.answers, reference.answers, strict=True))
     return Answered(name, same / len(rows), 100 * right / len(rows), right)
 
 
 def difference(merged: Tensor, other: Tensor) -> LogitDifference:
-    """Both [positions, vocabulary]."""
+    """Compare the logits of two models, both [positions, vocabulary]."""
     gap = (merged - other).abs()
     return LogitDifference(
         largest=float(gap.max()),
@@ -88,7 +88,7 @@ def difference(merged: Tensor, other: Tensor) -> LogitDifference:
 
 
 def print_comparison(comparison: MergeComparison, console: Console) -> None:
-    """Two tables."""
+    """Print a table of logits and one of answers."""
     title = (
         f"logits ({comparison.dtype}) at {comparison.positions} answer tokens "
         f"of {comparison.samples} validation samples"

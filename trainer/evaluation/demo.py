@@ -34,7 +34,7 @@ _MISSING = "gradio: is not installed, and the page needs it; run `pip install 's
 
 
 def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator[list[str]]:
-    """The answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
+    """Yield the answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
     if not file:
         raise ConfigError("IMAGE: is missing; choose one, or an example")
     panel.refuse_question(question or "")
@@ -47,7 +47,7 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
 
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
-    """(image file, question, target) of rows with one image, spread over the test split."""
+    """Return (image file, question, target) of rows with one image, spread over the test split."""
     rows, found = open_split(recipe, "test"), []
     for number in evenly_spaced(len(rows), count):
         row = rows[number]
@@ -63,7 +63,7 @@ def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[lis
 
 
 def page(panel: Panel, title: str, examples: Sequence[Sequence[str]]) -> Any:
-    """The page as gradio's `Blocks`, with one function, `/ask`."""
+    """Build the page as gradio's `Blocks`, with one function, `/ask`."""
     import gradio
 
     def ask(file: str | None, question: str | None) -> Iterator[list[str] | str]:

@@ -57,7 +57,7 @@ class ScoredAnswers(TypedDict):
 
 
 def answers_are_due(recipe: Recipe, step: int, max_steps: int) -> bool:
-    """Whether the evaluation at a step scores answers too: every `answers_every`-th does, and the last one."""
+    """Say whether the evaluation at a step scores answers too: every `answers_every`-th does, and the last one."""
     chosen = recipe.evaluation
     return chosen.answers > 0 and (
         step == max_steps or step % (chosen.every_steps * chosen.answers_every) == 0
@@ -71,7 +71,7 @@ def score_answers(
     generating: Callable[[PeftModel], AbstractContextManager[Any]],
     gives_up: Callable[[], bool],
 ) -> ScoredAnswers | None:
-    """Accuracy of the model on `evaluation.answers` validation samples, by its first metric. A collective.
+    """Score the model on `evaluation.answers` validation samples, by its first metric. A collective.
 
     `generating`: the engine's context around generation. `gives_up`: asked on all ranks before every batch; None is
     returned where it says so.
@@ -149,7 +149,9 @@ def _share_of(task: Task, processor: ProcessorMixin) -> tuple[list[_Question], l
 
 
 def shares(batches: Sequence[list[int]], rank: int, world_size: int) -> list[tuple[list[int], bool]]:
-    """A rank's batches, as many for each rank; those that only keep it in step repeat the last and are marked False."""
+    """Return a rank's batches, as many for each rank; those that only keep it in step repeat the last and are marked
+    False.
+    """
     mine = [(batch, True) for batch in batches[rank::world_size]]
     most = -(-len(batches) // world_size)
     return mine + [(batches[-1], False)] * (most - len(mine))

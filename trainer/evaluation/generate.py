@@ -55,7 +55,7 @@ PATIENCE = timedelta(days=1)  # of a rank that has answered its batches and wait
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
-    """The request of the command line, and whether its figures are printed as JSON.
+    """Return the request of the command line, and whether its figures are printed as JSON.
 
     argparse ends the process with status 2 and the reason.
     """
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
 
 
 def prepared(request: EvaluationRequest) -> EvaluationTask:
-    """Recipe and index of the run, both there; made before the process group exists, as in training.
+    """Return the evaluation with the run's recipe and index; made before the process group exists, as in training.
 
     Raises:
         ConfigError: something that was asked for is missing.
@@ -93,7 +93,7 @@ def prepared(request: EvaluationRequest) -> EvaluationTask:
 
 
 def evaluate(task: EvaluationTask, state: PartialState, as_json: bool = False) -> None:
-    """Answer on all ranks, gather; rank 0 writes and prints."""
+    """Answer on all ranks and gather the answers; rank 0 writes and prints."""
     request = task.request
 
     def look() -> tuple[dict[str, Any], dict[str, str | None], dict[str, Stored]]:
@@ -125,7 +125,7 @@ def evaluate(task: EvaluationTask, state: PartialState, as_json: bool = False) -
 
 
 def stored_answers(task: EvaluationTask, identity: Mapping[str, str]) -> dict[str, Stored]:
-    """What every variant that is asked has answered so far, by its name."""
+    """Return what every variant that is asked has answered so far, by its name."""
     found = {}
     for variant in variants_of(task.request, task.recipe):
         kind = "merged" if variant.is_merged else "adapter" if variant.adapter else "base"

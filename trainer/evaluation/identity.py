@@ -21,7 +21,7 @@ _OF_ANY_MODEL = ("model.processor", "model.chat_template", "model.tokenizer")
 
 
 def hold_against_training(task: EvaluationTask) -> dict[str, Any]:
-    """The identity of what is evaluated, as eval.json holds it, and what of it differs as allowed. On rank 0.
+    """Return the identity of what is evaluated, as eval.json holds it, and what of it differs as allowed. On rank 0.
 
     Raises:
         ConfigError: parts differ that are not allowed to; each is named with both digests.

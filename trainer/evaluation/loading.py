@@ -39,7 +39,7 @@ def load_replica(
     device: torch.device,
     variants: Sequence[Variant],
 ) -> Replica:
-    """The recipe's base with every adapter that the variants need."""
+    """Return the recipe's base with every adapter that the variants need."""
     recipe = task.recipe
     model = load_with_adapters(recipe, device, variants)
     return Replica(
@@ -54,7 +54,7 @@ def load_merged(
     device: torch.device,
     variants: Sequence[Variant],
 ) -> Replica:
-    """The run's merged model, unquantized, in the dtype it is stored in."""
+    """Return the run's merged model, unquantized, in the dtype it is stored in."""
     model = load_stored(task.request.run.merged, device)
     return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
 
@@ -62,7 +62,7 @@ def load_merged(
 def load_with_adapters(
     recipe: Recipe, device: torch.device, variants: Sequence[Variant]
 ) -> PreTrainedModel | PeftModel:
-    """The recipe's base with every adapter that the variants need, each loaded once under its folder's name."""
+    """Return the recipe's base with every adapter that the variants need, each loaded once under its folder's name."""
     model: PreTrainedModel | PeftModel = load_base(recipe, device)
     for folder in dict.fromkeys(variant.adapter for variant in variants):
         if folder is not None:
@@ -86,7 +86,7 @@ def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
 
 
 def load_stored(folder: Path, device: torch.device) -> PreTrainedModel:
-    """A model as it lies in a folder, unquantized, in the dtype it is stored in."""
+    """Return a model as it lies in a folder, unquantized, in the dtype it is stored in."""
     model = model_class_of(folder).from_pretrained(
         folder,
         dtype="auto",
@@ -117,19 +117,21 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> PeftModel:
 
 
 def with_named_targets(adapter: Adapter) -> Adapter:
-    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
+    """Return the adapter with the names of its modules in place of patterns: PEFT matches patterns against every module
+    of the model, and these are known to end.
+    """
     named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
     patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
     return replace(adapter, config=adapter.config | named | patterns)
 
 
 def peft_name_of(folder: Path) -> str:
-    """What PEFT calls the adapter of a folder: one name a folder, without dots, which part the names of modules."""
+    """Return what PEFT calls the adapter of a folder: a name without dots, which part the names of modules."""
     return f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}".replace(".", "-")
 
 
 def answering_as(model: Any, variant: Variant) -> AbstractContextManager[Any]:
-    """Inside, the model has the adapter of a variant, or none."""
+    """Let the model have the adapter of a variant, or none, inside the block."""
     if not isinstance(model, PeftModel):
         return nullcontext()
     if variant.adapter is None:

@@ -45,25 +45,25 @@ class EvaluationRequest:
 
     @property
     def adapter(self) -> Path:
-        """The folder with the adapter."""
+        """Return the folder with the adapter."""
         if self.adapter_folder is not None:
             return self.adapter_folder
         return self.run.adapter if self.checkpoint is None else self.run.checkpoint(self.checkpoint)
 
     @property
     def file(self) -> Path:
-        """Where figures and answers are written together."""
+        """The file in which figures and answers are written together."""
         return self.run.eval_file(self.split, self.max_samples, self.checkpoint, self.label)
 
     @property
     def trained_at(self) -> Path | None:
-        """Whose record says what was trained; None where nothing of what answers is a training's."""
+        """The folder whose record says what was trained; None where nothing of what answers is a training's."""
         if self.adapter_folder is not None:
             return self.adapter_folder
         return None if self.label else self.run.path
 
     def recipe(self) -> Recipe:
-        """The recipe that names data and base. ConfigError."""
+        """Return the recipe that names data and base. ConfigError."""
         return load_recipe(self.recipe_file or self.run.recipe_file, self.overrides)
 
 
@@ -93,7 +93,7 @@ class Variant:
 
 
 def variants_of(request: EvaluationRequest, recipe: Recipe) -> list[Variant]:
-    """Every model that is asked, in the order of the request. ConfigError when the prompt's file is gone."""
+    """Return every model that is asked, in the order of the request. ConfigError when the prompt's file is gone."""
     return [_variant(model, request, recipe) for model in request.models]
 
 
@@ -133,7 +133,9 @@ def check_evaluation_request(request: EvaluationRequest) -> None:
 
 
 def weights_of(request: EvaluationRequest, models: Iterable[str] = ()) -> dict[str, str | None]:
-    """What these models are of now, those asked where none are named; None where that is not known."""
+    """Return what the weights of these models are of now, those asked where none are named; None where that is not
+    known.
+    """
     return {model: _weights(request, model) for model in models or request.models}
 
 
@@ -164,7 +166,7 @@ def _checkpoint_digest(folder: Path) -> str | None:
 def answer_facts(
     variant: Variant, request: EvaluationRequest, recipe: Recipe, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that a variant's answers depend on beside the questions: equal facts, equal answers.
+    """Return everything that a variant's answers depend on beside the questions: equal facts, equal answers.
 
     `identity`: of base and processor, by part. Reads a merged model's weights once in a cache's lifetime.
     """

@@ -40,7 +40,7 @@ def result_of(
     identity: Mapping[str, Any] = MappingProxyType({}),
     metrics: Metrics = RELAXED,
 ) -> dict[str, Any]:
-    """Everything that eval.json holds. `metrics`: the first one says what is correct.
+    """Return everything that eval.json holds. `metrics`: the first one says what is correct.
 
     `weights`: as of `weights_of`, before they were loaded; `identity`: as of
     `hold_against_training`.
@@ -125,7 +125,7 @@ def _digest(texts: Sequence[str]) -> str:
 
 
 def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> None:
-    """The accuracies as a table, then the paths and what to type next."""
+    """Print the accuracies as a table, then the paths and what to type next."""
     run, result = request.run, kept.result
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
     first, *others = result["metrics"]
@@ -179,7 +179,7 @@ def _share_text(accuracy: Accuracy) -> str:
 
 
 def next_commands(run: RunDirectory) -> list[str]:
-    """Three commands that make sense after an evaluation."""
+    """Return three commands that make sense after an evaluation."""
     samestep = (
         command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
     )
@@ -200,7 +200,7 @@ def _short(path: Path) -> str:
 
 
 def print_json(kept: Kept, request: EvaluationRequest) -> None:
-    """The figures, without the answers, and where those are."""
+    """Print the figures, without the answers, and where those are."""
     figures = {key: value for key, value in kept.result.items() if key != "predictions"}
     sys.stdout.write(json.dumps({**figures, "file": str(request.file)}, indent=1, ensure_ascii=False) + "\n")
     sys.stdout.flush()

@@ -43,7 +43,7 @@ def with_earlier_answers(
     adapter: Path,
     metrics: Metrics = RELAXED,
 ) -> Kept:
-    """A result with the answers that `file` holds of other models. Writes nothing.
+    """Return a result with the answers that `file` holds of other models. Writes nothing.
 
     `result`: what eval.json holds of the models asked now, of the weights that answered. `weights`: what every model is
     of now, in the models' order; None where that is not known. `adapter`: its folder, whose age judges files that do
@@ -109,7 +109,7 @@ def _accuracy(model: str, predictions: Sequence[dict[str, Any]]) -> dict[str, Ac
 
 
 def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, Paired]:
-    """Every pair of models on the same questions, from the base to what was made of it: `base -> adapter`."""
+    """Compare every pair of models on the same questions, from the base to what was made of it: `base -> adapter`."""
     return {
         f"{before} -> {after}": paired(
             [each[before]["correct"] for each in predictions],
@@ -120,12 +120,12 @@ def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> di
 
 
 def probabilities(pairs: Mapping[str, Paired]) -> dict[str, float]:
-    """McNemar's p of every pair, as eval.json has had it from the first."""
+    """Return McNemar's p of every pair, as eval.json has had it from the first."""
     return {pair: each["p"] for pair, each in pairs.items()}
 
 
 def models_in(file: Path) -> list[str]:
-    """The models whose answers an older result holds; none where it cannot be read."""
+    """Return the models whose answers an older result holds; none where it cannot be read."""
     older = _read(file)
     return [model for model in older["accuracy"] if _is_name(model)] if older else []
 

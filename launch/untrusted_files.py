@@ -3,6 +3,9 @@
 Nothing blocks (a pipe in the place of a marker), nothing is read without a bound, nothing parses for ever, and
 whatever is wrong is one line that names the file. What the disk itself says (no such file, no permission, a stale
 handle) stays an OSError: it may be gone at the next look.
+
+YAML is read by PyYAML's safe loader with bounds of our own: neither it nor `ruamel.yaml` (0.18) bounds the nodes and
+the depth of a document, and aliases that multiply would fill the memory.
 """
 
 from __future__ import annotations

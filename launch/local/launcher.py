@@ -1,4 +1,8 @@
-"""The processes of one machine: how they are started, asked to stop, waited for and believed."""
+"""The processes of one machine: how they are started, asked to stop, waited for and believed.
+
+`accelerate launch` starts and ends the ranks. What it does not do stands here: a stop at a step boundary, children of
+a launcher that was killed, and an ending that is read from the run's marker instead of an exit status.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Packing the samples of a step into groups: best-fit decreasing, and the largest first to the lightest (LPT).
 
-Pure functions in whole numbers, as `launch.planning.load_balance` which uses them.
+Pure functions in whole numbers, as `launch.planning.load_balance` which uses them. Our own because the packers of trl
+and datasets pack a whole data set into rows, not the samples of one step into a given number of groups.
 """
 
 import heapq

@@ -1,4 +1,8 @@
-"""The lock of a run directory, which one process holds."""
+"""The lock of a run directory, which one process holds.
+
+Our own because the locks of `filelock` (4) that the system lets go of when a process dies do not say who holds them;
+those that do are files, which a kill leaves behind. A refused command names the process and its machine.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,6 @@ METRICS: dict[str, Score] = {
     "anls": anls,
     "token_f1": token_f1,
 }
-YES_OR_NO = ("relaxed_accuracy", "exact_match")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The safetensors files of a base model, read and written block by block.
 
-The safetensors library writes a file from tensors that are all in memory. A base model's shard is several GB,
+The safetensors library (0.8) writes a file from tensors that are all in memory. A base model's shard is several GB,
 so files are written here from a stream of row blocks; the format is an eight byte length, a JSON header and
 the data (https://huggingface.co/docs/safetensors#format).
 """

@@ -102,14 +102,18 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
     splits = splits_of(recipe)
     if split not in splits:
         return Rows(TextTable([]), Format("none", _no_row, ""), np.empty(0, np.int64), None)
-    wanted = splits[split]
+    name_and_slice = splits[split]
     local = embedded_folder() / "data" if recipe.data.dataset == EMBEDDED else local_dataset(recipe)
-    table = _open_local(local, split, wanted) if local is not None else _open_hub(recipe, split, wanted)
+    table = (
+        _open_local(local, split, name_and_slice)
+        if local is not None
+        else _open_hub(recipe, split, name_and_slice)
+    )
     kind = choose_format(
-        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {wanted}"
+        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {name_and_slice}"
     )
     others = tuple(other for name, other in splits.items() if name != split)
-    numbers = rows_of_split(wanted, len(table), others)
+    numbers = rows_of_split(name_and_slice, len(table), others)
     return Rows(table, kind, numbers, local)
 
 
@@ -117,9 +121,9 @@ def _no_row(raw: object, files: ImageFiles) -> Row:
     raise RowError("the split is empty")
 
 
-def _open_local(folder: Path, split: SplitName, wanted: str) -> Table:
-    name = parse_split(wanted).name
-    files = split_files(folder, wanted)
+def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
+    name = parse_split(name_and_slice).name
+    files = split_files(folder, name_and_slice)
     if not files:
         raise ConfigError(
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}, nor {name}.jsonl, {name}.csv or "
@@ -146,15 +150,17 @@ def _open_local(folder: Path, split: SplitName, wanted: str) -> Table:
             # `datasets` knows its tables by the times of the files, which a rewritten file may have kept.
             cache_dir=str(cache_root() / "datasets" / content),
         ),
-        f"data.{split}: {wanted} of {folder}",
+        f"data.{split}: {name_and_slice} of {folder}",
     )
     return _ArrowTable(_undecoded(table), files[0].parent)
 
 
-def _open_hub(recipe: Recipe, split: SplitName, wanted: str) -> Table:
-    name = parse_split(wanted).name
+def _open_hub(recipe: Recipe, split: SplitName, name_and_slice: str) -> Table:
+    name = parse_split(name_and_slice).name
     load = partial(datasets.load_dataset, recipe.data.dataset, revision=recipe.data.revision, split=name)
-    return _ArrowTable(_undecoded(_load(load, f"data.{split}: {wanted} of {recipe.data.dataset}")), None)
+    return _ArrowTable(
+        _undecoded(_load(load, f"data.{split}: {name_and_slice} of {recipe.data.dataset}")), None
+    )
 
 
 def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:

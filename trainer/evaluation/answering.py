@@ -108,7 +108,8 @@ def _share(
         looking = [variant for variant in variants if variant.shuffled == shuffled]
         seen = [questions[other] for other in others] if shuffled and others else questions
         lengths = [
-            asked.text_tokens + shown.visual_tokens for asked, shown in zip(questions, seen, strict=True)
+            question.text_tokens + shown.visual_tokens
+            for question, shown in zip(questions, seen, strict=True)
         ]
         batches = make_batches(lengths, BATCH_SIZE if size == "auto" else size)
         for positions in batches[state.process_index :: state.num_processes]:

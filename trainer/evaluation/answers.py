@@ -185,12 +185,12 @@ class Replica:
             self._features.move_to_end(image_row)
             return self._features[image_row]
         with naming_row(f"data: row {image_row} of the split"):
-            found = [self._encode(image) for image in self.rows[image_row].images]
-        self._features[image_row] = found
-        size = sum(len(maps) * maps[0].nbytes for maps, _ in found)
+            features = [self._encode(image) for image in self.rows[image_row].images]
+        self._features[image_row] = features
+        size = sum(len(maps) * maps[0].nbytes for maps, _ in features)
         while len(self._features) * size > CACHE_BYTES:
             self._features.popitem(last=False)
-        return found
+        return features
 
     def _encode(self, image: bytes) -> tuple[_Maps, Tensor]:
         device = self.base.device

@@ -91,16 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--image", type=image, action="append", required=True, help="an image; may be repeated"
     )
     parser.add_argument("--question", help="the question (default: every line of the standard input)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     console = Console(stderr=True)
     try:
-        request = request_of(given)
-        images = [read_image(Path(file)) for file in given.image]
+        request = request_of(options)
+        images = [read_image(Path(file)) for file in options.image]
         check_hand_request(request)
         with console.status("loading") as status:  # says nothing where nobody watches
             panel = seat(request, request.recipe(), lambda name: status.update(f"loading {printable(name)}"))
-        converse(panel, images, questions_of(given.question))
+        converse(panel, images, questions_of(options.question))
     except SamestepError as error:
         return print_error(error)
     except KeyboardInterrupt:

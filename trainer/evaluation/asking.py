@@ -58,9 +58,9 @@ class Panel:
         """Raise ConfigError for a question that is empty, or that the model would read as structure."""
         if not question.strip():
             raise ConfigError("QUESTION: is empty; ask something")
-        if found := self._encoder.control_tokens.search(question):
+        if match := self._encoder.control_tokens.search(question):
             raise ConfigError(
-                f"QUESTION: holds the special token {found[0]}, which the model does not read as text; take it out"
+                f"QUESTION: holds the special token {match[0]}, which the model does not read as text; take it out"
             )
 
     @torch.no_grad()

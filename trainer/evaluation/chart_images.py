@@ -96,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=for_argparse(place(name)), required=True)
     parser.add_argument("--split", required=True)
     parser.add_argument("--rows", required=True, help="row numbers, separated by commas")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     disable_progress_bar()
     try:
-        rows = [int(row) for row in given.rows.split(",") if row.isdecimal()]
-        write_images(RunDirectory(given.run_dir.absolute()), given.split, rows, given.output)
+        rows = [int(row) for row in options.rows.split(",") if row.isdecimal()]
+        write_images(RunDirectory(options.run_dir.absolute()), options.split, rows, options.output)
     except SamestepError as error:
         echo(str(error), to_stderr=True)
         return error.exit_status

@@ -39,22 +39,22 @@ def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
 
 
 def request_of(
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     split: SplitName = "test",
     max_samples: int | None = None,
     allow: tuple[str, ...] = (),
 ) -> EvaluationRequest:
     """Return the request of parsed options."""
     return EvaluationRequest(
-        run=RunDirectory(given.run_dir.expanduser().absolute()),
+        run=RunDirectory(options.run_dir.expanduser().absolute()),
         split=split,
-        models=tuple(given.models.split(",")),
+        models=tuple(options.models.split(",")),
         max_samples=max_samples,
         allow=allow,
-        checkpoint=given.checkpoint,
-        adapter_folder=given.adapter and given.adapter.absolute(),
-        label=given.label,
-        recipe_file=given.recipe,
-        overrides=tuple(given.set),
-        prompt_file=given.prompt_file,
+        checkpoint=options.checkpoint,
+        adapter_folder=options.adapter and options.adapter.absolute(),
+        label=options.label,
+        recipe_file=options.recipe,
+        overrides=tuple(options.set),
+        prompt_file=options.prompt_file,
     )

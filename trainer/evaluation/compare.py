@@ -216,13 +216,13 @@ def base_kind_of(folder: Path) -> str:
         return folder.name
 
 
-def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.Module:
+def with_adapter(base: PreTrainedModel, folder: Path, pairs: int) -> torch.nn.Module:
     """Load an adapter as PEFT does, and count its pairs: PEFT says nothing about keys that match no layer."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
-    if loaded != wanted:
+    if loaded != pairs:
         raise CheckpointError(
-            f"{folder}: PEFT loaded {loaded} of {wanted} lora pairs into the base; "
+            f"{folder}: PEFT loaded {loaded} of {pairs} lora pairs into the base; "
             "its keys are of another transformers version, so there is no unmerged model to compare with"
         )
     return cast(torch.nn.Module, model)
@@ -316,14 +316,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_adapter_options(parser)
     add_allow(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        comparison = compare(_request(given))
+        comparison = compare(_request(options))
     except SamestepError as error:
         return print_error(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
-    for folder in given.merged:
+    for folder in options.merged:
         keep_comparison(comparison, folder)
     return 0
 
@@ -337,23 +337,23 @@ def keep_comparison(comparison: MergeComparison, merged: Path) -> None:
             atomic_write(merged / COMPARISON, json.dumps(asdict(comparison), indent=1) + "\n")
 
 
-def _request(given: argparse.Namespace) -> ComparisonRequest:
-    source, missing = given.source.expanduser().absolute(), missing_of(given)
+def _request(options: argparse.Namespace) -> ComparisonRequest:
+    source, missing = options.source.expanduser().absolute(), missing_of(options)
     adapter = read_adapter(source, missing)
-    recipe_file = recipe_file_of(source, given.run_dir)
+    recipe_file = recipe_file_of(source, options.run_dir)
     base = find_base(adapter, missing.base_model)
-    check_base(adapter, base, given.allow)
+    check_base(adapter, base, options.allow)
     return ComparisonRequest(
         source=source,
         adapter=adapter,
         base=base,
-        merged=tuple(folder.expanduser().absolute() for folder in given.merged),
+        merged=tuple(folder.expanduser().absolute() for folder in options.merged),
         recipe=load_recipe(recipe_file),
-        samples=given.samples,
+        samples=options.samples,
         recipe_file=recipe_file,
         missing=missing,
-        both_bases=given.both_bases,
-        allow=tuple(given.allow),
+        both_bases=options.both_bases,
+        allow=tuple(options.allow),
     )
 
 

@@ -104,15 +104,15 @@ def print_comparison(comparison: MergeComparison, console: Console) -> None:
     ):
         table.add_column(column, justify="left" if column in ("model", "against") else "right")
     for each in comparison.merged:
-        for name, found in ((f"{UNMERGED}, unmerged", each.unmerged), (QUANTIZED, each.quantized)):
-            if found is not None:
+        for name, differences in ((f"{UNMERGED}, unmerged", each.unmerged), (QUANTIZED, each.quantized)):
+            if differences is not None:
                 table.add_row(
                     each.model,
                     name,
-                    f"{found.largest:.3g}",
-                    f"{found.mean:.3g}",
-                    f"{found.logit_range:.3g}",
-                    f"{100 * found.agreement:.1f} %",
+                    f"{differences.largest:.3g}",
+                    f"{differences.mean:.3g}",
+                    f"{differences.logit_range:.3g}",
+                    f"{100 * differences.agreement:.1f} %",
                 )
     console.print(table)
     table = Table(title=f"answers to the same {comparison.samples} questions", title_justify="left")

@@ -48,7 +48,7 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
     """Return (image file, question, target) of rows with one image, spread over the test split."""
-    rows, found = open_split(recipe, "test"), []
+    rows, examples = open_split(recipe, "test"), []
     for number in evenly_spaced(len(rows), count):
         row = rows[number]
         file = folder / f"row-{number}.png"
@@ -58,8 +58,8 @@ def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[lis
             decode_image(row.images[0]).save(file)
         except RowError:
             continue  # `prepare` names such rows
-        found.append([str(file), row.query, row.label[0]])
-    return found
+        examples.append([str(file), row.query, row.label[0]])
+    return examples
 
 
 def page(panel: Panel, title: str, examples: Sequence[Sequence[str]]) -> Any:
@@ -101,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.demo --run-dir runs/embedded",
     )
     add_request_arguments(parser, "base,adapter")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        request = request_of(given)
+        request = request_of(options)
         check_hand_request(request)
         try:
             import gradio  # noqa: F401 - before a model is loaded

@@ -58,9 +58,9 @@ class ScoredAnswers(TypedDict):
 
 def answers_are_due(recipe: Recipe, step: int, max_steps: int) -> bool:
     """Say whether the evaluation at a step scores answers too: every `answers_every`-th does, and the last one."""
-    chosen = recipe.evaluation
-    return chosen.answers > 0 and (
-        step == max_steps or step % (chosen.every_steps * chosen.answers_every) == 0
+    settings = recipe.evaluation
+    return settings.answers > 0 and (
+        step == max_steps or step % (settings.every_steps * settings.answers_every) == 0
     )
 
 
@@ -141,8 +141,8 @@ def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: 
 def _share_of(task: Task, processor: ProcessorMixin) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
     """All questions, and this rank's batches of their positions; False: of another rank, to be in step with it."""
     questions = _questions(task, processor, open_split(task.recipe, "validation"))
-    chosen = task.recipe.evaluation.batch_size
-    size = BATCH_SIZE if chosen == "auto" else chosen
+    batch_size = task.recipe.evaluation.batch_size
+    size = BATCH_SIZE if batch_size == "auto" else batch_size
     batches = make_batches([question.tokens for question in questions], size)
     rank = dist.get_rank() if task.plan.world_size > 1 else 0
     return questions, shares(batches, rank, task.plan.world_size)

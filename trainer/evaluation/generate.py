@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
     )
     add_allow(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    given = parser.parse_args(arguments)
-    return request_of(given, given.split, given.max_samples, tuple(given.allow)), given.json
+    options = parser.parse_args(arguments)
+    return request_of(options, options.split, options.max_samples, tuple(options.allow)), options.json
 
 
 def prepared(request: EvaluationRequest) -> EvaluationTask:
@@ -126,13 +126,13 @@ def evaluate(task: EvaluationTask, state: PartialState, as_json: bool = False) -
 
 def stored_answers(task: EvaluationTask, identity: Mapping[str, str]) -> dict[str, Stored]:
     """Return what every variant that is asked has answered so far, by its name."""
-    found = {}
+    stored = {}
     for variant in variants_of(task.request, task.recipe):
         kind = "merged" if variant.is_merged else "adapter" if variant.adapter else "base"
         facts = answer_facts(variant, task.request, task.recipe, identity)
         store = AnswerStore.of(task.request.run.answers, kind, facts)
-        found[variant.name] = Stored(store, store.read())
-    return found
+        stored[variant.name] = Stored(store, store.read())
+    return stored
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def result_of(
     for answer in answers:
         by_model[answer["model"]][answer["row"]] = answer
     expected = {question.row for question in questions}
-    whole = all(given.keys() == expected for given in by_model.values())
+    whole = all(by_row.keys() == expected for by_row in by_model.values())
     if not whole or len(answers) != len(expected) * len(by_model):
         raise RunError(
             f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
@@ -61,8 +61,8 @@ def result_of(
         )
     accuracy: dict[str, dict[str, Accuracy]] = {}
     outcomes: dict[str, list[bool]] = {}
-    for model, given in by_model.items():
-        outcomes[model] = [metrics.is_correct(given[q.row]["prediction"], q.label) for q in questions]
+    for model, by_row in by_model.items():
+        outcomes[model] = [metrics.is_correct(by_row[q.row]["prediction"], q.label) for q in questions]
         kinds = (question.human_or_machine for question in questions)
         accuracy[model] = summary_of(zip(outcomes[model], kinds, strict=True))
     variants = variants_of(request, recipe)
@@ -75,9 +75,9 @@ def result_of(
             "human_or_machine": question.human_or_machine,
             **{
                 model: _prediction(
-                    given[question.row], question, outcomes[model][position], metrics, model in shuffled
+                    by_row[question.row], question, outcomes[model][position], metrics, model in shuffled
                 )
-                for model, given in by_model.items()
+                for model, by_row in by_model.items()
             },
         }
         for position, question in enumerate(questions)

@@ -91,8 +91,8 @@ def with_earlier_answers(
 
 
 def _weights_of(model: str, older: dict[str, Any], weights: Mapping[str, str | None]) -> str | None:
-    told: str | None = older.get("weights", {}).get(model)
-    return told or weights[model]
+    recorded: str | None = older.get("weights", {}).get(model)
+    return recorded or weights[model]
 
 
 def _scored(answer: dict[str, Any], question: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
@@ -166,10 +166,10 @@ def _same_questions(older: dict[str, Any], result: dict[str, Any]) -> bool:
 
     What an older version did not write down is not compared.
     """
-    asked = (
+    same_request = (
         [{key: each[key] for key in _QUESTION} for each in one["predictions"]] for one in (older, result)
     )
-    first, second = asked
+    first, second = same_request
     before, now = (one.get("identity", {}) for one in (older, result))
     if any(before[part] != now[part] for part in before.keys() & now.keys()):
         return False
@@ -185,9 +185,9 @@ def _is_current(model: str, older: dict[str, Any], weights: Mapping[str, str | N
     name = parse_variant(model)
     if name.weights == "base":
         return True
-    if (told := older.get("weights", {}).get(model)) is not None:
+    if (recorded := older.get("weights", {}).get(model)) is not None:
         now = weights.get(model)
-        return bool(told == now) or (now is None and name.step is not None)
+        return bool(recorded == now) or (now is None and name.step is not None)
     try:  # an older version did not say: by age
         return (
             datetime.fromisoformat(_finished(older, model)).timestamp()

@@ -50,18 +50,18 @@ class ImageFiles:
         return (self.read(value),)
 
     def _of_mapping(self, value: Mapping[str, object]) -> bytes:
-        given = {key: value[key] for key in _KEYS if value.get(key) is not None}
-        content = given.get("bytes")
+        present = {key: value[key] for key in _KEYS if value.get(key) is not None}
+        content = present.get("bytes")
         if isinstance(content, bytes):
             return content
-        path = given.get("path") or given.get("image") or given.get("url")
+        path = present.get("path") or present.get("image") or present.get("url")
         if isinstance(path, Mapping) and path is not value and ("bytes" in path or "path" in path):
             return self._of_mapping(path)
         if isinstance(path, bytes):
             return path
         if not isinstance(path, str) or not path:
             raise RowError("the image is missing: neither bytes nor a path")
-        if "path" in given and self.root is None:
+        if "path" in present and self.root is None:
             return _read(Path(path), path)  # where `datasets` put the file
         return self._of_path(path)
 

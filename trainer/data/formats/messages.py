@@ -71,9 +71,9 @@ def _parts(number: int, content: object, files: ImageFiles, inline: list[bytes])
             yield from _text_parts(part["text"])
         elif kind in ("image", "image_url"):
             yield IMAGE
-            given = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            if given is not None:
-                inline.append(files.read(given))
+            image = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+            if image is not None:
+                inline.append(files.read(image))
         else:
             raise RowError(
                 f"message {number} has a part of type {repr(kind or part)[:40]}, not text or image"

@@ -66,7 +66,7 @@ def what_is(part: str) -> str:
 
 
 def find_identity(recipe: Recipe, index: Index) -> RunIdentity:
-    """Of a recipe whose base is on this machine. Reads all weights once, in a cache's lifetime.
+    """Return the identity of a recipe whose base is on this machine. Reads all weights once, in a cache's lifetime.
 
     Raises:
         ConfigError: the base is not here, has no safetensors weights, or cannot be read.

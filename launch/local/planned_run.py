@@ -190,7 +190,7 @@ def is_done(planned: PlannedRun) -> bool:
 
 
 def describe_start(planned: PlannedRun, request: RunRequest) -> str:
-    """In one line, where the request would begin, go on, or find the run done. Writes nothing.
+    """Say in one line where the request would begin, go on, or find the run done. Writes nothing.
 
     Raises CheckpointError where training would be refused: the run has a result, and no checkpoint to go on from.
     """
@@ -241,7 +241,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def moved_aside(run: RunDirectory, fresh: bool) -> Iterator[Path | None]:
-    """With `fresh`, rename an existing run to <name>.<timestamp>; back, when the block fails and leaves no other.
+    """Rename an existing run to <name>.<timestamp> when `fresh`; back, when the block fails and leaves no other.
 
     Gives its name meanwhile; None where nothing was in the way.
     """

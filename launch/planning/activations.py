@@ -138,4 +138,5 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
 
 
 def largest_linear(shape: ModelShape) -> int:
+    """Return the weights of the largest linear layer of a decoder layer."""
     return max(outputs * inputs for outputs, inputs in shape.layer_linears.values())

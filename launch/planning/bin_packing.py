@@ -60,6 +60,7 @@ def fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
 
 
 def total(group: Sequence[int], weights: Sequence[int]) -> int:
+    """Add up the weights of a group's members."""
     return sum(weights[i] for i in group)
 
 

@@ -202,6 +202,7 @@ class RankBalancer:
         self.tries = 0
 
     def is_level(self) -> bool:
+        """Say whether the heaviest rank is as close to the mean as it has to be."""
         return (self.by_load[-1][0] - self.even) * _BALANCED <= self.even
 
     def lower_heaviest(self) -> bool:

@@ -57,6 +57,7 @@ class RunRecords:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.run.name
 
     @property

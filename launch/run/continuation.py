@@ -104,7 +104,7 @@ def _has_begun(run: RunDirectory) -> bool:
 def refuse_lost_checkpoints(
     run: RunDirectory, passed_over: Sequence[Checkpoint] = (), begins_at: int = 0
 ) -> None:
-    """Where no checkpoint is valid, and training would begin anew in the place of what was there.
+    """Refuse to begin anew in the place of what was there, where no checkpoint is valid any more.
 
     `passed_over`: those that cannot be used; `begins_at`: the step that the run's plan goes on from.
 

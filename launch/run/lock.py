@@ -59,7 +59,9 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
 
 
 def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
-    """Who holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError as `hold_lock`."""
+    """Name the process that holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError:
+    see `hold_lock`.
+    """
     path = folder / file_name
     try:
         descriptor = _open_lock(path, os.O_RDONLY)

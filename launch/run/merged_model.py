@@ -33,7 +33,9 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
 
 
 def merged_digest(merged: Path) -> str | None:
-    """Of which adapter a merged model is, as `read_digest`; None where no merge recorded it, or there is no model."""
+    """Return the digest of the adapter that a merged model is of, as `read_digest`; None where no merge recorded it, or
+    there is no model.
+    """
     recorded = read_record(merged).get(DIGEST)
     return None if recorded is None else str(recorded)
 
@@ -82,7 +84,7 @@ def _weights_are_whole(folder: Path) -> bool:
 
 
 def merge_behind(run: RunDirectory, merged: Path) -> str | None:
-    """In a line, that `merged` is of another adapter than the run's, and what makes it anew; None: it is not."""
+    """Say in a line that `merged` is of another adapter than the run's, and what makes it anew; None: it is not."""
     if not is_of_another_adapter(run, merged):
         return None
     base = "" if merged == run.merged else " --base dequantized"

@@ -36,7 +36,7 @@ class VariantName:
 
     @property
     def step(self) -> int | None:
-        """Of `checkpoint-<step>`."""
+        """The step of `checkpoint-<step>`; None of any other."""
         return int(self.weights.partition("-")[2]) if self.weights.startswith("checkpoint-") else None
 
 

@@ -164,7 +164,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
     from rich.text import Text
 
     from launch.checkpoints.scan import scan_checkpoints
-    from launch.monitor.checkpoint_table import CHECKPOINT_COLUMNS, as_objects, checkpoint_rows, reasons
+    from launch.monitor.checkpoint_table import CHECKPOINT_COLUMNS, as_objects, reasons, table_rows
     from launch.run.find import find_run
     from launch.run.request_files import old_plan
 
@@ -185,7 +185,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
         return
     title = Text(printable(f"checkpoints of {place.name}"))
     table = Table(*CHECKPOINT_COLUMNS, title=title, title_justify="left")
-    for row in checkpoint_rows(scanned, time.time()):
+    for row in table_rows(scanned, time.time()):
         add_row(table, *row)
     console.print(table)
     for line in reasons(scanned, old_plan(place)):

@@ -15,7 +15,7 @@ CHECKPOINT_COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "st
 _UNKNOWN = "?"
 
 
-def checkpoint_rows(checkpoints: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
+def table_rows(checkpoints: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
     """A row of `CHECKPOINT_COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
     return [
         (

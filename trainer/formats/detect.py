@@ -12,7 +12,15 @@ from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.checkpoints.manifest import MANIFEST, SHARDS, read_manifest
 from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, printable
-from trainer.formats.forms import DISTRIBUTED, FORMS, FULL, from_adapter, from_shards, from_weights, shards_of
+from trainer.formats.forms import (
+    CHECKPOINT_FORMS,
+    DISTRIBUTED,
+    FULL,
+    from_adapter,
+    from_shards,
+    from_weights,
+    shards_of,
+)
 from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.validated import (
     read_json_object,
@@ -64,7 +72,7 @@ def _read(source: Path) -> ImportedCheckpoint:
         return from_weights(source, [source])
     if (source / MANIFEST).is_file():  # one of ours: every file as it was published
         read_manifest(source, verify=True)
-    for find, read in FORMS:
+    for find, read in CHECKPOINT_FORMS:
         if (place := find(source)) is not None:
             return read(place)
     if (source / "adapter" / ADAPTER_CONFIG).is_file():  # a run directory

@@ -172,7 +172,7 @@ def from_weights(source: Path, files: list[Path]) -> ImportedCheckpoint:
     )
 
 
-FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], ImportedCheckpoint]], ...] = (
+CHECKPOINT_FORMS: tuple[tuple[Callable[[Path], Path | None], Callable[[Path], ImportedCheckpoint]], ...] = (
     (shards_of, from_shards),
     (zero_folder, lambda folder: _from_zero_state(folder, read_zero(folder))),
     (universal_folder, lambda folder: _from_zero_state(folder, read_universal(folder))),

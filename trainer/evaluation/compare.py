@@ -12,9 +12,9 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,10 +33,7 @@ from launch.inputs.dataset_index import read_index
 from launch.option_values import for_argparse, place, whole
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
-from launch.run.directory import RunDirectory
-from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import COMPARISON, RECORD
-from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
@@ -53,13 +50,16 @@ from trainer.evaluation.comparison import (
     difference,
     print_comparison,
 )
+from trainer.evaluation.comparison_request import (
+    ComparisonRequest,
+    merged_folders,
+    recipe_file_of,
+    stored_dtype,
+)
 from trainer.evaluation.loading import with_named_targets
-from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
-from trainer.export.base_model import add_allow, check_base, find_base, run_containing
+from trainer.export.adapter import read_adapter
+from trainer.export.base_model import add_allow, check_base, find_base
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
-from trainer.export.merge import merge, print_report
-from trainer.export.merge_plan import MergeRequest
-from trainer.formats.validated import read_json_object
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
@@ -70,28 +70,9 @@ DEFAULT_SAMPLES = 32
 ModelLoader = Callable[[], torch.nn.Module]
 
 
-@dataclass(frozen=True)
-class ComparisonRequest:
-    """What is compared: an adapter and its base, the merged models, on which recipe's data.
-
-    `both_bases`: make the merge onto the other base too (original or dequantized), compare it, and remove it.
-    """
-
-    source: Path
-    adapter: Adapter
-    base: Path
-    merged: tuple[Path, ...]
-    recipe: Recipe
-    samples: int
-    recipe_file: Path
-    missing: AdapterOverrides
-    both_bases: bool = False
-    allow: tuple[str, ...] = ()
-
-
 def compare(request: ComparisonRequest) -> MergeComparison:
     """Load one model after the other, keep logits and answers, and compare."""
-    with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
+    with merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
             with_named_targets(request.adapter), Path(adapter)
         )  # as PEFT's present version reads it
@@ -170,52 +151,6 @@ def _look(
     return seen, rows
 
 
-@contextmanager
-def _merged_folders(request: ComparisonRequest) -> Iterator[dict[str, Path]]:
-    """The merged models by a name that says their base; with `both_bases` the other one is made meanwhile."""
-    folders = {f"merged, {base_kind_of(folder)}": folder for folder in request.merged}
-    if len(folders) < len(request.merged):
-        raise CheckpointError(
-            f"--merged: {len(request.merged)} folders of the same kind of base; give one of each kind"
-        )
-    if not request.both_bases or not request.recipe.quantization.load_in_4bit:
-        yield folders
-        return
-    first = request.merged[0]
-    other: BaseKind = "original" if base_kind_of(first) == "dequantized" else "dequantized"
-    dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
-    with _room_beside(first) as room:
-        twin = Path(room, first.name)
-        print_report(
-            merge(
-                MergeRequest(
-                    request.source, twin, other, dtype, request.recipe_file, request.missing, request.allow
-                )
-            ),
-            Console(highlight=False, soft_wrap=True),
-        )
-        yield {**folders, f"merged, {other}": twin}
-
-
-def _room_beside(folder: Path) -> TemporaryDirectory[str]:
-    """A folder of our own on the same disk, which no other attempt and no user has made."""
-    try:
-        return TemporaryDirectory(prefix=f"{folder.name}.other-base-", dir=folder.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder.parent}: cannot be written to ({error.strerror}); the merge onto the other base needs a place "
-            "there, compare without it"
-        ) from error
-
-
-def base_kind_of(folder: Path) -> str:
-    """Return `original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
-    try:
-        return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
-    except (*UNREADABLE, KeyError):
-        return folder.name
-
-
 def with_adapter(base: PreTrainedModel, folder: Path, pairs: int) -> torch.nn.Module:
     """Load an adapter as PEFT does, and count its pairs: PEFT says nothing about keys that match no layer."""
     model = PeftModel.from_pretrained(base, str(folder))
@@ -237,15 +172,6 @@ def validation_numbers(request: ComparisonRequest) -> list[int]:
     return [int(numbers[position]) for position in evenly_spaced(len(numbers), request.samples)]
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype that config.json of a merged model names."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
-    config = read_json_object(folder / "config.json")
-    name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    return cast(torch.dtype, getattr(torch, name or "float32"))
-
-
 @torch.inference_mode()
 def answer_logits(
     model: torch.nn.Module, processor: ProcessorMixin, recipe: Recipe, row: Row, dtype: torch.dtype
@@ -265,17 +191,6 @@ def answer_logits(
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0, begin - 1 : -1].float().cpu()
-
-
-def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
-    """Return the recipe of the run that `source` is or lies in, or of `run_dir`."""
-    run = RunDirectory(run_dir) if run_dir else run_containing(source)
-    if run is not None and run.recipe_file.is_file():
-        return run.recipe_file
-    raise ConfigError(
-        f"{run_dir or source}: no recipe.yaml, which names the data to compare on; "
-        "give the run's directory with --run-dir"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -49,16 +49,7 @@ def result_of(
         RunError: a question has not exactly one answer of every model.
     """
     request, recipe = task.request, task.recipe
-    by_model: dict[str, dict[int, Answer]] = {model: {} for model in in_order(request.models)}
-    for answer in answers:
-        by_model[answer["model"]][answer["row"]] = answer
-    expected = {question.row for question in questions}
-    whole = all(by_row.keys() == expected for by_row in by_model.values())
-    if not whole or len(answers) != len(expected) * len(by_model):
-        raise RunError(
-            f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
-            "models; the ranks did not share the questions as agreed, report this"
-        )
+    by_model = _answers_by_model(request, questions, answers)
     accuracy: dict[str, dict[str, Accuracy]] = {}
     outcomes: dict[str, list[bool]] = {}
     for model, by_row in by_model.items():
@@ -66,22 +57,9 @@ def result_of(
         kinds = (question.human_or_machine for question in questions)
         accuracy[model] = summary_of(zip(outcomes[model], kinds, strict=True))
     variants = variants_of(request, recipe)
-    shuffled = {variant.name for variant in variants if variant.shuffled}
-    predictions = [
-        {
-            "row": question.row,
-            "query": question.query,
-            "label": list(question.label),
-            "human_or_machine": question.human_or_machine,
-            **{
-                model: _prediction(
-                    by_row[question.row], question, outcomes[model][position], metrics, model in shuffled
-                )
-                for model, by_row in by_model.items()
-            },
-        }
-        for position, question in enumerate(questions)
-    ]
+    predictions = _predictions(
+        questions, by_model, outcomes, metrics, {v.name for v in variants if v.shuffled}
+    )
     pairs = compared(predictions, request.models)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return {
@@ -106,6 +84,48 @@ def result_of(
         "paired": pairs,
         "predictions": predictions,
     }
+
+
+def _answers_by_model(
+    request: EvaluationRequest, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, dict[int, Answer]]:
+    """Model -> row -> answer, of every model to every question."""
+    by_model: dict[str, dict[int, Answer]] = {model: {} for model in in_order(request.models)}
+    for answer in answers:
+        by_model[answer["model"]][answer["row"]] = answer
+    expected = {question.row for question in questions}
+    whole = all(by_row.keys() == expected for by_row in by_model.values())
+    if not whole or len(answers) != len(expected) * len(by_model):
+        raise RunError(
+            f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
+            "models; the ranks did not share the questions as agreed, report this"
+        )
+    return by_model
+
+
+def _predictions(
+    questions: Sequence[Question],
+    by_model: Mapping[str, Mapping[int, Answer]],
+    outcomes: Mapping[str, Sequence[bool]],
+    metrics: Metrics,
+    shuffled: Container[str],
+) -> list[dict[str, Any]]:
+    """Every question with the answers of all models; `shuffled`: the models that saw the images of other rows."""
+    return [
+        {
+            "row": question.row,
+            "query": question.query,
+            "label": list(question.label),
+            "human_or_machine": question.human_or_machine,
+            **{
+                model: _prediction(
+                    by_row[question.row], question, outcomes[model][position], metrics, model in shuffled
+                )
+                for model, by_row in by_model.items()
+            },
+        }
+        for position, question in enumerate(questions)
+    ]
 
 
 def _prediction(

@@ -41,7 +41,7 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica, spread
+from trainer.evaluation.answers import spread
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
@@ -53,6 +53,7 @@ from trainer.evaluation.comparison import (
     print_comparison,
 )
 from trainer.evaluation.loading import with_named_targets
+from trainer.evaluation.replica import Replica
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_containing
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter

@@ -13,7 +13,7 @@ from launch.inputs.dataset_index import SPLITS
 from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows
-from trainer.evaluation.request import Task
+from trainer.evaluation.request import EvaluationTask
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Question:
     prompts: Mapping[str, str] = field(default_factory=dict)
 
     def prompt_of(self, suffix: str) -> str:
-        """The prompt with the system message that a suffix stands for."""
+        """Return the prompt with the system message that a suffix stands for."""
         return self.prompts[suffix] if suffix else self.prompt
 
 
@@ -49,19 +49,19 @@ class Answer(TypedDict):
     prediction: str
 
 
-def spread(total: int, wanted: int | None) -> list[int]:
-    """`wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
+def evenly_spaced(total: int, wanted: int | None) -> list[int]:
+    """Return `wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
     count = total if wanted is None else min(wanted, total)
     return [position * total // count for position in range(count)]
 
 
 def read_questions(
-    task: Task,
+    task: EvaluationTask,
     processor: ProcessorMixin,
     rows: Rows,
     messages: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Question]:
-    """The questions of the split, with the training prompt; rows that `prepare` dropped are left out.
+    """Return the questions of the split, with the training prompt; rows that `prepare` dropped are left out.
 
     `messages`: other system messages that are wanted too, by the suffix that stands for them.
     """
@@ -72,7 +72,7 @@ def read_questions(
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     others = {suffix: replace(encoder, system_message=message) for suffix, message in messages.items()}
     questions, first_rows = [], dict[str, int]()
-    for sample in spread(len(split), request.max_samples):
+    for sample in evenly_spaced(len(split), request.max_samples):
         number = int(split.rows[sample])
         with naming_row(f"data: row {number} of the split"):
             row = rows[number]
@@ -98,7 +98,7 @@ def read_questions(
 
 
 def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
-    """For every question the position of one with other images, as many; the same for every call.
+    """Return, for every question, the position of one with other images, as many; the same for every call.
 
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
     keeps its image, also where several questions share one. Questions without an image, and the only one with so many,
@@ -121,6 +121,6 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Positions in batches of similar length, the longest first: the same for every number of ranks."""
+    """Return positions in batches of similar length, the longest first: the same for every number of ranks."""
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     return [order[begin : begin + size] for begin in range(0, len(order), size)]

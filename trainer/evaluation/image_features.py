@@ -18,7 +18,6 @@ from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows
 from trainer.model.attention import packed_tower
 from trainer.model.families.modelling import Grid
-from trainer.model.families.registry import modelling_of
 from trainer.model.vision import features_of_images
 
 CACHE_BYTES = 2 << 30  # of features on the device
@@ -141,8 +140,8 @@ class ImageFeatures:
         with torch.autocast(device.type, enabled=False):
             grids = torch.tensor([grid], device=device)
             output: Any = self.base.get_image_features(pixels.to(device), grids, return_dict=True)
-        (output.pooler_output,) = output.pooler_output
-        return modelling_of(self.base).features(output)
+        maps = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        return torch.cat([of_images[0] for of_images in maps], dim=1)
 
 
 def chunks(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:

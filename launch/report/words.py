@@ -90,19 +90,21 @@ def last_loss(lines: list[dict[str, Any]]) -> float | None:
 
 def attempt_rows(attempts: Sequence[Attempt], local: Sequence[LocalAttempt]) -> list[tuple[str, ...]]:
     """(job, began, nodes or processes, steps, how it ended, why) of every attempt, in the order of their starts."""
-    every = [(each, f"{each.job}.{each.restart}", each.nodes) for each in attempts]
-    here = [(each, "local", each.processes) for each in local]
-    return [
-        (
-            job,
-            _moment(each.began),
-            where or "-",
-            f"{each.first_step:,} to {each.last_step:,}" if each.how else f"from {each.first_step:,}",
-            each.how or "under way",
-            each.reason,
-        )
-        for each, job, where in sorted([*every, *here], key=lambda row: row[0].began)
-    ]
+    begun = [(each.began, _attempt_row(each, f"{each.job}.{each.restart}", each.nodes)) for each in attempts]
+    begun += [(each.began, _attempt_row(each, "local", each.processes)) for each in local]
+    return [row for _, row in sorted(begun, key=lambda each: each[0])]
+
+
+def _attempt_row(attempt: Attempt | LocalAttempt, job: str, where: str) -> tuple[str, ...]:
+    first = f"{attempt.first_step:,}"
+    return (
+        job,
+        _moment(attempt.began),
+        where or "-",
+        f"{first} to {attempt.last_step:,}" if attempt.how else f"from {first}",
+        attempt.how or "under way",
+        attempt.reason,
+    )
 
 
 def _moment(seconds: float) -> str:

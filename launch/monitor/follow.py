@@ -12,7 +12,7 @@ from launch.untrusted_files import UNREADABLE, open_plain
 
 POLL_S = 1.0
 PIECE = 2**20  # bytes
-LOOK_EVERY = 5  # polls; Slurm's controller is not to be asked every second
+LOOK_EVERY_POLLS = 5  # polls; Slurm's controller is not to be asked every second
 BELIEVED = 3  # looks in a row at a run that has ended: between two attempts nobody has it for moments
 
 
@@ -30,7 +30,7 @@ def follow(
     read: dict[Path, int] = {}
     ended, times = None, 0
     for poll in itertools.count():
-        if ended is not None or poll % LOOK_EVERY == 0:
+        if ended is not None or poll % LOOK_EVERY_POLLS == 0:
             ended = end()
             times = 0 if ended is None else times + 1
         for file in files():  # after the look: nobody had more to say when `end` was no longer None

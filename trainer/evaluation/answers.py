@@ -49,9 +49,9 @@ class Answer(TypedDict):
     prediction: str
 
 
-def evenly_spaced(total: int, wanted: int | None) -> list[int]:
-    """Return `wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
-    count = total if wanted is None else min(wanted, total)
+def evenly_spaced(total: int, most: int | None) -> list[int]:
+    """Return at most `most` positions of `total`, evenly spaced (all of them when None or more than there are)."""
+    count = total if most is None else min(most, total)
     return [position * total // count for position in range(count)]
 
 

@@ -25,12 +25,14 @@ from trainer.model.families.registry import modelling_of
 
 PROMPT_TOKENS = 16_384  # of prompts that go through the decoder together
 LENGTHS = 256  # a buffer is a multiple of so many tokens long
-LOOK_EVERY = 4  # steps between two looks at whether all answers have ended: each look waits for the GPU
+LOOK_EVERY_STEPS = 4  # steps between two looks at whether all answers have ended: each look waits for the GPU
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids` [T] and `positions` [3, T] (M-RoPE) on the host; `features` [V, maps * hidden] of each of its images."""
+    """A prompt: `ids` [T] and `positions` [3, T] (M-RoPE) on the host; `features` [V, maps * hidden] of each of its
+    images.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -60,7 +62,7 @@ class _Rows:
 
 @dataclass
 class GreedyDecoder:
-    """Of one model; `config`: of greedy decoding, its ends, its pad and `max_new_tokens`.
+    """Decodes with one model; `config`: of greedy decoding, its ends, its pad and `max_new_tokens`.
 
     `dtype`: of the cache. `captured`: steps are CUDA graphs.
     """
@@ -74,7 +76,7 @@ class GreedyDecoder:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The new tokens of each prompt, its end token included; the caller opens autocast."""
+        """Return the new tokens of each prompt, its end token included; the caller opens autocast."""
         count = int(self.config.max_new_tokens)
         lengths = [len(prompt.ids) for prompt in prompts]
         size = 1 << (len(prompts) - 1).bit_length() if self.captured else len(prompts)
@@ -85,7 +87,7 @@ class GreedyDecoder:
                 self._read(rows, prompts[begin:end], begin)
             step = self._stepping(rows)
             for number in range(1, count):
-                if number % LOOK_EVERY == 0 and bool(rows.ended.all()):
+                if number % LOOK_EVERY_STEPS == 0 and bool(rows.ended.all()):
                     break
                 step()
         return [self._answer(tokens) for tokens in rows.output[: len(prompts)].tolist()]

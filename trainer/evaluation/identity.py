@@ -35,11 +35,11 @@ def hold_against_training(task: EvaluationTask) -> dict[str, Any]:
     refuse_unknown_parts(request.allow, PARTS)
     trained_at = request.trained_at
     recorded, where = recorded_at(trained_at) if trained_at else (None, "")
-    found = content_changes(recorded, now) if recorded else []
+    changed_parts = content_changes(recorded, now) if recorded else []
     if trained_at and of_model == MODEL_PARTS:
         old = old_base_change(trained_at, Path(base_path(task.recipe)))
-        found += [old] if old else []
-    if refused := [change for change in found if not is_allowed(change, request.allow)]:
+        changed_parts += [old] if old else []
+    if refused := [change for change in changed_parts if not is_allowed(change, request.allow)]:
         raise ConfigError(
             [
                 *(f"{change.key}: {change.comparison(f'{where} has')}" for change in refused),
@@ -47,7 +47,7 @@ def hold_against_training(task: EvaluationTask) -> dict[str, Any]:
                 f"--allow {' --allow '.join(change.key for change in refused)}",
             ]
         )
-    for change in found:
+    for change in changed_parts:
         logger.warning("allowed: %s", change)
-    differing = {change.key: {"run": change.old, "here": change.new} for change in found}
+    differing = {change.key: {"run": change.old, "here": change.new} for change in changed_parts}
     return {"identity": dict(now.parts), "differs": differing}

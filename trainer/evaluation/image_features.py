@@ -30,21 +30,21 @@ _Processed = tuple[Tensor, Grid]
 
 
 @dataclass(frozen=True)
-class Features:
-    """Of one image: `values` [V, maps * hidden] on the device, what enters the embeddings first; and its grid."""
+class ImageMaps:
+    """The features of one image: `values` [V, maps * hidden] on the device, as the embeddings take them; its grid."""
 
     values: Tensor
     grid: Grid
 
     def visual_tokens(self, merge: int) -> int:
-        """How many stand in a prompt; `merge`: patches of one on each side."""
+        """Count the tokens that stand for it in a prompt; `merge`: patches of one on each side."""
         time, height, width = self.grid
         return time * height * width // merge**2
 
 
 @dataclass
 class ImageFeatures:
-    """Of the images of `rows`, in the tower's own dtype, as in training.
+    """The features of the images of `rows`, in the tower's own dtype, as in training.
 
     `packed`: several images go through the tower together, through the kernels of training; else each alone, as
     transformers computes it.
@@ -54,7 +54,7 @@ class ImageFeatures:
     processor: ProcessorMixin
     rows: Rows
     packed: bool
-    _known: OrderedDict[int, list[Features]] = field(default_factory=OrderedDict)
+    _known: OrderedDict[int, list[ImageMaps]] = field(default_factory=OrderedDict)
     _to_come: deque[int] = field(default_factory=deque)
     _ahead: dict[int, Future[list[_Processed]]] = field(default_factory=dict)
     _pool: ThreadPoolExecutor | None = None
@@ -86,30 +86,30 @@ class ImageFeatures:
                 self._ahead[row] = self._pool.submit(self._process, row)
 
     @torch.no_grad()
-    def of(self, rows: Sequence[int]) -> list[list[Features]]:
-        """Of the images of each row.
+    def of(self, rows: Sequence[int]) -> list[list[ImageMaps]]:
+        """Return the features of the images of each row.
 
         Raises:
             RunError: an image cannot be read; it names the row.
         """
-        found: dict[int, list[Features]] = {}
+        features_by_row: dict[int, list[ImageMaps]] = {}
         unknown: dict[int, list[_Processed]] = {}
         for row in dict.fromkeys(rows):
             if row in self._known:
                 self._known.move_to_end(row)
-                found[row] = self._known[row]
+                features_by_row[row] = self._known[row]
             else:
                 coming = self._ahead.pop(row, None)
                 self._fill()
                 unknown[row] = coming.result() if coming is not None else self._process(row)
         encoded = iter(self._encode([image for images in unknown.values() for image in images]))
         for row, images in unknown.items():
-            found[row] = self._known[row] = [next(encoded) for _ in images]
+            features_by_row[row] = self._known[row] = [next(encoded) for _ in images]
         size = sum(image.values.nbytes for images in self._known.values() for image in images)
         while size > CACHE_BYTES and self._known:
             _, oldest = self._known.popitem(last=False)
             size -= sum(image.values.nbytes for image in oldest)
-        return [found[row] for row in rows]
+        return [features_by_row[row] for row in rows]
 
     def _process(self, row: int) -> list[_Processed]:
         processed = []
@@ -122,17 +122,17 @@ class ImageFeatures:
                 processed.append((encoded["pixel_values"], (time, height, width)))
         return processed
 
-    def _encode(self, images: Sequence[_Processed]) -> list[Features]:
+    def _encode(self, images: Sequence[_Processed]) -> list[ImageMaps]:
         if not self.packed:
-            return [Features(self._alone(pixels, grid), grid) for pixels, grid in images]
-        encoded: list[Features] = []
+            return [ImageMaps(self._alone(pixels, grid), grid) for pixels, grid in images]
+        encoded: list[ImageMaps] = []
         for begin, end in chunks([len(pixels) for pixels, _ in images], PATCHES):
             grids = [grid for _, grid in images[begin:end]]
             with packed_tower(self.base):
                 values = features_of_images(
                     self.base.model, [pixels for pixels, _ in images[begin:end]], grids
                 )
-            encoded += [Features(part, grid) for part, grid in zip(values, grids, strict=True)]
+            encoded += [ImageMaps(part, grid) for part, grid in zip(values, grids, strict=True)]
         return encoded
 
     def _alone(self, pixels: Tensor, grid: Grid) -> Tensor:
@@ -145,7 +145,7 @@ class ImageFeatures:
 
 
 def chunks(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Bounds of consecutive items of no more than `most` together, or one."""
+    """Return the bounds of consecutive items of no more than `most` together, or one."""
     bounds, begin, together = [], 0, 0
     for number, size in enumerate(sizes):
         if number > begin and together + size > most:

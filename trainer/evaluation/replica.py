@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from trainer.data.encoder import mrope_positions
 from trainer.data.splits import Rows
 from trainer.evaluation.decoding import GreedyDecoder, Prompt
-from trainer.evaluation.image_features import Features, ImageFeatures
+from trainer.evaluation.image_features import ImageFeatures, ImageMaps
 from trainer.model.families.registry import is_known
 
 
@@ -40,12 +40,12 @@ class Replica:
 
     @property
     def fast(self) -> bool:
-        """Whether prompts are packed, images read ahead and steps captured."""
+        """Whether prompts are packed, images read ahead and steps captured as CUDA graphs."""
         return self.stock is None
 
     @property
     def way(self) -> str:
-        """How it answers, for the log."""
+        """The way it answers, in words for the log."""
         return "packed prompts and CUDA graphs" if self.fast else f"transformers' `generate` ({self.stock})"
 
     @property
@@ -56,22 +56,22 @@ class Replica:
 
     @cached_property
     def features(self) -> ImageFeatures:
-        """Of the images of the rows."""
+        """The features of the images of the rows."""
         return ImageFeatures(self.base, self.processor, self.rows, packed=self.fast)
 
     def forget_trained_features(self) -> None:
-        """Before another adapter, or none, answers: features of a tower with LoRA are that adapter's."""
+        """Drop the features of a tower with LoRA before another adapter, or none, answers: they are that adapter's."""
         if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
             self.features.forget()
 
     def look_ahead(self, image_rows: Iterable[int]) -> None:
-        """The rows whose images will be asked about, in that order: a GPU need not wait until they are decoded."""
+        """Name the rows whose images will be asked about, in that order: a GPU need not wait until they are decoded."""
         if self.fast:
             self.features.look_ahead(image_rows)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the images of a row."""
+        """Return greedy answers, each to a prompt about the images of a row."""
         of_prompts = self.features.of(image_rows)
         merge = int(self.processor.image_processor.merge_size)
         counts = [[image.visual_tokens(merge) for image in images] for images in of_prompts]
@@ -90,7 +90,7 @@ class Replica:
         on_gpu = base.device.type == "cuda"
         return GreedyDecoder(base, config, processor.image_token_id, self.compute_dtype, captured=on_gpu)
 
-    def _decoded(self, texts: Sequence[str], of_prompts: Sequence[list[Features]]) -> list[list[int]]:
+    def _decoded(self, texts: Sequence[str], of_prompts: Sequence[list[ImageMaps]]) -> list[list[int]]:
         token, merge = self.processor.image_token_id, int(self.processor.image_processor.merge_size)
         ids = [
             torch.tensor(each)
@@ -107,7 +107,7 @@ class Replica:
             ]
         )
 
-    def _generated(self, texts: Sequence[str], of_prompts: Sequence[list[Features]]) -> Tensor:
+    def _generated(self, texts: Sequence[str], of_prompts: Sequence[list[ImageMaps]]) -> Tensor:
         device = self.base.device
         images = [image for of_prompt in of_prompts for image in of_prompt]
         encoded = self.processor.tokenizer(
@@ -131,7 +131,7 @@ class Replica:
         )
         return cast(Tensor, output[:, input_ids.shape[1] :])
 
-    def _tower_output(self, images: Sequence[Features]) -> BaseModelOutputWithPooling:
+    def _tower_output(self, images: Sequence[ImageMaps]) -> BaseModelOutputWithPooling:
         """What `get_image_features` gives for these images together: a tuple of tensors for every map."""
         hidden = self.base.config.get_text_config().hidden_size
         pooled, *deepstack = zip(*(image.values.split(hidden, dim=1) for image in images), strict=True)
@@ -141,7 +141,7 @@ class Replica:
 
 
 def why_stock(base: PreTrainedModel) -> str | None:
-    """Why a model cannot answer by packed prompts and CUDA graphs, in words, or None."""
+    """Say why a model cannot answer by packed prompts and CUDA graphs; None: it can."""
     if base.device.type != "cuda":
         return f"CUDA graphs need a GPU, this is a {base.device.type}"
     if torch.are_deterministic_algorithms_enabled():
@@ -153,7 +153,7 @@ def why_stock(base: PreTrainedModel) -> str | None:
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
+    """Return a generation configuration with the ends of the model's own: no sampling, no repetition penalty."""
     own, tokenizer = model.generation_config, processor.tokenizer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

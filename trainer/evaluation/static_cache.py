@@ -22,7 +22,7 @@ NAME = "samestep_static_cache"
 
 
 class StaticKeysValues:
-    """[rows, kv_heads, length, head_dim] of each layer; stands where transformers' decoders take a `Cache`."""
+    """Buffers [rows, kv_heads, length, head_dim] of each layer; stands where transformers' decoders take a `Cache`."""
 
     def __init__(self, config: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         """`config`: the language model's."""
@@ -60,8 +60,8 @@ class StaticKeysValues:
 
 @contextmanager
 def static_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the language model attends through `attend`."""
-    AttentionInterface.register(NAME, attend)
+    """Let the language model attend through `attend_to_cache` inside the block."""
+    AttentionInterface.register(NAME, attend_to_cache)
     config = model.model.language_model.config
     before = config._attn_implementation
     config._attn_implementation = NAME
@@ -71,7 +71,7 @@ def static_attention(model: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def attend(
+def attend_to_cache(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -84,7 +84,7 @@ def attend(
     visible: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each of packed `prompts`, or of one token a row to what is `visible` of the buffers.
+    """Attend within each of packed `prompts`, or from one token a row to what is `visible` of the buffers.
 
     `visible`: bool [rows, 1, 1, length]. The keyword is not `segments`: the fused attention of training takes that
     one for itself, and keeps nothing.

@@ -76,7 +76,10 @@ _ALL = (
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({strategy.name: strategy for strategy in _ALL})
 """Every strategy by its name."""
 
+AUTO = "auto"
+"""In a request, in the place of a name: `launch.planning.auto_strategy.resolve_strategy` puts one there."""
+
 
 def default_strategy(world_size: int) -> Strategy:
-    """The strategy of a request that names none: the fastest where the model fits, which replicates it."""
+    """The fastest strategy of so many processes where the model fits each: it replicates it."""
     return STRATEGIES["single" if world_size == 1 else "ddp"]

@@ -43,7 +43,8 @@ _NO_RUNS = "{}: no runs yet; `samestep run` or `samestep submit` begins one"
 StrategyFile = Annotated[
     str | None,
     typer.Option(
-        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
+        help="auto, or a file of accelerate_configs/ without .yaml.",
+        show_default="auto: single for one process, ddp where it fits the GPUs, else fsdp",
     ),
 ]
 SiteFile = Annotated[

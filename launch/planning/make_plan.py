@@ -36,10 +36,11 @@ def make_plan(
     history: RunHistory = RunHistory(),  # noqa: B008 - frozen
     identity: RunIdentity | None = None,
 ) -> Plan:
-    """Derive every number of a run. The keywords are what is known of it: its name (by default the recipe's), the
-    `config` of a launch under way (else the shipped file counts), its history and identity. `before`: a plan for the
-    same recipe and topology, whose settings stay (`launch.run.continuation.plan_to_keep`); without it and the GPUs'
-    memory, settings that are `auto` are those that need little.
+    """Derive every number of a run, whose strategy `topology` names. The keywords are what is known of it: its name
+    (by default the recipe's), the `config` of a launch under way (else the shipped file counts), its history and
+    identity. `before`: a plan for the same recipe and topology, whose settings stay
+    (`launch.run.continuation.plan_to_keep`); without it and the GPUs' memory, settings that are `auto` are those that
+    need little.
     Raises ConfigError with every rule the request breaks.
     """
     strategy, begin = topology.strategy, history.begin
@@ -83,6 +84,7 @@ def make_plan(
         started_from=history.started_from,
         identity=dict(identity.parts) if identity else {},
         samples_digest=history.samples_digest,
+        strategy_reason=topology.strategy_reason,
     )
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.planning.auto_settings import ChosenSettings, less_than, recomputation
+from launch.planning.auto_strategy import resolve_strategy
+from launch.planning.forecast import slower_than_fsdp
 from launch.planning.make_plan import choose_settings, planned_settings
 from launch.planning.plan import Plan
 from launch.planning.run_steps import balanced_steps
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
-from launch.strategies import STRATEGIES
+from launch.strategies import AUTO, STRATEGIES
 from launch.units import gib
 
 if TYPE_CHECKING:
@@ -67,7 +69,11 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSetting
 
 
 def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[str, ...]]:
-    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits)."""
+    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits, a word).
+
+    The last says what `auto` takes, and what was measured to be slow.
+    """
+    automatic = resolve_strategy(recipe, index, replace(topology, strategy=AUTO), StreamOffset()).strategy
     rows: list[tuple[str, ...]] = []
     for name, strategy in STRATEGIES.items():
         if strategy.is_one_process != (topology.world_size == 1):
@@ -84,5 +90,6 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
                 *(["held dequantized"] if choice.settings.keep_dequantized else []),
             ]
         )
-        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits))
+        word = "recommended" if name == automatic else slower_than_fsdp(name, topology)
+        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits, word))
     return rows

@@ -129,6 +129,8 @@ class Plan:
     """Digest of every part of `launch.inputs.identity`; empty where an older version planned."""
     samples_digest: SamplesDigest = "positions"
     """What `metrics.jsonl` names the samples of a step by."""
+    strategy_reason: str = ""
+    """Why the strategy was taken where `auto` was asked for; empty: it was named."""
 
     @property
     def parallelism(self) -> Strategy:
@@ -138,7 +140,15 @@ class Plan:
     @property
     def topology(self) -> Topology:
         """What the plan was made for."""
-        return Topology(self.strategy, self.nodes, self.gpus_per_node, self.device, self.gpu_memory or None)
+        memory = self.gpu_memory or None
+        return Topology(
+            self.strategy,
+            self.nodes,
+            self.gpus_per_node,
+            self.device,
+            memory,
+            strategy_reason=self.strategy_reason,
+        )
 
     def with_settings(self, **changes: Any) -> Plan:
         """Return a copy with other values of fields of `settings`."""

@@ -18,7 +18,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     epochs = samples_consumed(plan, plan.max_steps) / plan.samples_per_epoch
     return [
         ("run", plan.name),
-        ("strategy", plan.strategy),
+        ("strategy", plan.strategy + (f" (auto: {plan.strategy_reason})" if plan.strategy_reason else "")),
         ("processes", f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {unit})"),
         *([("notice", notice)] if (notice := _notice(plan)) else []),
         ("global batch", f"{plan.global_batch_size:,} samples"),

@@ -323,10 +323,11 @@ def test_a_plan_made_without_the_gpu_is_completed_where_the_gpu_is(monkeypatch: 
 def test_each_strategy_is_shown_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
     rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("ddp", 1, 8, "cuda", 6 * GIB))
-    fits = {row[0]: row[-1] for row in rows}
+    fits = {row[0]: row[4] for row in rows}
     assert [*fits] == ["ddp", "fsdp", "zero2", "zero3"]
     assert fits["fsdp"] == "yes"
     assert fits["ddp"].startswith("no, needs ")
+    assert [row[0] for row in rows if row[5] == "recommended"] == ["fsdp"]
     assert [
         row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("single", 1, 1, "cuda"))
     ] == ["single"]

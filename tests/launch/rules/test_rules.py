@@ -237,7 +237,7 @@ def test_a_forbidden_request_breaks_its_rule_alone(rule: Rule, request_: PlanReq
 )
 def test_a_strategy_that_is_none_is_answered_with_all_of_them_and_the_nearest(typed: str, hint: str) -> None:
     found = list(violations(replace(ALLOWED, strategy=typed)))
-    assert found == [f"--strategy: {typed!r} is none of single, ddp, fsdp, zero2, zero3; {hint}"]
+    assert found == [f"--strategy: {typed!r} is none of single, ddp, fsdp, zero2, zero3, auto; {hint}"]
 
 
 def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -118,10 +119,9 @@ def _settings(
 def planned_settings(choice: ChosenSettings) -> PlannedSettings:
     """The choice as a plan has it: no GPU has tried it yet."""
     return PlannedSettings(
-        choice.settings.keep_dequantized,
-        choice.settings.activation_checkpoint_every,
-        choice.reason,
-        choice.memory.peak if choice.memory else 0,
+        **asdict(choice.settings),
+        reason=choice.reason,
+        planned_memory=choice.memory.peak if choice.memory else 0,
     )
 
 

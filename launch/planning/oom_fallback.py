@@ -49,6 +49,9 @@ def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool)
     now = choose_settings(fixed, index, topology, plan.begin).memory
     if now is None:
         return None
+    if plan.settings.whole_layers:
+        reason = "after a GPU ran out of memory: no decoder layer stays whole"
+        return plan.with_settings(whole_layers=0, reason=reason, planned_memory=now.peak, tried=False)
     choice = choose_settings(recipe, index, replace(topology, gpu_memory=less_than(now)), plan.begin)
     if not choice.fits:
         return None
@@ -88,6 +91,7 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
                 f"{choice.micro_batch_tokens:,} tokens",
                 f"recomputed: {recomputation(choice.settings.activation_checkpoint_every)}",
                 *(["held dequantized"] if choice.settings.keep_dequantized else []),
+                *([f"{kept} layers whole"] if (kept := choice.settings.whole_layers) else []),
             ]
         )
         word = "recommended" if name == automatic else slower_than_fsdp(name, topology)

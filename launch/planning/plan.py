@@ -179,6 +179,8 @@ class Plan:
                 f"plan.json: not a plan of this version (strategy: {plan.strategy!r:.40} is none of "
                 f"{', '.join(STRATEGIES)}); run the same `samestep run` again"
             )
+        if plan.parallelism.shards_layers and plan.quant_storage == "uint8":  # an older version's zero3
+            plan = replace(plan, quant_storage=plan.parallelism.quant_storage)
         return plan
 
     @staticmethod
@@ -201,6 +203,7 @@ def samples_consumed(plan: Plan, step: int) -> int:
 _ON_DISK = {
     "resident_weights": "keep_dequantized",
     "recompute_every": "activation_checkpoint_every",
+    "whole_layers": "whole_layers",
     "settings_reason": "reason",
     "planned_memory": "planned_memory",
     "settings_tried": "tried",

@@ -423,7 +423,7 @@ def test_a_shipped_configuration_that_was_damaged_is_refused_in_one_line(
         replace(_asking(multinode_launcher="pdsh"), nodes=1),
         replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=PLAIN),  # nothing is packed
         replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
-        replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
+        replace(ALLOWED, strategy="zero2", quant_storage="uint8", recipe=QLORA),
         replace(ALLOWED, versions=dict(machine_rules.FLOORS)),
         replace(
             ALLOWED, versions={"accelerate": "1.14.2"}, packages_here=False

@@ -48,21 +48,17 @@ class Strategy:
 
     @property
     def shards_layers(self) -> bool:
-        """No process holds the whole weights: a decoder layer is gathered from all of them to be computed."""
+        """No process ever holds the whole weights: a decoder layer is cut (FSDP2) before the next is read, and gathered
+        from all processes to be computed."""
         return self.sharded == "layers"
 
     @property
-    def shards_while_loading(self) -> bool:
-        """Each decoder layer is cut before the next is read, so no process ever holds the whole model."""
-        return self.engine == "fsdp"
-
-    @property
-    def wraps_whole_model(self) -> bool:
-        """Every process holds the whole model until the engine wraps it, which could change it."""
-        return not self.is_one_process and not self.shards_while_loading
+    def is_compared_when_wrapped(self) -> bool:
+        """An engine is put around the model after it was built, which could change what it computes."""
+        return self.engine in ("ddp", "deepspeed")
 
 
-# fsdp's float16: its copies rewrite bfloat16 that looks like NaN, and it leaves bytes whole on every rank.
+# Sharded layers: float16. FSDP2's copies rewrite bfloat16 that looks like NaN, and it leaves bytes whole on all ranks.
 _ALL = (
     Strategy("single", "none", "nothing", "uint8", frozenset({"NO"}), "PeftModelForCausalLM"),
     Strategy(
@@ -70,13 +66,16 @@ _ALL = (
     ),
     Strategy("fsdp", "fsdp", "layers", "float16", frozenset({"FSDP"}), "FSDPPeftModelForCausalLM"),
     Strategy("zero2", "deepspeed", "optimizer", "uint8", frozenset({"DEEPSPEED"}), "DeepSpeedEngine", 2),
-    Strategy("zero3", "deepspeed", "layers", "uint8", frozenset({"DEEPSPEED"}), "DeepSpeedEngine", 3),
+    Strategy("zero3", "deepspeed", "layers", "float16", frozenset({"DEEPSPEED"}), "DeepSpeedEngine", 3),
 )
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({strategy.name: strategy for strategy in _ALL})
 """Every strategy by its name."""
 
+AUTO = "auto"
+"""In a request, in the place of a name: `launch.planning.auto_strategy.resolve_strategy` puts one there."""
+
 
 def default_strategy(world_size: int) -> Strategy:
-    """The strategy of a request that names none: the fastest where the model fits, which replicates it."""
+    """The fastest strategy of so many processes where the model fits each: it replicates it."""
     return STRATEGIES["single" if world_size == 1 else "ddp"]

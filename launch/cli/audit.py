@@ -132,12 +132,12 @@ def replay(
     from launch.audit.replay import random_steps, refuse_steps_not_taken, replays
     from launch.local.planned_run import RunRequest
     from launch.run.find import find_run
-    from launch.strategies import STRATEGIES
+    from launch.strategies import AUTO, STRATEGIES
 
     if (steps is None) == (random is None):
         raise ConfigError("--steps: give the steps, such as 40:45, or --random 3")
     if strategy is not None:
-        one_of("--strategy", tuple(STRATEGIES))(strategy)
+        one_of("--strategy", (*STRATEGIES, AUTO))(strategy)
     place = find_run(run, runs_dir)
     last = max(read_steps(place.metrics_file), default=0)
     if steps:

@@ -41,7 +41,8 @@ commands = typer.Typer()
 StrategyFile = Annotated[
     str | None,
     typer.Option(
-        help="A file of accelerate_configs/, without .yaml.", show_default="single for one process, else ddp"
+        help="auto, or a file of accelerate_configs/ without .yaml.",
+        show_default="auto: single for one process, ddp where it fits the GPUs, else fsdp",
     ),
 ]
 SiteFile = Annotated[

@@ -93,8 +93,10 @@ def plan(
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
+    from launch.planning.auto_strategy import resolve_strategy
     from launch.planning.forecast import forecast_line, forecast_of
     from launch.planning.make_plan import make_plan
+    from launch.planning.step_plan import StreamOffset
     from launch.recipe.loading import find_recipe, load_recipe
     from launch.rules.checks import refuse_topology
 
@@ -104,6 +106,7 @@ def plan(
     refuse_topology(loaded, topology.strategy, topology.nodes, topology.gpus_per_node, device=topology.device)
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
+    topology = resolve_strategy(loaded, index, topology, StreamOffset())
     planned = make_plan(loaded, index, topology, identity=identity)
     card = gpu_name() if gpu_memory is None else ""  # other GPUs than those here
     forecast = forecast_of(loaded, index, planned, card, price, watts)

@@ -103,7 +103,10 @@ Processes = Annotated[
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(help="single, ddp, fsdp, zero2 or zero3.", show_default="single for one process, else ddp"),
+    typer.Option(
+        help="auto, single, ddp, fsdp, zero2 or zero3.",
+        show_default="auto: single for one process, ddp where it fits the GPUs, else fsdp",
+    ),
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.run.changes import Change
 
 
-MEMORY_COLUMNS = ("strategy", "loading", "training", "settings", "fits")
+MEMORY_COLUMNS = ("strategy", "loading", "training", "settings", "fits", "note")
 
 
 def show_plan(plan: Plan, to_stderr: bool = False) -> None:

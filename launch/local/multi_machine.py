@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.atomic_files import atomic_write
@@ -22,6 +22,7 @@ from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import Marker, RunDirectory, open_run, read_marker
 from launch.run.lock import lock_holder
+from launch.strategies import AUTO
 from launch.untrusted_files import UNREADABLE, read_text
 
 JOIN_PATIENCE_S = 1800.0  # the first machine may prepare data meanwhile
@@ -62,6 +63,8 @@ def join(request: RunRequest) -> Marker:
     _wait_for_request(run)
     plan = Plan.read(run.plan_file)
     topology = choose_topology(request.strategy, request.machine.nodes, request.gpus_per_node)
+    if topology.strategy == AUTO:
+        topology = replace(topology, strategy=plan.strategy)
     if (plan.strategy, plan.nodes, plan.gpus_per_node) != (
         topology.strategy,
         topology.nodes,

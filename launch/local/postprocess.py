@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
@@ -15,6 +16,7 @@ from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import Target, missing_models
 from launch.run.merge_options import MergeOptions
 from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
+from launch.strategies import default_strategy
 from launch.subprocesses import ChildError, call_module, wait_for
 
 
@@ -22,7 +24,8 @@ def start_evaluate(
     target: Target, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
-    topology = choose_topology(None, 1, gpus_per_node)
+    processes = choose_topology(None, 1, gpus_per_node)
+    topology = replace(processes, strategy=default_strategy(processes.world_size).name)
     refuse_missing_gpus(topology)
     run = target.run
     if problems := missing_models(run, models, target.checkpoint, target.adapter):

@@ -8,15 +8,15 @@ from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.planning.auto_settings import parse_gpu_memory
 from launch.planning.topology import Topology
-from launch.strategies import STRATEGIES, default_strategy
+from launch.strategies import AUTO, STRATEGIES
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:
-    """Fill in what was not said: the GPUs present (2 processes on a CPU), `single` for one, else `ddp`."""
+    """Fill in what was not said: the GPUs present (2 processes on a CPU), and `AUTO`, which planning resolves."""
     present = gpus_present()
     count = gpus_per_node if gpus_per_node is not None else (present or CPU_PROCESSES)
     if strategy is None:
-        strategy = default_strategy(nodes * count).name
+        strategy = AUTO
     elif gpus_per_node is None and strategy in STRATEGIES and STRATEGIES[strategy].is_one_process:
         count = 1
     return Topology(strategy, nodes, count, "cuda" if present else "cpu", gpu_memory() if present else None)

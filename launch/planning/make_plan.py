@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,11 @@ def make_plan(
     history: RunHistory = RunHistory(),  # noqa: B008 - frozen
     identity: RunIdentity | None = None,
 ) -> Plan:
-    """Derive every number of a run. The keywords are what is known of it: its name (by default the recipe's), the
-    `config` of a launch under way (else the shipped file counts), its history and identity. `before`: a plan for the
-    same recipe and topology, whose settings stay (`launch.run.continuation.plan_to_keep`); without it and the GPUs'
-    memory, settings that are `auto` are those that need little.
+    """Derive every number of a run, whose strategy `topology` names. The keywords are what is known of it: its name
+    (by default the recipe's), the `config` of a launch under way (else the shipped file counts), its history and
+    identity. `before`: a plan for the same recipe and topology, whose settings stay
+    (`launch.run.continuation.plan_to_keep`); without it and the GPUs' memory, settings that are `auto` are those that
+    need little.
     Raises ConfigError with every rule the request breaks.
     """
     strategy, begin = topology.strategy, history.begin
@@ -84,6 +86,7 @@ def make_plan(
         started_from=history.started_from,
         identity=dict(identity.parts) if identity else {},
         samples_digest=history.samples_digest,
+        strategy_reason=topology.strategy_reason,
     )
 
 
@@ -116,10 +119,9 @@ def _settings(
 def planned_settings(choice: ChosenSettings) -> PlannedSettings:
     """The choice as a plan has it: no GPU has tried it yet."""
     return PlannedSettings(
-        choice.settings.keep_dequantized,
-        choice.settings.activation_checkpoint_every,
-        choice.reason,
-        choice.memory.peak if choice.memory else 0,
+        **asdict(choice.settings),
+        reason=choice.reason,
+        planned_memory=choice.memory.peak if choice.memory else 0,
     )
 
 

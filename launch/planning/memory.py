@@ -20,6 +20,7 @@ FRAGMENTED_SHARE = 0.06  # of activations and temporaries, whose sizes change fr
 
 _BLOCK = 64  # weights to a constant (bitsandbytes)
 _BLOCKS_OF_CONSTANTS = 256  # constants to a constant of theirs
+_LAYERS_UNDER_WAY = 4  # whole: that computes, what it was taken from, two on their way (`trainer.model.fsdp`)
 _ZERO_BUCKET_BYTES = 4 * 50_000_000  # ds_configs: one flat buffer, allocated whole
 
 
@@ -57,7 +58,7 @@ def memory_of(load: Load, packed: Packed, settings: Settings) -> Memory:
     """Bytes of one GPU whose largest micro-batch is `packed`."""
     kept, temporary = training_peak(load, packed, settings)
     return Memory(
-        base=_resident_bytes(load) if settings.keep_dequantized else _base_bytes(load),
+        base=_resident_bytes(load) if settings.keep_dequantized else _base_bytes(load, settings.whole_layers),
         trained=_trained_bytes(load),
         activations=kept,
         temporary=temporary,
@@ -85,10 +86,11 @@ def _undivided_bytes(load: Load) -> int:
     return plain + _linear_bytes(load, shape.tower_weights)
 
 
-def _base_bytes(load: Load) -> int:
-    """Count the frozen base while it trains; of sharded layers the one that computes and the next are whole."""
+def _base_bytes(load: Load, whole_layers: int = 0) -> int:
+    """Count the frozen base while it trains; of sharded layers some stay whole, and some are on their way."""
     layer, layers = load.shape.layer_weights, load.shape.layers
-    whole = 2 * _linear_bytes(load, layer) if load.shares > 1 else 0
+    count = min(layers, whole_layers + _LAYERS_UNDER_WAY) if load.shares > 1 else 0
+    whole = count * _linear_bytes(load, layer)
     return _undivided_bytes(load) + layers * _linear_bytes(load, layer, load.shares) + whole
 
 
@@ -99,14 +101,12 @@ def _resident_bytes(load: Load) -> int:
 
 
 def _loading_bytes(load: Load) -> int:
-    """Count the peak while loading. fsdp cuts layer after layer; zero3 holds them all before it cuts, and after the
-    trial of the largest micro-batch, when one more is on its way.
+    """Count the peak while loading: of layers that are shared out one is whole.
 
     The largest linear layer is there as it was read while it is quantized.
     """
     shape = load.shape
-    shares = load.shares if STRATEGIES[load.strategy].shards_while_loading else 1
-    layers = shape.layers * _linear_bytes(load, shape.layer_weights, shares)
+    layers = shape.layers * _linear_bytes(load, shape.layer_weights, load.shares)
     whole = _linear_bytes(load, shape.layer_weights) if load.shares > 1 else 0
     read = largest_linear(shape) * load.weight_bytes if load.load_in_4bit else 0
     return _undivided_bytes(load) + layers + whole + read

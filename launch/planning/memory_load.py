@@ -69,6 +69,9 @@ class Settings:
     """4-bit weights are held dequantized, instead of being dequantized for every product."""
     activation_checkpoint_every: int
     """Every n-th decoder layer's activations are recomputed in the backward pass; 0: none."""
+    whole_layers: int = 0
+    """Decoder layers that stay whole once they were gathered, where a strategy shares them out; the others are gathered
+    for each pass."""
 
 
 def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, kernels: Kernels) -> Load:

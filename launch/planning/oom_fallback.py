@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.planning.auto_settings import ChosenSettings, less_than, recomputation
+from launch.planning.auto_strategy import resolve_strategy
+from launch.planning.forecast import slower_than_fsdp
 from launch.planning.make_plan import choose_settings, planned_settings
 from launch.planning.plan import Plan
 from launch.planning.run_steps import balanced_steps
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
-from launch.strategies import STRATEGIES
+from launch.strategies import AUTO, STRATEGIES
 from launch.units import gib
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ def plan_with_less(recipe: Recipe, index: Index, plan: Plan, *, reloading: bool)
     now = choose_settings(fixed, index, topology, plan.begin).memory
     if now is None:
         return None
+    if plan.settings.whole_layers:
+        reason = "after a GPU ran out of memory: no decoder layer stays whole"
+        return plan.with_settings(whole_layers=0, reason=reason, planned_memory=now.peak, tried=False)
     choice = choose_settings(recipe, index, replace(topology, gpu_memory=less_than(now)), plan.begin)
     if not choice.fits:
         return None
@@ -67,7 +72,11 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSetting
 
 
 def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[str, ...]]:
-    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits)."""
+    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits, a word).
+
+    The last says what `auto` takes, and what was measured to be slow.
+    """
+    automatic = resolve_strategy(recipe, index, replace(topology, strategy=AUTO), StreamOffset()).strategy
     rows: list[tuple[str, ...]] = []
     for name, strategy in STRATEGIES.items():
         if strategy.is_one_process != (topology.world_size == 1):
@@ -82,7 +91,9 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
                 f"{choice.micro_batch_tokens:,} tokens",
                 f"recomputed: {recomputation(choice.settings.activation_checkpoint_every)}",
                 *(["held dequantized"] if choice.settings.keep_dequantized else []),
+                *([f"{kept} layers whole"] if (kept := choice.settings.whole_layers) else []),
             ]
         )
-        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits))
+        word = "recommended" if name == automatic else slower_than_fsdp(name, topology)
+        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits, word))
     return rows

@@ -129,6 +129,8 @@ class Plan:
     """Digest of every part of `launch.inputs.identity`; empty where an older version planned."""
     samples_digest: SamplesDigest = "positions"
     """What `metrics.jsonl` names the samples of a step by."""
+    strategy_reason: str = ""
+    """Why the strategy was taken where `auto` was asked for; empty: it was named."""
 
     @property
     def parallelism(self) -> Strategy:
@@ -138,7 +140,15 @@ class Plan:
     @property
     def topology(self) -> Topology:
         """What the plan was made for."""
-        return Topology(self.strategy, self.nodes, self.gpus_per_node, self.device, self.gpu_memory or None)
+        memory = self.gpu_memory or None
+        return Topology(
+            self.strategy,
+            self.nodes,
+            self.gpus_per_node,
+            self.device,
+            memory,
+            strategy_reason=self.strategy_reason,
+        )
 
     def with_settings(self, **changes: Any) -> Plan:
         """Return a copy with other values of fields of `settings`."""
@@ -169,6 +179,8 @@ class Plan:
                 f"plan.json: not a plan of this version (strategy: {plan.strategy!r:.40} is none of "
                 f"{', '.join(STRATEGIES)}); run the same `samestep run` again"
             )
+        if plan.parallelism.shards_layers and plan.quant_storage == "uint8":  # an older version's zero3
+            plan = replace(plan, quant_storage=plan.parallelism.quant_storage)
         return plan
 
     @staticmethod
@@ -191,6 +203,7 @@ def samples_consumed(plan: Plan, step: int) -> int:
 _ON_DISK = {
     "resident_weights": "keep_dequantized",
     "recompute_every": "activation_checkpoint_every",
+    "whole_layers": "whole_layers",
     "settings_reason": "reason",
     "planned_memory": "planned_memory",
     "settings_tried": "tried",

@@ -18,7 +18,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     epochs = samples_consumed(plan, plan.max_steps) / plan.samples_per_epoch
     return [
         ("run", plan.name),
-        ("strategy", plan.strategy),
+        ("strategy", plan.strategy + (f" (auto: {plan.strategy_reason})" if plan.strategy_reason else "")),
         ("processes", f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {unit})"),
         *([("notice", notice)] if (notice := _notice(plan)) else []),
         ("global batch", f"{plan.global_batch_size:,} samples"),
@@ -35,6 +35,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.compute_dtype} products, float32 adapters, {_base_of(plan)}",
         ),
         ("recomputed", recomputation(plan.settings.activation_checkpoint_every)),
+        *([("gathered", _gathered(plan))] if plan.parallelism.shards_layers else []),
         ("memory a GPU", _memory_of(plan)),
         ("data workers", _workers_of(plan)),
         *([("starts from", plan.started_from)] if plan.started_from else []),
@@ -48,6 +49,13 @@ def _notice(plan: Plan) -> str | None:
     if plan.world_size == 1 and plan.parallelism.sharded != "nothing":
         return f"{plan.strategy} on one process shards nothing; `single` does the same with less"
     return None
+
+
+def _gathered(plan: Plan) -> str:
+    kept = plan.settings.whole_layers
+    if not kept:
+        return "every decoder layer, in each forward and backward pass"
+    return f"{kept} decoder layers once, which then stay whole; the others in each forward and backward pass"
 
 
 def _base_of(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,7 +10,7 @@ class Topology:
     """How many processes of which strategy, and what they run on."""
 
     strategy: str
-    """A name of `launch.strategies.STRATEGIES`; one that is none is refused when a plan is made."""
+    """A name of `launch.strategies.STRATEGIES`, or `AUTO`; another one is refused when a plan is made."""
     nodes: int
     """Machines."""
     gpus_per_node: int
@@ -21,6 +21,8 @@ class Topology:
     """Bytes of the smallest GPU; None where that is not known."""
     packages_here: bool = True
     """The run uses this Python's packages, so that their versions can be judged here."""
+    strategy_reason: str = field(default="", compare=False)
+    """Why `strategy` was taken where `AUTO` was asked for; empty: it was named."""
 
     @property
     def world_size(self) -> int:

@@ -11,7 +11,7 @@ from launch.rules.config_rules import CONFIG_RULES
 from launch.rules.machine_rules import MACHINE_RULES
 from launch.rules.request import PlanRequest, Rule
 from launch.rules.request_rules import DATA_RULES, REQUEST_RULES, SCHEMA_RULES
-from launch.strategies import STRATEGIES
+from launch.strategies import AUTO, STRATEGIES, default_strategy
 
 
 def violations(request: PlanRequest) -> Iterator[str]:
@@ -25,7 +25,7 @@ def refuse_request(request: PlanRequest) -> None:
         raise ConfigError(problems)
 
 
-def refuse_topology(
+def topology_violations(
     recipe: Recipe,
     strategy: str,
     nodes: int,
@@ -33,15 +33,15 @@ def refuse_topology(
     capability: tuple[int, int] | None = None,
     device: str = "",
     packages_here: bool = True,
-) -> None:
-    """ConfigError with all that can be said before the data is prepared, which may take long.
+) -> list[str]:
+    """List the messages of all rules that can be judged before the data is prepared, which may take long.
 
-    `capability`: of the GPUs that will be used, where they are those of this machine. `device`, `packages_here`: as
-    of `PlanRequest`.
+    `strategy`: `AUTO` is judged as the default. `capability`: of the GPUs that will be used, where they are those of
+    this machine. `device`, `packages_here`: as of `PlanRequest`.
     """
     request = PlanRequest(
         recipe,
-        strategy,
+        default_strategy(nodes * gpus_per_node).name if strategy == AUTO else strategy,
         nodes,
         gpus_per_node,
         samples=0,
@@ -52,7 +52,22 @@ def refuse_topology(
         device=device,
         packages_here=packages_here,
     )
-    if problems := list(_broken(_early(request), request)):
+    return list(_broken(_early(request), request))
+
+
+def refuse_topology(
+    recipe: Recipe,
+    strategy: str,
+    nodes: int,
+    gpus_per_node: int,
+    capability: tuple[int, int] | None = None,
+    device: str = "",
+    packages_here: bool = True,
+) -> None:
+    """ConfigError with `topology_violations`."""
+    if problems := topology_violations(
+        recipe, strategy, nodes, gpus_per_node, capability, device, packages_here
+    ):
         raise ConfigError(problems)
 
 

@@ -34,11 +34,14 @@ def deepspeed_can_be_imported(request: PlanRequest) -> str | None:
 def fsdp_stores_floats(request: PlanRequest) -> str | None:
     """FSDP leaves bytes whole on every rank, and its copies rewrite bfloat16 that looks like NaN."""
     storage = request.quant_storage or request.parallelism.quant_storage
-    if request.parallelism.engine != "fsdp" or not request.recipe.quantization.load_in_4bit:
+    if not request.parallelism.shards_layers or not request.recipe.quantization.load_in_4bit:
         return None
     if storage in ("float16", "float32"):
         return None
-    return f"quant_storage: fsdp cannot shard 4-bit weights stored as {storage}; store them as float16 or float32"
+    return (
+        f"quant_storage: FSDP2 cannot shard 4-bit weights stored as {storage} ({request.strategy}); store them as "
+        "float16 or float32"
+    )
 
 
 def versions_are_those_that_were_measured(request: PlanRequest) -> str | None:

@@ -6,16 +6,16 @@ import importlib.util
 from launch.inputs.families import every_tower_linear, read_shape, tower_targets, why_not_trained
 from launch.inputs.model_shape import LAYER_LINEARS, reached_in_tower, unreached
 from launch.rules.request import PlanRequest, Rule
-from launch.strategies import STRATEGIES
+from launch.strategies import AUTO, STRATEGIES
 
 
 def strategy_is_available(request: PlanRequest) -> str | None:
     """A strategy is the stem of a file in accelerate_configs/ that the trainer knows."""
     if request.strategy in STRATEGIES:
         return None
-    near = difflib.get_close_matches(request.strategy.lower(), STRATEGIES, n=1)
+    near = difflib.get_close_matches(request.strategy.lower(), (*STRATEGIES, AUTO), n=1)
     hint = f"did you mean {near[0]}?" if near else "see `samestep plan --help`"
-    return f"--strategy: {request.strategy!r} is none of {', '.join(STRATEGIES)}; {hint}"
+    return f"--strategy: {request.strategy!r} is none of {', '.join((*STRATEGIES, AUTO))}; {hint}"
 
 
 def topology_is_positive(request: PlanRequest) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launch.planning.auto_strategy import resolve_strategy
 from launch.planning.make_plan import make_plan
 from launch.run.continuation import plan_to_keep, refuse_an_end_behind, refuse_another_identity
+from launch.run.request_files import old_plan
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
@@ -45,15 +48,24 @@ def plan_attempt(
     # A run with checkpoints of its own has the contents that were allowed earlier in its plan; another's has not.
     allowed = continuation.allowed if source else allow
     other_contents = refuse_another_identity(run, identity, allowed, source)
+    resolved = resolve_strategy(recipe, index, topology, continuation.begin)
     plan = make_plan(
         recipe,
         index,
-        topology,
+        _compared_with(old_plan(run), resolved),
         name=name,
         config=config,
-        before=plan_to_keep(run, recipe, topology, index.fingerprint),
+        before=plan_to_keep(run, recipe, resolved, index.fingerprint),
         history=continuation,
         identity=identity,
     )
     refuse_an_end_behind(run, plan.max_steps, source)
     return plan, (*continuation.changed, *other_contents)
+
+
+def _compared_with(old: Plan | None, topology: Topology) -> Topology:
+    """The topology whose reason also says which strategy the run had, where `auto` takes another one now."""
+    if old is None or not topology.strategy_reason or old.strategy == topology.strategy:
+        return topology
+    before = f"the run had {old.strategy} on {old.world_size} process{'es' if old.world_size > 1 else ''}"
+    return replace(topology, strategy_reason=f"{topology.strategy_reason}; {before}")

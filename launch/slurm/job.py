@@ -318,7 +318,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     first = commands.add_parser("begin", help="before the processes run")
     first.add_argument("target", help="a recipe, or the folder of a run")
     first.add_argument("--device", choices=["", "cuda", "cpu"], default="", help="default: what is here")
-    first.add_argument("--strategy", help="default: single for one process, else ddp")
+    first.add_argument("--strategy", help="default: auto")
     first.add_argument("--processes", type=int, help="of a node (default: its GPUs, 2 on a CPU)")
     first.add_argument("--name", help="of the run (default: the recipe's)")
     first.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")

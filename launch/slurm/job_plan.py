@@ -17,6 +17,7 @@ from launch.recipe.loading import find_recipe, load_recipe
 from launch.run.directory import RunDirectory, is_done_at, open_run
 from launch.run.evaluations import early_end
 from launch.slurm.attempts import MAX_CRASHES
+from launch.strategies import AUTO
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
     """The plan of the job's run for this allocation.
 
     A run that `samestep submit` wrote has its plan, which holds unless the job got another number of nodes
-    (`sbatch --nodes=N runs/NAME/submit.sbatch`); a recipe is planned here.
+    (`sbatch --nodes=N runs/NAME/submit.sbatch`), or `--strategy auto` had to do without the memory of its GPUs; a
+    recipe is planned here.
 
     Raises:
         SamestepError: the request is refused.
@@ -90,7 +92,7 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
     target = RunDirectory(Path(options.target).absolute())
     if _is_run(target):
         plan = Plan.read(target.plan_file)
-        if plan.nodes == allocation.nodes:
+        if plan.nodes == allocation.nodes and not _is_undecided(plan):
             refuse_other_gpus(target, plan, allocation)
             end = early_end(target, load_recipe(target.recipe_file))
             return JobPlan(plan, is_done_at(target, plan.max_steps, end))
@@ -99,6 +101,12 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
         request = _request_of_recipe(options, allocation)
     planned = planned_run.plan_run(request)
     return JobPlan(planned.plan, planned_run.is_done(planned), planned)
+
+
+def _is_undecided(plan: Plan) -> bool:
+    """`auto` chose the strategy before the memory of the GPUs was known, which is known here."""
+    unknown = plan.strategy_reason and plan.world_size > 1 and plan.device == "cuda" and not plan.gpu_memory
+    return bool(unknown) and gpu_memory() is not None
 
 
 def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> None:
@@ -112,10 +120,10 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
-    strategy = plan.strategy
-    if plan.parallelism.is_one_process and allocation.nodes > 1:
-        strategy = choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
-    topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None)
+    grown = plan.parallelism.is_one_process and allocation.nodes > 1
+    strategy = AUTO if plan.strategy_reason or grown else plan.strategy
+    memory = plan.gpu_memory or (gpu_memory() if plan.device == "cuda" else None)
+    topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, memory)
     return planned_run.RunRequest(
         recipe=str(run.recipe_file),
         name=run.name,

@@ -15,19 +15,15 @@ def test_a_strategy_launches_with_the_engine_and_stage_that_it_says(strategy: St
     assert config.deepspeed.get("zero_optimization", {}).get("stage", 0) == strategy.zero_stage
 
 
-def test_only_what_is_cut_while_it_is_read_is_stored_as_a_float() -> None:
+def test_only_what_is_shared_out_is_stored_as_a_float() -> None:
     stored = {name: strategy.quant_storage for name, strategy in STRATEGIES.items()}
-    assert [name for name, dtype in stored.items() if dtype != "uint8"] == ["fsdp"]
-    assert [strategy.name for strategy in STRATEGIES.values() if strategy.shards_while_loading] == ["fsdp"]
-
-
-def test_whole_models_are_compared_where_an_engine_wraps_them() -> None:
-    assert [name for name, strategy in STRATEGIES.items() if strategy.wraps_whole_model] == [
-        "ddp",
-        "zero2",
-        "zero3",
-    ]
+    assert [name for name, dtype in stored.items() if dtype != "uint8"] == ["fsdp", "zero3"]
     assert [name for name, strategy in STRATEGIES.items() if strategy.shards_layers] == ["fsdp", "zero3"]
+
+
+def test_models_are_compared_where_an_engine_wraps_them() -> None:
+    compared = [name for name, strategy in STRATEGIES.items() if strategy.is_compared_when_wrapped]
+    assert compared == ["ddp", "zero2", "zero3"]
 
 
 def test_a_request_without_a_strategy_replicates_the_model() -> None:

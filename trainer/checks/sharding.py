@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -55,13 +55,9 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerReference], world_size
     Raises:
         RunError: on all ranks.
     """
-    layers = decoder_layers(model)
-    gathered = (
-        _gathered_by_zero if hasattr(next(iter(layers[0].parameters())), "ds_tensor") else _gathered_by_fsdp
-    )
-    for number, (layer, before) in enumerate(zip(layers, whole, strict=True)):
+    for number, (layer, before) in enumerate(zip(decoder_layers(model), whole, strict=True)):
         local = resident_bytes(layer)
-        with gathered(layer):
+        with _gathered(layer):
             after = reference_layer(layer)
         run_on_all_ranks(partial(_compare_layer, number, before, after, local, world_size))
 
@@ -73,23 +69,14 @@ def resident_bytes(layer: nn.Module) -> int:
 
 def whole_bytes(layer: nn.Module) -> int:
     """Return the bytes of a layer's frozen weights over all ranks, constants included."""
-    return sum(
-        int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
-        for weight in frozen_weights(layer)
-    ) + _constants(layer)
+    return sum(weight.numel() * weight.element_size() for weight in frozen_weights(layer)) + _constants(layer)
 
 
 @contextmanager
-def _gathered_by_fsdp(layer: Any) -> Iterator[None]:
+def _gathered(layer: Any) -> Iterator[None]:
     layer.unshard()
     yield
     layer.reshard()
-
-
-def _gathered_by_zero(layer: nn.Module) -> AbstractContextManager[None]:
-    import deepspeed
-
-    return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(list(layer.parameters())))
 
 
 def _compare_layer(
@@ -137,8 +124,6 @@ def _constants(layer: nn.Module) -> int:
 
 
 def _local_bytes(parameter: nn.Parameter) -> int:
-    if hasattr(parameter, "ds_tensor"):
-        return int(parameter.ds_tensor.nbytes)
     return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.formats.portable import TrainedState, copy_trained_state, set_optimizer_state
 from trainer.formats.sharded import DcpRankState, partition_by_size
@@ -51,8 +52,11 @@ class Replicated:
         return nullcontext()
 
     def no_sync(self, accelerator: Accelerator, wrapped: nn.Module) -> AbstractContextManager[Any]:
-        """Keep gradients on this rank in the forward and backward of a micro-batch: DDP must not reduce them."""
-        return accelerator.no_sync(wrapped) if dist.is_initialized() else nullcontext()
+        """Keep gradients on this rank in the forward and backward of a micro-batch: DDP must not reduce them.
+
+        FSDP2 has no gradients to reduce: what it shards does not train. Its switch would walk over all modules.
+        """
+        return accelerator.no_sync(wrapped) if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def all_reduce(self, values: Tensor) -> tuple[list[float], float]:
         """Sum gradients and `values` [n] over the ranks, with the step's one host read: (sums, norm of the gradients).

@@ -22,7 +22,7 @@ from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import RECIPE_DTYPES, add_lora, load_base
 from trainer.model.families.registry import feature_width
-from trainer.model.fsdp import close_sharding, mesh_of, shard_layer
+from trainer.model.fsdp import close_sharding, mesh_of, schedule_gathers, shard_layer
 from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer
 from trainer.task import Task
@@ -97,9 +97,9 @@ def open_features(recipe: Recipe, model: PeftModel, processor: ProcessorMixin) -
 
 
 def load_model(task: Task, device: torch.device) -> PeftModel:
-    """Load base and LoRA; for fsdp every layer is sharded before the next is read, and checked when all are."""
+    """Load base and LoRA; layers that are shared out are each cut before the next is read, and checked when all are."""
     recipe, plan = task.recipe, task.plan
-    if not plan.parallelism.shards_while_loading:
+    if not plan.parallelism.shards_layers:
         return run_on_all_ranks(lambda: add_lora(load_base(recipe, device, plan.quant_storage), recipe))
     whole: list[LayerReference] = []
     mesh = mesh_of(plan.world_size, device)
@@ -111,6 +111,7 @@ def load_model(task: Task, device: torch.device) -> PeftModel:
     def read() -> PeftModel:
         model = add_lora(load_base(recipe, device, plan.quant_storage, take), recipe)
         close_sharding(model, mesh)
+        schedule_gathers(model, plan.settings.whole_layers)
         return model
 
     model = run_on_all_ranks(read)

@@ -31,12 +31,13 @@ from trainer.distributed.collectives import broadcast_from_main, gather_objects,
 from trainer.loop.dataloaders import uncached
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import recompute_layers
-from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, temporarily_sharded, zero_weight_layers
+from trainer.model.fsdp import schedule_gathers
+from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, zero_weight_layers
 
 logger = get_logger("trainer")
 DEVICES = ("cuda",)
 SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
-GATHERED_LAYERS = 2  # beside the one that computes: the next, as it arrives and as it is taken apart
+GATHERED_LAYERS = 3  # beside the one that computes: what it was taken from, and two on their way
 
 
 def fit_to_memory(trainer: PlannedTrainer) -> None:
@@ -83,15 +84,14 @@ def _apply_plan(trainer: PlannedTrainer, plan: Plan) -> None:
     trainer.step_plan = step_plan(trainer.recipe, trainer.index, plan)
     trainer.args.gradient_accumulation_steps = plan.micro_batches
     recompute_layers(trainer.model, plan.settings.activation_checkpoint_every)
+    if plan.parallelism.shards_layers:
+        schedule_gathers(trainer.model, plan.settings.whole_layers)
 
 
 def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
     """Return whether this rank has memory for the forward and backward of the fullest micro-batch. A collective."""
     packed = run_on_all_ranks(lambda: _largest(trainer))
-    strategy = trainer.plan.parallelism
-    held_whole = strategy.shards_layers and strategy.wraps_whole_model  # until it is wrapped
-    with temporarily_sharded(trainer.model) if held_whole else nullcontext():
-        return run_on_all_ranks(lambda: _holds(trainer, packed))
+    return run_on_all_ranks(lambda: _holds(trainer, packed))
 
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
@@ -133,7 +133,8 @@ def _bytes_to_come(trainer: PlannedTrainer) -> int:
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     size = bytes_of_first_step(plan.strategy, plan.world_size, count)
     if plan.parallelism.shards_layers:
-        size += GATHERED_LAYERS * layer_bytes(decoder_layers(trainer.model)[0])
+        kept = plan.settings.whole_layers
+        size += (GATHERED_LAYERS + kept) * layer_bytes(decoder_layers(trainer.model)[0])
     if device.type == "cuda":
         size += int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return size

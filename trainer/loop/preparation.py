@@ -15,7 +15,7 @@ from launch.planning.plan import Plan
 from launch.recipe.schema import Recipe
 from trainer.checkpoint.saver import load_checkpoint
 from trainer.checks.training import GradientCheck, check_launch, check_same_adapters
-from trainer.checks.wrapping import compare_outputs, reference_outputs
+from trainer.checks.wrapping import ReferenceOutputs, compare_outputs, reference_outputs
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.zero import Zero
 from trainer.loop.dataloaders import shortest_sample, to_device, uncached
@@ -68,16 +68,28 @@ def checked_wrapping(trainer: PlannedTrainer, check_gradients: Callable[[], None
         packed = shortest_sample(trainer.task, uncached(trainer.encoder))
         return to_device(packed["inputs"], trainer.args.device)
 
-    reference = run_on_all_ranks(lambda: reference_outputs(trainer.model, trainer.plan.parallelism, sample))
+    reference = _reference(trainer, sample)
     with trainer.engine.hide_unsharded_modules(trainer.model):
         yield
     trainer.model_wrapped.train()
     trainer.engine.attach(trainer.model_wrapped, trainer.optimizer.optimizer)
     run_on_all_ranks(lambda: check_launch(trainer.plan, trainer.accelerator, trainer.model_wrapped))
-    compare_outputs(reference, trainer.model, trainer.model_wrapped, trainer.plan)
+    if reference:
+        compare_outputs(reference, trainer.model_wrapped, trainer.plan)
     trainer.gradient_check = GradientCheck(trainer.parameters)
     if isinstance(trainer.engine, Zero):
         trainer.engine.call_before_next_step(check_gradients)
+
+
+def _reference(trainer: PlannedTrainer, read_sample: Callable[[], dict[str, Any]]) -> ReferenceOutputs | None:
+    """Compute what the model says before it is wrapped; None where nothing is put around it. Collectives."""
+    strategy = trainer.plan.parallelism
+    if not strategy.is_compared_when_wrapped:
+        return None
+    sample = run_on_all_ranks(read_sample)
+    if strategy.shards_layers:  # in the layers' collectives: what fails there ends the others by the launcher
+        return reference_outputs(trainer.model, sample)
+    return run_on_all_ranks(lambda: reference_outputs(trainer.model, sample))
 
 
 def restore_optimizer(trainer: PlannedTrainer, checkpoint: Path) -> None:

@@ -1,10 +1,13 @@
-"""fsdp: the frozen decoder layers are sharded over the processes (torch's FSDP2); the rest is replicated.
+"""fsdp, zero3: the frozen decoder layers are sharded over the processes (torch's FSDP2); the rest is replicated.
 
 Replicated are the vision tower, embeddings and output head, which are not in 4 bits, and the adapters, whose gradients
-the trainer adds up itself: so fsdp takes the steps of ddp.
+the trainer adds up itself: so fsdp takes the steps of ddp. Under zero3 DeepSpeed takes the adapters
+(`trainer.engine.zero`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -13,6 +16,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from trainer.model.layer_stand_ins import decoder_layers
+
+_AHEAD = 2  # layers under way while one computes: `launch.planning.memory` counts them
 
 
 def shard_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
@@ -34,6 +41,28 @@ def close_sharding(model: PeftModel, mesh: DeviceMesh) -> None:
     """
     replicated = {parameter for parameter in model.parameters() if not _is_sharded(parameter)}
     fully_shard(model, mesh=mesh, ignored_params=replicated)
+
+
+def schedule_gathers(model: PeftModel, whole_layers: int) -> None:
+    """Have layers gathered while those before them compute, and keep `whole_layers` of them whole once they are.
+
+    Their weights are frozen, so what was gathered once is right for ever. Kept layers lie evenly among the others: what
+    is gathered has the more computation to hide behind. Before the first step; may be called again.
+    """
+    layers: list[Any] = list(decoder_layers(model))
+    kept = {number * len(layers) // whole_layers for number in range(whole_layers)}
+    gathered = [number for number in range(len(layers)) if number not in kept]
+    root: Any = model
+    root.set_modules_to_forward_prefetch([layers[number] for number in gathered[:_AHEAD]])
+    for number, layer in enumerate(layers):
+        following = [layers[other] for other in gathered if other > number][:_AHEAD]
+        preceding = [layers[other] for other in reversed(gathered) if other < number][:_AHEAD]
+        layer.set_modules_to_forward_prefetch(following)
+        layer.set_modules_to_backward_prefetch(preceding)
+        # The last one's backward follows its forward: to let it go between the two saves no memory.
+        stays = number in kept or number == len(layers) - 1
+        layer.set_reshard_after_forward(not stays, recurse=False)
+        layer.set_reshard_after_backward(number not in kept, recurse=False)
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -1,8 +1,8 @@
-"""Started by `accelerate launch` under zero3: runs whose decoder layers are watched as they come together and go.
+"""Started by `accelerate launch` under fsdp or zero3: runs whose decoder layers are watched as they come and go.
 
 A run named `fused-...` computes them by `trainer.model.fused`, with its kernels in Triton's interpreter and plain
-PyTorch for Liger's. `<run>.json`, beside each run, is what rank 0 saw: [`training` of a micro-batch or `evaluation`,
-all-gathers, layers that stayed whole, whether they are fused].
+PyTorch for Liger's; one named `kept-...` has a plan that keeps a layer whole. `<run>.json`, beside each run, is what
+rank 0 saw: [`training` of a micro-batch or `evaluation`, all-gathers, layers left whole, whether they are fused].
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from deepspeed.runtime.zero import partition_parameters
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import silu
 
+from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.trainer.model.test_fused import plain_norm
 from trainer import train
 from trainer.distributed.collectives import destroy_process_group, end_process
+from trainer.loop import build
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model import attention, base, fused
-from trainer.model.layer_stand_ins import decoder_layers
+from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
 
-_gather = partition_parameters._dist_allgather_fn
+_gather = _fsdp_param_group.foreach_all_gather
+_schedule = build.schedule_gathers
 COLLECTIVES = [0]
 
 
@@ -73,13 +76,17 @@ def _count(*args: Any, **kwargs: Any) -> Any:
     return _gather(*args, **kwargs)
 
 
+def _keep_one(model: Any, whole_layers: int) -> None:
+    _schedule(model, 1)
+
+
 def _whole_layers(trainer: PlannedTrainer) -> list[int]:
-    """Numbers of the layers of which any weight is here whole, or on its way."""
+    """Numbers of the layers whose frozen weights are here whole."""
     layers = decoder_layers(trainer.model)
     return [
         number
         for number, layer in enumerate(layers)
-        if any(cast(Any, w).ds_status is not ZeroParamStatus.NOT_AVAILABLE for w in layer.parameters())
+        if not all(isinstance(weight, DTensor) for weight in frozen_weights(layer))
     ]
 
 
@@ -100,13 +107,17 @@ def main() -> None:
     """Arguments: a JSON file with a list of arguments of `trainer.train`."""
     asked = [train.parse(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
     indexes = [train.prepare_first(options) for options in asked]
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        allow_fsdp_on_cpu()
     state = train.init_process_group()
-    partition_parameters._dist_allgather_fn = _count
+    _fsdp_param_group.foreach_all_gather = _count
     for options, index in zip(asked, indexes, strict=True):
         seen: list[Any] = []
         with ExitStack() as stack:
             for patch in FUSED if options.name.startswith("fused") else []:
                 stack.enter_context(patch)
+            if options.name.startswith("kept"):
+                stack.enter_context(mock.patch.object(build, "schedule_gathers", _keep_one))
             for what, name in (("training", "training_step"), ("evaluation", "evaluate")):
                 inner = getattr(PlannedTrainer, name)
                 stack.enter_context(mock.patch.object(PlannedTrainer, name, watched(what, inner, seen)))

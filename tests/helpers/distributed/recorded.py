@@ -131,5 +131,6 @@ def assert_came_down(tried: Path, fixed: Path) -> None:
     assert (plan.settings.tried, plan.settings.out_of_memory) == (True, 0)
     assert "after a GPU ran out of memory" in plan.settings.reason
     assert plan.micro_batches == run_of(fixed).plan.micro_batches > 2
-    failed = tried.with_suffix(".trials").read_text().splitlines()
-    assert failed == [f"backward of rank {plan.world_size - 1}", "forward of rank 0"]
+    # On a GPU sharded layers that stay whole are let go first, and the same fails again.
+    failed = dict.fromkeys(tried.with_suffix(".trials").read_text().splitlines())
+    assert [*failed] == [f"backward of rank {plan.world_size - 1}", "forward of rank 0"]

@@ -333,7 +333,7 @@ def test_a_plan_is_refused_an_empty_strategy_too(
 ) -> None:
     assert samestep("plan", *EMBEDDED, "--strategy", "") == 2
     assert capsys.readouterr().err == (
-        "--strategy: '' is none of single, ddp, fsdp, zero2, zero3; see `samestep plan --help`\n"
+        "--strategy: '' is none of single, ddp, fsdp, zero2, zero3, auto; see `samestep plan --help`\n"
     )
 
 

@@ -106,6 +106,17 @@ def test_sharded_weights_stay_packed(strategy: str) -> None:
     assert not on(79.6, strategy=strategy, world_size=8).settings.keep_dequantized
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_layers_stay_whole_as_far_as_they_fit(strategy: str) -> None:
+    kept = {size: on(size, strategy=strategy, world_size=8).settings.whole_layers for size in (5, 6, 7, 79.6)}
+    assert sorted(kept.values()) == [*kept.values()]
+    assert kept[79.6] == SHAPE.layers
+    assert on(79.6, strategy="ddp", world_size=8).settings.whole_layers == 0
+    some = on(6.5, strategy=strategy, world_size=8)
+    assert some.memory is not None
+    assert some.memory.reserved <= 6.5 * GIB
+
+
 def test_nothing_known_means_little_memory_and_says_so() -> None:
     chosen = on(None)
     assert (chosen.settings, chosen.micro_batch_tokens) == (Settings(False, 1), 4 * 1200)

@@ -305,6 +305,30 @@ def test_weights_that_are_held_dequantized_stay_so_until_they_are_loaded_again(
     assert plan_with_less(embedded_recipe(*AUTO), CHARTS, plan, reloading=True) is not None
 
 
+def test_layers_that_stay_whole_are_let_go_first_when_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
+    recipe = embedded_recipe(*AUTO)
+    plan = make_plan(recipe, CHARTS, Topology("fsdp", 1, 2, "cuda", 80 * GIB))
+    assert plan.settings.whole_layers == SHAPE.layers
+    assert dict(plan_rows(plan))["gathered"].startswith(f"{SHAPE.layers} decoder layers once")
+    smaller = plan_with_less(recipe, CHARTS, plan, reloading=False)
+    assert smaller is not None
+    assert smaller.settings.planned_memory < plan.settings.planned_memory
+    assert (smaller.settings.whole_layers, smaller.settings.tried) == (0, False)
+    assert smaller.micro_batch_tokens == plan.micro_batch_tokens
+    less = plan_with_less(recipe, CHARTS, smaller, reloading=False)
+    assert less is not None
+    assert less.settings.planned_memory < smaller.settings.planned_memory
+
+
+def test_a_zero3_plan_of_an_older_version_is_read_with_what_its_layers_are_stored_in_now() -> None:
+    plan = plan_for(embedded_recipe(), strategy="zero3")
+    older = json.loads(plan.to_json()) | {"quant_storage": "uint8"}
+    del older["whole_layers"]
+    assert Plan.from_json(json.dumps(older)) == plan
+    assert plan.quant_storage == "float16"
+
+
 def test_what_the_recipe_fixes_does_not_come_down(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = (
         "training.gradient_checkpointing=false",
@@ -323,10 +347,11 @@ def test_a_plan_made_without_the_gpu_is_completed_where_the_gpu_is(monkeypatch: 
 def test_each_strategy_is_shown_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.planning.make_plan.read_shape", lambda _: SHAPE)
     rows = memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("ddp", 1, 8, "cuda", 6 * GIB))
-    fits = {row[0]: row[-1] for row in rows}
+    fits = {row[0]: row[4] for row in rows}
     assert [*fits] == ["ddp", "fsdp", "zero2", "zero3"]
     assert fits["fsdp"] == "yes"
     assert fits["ddp"].startswith("no, needs ")
+    assert [row[0] for row in rows if row[5] == "recommended"] == ["fsdp"]
     assert [
         row[0] for row in memory_rows(embedded_recipe(*AUTO), CHARTS, Topology("single", 1, 1, "cuda"))
     ] == ["single"]

@@ -237,7 +237,7 @@ def test_a_forbidden_request_breaks_its_rule_alone(rule: Rule, request_: PlanReq
 )
 def test_a_strategy_that_is_none_is_answered_with_all_of_them_and_the_nearest(typed: str, hint: str) -> None:
     found = list(violations(replace(ALLOWED, strategy=typed)))
-    assert found == [f"--strategy: {typed!r} is none of single, ddp, fsdp, zero2, zero3; {hint}"]
+    assert found == [f"--strategy: {typed!r} is none of single, ddp, fsdp, zero2, zero3, auto; {hint}"]
 
 
 def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_a_shipped_configuration_that_was_damaged_is_refused_in_one_line(
         replace(_asking(multinode_launcher="pdsh"), nodes=1),
         replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=PLAIN),  # nothing is packed
         replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
-        replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
+        replace(ALLOWED, strategy="zero2", quant_storage="uint8", recipe=QLORA),
         replace(ALLOWED, versions=dict(machine_rules.FLOORS)),
         replace(
             ALLOWED, versions={"accelerate": "1.14.2"}, packages_here=False

@@ -1,5 +1,6 @@
 """The plan of the next attempt, as `samestep run` and a plain launch derive it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_an_attempt_keeps_the_settings_of_the_last_on_the_same_hardware_and_no_o
     keep_plan(run, plan)
     assert next_plan(run, ONE).settings == plan.settings
     assert next_plan(run, TWO).settings.reason != "came down"
+
+
+def test_a_resume_with_another_number_of_processes_may_change_the_strategy_and_says_so(
+    tmp_path: Path,
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    attempt(run, recipe_of(8, *OVERRIDES), save=3)
+    two = next_plan(run, replace(TWO, strategy="auto"))
+    assert two.strategy == "ddp"
+    assert two.strategy_reason.endswith("; the run had single on 1 process")
+    keep_plan(run, two)
+    assert "the run had" not in next_plan(run, replace(TWO, strategy="auto")).strategy_reason
+    assert next_plan(run, TWO).strategy_reason == ""
 
 
 def test_an_end_behind_the_run_is_refused(tmp_path: Path) -> None:

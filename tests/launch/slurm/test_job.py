@@ -111,6 +111,29 @@ def test_another_number_of_nodes_is_planned_anew(
     assert (plan.nodes, plan.gpus_per_node, plan.world_size) == (3, 4, 12)
 
 
+def test_a_strategy_chosen_without_the_memory_of_the_gpus_is_chosen_again_where_it_is_known(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads(run.plan_file.read_text())
+    assert values["strategy_reason"].startswith("no GPU here")
+    run.plan_file.write_text(json.dumps({**values, "device": "cuda", "gpu_memory": 0}))
+    monkeypatch.setattr("launch.slurm.job_plan.gpu_memory", lambda: 80 * 2**30)
+    monkeypatch.setattr("launch.slurm.job.compute_capability", lambda: (9, 0))
+    _begin(run, capsys)
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert (plan.strategy, plan.gpu_memory) == ("ddp", 80 * 2**30)
+    assert "the memory of the GPUs" not in plan.strategy_reason
+    named = {
+        **json.loads(run.plan_file.read_text()),
+        "strategy": "zero2",
+        "strategy_reason": "",
+        "gpu_memory": 0,
+    }
+    run.plan_file.write_text(json.dumps(named))
+    _begin(run, capsys)
+    assert json.loads(run.plan_file.read_text()) == named
+
+
 def test_a_recipe_is_planned_for_the_allocation(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def _attend(
     patches,
     images,
     heads,
+    v_stride,
     scale,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -35,6 +36,8 @@ def _attend(
     D: tl.constexpr,
 ):
     """out [patches, heads, D] of q, k, v [patches, heads, D], within the images that `bounds` [images + 1] part.
+
+    Patches of v lie `v_stride` apart.
 
     A program computes M queries of one head. The first A channels of a head are one tile, B >= D - A the other.
     """
@@ -69,6 +72,7 @@ def _attend(
         weights = tl.exp2(scores * scale - higher[:, None])
         kept = tl.exp2(largest - higher)
         total = total * kept + tl.sum(weights, axis=1)
+        place = (key + tl.arange(0, N))[:, None].to(tl.int64) * v_stride + head * D
         v_left = tl.load(v + place + left[None, :])
         v_right = tl.load(v + place + right[None, :], mask=real, other=0.0)
         weights = weights.to(v_left.dtype)
@@ -88,6 +92,7 @@ def _attend(
         weights = tl.exp2(scores - higher[:, None])
         kept = tl.exp2(largest - higher)
         total = total * kept + tl.sum(weights, axis=1)
+        place = column[:, None].to(tl.int64) * v_stride + head * D
         v_left = tl.load(v + place + left[None, :], mask=there, other=0.0)
         v_right = tl.load(v + place + right[None, :], mask=there & real, other=0.0)
         weights = weights.to(v_left.dtype)
@@ -112,16 +117,19 @@ def attend_images(
     rest = max(16, triton.next_power_of_2(width - first)) if width > first else 0
     if not rest:
         first, rest = first // 2, first // 2
+    if v.stride(2) != 1 or v.stride(1) != width:
+        v = v.contiguous()
     tiles = sum(triton.cdiv(length, _QUERIES) for length in lengths)
     _attend[(tiles, heads)](
         q.contiguous(),
         k.contiguous(),
-        v.contiguous(),
+        v,
         out,
         bounds,
         patches,
         len(lengths),
         heads,
+        v.stride(0),
         scale * 1.4426950408889634,  # the kernel's powers are of 2
         _QUERIES,
         _KEYS,

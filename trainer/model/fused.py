@@ -1,6 +1,6 @@
 """The decoder layers and the vision tower through fused kernels, on a GPU in bfloat16.
 
-RMSNorm forward, SwiGLU and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL
+RMSNorm forward and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL
 does not import with transformers 5.23. LoRA layers run as one autograd function over `trainer.model.kernels`. All of it
 replaces the `forward` of single modules of one model: other models in the process keep theirs.
 """
@@ -17,7 +17,6 @@ import torch
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 from liger_kernel.ops.rms_norm import rms_norm_forward
 from liger_kernel.ops.rope import LigerRopeFunction
-from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -34,8 +33,11 @@ from trainer.model.fp8 import (
     quantize_rows,
     rows_of_weight,
 )
+from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
+from trainer.model.pass_kernels import layer_norm, swiglu
 from trainer.model.resident import matrix_of, quantization_of
+from trainer.model.text_attention_kernel import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]
@@ -148,9 +150,15 @@ def _decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     norm = module.input_layernorm
     normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
     attended, _ = module.self_attn(hidden_states=normed, **kwargs)
-    norm = module.post_attention_layernorm
+    return _after_attention(module, attended, residual)
+
+
+def _after_attention(module: Any, attended: Tensor, residual: Tensor) -> Tensor:
+    norm, mlp = module.post_attention_layernorm, module.mlp
+    if takes_mlp(mlp):
+        return add_norm_mlp(attended, residual, norm, mlp)
     normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
-    return cast(Tensor, residual + module.mlp(normed))
+    return cast(Tensor, residual + mlp(normed))
 
 
 def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, **kwargs: Any) -> Tensor:
@@ -158,16 +166,13 @@ def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, 
     norm = module.input_layernorm
     normed, residual = _Norm.apply(hidden_states, norm.weight, norm.variance_epsilon)
     attended, _ = module.self_attn(normed, queries=read, linears=linears, **kwargs)
-    norm = module.post_attention_layernorm
-    residual = rows(residual, read.positions)
-    normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
-    return cast(Tensor, residual + module.mlp(normed))
+    return _after_attention(module, attended, rows(residual, read.positions))
 
 
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
     """`Qwen2MLP.forward`: gate and up in one kernel."""
     gate, up = linears(hidden, (module.gate_proj, module.up_proj))
-    return cast(Tensor, module.down_proj(LigerSiLUMulFunction.apply(gate, up)))
+    return cast(Tensor, module.down_proj(swiglu(gate, up)))
 
 
 def text_attention(
@@ -187,15 +192,21 @@ def text_attention(
         query, key = module.q_norm(query), module.k_norm(key)
     query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
-    output = varlen(
+    output = attend_text(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0),
         segments,
-        causal=True,
-        scale=module.scaling,
+        module.scaling,
     )
     return module.o_proj(output.reshape(1, hidden_states.shape[1], -1)), None
+
+
+def attend_text(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Return causal attention within every sample, through the kernel that is faster on the GPU at hand."""
+    if faster_than_pytorch(query.device, query.shape[-1]):
+        return attend_causally(query, key, value, segments.cu_seqlens, segments.lengths, scale)
+    return varlen(query, key, value, segments, causal=True, scale=scale)
 
 
 def vision_attention(
@@ -212,6 +223,17 @@ def vision_attention(
     turned = kernels.rotate(together, *position_embeddings)
     output = attend_tower(*turned, segments, module.scaling)
     return module.proj(output.reshape(len(hidden_states), -1))
+
+
+def vision_block(module: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+    """`Qwen2VLVisionBlock.forward`, without a gradient: the attention's residual is added in the norm after it."""
+    if torch.is_grad_enabled():
+        return NotImplemented
+    first, second = module.norm1, module.norm2
+    _, normed = layer_norm(hidden_states, None, first.weight, first.bias, first.eps)
+    attended = module.attn(normed, **kwargs)
+    hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps)
+    return hidden.add_(module.mlp(normed))
 
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:
@@ -333,7 +355,7 @@ class _Linears(torch.autograd.Function):
         of_adapters: list[Tensor | None] = []
         with torch.autocast(gradients[0].device.type, enabled=False):
             for layer, group, each in zip(ctx.layers, _groups(saved), gradients, strict=True):
-                weight, down, up, rows, inner = group
+                _, down, up, rows, inner = group
                 gradient = each.reshape(-1, each.shape[-1])
                 of_down = of_up = None
                 if layer.has_lora:
@@ -343,8 +365,9 @@ class _Linears(torch.autograd.Function):
                     of_down = kernels.adapter_gradient(flat, of_inner, *mask, layer.scaling)
                     of_inners.append((of_inner, down, *mask, layer.scaling))
                 of_adapters += [None, None, of_down, of_up, None]
-                if ctx.needs_input_grad[0]:
-                    of_x = _add_product(of_x, gradient, layer, weight)
+            if ctx.needs_input_grad[0]:
+                flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
+                of_x = _backward_products(flats, ctx.layers, [group[0] for group in _groups(saved)])
             if of_x is not None:
                 for part in of_inners:
                     kernels.add_back(of_x, *part)
@@ -359,13 +382,22 @@ def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, b
     return linear(x, matrix_of(weight, layer.packed, x.dtype), bias)
 
 
-def _add_product(before: Tensor | None, gradient: Tensor, layer: _Layer, weight: Any) -> Tensor:
-    """before + gradient @ weight, [T, in]; over `before`, if there is one."""
-    if layer.fp8:
-        product = backward_product(gradient, rows_of_weight(weight, layer.packed, gradient.dtype))
-        return product if before is None else before.add_(product)
-    matrix = matrix_of(weight, layer.packed, gradient.dtype)
-    return gradient.mm(matrix) if before is None else before.addmm_(gradient, matrix)
+def _backward_products(
+    gradients: Sequence[Tensor], layers: Sequence[_Layer], weights: Sequence[Any]
+) -> Tensor:
+    """The sum of gradient @ weight, [T, in]."""
+    dtype = gradients[0].dtype
+    if all(layer.fp8 for layer in layers):
+        rows = [
+            rows_of_weight(weight, each.packed, dtype) for weight, each in zip(weights, layers, strict=True)
+        ]
+        return backward_product(gradients, rows)
+    total: Tensor | None = None
+    for gradient, layer, weight in zip(gradients, layers, weights, strict=True):
+        matrix = matrix_of(weight, layer.packed, dtype)
+        total = gradient.mm(matrix) if total is None else total.addmm_(gradient, matrix)
+    assert total is not None
+    return total
 
 
 def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:

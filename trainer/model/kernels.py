@@ -21,16 +21,20 @@ _SHARES = 16  # of the tokens in `adapter_gradient`, added up in a fixed order
 
 
 @triton.jit
-def _kept(rows, words, token, channel, inside, DROPPED: tl.constexpr):
-    """bool [tokens, channels] of a tile: see `keep_mask`. Two channels share a word, the even one its low half."""
+def _kept(rows, words, token, begin, channels, inside, DROPPED: tl.constexpr, C: tl.constexpr):
+    """bool [tokens, C] of the tile of channels from `begin` on, which is even: see `keep_mask`.
+
+    Two channels share a word, the even one its low half; it is mixed once for both.
+    """
     factor = tl.load(rows + token * 2, mask=inside, other=0)
     addend = tl.load(rows + token * 2 + 1, mask=inside, other=0)
-    word = tl.load(words + channel // 2)
+    place = begin // 2 + tl.arange(0, C // 2)
+    word = tl.load(words + place, mask=place < (channels + 1) // 2, other=0)
     mixed = (factor[:, None] * word[None, :] + addend[:, None]).to(tl.uint32, bitcast=True)
     mixed ^= mixed >> 16
     mixed *= 0x7FEB352D
     mixed ^= mixed >> 16
-    draw = tl.where((channel % 2 == 0)[None, :], mixed & 0xFFFF, mixed >> 16)
+    draw = tl.interleave(mixed & 0xFFFF, mixed >> 16)
     return (draw ^ 0x8000) >= DROPPED  # the halves are compared as signed numbers there
 
 
@@ -66,7 +70,7 @@ def _project(
         at = token[:, None].to(tl.int64) * channels + channel[None, :]
         tile = tl.load(x + at, mask=inside[:, None] & there[None, :], other=0.0)
         if DROPPED > 0:
-            kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
+            kept = _kept(rows, words, token, begin, channels, inside, DROPPED, C)
             tile = tl.where(kept, tile.to(tl.float32) * scale, 0.0).to(tile.dtype)
         at = row[:, None] * channels + channel[None, :]
         matrix = tl.load(down + at, mask=real[:, None] & there[None, :], other=0.0).to(tile.dtype)
@@ -103,7 +107,7 @@ def _add_back(
     right = tl.load(down + at, mask=real[:, None] & there[None, :], other=0.0).to(left.dtype)
     change = tl.dot(left, right) * factor
     if DROPPED > 0:
-        kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
+        kept = _kept(rows, words, token, tl.program_id(1) * C, channels, inside, DROPPED, C)
         change = tl.where(kept, change * scale, 0.0)
     at = gradient + token[:, None].to(tl.int64) * channels + channel[None, :]
     both = inside[:, None] & there[None, :]
@@ -141,7 +145,7 @@ def _gradient_of_down(
         at = token[:, None].to(tl.int64) * channels + channel[None, :]
         tile = tl.load(x + at, mask=inside[:, None] & there[None, :], other=0.0)
         if DROPPED > 0:
-            kept = _kept(rows, words, token, tl.where(there, channel, 0), inside, DROPPED)
+            kept = _kept(rows, words, token, tl.program_id(0) * C, channels, inside, DROPPED, C)
             tile = tl.where(kept, tile.to(tl.float32) * scale, 0.0).to(tile.dtype)
         at = token[:, None].to(tl.int64) * rank + row[None, :]
         left = tl.load(inner + at, mask=inside[:, None] & real[None, :], other=0.0)
@@ -161,7 +165,7 @@ def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["patches"])
 def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.constexpr):
-    """out [3, patches, heads, width] of qkv [patches, 3, heads, width]: q and k turned, v as it is."""
+    """out [2, patches, heads, width] of qkv [patches, 3, heads, width]: q and k turned."""
     patch, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, half = tl.arange(0, H), tl.arange(0, D)
     inside = (head < heads)[:, None] & (half < width // 2)[None, :]
@@ -169,13 +173,12 @@ def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.co
     row = qkv + (patch * 3 + part) * heads * width
     first = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(row + at + width // 2, mask=inside, other=0.0).to(tl.float32)
-    if part < 2:
-        angle = patch * width + half
-        cosine = tl.load(cos + angle, mask=half < width // 2, other=0.0)[None, :]
-        sine = tl.load(sin + angle, mask=half < width // 2, other=0.0)[None, :]
-        turned = first * cosine - second * sine
-        second = second * cosine + first * sine
-        first = turned
+    angle = patch * width + half
+    cosine = tl.load(cos + angle, mask=half < width // 2, other=0.0)[None, :]
+    sine = tl.load(sin + angle, mask=half < width // 2, other=0.0)[None, :]
+    turned = first * cosine - second * sine
+    second = second * cosine + first * sine
+    first = turned
     row = out + (part * patches + patch) * heads * width
     tl.store(row + at, first.to(out.dtype.element_ty), mask=inside)
     tl.store(row + at + width // 2, second.to(out.dtype.element_ty), mask=inside)
@@ -267,20 +270,18 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v, each [patches, heads, width] and contiguous, of qkv [patches, 3, heads, width]; without a
-    gradient.
+    """Return q, k, v, each [patches, heads, width], of qkv [patches, 3, heads, width]; without a gradient.
 
-    q and k are turned as `apply_rotary_pos_emb_vision` turns them, in fp32 and rounded once; cos and sin fp32
-    [patches, width], whose halves are equal.
+    v is a view of qkv. q and k are turned as `apply_rotary_pos_emb_vision` turns them, in fp32 and rounded once; cos
+    and sin are fp32 [patches, width], whose halves are equal.
     """
     patches, _, heads, width = qkv.shape
-    out = qkv.new_empty(3, patches, heads, width)
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(2, patches, heads, width)
     tiles = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
-    _rotate[(patches, 3)](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), out, patches, heads, width, *tiles
-    )
-    query, key, value = out.unbind()
-    return query, key, value
+    _rotate[(patches, 2)](qkv, cos.contiguous(), sin.contiguous(), out, patches, heads, width, *tiles)
+    query, key = out.unbind()
+    return query, key, qkv[:, 2]
 
 
 def norm_gradient(

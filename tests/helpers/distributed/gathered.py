@@ -64,7 +64,7 @@ FUSED = [
     mock.patch.object(fused, "rms_norm_forward", plain_norm),
     mock.patch.object(fused, "fused_add_rms_norm_forward", _norm_of_sum),
     mock.patch.object(fused, "LigerRopeFunction", _Plain(_turn)),
-    mock.patch.object(fused, "LigerSiLUMulFunction", _Plain(lambda gate, up: silu(gate) * up)),
+    mock.patch.object(fused, "swiglu", lambda gate, up: silu(gate) * up),
     mock.patch.object(fused, "varlen", attention._loop),
     mock.patch.object(fused, "vision_attention", _stock),
     mock.patch.object(fused, "quick_gelu", _stock),

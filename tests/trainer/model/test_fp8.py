@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from trainer.model.fp8 import (
     quantize_rows,
     use_fp8_products,
 )
+from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
 from trainer.pretrained import load_processor
 from trainer.train import main as train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+LOST_CARRIES = 0.1
+"""How far Triton 3.8's interpreter may be off: it loses a carry when it rounds to e4m3."""
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,7 +73,7 @@ def test_products_both_ways_are_those_of_the_rounded_matrices() -> None:
     torch.testing.assert_close(
         found, (_values(quantize_rows(x)) @ _values(rows).t() + bias).to(DTYPE), **close
     )
-    of_x = backward_product(gradient, rows)
+    of_x = backward_product([gradient], [rows])
     scaled = quantize_rows(gradient, rows.scales.view(-1))
     torch.testing.assert_close(of_x, (_values(scaled) @ rows.values.float()).to(DTYPE), **close)
     exact = gradient.float() @ weight.float()
@@ -85,20 +89,74 @@ def test_the_kernels_round_as_the_plain_form_does() -> None:
         x = torch.randn(6, columns, generator=torch.Generator().manual_seed(4))
         factors = torch.rand(columns, generator=torch.Generator().manual_seed(5))
         for each in (None, factors):
-            values, scales = by_kernel(x.to(DEVICE), None if each is None else each.to(DEVICE))
+            values, scales = by_kernel([x.to(DEVICE)], None if each is None else [each.to(DEVICE)])
             expected = quantize_rows(x, each)
             torch.testing.assert_close(scales.cpu(), expected.scales, rtol=0, atol=0)
             if DEVICE.type == "cuda":
                 assert torch.equal(values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
-            turned = transposed(expected.values.to(DEVICE)).cpu().view(torch.uint8)
+            turned = transposed([expected.values.to(DEVICE)]).cpu().view(torch.uint8)
             assert torch.equal(turned, expected.values.view(torch.uint8).t())
 
 
-def _recipe(world: Path, *, packed: bool, products: str = "fp8") -> Any:
+def test_matrices_side_by_side_are_quantized_as_one_and_turned_over_as_one() -> None:
+    from trainer.model.fp8_kernels import quantize_rows as by_kernel
+    from trainer.model.fp8_kernels import transposed
+
+    parts = [_random(6, columns, seed=columns) for columns in (200, 40, 24)]
+    factors = [torch.rand(part.shape[1]).to(DEVICE) for part in parts]
+    values, scales = by_kernel(parts, factors)
+    whole = quantize_rows(torch.cat(parts, 1).cpu(), torch.cat(factors).cpu())
+    torch.testing.assert_close(scales.cpu(), whole.scales, rtol=0, atol=0)
+    found, expected = values.cpu().float(), whole.values.float()
+    assert (found - expected).norm() <= (0 if DEVICE.type == "cuda" else LOST_CARRIES) * expected.norm()
+    turned = transposed([quantize_rows(part.t().contiguous()).values for part in parts])
+    expected = torch.cat([quantize_rows(part.t().contiguous()).values.float() for part in parts]).t()
+    assert torch.equal(turned.float(), expected)
+
+
+def test_norm_and_mlp_in_passes_that_quantize_are_those_one_after_another(world: Path) -> None:
+    """Bit by bit forward on a GPU; backward, gate and up share a scale there."""
+    language = _language(_model(_recipe(world, packed=False, targets=["q_proj"]), DEVICE))
+    layer = language.layers[0].to(DTYPE)
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    assert not takes_mlp(mlp)
+    use_fp8_products(language, DTYPE, resident=True)
+    assert takes_mlp(mlp)
+    attended, residual = (_random(1, 21, language.config.hidden_size, seed=seed) for seed in (2, 3))
+
+    def run(compute: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        leaves = attended.clone().requires_grad_(), residual.clone().requires_grad_()
+        output = compute(*leaves)
+        output.sin().sum().backward()
+        one, other = (leaf.grad for leaf in leaves)
+        assert one is not None
+        assert other is not None
+        return output.detach(), one, other
+
+    def apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = x + y
+        return total + mlp(norm(total))
+
+    mine = run(lambda x, y: add_norm_mlp(x, y, norm, mlp))
+    theirs = run(apart)
+    gpu = DEVICE.type == "cuda"
+    for one, other, close in zip(
+        mine, theirs, (1e-6, 5e-2, 5e-2) if gpu else [LOST_CARRIES] * 3, strict=True
+    ):
+        assert (one.float() - other.float()).norm() < close * other.float().norm()
+
+
+def _recipe(
+    world: Path,
+    *,
+    packed: bool,
+    products: str = "fp8",
+    targets: Sequence[str] = ("q_proj", "v_proj", "up_proj"),
+) -> Any:
     values = recipe_values(world)
     values["quantization"]["load_in_4bit"] = packed
     values["model"]["products"] = products
-    values["lora"] = {"lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    values["lora"] = {"lora_dropout": 0.0, "target_modules": list(targets)}
     return recipe_from_dict(values)
 
 
@@ -170,10 +228,10 @@ def test_fused_linear_layers_take_the_same_products(world: Path, resident: bool)
     mine = run(lambda leaf: fused.linears(leaf, group))
     theirs = run(lambda leaf: [module(leaf) for module in group])
     assert len(mine) == len(theirs) == 3 + 1 + 4
-    for one, other in zip(mine, theirs, strict=True):
-        close = (
-            1e-4 if DEVICE.type == "cpu" else 3e-2
-        )  # rounding alone may move a number to the next of 8 bits
+    for place, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        close = 1e-4 if DEVICE.type == "cpu" else 3e-2  # rounding may move a number to the next of 8 bits
+        if place == 3:
+            close = 6e-2  # a token's gradients into the three share a scale
         assert (one.float() - other.float()).norm() < close * other.float().norm()
 
 

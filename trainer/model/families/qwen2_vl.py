@@ -14,6 +14,7 @@ def _fuse_tower(visual: Any) -> None:
 
     fused.fuse_patches_and_attention(visual)
     for block in visual.blocks:
+        fused.replace_where_it_fits(block, fused.vision_block)
         if type(block.mlp.act).__name__ == "QuickGELUActivation":
             fused.replace_where_it_fits(block.mlp.act, fused.quick_gelu)
 

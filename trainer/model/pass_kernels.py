@@ -1,0 +1,110 @@
+"""Triton kernels for passes between products: SwiGLU both ways, the tower's LayerNorm with the addition before it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 2048  # of SwiGLU: Liger's has a row a program, of 18,944 numbers in 32,768 places
+
+
+@triton.jit
+def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < values
+    wide = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(up + at, mask=inside, other=0.0)
+    silu = (wide * tl.sigmoid(wide)).to(factor.dtype)
+    tl.store(out + at, (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype), mask=inside)
+
+
+@triton.jit
+def _swiglu_gradient(gradient, gate, up, values, BLOCK: tl.constexpr):
+    """gate and up become their gradients."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < values
+    value = tl.load(gate + at, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    factor = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    back = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(wide)
+    silu = wide * sigmoid
+    tl.store(gate + at, (back * (silu * (1 - sigmoid) + sigmoid) * factor).to(value.dtype), mask=inside)
+    tl.store(up + at, (back * silu).to(value.dtype), mask=inside)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up. Liger's numbers; as there, gradients are written over gate and up, which nobody else reads."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(up)
+        _swiglu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        _swiglu_gradient[grid](gradients[0].contiguous(), gate, up, gate.numel(), _BLOCK)
+        return gate, up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up: outputs of linear layers, which are not used again."""
+    return cast(Tensor, _SwiGlu.apply(gate, up))
+
+
+@triton.jit
+def _layer_norm(
+    x, residual, weight, bias, total, out, columns, epsilon, ADDED: tl.constexpr, C: tl.constexpr
+):
+    """total = x + residual where ADDED, and out = LayerNorm of it (or of x); a row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, C)
+    there = column < columns
+    at = row * columns + column
+    value = tl.load(x + at, mask=there, other=0.0)
+    if ADDED:
+        value = (value.to(tl.float32) + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)).to(
+            value.dtype
+        )
+        tl.store(total + at, value, mask=there)
+    wide = value.to(tl.float32)
+    apart = tl.where(there, wide - tl.sum(wide, axis=0) / columns, 0.0)
+    deviation = tl.rsqrt(tl.sum(apart * apart, axis=0) / columns + epsilon)
+    scaled = apart * deviation * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    scaled += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + at, scaled.to(value.dtype), mask=there)
+
+
+def layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return (x + residual or x, its LayerNorm over the last dimension), without a gradient."""
+    x = x.contiguous()
+    columns = x.shape[-1]
+    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    residual_or_x = x if residual is None else residual.contiguous()
+    block = triton.next_power_of_2(columns)
+    _layer_norm[(x.numel() // columns,)](
+        x,
+        residual_or_x,
+        weight,
+        bias,
+        total,
+        out,
+        columns,
+        epsilon,
+        residual is not None,
+        block,
+        num_warps=max(1, min(16, block // 1024)),
+    )
+    return total, out

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from launch.atomic_files import atomic_dir, atomic_write
 from launch.errors import ConfigError, SamestepError
 from launch.inputs.caches import cache_root, embedded_folder
-from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
+from launch.inputs.data_report import DROPPED_ROWS, LABEL_TOKENS, notes_of, summary, write_report
 from launch.inputs.dataset_index import (
     IMAGE_TOKENS,
     SPLITS,
@@ -241,6 +241,7 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
         "human_or_machine": [-1 if row.human_or_machine is None else row.human_or_machine for row in rows],
         "answers": [row.answers for row in rows],
         "answer_tokens": [row.answer_tokens for row in rows],
+        LABEL_TOKENS: [row.label_tokens for row in rows],
     }
     columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
     columns["digest"] = pa.array([row.digest for row in rows], pa.binary(32))

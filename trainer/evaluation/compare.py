@@ -53,6 +53,7 @@ from trainer.evaluation.comparison import (
     print_comparison,
 )
 from trainer.evaluation.loading import with_named_targets
+from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base, run_containing
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
@@ -118,6 +119,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
         loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
     seen, rows = _look(request, loaders, dtype)
     reference = QUANTIZED if QUANTIZED in seen else UNMERGED
+    metrics = metrics_of(request.recipe, rows)
     return Comparison(
         samples=len(rows),
         positions=len(seen[UNMERGED].logits),
@@ -132,7 +134,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
             )
             for name, folder in folders.items()
         ),
-        answers=tuple(answered(name, each, seen[reference], rows) for name, each in seen.items()),
+        answers=tuple(answered(name, each, seen[reference], rows, metrics) for name, each in seen.items()),
     )
 
 
@@ -144,6 +146,9 @@ def _look(
     numbers = validation_numbers(request)
     source = open_split(request.recipe, "validation")
     rows = [source[number] for number in numbers]
+    metrics_of(
+        request.recipe, rows
+    )  # a function of the user's own that cannot be loaded: before any model is
     encoder = Encoder(processor, request.recipe.data.system_message, request.recipe.data.loss)
     prompts = [encoder.texts(row)[0] for row in rows]
     seen: dict[str, Seen] = {}
@@ -167,6 +172,11 @@ def _look(
             del model, replica
             gc.collect()
     return seen, rows
+
+
+def metrics_of(recipe: Recipe, rows: Sequence[Row]) -> Metrics:
+    """The metrics that an evaluation of these rows has."""
+    return load_metrics(recipe, has_kinds=all(row.human_or_machine is not None for row in rows))
 
 
 @contextmanager

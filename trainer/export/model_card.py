@@ -88,6 +88,7 @@ def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
         "base_model": str(plan.adapter.base or plan.base),
         "base_compared": report.base_check.compared,
         "base_comparison": str(report.base_check),
+        "chat_template": "base" if report.template is None else str(report.template),
         "adapter": str(plan.adapter.path),
         DIGEST: digest_of(plan.adapter.contents),
         "form": plan.adapter.form,
@@ -157,6 +158,8 @@ def _training_of(recipe: Recipe) -> str:
         "quantization of the base while training": quantized,
         "revision of the base": recipe.model.revision,
     }
+    if data.chat_template is not None:
+        rows["chat template"] = f"the training's own, `{Path(data.chat_template).name}`; it is in this folder"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import SPLITS, index_path
-from launch.recipe.schema import METRICS
+from launch.recipe.contradictions import METRIC_NAMES
 from launch.untrusted_files import TABLE, parse_json, plain_size, read_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DROPPED_ROWS = "dropped_rows.jsonl"
 LABEL_TOKENS = "label_tokens"
 """A column of an index: the tokens of the whole first label. Indexes of older versions have it not."""
 
-REPORT = "data_report.jsonl"
+DATA_REPORT_FILE = "data_report.jsonl"
 
 Kind = Literal["dropped", "answers ignored", "unanswerable"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -87,10 +87,10 @@ def _label_notes(file: Path, split: str, recipe: Recipe) -> Iterator[RowNote]:
 def _is_relaxed(recipe: Recipe, has_kinds: bool) -> bool:
     """Whether relaxed accuracy says which answers are right, as `trainer.evaluation.metric_functions.load_metrics`."""
     metrics = recipe.evaluation.metrics
-    return has_kinds if metrics == "auto" else metrics[0] == METRICS[0]
+    return has_kinds if metrics == "auto" else metrics[0] == METRIC_NAMES[0]
 
 
-def summary(notes: Sequence[RowNote]) -> list[str]:
+def summarize_notes(notes: Sequence[RowNote]) -> list[str]:
     """A line for each kind that there is: how many rows, and the first of them."""
     lines = []
     for kind in KINDS:
@@ -102,9 +102,9 @@ def summary(notes: Sequence[RowNote]) -> list[str]:
     return lines
 
 
-def write_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
+def write_data_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
     """Write every note as a line of `data_report.jsonl` in `folder`, in one rename; None, and no file, without any."""
-    file = folder / REPORT
+    file = folder / DATA_REPORT_FILE
     if not notes:
         file.unlink(missing_ok=True)
         return None
@@ -123,4 +123,4 @@ def known_notes(recipe: Recipe) -> list[RowNote] | None:
 def keep_report(recipe: Recipe, run: Path) -> None:
     """Copy the report into a run's folder, in the place of an older one."""
     if (notes := known_notes(recipe)) is not None:
-        write_report(notes, run)
+        write_data_report(notes, run)

@@ -14,7 +14,7 @@ from launch.hub_names import EMBEDDED, is_hub_id
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
-from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
+from launch.untrusted_files import TABLE, UNREADABLE, parse_json, printable, read_json, read_text
 from trainer.export.base_model import run_containing, run_recipe
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.export.verify import MergeReport
@@ -193,8 +193,12 @@ def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
             if each["percent"] is not None
         ]
         if rows:
+            metric = printable(str(next(iter(result.get("metrics", {})), "relaxed_accuracy"))).replace(
+                "_", " "
+            )
             lines.append(
-                f"\nRelaxed accuracy on {result['questions']} questions of the {result['split']} split:\n"
+                f"\n{metric[:1].upper()}{metric[1:]} on {result['questions']} questions of the "
+                f"{result['split']} split:\n"
             )
             lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.family_shapes import BASES
 from benchmarks.random_base import build, recipe_arguments
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b", help="of the base (default: 7b)")
+    parser.add_argument(
+        "--family", choices=list(BASES), default="qwen2_vl", help="of the base (default: qwen2_vl)"
+    )
     parser.add_argument(
         "--folder", type=Path, default=Path("/tmp/samestep-benchmark"), help="weights and charts"
     )
@@ -248,7 +252,9 @@ def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    table = Table(title=f"peak of PyTorch's allocator, GiB; random weights ({options.shape}), {machine}")
+    table = Table(
+        title=f"peak of PyTorch's allocator, GiB; random weights ({options.family}, {options.shape}), {machine}"
+    )
     for column in (
         "weights",
         "recomputed",
@@ -279,7 +285,13 @@ def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     print(results[0]["way"])
     print(
         json.dumps(
-            {"machine": machine, "shape": options.shape, "torch": torch.__version__, "weights": "random"}
+            {
+                "machine": machine,
+                "family": options.family,
+                "shape": options.shape,
+                "torch": torch.__version__,
+                "weights": "random",
+            }
             | {"results": results}
         )
     )

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.family_shapes import BASES
+
 RECIPE = "qwen2vl_7b_chartqa"
 
 GLOBAL_BATCH = 32
@@ -38,83 +40,36 @@ def build(options: argparse.Namespace) -> None:
     begun = time.perf_counter()
     if not (options.folder / "charts").is_dir():
         write_charts(options.folder / "charts", max(options.steps, 4) * GLOBAL_BATCH)
-    if not (options.folder / "base").is_dir():
-        write_base(options.folder / "base", options.shape, options.folder / "charts")
+    kind = getattr(options, "family", "qwen2_vl")
+    base = options.folder / BASES[kind]
+    if not base.is_dir():
+        write_base(base, options.shape, options.folder / "charts", kind)
     print(f"built weights and charts in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
-def write_base(folder: Path, shape: str, charts: Path) -> None:
-    """A Qwen2-VL with random weights; the vocabulary's size is true, its tokens are trained on the questions."""
+def write_base(folder: Path, shape: str, charts: Path, kind: str = "qwen2_vl") -> None:
+    """A family's model with random weights; the vocabulary's size is true, its tokens are trained on the questions."""
     import pyarrow.parquet as pq
     import torch
-    from transformers import Qwen2VLForConditionalGeneration
+    import transformers
 
+    from benchmarks.family_shapes import family_config, family_processor
     from launch.atomic_files import atomic_dir
+    from launch.inputs.families import FAMILIES
     from launch.recipe.loading import find_recipe, load_recipe
-    from trainer.embedded.tiny_model import TinyShape, make_processor, train_tokenizer
+    from trainer.embedded.tiny_model import train_tokenizer
 
-    recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"))
+    recipe = load_recipe(find_recipe(RECIPE))
     questions = pq.read_table(charts / "train-00000.parquet", columns=["query"]).column("query").to_pylist()
     tokenizer = train_tokenizer([recipe.data.system_message, *questions], vocab_size=2048)
-    processor = make_processor(tokenizer, TinyShape(min_pixels=3136, max_pixels=12845056))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2VLForConditionalGeneration(base_config(shape, tokenizer))
+        model = getattr(transformers, FAMILIES[kind].model_class)(family_config(kind, shape, tokenizer))
     torch.set_default_dtype(torch.float32)
     with atomic_dir(folder) as aside:
         model.save_pretrained(aside, max_shard_size="4GB")
-        processor.save_pretrained(aside)
-
-
-def base_config(shape: str, tokenizer: Any) -> Any:
-    """The configuration of Qwen2-VL-7B-Instruct, or a narrow one."""
-    from transformers import Qwen2VLConfig
-
-    tiny = shape == "tiny"
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in {
-            "image": "image_pad",
-            "video": "video_pad",
-            "vision_start": "vision_start",
-            "vision_end": "vision_end",
-        }.items()
-    }
-    hidden = 128 if tiny else 3584
-    return Qwen2VLConfig(
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": 256 if tiny else 18944,
-            "num_hidden_layers": 2 if tiny else 28,
-            "num_attention_heads": 4 if tiny else 28,
-            "num_key_value_heads": 2 if tiny else 4,
-            "vocab_size": 2304 if tiny else 152064,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [4, 6, 6] if tiny else [16, 24, 24],
-            },
-            "bos_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "depth": 2 if tiny else 32,
-            "embed_dim": 64 if tiny else 1280,
-            "num_heads": 4 if tiny else 16,
-            "hidden_size": hidden,
-            "mlp_ratio": 4,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "in_channels": 3,
-        },
-        tie_word_embeddings=False,
-        **ids,
-    )
+        family_processor(kind, tokenizer).save_pretrained(aside)
 
 
 def write_charts(folder: Path, count: int) -> None:
@@ -177,4 +132,6 @@ def chart_row(draw: random.Random) -> dict[str, Any]:
 
 def recipe_arguments(options: argparse.Namespace) -> list[str]:
     """What all sides change in the default recipe."""
-    return recipe_settings(options.folder, options.steps, options.set, training__warmup_steps=1)
+    base = options.folder / BASES[getattr(options, "family", "qwen2_vl")]
+    own = [f"model.name_or_path={base}", *options.set]
+    return recipe_settings(options.folder, options.steps, own, training__warmup_steps=1)

@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --set lora.lora_dropout=0 --fp32-adapters   # losses comparable step by step
     python benchmarks/throughput.py --sides samestep --steps 8 --profile     # what the GPU does in two of our steps
     python benchmarks/throughput.py --shape tiny --steps 4                   # a smoke run, also on a CPU
+    python benchmarks/throughput.py --family qwen3_vl --sides samestep-cached   # another family's 7B or 8B
 
 Builds random weights of the true shape and chart-sized images first (`--folder`, reused when it is there), then runs
 each side in a process of its own:
@@ -33,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.family_shapes import BASES
 from benchmarks.launching import family, kill_all
 from benchmarks.random_base import build
 from benchmarks.throughput_report import finished, report
@@ -65,9 +67,10 @@ def main() -> None:
         return
     say(f"building what is missing in {options.folder}")
     shared = ["--folder", str(options.folder), "--shape", options.shape, "--steps", str(options.steps)]
+    shared += ["--family", options.family]
     # In a process of its own: what PyTorch has once had of a GPU's memory it keeps.
     subprocess.run([sys.executable, __file__, "--build-only", *shared], check=True)
-    facts = {"shape": options.shape, "steps": options.steps, "set": options.set}
+    facts = {"family": options.family, "shape": options.shape, "steps": options.steps, "set": options.set}
     facts["trl_adapters"] = "fp32" if options.fp32_adapters else "bf16"
     results: list[dict[str, Any]] = []
     try:
@@ -87,6 +90,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--shape", choices=["7b", "tiny"], default="7b", help="of the random base (default: 7b)"
+    )
+    parser.add_argument(
+        "--family", choices=list(BASES), default="qwen2_vl", help="of the random base (default: qwen2_vl)"
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each side (default: 20)")
     parser.add_argument(
@@ -149,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """One side in a fresh process, whose output is shown; nothing of it outlives the call."""
     say(f"{side}: begins")
-    command = [sys.executable, __file__, "--side", side, "--shape", options.shape]
+    command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--family", options.family]
     command += ["--steps", str(options.steps), "--notebook-steps", str(options.notebook_steps)]
     command += ["--folder", str(options.folder)] + ["--profile"] * options.profile
     command += ["--fp32-adapters"] * options.fp32_adapters

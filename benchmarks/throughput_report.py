@@ -83,12 +83,13 @@ def speed_table(
 
     ceiling = facts.get("ceiling")
     measured = f", matrix products {ceiling / 1e12:.0f} TFLOP/s (8192 cubed, bf16)" if ceiling else ""
+    weights = f"random weights ({facts['family']}, {facts['shape']})"
     table = Table(
-        title=f"steps of {GLOBAL_BATCH} samples, random weights ({facts['shape']}), {facts['machine']}{measured}",
+        title=f"steps of {GLOBAL_BATCH} samples, {weights}, {facts['machine']}{measured}",
         title_justify="left",
     )
     against = reference["side"] if reference else "trl"
-    columns = ("side", "steps", "s/step", "samples/s", "tokens/s", f"x {against}", "peak GiB")
+    columns = ("side", "steps", "s/step", "samples/s", "tokens/s", f"x {against}", "peak GiB", "planned")
     for column in (
         *columns,
         "counted TFLOP/s",
@@ -106,6 +107,7 @@ def speed_table(
             f"{result['tokens_s']:,}",
             f"{reference['median_step_s'] / result['median_step_s']:.2f}" if reference else "",
             f"{result['peak_gib']:.2f}" if result["peak_gib"] is not None else "-",
+            f"{result['planned_gib']:.2f}" if result.get("planned_gib") else "-",
             f"{result['counted_flops_s'] / 1e12:.0f}" if ceiling and facts["shape"] == "7b" else "-",
             f"{result['ceiling_share']:.1%}" if ceiling and facts["shape"] == "7b" else "-",
             f"{result['first_step_s']:.0f}",

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -19,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks import gpu_trace
-from benchmarks.flops import sample_flops
 from benchmarks.random_base import GLOBAL_BATCH, RECIPE, recipe_arguments
 from launch.inputs.dataset_index import Index
+from launch.inputs.families import read_shape
 from launch.planning.make_plan import make_plan
 from launch.planning.plan import Plan
 from launch.planning.run_steps import step_plan
@@ -29,6 +30,7 @@ from launch.planning.step_plan import StepPlan
 from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
+from trainer.loop.step_figures import sample_flops
 from trainer.prepare import prepare
 
 FIRST_PROFILED, PROFILED = 4, 2
@@ -83,11 +85,18 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
         "loss": [line["loss"] for line in lines[: len(counted)]],  # of the pass that fills a cache too
         "tokens": [line["tokens"] for line in counted],
         "flops": step_flops(
-            index, step_plan(recipe, index, plan), [line["step"] - 1 for line in counted], side == "samestep"
+            recipe,
+            index,
+            step_plan(recipe, index, plan),
+            [line["step"] - 1 for line in counted],
+            side == "samestep",
         ),
         "first_step_s": (recording.first_step_s or 0.0) - waited,
         "first_step": json.loads((runs / "benchmark" / "environment.json").read_text())["first_step"],
         "peak_gib": peak_gib(),
+        "planned_gib": plan.settings.planned_memory / 2**30,
+        "filling_seconds": [line["seconds"] for line in lines[:filling]],
+        "finite": all(math.isfinite(line["loss"]) for line in lines),
         "save_seconds": saves.seconds,
         "profile": recording.profile(),
     }
@@ -111,10 +120,11 @@ def prepared(options: argparse.Namespace) -> tuple[Recipe, Index]:
     return recipe, prepare(recipe, quiet=True)
 
 
-def step_flops(index: Index, steps: StepPlan, places: list[int], vision: bool) -> list[float]:
-    """Counted operations of each of these steps of the 7B shape."""
-    split = index.splits["train"]
-    each = sample_flops(split.text_tokens, split.visual_tokens, split.target_tokens, vision=vision)
+def step_flops(recipe: Recipe, index: Index, steps: StepPlan, places: list[int], vision: bool) -> list[float]:
+    """Counted operations of each of these steps."""
+    shape = read_shape(recipe)
+    assert not isinstance(shape, str), shape
+    each = sample_flops(shape, index.splits["train"], vision)
     return [float(each[steps.samples(place)].sum()) for place in places]
 
 
@@ -258,7 +268,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
         "profiled": [],
         "loss": [entry["loss"] for entry in history if "loss" in entry],
         "tokens": [int(split.tokens[steps.samples(place)].sum()) for place in places],
-        "flops": step_flops(index, steps, places, True),
+        "flops": step_flops(recipe, index, steps, places, True),
         "first_step_s": first_step[0],
         "peak_gib": peak_gib(),
     }

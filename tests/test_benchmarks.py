@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.flops import sample_flops
 from benchmarks.gpu_trace import (
     busy_seconds,
     exposed_seconds,
@@ -36,16 +35,6 @@ from benchmarks.scaling import (
 )
 from launch.planning.load_balance import MicroBatch
 from launch.planning.step_plan import cost
-
-
-def test_counted_operations_are_those_of_the_performance_notes() -> None:
-    cached = sample_flops(811 - 688, 688, 3, vision=False)
-    whole = sample_flops(811 - 688, 688, 3, vision=True)
-    assert cached == pytest.approx(21.4e12, rel=0.02)
-    assert whole == pytest.approx(26.5e12, rel=0.02)
-    assert float(whole) == pytest.approx(float(cost(123, 688)) * 1e9, rel=0.001)  # but for the head
-    head = sample_flops(100, 600, 11, vision=True) - sample_flops(100, 600, 1, vision=True)
-    assert head == pytest.approx(10 * 2 * 1.09e9, rel=0.001)
 
 
 def _trace() -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ from launch.planning.plan import Plan
 from launch.planning.plan_table import plan_rows
 from launch.report.evaluations import OVERALL, EvaluationFile, pairs_of, read_evaluation_files, scores
 from launch.run.directory import RunDirectory
-from launch.untrusted_files import UNREADABLE, read_json, read_mapping, read_text
+from launch.untrusted_files import UNREADABLE, printable, read_json, read_mapping, read_text
 
 _CODE = re.compile(r"```python\n.*?```", re.DOTALL)
 _SAFE = str.maketrans({"|": "\\|", "\n": " ", "`": "'", "<": "&lt;"})  # in a cell of a Markdown table
@@ -76,7 +76,7 @@ def _evaluation(evaluation: EvaluationFile) -> str:
         (each.before, each.after, f"+{each.gained}", f"-{each.lost}", f"{each.p:.2g}")
         for each in pairs_of(evaluation)
     ]
-    head = ("model", "relaxed accuracy", "95 % interval (Wilson)", "correct")
+    head = ("model", printable(evaluation.metric).replace("_", " "), "95 % interval (Wilson)", "correct")
     text = f"## Evaluation: {evaluation.title}\n\n{_table(head, rows)}"
     if pairs:
         head_of_pairs = ("before", "after", "gained", "lost", "p (McNemar)")

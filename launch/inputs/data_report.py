@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import SPLITS, index_path
+from launch.recipe.contradictions import METRIC_NAMES
 from launch.untrusted_files import TABLE, parse_json, plain_size, read_text
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 DROPPED_ROWS = "dropped_rows.jsonl"
 """In an index: the bad rows that `data.on_bad_row: drop` left out."""
+
+LABEL_TOKENS = "label_tokens"
+"""A column of an index: the tokens of the whole first label. Indexes of older versions have it not."""
 
 DATA_REPORT_FILE = "data_report.jsonl"
 
@@ -30,7 +34,7 @@ WORDS: dict[Kind, str] = {
     "dropped": "dropped (data.on_bad_row)",
     "answers ignored": "with further answers, which are ignored: the first label is trained and scored",
     "unanswerable": "with a label that no model can answer: too long for evaluation.max_new_tokens, or never equal to "
-    "itself under relaxed accuracy",
+    "itself under the metric",
 }
 SHOWN = 3  # rows of each kind on the screen
 
@@ -49,7 +53,7 @@ def notes_of(recipe: Recipe, index: Path) -> list[RowNote]:
     """List everything that the index in the folder `index` left out or that a run of the recipe cannot score."""
     notes = [RowNote(kind="dropped", **parse_json(line)) for line in _lines(index / DROPPED_ROWS)]
     for split in SPLITS:
-        notes += _label_notes(index / f"{split}.parquet", split, recipe.evaluation.max_new_tokens)
+        notes += _label_notes(index / f"{split}.parquet", split, recipe)
     return notes
 
 
@@ -57,12 +61,18 @@ def _lines(file: Path) -> list[str]:
     return read_text(file, TABLE).splitlines() if file.is_file() else []
 
 
-def _label_notes(file: Path, split: str, max_new_tokens: int) -> Iterator[RowNote]:
+def _label_notes(file: Path, split: str, recipe: Recipe) -> Iterator[RowNote]:
+    """Under relaxed accuracy the first tokens of a label may be enough; other metrics are held to take all of them."""
     import pyarrow.parquet as pq
 
     plain_size(file)
-    table = pq.ParquetFile(file).read(columns=["row", "answers", "answer_tokens"])
-    for row, answers, needed in zip(*(column.to_pylist() for column in table.columns), strict=True):
+    table = pq.ParquetFile(file).read()
+    names = ("row", "answers", "answer_tokens", "human_or_machine")
+    row_numbers, counts, relaxed, kinds = (table.column(name).to_pylist() for name in names)
+    whole = table.column(LABEL_TOKENS).to_pylist() if LABEL_TOKENS in table.column_names else relaxed
+    is_relaxed = _is_relaxed(recipe, min(kinds, default=-1) >= 0)
+    max_new_tokens = recipe.evaluation.max_new_tokens
+    for row, answers, needed in zip(row_numbers, counts, relaxed if is_relaxed else whole, strict=True):
         if answers > 1:
             yield RowNote(
                 split, row, "answers ignored", f"{answers - 1} of its {answers} answers are ignored"
@@ -72,6 +82,12 @@ def _label_notes(file: Path, split: str, max_new_tokens: int) -> Iterator[RowNot
         elif needed > max_new_tokens:
             reason = f"the label takes {needed} tokens, evaluation.max_new_tokens is {max_new_tokens}"
             yield RowNote(split, row, "unanswerable", reason)
+
+
+def _is_relaxed(recipe: Recipe, has_kinds: bool) -> bool:
+    """Whether relaxed accuracy says which answers are right, as `trainer.evaluation.metric_functions.load_metrics`."""
+    metrics = recipe.evaluation.metrics
+    return has_kinds if metrics == "auto" else metrics[0] == METRIC_NAMES[0]
 
 
 def summarize_notes(notes: Sequence[RowNote]) -> list[str]:

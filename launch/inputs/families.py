@@ -153,6 +153,8 @@ def _qwen2_5_vl(config: dict[str, Any], text: dict[str, Any], vision: dict[str, 
         vision_intermediate=inner,
         tower_linears=_tower(sizes, width, inner, mlp, {"merger": 1}, ("mlp.0", "mlp.2")),
         vision_gated=True,
+        windowed_blocks=sizes["vision_blocks"] - len(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        vision_window_patches=(int(vision.get("window_size", 112)) // int(vision.get("patch_size", 14))) ** 2,
     )
 
 

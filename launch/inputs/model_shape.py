@@ -32,7 +32,8 @@ class ModelShape:
     `head_width`: channels of an attention head; `attention_bias`: of queries, keys and values; `query_norm`: queries
     and keys are normalized head by head; `patch_values`: numbers in one image patch; `tower_linears`: by their path in
     the tower, `*` for a number; `vision_gated`: the tower has Qwen2.5-VL's RMSNorm and gated MLP; `deepstack`: mergers
-    besides the last; `vision_positions`: learned ones.
+    besides the last; `vision_positions`: learned ones; `windowed_blocks`: those of the tower that attend within windows
+    of `vision_window_patches` patches.
     """
 
     hidden: int
@@ -55,6 +56,8 @@ class ModelShape:
     deepstack: int = 0
     vision_positions: int = 0
     patch_bias: bool = False
+    windowed_blocks: int = 0
+    vision_window_patches: int = 0
 
     @property
     def query_width(self) -> int:

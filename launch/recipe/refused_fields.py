@@ -66,7 +66,10 @@ REFUSED_TRAINING_FIELDS: dict[str, str] = {
 _LORA_BY_REASON: dict[str, str] = {
     "LoRA here trains matrices beside frozen linear layers, nothing else of the base; add linear layers to "
     "lora.target_modules": """
-        modules_to_save trainable_token_indices target_parameters layer_replication ensure_weight_tying lora_bias""",
+        trainable_token_indices target_parameters layer_replication ensure_weight_tying lora_bias""",
+    "a module trained whole is not shown to take the same steps in every world: the loss reads lm_head as frozen, "
+    "embeddings may be tied to it, and the merger is held in 4 bits; name linear layers in lora.target_modules, of the "
+    "merger too (merger.mlp.0, or linear_fc1 of a Qwen3-VL)": "modules_to_save",
     "it begins from other base weights than are quantized, so merged and resumed runs would differ; remove it": """
         init_lora_weights loftq_config eva_config corda_config lora_ga_config""",
     "name the layers in lora.target_modules, such as layers.3.self_attn.q_proj": """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.distributed.here import drive_here
+from tests.helpers.distributed.killing import Hit, survive
 from tests.helpers.distributed.launching import drive
 from tests.helpers.distributed.recorded import (
     adapter_of,
@@ -88,6 +89,23 @@ def long_runs(runs: Path, recipes: dict[str, Path]) -> Path:
     return runs
 
 
+@pytest.fixture(scope="module")
+def straight_runs(world: Path, runs: Path) -> Path:
+    """`<family>-straight`: 8 steps on two processes, a checkpoint after each."""
+    requests = []
+    for kind in FAMILIES:
+        recipe = write_recipe(
+            world,
+            runs / f"{kind}-eight.yaml",
+            model={"name_or_path": str(runs / kind)},
+            training={"max_steps": 8},
+            checkpoint={"every_steps": 1},
+        )
+        requests.append(([str(recipe), "--runs-dir", str(runs), "--name", f"{kind}-straight"], None))
+    drive(2, requests, runs)
+    return runs
+
+
 @pytest.mark.parametrize(("strategy", "name"), RUNS)
 def test_two_processes_take_the_steps_of_one(runs: Path, strategy: str, name: str) -> None:
     loss, weights = apart(runs / f"{name}-{strategy}", runs / f"{name}-single")
@@ -105,6 +123,18 @@ def test_the_other_strategies_take_the_steps_of_one(long_runs: Path, strategy: s
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2_5_vl-tower"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(runs: Path, name: str) -> None:
     assert_the_same_to_the_byte(runs / f"{name}-stopped", runs / f"{name}-single")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_run_killed_on_all_ranks_ends_with_the_bytes_of_the_straight_one(
+    straight_runs: Path, kind: str
+) -> None:
+    run = straight_runs / f"{kind}-killed"
+    arguments = ["trainer.train", str(straight_runs / f"{kind}-eight.yaml")]
+    arguments += ["--runs-dir", str(straight_runs), "--name", run.name]
+    survive(arguments, run, 2, (Hit("all", False, 2),), straight_runs / f"{kind}-log")
+    assert_the_same_to_the_byte(run, straight_runs / f"{kind}-straight")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

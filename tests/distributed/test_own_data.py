@@ -21,12 +21,19 @@ from tests.helpers.distributed.recorded import (
     metrics_of,
     run_of,
 )
+from tests.helpers.tiny_families import write_tiny
 
 RUNS = (("ddp", 2), ("zero3", 2))
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+OF_FOUR = ("ddp", "fsdp", "zero3")
 
 
-def _write_recipe(world: Path, folder: Path, name: str, steps: int, **data: Any) -> Path:
+def _write_recipe(
+    world: Path, folder: Path, name: str, steps: int, base: Path | None = None, **data: Any
+) -> Path:
     values = chats_recipe(world, folder / "chats", **data)
+    if base is not None:
+        values["model"]["name_or_path"] = str(base)
     # A rank's micro-batches hold one or two samples: some of them no image, on this rank or that.
     values["batch"] = {"global_batch_size": 8, "micro_batch_tokens": 330}
     values["training"] |= {"max_steps": steps, "learning_rate": 2e-4}
@@ -58,16 +65,27 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def long_runs(world: Path, runs: Path) -> Path:
-    """Beside `runs`: `ddp-4`, and `straight`, 6 steps on two processes."""
-    six = _write_recipe(world, runs, "six", 6)
-    for name, recipe, processes in (("ddp-4", runs / "four.yaml", 4), ("straight", six, 2)):
-        drive(processes, [([str(recipe), "--runs-dir", str(runs), "--name", name], None)], runs)
+    """Beside `runs`: `<strategy>-4` and `<family>-<strategy>-4`, a launch for each strategy; `straight`, 6 steps on
+    two processes."""
+    recipes = {"": runs / "four.yaml"}
+    for kind in FAMILIES:
+        base = write_tiny(kind, runs / f"base-{kind}")
+        recipes[f"{kind}-"] = _write_recipe(world, runs, kind, 4, base)
+
+    def request(name: str, of: Path) -> tuple[list[str], int | None]:
+        return [str(of), "--runs-dir", str(runs), "--name", name], None
+
+    drive_here([request(f"{kind}-single-1", runs / f"{kind}.yaml") for kind in FAMILIES])
+    for strategy in OF_FOUR:
+        requests = [request(f"{prefix}{strategy}-4", recipe) for prefix, recipe in recipes.items()]
+        drive(4, requests, runs, strategy=strategy)
+    drive(2, [request("straight", _write_recipe(world, runs, "six", 6))], runs)
     return runs
 
 
-def _is_without_images_on_one_rank_alone(runs: Path, run: Path) -> bool:
+def _is_without_images_on_one_rank_alone(recipe_file: Path, run: Path) -> bool:
     """At some place of some step a rank's micro-batch has no image, and another rank's has some."""
-    recipe, plan = load_recipe(runs / "four.yaml"), run_of(run).plan
+    recipe, plan = load_recipe(recipe_file), run_of(run).plan
     index = read_index(recipe)
     assert index is not None
     split = index.splits["train"]
@@ -81,15 +99,16 @@ def _is_without_images_on_one_rank_alone(runs: Path, run: Path) -> bool:
 
 @pytest.mark.parametrize(("strategy", "processes"), RUNS)
 def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, processes: int) -> None:
-    one, several = runs / "single-1", runs / f"{strategy}-{processes}"
+    _assert_the_same_steps(runs / "four.yaml", runs / "single-1", runs / f"{strategy}-{processes}")
+
+
+def _assert_the_same_steps(recipe: Path, one: Path, several: Path) -> None:
     loss, weights = apart(several, one)
-    print(
-        f"chats, {strategy} on {processes}: losses within {loss:.1e} relative, adapters within {weights:.1e}"
-    )
+    print(f"chats, {several.name}: losses within {loss:.1e} relative, adapters within {weights:.1e}")
     assert loss <= 1e-6
     assert weights <= 1e-6
     assert len(metrics_of(one)) == 4
-    assert _is_without_images_on_one_rank_alone(runs, several)
+    assert _is_without_images_on_one_rank_alone(recipe, several)
     assert [line["target_tokens"] for line in metrics_of(several)] == [
         line["target_tokens"] for line in metrics_of(one)
     ]
@@ -101,8 +120,14 @@ def test_every_world_takes_the_same_steps_on_chats(runs: Path, strategy: str, pr
 
 
 @pytest.mark.long
-def test_four_processes_take_the_same_steps_on_chats(long_runs: Path) -> None:
-    test_every_world_takes_the_same_steps_on_chats(long_runs, "ddp", 4)
+@pytest.mark.parametrize("strategy", OF_FOUR)
+@pytest.mark.parametrize("kind", [None, *FAMILIES])
+def test_four_processes_take_the_same_steps_on_chats(
+    long_runs: Path, strategy: str, kind: str | None
+) -> None:
+    prefix = f"{kind}-" if kind else ""
+    recipe = long_runs / f"{kind or 'four'}.yaml"
+    _assert_the_same_steps(recipe, long_runs / f"{prefix}single-1", long_runs / f"{prefix}{strategy}-4")
 
 
 @pytest.mark.long

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from launch.inputs.families import FAMILIES
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
+from tests.helpers.tiny_families import write_tiny
 from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
 from trainer.data.splits import open_split
@@ -33,9 +35,11 @@ pytestmark = [
 BFLOAT16 = RECIPE_DTYPES["bfloat16"]
 
 
-@pytest.fixture(scope="module")
-def recipe(world: Path) -> Recipe:
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def recipe(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     values = recipe_values(world)
+    base_folder = tmp_path_factory.mktemp("bases") / request.param
+    values["model"]["name_or_path"] = str(write_tiny(request.param, base_folder))
     values["model"]["dtype"] = "bfloat16"
     values["quantization"] = {"load_in_4bit": True}
     values["lora"] = {"lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.inputs.families import read_shape
+from launch.inputs.families import FAMILIES, read_shape
 from launch.inputs.model_shape import ModelShape
 from launch.planning.activations import layer_activation_bytes
 from launch.planning.auto_settings import Gpus, kernels_of
@@ -17,6 +17,7 @@ from launch.planning.memory_load import load_of
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.saved import saved_bytes
+from tests.helpers.tiny_families import write_tiny
 from trainer.model.base import RECIPE_DTYPES, add_lora, load_base, prepare_training
 from trainer.model.dropout import SampleDropout
 
@@ -38,8 +39,12 @@ def test_segments_of_gpu_memory_can_grow_in_a_training_process() -> None:
     assert ended.stdout.split() == ["True"], ended.stderr
 
 
-def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_saves(world: Path) -> None:
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_saves(
+    kind: str, world: Path, tmp_path: Path
+) -> None:
     values = recipe_values(world)
+    values["model"]["name_or_path"] = str(write_tiny(kind, tmp_path / "base"))
     values["model"]["dtype"] = "bfloat16"
     values["quantization"] = {"load_in_4bit": True}
     values["lora"] = {"lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from launch.inputs.families import FAMILIES
 from launch.planning.step_plan import MicroBatch
@@ -273,6 +274,63 @@ def test_the_gradients_of_a_step_are_those_of_the_stock_model(
     for name, parameter in trained.items():
         wanted = expected[name].grad
         assert (parameter.grad - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max())), name
+
+
+def test_the_gradients_of_a_step_are_those_of_trl_with_its_own_collator(
+    recipe: Recipe, files: list[Path], tmp_path: Path
+) -> None:
+    """Padded by trl, packed by us; the tokens of the answers are the targets of both."""
+    lora = {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    recipe = recipe_from_dict(recipe.model_dump(mode="json") | {"lora": lora})
+    run = write_run(recipe, tmp_path / "run")
+    stock = Stock(Path(recipe.model.name_or_path), run.adapter, recipe.data.system_message)
+    groups = [(20,), (3, 9), (14,), (17,)]  # none that an EXIF tag turns: trl leaves that to its user
+    questions = _questions(recipe)
+    batch = DataCollatorForVisionLanguageModeling(stock.processor, completion_only_loss=True)(
+        [
+            {
+                "images": [Image.open(files[image]) for image in images],
+                "prompt": [
+                    {"role": "system", "content": recipe.data.system_message},
+                    {"role": "user", "content": query},
+                ],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+            for images, (query, answer) in zip(groups, questions, strict=False)
+        ]
+    )
+    for name, parameter in stock.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    loss = stock.model(**batch).loss
+    loss.backward()
+    expected = {name: each.grad for name, each in stock.model.named_parameters() if each.requires_grad}
+
+    processor = load_processor(recipe)
+    encoder = Encoder(processor, recipe.data.system_message, "answer")
+    samples = [
+        encoder(question_row([files[image].read_bytes() for image in images], query, [answer]))
+        for images, (query, answer) in zip(groups, questions, strict=False)
+    ]
+    inputs = pack(
+        samples,
+        sample_ids=range(len(samples)),
+        step=0,
+        masked=False,
+        image_token_id=processor.image_token_id,
+        merge=processor.image_processor.merge_size,
+    )
+    model = random_adapter(recipe).train()
+    prepare_training(model, recipe)
+    log_probs = model(**inputs).log_probs
+    assert log_probs.numel() == int((batch["labels"][:, 1:] != -100).sum())
+    ours = -log_probs.mean()
+    ours.backward()
+    assert float(ours) == pytest.approx(float(loss), rel=1e-5)
+    trained = trainable_parameters(model)
+    assert trained.keys() == expected.keys()
+    for name, parameter in trained.items():
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-5, name
+        assert expected[name].any(), name
 
 
 def test_answers_are_those_of_the_stock_model_on_each_image_file_alone(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from launch.atomic_files import atomic_dir
 from launch.errors import ConfigError
-from launch.inputs.data_report import DROPPED_ROWS
+from launch.inputs.data_report import DROPPED_ROWS, LABEL_TOKENS
 from launch.inputs.dataset_index import IMAGE_TOKENS, Index, SplitName, index_path, read_index
 from launch.recipe.schema import Recipe
 from trainer.data.lengths import BadRow, Measured
@@ -81,6 +81,7 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
         "human_or_machine": [-1 if row.human_or_machine is None else row.human_or_machine for row in rows],
         "answers": [row.answers for row in rows],
         "answer_tokens": [row.answer_tokens for row in rows],
+        LABEL_TOKENS: [row.label_tokens for row in rows],
     }
     columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
     columns["digest"] = pa.array([row.digest for row in rows], pa.binary(32))

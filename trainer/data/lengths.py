@@ -42,7 +42,7 @@ class BadRow:
 class Measured:
     """A valid row's numbers. `row`: its number in the source; `digest`: of its content; `image_tokens`: the visual
     tokens of each image; `sizes`: the images' (height, width); `human_or_machine`: None where it is not known;
-    `answers`: labels; `answer_tokens`: see `needed_tokens`."""
+    `answers`: labels; `answer_tokens`: see `needed_tokens`; `label_tokens`: of the whole first label."""
 
     row: int
     digest: bytes
@@ -53,6 +53,7 @@ class Measured:
     sizes: tuple[tuple[int, int], ...]
     answers: int
     answer_tokens: int
+    label_tokens: int
 
     @property
     def visual_tokens(self) -> int:
@@ -117,6 +118,7 @@ def _measure(number: int, row: Row | RowError, sizes: dict[bytes, _Size], encode
     known = [size for size in of_images if not isinstance(size, str)]
     _check_texts(row, encoder)
     text_tokens, scored = _count_text(encoder, row)
+    tokenizer = encoder.processor.tokenizer
     visual = tuple(_visual_tokens(encoder, *size) for size in known)
     return Measured(
         row=number,
@@ -127,7 +129,8 @@ def _measure(number: int, row: Row | RowError, sizes: dict[bytes, _Size], encode
         human_or_machine=row.human_or_machine,
         sizes=tuple(known),
         answers=len(row.label),
-        answer_tokens=needed_tokens(row.label[0], encoder.processor.tokenizer),
+        answer_tokens=needed_tokens(row.label[0], tokenizer),
+        label_tokens=len(tokenizer(row.label[0], add_special_tokens=False)["input_ids"]),
     )
 
 

@@ -57,6 +57,7 @@ from trainer.evaluation.comparison_request import (
     stored_dtype,
 )
 from trainer.evaluation.loading import with_named_targets
+from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.evaluation.replica import Replica
 from trainer.export.adapter import read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base
@@ -101,6 +102,7 @@ def _compare(request: ComparisonRequest, folders: dict[str, Path], adapter: Path
         loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
     seen, rows = _look(request, loaders, dtype)
     reference = QUANTIZED if QUANTIZED in seen else UNMERGED
+    metrics = metrics_of(request.recipe, rows)
     return MergeComparison(
         samples=len(rows),
         positions=len(seen[UNMERGED].logits),
@@ -115,7 +117,7 @@ def _compare(request: ComparisonRequest, folders: dict[str, Path], adapter: Path
             )
             for name, folder in folders.items()
         ),
-        answers=tuple(answered(name, each, seen[reference], rows) for name, each in seen.items()),
+        answers=tuple(answered(name, each, seen[reference], rows, metrics) for name, each in seen.items()),
     )
 
 
@@ -127,6 +129,9 @@ def _look(
     numbers = validation_numbers(request)
     source = open_split(request.recipe, "validation")
     rows = [source[number] for number in numbers]
+    metrics_of(
+        request.recipe, rows
+    )  # a function of the user's own that cannot be loaded: before any model is
     encoder = Encoder(processor, request.recipe.data.system_message, request.recipe.data.loss)
     prompts = [encoder.texts(row)[0] for row in rows]
     seen: dict[str, Seen] = {}
@@ -150,6 +155,11 @@ def _look(
             del model, replica
             gc.collect()
     return seen, rows
+
+
+def metrics_of(recipe: Recipe, rows: Sequence[Row]) -> Metrics:
+    """The metrics that an evaluation of these rows has."""
+    return load_metrics(recipe, has_kinds=all(row.human_or_machine is not None for row in rows))
 
 
 def with_adapter(base: PreTrainedModel, folder: Path, pairs: int) -> torch.nn.Module:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trainer.data.relaxed_accuracy import correct
 from trainer.data.rows import Row
+from trainer.evaluation.metric_functions import RELAXED, Metrics
 
 UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 
@@ -41,12 +41,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Answered:
-    """A model's own answers. `same`: share that equals the reference's; `accuracy`: relaxed, in percent."""
+    """A model's own answers. `same`: share that equals the reference's; `correct`: right by the first metric, and
+    `accuracy` in percent; `scores`: every metric of `evaluation.metrics`, in percent."""
 
     model: str
     same: float
     accuracy: float
     correct: int
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,16 @@ class Seen:
     answers: tuple[str, ...]
 
 
-def answered(name: str, seen: Seen, reference: Seen, rows: Sequence[Row]) -> Answered:
+def answered(
+    name: str, seen: Seen, reference: Seen, rows: Sequence[Row], metrics: Metrics = RELAXED
+) -> Answered:
     """Compare a model's answers with the reference's, and count those that are right."""
-    right = sum(correct(answer, row.label[0]) for answer, row in zip(seen.answers, rows, strict=True))
+    pairs = [(answer, row.label) for answer, row in zip(seen.answers, rows, strict=True)]
+    right = sum(metrics.is_correct(answer, labels) for answer, labels in pairs)
     same = sum(mine == other for mine, other in zip(seen.answers, reference.answers, strict=True))
-    return Answered(name, same / len(rows), 100 * right / len(rows), right)
+    scored = [metrics.score(answer, labels) for answer, labels in pairs]
+    scores = {name: 100 * sum(each[name] for each in scored) / len(rows) for name in metrics.scores}
+    return Answered(name, same / len(rows), 100 * right / len(rows), right, scores)
 
 
 def difference(merged: Tensor, other: Tensor) -> LogitDifference:
@@ -116,9 +123,11 @@ def print_comparison(comparison: MergeComparison, console: Console) -> None:
                 )
     console.print(table)
     table = Table(title=f"answers to the same {comparison.samples} questions", title_justify="left")
-    for column in ("model", f"same as {comparison.reference}", "relaxed accuracy"):
+    metrics = list(comparison.answers[0].scores)
+    for column in ("model", f"same as {comparison.reference}", *(name.replace("_", " ") for name in metrics)):
         table.add_column(column, justify="left" if column == "model" else "right")
     for answers in comparison.answers:
-        accuracy = f"{answers.accuracy:.1f} % ({answers.correct})"
-        table.add_row(answers.model, f"{100 * answers.same:.1f} %", accuracy)
+        figures = [f"{answers.scores[name]:.1f} %" for name in metrics]
+        figures[0] += f" ({answers.correct})"
+        table.add_row(answers.model, f"{100 * answers.same:.1f} %", *figures)
     console.print(table)

@@ -36,6 +36,7 @@ from trainer.export.consolidate import add_adapter_options, missing_of
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest, plan_merge
 from trainer.export.model_card import merge_record, model_card
 from trainer.export.output_folder import atomic_output
+from trainer.export.own_template import write_template
 from trainer.export.verify import BaseRows, MergeReport, verify_merged
 from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, SAFETENSORS_DTYPES, write_shard
 from trainer.formats.validated import read_json_object
@@ -85,6 +86,8 @@ def _merged_rows(plan: MergePlan, name: str, begin: int, rows: Any) -> Any:
 def _copy_files(plan: MergePlan, tmp_dir: Path) -> None:
     for file in plan.files:
         shutil.copyfile(file, tmp_dir / file.name)
+    if plan.template is not None:
+        write_template(plan.template, tmp_dir)
     config_file, index_file = tmp_dir / "config.json", plan.base / INDEX_FILE
     config = read_json_object(config_file)
     if _set_dtype(config, plan):
@@ -135,6 +138,8 @@ def print_report(report: MergeReport, console: Console) -> None:
     if report.converted:
         add_row(table, f"converted to {report.converted_to}", f"{report.converted}")
     add_row(table, "byte-identical", f"{report.unchanged}")
+    if report.template is not None:
+        add_row(table, "chat template", f"the training's own ({report.template}), not the base's")
     add_row(table, "largest error", f"{report.largest_error:.2e} against the sum in fp64")
     console.print(table)
     console.print(str(report.base_check), markup=False)

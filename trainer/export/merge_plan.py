@@ -24,6 +24,7 @@ from trainer.export.base_model import (
     ties_embeddings,
 )
 from trainer.export.output_folder import refuse_place
+from trainer.export.own_template import OwnTemplate, own_template
 from trainer.export.requantize import Rounding, rounding_of
 from trainer.formats.key_names import canonical_name
 from trainer.formats.safetensors_blocks import FLOATS, Shard, read_base_shards
@@ -51,6 +52,7 @@ class MergePlan:
     rounded: frozenset[str]  # tensor names in the base that it rounds
     dtypes: dict[str, str]  # stored type of every tensor, as safetensors says it
     files: tuple[Path, ...]  # copied beside the weights
+    template: OwnTemplate | None = None  # in the place of the base's
 
     @property
     def base_kind(self) -> BaseKind:
@@ -116,6 +118,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
         _rounded_tensors(rounding, folder, shards),
         _stored_dtypes(shards, request.dtype),
         _files_to_copy(folder, adapter),
+        own_template(adapter, run_recipe(request.source, request.recipe)),
     )
     refuse_place(output, plan.bytes_written)
     return plan

@@ -14,7 +14,7 @@ from launch.hub_names import EMBEDDED, is_hub_id
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
-from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
+from launch.untrusted_files import TABLE, UNREADABLE, parse_json, printable, read_json, read_text
 from trainer.export.base_model import run_containing, run_recipe
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest
 from trainer.export.verify import MergeReport
@@ -88,6 +88,7 @@ def merge_record(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
         "base_model": str(plan.adapter.base or plan.base),
         "base_compared": report.base_check.compared,
         "base_comparison": str(report.base_check),
+        "chat_template": "base" if report.template is None else str(report.template),
         "adapter": str(plan.adapter.path),
         DIGEST: digest_of(plan.adapter.contents),
         "form": plan.adapter.form,
@@ -157,6 +158,8 @@ def _training_of(recipe: Recipe) -> str:
         "quantization of the base while training": quantized,
         "revision of the base": recipe.model.revision,
     }
+    if data.chat_template is not None:
+        rows["chat template"] = f"the training's own, `{Path(data.chat_template).name}`; it is in this folder"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
 
@@ -190,8 +193,12 @@ def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
             if each["percent"] is not None
         ]
         if rows:
+            metric = printable(str(next(iter(result.get("metrics", {})), "relaxed_accuracy"))).replace(
+                "_", " "
+            )
             lines.append(
-                f"\nRelaxed accuracy on {result['questions']} questions of the {result['split']} split:\n"
+                f"\n{metric[:1].upper()}{metric[1:]} on {result['questions']} questions of the "
+                f"{result['split']} split:\n"
             )
             lines += ["| model | accuracy | correct |", "|---|---|---|", *rows]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -33,7 +33,7 @@ class MergeReport:
 
     `rounded`: tensors that `--base dequantized` rounded to 4 bits and back, without those that a pair changed too;
     `converted`: of the rest those stored in another type than in the base, `converted_to` (None: there are none);
-    `unchanged`: those with the base's bytes.
+    `unchanged`: those with the base's bytes; `template`: where a chat template of the training's own was read.
     """
 
     base: Path
@@ -52,6 +52,7 @@ class MergeReport:
     unchanged: int
     bytes_written: int
     largest_error: float
+    template: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
         unchanged=len(kept) - len(converted),
         bytes_written=plan.bytes_written,
         largest_error=max(check.error for check in checks.values()),
+        template=plan.template.source if plan.template else None,
     )
 
 

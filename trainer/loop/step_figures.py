@@ -6,10 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launch.inputs.dataset_index import Index
+from launch.inputs.dataset_index import Index, Split
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
 from launch.planning.plan import Plan
@@ -34,15 +36,13 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
-def flops_per_step(shape: ModelShape, index: Index, plan: Plan, vision: bool) -> float:
-    """Floating-point operations that an average optimizer step cannot do without, on all ranks together.
+def sample_flops(shape: ModelShape, split: Split, vision: bool) -> NDArray[np.float64]:
+    """Floating-point operations that training on each sample cannot do without, [samples].
 
     The decoder forward and backward to its activations (its weights are frozen), causal attention, the head at target
-    tokens, and with `vision` the tower forward. Not counted: recomputation, LoRA (nor the backward of a tower that
-    trains), padding. A multiply and an add are two operations. The same counting as in `benchmarks/flops.py`, from the
-    base's own shape.
+    tokens, and with `vision` the tower forward, whose windowed blocks count attention within windows. Not counted:
+    recomputation, LoRA (nor the backward of a tower that trains), padding. A multiply and an add are two operations.
     """
-    split = index.splits["train"]
     tokens, visual = split.tokens.astype(float), split.visual_tokens.astype(float)
     patches = visual * shape.patches_per_token
     linear = 4.0 * shape.layers * shape.layer_weights * tokens
@@ -56,9 +56,16 @@ def flops_per_step(shape: ModelShape, index: Index, plan: Plan, vision: bool) ->
         )
         of_token = shape.tower_weights - of_patch  # the mergers'
         squares = split.visual_squares.astype(float) * shape.patches_per_token**2
-        within = 4.0 * shape.vision_blocks * shape.vision_width * squares
+        windowed = np.minimum(patches * shape.vision_window_patches, squares)
+        pairs = (shape.vision_blocks - shape.windowed_blocks) * squares + shape.windowed_blocks * windowed
+        within = 4.0 * shape.vision_width * pairs
         per_sample = per_sample + 2.0 * of_patch * patches + 2.0 * of_token * visual + within
-    return float(per_sample.mean()) * plan.global_batch_size
+    return np.asarray(per_sample)
+
+
+def flops_per_step(shape: ModelShape, index: Index, plan: Plan, vision: bool) -> float:
+    """Operations (`sample_flops`) of an average optimizer step, on all ranks together."""
+    return float(sample_flops(shape, index.splits["train"], vision).mean()) * plan.global_batch_size
 
 
 def memory_figures() -> dict[str, int]:

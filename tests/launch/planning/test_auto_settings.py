@@ -8,6 +8,7 @@ import pytest
 
 from launch import hardware
 from launch.errors import ConfigError
+from launch.inputs.families import shape_of
 from launch.planning.auto_settings import (
     BatchStatistics,
     ChosenSettings,
@@ -22,6 +23,7 @@ from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
 from launch.units import GIB
 from tests.helpers.indexes import SHAPE, embedded_recipe
+from tests.helpers.published_models import PUBLISHED
 
 SAMPLES, EACH = 32, 800
 DEFAULTS = (
@@ -54,6 +56,26 @@ def test_80_gb_hold_the_7b_weights_dequantized_and_half_a_step_without_recomputa
     chosen = on(79.6)
     assert chosen.settings == Settings(keep_dequantized=True, activation_checkpoint_every=0)
     assert (CHART_LIKE.count(chosen.micro_batch_tokens), chosen.fits) == (2, True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("fsdp", 4), ("zero3", 4)])
+def test_every_published_model_is_planned_on_80_gb(name: str, strategy: str, world_size: int) -> None:
+    config, parameters = PUBLISHED[name]
+    shape, machine = shape_of(config), Gpus("cuda", int(79.6 * GIB))
+    chosen = choose_auto_settings(
+        embedded_recipe(*DEFAULTS), machine, shape, strategy, world_size, CHART_LIKE
+    )
+    assert chosen.fits
+    assert chosen.memory is not None
+    assert chosen.memory.reserved <= 79.6 * GIB
+    linear = shape.layers * shape.layer_weights + shape.tower_weights
+    if strategy == "single" and not chosen.settings.keep_dequantized:
+        # a half byte a weight, a constant for 64, one for 256 of those; the rest, tied once, in bfloat16
+        quantized = linear / 2 * (1 + 2 / 64 * (1 + 4 / 256))
+        assert chosen.memory.base == pytest.approx(quantized + 2 * (parameters - linear), rel=1e-3)
+    elif strategy == "single":
+        assert chosen.memory.base == 2 * parameters
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

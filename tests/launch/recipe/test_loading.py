@@ -109,7 +109,7 @@ def test_lora_fields_that_older_versions_lacked_leave_their_recipes_the_same(tmp
     assert not {f"lora.{key}" for key in newer} & set(altering_values(recipe))
     changed = load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["lora.use_dora=true"])
     assert recipe_fingerprint(changed) != recipe_fingerprint(recipe)
-    with pytest.raises(ConfigError, match=r"lora\.modules_to_save: refused; LoRA here trains matrices"):
+    with pytest.raises(ConfigError, match=r"lora\.modules_to_save: refused; a module trained whole"):
         load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["lora.modules_to_save=[lm_head]"])
     with pytest.raises(ConfigError, match=r"lora\.rank_pattern"):
         load_recipe(find_recipe("qwen2vl_7b_chartqa"), ['lora.rank_pattern={"(q|v)_proj": 4}'])

@@ -339,6 +339,10 @@ def test_what_is_dropped_ignored_or_unanswerable_is_said_and_kept_in_the_run(
     write_request(run, longer, plan)
     kept = [json.loads(line)["row"] for line in (run.path / "data_report.jsonl").read_text().splitlines()]
     assert kept == [0, 2, 5]
+    by_text = recipe.evaluation.model_copy(update={"metrics": ["exact_match"]})
+    write_request(run, recipe.model_copy(update={"evaluation": by_text}), plan)
+    kept = [json.loads(line)["row"] for line in (run.path / "data_report.jsonl").read_text().splitlines()]
+    assert kept == [0, 2, 3]  # "nan" is its own answer, and still nobody can say 20 times the same
 
 
 def test_a_plain_launch_says_and_keeps_it_too(

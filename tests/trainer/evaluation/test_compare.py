@@ -17,6 +17,7 @@ from trainer.data.rows import question_row
 from trainer.evaluation import compare
 from trainer.evaluation.compare import main
 from trainer.evaluation.comparison import MergeComparison, Seen, answered, difference, print_comparison
+from trainer.evaluation.metric_functions import OF_TEXT
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,9 @@ def test_answers_are_counted_as_same_and_as_right() -> None:
     mine, reference = Seen(torch.zeros(1), ("10.4", "asia")), Seen(torch.zeros(1), ("10.4", "Asia"))
     found = answered("m", mine, reference, rows)
     assert (found.same, found.correct, found.accuracy) == (0.5, 2, 100.0)
+    assert found.scores == {"relaxed_accuracy": 100.0}
+    by_text = answered("m", mine, reference, rows, OF_TEXT)
+    assert (by_text.correct, by_text.scores) == (1, {"exact_match": 50.0, "token_f1": 50.0})
 
 
 def test_what_is_missing_is_refused(

@@ -1,17 +1,20 @@
 """Speed, memory and utilization between two lines of progress."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.flops import sample_flops
+from launch.inputs.dataset_index import Split
 from launch.inputs.families import shape_of
+from launch.planning.step_plan import cost
 from tests.helpers.attempts import INDEX, planned, recipe_of
 from tests.helpers.indexes import HUB_7B
 from trainer.data.loader import DATA_WAIT
 from trainer.loop import step_figures
-from trainer.loop.step_figures import StepFigures, flops_per_step, peak_flops, screen_text
+from trainer.loop.step_figures import StepFigures, peak_flops, sample_flops, screen_text
 
 
 def plan_of() -> Any:
@@ -29,12 +32,37 @@ def test_a_cards_ceiling_is_found_by_its_name() -> None:
     assert peak_flops("NVIDIA A1000") is None
 
 
-@pytest.mark.parametrize("vision", [True, False])
-def test_operations_are_those_that_the_benchmarks_count_for_the_7b_shape(vision: bool) -> None:
-    split, plan = INDEX.splits["train"], plan_of()
-    counted = sample_flops(split.text_tokens, split.visual_tokens, split.target_tokens, vision=vision)
-    found = flops_per_step(shape_of(HUB_7B), INDEX, plan, vision)
-    assert found == pytest.approx(counted.mean() * plan.global_batch_size, rel=0.02)
+def _chart(visual: int, targets: int = 3) -> Split:
+    """One sample of 123 tokens of text and an image."""
+    numbers = {name: np.array([1]) for name in ("rows", "human_or_machine")}
+    return replace(
+        INDEX.splits["train"],
+        **numbers,
+        text_tokens=np.array([123]),
+        visual_tokens=np.array([visual]),
+        target_tokens=np.array([targets]),
+        digests=INDEX.splits["train"].digests[:1],
+        image_tokens=None,
+    )
+
+
+def test_operations_are_those_of_the_performance_notes() -> None:
+    shape = shape_of(HUB_7B)
+    cached = sample_flops(shape, _chart(688), vision=False)
+    whole = sample_flops(shape, _chart(688), vision=True)
+    assert cached == pytest.approx(21.4e12, rel=0.02)
+    assert whole == pytest.approx(26.5e12, rel=0.02)
+    assert whole == pytest.approx(cost(123, 688) * 1e9, rel=0.01)  # but for the head
+    head = sample_flops(shape, _chart(688, targets=13), vision=True) - whole
+    assert head == pytest.approx(10 * 2 * 1.09e9, rel=0.001)
+
+
+def test_blocks_in_windows_count_the_pairs_within_them() -> None:
+    shape = shape_of(HUB_7B)
+    windowed = replace(shape, windowed_blocks=28, vision_window_patches=64)
+    saved = sample_flops(shape, _chart(688), True) - sample_flops(windowed, _chart(688), True)
+    patches = 4 * 688
+    assert saved == pytest.approx(28 * 4 * 1280 * patches * (patches - 64))
 
 
 def test_a_line_has_the_speed_since_the_last_one_and_the_time_that_is_left(

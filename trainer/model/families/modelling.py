@@ -23,6 +23,11 @@ def no_inputs(visual: Any, grids: Sequence[Grid], at: device) -> dict[str, Any]:
     return {}
 
 
+def send(values: Tensor, at: device) -> Tensor:
+    """Copy what was computed on the host to the device; the host does not wait, as it does for pageable memory."""
+    return values.pin_memory().to(at, non_blocking=True) if at.type == "cuda" else values.to(at)
+
+
 def pooled(output: Any) -> Tensor:
     """Return the features [V, hidden] of a tower that has one map of them."""
     features: Tensor = output.pooler_output

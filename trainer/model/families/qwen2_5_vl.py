@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from transformers.vision_utils import get_vision_window_index
 
 from trainer.model.attention import Segments
-from trainer.model.families.modelling import Grid, Modelling
+from trainer.model.families.modelling import Grid, Modelling, send
 
 _WINDOWS = "window_segments"
 """The keyword under which the windows travel to the blocks, beside `segments`: the whole images."""
@@ -29,9 +29,9 @@ def _windows(visual: Any, grids: Sequence[Grid], at: torch.device) -> dict[str, 
         torch.tensor(grids), visual.spatial_merge_size, visual.window_size, visual.patch_size
     )
     lengths = tuple(bounds.diff().tolist())
-    bounds = bounds.to(at)
+    bounds = send(bounds, at)
     return {
-        "window_index": index.to(at),
+        "window_index": send(index, at),
         "cu_window_seqlens": bounds,
         "max_window_seqlen": max(lengths),
         _WINDOWS: Segments(bounds, lengths),

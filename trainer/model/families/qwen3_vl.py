@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from trainer.model.families.modelling import DEEPSTACK, Grid, Modelling
+from trainer.model.families.modelling import DEEPSTACK, Grid, Modelling, send
 
 
 def _positions(visual: Any, grids: Sequence[Grid], at: torch.device) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def _positions(visual: Any, grids: Sequence[Grid], at: torch.device) -> dict[str
         align_corners=visual.interpolation_align_corners,
         spatial_merge_size=visual.spatial_merge_size,
     )
-    return {"interp_indices": indices.to(at), "interp_weights": weights.to(at)}
+    return {"interp_indices": send(indices, at), "interp_weights": send(weights, at)}
 
 
 def _features(output: Any) -> Tensor:

@@ -1,13 +1,16 @@
-"""Trackers besides trackio: Weights & Biases, TensorBoard and MLflow, each one run over all attempts of a run.
+"""Trackers: trackio, Weights & Biases, TensorBoard and MLflow, each one run over all attempts of a run.
 
 All of them work without a network, and whatever ails one of them, the training goes on: metrics.jsonl has it all.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launch.atomic_files import atomic_write
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
-from launch.untrusted_files import LINE, UNREADABLE, read_text
+from launch.untrusted_files import LINE, UNREADABLE, printable, read_text
 
 logger = logging.getLogger("trainer")
 
@@ -36,20 +39,14 @@ Open = Callable[[Recipe, RunDirectory, str, int], Backend]
 
 
 class TrackerCallback(TrainerCallback):
-    """Hands every logged figure to several trackers. `name`: of the attempts together, as of `tracking_name`.
+    """Hands every logged figure to several trackers.
 
-    One callback for all: transformers warns of two of a class.
+    One callback for all: transformers warns of two of a class. Not its own ones: those also store the whole
+    configuration of model and trainer, this the recipe.
     """
 
-    def __init__(
-        self,
-        trackers: Sequence[str],
-        recipe: Recipe,
-        run: RunDirectory,
-        name: Callable[[], str],
-        resumed_at: int,
-    ) -> None:
-        self._trackers, self._recipe, self._run, self._name = trackers, recipe, run, name
+    def __init__(self, trackers: Sequence[str], recipe: Recipe, run: RunDirectory, resumed_at: int) -> None:
+        self._trackers, self._recipe, self._run = trackers, recipe, run
         self._resumed_at = resumed_at
         self._backends: dict[str, Backend] = {}
 
@@ -58,7 +55,7 @@ class TrackerCallback(TrainerCallback):
     ) -> None:
         for tracker in self._trackers:
             try:
-                opened = OPEN[tracker](self._recipe, self._run, self._name(), self._resumed_at)
+                opened = OPEN[tracker](self._recipe, self._run, tracking_name(self._run), self._resumed_at)
                 self._backends[tracker] = opened
             except Exception as error:  # of a foreign library
                 self._give_up(tracker, error)
@@ -90,6 +87,51 @@ class TrackerCallback(TrainerCallback):
         self._backends.pop(tracker, None)
         reason = str(error).strip().splitlines()[:1]
         logger.warning("%s: not used (%s: %s)", tracker, type(error).__name__, *(reason or [""]))
+
+
+def tracking_name(run: RunDirectory) -> str:
+    """Return one name for all attempts of a run, another for a run of the same name begun afresh."""
+    file = run.path / ".trackio"
+    if not file.exists():
+        file.write_text(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return printable(read_text(file, LINE).strip())
+
+
+def open_trackio(recipe: Recipe, run: RunDirectory, name: str, resumed_at: int) -> Backend:
+    """Open a run in trackio's database on this machine, or on the Space of `tracking.space_id`."""
+    import trackio
+
+    space = recipe.tracking.space_id
+    if space is None:
+        # trackio 0.43 takes these over an absent space_id: the recipe says local.
+        for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+            os.environ.pop(variable, None)
+
+    def quiet() -> contextlib.AbstractContextManager[Any]:
+        """trackio 0.43 prints "Uploading logs" and more for a database on this disk; a Space's address is shown."""
+        return contextlib.nullcontext() if space else contextlib.redirect_stdout(io.StringIO())
+
+    class Trackio:
+        def __init__(self) -> None:
+            with quiet():
+                self._run = trackio.init(
+                    project=recipe.tracking.project,
+                    name=name,
+                    space_id=space,
+                    config=recipe.model_dump(mode="json"),
+                    resume="allow",
+                    embed=False,
+                )
+
+        def log(self, figures: Mapping[str, float], step: int) -> None:
+            self._run.log(dict(figures), step=step)
+
+        def finish(self) -> None:
+            """Not `Run.finish`: after that trackio finishes the run once more, and says so, when the process ends."""
+            with quiet():
+                trackio.finish()
+
+    return Trackio()
 
 
 def open_wandb(recipe: Recipe, run: RunDirectory, name: str, resumed_at: int) -> Backend:
@@ -191,4 +233,9 @@ def _mlflow_file(run: RunDirectory) -> Path:
     return run.path / ".mlflow"
 
 
-OPEN: dict[str, Open] = {"wandb": open_wandb, "tensorboard": open_tensorboard, "mlflow": open_mlflow}
+OPEN: dict[str, Open] = {
+    "trackio": open_trackio,
+    "wandb": open_wandb,
+    "tensorboard": open_tensorboard,
+    "mlflow": open_mlflow,
+}

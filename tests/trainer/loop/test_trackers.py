@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import TrainerCallback
@@ -12,8 +13,7 @@ from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from trainer.loop import trackers
-from trainer.loop.progress import Trackio, tracking_name
-from trainer.loop.trackers import TrackerCallback
+from trainer.loop.trackers import TrackerCallback, tracking_name
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def attempt(callback: TrainerCallback, *steps: int, finish: bool = True) -> None
 
 
 def tracker(name: str, recipe: Recipe, run: RunDirectory, resumed_at: int = 0) -> TrackerCallback:
-    return TrackerCallback([name], recipe, run, lambda: tracking_name(run), resumed_at)
+    return TrackerCallback([name], recipe, run, resumed_at)
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(recipe: Recipe, run: RunDirectory) -> None:
@@ -85,12 +85,41 @@ def test_trackio_has_one_run_over_two_attempts(
     from trackio.sqlite_storage import SQLiteStorage
 
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
-    attempt(Trackio(recipe, run), 1, 2)
-    attempt(Trackio(recipe, run), 3)
+    attempt(tracker("trackio", recipe, run), 1, 2)
+    attempt(tracker("trackio", recipe, run, resumed_at=2), 3)
     assert SQLiteStorage.get_runs("charts") == [tracking_name(run)]
     logs = SQLiteStorage.get_logs("charts", tracking_name(run))
     assert [line["step"] for line in logs] == [1, 2, 3]
     assert logs[0]["tokens_per_second"] == 9.0
+
+
+def test_a_space_is_handed_to_trackio_and_one_that_cannot_be_reached_is_one_warning(
+    recipe: Recipe,
+    run: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A Space's address is fixed, https://<owner>-<name>.hf.space, so no local server can stand in for one."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> None:
+        asked.append(arguments)
+        print("Found existing space")
+        raise ConnectionError("no route to the Space")
+
+    monkeypatch.setattr("trackio.init", init)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "http://elsewhere")
+    for space in ("me/charts", None):
+        tracking = recipe.tracking.model_copy(update={"space_id": space})
+        attempt(tracker("trackio", recipe.model_copy(update={"tracking": tracking}), run), 1)
+    assert [(each["space_id"], each["name"], each["resume"]) for each in asked] == [
+        ("me/charts", tracking_name(run), "allow"),
+        (None, tracking_name(run), "allow"),
+    ]
+    assert "TRACKIO_SERVER_URL" not in os.environ  # a recipe without a Space stays on this machine
+    assert capsys.readouterr().out.count("Found existing space") == 1
+    assert caplog.text.count("trackio: not used (ConnectionError: no route to the Space)") == 2
 
 
 def test_a_tracker_that_fails_is_one_warning_and_leaves_the_others(
@@ -104,7 +133,7 @@ def test_a_tracker_that_fails_is_one_warning_and_leaves_the_others(
             raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(trackers.OPEN, "wandb", lambda *_: Broken())
-    attempt(TrackerCallback(["wandb", "tensorboard"], recipe, run, lambda: "name", 0), 1, 2, 3)
+    attempt(TrackerCallback(["wandb", "tensorboard"], recipe, run, 0), 1, 2, 3)
     assert calls == [1]
     assert len([*(run.path / "tensorboard").iterdir()]) == 1
     assert [record.getMessage() for record in caplog.records] == [

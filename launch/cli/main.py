@@ -13,6 +13,7 @@ from launch.atomic_files import place_of
 from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.data import commands as data_commands
+from launch.cli.machines import commands as machines_commands
 from launch.cli.options import (
     DEFAULT_RUNS_DIR,
     Allow,
@@ -343,6 +344,7 @@ app.add_typer(data_commands)
 app.add_typer(results_commands)
 app.add_typer(shipping_commands)
 app.add_typer(audit_commands)
+app.add_typer(machines_commands)
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 

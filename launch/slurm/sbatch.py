@@ -62,6 +62,20 @@ def follow_up_script(template: str, job: Job, command: Sequence[str]) -> str:
     return _fill(template, _options(job), variables, job.site.options)
 
 
+def doctor_script(template: str, job: Job, look: Sequence[str]) -> str:
+    """The text that looks at the nodes of an allocation; `look`: options of `launch.doctor.on_node`."""
+    return _fill(template, {}, {**_variables(job), "LOOK": _array(look)}, ())
+
+
+def allocation_options(job: Job, minutes: int) -> list[str]:
+    """What salloc is asked for. ConfigError for what sbatch could not be asked for either."""
+    options = {**_options(job), "nodes": str(job.nodes), "ntasks-per-node": "1", "time": str(minutes)}
+    del options["output"]
+    if problems := list(_unwritable(options, job.site.options)):
+        raise ConfigError(problems)
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *job.site.options]
+
+
 def _options(job: Job) -> dict[str, str | None]:
     """Option of sbatch -> its value; None where the line is left out."""
     site = job.site
@@ -129,8 +143,9 @@ def _fill(
             lines.append(f"{match['variable']}={variables[match['variable']]}")
         elif (value := options[match["option"]]) is not None:
             lines.append(f"#SBATCH --{match['option']}={_sbatch_word(value)}")
-    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = [f"#SBATCH {_further(option)}" for option in further]
+    if further:
+        last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+        lines[last + 1 : last + 1] = [f"#SBATCH {_further(option)}" for option in further]
     return "\n".join(lines) + "\n"
 
 

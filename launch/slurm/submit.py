@@ -132,8 +132,8 @@ def prepare(request: planned_run.RunRequest, site: Site, then: Sequence[str], ma
 def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
     plan, run = planned.plan, planned.run.path
     contained = site.container.runtime != "none"
-    environment = _caches()
-    mounts = _mounts(run, {**environment, **site.environment}, site) if contained else []
+    environment = cache_variables()
+    mounts = mounts_of(run, {**environment, **site.environment}, site) if contained else []
     return Job(
         name=plan.name,
         nodes=plan.nodes,
@@ -148,13 +148,13 @@ def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
     )
 
 
-def _caches() -> dict[str, str]:
+def cache_variables() -> dict[str, str]:
     """Where this shell has its caches: a job must find the same in a container, and submitted from another shell."""
     found = {name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ}
     return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **found}
 
 
-def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
+def mounts_of(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
     """Folders that a container must see at their place. ConfigError for one that its runtime cannot be told.
 
     A cache that is not there (nothing came from the hub) is left out: runtimes fail over it. The scratch disk is

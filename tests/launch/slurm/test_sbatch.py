@@ -29,12 +29,13 @@ from launch.slurm.output import (
     parse_queue,
     seconds_of,
 )
-from launch.slurm.sbatch import Job, follow_up_script, train_script
+from launch.slurm.sbatch import Job, allocation_options, doctor_script, follow_up_script, train_script
 from launch.slurm.site import Site
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAIN = resource("slurm", "train.sbatch").read_text()
 AFTER = resource("slurm", "merge_eval.sbatch").read_text()
+DOCTOR = resource("slurm", "doctor.sh").read_text()
 
 SITE = {"partition": "gpu", "account": "project", "time": "24:00:00", "modules": ["cuda/12.8"]}
 APPTAINER = {"runtime": "apptainer", "image": "/images/samestep.sif", "mounts": ["/data:/data:ro"]}
@@ -105,7 +106,24 @@ def test_a_follow_up_is_the_golden_file(words: list[str]) -> None:
     check_with_shellcheck(text)
 
 
-@pytest.mark.parametrize("template", [TRAIN, AFTER])
+def test_a_look_at_nodes_is_the_golden_file_and_asks_salloc_for_what_the_site_says() -> None:
+    job = job_of(4, 8, container=PYXIS, network_interface="ib0", gpu_type="h100", options=["--exclusive"])
+    text = doctor_script(DOCTOR, job, ["--token", "t", "--shared", "/shared/a b", "--scratch", ""])
+    golden = GOLDEN / "doctor.sh"
+    if os.environ.get("SAMESTEP_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    check_with_shellcheck(text)
+    assert "# EDIT" not in text
+    assert allocation_options(job, 5) == [
+        *("--job-name=mine", "--gpus-per-node=h100:8", "--cpus-per-task=64", "--time=5", "--partition=gpu"),
+        *("--account=project", "--nodes=4", "--ntasks-per-node=1", "--exclusive"),
+    ]
+    with pytest.raises(ConfigError, match="--partition: "):
+        allocation_options(job_of(partition="a\nb"), 5)
+
+
+@pytest.mark.parametrize("template", [TRAIN, AFTER, DOCTOR])
 def test_the_templates_are_clean_as_they_are(template: str) -> None:
     check_with_shellcheck(template)
     assert all(len(line) <= 120 for line in template.splitlines())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.launching import accelerate_launch
 from launch.checkpoints.scan import scan_checkpoints
 from launch.monitor.checkpoint_table import rows
+from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.launching import drive, published_steps
 from tests.helpers.distributed.recorded import apart, assert_the_same_to_the_byte, run_of, write_recipe
 from trainer.export.consolidate import consolidate
@@ -34,7 +34,7 @@ def launched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     checkpoint = {"every_steps": 2, "keep": 9, "format": "sharded"}
     recipe = write_recipe(world, folder / "recipe.yaml", "nf4", checkpoint=checkpoint)
     arguments = [str(recipe), "--runs-dir", str(folder)]
-    broken = accelerate_launch(2, ["tests.helpers.distributed.break_saves", *arguments], strategy="zero3")
+    broken = forked_launch(2, ["tests.helpers.distributed.break_saves", *arguments], strategy="zero3")
     steps = published_steps(folder / "killed")
     assert broken.returncode != 0, broken.stdout
     drive(3, [([*arguments, "--name", "killed"], None)], folder, strategy="fsdp")

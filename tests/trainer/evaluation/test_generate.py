@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.launching import accelerate_launch
 from launch.checkpoints.publish import publish
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import MODEL_PARTS, find_identity
@@ -21,6 +20,7 @@ from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
+from tests.helpers.distributed.forked import forked_launch
 from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
@@ -104,7 +104,7 @@ def test_two_ranks_give_the_same_answers_and_share_a_failure(
 ) -> None:
     run.eval_file().unlink()
     shutil.rmtree(run.answers)
-    launched = accelerate_launch(2, ["tests.helpers.distributed.answer_twice", "--run-dir", str(run.path)])
+    launched = forked_launch(2, ["tests.helpers.distributed.answer_twice", "--run-dir", str(run.path)])
     assert launched.returncode == 0, launched.stdout
     assert launched.stdout.count("failed with 1") == 2
     assert launched.stdout.count("error: rank 1: an image cannot be read") == 1

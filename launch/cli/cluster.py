@@ -22,14 +22,13 @@ from launch.cli.options import (
     complete_run,
     example,
     memory_size,
-    nodes_option,
     site_value,
     with_early_stop,
 )
 from launch.cli.tables import show_plan
 from launch.console import add_row, echo, emit, table_console
 from launch.invocation import command
-from launch.option_values import named, one_of, place, several_of, text, whole
+from launch.option_values import named, one_of, place, several_of, text, whole, whole_numbers
 from launch.slurm.attempts import MAX_CRASHES
 from launch.untrusted_files import open_plain, printable
 
@@ -119,13 +118,21 @@ MaxCrashes = Annotated[
     epilog=example(
         "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00",
         "samestep submit recipes/embedded.yaml --site site.yaml --then merge,evaluate",
+        "samestep submit qwen2vl_7b_chartqa --nodes 1,2,4 --gpus-per-node 8 --doctor",
         "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --dry-run > job.sbatch",
     )
 )
 def submit(
     recipe: RecipeArgument,
     strategy: StrategyFile = None,
-    nodes: Annotated[int, nodes_option("Machines.")] = 1,
+    nodes: Annotated[
+        Any,  # several, which typer has no type for
+        typer.Option(
+            metavar="N[,N...]",
+            parser=whole_numbers("--nodes", 1),
+            help="Machines. Of several numbers each is a job of its own: the first that starts takes the run.",
+        ),
+    ] = 1,
     gpus_per_node: Annotated[
         int,
         typer.Option(metavar="N", parser=whole("--gpus-per-node", 1), help="Processes of a node, one a GPU."),
@@ -156,6 +163,12 @@ def submit(
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
+    doctor: Annotated[
+        bool,
+        typer.Option(
+            "--doctor", help="Look at every node before the run trains; leave out those that are not fit."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the script, and the plan on stderr; queue and write nothing."),
@@ -189,8 +202,9 @@ def submit(
         allow=tuple(allow),
         source=source,
     )
-    asked = import_foreign_checkpoint(cluster.choose(asked, chosen, nodes, gpus_per_node))
-    submission = cluster.prepare(asked, chosen, follow_ups, max_crashes)
+    asked = import_foreign_checkpoint(cluster.choose(asked, chosen, nodes[0], gpus_per_node))
+    others = [cluster.choose(asked, chosen, count, gpus_per_node) for count in nodes[1:]]
+    submission = cluster.prepare([asked, *others], chosen, follow_ups, max_crashes, doctor)
     _show(submission, to_stderr=dry_run)
     if dry_run:
         echo(planned_run.describe_start(submission.planned, submission.request), to_stderr=True)
@@ -364,6 +378,9 @@ def _show(submission: Submission, to_stderr: bool) -> None:
     for consequence in consequences(submission.planned.changed):
         console.print(printable(f"allowed: {consequence}"), markup=False)
     show_plan(submission.planned.plan, to_stderr)
+    if counts := submission.node_counts[1:]:
+        several = ", ".join(map(str, counts))
+        console.print(f"or the same run on {several} nodes: whichever job starts first", markup=False)
     if other := submission.other_packages:
         console.print(
             f"versions and DeepSpeed: not judged here, the job runs with {printable(other)}; "

@@ -34,6 +34,7 @@ from launch.doctor.node import (
 from launch.doctor.probe import Across, judge, measure
 from launch.doctor.shared import held_by_the_first, judge_shared, write_presence
 from launch.errors import SamestepError
+from launch.hardware import gpus_present
 from launch.local.accelerate_command import free_port
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.untrusted_files import printable
@@ -190,7 +191,8 @@ def _compare(
     listener, address = None, ""
     broken = None
     try:
-        address = own_address(options.interface, options.device)
+        device = options.device or ("cuda" if gpus_present() else "cpu")
+        address = own_address(options.interface, device)
         listener = listen(address, options.nodes)
     except (ValueError, OSError) as error:
         remedy = "choose another `network_interface` in the site's file, or look at this node's network"
@@ -281,7 +283,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shared", required=True, help="a new folder beside the runs, which all nodes should see"
     )
     parser.add_argument("--processes", type=int, default=1, help="of a node")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--device", choices=["", "cuda", "cpu"], default="", help="default: what is here")
     parser.add_argument("--interface", default="")
     parser.add_argument("--scratch", default="")
     parser.add_argument("--recipe", default="")

@@ -14,6 +14,13 @@ from launch.doctor.finding import Finding, from_json
 from launch.untrusted_files import parse_json, printable
 
 _LABELLED = re.compile(r"\s*(\d+): (.*)")
+_OF_ALL_NODES = (
+    "libraries",
+    "base model",
+    "data",
+    "runs folder",
+    "locks",
+)  # where one node is all that is known
 _NEEDS_HEAD = ("meeting",)  # fails on every node when the first one is not there
 
 
@@ -65,6 +72,15 @@ def _silent(name: str, findings: Sequence[Finding], words: str) -> Finding:
 def unfit_nodes(findings: Sequence[Finding]) -> list[str]:
     """The nodes with a failure, sorted."""
     return sorted({finding.node for finding in findings if finding.state == "failed"})
+
+
+def failures_of_all(findings: Sequence[Finding], nodes: int) -> list[Finding]:
+    """The failures that other nodes would not mend: of every node, or of what all nodes share."""
+    failed = [finding for finding in findings if finding.state == "failed"]
+    where = {one.check: {other.node for other in failed if other.check == one.check} for one in failed}
+    return [
+        one for one in failed if (len(where[one.check]) == nodes if nodes > 1 else one.check in _OF_ALL_NODES)
+    ]
 
 
 def short_reason(findings: Sequence[Finding]) -> str:

@@ -17,6 +17,7 @@ from launch.recipe.loading import find_recipe, load_recipe
 from launch.run.directory import RunDirectory, is_done_at, open_run
 from launch.run.evaluations import early_end
 from launch.slurm.attempts import MAX_CRASHES
+from launch.strategies import default_strategy
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
-    strategy = plan.strategy
-    if plan.parallelism.is_one_process and allocation.nodes > 1:
-        strategy = choose_topology(None, allocation.nodes, plan.gpus_per_node).strategy
+    usual = plan.strategy == default_strategy(plan.world_size).name
+    strategy = choose_topology(
+        None if usual else plan.strategy, allocation.nodes, plan.gpus_per_node
+    ).strategy
     topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, plan.gpu_memory or None)
     return planned_run.RunRequest(
         recipe=str(run.recipe_file),

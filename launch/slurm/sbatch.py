@@ -13,6 +13,8 @@ from launch.slurm.attempts import MAX_CRASHES
 from launch.slurm.site import Site
 
 _EDIT = re.compile(r"(?:##?SBATCH --(?P<option>[a-z-]+)|(?P<variable>[A-Z_]+))=?.*?# EDIT.*")
+STAND_BY_S = 900
+"""After which a job that found its run taken looks again, if nobody has told it before that the run is free."""
 _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 
 
@@ -20,7 +22,8 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 class Job:
     """What a job's script is made of. `environment`: variables that the nodes need beside the site's.
 
-    `max_crashes`: attempts in a row that save no step, after which it is given up.
+    `max_crashes`: attempts in a row that save no step, after which it is given up; `doctor`: every node is looked at
+    first; `one_of_several`: other jobs want the same run.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Job:
     mounts: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     max_crashes: int = MAX_CRASHES
+    doctor: bool = False
+    one_of_several: bool = False
 
 
 # scripts ----------------------------------------------------------------------------------
@@ -52,6 +57,8 @@ def train_script(template: str, job: Job) -> str:
         "GRACE": str(site.grace_seconds),
         "LEAD": str(site.signal_lead),
         "MAX_CRASHES": str(job.max_crashes),
+        "DOCTOR": "yes" if job.doctor else "",
+        "STAND_BY": str(STAND_BY_S) if job.one_of_several else "",
     }
     return _fill(template, options, variables, site.options)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from launch.slurm import attempts
+from launch.slurm.output import expand_nodes
 from tests.slurm.cluster import Cluster, start
 
 pytestmark = pytest.mark.slurm
@@ -101,3 +103,39 @@ def test_every_fault_of_a_node_is_named(wired: Cluster, tmp_path: Path) -> None:
     assert "0.0 GiB free" in found["n3", "scratch"]["text"]
     assert found["n4", "shared disk"]["text"] == f"{wired.runs}: not there"
     assert found["n2", "shared locks"]["state"] == found["n1", "data"]["state"] == "ok"
+
+
+def test_a_node_whose_python_does_not_start_is_named_and_blames_nobody_else(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    python = _python(tmp_path, "n1", "{ echo no python on this disk >&2; exit 127; }")
+    status, found = _doctor(cluster, "--nodes", "2", "--quick", python=python)
+    assert (status, _failures(found)) == (1, {("n1", "answer")}), found
+    assert found["n1", "answer"]["text"].startswith("did not answer (")
+    assert found["n2", "meeting"]["state"] == "not checked"
+
+
+@pytest.mark.long
+def test_nodes_that_are_fit_measure_together_and_a_job_leaves_out_one_that_is_not(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The first attempt has n1 and n2, whose clock is wrong; the next one has others, trains, and is done."""
+    status, found = _doctor(cluster, "embedded", "--nodes", "2")
+    assert (status, _failures(found)) == (0, set()), found
+    assert found["n1", "all-reduce of all nodes"]["state"] == found["n2", "products 0"]["state"] == "ok"
+    clock = tmp_path / "clock"
+    clock.mkdir()
+    (clock / "sitecustomize.py").write_text(WRONG_CLOCK)
+    guarded = (
+        f'[[ "$*" != *on_node* ]] || export PYTHONPATH={clock}'  # its training is to have the right time
+    )
+    run = cluster.submit("fit", "--nodes", "2", "--doctor", python=_python(tmp_path, "n2", guarded), steps=4)
+    assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
+    first, second = attempts.read_ledger(run).attempts
+    assert (first.how, first.failed_nodes, second.how) == ("node_fail", "n2", "done"), cluster.words_of(run)
+    assert first.reason.startswith("doctor: n2: clock: 300")
+    assert "n2" not in expand_nodes(second.nodes)
+    logs = cluster.words_of(run)
+    assert "doctor: not ready: 1 failed" in logs
+    assert "doctor: ready" in logs
+    assert not list(run.path.glob(".doctor*"))

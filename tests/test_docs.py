@@ -44,7 +44,7 @@ def complaint(line: str) -> str | None:
         return None if config.is_file() and recipe.is_file() else f"no such file: {config} or {recipe}"
     if command == "sbatch":
         return None if any((ROOT / word).is_file() for word in arguments) else "no such script"
-    return None if command in ("source", "touch", "export", "cd", "scontrol") else f"what is {command}?"
+    return None if command in ("source", "touch", "export", "cd") else f"what is {command}?"
 
 
 def complaint_of_samestep(arguments: list[str]) -> str | None:

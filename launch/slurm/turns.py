@@ -65,6 +65,10 @@ def refuse_after_a_stop(run: RunDirectory, allocation: Allocation) -> None:
 
 
 def waiting_others(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob]) -> list[str]:
-    """The jobs of the same submission that wait for nodes."""
+    """The jobs of the same submission that wait for nodes, or will when they have given theirs back."""
     states = {job.job: job.state for job in queue}
-    return [job for job in ledger.read_ledger(run).others_of(allocation.job) if states.get(job) in WAITING]
+    return [
+        job
+        for job in ledger.read_ledger(run).others_of(allocation.job)
+        if states.get(job) in (*WAITING, *ENDING)
+    ]

@@ -72,6 +72,22 @@ def whole(option: str, least: int, most: int = MOST_PROCESSES) -> Callable[[str]
     return parse
 
 
+def whole_numbers(option: str, least: int) -> Callable[[str], tuple[int, ...]]:
+    """One whole number, or several that differ, separated by commas."""
+
+    def parse(value: str | int | tuple[int, ...]) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = tuple(whole(option, least)(word.strip(" ")) for word in str(value).split(","))
+        if twice := [number for number in numbers if numbers.count(number) > 1]:
+            raise ConfigError(
+                f"{option}: {twice[0]} is there {numbers.count(twice[0])} times; give each once"
+            )
+        return numbers
+
+    return parse
+
+
 def step_range(option: str) -> Callable[[str], tuple[int, int]]:
     """Parse `40:45`, or `40` for one step; steps count from 1."""
 

@@ -1,7 +1,8 @@
 """`python -m trainer.probe_node`: one process of `samestep doctor` that measures a GPU and an all-reduce.
 
-Prints one JSON line. The processes meet as torchrun's do (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`,
-`LOCAL_RANK`); without them, nothing is reduced.
+Prints a JSON line of all figures after each part: the last one counts, also where a part hangs. The processes of a
+machine meet as torchrun's do (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, `LOCAL_RANK`); without them, nothing
+is reduced. With `PROBE_HEAD` and its companions, those of all nodes meet afterwards.
 """
 
 from __future__ import annotations
@@ -40,16 +41,35 @@ def main() -> int:
         torch.cuda.set_device(device)
         figures |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     figures |= {"tflops": _products(device), "copy_gb_s": _copies(device)}
+    _print(figures)
     if world > 1:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=float(os.environ.get("PROBE_TIMEOUT_S", "30"))),
-        )
-        figures["all_reduce_gb_s"] = _all_reduce(device)
-        dist.destroy_process_group()
+        figures["all_reduce_gb_s"] = _in_a_group(device)
+        _print(figures)
+    if "PROBE_HEAD" in os.environ:
+        os.environ |= {
+            "MASTER_ADDR": os.environ["PROBE_HEAD"],
+            "MASTER_PORT": os.environ["PROBE_PORT"],
+            "RANK": str(int(os.environ["PROBE_FIRST_RANK"]) + rank),
+            "WORLD_SIZE": os.environ["PROBE_WORLD_SIZE"],
+        }
+        figures["across_gb_s"] = _in_a_group(device)
+        _print(figures)
+    return 0
+
+
+def _print(figures: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(figures) + "\n")
     sys.stdout.flush()
-    return 0
+
+
+def _in_a_group(device: torch.device) -> float:
+    """The all-reduce of a process group that the variables of the environment name."""
+    timeout = timedelta(seconds=float(os.environ.get("PROBE_TIMEOUT_S", "30")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        return _all_reduce(device)
+    finally:
+        dist.destroy_process_group()
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The commands of `samestep` that check: runs (verify, diff) and machines (doctor)."""
+"""The commands of `samestep` that check runs: verify, diff, replay."""
 
 from __future__ import annotations
 
@@ -160,55 +160,4 @@ def replay(
     if json:
         emit(f"[{', '.join(result.to_json() for result in results)}]")
     if any(result.parting for result in results):
-        raise typer.Exit(1)
-
-
-@commands.command(epilog=example("samestep doctor", "samestep doctor qwen2vl_7b_chartqa --gpus-per-node 4"))
-def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]",
-            parser=named("RECIPE"),
-            help="Also look whether this recipe's base and data are on this machine.",
-            show_default=False,
-        ),
-    ] = None,
-    gpus_per_node: Processes = None,
-    runs_dir: RunsDir = Path("runs"),
-    quick: Annotated[bool, typer.Option("--quick", help="Do not start processes that measure.")] = False,
-    json: Json = False,
-) -> None:
-    """Check this machine before a run: libraries, GPUs, memory, limits, disk, locks, products, an all-reduce.
-
-    Takes less than a minute and never hangs. Ends with 1 when a check failed.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from launch.doctor.finding import to_json, verdict
-    from launch.doctor.node import check_node
-    from launch.doctor.probe import probe
-    from launch.hardware import CPU_PROCESSES, gpus_present
-    from launch.recipe.loading import find_recipe, load_recipe
-
-    loaded = load_recipe(find_recipe(recipe)) if recipe else None
-    present = gpus_present()
-    processes = gpus_per_node or present or CPU_PROCESSES
-    if present and processes > present:
-        raise ConfigError(f"--gpus-per-node: {processes} asked for, this machine has {present}; give fewer")
-    with Console(stderr=True).status("checking this machine"):
-        findings = list(check_node(runs_dir.expanduser().absolute(), loaded))
-    if not quick:
-        with Console(stderr=True).status(f"measuring with {processes} processes"):
-            findings += probe(processes)
-    if json:
-        emit(to_json(findings))
-    else:
-        table = Table("check", "state", "what was seen", "what to do", title_justify="left")
-        for finding in findings:
-            add_row(table, finding.check, finding.state, finding.text, finding.remedy)
-        Console(highlight=False).print(table)
-        echo(verdict(findings))
-    if any(finding.state == "failed" for finding in findings):
         raise typer.Exit(1)

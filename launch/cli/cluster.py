@@ -20,14 +20,13 @@ from launch.cli.options import (
     Source,
     example,
     memory_size,
-    nodes_option,
     site_value,
     with_early_stop,
 )
 from launch.cli.tables import show_plan
 from launch.console import echo, emit, table_console
 from launch.invocation import command
-from launch.option_values import one_of, place, several_of, text, whole
+from launch.option_values import one_of, place, several_of, text, whole, whole_numbers
 from launch.slurm.attempts import MAX_CRASHES
 from launch.untrusted_files import printable
 
@@ -112,6 +111,20 @@ MaxCrashes = Annotated[
         help="Give up after N attempts in a row that save no step; dead nodes count half.",
     ),
 ]
+NodeCounts = Annotated[
+    Any,  # several, which typer has no type for
+    typer.Option(
+        metavar="N[,N...]",
+        parser=whole_numbers("--nodes", 1),
+        help="Machines. Of several numbers each is a job of its own: the first that starts takes the run.",
+    ),
+]
+LookFirst = Annotated[
+    bool,
+    typer.Option(
+        "--doctor", help="Look at every node before the run trains; leave out those that are not fit."
+    ),
+]
 NodeProcesses = Annotated[
     int, typer.Option(metavar="N", parser=whole("--gpus-per-node", 1), help="Processes of a node, one a GPU.")
 ]
@@ -133,13 +146,14 @@ PrintScript = Annotated[
     epilog=example(
         "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00",
         "samestep submit recipes/embedded.yaml --site site.yaml --then merge,evaluate",
+        "samestep submit qwen2vl_7b_chartqa --nodes 1,2,4 --gpus-per-node 8 --doctor",
         "samestep submit qwen2vl_7b_chartqa --nodes 4 --gpus-per-node 8 --dry-run > job.sbatch",
     )
 )
 def submit(
     recipe: RecipeArgument,
     strategy: StrategyFile = None,
-    nodes: Annotated[int, nodes_option("Machines.")] = 1,
+    nodes: NodeCounts = 1,
     gpus_per_node: NodeProcesses = 1,
     site: SiteFile = None,
     gpu_memory: MemoryOfSite = None,
@@ -160,6 +174,7 @@ def submit(
     fresh: Fresh = False,
     allow: Allow = [],  # noqa: B006
     source: Source = None,
+    doctor: LookFirst = False,
     dry_run: PrintScript = False,
 ) -> None:
     """Queue a recipe's training on a Slurm cluster, on the login node. The job goes on until the run is done.
@@ -185,16 +200,17 @@ def submit(
         allow=tuple(allow),
         source=source,
     )
-    _submit(request, cluster, nodes, gpus_per_node, follow_ups, max_crashes, dry_run)
+    _submit(request, cluster, nodes, gpus_per_node, follow_ups, max_crashes, doctor, dry_run)
 
 
 def _submit(
     request: RunRequest,
     site: Site,
-    nodes: int,
+    nodes: Sequence[int],
     gpus_per_node: int,
     follow_ups: Sequence[str],
     max_crashes: int,
+    doctor: bool,
     dry_run: bool,
 ) -> None:
     """Refuse, plan, show; then queue, or print the scripts."""
@@ -206,8 +222,10 @@ def _submit(
     if not dry_run:
         slurm.refuse_missing_sbatch()
         slurm.refuse_too_many_cpus(site, gpus_per_node)
-    request = import_foreign_checkpoint(slurm.request_for_site(request, site, nodes, gpus_per_node))
-    submission = slurm.plan_submission(request, site, follow_ups, max_crashes)
+    first, *others = nodes
+    request = import_foreign_checkpoint(slurm.request_for_site(request, site, first, gpus_per_node))
+    requests = [request, *(slurm.request_for_site(request, site, count, gpus_per_node) for count in others)]
+    submission = slurm.plan_submission(requests, site, follow_ups, max_crashes, doctor)
     _show(submission, to_stderr=dry_run)
     if dry_run:
         echo(describe_start(submission.planned, submission.request), to_stderr=True)
@@ -248,6 +266,9 @@ def _show(submission: Submission, to_stderr: bool) -> None:
     for consequence in consequences(submission.planned.changed):
         console.print(printable(f"allowed: {consequence}"), markup=False)
     show_plan(submission.planned.plan, to_stderr)
+    if counts := submission.node_counts[1:]:
+        several = ", ".join(map(str, counts))
+        console.print(f"or the same run on {several} nodes: whichever job starts first", markup=False)
     if other := submission.other_packages:
         console.print(
             f"versions and DeepSpeed: not judged here, the job runs with {printable(other)}; "

@@ -13,6 +13,7 @@ from launch.cli.audit import commands as audit_commands
 from launch.cli.cluster import commands as cluster_commands
 from launch.cli.data import commands as data_commands
 from launch.cli.local import commands as local_commands
+from launch.cli.machines import commands as machines_commands
 from launch.cli.merging import commands as merging_commands
 from launch.cli.monitor import commands as monitor_commands
 from launch.cli.options import AsJson, example
@@ -100,6 +101,7 @@ for group in (
     merging_commands,
     shipping_commands,
     audit_commands,
+    machines_commands,
     reference,
 ):
     app.add_typer(group)  # in the order in which somebody comes to need them

@@ -14,11 +14,15 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.doctor.finding import Finding
+from launch.doctor.finding import Finding, State
 from launch.errors import SamestepError
 from launch.hardware import SHARED_MEMORY, gpus_present
 from launch.inputs.caches import base_is_there, cache_root
 from launch.inputs.dataset_index import read_index
+from launch.inputs.families import read_shape
+from launch.local.planned_run import NEEDED_BYTES
+from launch.planning.memory import trained_parameters
+from launch.planning.memory_load import Kernels, load_of
 from launch.recipe.schema import Recipe
 from launch.run.lock import hold_lock
 from launch.units import gib
@@ -27,8 +31,11 @@ from launch.untrusted_files import printable
 SHARED_MEMORY_NEEDED = 2**30  # bytes; micro-batches of data workers lie there until their rank has read them
 FILES_NEEDED = 4096  # descriptors: every worker holds files, pipes and shared memory of its batches
 DISK_PROBE = 64 * 2**20  # bytes written to measure the disk
+DISK_PATIENCE_S = 5.0  # a slow disk has shown by then what it is
 SLOW_DISK = 50e6  # bytes a second; a checkpoint of a 7B run is 50 to 200 MB
 SPACE_NEEDED = 2 * 2**30  # bytes: checkpoints of a 7B run with their rotation
+SCRATCH_NEEDED = 2**30  # bytes, of a node's own disk
+BYTES_OF_A_WEIGHT = 12  # in a checkpoint: fp32, and the two moments of AdamW
 HOT = 85  # degrees Celsius
 _QUERY = (
     "index", "name", "driver_version", "memory.used", "memory.total", "temperature.gpu",
@@ -39,13 +46,29 @@ _QUERY = (
 
 def check_node(runs_dir: Path, recipe: Recipe | None = None) -> Iterator[Finding]:
     """Every check, one after another. `recipe`: also looks whether its base and its prepared data are here."""
+    yield from check_machine()
+    yield from check_disk(runs_dir, space_needed(recipe))
+    if recipe is not None:
+        yield from check_inputs(recipe)
+
+
+def check_machine() -> Iterator[Finding]:
+    """What concerns no file of a run."""
     yield _versions()
     yield from _gpus()
     yield _shared_memory()
     yield _limits()
-    yield from _disk(runs_dir)
-    if recipe is not None:
-        yield from _inputs(recipe)
+
+
+def space_needed(recipe: Recipe | None) -> int:
+    """Bytes of a recipe's checkpoints, with their rotation and one that is being written; of a 7B run without one."""
+    if recipe is None:
+        return SPACE_NEEDED
+    shape = read_shape(recipe)
+    if isinstance(shape, str):  # its config is not here, which another check says
+        return SPACE_NEEDED
+    weights = trained_parameters(load_of(recipe, shape, "single", 1, Kernels()))
+    return max((recipe.checkpoint.keep + 2) * weights * BYTES_OF_A_WEIGHT, NEEDED_BYTES)
 
 
 def _versions() -> Finding:
@@ -183,8 +206,8 @@ def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else gib(value)
 
 
-def _disk(runs_dir: Path) -> Iterator[Finding]:
-    """Write, read, sync and lock where the runs are. Leaves nothing."""
+def check_disk(runs_dir: Path, needed: int, slow: float = SLOW_DISK) -> Iterator[Finding]:
+    """Write, sync and lock where the runs are. Leaves nothing. `needed`: bytes; `slow`: bytes a second."""
     place = runs_dir
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -194,14 +217,13 @@ def _disk(runs_dir: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     probe = place / f".samestep-doctor-{os.getpid()}"
     try:
-        seconds = _write(probe)
-        speed = DISK_PROBE / max(seconds, 1e-9)
+        speed = _write(probe)
         text = f"{place}: {gib(free)} free, written and synced at {speed / 1e6:,.0f} MB/s"
-        if free < SPACE_NEEDED:
+        if free < needed:
             yield Finding(
-                "runs folder", "failed", text, f"make room: checkpoints of a 7B run need {gib(SPACE_NEEDED)}"
+                "runs folder", "failed", text, f"make room: the checkpoints of a run need {gib(needed)}"
             )
-        elif speed < SLOW_DISK:
+        elif speed < slow:
             yield Finding(
                 "runs folder",
                 "warning",
@@ -228,21 +250,34 @@ def _disk(runs_dir: Path) -> Iterator[Finding]:
         (place / lock).unlink(missing_ok=True)
 
 
+def check_scratch(folder: Path) -> Finding:
+    """The node's own disk for temporary files: there, writable, with room."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    remedy = "remove what others have left, or choose another folder: `scratch` in the site's file"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding("scratch", "failed", f"{folder}: cannot be written", remedy)
+    free = shutil.disk_usage(place).free
+    state: State = "failed" if free < SCRATCH_NEEDED else "ok"
+    return Finding("scratch", state, f"{place}: {gib(free)} free", remedy if state == "failed" else "")
+
+
 def _write(file: Path) -> float:
-    """Seconds to write `DISK_PROBE` random bytes and bring them to the disk."""
+    """Bytes a second at which `DISK_PROBE` random bytes come to the disk, or as many as do in a few seconds."""
     piece = os.urandom(2**20)
-    began = time.perf_counter()
+    written, began = 0, time.perf_counter()
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        for _ in range(DISK_PROBE // len(piece)):
-            os.write(descriptor, piece)
+        while written < DISK_PROBE and time.perf_counter() - began < DISK_PATIENCE_S:
+            written += os.write(descriptor, piece)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return time.perf_counter() - began
+    return written / max(time.perf_counter() - began, 1e-9)
 
 
-def _inputs(recipe: Recipe) -> Iterator[Finding]:
+def check_inputs(recipe: Recipe) -> Iterator[Finding]:
     """Whether a job without a network would find everything."""
     prepare = f"samestep prepare {recipe.name}"
     here = base_is_there(recipe)

@@ -2,7 +2,7 @@
 
 `ledger.jsonl` in the run directory, one line for each event, added and never changed: `submit`, `start`, `end`, and
 `unstarted` for an attempt that ended before it could begin. An attempt without an `end` is under way, or its node
-died; the next attempt closes it.
+died; the next attempt closes it. A submission may be several jobs, of which one at a time has the run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from launch.run.directory import RunDirectory, read_marker
 from launch.slurm.output import JobFacts
 from launch.untrusted_files import TABLE, UNREADABLE, open_plain, parse_json, read_bytes, reason_of
 
-How = Literal["done", "stopped", "refused", "preempted", "time", "crashed", "node_fail"]
+How = Literal["done", "stopped", "refused", "preempted", "time", "crashed", "node_fail", "standby"]
 RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed", "node_fail")
-"""Ends after which the job is queued again, counted apart."""
+"""Ends after which the job is queued again, counted apart. `standby`: it is, too, and has done nothing: another job of
+the same submission has the run."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("job", "log", "nodes", "how", "reason", "failed_nodes"), str),
+    **dict.fromkeys(("job", "log", "nodes", "how", "reason", "failed_nodes", "alternatives"), str),
     **dict.fromkeys(("restart", "first_step", "last_step", "max_crashes"), int),
     **dict.fromkeys(("began", "ended"), (int, float)),
 }
 _JOB = re.compile(r"[0-9][0-9_+]{0,40}")
+_JOBS = re.compile(r"([0-9][0-9_+]{0,40}(,|$)){0,100}")
 MAX_CRASHES = 3
 """Attempts in a row that save no step, after which a job is given up: the default of --max-crashes."""
 _NODE_FAILURES = 2  # as many times as crashes: bad luck, unless it is the run that brings its nodes down
@@ -68,10 +70,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the file says."""
+    """What the file says. `alternatives`: the jobs of the newest submission, where it was several."""
 
     submitted: tuple[str, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     @property
     def open(self) -> Attempt | None:
@@ -81,15 +84,23 @@ class Ledger:
     @property
     def last(self) -> Attempt | None:
         """The attempt under way, or else the one that ended last: it may have begun before one that was turned away."""
-        by_end = sorted(self.attempts, key=lambda attempt: attempt.ended)
+        told = [attempt for attempt in self.attempts if attempt.how != "standby"]
+        by_end = sorted(told, key=lambda attempt: attempt.ended)
         return self.open or (by_end[-1] if by_end else None)
 
     @property
     def job(self) -> str | None:
-        """The job that belongs to the run now, queued, running or gone."""
-        if self.submitted and all(attempt.job != self.submitted[-1] for attempt in self.attempts):
-            return self.submitted[-1]
+        """The job that belongs to the run now, queued, running or gone; of several that wait, the first."""
+        newest = self.alternatives or self.submitted[-1:]
+        begun = {attempt.job for attempt in self.attempts if attempt.how != "standby"}
+        if newest and not begun & {*newest}:
+            return newest[0]
         return self.last.job if self.last else None
+
+    def others_of(self, job: str) -> tuple[str, ...]:
+        """The other jobs of the newest submission, if this is one of it."""
+        others = tuple(other for other in self.alternatives if other != job)
+        return others if len(others) < len(self.alternatives) else ()
 
     def attempts_of(self, job: str, before: int) -> list[Attempt]:
         """Attempts of one job, restarts 0 to `before` - 1. What is not written down saved no step: the disk was full,
@@ -125,18 +136,20 @@ def read_ledger(run: RunDirectory) -> Ledger:
     except FileNotFoundError:
         return Ledger()
     submitted: list[str] = []
+    alternatives: tuple[str, ...] = ()
     attempts: list[Attempt] = []
     for event in filter(None, map(_parse, lines)):
         kind = event.pop("event")
         if kind == "submit":
             submitted.append(str(event["job"]))
+            alternatives = tuple(filter(None, str(event.get("alternatives", "")).split(",")))
         elif kind in ("start", "unstarted"):
             attempts.append(Attempt(**event))
         else:
             place = _attempt_of(attempts, event)
             if place is not None:
                 attempts[place] = Attempt(**{**vars(attempts[place]), **event})
-    return Ledger(tuple(submitted), tuple(attempts))
+    return Ledger(tuple(submitted), tuple(attempts), alternatives)
 
 
 def _attempt_of(attempts: Sequence[Attempt], event: Mapping[str, Any]) -> int | None:
@@ -153,10 +166,12 @@ def _parse(line: str) -> dict[str, Any] | None:
         event = parse_json(line)
     except ValueError:
         return None
-    known = {"event", *Attempt.__dataclass_fields__}
+    known = {"event", "alternatives", *Attempt.__dataclass_fields__}
     if not isinstance(event, dict) or not {"event"} <= event.keys() <= known:
         return None
     begun = {"job", "restart", "began", "first_step"}
+    if "alternatives" in event and event["event"] != "submit":
+        return None
     needed = {"submit": {"job"}, "start": begun, "unstarted": {*begun, "how"}, "end": {"how"}}
     kind = event["event"]
     if not isinstance(kind, str) or kind not in needed or not needed[kind] <= event.keys():
@@ -166,6 +181,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     fits = (
         fits and _JOB.fullmatch(event.get("job", "0")) is not None
     )  # it becomes an argument, and a file's name
+    fits = fits and _JOBS.fullmatch(event.get("alternatives", "")) is not None
     return event if fits and event.get("how", "done") in get_args(How) else None
 
 
@@ -267,7 +283,9 @@ def reason_to_give_up(attempts: Sequence[Attempt], max_crashes: int) -> str | No
     """
     if not attempts:
         return None
-    own = [attempt for attempt in attempts if attempt.job == attempts[-1].job]
+    own = [each for each in attempts if each.job == attempts[-1].job and each.how != "standby"]
+    if not own:
+        return None
     last = own[-1]
     idle = [*takewhile(lambda attempt: not attempt.saved and attempt.how in RESTARTED, own[::-1])][::-1]
     dead = sum(attempt.how == "node_fail" for attempt in idle)

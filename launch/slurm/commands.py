@@ -72,16 +72,20 @@ def _answer(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _slurm(*command: str, without: Collection[str] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {
+def own_environment(without: Collection[str] = ()) -> dict[str, str]:
+    """The environment for a command of Slurm: nothing of an allocation around this shell, nor `without`."""
+    return {
         name: value
         for name, value in os.environ.items()
         if name in _KEPT or (not name.startswith(_OF_ANOTHER_JOB) and name not in without)
     }
+
+
+def _slurm(*command: str, without: Collection[str] = ()) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
-            env=environment,
+            env=own_environment(without),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

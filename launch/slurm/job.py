@@ -36,8 +36,6 @@ from launch.slurm.attempts import MAX_CRASHES, End
 from launch.slurm.failed_nodes import dead_nodes, nodes_to_exclude
 from launch.slurm.job_plan import Allocation, JobPlan, plan_job, run_of
 from launch.slurm.output import (
-    ENDING,
-    RUNNING,
     JobFacts,
     Nodes,
     QueuedJob,
@@ -46,8 +44,10 @@ from launch.slurm.output import (
     parse_nodes,
     parse_queue,
 )
+from launch.slurm.turns import TAKEN, refuse_after_a_stop, refuse_another_job, waiting_others
 from launch.untrusted_files import UNREADABLE, printable_lines
 
+QUEUED_AGAIN = -1
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
 
 
@@ -57,7 +57,8 @@ PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slur
 def begin(options: argparse.Namespace) -> int:
     """Print what to start: run directory, accelerate's configuration, processes a node; nothing when all is done.
 
-    Prints `requeue` instead when something is in the way that may be gone later; the attempt counts.
+    Prints `requeue` instead when something is in the way that may be gone later; the attempt counts. `standby`, where
+    another job has the run and this one is to wait. A fourth line: the jobs of the same submission that wait.
 
     Raises:
         SamestepError: the request is refused, or the run gets nowhere. The ledger says why.
@@ -67,6 +68,13 @@ def begin(options: argparse.Namespace) -> int:
     run = run_of(options)
     try:
         return _begin(options, allocation, queue, run)
+    except TAKEN as error:
+        if options.stand_by:
+            return stand_by(run, allocation, queue, options, error)
+        if isinstance(error, InUseError):
+            return try_later(run, allocation, queue, error)
+        _write_unstarted(run, allocation, End("refused", str(error)))
+        raise
     except (InUseError, NoSpaceError, OSError) as error:
         return try_later(run, allocation, queue, error)
     except SamestepError as error:
@@ -92,6 +100,7 @@ def _begin(
     run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
         refuse_another_job(run, allocation, queue, now)
+        refuse_after_a_stop(run, allocation)
         close_open_attempts(run, allocation, parse_nodes(options.nodes))
         before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart)
         if reason := ledger.reason_to_give_up(before, allocation.max_crashes):
@@ -105,6 +114,9 @@ def _begin(
     _say(f"{run.path}: {which} ({restarts})")
     config = resource("accelerate_configs", job.plan.parallelism.config_file)
     print(run.path, config, job.plan.gpus_per_node, sep="\n")
+    if others := waiting_others(run, allocation, queue):
+        _say(f"jobs of the same submission stand by: {', '.join(others)}")
+        print(*others)
     return 0
 
 
@@ -145,31 +157,24 @@ def _answer_stop(run: RunDirectory, allocation: Allocation, job: JobPlan) -> Non
     _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
 
 
-def refuse_another_job(
-    run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], now: float
-) -> None:
-    """One job at a time: also between the start of an attempt and the minute when its trainer takes the lock.
+def stand_by(
+    run: RunDirectory,
+    allocation: Allocation,
+    queue: Sequence[QueuedJob],
+    options: argparse.Namespace,
+    error: Exception,
+) -> int:
+    """Print `standby` for a job that found the run taken by another: it waits in the queue, and has done nothing.
 
-    Raises:
-        RunError: another job of the run is running, or has just begun as a task of the same array: it will bring
-            the run to its end.
-        InUseError: another one is ending, or began while `queue` was asked for.
+    RunError: it may not be queued again.
     """
-    attempt = ledger.read_ledger(run).open
-    if attempt is None or attempt.job == allocation.job:
-        return
-    state = {job.job: job.state for job in queue}.get(attempt.job, "")
-    sibling = allocation.is_sibling(attempt.job)
-    if state in RUNNING or (sibling and attempt.began > now):
-        remedy = f"`scancel {attempt.job}` ends it"
-        if sibling:
-            remedy = "tasks of an array need runs of their own, for example OPTIONS=(--name mine-$SLURM_ARRAY_TASK_ID)"
-        raise RunError(
-            f"{run.path}: job {attempt.job} of this run is under way ({state.lower() or 'it has just begun'}) and goes "
-            f"on by itself; {remedy}"
-        )
-    if state in ENDING or attempt.began > now:
-        raise InUseError(f"{run.path}: job {attempt.job} of this run is {state.lower() or 'just beginning'}")
+    _write_unstarted(run, allocation, End("standby", str(error)))
+    if any(job.job == allocation.job and not job.requeueable for job in queue):
+        raise RunError(f"{error} (and job {allocation.job} may not be queued again: --no-requeue)")
+    when = f"when that one ends, and in {options.stand_by} s at the latest"
+    _say(f"{error}; job {allocation.job} stands by: it looks again {when}")
+    print("standby")
+    return 0
 
 
 def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJob], error: Exception) -> int:
@@ -231,40 +236,87 @@ def wait_for_the_lock(run: RunDirectory) -> None:
 
 
 def end(options: argparse.Namespace) -> int:
-    """Write down how the attempt ended; print what the script is to do: `requeue`, and `exclude=NODES` once it is.
+    """Write down how the attempt ended; print what the script is to do.
 
+    `requeue`, and `exclude=NODES` once it is; `wake=JOBS` or `cancel=JOBS`: those of the same submission that wait.
     Returns the job's exit status: 0 for a run that is done, or is in the queue again.
     """
     allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
     run = RunDirectory(Path(options.run))
+    others = ",".join(ledger.read_ledger(run).others_of(allocation.job))
+    try:
+        status, orders = _end(options, allocation, run)
+    except SamestepError:
+        if others:
+            print(f"cancel={others}")
+        raise
+    if others:
+        orders.append(f"{'wake' if status == QUEUED_AGAIN else 'cancel'}={others}")
+    if orders:
+        print(*orders)
+    return 0 if status == QUEUED_AGAIN else status
+
+
+def _end(options: argparse.Namespace, allocation: Allocation, run: RunDirectory) -> tuple[int, list[str]]:
+    """(exit status, what the script is to do for this job). RunError: it is not queued again."""
     job, nodes = parse_job(options.job, allocation.job), parse_nodes(options.nodes)
     used = expand_nodes(allocation.node_list)
     dead = dead_nodes(nodes, used)
-    ended, queued = ledger.with_job(ledger.how_it_ended(run, options.asked, dead), job, allocation.restart)
-    _write_end(run, replace(ended, failed_nodes=",".join(dead)), allocation.job, allocation.restart)
+    if options.unfit:
+        end = end_of_unfit(run, allocation, options.unfit, job, nodes, dead)
+    else:
+        end = replace(ledger.how_it_ended(run, options.asked, dead), failed_nodes=",".join(dead))
+    ended, queued = ledger.with_job(end, job, allocation.restart)
+    _write_end(run, ended, allocation.job, allocation.restart)
     step = ledger.newest_step(run)
     _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
     if ended.how not in ledger.RESTARTED:
-        return {"done": 0, "refused": 2}.get(ended.how, 1)
+        return {"done": 0, "refused": 2}.get(ended.how, 1), []
     attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
     if reason := ledger.reason_to_give_up(attempts, allocation.max_crashes):
         raise RunError(f"{run.path}: job {allocation.job} is not queued again: {reason}")
-    exclude = ""
+    exclude = []
     if job is not None and (left_out := nodes_to_exclude(attempts, job, nodes, used)) != sorted(job.excluded):
-        exclude = f"exclude={','.join(left_out)}"
+        exclude = [f"exclude={','.join(left_out)}"]
         _say(f"nodes left out from now on: {', '.join(left_out) or 'none'}")
     if queued:
         _say("Slurm has queued the job again")
-        if exclude:
-            print(exclude)
-        return 0
+        return QUEUED_AGAIN, exclude
     if job is not None and not job.requeueable:
         raise RunError(
             f"{run.path}: job {allocation.job} may not be queued again (--no-requeue); submit its script anew, "
             "it goes on from the newest checkpoint"
         )
-    print(f"requeue {exclude}".strip())
-    return 0
+    return QUEUED_AGAIN, ["requeue", *exclude]
+
+
+def end_of_unfit(
+    run: RunDirectory,
+    allocation: Allocation,
+    unfit: str,
+    job: JobFacts | None,
+    nodes: Sequence[Nodes],
+    dead: Sequence[str],
+) -> End:
+    """How an attempt ends that the doctor has kept from training.
+
+    `unfit`: `NODES REASON`, with `*` for what no other nodes would mend. Nodes that the next attempt can do without
+    failed as dead ones do; else the run is refused, and its marker says so.
+    """
+    names, _, reason = unfit.partition(" ")
+    failed = sorted({*dead, *(name for name in names.split(",") if name and name != "*")})
+    end = End("node_fail", f"doctor: {reason}", ",".join(failed))
+    if names != "*" and job is not None:
+        before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
+        now = replace(before[-1], how=end.how, failed_nodes=end.failed_nodes, ended=time.time())
+        used = expand_nodes(allocation.node_list)
+        if {*failed} <= {*nodes_to_exclude([*before[:-1], now], job, nodes, used)}:
+            return end
+        reason += "; there are not enough other nodes of this kind"
+    text = f"doctor: {reason}; `samestep doctor --nodes` shows more, submit again once it is mended"
+    with suppress(OSError):
+        write_marker(run, "REFUSED", text)
+    return End("refused", text)
 
 
 def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
@@ -327,10 +379,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument(
         "--queue", default="", help="this user's jobs: squeue --Format=JobArrayID,State,Requeue"
     )
+    first.add_argument(
+        "--stand-by",
+        default="",
+        metavar="SECONDS",
+        help="after which it looks again, where another job has the run",
+    )
     first.set_defaults(act=begin)
     last = commands.add_parser("end", help="after the processes ended")
     last.add_argument("run", help="the folder of the run")
     last.add_argument("--asked", default="", help="what the script was asked to stop for: preempted or time")
+    last.add_argument("--unfit", default="", help="NODES REASON of what the doctor found, * for all nodes")
     last.set_defaults(act=end)
     for command in (first, last):
         command.add_argument(

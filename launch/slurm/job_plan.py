@@ -17,7 +17,7 @@ from launch.recipe.loading import find_recipe, load_recipe
 from launch.run.directory import RunDirectory, is_done_at, open_run
 from launch.run.evaluations import early_end
 from launch.slurm.attempts import MAX_CRASHES
-from launch.strategies import AUTO
+from launch.strategies import AUTO, default_strategy
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
-    grown = plan.parallelism.is_one_process and allocation.nodes > 1
-    strategy = AUTO if plan.strategy_reason or grown else plan.strategy
+    usual = bool(plan.strategy_reason) or plan.strategy == default_strategy(plan.world_size).name
     memory = plan.gpu_memory or (gpu_memory() if plan.device == "cuda" else None)
+    strategy = AUTO if usual else plan.strategy
     topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, memory)
     return planned_run.RunRequest(
         recipe=str(run.recipe_file),

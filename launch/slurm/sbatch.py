@@ -17,6 +17,8 @@ from launch.slurm.attempts import MAX_CRASHES
 from launch.slurm.site import Site
 
 _EDIT = re.compile(r"(?:##?SBATCH --(?P<option>[a-z-]+)|(?P<variable>[A-Z_]+))=?.*?# EDIT.*")
+STAND_BY_S = 900
+"""After which a job that found its run taken looks again, if nobody has told it before that the run is free."""
 _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 
 
@@ -24,7 +26,8 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9@%_+=:,./-]+")
 class Job:
     """What a job's script is made of. `environment`: variables that the nodes need beside the site's.
 
-    `max_crashes`: attempts in a row that save no step, after which it is given up.
+    `max_crashes`: attempts in a row that save no step, after which it is given up; `doctor`: every node is looked at
+    first; `one_of_several`: other jobs want the same run.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Job:
     mounts: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     max_crashes: int = MAX_CRASHES
+    doctor: bool = False
+    one_of_several: bool = False
 
 
 # scripts ----------------------------------------------------------------------------------
@@ -56,6 +61,8 @@ def train_script(template: str, job: Job) -> str:
         "GRACE": str(site.grace_seconds),
         "LEAD": str(site.signal_lead),
         "MAX_CRASHES": str(job.max_crashes),
+        "DOCTOR": "yes" if job.doctor else "",
+        "STAND_BY": str(STAND_BY_S) if job.one_of_several else "",
     }
     return _fill(template, options, variables, site.options)
 
@@ -64,6 +71,20 @@ def follow_up_script(template: str, job: Job, command: Sequence[str]) -> str:
     """The text of a job that runs `samestep COMMAND` on one node."""
     variables = {**_variables(job), "COMMAND": _array(command)}
     return _fill(template, _options(job), variables, job.site.options)
+
+
+def doctor_script(template: str, job: Job, look: Sequence[str]) -> str:
+    """The text that looks at the nodes of an allocation; `look`: options of `launch.doctor.on_node`."""
+    return _fill(template, {}, {**_variables(job), "LOOK": _array(look)}, ())
+
+
+def allocation_options(job: Job, minutes: int) -> list[str]:
+    """What salloc is asked for. ConfigError for what sbatch could not be asked for either."""
+    options = {**_options(job), "nodes": str(job.nodes), "ntasks-per-node": "1", "time": str(minutes)}
+    del options["output"]
+    if problems := list(_unwritable(options, job.site.options)):
+        raise ConfigError(problems)
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *job.site.options]
 
 
 def _options(job: Job) -> dict[str, str | None]:
@@ -133,8 +154,9 @@ def _fill(
             lines.append(f"{match['variable']}={variables[match['variable']]}")
         elif (value := options[match["option"]]) is not None:
             lines.append(f"#SBATCH --{match['option']}={_sbatch_word(value)}")
-    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = [f"#SBATCH {_further(option)}" for option in further]
+    if further:
+        last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+        lines[last + 1 : last + 1] = [f"#SBATCH {_further(option)}" for option in further]
     return "\n".join(lines) + "\n"
 
 

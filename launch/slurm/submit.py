@@ -36,7 +36,7 @@ class Submission:
     """Everything that will be queued; nothing is written yet. `follow_ups`: file name -> script, in order.
 
     `other_packages`: whose the job runs with, where they are not this Python's. `cpus`: what of a node it asks for,
-    in words.
+    in words. `node_counts`: a job for each, the first as planned; whichever starts first takes the run.
     """
 
     planned: planned_run.PlannedRun
@@ -45,6 +45,7 @@ class Submission:
     follow_ups: Mapping[str, str]
     other_packages: str = ""
     cpus: str = ""
+    node_counts: tuple[int, ...] = ()
 
 
 def check_follow_ups(then: str) -> list[str]:
@@ -113,11 +114,19 @@ def refuse_missing_sbatch() -> None:
 
 
 def plan_submission(
-    request: planned_run.RunRequest, site: Site, then: Sequence[str], max_crashes: int
+    requests: Sequence[planned_run.RunRequest],
+    site: Site,
+    then: Sequence[str],
+    max_crashes: int,
+    doctor: bool = False,
 ) -> Submission:
-    """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused."""
-    planned = planned_run.plan_run(request)
-    job = replace(_job(planned, site), max_crashes=max_crashes)
+    """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused.
+
+    `requests`: one for each number of nodes, for a job each; the others are planned anew by the job that starts first.
+    """
+    planned, *_ = [planned_run.plan_run(request) for request in requests]
+    several = len(requests) > 1
+    job = replace(_job(planned, site), max_crashes=max_crashes, doctor=doctor, one_of_several=several)
     follow_ups = {}
     for word in then:
         command = [word, str(planned.run.path)]
@@ -128,14 +137,15 @@ def plan_submission(
         follow_ups[f"{word}.sbatch"] = follow_up_script(template, one, command)
     template = resource("slurm", "train.sbatch").read_text(encoding="utf-8")
     script, cpus = train_script(template, job), cpus_in_words(site, job.gpus_per_node)
-    return Submission(planned, request, script, follow_ups, other_packages(site), cpus)
+    counts = tuple(request.topology.nodes for request in requests if request.topology)
+    return Submission(planned, requests[0], script, follow_ups, other_packages(site), cpus, counts)
 
 
 def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
     plan, run = planned.plan, planned.run.path
     contained = site.container.runtime != "none"
-    environment = _caches()
-    mounts = _mounts(run, {**environment, **site.environment}, site) if contained else []
+    environment = cache_variables()
+    mounts = mounts_of(run, {**environment, **site.environment}, site) if contained else []
     return Job(
         name=plan.name,
         nodes=plan.nodes,
@@ -150,7 +160,7 @@ def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
     )
 
 
-def _caches() -> dict[str, str]:
+def cache_variables() -> dict[str, str]:
     """Where this shell has its caches: a job must find the same in a container, and submitted from another shell."""
     own_caches = {
         name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ
@@ -158,7 +168,7 @@ def _caches() -> dict[str, str]:
     return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **own_caches}
 
 
-def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
+def mounts_of(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
     """Folders that a container must see at their place. ConfigError for one that its runtime cannot be told.
 
     A cache that is not there (nothing came from the hub) is left out: runtimes fail over it. The scratch disk is
@@ -181,9 +191,11 @@ def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
 
 def refuse_if_queued(run: RunDirectory) -> None:
     """ConfigError while a job of this run waits or runs: two of them would take turns."""
-    job = attempts.read_ledger(run).job
-    facts = show_job(job) if job else None
-    if facts and facts.state in (*WAITING, *RUNNING, *ENDING):
+    book = attempts.read_ledger(run)
+    for job in dict.fromkeys(filter(None, (book.job, *book.alternatives))):
+        facts = show_job(job)
+        if facts is None or facts.state not in (*WAITING, *RUNNING, *ENDING):
+            continue
         raise ConfigError(
             f"{run.path}: job {job} of this run is in the queue already ({facts.state.lower()}); "
             f"`samestep status {run.name}` shows it, `scancel {job}` ends it, or choose another --name"
@@ -220,16 +232,37 @@ def queue_submission(submission: Submission) -> list[tuple[str, str]]:
             if re.search(r"processors|cpu|node config", str(error), re.IGNORECASE):
                 raise ConfigError(f"{error} (cpus_per_process: {submission.cpus})") from None
             raise
-    attempts.write_event(run, "submit", job=first)
-    queued = [(SCRIPT, first)]
+    queued = _queue_alternatives(submission, first)
+    started = "?".join(f"afterok:{job}" for _, job in queued)  # `?`: any of them
     for name, text in submission.follow_ups.items():
         # Without the second the job would wait for ever once the one before has failed.
-        options = [f"--dependency=afterok:{queued[-1][1]}", "--kill-on-invalid-dep=yes"]
+        options = [f"--dependency={started}", "--kill-on-invalid-dep=yes"]
         try:
             queued.append((name, sbatch(run.path / name, text, *options)))
         except ConfigError as error:
-            done = ", ".join(f"{script} as job {job}" for script, job in queued)
-            raise ConfigError(
-                f"{error}; queued already: {done}; when there is room: sbatch {' '.join(options)} {run.path / name}"
-            ) from None
+            again = f"when there is room: sbatch {' '.join(options)} {run.path / name}"
+            raise ConfigError(f"{error}; queued already: {_in_words(queued)}; {again}") from None
+        started = f"afterok:{queued[-1][1]}"
     return queued
+
+
+def _queue_alternatives(submission: Submission, first: str) -> list[tuple[str, str]]:
+    """Queue the same script for the other numbers of nodes. Each line of the ledger names all jobs that are queued by
+    then: one of them may start before the next is there. ConfigError: one is refused; those before it stay queued."""
+    run, counts = submission.planned.run, submission.node_counts
+    if len(counts) < 2:
+        attempts.write_event(run, "submit", job=first)
+        return [(SCRIPT, first)]
+    queued: list[tuple[str, str]] = []
+    for count in counts:
+        try:
+            job = sbatch(run.path / SCRIPT, submission.script, f"--nodes={count}") if queued else first
+        except ConfigError as error:
+            raise ConfigError(f"--nodes: {count}: {error}; queued already: {_in_words(queued)}") from None
+        queued.append((f"{SCRIPT} ({count} node{'s' if count > 1 else ''})", job))
+        attempts.write_event(run, "submit", job=job, alternatives=",".join(job for _, job in queued))
+    return queued
+
+
+def _in_words(queued: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{script} as job {job}" for script, job in queued)

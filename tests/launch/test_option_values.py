@@ -11,7 +11,8 @@ import typer
 
 from launch.cli.main import app
 from launch.cli.options import memory_size
-from launch.option_values import MOST_PROCESSES, for_argparse, host, place, positive, whole
+from launch.errors import ConfigError
+from launch.option_values import MOST_PROCESSES, for_argparse, host, place, positive, whole, whole_numbers
 from tests.helpers.launcher import Launcher, samestep, stand_in
 
 LONG = "x" * 300
@@ -168,6 +169,11 @@ def test_what_can_be_is_taken_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) ->
     assert place("--output")("実験\u30001") == Path("実験\u30001")  # a space as others write it
     assert place("--runs-dir")(Path("runs")) == Path("runs")  # type: ignore[arg-type]  # typer reads defaults too
     assert (whole("--nodes", 1)("16"), whole("--nodes", 1)(1)) == (16, 1)  # type: ignore[arg-type]
+    assert (whole_numbers("--nodes", 1)("1, 2,4"), whole_numbers("--nodes", 1)(1)) == ((1, 2, 4), (1,))
+    with pytest.raises(ConfigError, match="--nodes: 2 is there 2 times; give each once"):
+        whole_numbers("--nodes", 1)("2,1,2")
+    with pytest.raises(ConfigError, match="--nodes: '' cannot be"):
+        whole_numbers("--nodes", 1)("2,")
     assert positive("--lora-alpha")("1e-3") == 1e-3
     for name in ("10.0.0.1", "node-7.cluster", "n1", "fe80::1%eth0", "::1"):
         assert host("--main-process-ip")(name) == name

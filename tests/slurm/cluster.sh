@@ -4,6 +4,8 @@
 #   cluster.sh on FOLDER COMMAND...         a command where the cluster's login node would be
 #   cluster.sh crash FOLDER NODE            kill -9 everything that a node runs; `start` brings it back
 #   cluster.sh link FOLDER NODE up|down     netns: the node's cable
+#   cluster.sh block FOLDER NODE            netns: data0, a second interface of every node, stays up and reaches nobody
+#   cluster.sh node FOLDER NODE COMMAND...  a command where the node's jobs would run: its mounts are its own
 #   cluster.sh kill-controller FOLDER       kill -9 slurmctld; `start` brings it back
 #   cluster.sh stop FOLDER
 # Partitions: batch (preemptable), scavenge (preemptable: cancelled, 60 s after a warning), high (preempts both),
@@ -16,7 +18,7 @@ CONF=$FOLDER/slurm.conf
 export SLURM_CONF=$CONF
 ID=$(printf %s "$FOLDER" | cksum)    # ports, addresses and namespaces of this folder's cluster
 ID=$((${ID%% *} % 200))
-PORT=$((31000 + ID * 8)) NET=10.214.$ID
+PORT=$((31000 + ID * 8)) NET=10.214.$ID DATA_NET=10.215.$ID
 
 write_conf() {
   local node address gpu server control=127.0.0.1
@@ -88,13 +90,17 @@ alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null && ! grep -q '^State:
 until_true() { for _ in $(seq 100); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
 on() { inside "$(space c)" "$(hostname -s)" "$@"; }
 
-plug() { # a cable from a node's namespace to the switch
+plug() { # two cables from a node's namespace to the switch
   ip netns add "st$ID-$1"
-  ip -n "st$ID-c" link add "v$1" type veth peer name eth0 netns "st$ID-$1"
-  ip -n "st$ID-c" link set "v$1" master switch up
   ip -n "st$ID-$1" link set lo up
-  ip -n "st$ID-$1" addr add "$NET.$1/24" dev eth0
-  ip -n "st$ID-$1" link set eth0 up
+  cable "$1" "v$1" eth0 "$NET"
+  cable "$1" "d$1" data0 "$DATA_NET"
+}
+cable() {
+  ip -n "st$ID-c" link add "$2" type veth peer name "$3" netns "st$ID-$1"
+  ip -n "st$ID-c" link set "$2" master switch up
+  ip -n "st$ID-$1" addr add "$4.$1/24" dev "$3"
+  ip -n "st$ID-$1" link set "$3" up
 }
 network() {
   [ ! -e "/run/netns/st$ID-c" ] || return 0
@@ -204,5 +210,7 @@ case $COMMAND in
   crash) crash "$1" ;;
   kill-controller) kill -9 "$(cat "$FOLDER/slurmctld.pid")" ;;
   link) ip -n "st$ID-c" link set "v$1" "$2" ;;
-  *) sed -n '2,11p' "$0"; exit 2 ;;
+  block) ip -n "st$ID-c" link set "d$1" nomaster ;;
+  node) NODE=$1; shift; nsenter --target "$(cat "$FOLDER/slurmd.n$NODE.pid")" --mount --uts --net "$@" ;;
+  *) sed -n '2,13p' "$0"; exit 2 ;;
 esac

@@ -12,7 +12,26 @@ from pathlib import Path
 import pytest
 
 from benchmarks.launching import ROOT, child_environment
+from launch.inputs.caches import base_is_there
+from launch.inputs.dataset_index import read_index
+from launch.recipe.loading import find_recipe, load_recipe
 from tests.slurm.cluster import Cluster, missing, start
+
+# Trains until it is asked to stop, or told that it is done; without a node it leaves no word.
+TRAINER = """#!/bin/bash
+[ "$2" = accelerate.commands.launch ] || exec PYTHON "$@"
+while :; do
+  [ ! -e "$RUN/enough" ] || { echo "DONE step 8" >"$RUN/marker"; break; }
+  [ ! -e "$RUN/STOP" ] || [ ! -e "$RUN/lost" ] || exit 1
+  [ ! -e "$RUN/STOP" ] || { read -r why <"$RUN/STOP"; echo "STOPPED $why: at step 4 of 8" >"$RUN/marker"; break; }
+  sleep 0.1
+done
+[ "$SLURM_NODEID" != 0 ] || PYTHON -c 'import os, pathlib
+from launch.run.directory import RunDirectory, write_marker
+run = RunDirectory(pathlib.Path(os.environ["RUN"]))
+kind, _, text = (run.path / "marker").read_text().strip().partition(" ")
+write_marker(run, kind, text)'
+"""
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +47,9 @@ def machine() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def embedded(machine: None) -> None:
     """The embedded charts and the tiny base, in the user's cache: minutes when they are not there yet."""
+    recipe = load_recipe(find_recipe("embedded"))
+    if base_is_there(recipe) and read_index(recipe) is not None:
+        return
     command = [sys.executable, "-m", "launch.cli.main", "prepare", "embedded"]
     subprocess.run(command, check=True, env=child_environment(), cwd=ROOT)
 
@@ -39,3 +61,11 @@ def cluster(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     found = start(folder / "slurm", folder / "runs", 4)
     yield found
     found.control("stop")
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Path:
+    file = tmp_path / "python"
+    file.write_text(TRAINER.replace("PYTHON", sys.executable))
+    file.chmod(0o755)
+    return file

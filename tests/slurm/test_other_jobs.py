@@ -13,30 +13,6 @@ from tests.slurm.cluster import Cluster, template_by_hand, wait
 
 pytestmark = pytest.mark.slurm
 
-# Trains until it is asked to stop, or told that it is done; without a node it leaves no word.
-TRAINER = """#!/bin/bash
-[ "$2" = accelerate.commands.launch ] || exec PYTHON "$@"
-while :; do
-  [ ! -e "$RUN/enough" ] || { echo "DONE step 8" >"$RUN/marker"; break; }
-  [ ! -e "$RUN/STOP" ] || [ ! -e "$RUN/lost" ] || exit 1
-  [ ! -e "$RUN/STOP" ] || { read -r why <"$RUN/STOP"; echo "STOPPED $why: at step 4 of 8" >"$RUN/marker"; break; }
-  sleep 0.1
-done
-[ "$SLURM_NODEID" != 0 ] || PYTHON -c 'import os, pathlib
-from launch.run.directory import RunDirectory, write_marker
-run = RunDirectory(pathlib.Path(os.environ["RUN"]))
-kind, _, text = (run.path / "marker").read_text().strip().partition(" ")
-write_marker(run, kind, text)'
-"""
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Path:
-    file = tmp_path / "python"
-    file.write_text(TRAINER.replace("PYTHON", sys.executable))
-    file.chmod(0o755)
-    return file
-
 
 def _by_hand(cluster: Cluster, trainer: Path, name: str, *options: str, inside: tuple[str, ...] = ()) -> str:
     """Submit the template as it is, edited; the job's id."""

@@ -316,6 +316,130 @@ def test_of_two_jobs_that_begin_at_once_the_later_one_gives_way(
     assert ledger.read_ledger(run).job == "40"
 
 
+# several jobs of one submission -------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(run: RunDirectory) -> RunDirectory:
+    """The run was submitted as jobs 41 and 42; the variables are those of 41."""
+    ledger.write_event(run, "submit", job="41", alternatives="41")
+    ledger.write_event(run, "submit", job="42", alternatives="41,42")
+    return run
+
+
+BOTH = "41 RUNNING 1\n42 PENDING 1"
+
+
+def test_whoever_starts_first_takes_the_run_and_the_others_stand_by(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ledger.read_ledger(several).job == "41"
+    status, printed = _begin(several, capsys, BOTH, "--stand-by", "900")
+    assert (status, len(printed), printed[3]) == (0, 4, "42")
+    assert ledger.read_ledger(several).job == "41"
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    for restart, state in enumerate(("RUNNING", "COMPLETING", "RUNNING", "RUNNING")):
+        _attempt(monkeypatch, restart, nodes=1)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        queue = f"41 {state} 1\n42 RUNNING 1"
+        assert _begin(several, capsys, queue, "--stand-by", "900") == (0, ["standby"])
+    book = ledger.read_ledger(several)
+    assert [one.how for one in book.attempts] == [None, *["standby"] * 4]
+    assert (book.job, book.last and book.last.job, sum(book.restarts().values())) == ("41", "41", 0)
+    # It has done nothing, and nothing of it counts: when 41 is in the queue again, it takes over.
+    _attempt(monkeypatch, 4, nodes=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    status, printed = _begin(several, capsys, "41 PENDING 1\n42 RUNNING 1", "--stand-by", "900")
+    assert (status, printed[3]) == (0, "41")
+    assert ledger.read_ledger(several).job == "42"
+    plan = Plan.from_json(several.plan_file.read_text())
+    assert (plan.nodes, plan.gpus_per_node) == (1, 4)
+    # And 41, which is started again, finds the run taken in turn.
+    _attempt(monkeypatch, 1)
+    assert _begin(several, capsys, "41 RUNNING 1\n42 RUNNING 1", "--stand-by", "900") == (0, ["standby"])
+
+
+def test_a_job_that_may_not_be_queued_again_cannot_stand_by(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "41 RUNNING 1\n42 RUNNING 0", "--stand-by", "900") == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("marker", "text", "words"),
+    [
+        ("DONE", "step 6", "cancel=42\n"),
+        ("STOPPED", "user: at step 3 of 6", "cancel=42\n"),
+        ("REFUSED", "x: y", "cancel=42\n"),
+        ("STOPPED", "preempted: at step 3 of 6", "requeue wake=42\n"),
+        (None, "", "requeue wake=42\n"),
+    ],
+)
+def test_the_others_are_woken_when_the_run_is_free_and_leave_when_it_is_over(
+    marker: str | None, text: str, words: str, several: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    if marker:
+        write_marker(several, marker, text)  # type: ignore[arg-type]
+    assert _end(several, capsys)[1] == words
+
+
+def test_the_others_leave_a_run_that_is_given_up(
+    several: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900", "--max-crashes", "1")
+    assert _end(several, capsys, RUNNING.format(0), "--max-crashes", "1") == (1, "cancel=42\n")
+
+
+def test_a_run_that_was_stopped_is_not_taken_over_by_one_that_could_not_be_cancelled(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    write_marker(several, "STOPPED", "user: at step 3 of 6")
+    _end(several, capsys)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _main("begin", several, "--device", "cpu", "--queue", "42 RUNNING 1", "--stand-by", "900") == 1
+    assert "job 41 of the same submission was stopped (user: at step 3" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "43")  # submitted by hand since
+    assert _begin(several, capsys, "43 RUNNING 1", "--stand-by", "900")[0] == 0
+
+
+# nodes that are not fit -----------------------------------------------------------------------------
+
+
+def test_a_node_that_is_not_fit_is_left_out_where_others_are(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    job = "JobId=41 JobState=RUNNING Restarts=0"
+    words = ["--nodes", f"{KIND}|mixed|n[1-4]", "--unfit", "n2 n2: clock: 300.0 s ahead"]
+    assert _end(run, capsys, job, *words) == (0, "requeue exclude=n2\n")
+    (attempt,) = ledger.read_ledger(run).attempts
+    assert (attempt.how, attempt.failed_nodes) == ("node_fail", "n2")
+    assert attempt.reason == "doctor: n2: clock: 300.0 s ahead"
+
+
+@pytest.mark.parametrize(
+    ("unfit", "nodes"),
+    [
+        ("n2 n2: clock: 300.0 s ahead", "n[1-2]"),
+        ("* n1: data: not prepared; n2: data: not prepared", "n[1-9]"),
+    ],
+)
+def test_what_other_nodes_cannot_mend_ends_the_job(
+    unfit: str, nodes: str, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    job = "JobId=41 JobState=RUNNING Restarts=0"
+    assert _end(run, capsys, job, "--nodes", f"{KIND}|mixed|{nodes}", "--unfit", unfit) == (2, "")
+    marker = read_marker(run)
+    assert marker is not None
+    assert (marker.kind, unfit.partition(" ")[2] in marker.text) == ("REFUSED", True)
+    assert "submit again once it is mended" in marker.text
+
+
 # what is in the way for a while -----------------------------------------------------------------
 
 

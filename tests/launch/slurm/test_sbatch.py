@@ -29,12 +29,13 @@ from launch.slurm.output import (
     parse_queue,
     seconds_of,
 )
-from launch.slurm.sbatch import Job, follow_up_script, train_script
+from launch.slurm.sbatch import Job, allocation_options, doctor_script, follow_up_script, train_script
 from launch.slurm.site import Site
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAIN = resource("slurm", "train.sbatch").read_text()
 AFTER = resource("slurm", "merge_eval.sbatch").read_text()
+DOCTOR = resource("slurm", "doctor.sh").read_text()
 
 SITE = {"partition": "gpu", "account": "project", "time": "24:00:00", "modules": ["cuda/12.8"]}
 APPTAINER = {"runtime": "apptainer", "image": "/images/samestep.sif", "mounts": ["/data:/data:ro"]}
@@ -105,7 +106,24 @@ def test_a_follow_up_is_the_golden_file(words: list[str]) -> None:
     check_with_shellcheck(text)
 
 
-@pytest.mark.parametrize("template", [TRAIN, AFTER])
+def test_a_look_at_nodes_is_the_golden_file_and_asks_salloc_for_what_the_site_says() -> None:
+    job = job_of(4, 8, container=PYXIS, network_interface="ib0", gpu_type="h100", options=["--exclusive"])
+    text = doctor_script(DOCTOR, job, ["--token", "t", "--shared", "/shared/a b", "--scratch", ""])
+    golden = GOLDEN / "doctor.sh"
+    if os.environ.get("SAMESTEP_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    check_with_shellcheck(text)
+    assert "# EDIT" not in text
+    assert allocation_options(job, 5) == [
+        *("--job-name=mine", "--gpus-per-node=h100:8", "--cpus-per-task=64", "--time=5", "--partition=gpu"),
+        *("--account=project", "--nodes=4", "--ntasks-per-node=1", "--exclusive"),
+    ]
+    with pytest.raises(ConfigError, match="--partition: "):
+        allocation_options(job_of(partition="a\nb"), 5)
+
+
+@pytest.mark.parametrize("template", [TRAIN, AFTER, DOCTOR])
 def test_the_templates_are_clean_as_they_are(template: str) -> None:
     check_with_shellcheck(template)
     assert all(len(line) <= 120 for line in template.splitlines())
@@ -239,9 +257,9 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     begin = _calls(cluster, "launch.slurm.job.begin")[4:]
     told = ["--attempt", "40.0", "--max-crashes", "3", "--job", FACTS]
     told += ["--nodes", "4,4096,gpu:4,(null)|down*|n2"]
-    assert begin == [str(job.run), *told, "--queue", "40 RUNNING 1", "--device", "cuda"]
+    assert begin == [*(str(job.run), *told, "--queue", "40 RUNNING 1", "--device", "cuda", "--stand-by", "")]
     end = _calls(cluster, "launch.slurm.job.end")[4:]
-    assert end == [os.environ["RUN_FOLDER"], *told, "--asked", ""]
+    assert end == [os.environ["RUN_FOLDER"], *told, "--asked", "", "--unfit", ""]
     launched = _calls(cluster, "accelerate.commands.launch.--config_file")
     flags = dict(pairwise(launched))
     assert flags["--config_file"] == "ddp x.yaml"
@@ -409,6 +427,63 @@ def test_failed_nodes_are_left_out_once_the_job_waits(cluster: Path, monkeypatch
     assert said[-2:] == ["requeue 40", "update JobId=40 ExcNodeList=n1,n2"]
 
 
+def test_who_stands_by_goes_back_into_the_queue_for_a_while(cluster: Path) -> None:
+    _program(cluster / "python", 'echo "$3" >>"$CALLS"; echo standby')
+    job = replace(_hostile_job(cluster), one_of_several=True)
+    assert _play(cluster, job).returncode == 0
+    assert (cluster / "call").read_text() == "begin\n"
+    said = (cluster / "call.scontrol").read_text().splitlines()
+    assert said[-2:] == ["requeue 40", "update JobId=40 StartTime=now+900seconds"]
+
+
+def test_the_jobs_that_wait_are_put_off_woken_and_cancelled(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _program(cluster / "bin" / "scancel", 'echo "$*" >>"$CALLS.scancel"')
+    python = (cluster / "python").read_text()
+    _program(cluster / "python", python.replace('"ddp x.yaml" 4', '"ddp x.yaml" 4 "41 42"'))
+    job = replace(_hostile_job(cluster), one_of_several=True)
+    monkeypatch.setenv("NEXT", "requeue exclude=n1 wake=41,42")
+    assert _play(cluster, job).returncode == 0
+    said = [
+        line for line in (cluster / "call.scontrol").read_text().splitlines() if not line.startswith("show")
+    ]
+    off = [f"update JobId={number} StartTime=now+900seconds" for number in (41, 42)]
+    awake = [f"update JobId={number} StartTime=now" for number in (41, 42)]
+    assert said == [*off, "requeue 40", "update JobId=40 ExcNodeList=n1", *awake]
+    monkeypatch.setenv("NEXT", "cancel=41,42")
+    assert subprocess.run(["bash", "-c", train_script(TRAIN, job)], check=False, timeout=60).returncode == 0
+    assert (cluster / "call.scancel").read_text() == "--state=PENDING 41 42\n"
+
+
+@pytest.mark.parametrize("unfit", ["", "n2 n2: clock: 300 s ahead"])
+def test_nodes_are_looked_at_before_they_train(
+    unfit: str, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAID", unfit)
+    run = cluster / "run"
+    monkeypatch.setenv("RUN_FOLDER", str(run))
+    python = (cluster / "python").read_text()
+    _program(
+        cluster / "python",
+        python
+        + 'case "$2" in launch.doctor.on_node) echo words ;; launch.doctor.in_job) echo "$SAID" ;; esac',
+    )
+    job = replace(
+        _hostile_job(cluster, network_interface="ib0", scratch=str(cluster / "scratch")), doctor=True
+    )
+    assert _play(cluster, job).returncode == 0
+    assert (run / "logs" / "40.0" / "doctor.txt").read_text() == "words\n"
+    assert not list(run.glob(".doctor*"))
+    look = dict(pairwise(_calls(cluster, "launch.doctor.on_node.--nodes")))
+    assert (look["--nodes"], look["--head"], look["--port"], look["--processes"]) == ("2", "n1", "10040", "4")
+    assert (look["--shared"], look["--interface"]) == (str(run / ".doctor-40.0"), "ib0")
+    end = _calls(cluster, "launch.slurm.job.end")
+    assert end[-2:] == ["--unfit", unfit]
+    trained = (cluster / "call.accelerate.commands.launch.--config_file").exists()
+    assert trained == (unfit == "")
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_the_scratch_folder_is_nobody_elses(
     after: bool, cluster: Path, monkeypatch: pytest.MonkeyPatch
@@ -444,7 +519,7 @@ def _signal(cluster: Path, name: str, kill: str, attempt: str = "40.0") -> tuple
     program = (
         'case "$3" in '
         f'begin) echo {attempt} >"{run}/.attempt"; printf "%s\\n" "{run}" ddp.yaml 4 ;; '
-        f'end) echo "${{!#}}" >"{run}/asked" ;; '
+        f'end) echo "${{@: -3:1}}" >"{run}/asked" ;; '
         f'*) kill {kill}; for _ in 1 2 3 4 5 6 7 8 9 10; do [ ! -e "{run}/STOP" ] || exit 0; sleep 0.1; done; esac'
     )
     _program(cluster / "python", program)

@@ -106,6 +106,9 @@ def test_what_follows_waits_for_a_good_end(slurm: FakeSlurm) -> None:
     ("arguments", "problem"),
     [
         (["--nodes", "0"], "--nodes: '0' cannot be; give a whole number, at least 1"),
+        (["--nodes", "2,2"], "--nodes: 2 is there 2 times; give each once"),
+        (["--nodes", "1,x"], "--nodes: 'x' cannot be; give a whole number"),
+        (["--nodes", "1,40"], "batch.global_batch_size: a step has fewer samples than there are processes"),
         (["--nodes", "40"], "batch.global_batch_size: a step has fewer samples than there are processes"),
         (["--strategy", "single"], "--strategy: single is one process"),
         (["--strategy", ""], "--strategy: '' is none of single, ddp,"),
@@ -190,6 +193,52 @@ def test_a_run_in_the_queue_is_not_queued_twice(slurm: FakeSlurm, capsys: pytest
     assert "job 41 of this run is in the queue already (pending)" in capsys.readouterr().err
     slurm.answer("scontrol", "echo 'JobId=41 JobState=FAILED Reason=NonZeroExitCode'")
     assert samestep(*SUBMIT) == 0
+
+
+def test_a_job_is_queued_for_each_number_of_nodes(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["submit", *EMBEDDED, "--gpus-per-node", "4", "--then", "merge,evaluate", "--doctor"]
+    assert samestep(*words, "--nodes", "2,1,4") == 0
+    script = _run().path / "submit.sbatch"
+    assert slurm.calls("sbatch") == [
+        f"--parsable {script}",
+        f"--parsable --nodes=1 {script}",
+        f"--parsable --nodes=4 {script}",
+        "--parsable --dependency=afterok:41?afterok:42?afterok:43 --kill-on-invalid-dep=yes "
+        f"{_run().path / 'merge.sbatch'}",
+        f"--parsable --dependency=afterok:44 --kill-on-invalid-dep=yes {_run().path / 'evaluate.sbatch'}",
+    ]
+    book = read_ledger(_run())
+    assert (book.job, book.alternatives, book.others_of("42")) == ("41", ("41", "42", "43"), ("41", "43"))
+    assert book.others_of("50") == ()
+    text = script.read_text()
+    assert "\nSTAND_BY=900\n" in text
+    assert "\nDOCTOR=yes\n" in text
+    assert "#SBATCH --nodes=2\n" in text
+    told = capsys.readouterr().out
+    assert "or the same run on 1, 4 nodes: whichever job starts first" in told
+    assert f"queued as job 43: {script} (4 nodes)" in told
+    slurm.answer(
+        "scontrol", "case $* in *43) echo 'JobId=43 JobState=PENDING Reason=Priority' ;; *) exit 1 ;; esac"
+    )
+    assert samestep(*words, "--nodes", "2") == 2
+    assert "job 43 of this run is in the queue already (pending)" in capsys.readouterr().err
+    slurm.answer("scontrol", "exit 1")
+    assert samestep(*words, "--nodes", "2") == 0
+    assert (read_ledger(_run()).alternatives, read_ledger(_run()).job) == ((), "46")
+    assert "\nSTAND_BY=\n" in script.read_text()
+
+
+def test_of_several_jobs_one_that_is_refused_leaves_those_before_it(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.answer("sbatch", 'case $* in *--nodes=3*) echo "too many" >&2; exit 1 ;; *) echo 41 ;; esac')
+    assert samestep(*SUBMIT, "--nodes", "2,3") == 2
+    told = capsys.readouterr().err
+    assert "--nodes: 3: sbatch: refused submit.sbatch" in told
+    assert "queued already: submit.sbatch (2 nodes) as job 41" in told
+    assert read_ledger(_run()).alternatives == ("41",)
 
 
 def test_a_run_under_way_here_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

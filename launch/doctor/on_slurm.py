@@ -1,0 +1,163 @@
+"""`samestep doctor --nodes N`: asks Slurm for nodes, looks at all of them at once, and gives them back."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.doctor.finding import Finding
+from launch.doctor.reports import findings_of_nodes
+from launch.errors import ConfigError, RunError
+from launch.resources import resource
+from launch.slurm.commands import own_environment
+from launch.slurm.sbatch import Job, allocation_options, doctor_script
+from launch.slurm.site import Site
+from launch.slurm.submit import cache_variables, mounts_of
+from launch.untrusted_files import printable
+
+MINUTES = 5  # of the allocation; it ends as soon as the nodes have answered
+PATIENCE_S = 95.0  # from the allocation on; the script ends its step before
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to look at, and how. `recipe`: a name or file, empty: none; `quick`: without processes that measure."""
+
+    nodes: int
+    gpus_per_node: int
+    runs_dir: Path
+    recipe: str = ""
+    quick: bool = False
+
+
+def look_at_nodes(look: Look, site: Site, tell: Callable[[str], None]) -> tuple[list[str], list[Finding]]:
+    """(the nodes' names, all findings). `tell`: is given what salloc says while the job waits for its nodes.
+
+    Raises:
+        ConfigError: there is no salloc here, or it refuses.
+        RunError: the allocation ended before the nodes were known.
+    """
+    if shutil.which("salloc") is None:
+        raise ConfigError(
+            "salloc: not found in PATH; run this on the cluster's login node, or leave --nodes out"
+        )
+    with _shared_folder(look.runs_dir) as shared:
+        job = _job(look, site)
+        options = ["--token", secrets.token_hex(8), "--shared", str(shared), "--device", site.device]
+        options += ["--processes", str(look.gpus_per_node), "--interface", site.network_interface or ""]
+        options += [
+            "--scratch",
+            site.scratch or "",
+            "--recipe",
+            look.recipe,
+            *(["--quick"] if look.quick else []),
+        ]
+        script = doctor_script(resource("slurm", "doctor.sh").read_text(encoding="utf-8"), job, options)
+        command = ["salloc", *allocation_options(job, MINUTES), "bash", "-c", script]
+        names, printed = _run(command, tell)
+    return names, findings_of_nodes(printed, names)
+
+
+@contextmanager
+def _shared_folder(runs_dir: Path) -> Iterator[Path]:
+    """A new folder beside the runs: a node that does not see it has another disk there."""
+    created = not runs_dir.exists()
+    folder = runs_dir / f".doctor-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--runs-dir: {runs_dir}: {error.strerror}; choose another --runs-dir") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):
+                runs_dir.rmdir()
+
+
+def _job(look: Look, site: Site) -> Job:
+    contained = site.container.runtime != "none"
+    run, environment = look.runs_dir / "doctor", cache_variables()
+    mounts = mounts_of(run, {**environment, **site.environment}, site) if contained else []
+    return Job(
+        name="samestep-doctor",
+        nodes=look.nodes,
+        gpus_per_node=look.gpus_per_node,
+        device=site.device,
+        run=run,
+        work_folder=Path.cwd(),
+        python=site.container.python if contained else (site.python or sys.executable),
+        site=site,
+        mounts=mounts,
+        environment=environment,
+    )
+
+
+def _run(command: list[str], tell: Callable[[str], None]) -> tuple[list[str], str]:
+    """(names of the nodes, what they printed). However it ends, the allocation is given back."""
+    salloc = subprocess.Popen(
+        command,
+        env=own_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C comes here alone, and ends salloc in good order below
+        text=True,
+        errors="replace",
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(salloc, lines), daemon=True).start()
+    try:
+        return _follow(lines, tell)
+    finally:
+        salloc.terminate()
+        try:
+            salloc.wait(15)
+        except subprocess.TimeoutExpired:
+            salloc.kill()
+
+
+def _read(salloc: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert salloc.stdout is not None
+    for line in salloc.stdout:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _follow(lines: queue.Queue[str | None], tell: Callable[[str], None]) -> tuple[list[str], str]:
+    names: list[str] = []
+    printed: list[str] = []
+    deadline = None
+    while True:
+        try:
+            line = lines.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.01))
+        except queue.Empty:
+            return names, "\n".join(printed)
+        if line is None:
+            break
+        if line.startswith("nodes: ") and not names:
+            names, deadline = line.split()[1:], time.monotonic() + PATIENCE_S
+            tell(f"looking at {', '.join(names)}")
+            continue
+        printed.append(line)
+        if not names:
+            tell(printable(line))
+    if not names:
+        said = "; ".join(line.removeprefix("salloc: ").removeprefix("error: ") for line in printed[-3:])
+        if any("Granted" in line for line in printed):
+            raise RunError(
+                f"doctor: the allocation ended before its nodes were known ({printable(said)}); try again"
+            )
+        raise ConfigError(f"salloc: no nodes ({printable(said)}); see `sinfo` for what you may use")
+    return names, "\n".join(printed)

@@ -18,6 +18,7 @@ from launch.planning.plan import Plan
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.report.evaluations import Evaluation, read_evaluations
+from launch.run.blamed import BlamedStep, read_blamed
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
 from launch.slurm.attempts import Attempt, read_ledger
@@ -53,6 +54,7 @@ class RunRecords:
     evaluations: list[Evaluation]
     merges: list[Merge]
     adapter_digest: str | None
+    blamed: list[BlamedStep] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -91,6 +93,7 @@ def read_records(run: RunDirectory) -> RunRecords:
         evaluations=evaluations,
         merges=_merges(run, problems),
         adapter_digest=read_digest(run.adapter),
+        blamed=read_blamed(run, problems),
         problems=[*problems, *unreadable],
     )
 

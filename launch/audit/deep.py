@@ -120,7 +120,7 @@ def compare_deeply(left: RunDirectory, right: RunDirectory, step: int, request: 
         not any(every),
         tuple(_same(*pair) for pair in zip(recorded, computed, tolerances, strict=True)),  # type: ignore[arg-type]
         recorded,  # type: ignore[arg-type]
-        computed,  # type: ignore[arg-type]
+        computed,
     )
 
 

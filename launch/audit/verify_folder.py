@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.audit.verify import Link
-from launch.checkpoints.adapter_file import WEIGHTS, is_whole, read_digest
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, is_whole, read_digest
 from launch.errors import ConfigError
 from launch.inputs.identity import short
 from launch.planning.plan import Plan
@@ -80,7 +80,9 @@ def _link(folder: Path, link: ProvenLink, proof: list[ProvenLink]) -> Link:
 
 
 def _adapter(folder: Path) -> str | None:
-    if not (folder / WEIGHTS).exists():  # a merged model's folder: merge.json says of which adapter it is
+    if not (
+        folder / ADAPTER_WEIGHTS
+    ).exists():  # a merged model's folder: merge.json says of which adapter it is
         recorded = read_record(folder).get(DIGEST)
         return None if recorded is None else str(recorded)
     digest = read_digest(folder) if is_whole(folder) else None

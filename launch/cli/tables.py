@@ -126,12 +126,12 @@ def show_blame(blame: Blame) -> None:
             title_justify="left",
         )
         for each in blame.steps:
-            figures = (f"{each.recorded:.6g}", f"{each.without:.6g}", f"{each.without - each.recorded:+.2e}")
-            add_row(table, f"{each.step:,}", each.name, *figures)
+            values = (f"{each.recorded:.6g}", f"{each.without:.6g}", f"{each.without - each.recorded:+.2e}")
+            add_row(table, f"{each.step:,}", each.name, *values)
         table_console().print(table)
 
 
-def say_allowed(changed: Sequence[Change]) -> None:
+def show_allowed(changed: Sequence[Change]) -> None:
     """Print what differs from the run that goes on, and what follows from it."""
     from launch.run.changes import consequences
 

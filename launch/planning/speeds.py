@@ -105,10 +105,13 @@ def read_speeds() -> list[Speed]:
 def _parse(entry: Any) -> Speed | None:
     try:
         speed = Speed(
-            *(str(entry[name]) for name in ("recipe", "card", "strategy")),
-            *(int(entry[name]) for name in ("world_size", "nodes")),
-            float(entry["work_per_second"]),
-            int(entry["steps"]),
+            recipe=str(entry["recipe"]),
+            card=str(entry["card"]),
+            strategy=str(entry["strategy"]),
+            world_size=int(entry["world_size"]),
+            nodes=int(entry["nodes"]),
+            work_per_second=float(entry["work_per_second"]),
+            steps=int(entry["steps"]),
         )
     except (LookupError, TypeError, ValueError, OverflowError):
         return None

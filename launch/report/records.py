@@ -17,7 +17,8 @@ from launch.monitor.status import Status, status_of
 from launch.planning.plan import Plan
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
-from launch.report.evaluations import Evaluation, read_evaluations
+from launch.report.evaluations import EvaluationFile, read_evaluation_files
+from launch.report.local_attempts import LocalAttempt, local_attempts
 from launch.run.blamed import BlamedStep, read_blamed
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
@@ -50,8 +51,9 @@ class RunRecords:
     steps: list[dict[str, Any]]
     losses: list[dict[str, Any]]
     attempts: tuple[Attempt, ...]
+    local_attempts: list[LocalAttempt]
     checkpoints: list[Checkpoint]
-    evaluations: list[Evaluation]
+    evaluations: list[EvaluationFile]
     merges: list[Merge]
     adapter_digest: str | None
     blamed: list[BlamedStep] = field(default_factory=list)
@@ -59,6 +61,7 @@ class RunRecords:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.run.name
 
     @property
@@ -78,17 +81,19 @@ def read_records(run: RunDirectory) -> RunRecords:
         ConfigError: its recipe or plan cannot be read.
     """
     problems: list[str] = []
-    evaluations, unreadable = read_evaluations(run)
+    status = status_of(run, lambda job: None, time.time())
+    evaluations, unreadable = read_evaluation_files(run)
     return RunRecords(
         run=run,
         recipe=load_recipe(run.recipe_file),
         recipe_text=read_text(run.recipe_file),
         plan=_plan_of(run),
-        status=status_of(run, lambda job: None, time.time()),
+        status=status,
         environment=_mapping(run.environment_file, problems),
         steps=_lines(run.metrics_file, problems),
         losses=_lines(run.evaluations_file, problems),
         attempts=read_ledger(run).attempts,
+        local_attempts=local_attempts(run, status.state in ("running", "stalled")),
         checkpoints=_checkpoints(run, problems),
         evaluations=evaluations,
         merges=_merges(run, problems),
@@ -180,7 +185,7 @@ class Sameness:
     largest_loss_difference: float | None
 
 
-def compare_steps(first: RunRecords, second: RunRecords) -> Sameness:
+def sameness_of(first: RunRecords, second: RunRecords) -> Sameness:
     """Samples and losses of the steps that both runs took."""
     others = {step["step"]: step for step in second.steps}
     common = [(step, others[step["step"]]) for step in first.steps if step["step"] in others]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.run.directory import RunDirectory
@@ -63,14 +63,19 @@ def _parse(values: dict[str, object]) -> BlamedStep:
             raise TypeError(f"{value!r:.40} is no number")
         return float(value)
 
-    kinds = {"int": lambda value: int(number(value)), "float": number, "str": str}
     given = values["samples"]
     if not isinstance(given, list):
         raise TypeError("samples is no list")
     samples = tuple(
         BlamedSample(
-            **{field.name: kinds[str(field.type)](each[field.name]) for field in fields(BlamedSample)}
-        )  # type: ignore[arg-type]
+            row=int(number(each["row"])),
+            loss=number(each["loss"]),
+            share=number(each["share"]),
+            target_tokens=int(number(each["target_tokens"])),
+            tokens=int(number(each["tokens"])),
+            question=str(each["question"]),
+            target=str(each["target"]),
+        )
         for each in given
     )
     without, steps = values.get("without") or [], values.get("steps") or []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoints.scan import scan_checkpoints
-from launch.monitor.checkpoint_table import rows
+from launch.monitor.checkpoint_table import table_rows
 from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.launching import drive, published_steps
 from tests.helpers.distributed.recorded import apart, assert_the_same_to_the_byte, run_of, write_recipe
@@ -53,7 +53,7 @@ def test_a_rank_without_room_stops_all_with_its_reason_and_leaves_nothing_publis
 def test_the_same_command_goes_on_from_its_shards_to_the_same_bytes(launched: Launched) -> None:
     assert "resuming at step 2 of 8" in launched.said
     assert_the_same_to_the_byte(launched.folder / "full", launched.folder / "straight")
-    found = [row[:4] + row[6:] for row in rows(scan_checkpoints(launched.folder / "full"), now=0)]
+    found = [row[:4] + row[6:] for row in table_rows(scan_checkpoints(launched.folder / "full"), now=0)]
     assert found == [(str(step), "sharded", "2", "zero3", "valid") for step in (2, 4, 6, 8)]
 
 

@@ -25,7 +25,7 @@ if any(word.endswith("/planted") for word in sys.orig_argv):
     def row_keys(tokens, modules):
         keys = plain[1](tokens, modules).clone()
         if step_of["now"] >= 4:  # step 5
-            keys[2] = keys[2] ^ 2
+            keys[1] = keys[1] ^ 2
         return keys
     dropout.token_keys, dropout.row_keys = token_keys, row_keys
 """
@@ -53,6 +53,6 @@ def test_another_dropout_seed_of_one_module_is_found_at_its_step(
     assert result["deep"]["reproduced"] == [True, True]
     first = result["deep"]["first"]
     assert (first["during"], first["relative"] > 0.1) == ("forward", True)
-    assert first["module"] == "model.language_model.layers.1.self_attn.q_proj.lora_dropout.default"
+    assert first["module"] == "model.language_model.layers.0.self_attn.v_proj.lora_dropout.default"
     assert samestep("diff", runs[0], runs[0], "--deep") == 2
     assert "there is no step to look into" in capfd.readouterr().err

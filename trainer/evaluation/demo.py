@@ -11,9 +11,13 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image
+from transformers import TextIteratorStreamer
 
 from launch.console import echo
 from launch.errors import ConfigError, SamestepError
@@ -22,9 +26,9 @@ from launch.untrusted_files import printable
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import spread
+from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
-from trainer.evaluation.asking import Panel, read_image, seat
+from trainer.evaluation.asking import Panel, Respondent, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.logging_setup import print_error, setup_logging
 
@@ -34,22 +38,37 @@ _MISSING = "gradio: is not installed, and the page needs it; run `pip install 's
 
 
 def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator[list[str]]:
-    """The answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
+    """Yield the answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
     if not file:
         raise ConfigError("IMAGE: is missing; choose one, or an example")
     panel.refuse_question(question or "")
     image = read_image(Path(file))
     answers = ["..."] * len(panel.respondents)
-    yield answers
+    yield [*answers]
     for number, respondent in enumerate(panel.respondents):
-        answers[number] = panel.answer(respondent, [image], question or "")
-        yield answers
+        for answers[number] in growing_answer(panel, respondent, image, question or ""):
+            yield [*answers]
+
+
+def growing_answer(panel: Panel, respondent: Respondent, image: Image.Image, question: str) -> Iterator[str]:
+    """Yield the answer of one so far whenever a word of it is whole, and the whole answer last."""
+    streamer = TextIteratorStreamer(panel.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(panel.answer, respondent, [image], question, streamer)
+        answer.add_done_callback(
+            lambda _: streamer.end()
+        )  # also where it failed, or the page would wait for words
+        text = ""
+        for words in streamer:
+            text += words
+            yield text.strip()
+        yield answer.result()
 
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
-    """(image file, question, target) of rows with one image, spread over the test split."""
-    rows, found = open_split(recipe, "test"), []
-    for number in spread(len(rows), count):
+    """Return (image file, question, target) of rows with one image, spread over the test split."""
+    rows, examples = open_split(recipe, "test"), []
+    for number in evenly_spaced(len(rows), count):
         row = rows[number]
         file = folder / f"row-{number}.png"
         if len(row.images) != 1:
@@ -58,12 +77,12 @@ def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[lis
             decode_image(row.images[0]).save(file)
         except RowError:
             continue  # `prepare` names such rows
-        found.append([str(file), row.query, row.label[0]])
-    return found
+        examples.append([str(file), row.query, row.label[0]])
+    return examples
 
 
 def page(panel: Panel, title: str, examples: Sequence[Sequence[str]]) -> Any:
-    """The page as gradio's `Blocks`, with one function, `/ask`."""
+    """Build the page as gradio's `Blocks`, with one function, `/ask`."""
     import gradio
 
     def ask(file: str | None, question: str | None) -> Iterator[list[str] | str]:
@@ -101,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.demo --run-dir runs/embedded",
     )
     add_request_arguments(parser, "base,adapter")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        request = request_of(given)
+        request = request_of(options)
         check_hand_request(request)
         try:
             import gradio  # noqa: F401 - before a model is loaded

@@ -30,7 +30,7 @@ from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
 from trainer.pretrained import base_name, base_path, family_at
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RECIPE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_base(
@@ -70,7 +70,7 @@ def load_base(
         model, report = getattr(transformers, family.model_class).from_pretrained(
             path,
             config=config,
-            dtype=DTYPES[recipe.model.dtype],
+            dtype=RECIPE_DTYPES[recipe.model.dtype],
             quantization_config=_quantization(recipe, quant_storage),
             device_map={"": device},
             attn_implementation="sdpa",
@@ -117,7 +117,7 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
         load_in_4bit=True,
         bnb_4bit_quant_type=chosen.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=chosen.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=DTYPES[chosen.bnb_4bit_compute_dtype],
+        bnb_4bit_compute_dtype=RECIPE_DTYPES[chosen.bnb_4bit_compute_dtype],
         bnb_4bit_quant_storage=getattr(torch, quant_storage),
     )
 
@@ -293,6 +293,13 @@ def prepare_tower(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     _prepare_packed(model)
     if not _no_kernels(model, compute_dtype):
         _use_kernels(model, frozen_tower=True)
+
+
+def prepare_answers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Make a model that only answers compute as in training, adapters on it or not; transformers can still generate."""
+    prepare_tower(model, compute_dtype)
+    for part in (model.model.language_model, model.model.visual):
+        part.config._attn_implementation = "sdpa"
 
 
 def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:

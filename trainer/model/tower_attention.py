@@ -49,14 +49,14 @@ DEFAULT = "PyTorch's varlen_attn"
 
 
 def attend_tower(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Attention of every image's patches to each other, through the kernel for this GPU; chosen at the first call."""
+    """Attend every image's patches to each other through the kernel for this GPU, which is chosen at the first call."""
     heads, width = q.shape[1:]
     return KERNELS[kernel_for(q.device, q.dtype, heads, width)](q, k, v, segments, scale)
 
 
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
-    """The name of the fastest kernel, from the file of an earlier process or measured now; said once."""
+    """Return the name of the fastest kernel, from the file of an earlier process or measured now."""
     if torch.are_deterministic_algorithms_enabled():
         return DEFAULT
     facts = {
@@ -70,10 +70,10 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
         if known is None:
             known = _measured(device, dtype, heads, width)
             _remember(facts, known)
-    chosen = min(known, key=lambda name: known[name])
+    fastest = min(known, key=lambda name: known[name])
     words = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in known.items())
-    logger.info(f"vision tower: attention by {chosen} ({words} for {_IMAGES} images on {facts['card']})")
-    return chosen
+    logger.info(f"vision tower: attention by {fastest} ({words} for {_IMAGES} images on {facts['card']})")
+    return fastest
 
 
 def _file(facts: Mapping[str, str]) -> Path:

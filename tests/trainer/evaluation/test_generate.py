@@ -25,7 +25,7 @@ from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
 from trainer.evaluation.answering import answer_all
-from trainer.evaluation.answers import Question, make_batches, other_images, spread
+from trainer.evaluation.answers import Question, evenly_spaced, make_batches, other_images
 from trainer.evaluation.generate import main
 from trainer.evaluation.stored_answers import with_earlier_answers
 from trainer.formats.portable import save_adapter
@@ -303,6 +303,6 @@ def test_no_question_keeps_its_image_and_every_call_shuffles_alike() -> None:
 def test_batches_hold_every_question_once_and_chosen_samples_are_spread() -> None:
     batches = make_batches([3, 9, 1, 9, 4, 2, 8], size=3)
     assert batches == [[1, 3, 6], [4, 0, 5], [2]]
-    assert spread(10, None) == list(range(10))
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 8) == [0, 1, 2]
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 8) == [0, 1, 2]

@@ -32,6 +32,7 @@ from trainer.loop.evaluation import validation_loss
 from trainer.loop.garbage import GarbageBetweenSteps
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
+from trainer.loop.step_record import StepRecord
 from trainer.loop.training_args import training_arguments
 from trainer.model.base import trainable_parameters
 from trainer.task import Task
@@ -76,6 +77,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.saver = Saver(self.recipe.checkpoint.format, self.model, self.engine, stop_requests)
         self.evaluation_interrupted = self.ended_early = False
         self.garbage = GarbageBetweenSteps()
+        self.record = StepRecord()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
@@ -128,7 +130,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return self._skip_micro_batch()
         inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
         try:
-            with self.engine.no_sync(self.accelerator, model):
+            with self.record.phase("launching"), self.engine.no_sync(self.accelerator, model):
                 return self._forward_backward(model, inputs)
         except torch.OutOfMemoryError as error:
             if self.plan.parallelism.sharded != "nothing":
@@ -197,7 +199,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.garbage.collect()
         loss_and_flags = torch.tensor([0.0, *self.stop_requests.flags()], device=self.args.device)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
-        (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)
+        self.record.wait_for_gpu()
+        with self.record.phase("reduction"):
+            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment

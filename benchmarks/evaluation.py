@@ -35,10 +35,10 @@ from trainer.data.images import decode_image
 from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answers import Replica, greedy
 from trainer.evaluation.loading import answering_as, load_with_adapters
-from trainer.evaluation.request import Request, Variant, variants_of
+from trainer.evaluation.request import EvaluationRequest, Variant, variants_of
 from trainer.formats.portable import save_adapter
 from trainer.logging_setup import print_error, setup_logging
-from trainer.model.base import DTYPES, add_lora, load_base
+from trainer.model.base import RECIPE_DTYPES, add_lora, load_base
 from trainer.pretrained import load_processor
 
 Way = Callable[[Variant, Sequence[int]], list[str]]
@@ -78,14 +78,14 @@ def measure(options: argparse.Namespace) -> None:
     run = RunDirectory(options.folder / f"run-{options.shape}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_run(recipe, run, device)
-    variants = variants_of(Request(run, "train", ("base", "adapter"), None), recipe)
+    variants = variants_of(EvaluationRequest(run, "train", ("base", "adapter"), None), recipe)
     began = time.perf_counter()
     model = load_with_adapters(recipe, device, variants)
     loading = time.perf_counter() - began
     processor, rows = load_processor(recipe), open_split(recipe, "train")
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     prompts = [encoder.texts(rows[number])[0] for number in range(options.questions)]
-    dtype = DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
+    dtype = RECIPE_DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
 
     def ours() -> Way:
         replica = Replica(model, processor, rows, recipe.evaluation.max_new_tokens, dtype)
@@ -144,7 +144,7 @@ def plain_answers(
     inputs = processor(
         text=list(prompts), images=images, padding=True, return_tensors="pt", add_special_tokens=False
     ).to(base.device)
-    dtype = DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
+    dtype = RECIPE_DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
     with torch.autocast(base.device.type, dtype):
         config = greedy(base, processor, recipe.evaluation.max_new_tokens)
         output = model.generate(**inputs, generation_config=config)

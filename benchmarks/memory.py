@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
 
     from launch.recipe.loading import find_recipe, load_recipe
     from trainer.model.base import (
-        DTYPES,
+        RECIPE_DTYPES,
         add_lora,
         compute_in,
         load_base,
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     base = load_base(recipe, device)
     loading = peak(device)
     model = add_lora(base, recipe)
-    compute_dtype = DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
+    compute_dtype = RECIPE_DTYPES[recipe.quantization.bnb_4bit_compute_dtype]
     way = prepare_training(model, recipe, compute_dtype=compute_dtype)
     compute_in(model, compute_dtype)
     model.train()
@@ -161,19 +161,20 @@ def run_case(
 
     from launch.inputs.families import read_shape
     from launch.planning.auto_settings import Gpus, kernels_of
-    from launch.planning.memory import Packed, Settings, load_of, memory_of
+    from launch.planning.memory import memory_of
+    from launch.planning.memory_load import Packed, Settings, load_of
     from launch.planning.step_plan import MicroBatch
     from trainer.data.encoder import Encoder
     from trainer.data.micro_batches import assemble
     from trainer.data.splits import open_split
-    from trainer.model.base import DTYPES
+    from trainer.model.base import RECIPE_DTYPES
     from trainer.pretrained import load_processor
 
     encoder = Encoder(
         load_processor(recipe),
         recipe.data.system_message,
         recipe.data.loss,
-        pixels=DTYPES[recipe.model.dtype],
+        pixels=RECIPE_DTYPES[recipe.model.dtype],
     )
     rows, split = open_split(recipe, "train"), index.splits["train"]
     numbers = [tuple(range(first, first + case.samples)) for first in (0, case.samples)]

@@ -8,7 +8,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,23 +39,47 @@ def atomic_write(file: Path, text: str) -> None:
 
 @contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
-    """A folder aside to write into; renamed to `folder` at the end, removed when the block fails.
+    """Yield a folder to write into; at the end it gets the name `folder`, and when the block fails it is removed.
 
-    A kill leaves only a folder with another name. If `folder` appears meanwhile, the first one stays.
+    For small folders that several processes may be making at once: each has its own, and the first one that is done
+    stays. A kill leaves only a folder with another name. `launch.checkpoints.publish` is for a folder that many ranks
+    fill and a manifest seals, `trainer.export.output_folder` for gigabytes that a second attempt must not find twice;
+    all three end in `sync_tree` and `rename_durably`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = _beside(folder)
     aside.mkdir()  # not mkdtemp: its 0700 would have to be mended, and chmod takes setgid away
     try:
         yield aside
-        follow_umask(aside)
+        sync_tree(aside)
         try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
+            rename_durably(aside, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_tree(folder: Path, flushed: Container[Path] = ()) -> None:
+    """Flush a complete folder that has not got its name yet: after a power cut the name would stand for all of it.
+
+    Its files get the mode that new files have here. `flushed`: files below it that are on the disk already.
+    """
+    follow_umask(folder)
+    for path in (*folder.rglob("*"), folder):
+        if path not in flushed and not path.is_symlink():
+            sync(path)
+
+
+def rename_durably(tmp_dir: Path, folder: Path) -> None:
+    """Give a flushed folder its name, in one step that a power cut does not take back.
+
+    Raises:
+        OSError: something with content has that name.
+    """
+    tmp_dir.rename(folder)
+    sync(folder.parent)
 
 
 def follow_umask(folder: Path) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 CPU_PROCESSES = 2  # by default, where there is no GPU
+SHARED_MEMORY = Path("/dev/shm")  # where Linux and PyTorch have it
 
 _DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 
@@ -34,14 +35,14 @@ def visible_ids(visible: str | None, uuids: Sequence[str]) -> list[str]:
     """
     if visible is None:
         return [str(number) for number in range(len(uuids))]
-    named, found = [word.strip() for word in visible.split(",")], []
+    named, gpus = [word.strip() for word in visible.split(",")], []
     kind = next((kind for kind in ("GPU-", "MIG-") if named[0].startswith(kind)), "")
     for name in named:
         gpu = _by_uuid(name, kind, uuids) if kind else _by_number(name, len(uuids))
         if gpu is None:
             break
-        found.append(gpu)
-    return found if len(found) == len({*found}) else []
+        gpus.append(gpu)
+    return gpus if len(gpus) == len({*gpus}) else []
 
 
 def _by_number(name: str, count: int) -> str | None:
@@ -65,8 +66,8 @@ def compute_capability() -> tuple[int, int] | None:
 
 def gpu_memory() -> int | None:
     """Bytes of the smallest of these GPUs; None when the driver's tool does not say, or GPUs are divided (MIG)."""
-    found = [gpu.memory for gpu in _visible_gpus()]
-    return min((memory for memory in found if memory), default=None) if all(found) else None
+    memories = [gpu.memory for gpu in _visible_gpus()]
+    return min((memory for memory in memories if memory), default=None) if all(memories) else None
 
 
 def gpu_name() -> str:
@@ -74,8 +75,8 @@ def gpu_name() -> str:
     if (tool := shutil.which("nvidia-smi")) is None:
         return ""
     visible = visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_of_driver())
-    chosen = ["-i", ",".join(visible)] if visible else []
-    command = [tool, *chosen, "--query-gpu=name", "--format=csv,noheader"]
+    selection = ["-i", ",".join(visible)] if visible else []
+    command = [tool, *selection, "--query-gpu=name", "--format=csv,noheader"]
     try:
         listed = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
@@ -99,19 +100,19 @@ def _visible_gpus() -> tuple[_Gpu, ...]:
     if tool is None:
         return ()
     visible = visible_ids(os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_of_driver())
-    chosen = ["-i", ",".join(visible)] if visible else []  # another card in the machine does not count
+    selection = ["-i", ",".join(visible)] if visible else []  # another card in the machine does not count
     query = "--query-gpu=compute_cap,memory.total,mig.mode.current"
-    command = [tool, *chosen, query, "--format=csv,noheader,nounits"]
+    command = [tool, *selection, query, "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    found = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
+    lines = re.findall(r"^(\d+)\.(\d+), *([^,]*), *(.*)$", listed.stdout, re.MULTILINE)
     return tuple(
         _Gpu((int(major), int(minor)), int(mib) * 2**20 if mib.isdigit() and mig != "Enabled" else None)
-        for major, minor, mib, mig in found
+        for major, minor, mib, mig in lines
     )
 
 
@@ -140,5 +141,5 @@ def _uuid_in(file: Path) -> str:
 
 
 def _uuid_of(text: str) -> str:
-    found = re.search(r"UUID:\s*(GPU-[0-9a-f-]+)", text)
-    return found[1] if found else ""
+    match = re.search(r"UUID:\s*(GPU-[0-9a-f-]+)", text)
+    return match[1] if match else ""

@@ -1,4 +1,6 @@
-"""Names on the Hugging Face hub."""
+"""Names of models and data sets: on the Hugging Face hub, or `embedded`."""
+
+EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
 
 
 def is_hub_id(name: str) -> bool:

@@ -14,10 +14,10 @@ VARIABLE = "SAMESTEP_COMMAND"  # tells the children, which were started otherwis
 def remember_command() -> None:
     """Called by the command itself: a path that the PATH would not lead to is how it must be typed."""
     os.environ.pop(VARIABLE, None)
-    program, found = Path(sys.argv[0]), shutil.which("samestep")
+    program, installed = Path(sys.argv[0]), shutil.which("samestep")
     if program.name != "samestep" or len(program.parts) == 1 or not program.is_file():
         return
-    if found is None or not program.samefile(found):
+    if installed is None or not program.samefile(installed):
         here = Path.cwd()
         path = program.absolute()
         os.environ[VARIABLE] = shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

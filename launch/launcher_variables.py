@@ -41,14 +41,12 @@ def launcher_variables(environment: Mapping[str, str]) -> list[str]:
 
 def remove_launcher_variables(environment: MutableMapping[str, str]) -> str | None:
     """Take another job's variables out of an environment; what to say about it, None where there were none."""
-    found = launcher_variables(environment)
-    for name in found:
+    inherited = launcher_variables(environment)
+    for name in inherited:
         del environment[name]
-    if not found:
+    if not inherited:
         return None
-    return (
-        f"environment: not passed on: {', '.join(found)} (of another job's launcher; this one sets its own)"
-    )
+    return f"environment: not passed on: {', '.join(inherited)} (of another job's launcher; this one sets its own)"
 
 
 def refuse_odd_launch(environment: Mapping[str, str]) -> None:
@@ -57,33 +55,34 @@ def refuse_odd_launch(environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: a number is none, the address is not whole, or the launcher itself was started with all of it.
     """
-    told = {name: environment[name] for name in _ADDRESS if name in environment}
+    address = {name: environment[name] for name in _ADDRESS if name in environment}
     problems = [
         f"{name}: {environment[name]!r} is no number of a process or port; unset it, or start with accelerate launch"
         for name in _NUMBERS
         if name in environment and not environment[name].isdecimal()
     ]
-    if "RANK" in told or "WORLD_SIZE" in told or "LOCAL_RANK" in told:
-        missing = [name for name in _ADDRESS if name not in told]
+    if "RANK" in address or "WORLD_SIZE" in address or "LOCAL_RANK" in address:
+        missing = [name for name in _ADDRESS if name not in address]
         if missing:
             problems.append(
-                f"environment: {', '.join(told)} without {', '.join(missing)}; unset what is left of another job, or "
-                "start with accelerate launch, which sets all of them"
+                f"environment: {', '.join(address)} without {', '.join(missing)}; unset what is left of another job, "
+                "or start with accelerate launch, which sets all of them"
             )
-        elif not problems and int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        elif not problems and int(address["RANK"]) >= int(address["WORLD_SIZE"]):
             problems.append(
-                f"RANK: {told['RANK']} of WORLD_SIZE {told['WORLD_SIZE']} processes; unset what is left of another job"
+                f"RANK: {address['RANK']} of WORLD_SIZE {address['WORLD_SIZE']} processes; unset what is left of "
+                "another job"
             )
-        elif not problems and _is_inherited(told):
+        elif not problems and _is_inherited(address):
             problems.append(
-                f"environment: {', '.join(told)} were there before the launcher began (another job's: "
-                f"{told['MASTER_ADDR']}:{told['MASTER_PORT']}); unset them"
+                f"environment: {', '.join(address)} were there before the launcher began (another job's: "
+                f"{address['MASTER_ADDR']}:{address['MASTER_PORT']}); unset them"
             )
     if problems:
         raise ConfigError(problems)
 
 
-def _is_inherited(told: Mapping[str, str]) -> bool:
+def _is_inherited(address: Mapping[str, str]) -> bool:
     """The parent is a Python program, as launchers are, and was itself started with all of these variables.
 
     A launcher sets them for its children alone, so they are another job's. Of a process whose parent cannot be looked
@@ -93,7 +92,7 @@ def _is_inherited(told: Mapping[str, str]) -> bool:
         parent = Path("/proc") / str(os.getppid())
         if not (parent / "exe").samefile("/proc/self/exe"):
             return False
-        given = (parent / "environ").read_bytes().split(b"\0")
+        parent_variables = (parent / "environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    return all(f"{name}={value}".encode() in given for name, value in told.items())
+    return all(f"{name}={value}".encode() in parent_variables for name, value in address.items())

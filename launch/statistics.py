@@ -1,4 +1,7 @@
-"""What a count of right answers is worth: intervals of a share, and the test of two paired series."""
+"""What a count of right answers is worth: intervals of a share, and the test of two paired series.
+
+Two formulas; statsmodels, which has both, would be installed for nothing else.
+"""
 
 from __future__ import annotations
 

@@ -106,11 +106,11 @@ def wait_for(
 
 def _for_child(environment: Mapping[str, str] | None) -> dict[str, str]:
     """What is taken out is said, once."""
-    given = dict(os.environ if environment is None else environment)
-    if (said := remove_launcher_variables(given)) and said not in _told:
-        _told.add(said)
-        log_stderr(said)
-    return {**given, PARENT: str(os.getpid())}
+    variables = dict(os.environ if environment is None else environment)
+    if (notice := remove_launcher_variables(variables)) and notice not in _told:
+        _told.add(notice)
+        log_stderr(notice)
+    return {**variables, PARENT: str(os.getpid())}
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> None:
@@ -159,8 +159,8 @@ def processes_with(words: Sequence[str]) -> list[psutil.Process]:
 def become_module(module: str, arguments: Sequence[str]) -> NoReturn:
     """Go on as `python -m module`, with this terminal and its keyboard. Never returns."""
     environment = dict(os.environ)
-    if said := remove_launcher_variables(environment):
-        log_stderr(said)
+    if notice := remove_launcher_variables(environment):
+        log_stderr(notice)
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 

@@ -1,4 +1,7 @@
-"""Sizes and durations in words."""
+"""Sizes and durations in words.
+
+Our own because `rich.filesize` (15) counts in powers of 1000 alone: GPU memory is in GiB.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 Nothing blocks (a pipe in the place of a marker), nothing is read without a bound, nothing parses for ever, and
 whatever is wrong is one line that names the file. What the disk itself says (no such file, no permission, a stale
 handle) stays an OSError: it may be gone at the next look.
+
+YAML is read by PyYAML's safe loader with bounds of our own: neither it nor `ruamel.yaml` (0.18) bounds the nodes and
+the depth of a document, and aliases that multiply would fill the memory.
 """
 
 from __future__ import annotations
@@ -190,8 +193,10 @@ def parse_yaml(text: str) -> Any:
         TypeError,
         ArithmeticError,
     ) as error:  # `!!int a`, 5,000 digits
-        told = _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
-        raise ValueError(printable(told)) from None
+        problem = (
+            _ENDLESS if "set_int_max_str_digits" in str(error) else f"a value is not of its type: {error}"
+        )
+        raise ValueError(printable(problem)) from None
     _judge(value)
     return value
 

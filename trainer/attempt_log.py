@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.run.directory import RunDirectory
-from launch.run.local_log import KEPT_LOGS, MOST_BYTES, local_logs
+from launch.run.local_log import KEPT_LOGS, MAX_LOG_BYTES, local_logs
 
 _EARLY_BYTES = 2**16
 _CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -26,7 +26,7 @@ class AttemptLog:
     def __init__(self) -> None:
         self._descriptor: int | None = None
         self._early = bytearray()
-        self._room, self._is_full = MOST_BYTES, False
+        self._room, self._is_full = MAX_LOG_BYTES, False
 
     def open(self, file: Path) -> None:
         """Append to `file` from now on, beginning with what was printed before. A disk that takes none gets none."""
@@ -47,7 +47,7 @@ class AttemptLog:
         if self._is_full:
             return
         if len(line) > self._room:
-            line, self._is_full = f"(no more than {MOST_BYTES // 2**20} MB are kept)\n".encode(), True
+            line, self._is_full = f"(no more than {MAX_LOG_BYTES // 2**20} MB are kept)\n".encode(), True
         self._write(line)
 
     def _write(self, content: bytes) -> None:

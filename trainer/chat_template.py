@@ -34,12 +34,12 @@ def refuse_endless_template(processor: ProcessorMixin, place: Path, key: str = "
 
 
 def _render(processor: ProcessorMixin) -> None:
-    asked: list[dict[str, Any]] = [
+    question: list[dict[str, Any]] = [
         {"role": "system", "content": [{"type": "text", "text": "Answer."}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How high is it?"}]},
     ]
-    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "3"}]}]
-    for conversation, prompt in ((asked, True), (answered, False)):
+    answered = [*question, {"role": "assistant", "content": [{"type": "text", "text": "3"}]}]
+    for conversation, prompt in ((question, True), (answered, False)):
         text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
         if len(text) > _CHARACTERS:
             raise ValueError(f"it makes {len(text):,} characters of a conversation of three lines")

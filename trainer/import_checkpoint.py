@@ -17,19 +17,22 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from launch.checkpoints.manifest import MANIFEST
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS
+from launch.checkpoints.manifest import MANIFEST, OPTIMIZER_FILE
 from launch.checkpoints.publish import partial_folder, publish
 from launch.errors import CheckpointError, SamestepError
+from launch.hub_names import EMBEDDED
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
 from launch.option_values import for_argparse, place
 from launch.planning.step_plan import StreamOffset
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.untrusted_files import printable
 from trainer.export.adapter import AdapterOverrides, adapter_of
-from trainer.formats.detect import ImportedCheckpoint, import_checkpoint
-from trainer.formats.portable import ADAPTER_FILE, OPTIMIZER_FILE
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare import prepare
 from trainer.pretrained import base_name, base_path
@@ -61,18 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        recipe = load_recipe(find_recipe(given.recipe), given.set)
+        recipe = load_recipe(find_recipe(options.recipe), options.set)
         index = read_index(recipe) or prepare(recipe)
-        imported = import_checkpoint(given.source)
+        imported = import_checkpoint(options.source)
         refuse_what_we_do_not_train(recipe, imported)
-        write_checkpoint(recipe, index, imported, given.output)
+        write_checkpoint(recipe, index, imported, options.output)
     except SamestepError as error:
         return print_error(error)
     print(
-        f"{printable(str(given.source))}: {imported.form}, step {imported.step or 0}; imported: "
+        f"{printable(str(options.source))}: {imported.form}, step {imported.step or 0}; imported: "
         f"{', '.join(_taken(imported))}"
     )
     for lost in (*imported.lost, *_lost_always(recipe, imported)):
@@ -112,7 +115,8 @@ def write_checkpoint(recipe: Recipe, index: Index, imported: ImportedCheckpoint,
     shutil.rmtree(tmp_dir, ignore_errors=True)
     tmp_dir.mkdir(parents=True)
     save_file(
-        {key: tensor.float().contiguous() for key, tensor in imported.tensors.items()}, tmp_dir / ADAPTER_FILE
+        {key: tensor.float().contiguous() for key, tensor in imported.tensors.items()},
+        tmp_dir / ADAPTER_WEIGHTS,
     )
     if imported.optimizer_state:
         optimizer_state = {
@@ -155,8 +159,8 @@ def old_values(recipe: Recipe, imported: ImportedCheckpoint) -> dict[str, Any]:
         if getattr(recipe.lora, key) and not config.get(key):
             old[f"lora.{key}"] = config.get(key)
     targets = config.get("target_modules")
-    wanted = recipe.lora.target_modules
-    if isinstance(targets, list) and not isinstance(wanted, str) and {*targets} != {*wanted}:
+    target_modules = recipe.lora.target_modules
+    if isinstance(targets, list) and not isinstance(target_modules, str) and {*targets} != {*target_modules}:
         old["lora.target_modules"] = sorted(targets)
     base = config.get("base_model_name_or_path")
     name = recipe.model.name_or_path

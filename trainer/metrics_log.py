@@ -20,7 +20,7 @@ def samples_digest(samples: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(sorted(int(sample) for sample in samples)).encode()).hexdigest()[:16]
 
 
-def rows_digest(rows: Iterable[bytes]) -> str:
+def step_rows_digest(rows: Iterable[bytes]) -> str:
     """sha256 (hex, 16 digits) of the sorted content digests of a step's rows: equal for every layout of a run.
 
     It names what was seen, wherever it stands in the split.

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from launch.atomic_files import atomic_dir, atomic_write
 from launch.errors import ConfigError, SamestepError
+from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
-from launch.inputs.data_report import DROPPED_ROWS, notes_of, summary, write_report
+from launch.inputs.data_report import DROPPED_ROWS, notes_of, summarize_notes, write_data_report
 from launch.inputs.dataset_index import (
     IMAGE_TOKENS,
     SPLITS,
@@ -39,14 +40,14 @@ from launch.inputs.dataset_index import (
 )
 from launch.inputs.identity import model_identity
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.data.row_errors import RowError
 from trainer.data.splits import Rows, open_split, sources
 from trainer.logging_setup import print_error, setup_logging
-from trainer.prepare_vision import fill, survey
+from trainer.prepare_vision import fill, find_missing
 from trainer.pretrained import fetch_base, load_processor
 from trainer.progress_bars import BeginProgress, progress_reports
 
@@ -182,9 +183,9 @@ def _shared_rows(recipe: Recipe, opened: Sequence[tuple[SplitName, Rows]]) -> It
 
 def _check_system_message(encoder: Encoder) -> None:
     """It is in every row: a special token in it spoils them all."""
-    if found := encoder.control_tokens.search(encoder.system_message or ""):
+    if match := encoder.control_tokens.search(encoder.system_message or ""):
         raise ConfigError(
-            f"data.system_message: holds the special token {found[0]}, which the model does not read as text; "
+            f"data.system_message: holds the special token {match[0]}, which the model does not read as text; "
             "take it out"
         )
 
@@ -261,8 +262,8 @@ def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None
             "data.vision_cache=disk"
         )
     with progress_reports(quiet=quiet) as begin:
-        filling = survey(recipe, index, begin("looking at the images"))
-    print("\n".join(filling.said), flush=True)
+        filling = find_missing(recipe, index, begin("looking at the images"))
+    print("\n".join(filling.notes), flush=True)
     if filling.missing:
         with progress_reports(quiet=quiet) as begin:
             fill(filling, begin("computing vision features"))
@@ -311,8 +312,8 @@ def _say_prepared(recipe: Recipe, index: Index) -> None:
     )
     if notes := notes_of(recipe, index.path):
         with _writing_the_cache():
-            report = write_report(notes, index.path)
-        print(*summary(notes), f"each of these rows is named in {report}", sep="\n")
+            report = write_data_report(notes, index.path)
+        print(*summarize_notes(notes), f"each of these rows is named in {report}", sep="\n")
 
 
 if __name__ == "__main__":

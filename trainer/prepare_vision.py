@@ -28,19 +28,19 @@ from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.model.attention import Segments
-from trainer.model.base import DTYPES, load_base, prepare_tower
+from trainer.model.base import RECIPE_DTYPES, load_base, prepare_tower
 from trainer.model.families.registry import feature_width
 from trainer.model.vision import image_features
 from trainer.pretrained import load_processor
 from trainer.progress_bars import ReportProgress
-from trainer.vision_cache.cache_key import facts_of, kind_of
+from trainer.vision_cache.cache_key import feature_facts, feature_kind
 from trainer.vision_cache.file import Features
 from trainer.vision_cache.store import (
     SPARED,
     FeatureCache,
     FullError,
-    describe,
-    name_of,
+    describe_cache,
+    image_name,
     open_cache,
 )
 
@@ -49,7 +49,7 @@ PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MissingImage:
     """One distinct image: a row that has it and its place among the row's, and its visual tokens."""
 
     split: SplitName
@@ -61,7 +61,7 @@ class Wanted:
 
 _Processed = tuple[Tensor, tuple[int, int, int]]
 """An image's pixels [P, patch features] and its patches in time, height and width."""
-_Encoded = tuple[Wanted, Tensor, tuple[int, int, int]]
+_Encoded = tuple[MissingImage, Tensor, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Filling:
     rows: dict[SplitName, Rows]
     processor: Any
     images: int
-    missing: list[Wanted]
-    said: list[str]
+    missing: list[MissingImage]
+    notes: list[str]
 
 
-def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
+def find_missing(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     """Which images training and its evaluations will want that have no features yet; `report` is told the samples.
 
     Raises:
@@ -87,8 +87,8 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(recipe).image_processor
     model = load_base(recipe, device, layers=False)
-    facts = facts_of(recipe, model.model.visual, processor)
-    cache = open_cache("disk", kind_of(model.model.visual, feature_width(model), facts), facts)
+    facts = feature_facts(recipe, model.model.visual, processor)
+    cache = open_cache("disk", feature_kind(model.model.visual, feature_width(model), facts), facts)
     try:
         cache.recount()
     except OSError as error:
@@ -100,16 +100,16 @@ def survey(recipe: Recipe, index: Index, report: ReportProgress) -> Filling:
         "train": open_split(recipe, "train"),
         "validation": open_split(recipe, "validation"),
     }
-    images = list(_wanted(recipe, index, rows, report))
+    images = list(_images_of(recipe, index, rows, report))
     missing = [image for image in images if not cache.holds(image.name)]
     needed = sum(cache.kind.bytes_of(image.visual_tokens) for image in missing)
     _refuse_want_of_room(cache, needed)
-    said = [
-        *describe(cache, facts),
+    notes = [
+        *describe_cache(cache, facts),
         f"vision features: {len(images)} images, {len(missing)} of them to compute on {device.type}: "
         f"{decimal_size(needed)}",
     ]
-    return Filling(recipe, model, cache, rows, processor, len(images), missing, said)
+    return Filling(recipe, model, cache, rows, processor, len(images), missing, notes)
 
 
 def fill(filling: Filling, report: ReportProgress) -> None:
@@ -118,41 +118,41 @@ def fill(filling: Filling, report: ReportProgress) -> None:
     Raises:
         RunError: an image cannot be read any more, or the disk does not take them.
     """
-    prepare_tower(filling.model, DTYPES[compute_dtype_of(filling.recipe)])
+    prepare_tower(filling.model, RECIPE_DTYPES[compute_dtype_of(filling.recipe)])
     pixels = _Pixels(filling.rows, filling.missing, filling.processor)
     loader = DataLoader(pixels, batch_size=None, num_workers=data_workers(1))
     together: list[_Encoded] = []
     count = len(filling.missing)
-    for number, (wanted, processed) in enumerate(zip(filling.missing, loader, strict=True), 1):
+    for number, (image, processed) in enumerate(zip(filling.missing, loader, strict=True), 1):
         if isinstance(processed, SamestepError):
             raise processed
-        together.append((wanted, *processed))
-        if number == count or sum(wanted.visual_tokens for wanted, _, _ in together) >= PASS_TOKENS:
+        together.append((image, *processed))
+        if number == count or sum(image.visual_tokens for image, _, _ in together) >= PASS_TOKENS:
             _keep(filling.model, filling.cache, together)
             report(number, count)
             together = []
 
 
-def _wanted(
+def _images_of(
     recipe: Recipe, index: Index, rows: dict[SplitName, Rows], report: ReportProgress
-) -> Iterator[Wanted]:
+) -> Iterator[MissingImage]:
     """Every distinct image of the training split and of the samples that evaluations see."""
-    chosen: dict[SplitName, Sequence[int]] = {
+    samples_by_split: dict[SplitName, Sequence[int]] = {
         "train": range(len(index.splits["train"])),
         "validation": validation_samples(recipe, index).tolist(),
     }
     seen: set[str] = set()
-    total, done = sum(map(len, chosen.values())), 0
-    for split, samples in chosen.items():
+    total, done = sum(map(len, samples_by_split.values())), 0
+    for split, samples in samples_by_split.items():
         facts = index.splits[split]
         for sample in samples:
             row = int(facts.rows[sample])
             with naming_row(f"data: {split} row {row}"):
                 images = rows[split][row].images
             for place, (image, tokens) in enumerate(zip(images, facts.tokens_of_images(sample), strict=True)):
-                if (name := name_of(image)) not in seen:
+                if (name := image_name(image)) not in seen:
                     seen.add(name)
-                    yield Wanted(split, row, place, name, tokens)
+                    yield MissingImage(split, row, place, name, tokens)
             done += 1
             if done % 256 == 0 or done == total:
                 report(done, total)
@@ -178,19 +178,19 @@ def _refuse_want_of_room(cache: FeatureCache, needed: int) -> None:
 
 
 class _Pixels(Dataset["_Processed | SamestepError"]):
-    """The processed pixels [P, patch features] and grid of each wanted image; an error is a value, as in `Batches`."""
+    """The processed pixels [P, patch features] and grid of each missing image; an error is a value, as in `Batches`."""
 
-    def __init__(self, rows: dict[SplitName, Rows], wanted: Sequence[Wanted], processor: Any) -> None:
-        self._rows, self._wanted, self._processor = rows, wanted, processor
+    def __init__(self, rows: dict[SplitName, Rows], missing: Sequence[MissingImage], processor: Any) -> None:
+        self._rows, self._missing, self._processor = rows, missing, processor
 
     def __len__(self) -> int:
-        return len(self._wanted)
+        return len(self._missing)
 
     def __getitem__(self, number: int) -> _Processed | SamestepError:
-        wanted = self._wanted[number]
+        missing = self._missing[number]
         try:
-            with naming_row(f"data: {wanted.split} row {wanted.row}"):
-                image = decode_image(self._rows[wanted.split][wanted.row].images[wanted.place])
+            with naming_row(f"data: {missing.split} row {missing.row}"):
+                image = decode_image(self._rows[missing.split][missing.row].images[missing.place])
                 encoded = self._processor(images=[image], return_tensors="pt")
         except SamestepError as error:
             return error
@@ -214,11 +214,11 @@ def _keep(
         get_vision_position_ids(grids, cache.kind.merge).to(model.device),
         Segments(cumulative(lengths).to(model.device), lengths),
     ).cpu()
-    for (wanted, _, grid), part in zip(
-        together, features.split([wanted.visual_tokens for wanted, _, _ in together]), strict=True
+    for (image, _, grid), part in zip(
+        together, features.split([image.visual_tokens for image, _, _ in together]), strict=True
     ):
         try:
-            cache.write(wanted.name, Features(part, grid))
+            cache.write(image.name, Features(part, grid))
         except (FullError, OSError) as error:
             raise RunError(
                 f"{cache.folder}: cannot be filled further ({error}); make room and give the same command again"

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoProcessor, ProcessorMixin
 
 from launch.errors import ConfigError
-from launch.hub_names import is_hub_id
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
@@ -50,7 +56,7 @@ def base_path(recipe: Recipe) -> str:
             f"model.name_or_path: no config.json in {folder}; give a model folder or a hub id (owner/name), "
             "or run `samestep prepare` for the embedded model"
         )
-    return _snapshot(recipe, local_files_only=True)
+    return _recipe_snapshot(recipe, local_files_only=True)
 
 
 def _may_be_of_hub(name: str) -> bool:
@@ -116,39 +122,58 @@ def fetch_base(recipe: Recipe) -> str:
     except ConfigError:
         if not _may_be_of_hub(name):
             raise
-        path = _snapshot(recipe, local_files_only=False)
+        path = _recipe_snapshot(recipe, local_files_only=False)
     family_at(path)
     return path
 
 
-def _snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
+def _recipe_snapshot(recipe: Recipe, *, local_files_only: bool) -> str:
     name, revision = recipe.model.name_or_path, recipe.model.revision
-    try:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=_FILES, local_files_only=local_files_only
-        )
-    except RepositoryNotFoundError as error:
+    folder = hub_snapshot(name, revision, _FILES, "model.name_or_path", local_files_only=local_files_only)
+    # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
+    if missing := _missing_files(folder):
         raise ConfigError(
-            f"model.name_or_path: the hub knows no model {name}; correct the id or log in"
+            f"model.name_or_path: {folder} lacks {', '.join(missing[:3])} ({len(missing)} files); run "
+            "`samestep prepare RECIPE` on a machine with a network and the same HF_HOME"
+        )
+    return str(folder)
+
+
+def hub_snapshot(
+    name: str, revision: str, patterns: Sequence[str], key: str, *, local_files_only: bool
+) -> Path:
+    """The folder in the cache with those files of a hub model that match `patterns`; downloads what is missing.
+
+    `key`: the recipe's key or the option that names the model. With `local_files_only` nothing is downloaded, and a
+    folder without all of them may come back: the cache does not know what is missing.
+
+    Raises:
+        ConfigError: the hub knows no such model, it cannot be reached, or there is no room for the files.
+    """
+    shown = printable(name)[:200]
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(patterns), local_files_only=local_files_only
+            )
+        )
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{key}: {shown} is no folder and no hub id (owner/name); correct the name"
         ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{key}: the hub knows no model {shown}; correct the id or log in") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
             raise ConfigError(
-                f"HF_HOME: {name} cannot be stored in the hub's cache ({error.strerror}); make room, or set HF_HOME "
+                f"HF_HOME: {shown} cannot be stored in the hub's cache ({error.strerror}); make room, or set HF_HOME "
                 "to a folder with some"
             ) from error
         raise ConfigError(
-            f"model.name_or_path: {name} at revision {revision} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, fill the same HF_HOME on a "
-            "machine with a network, or set model.name_or_path to a local folder"
+            f"{key}: {shown} at revision {printable(revision)} is not in the cache and the hub cannot be reached "
+            f"({type(error).__name__}); check this machine's network and HTTPS_PROXY, run `samestep prepare "
+            f"RECIPE` on a machine with a network and the same HF_HOME, or set {key} to a local folder"
         ) from error
-    # The cache holds what anybody asked for, the processor alone or the weights alone, and does not know it.
-    if missing := _missing_files(Path(path)):
-        raise ConfigError(
-            f"model.name_or_path: {path} lacks {', '.join(missing[:3])} ({len(missing)} files); run "
-            "`samestep prepare RECIPE` on a machine with a network and the same HF_HOME"
-        )
-    return path
 
 
 def _missing_files(folder: Path) -> list[str]:
@@ -222,8 +247,8 @@ def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the recipe gives one, and it is beyond the processor's other.
     """
-    given = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
-    bounds = own | {edge: pixels for edge, pixels in given.items() if pixels is not None}
+    own_bounds = {"shortest_edge": recipe.data.min_pixels, "longest_edge": recipe.data.max_pixels}
+    bounds = own | {edge: pixels for edge, pixels in own_bounds.items() if pixels is not None}
     least, most = bounds["shortest_edge"], bounds["longest_edge"]
     if least > most and recipe.data.max_pixels is None:
         raise ConfigError(

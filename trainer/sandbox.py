@@ -28,13 +28,15 @@ def trial(work: Callable[[], object], seconds: int = SECONDS, memory: int = MEMO
         What was wrong with it in words (the limit that it met, or what it raised); None when it ended well.
     """
     context = multiprocessing.get_context("fork")
-    told, telling = context.Pipe(duplex=False)
+    receiving, telling = context.Pipe(duplex=False)
     child = context.Process(target=_limited, args=(work, telling, seconds, memory), daemon=True)
     child.start()
     telling.close()
-    with told:
+    with receiving:
         try:
-            answer: str | None = told.recv() if told.poll(seconds * _PATIENCE) else _too_long(seconds)
+            answer: str | None = (
+                receiving.recv() if receiving.poll(seconds * _PATIENCE) else _too_long(seconds)
+            )
         except EOFError:  # ended by the system
             answer = _too_long(seconds)
     child.kill()

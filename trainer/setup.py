@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from launch.errors import ConfigError, SamestepError
-from launch.inputs.data_report import known_notes, summary
+from launch.inputs.data_report import known_notes, summarize_notes
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import RunIdentity
 from launch.inputs.model_files import old_base_identity
@@ -84,7 +84,7 @@ def read_task(
         return make_task(recipe, plan, index, run, identity)
     run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
     continuation = continue_run(run, recipe, options.allow, options.source)
-    for line in summary(known_notes(recipe) or []):
+    for line in summarize_notes(known_notes(recipe) or []):
         logger.info(f"{recipe.data.dataset}: {line}")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     topology = Topology(

@@ -171,8 +171,8 @@ def parent_of_this_process(environment: Mapping[str, str]) -> int | None:
 
     0, which is nobody's parent, for a launcher that was gone before this process could look.
     """
-    if (told := environment.get(PARENT, "")).isdecimal():
-        return int(told)
+    if (named := environment.get(PARENT, "")).isdecimal():
+        return int(named)
     if not any(name in environment for name in _LAUNCHED):
         return None  # started by a shell, which may end before a process under `nohup` does
     parent = os.getppid()

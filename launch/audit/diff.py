@@ -13,8 +13,9 @@ from launch.checkpoints.adapter_file import read_digest
 from launch.errors import ConfigError
 from launch.inputs.identity import short
 from launch.planning.plan import Plan
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import UNREADABLE, read_mapping
 

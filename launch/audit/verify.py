@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.audit.figures import read_steps
-from launch.checkpoints.adapter_file import WEIGHTS, is_whole, read_digest
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, is_whole, read_digest
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import recorded_identity, short
 from launch.planning.plan import Plan
 from launch.planning.run_steps import stream_of
+from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory, is_done_at
 from launch.run.merged_model import DIGEST, read_record
 from launch.untrusted_files import UNREADABLE, printable, read_mapping, reason_of
@@ -114,7 +115,7 @@ def _steps(run: RunDirectory, recipe: Recipe, plan: Plan, index: Index | None) -
 
 
 def _digest_of(step: int, recipe: Recipe, plan: Plan, index: Index) -> str:
-    """As the trainer names the samples of a step (`trainer.metrics_log.rows_digest`)."""
+    """As the trainer names the samples of a step (`trainer.metrics_log.step_rows_digest`)."""
     split, samples = index.splits["train"], stream_of(recipe, plan).samples(step - 1)
     return hashlib.sha256(b"".join(sorted(split.digests[sample] for sample in samples))).hexdigest()[:16]
 
@@ -144,9 +145,9 @@ def _adapter(run: RunDirectory, plan: Plan) -> Link:
         return Link("adapter", "not checked", "not written yet")
     digest = read_digest(run.adapter)
     if digest is None or not is_whole(run.adapter):
-        return Link("adapter", "failed", f"{run.adapter / WEIGHTS} is damaged")
+        return Link("adapter", "failed", f"{run.adapter / ADAPTER_WEIGHTS} is damaged")
     last = run.checkpoint(plan.max_steps)
-    if not is_done_at(run, plan.max_steps) or not (last / WEIGHTS).is_file():
+    if not is_done_at(run, plan.max_steps) or not (last / ADAPTER_WEIGHTS).is_file():
         return Link(
             "adapter", "ok", f"{short(digest)}, whole; no checkpoint of the last step to compare with"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.untrusted_files import UNREADABLE, plain_size, read_bytes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST = 2**34  # bytes of an adapter that is read whole: all linear layers of a 72B at rank 256 are 13 GB
 
 
@@ -17,9 +17,9 @@ def is_whole(adapter: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        plain_size(adapter / WEIGHTS)
-        with safe_open(adapter / WEIGHTS, "np") as opened:
-            return bool(opened.keys()) and (adapter / CONFIG).is_file()
+        plain_size(adapter / ADAPTER_WEIGHTS)
+        with safe_open(adapter / ADAPTER_WEIGHTS, "np") as opened:
+            return bool(opened.keys()) and (adapter / ADAPTER_CONFIG).is_file()
     except (*UNREADABLE, SafetensorError):
         return False
 
@@ -29,7 +29,7 @@ def read_digest(adapter: Path) -> str | None:
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = deserialize(read_bytes(adapter / WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
+        tensors = deserialize(read_bytes(adapter / ADAPTER_WEIGHTS, _LARGEST))  # type: ignore[no-untyped-call]
     except (*UNREADABLE, SafetensorError):
         return None
     return digest_of({name: tensor["data"] for name, tensor in tensors})

@@ -17,6 +17,7 @@ from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, UNREADABLE, open_plain, printable, read_json, reason_of
 
 MANIFEST = "manifest.json"
+OPTIMIZER_FILE, SHARDS = "optimizer.safetensors", "shards"  # of a portable, and of a sharded checkpoint
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)(\.partial)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A file that is removed while somebody has it open keeps living under such a name on NFS (fs/nfs/unlink.c of
@@ -37,7 +38,7 @@ def read_manifest(folder: Path, verify: bool = False) -> dict[str, Any]:
     not published; with `verify` also for every file whose content has changed (which reads all of them).
     """
     manifest = load_manifest(folder / MANIFEST)
-    if problems := list(differences(folder, manifest["files"], verify)):
+    if problems := list(file_differences(folder, manifest["files"], verify)):
         raise CheckpointError("\n".join(problems))
     return manifest
 
@@ -96,7 +97,7 @@ def _is_inside(name: str) -> bool:
     return plain and path.as_posix() == name and name not in (".", MANIFEST)
 
 
-def differences(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> Iterator[str]:
+def file_differences(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> Iterator[str]:
     """Every way in which a folder is not what its manifest says, a line each."""
     statuses, unlisted = entries(folder)
     yield from unlisted
@@ -164,8 +165,8 @@ def not_plain(path: Path, mode: int) -> str | None:
     return f"{printable(str(path))}: is no plain file ({kind}); {_OLDER}"
 
 
-def _other_content(path: Path, found: str, published: str) -> str:
-    return f"{printable(str(path))}: has another content (sha256 {found}, {published} published); {_OLDER}"
+def _other_content(path: Path, digest: str, published: str) -> str:
+    return f"{printable(str(path))}: has another content (sha256 {digest}, {published} published); {_OLDER}"
 
 
 def _digest(path: Path) -> str:

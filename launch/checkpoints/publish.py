@@ -1,5 +1,8 @@
 """A checkpoint is written aside and becomes one at once: its manifest is written last, then the folder gets its name.
 
+Its last steps are those of every folder (`launch.atomic_files`); what differs is that many ranks fill it, and that a
+manifest says what is in it.
+
 Whoever fills `checkpoint-<step>.partial` (an empty folder to begin with) calls `publish` when every rank has written
 its files; the caller owns that barrier.
 """
@@ -11,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launch.atomic_files import atomic_write, follow_umask, sync
+from launch.atomic_files import atomic_write, rename_durably, sync_tree
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, Entries, checksum_of, entries, not_plain
 from launch.checkpoints.rotation import remove, rename_away
 from launch.checkpoints.scan import inspect_checkpoint
@@ -63,17 +66,14 @@ def publish(
     )
     if problems:
         raise CheckpointError("\n".join(problems))
-    follow_umask(aside)
     files = {name: known.get(name) or _bring_to_disk(aside / name) for name in present}
     # What JSON makes of the metadata (text keys, lists) is what will be read back and sealed again.
     content = json.loads(json.dumps({"facts": metadata, "files": files}))
     sealed = {**content, "sha256": checksum_of(content["facts"], content["files"])}
     atomic_write(aside / MANIFEST, json.dumps(sealed, indent=1) + "\n")
-    for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
-        sync(folder)
+    sync_tree(aside, flushed={aside / MANIFEST, *(aside / name for name in files)})
     replaced = rename_away(final) if os.path.lexists(final) else None
-    aside.rename(final)
-    sync(final.parent)
+    rename_durably(aside, final)
     if replaced:
         remove(replaced)
 

@@ -16,7 +16,9 @@ from launch.untrusted_files import reason_of
 _REMOVED = re.compile(r"checkpoint-[0-9]+\.removed-[0-9]+")
 
 
-def rotate(run_dir: Path, keep: int, newest: int | None = None, protected: Container[int] = ()) -> None:
+def rotate_checkpoints(
+    run_dir: Path, keep: int, newest: int | None = None, protected: Container[int] = ()
+) -> None:
     """Remove what is older than the `keep` newest valid checkpoints, once their content has been verified.
 
     `newest`: the step just published. What claims to be newer was passed over when the run was resumed, and must
@@ -36,10 +38,10 @@ def rotate(run_dir: Path, keep: int, newest: int | None = None, protected: Conta
     ]
     if len(published) <= keep:
         return
-    wanted, older = keep, []
+    still_to_keep, older = keep, []
     for step, folder in reversed(published):
-        if wanted:
-            wanted -= inspect_checkpoint(folder, step, published=True, verify=True).valid
+        if still_to_keep:
+            still_to_keep -= inspect_checkpoint(folder, step, published=True, verify=True).valid
         elif inspect_checkpoint(folder, step, published=True, verify=False).valid:
             older.append(folder)
     for folder in reversed(older):

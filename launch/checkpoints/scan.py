@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, differences, entries, load_manifest
+from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, entries, file_differences, load_manifest
 from launch.errors import CheckpointError
 from launch.untrusted_files import reason_of
 
@@ -89,5 +89,5 @@ def inspect_checkpoint(folder: Path, step: int, published: bool, verify: bool) -
         manifest = load_manifest(folder / MANIFEST)
     except CheckpointError as error:
         return Checkpoint(folder, step, published, {}, size, tuple(str(error).splitlines()))
-    problems = tuple(differences(folder, manifest["files"], verify))
+    problems = tuple(file_differences(folder, manifest["files"], verify))
     return Checkpoint(folder, step, published, manifest["facts"], size, problems)

@@ -112,5 +112,5 @@ def init(
     written = recipe_text(file.stem, model, source, gpus)
     atomic_write(file, written)
     processes = f" --gpus-per-node {gpus}" if gpus > 1 else ""
-    echo(f"{file}: written ({source.said})")
+    echo(f"{file}: written ({source.description})")
     echo(f"next:\n  samestep data {file}\n  samestep run {file}{processes}")

@@ -1,4 +1,11 @@
-"""Arguments that several commands of `samestep` share."""
+"""Arguments that several commands of `samestep` share.
+
+A command that starts a child on the trainer's side declares its options here for typer, and the child reads them with
+argparse: two parsers on purpose. typer takes them from a function's signature and would cost every rank its import;
+the child's command line is `python -m trainer...`, shorter, and what a job's script or `ps` shows. What must agree is
+defined once and used by both: the values an option may have (`launch.option_values`, `launch.run.merge_options`,
+`launch.run.variants`), and the flags that are passed on (`MergeOptions.flags`, `Target.flags`).
+"""
 
 import glob
 from collections.abc import Callable

@@ -1,8 +1,7 @@
-"""The commands of `samestep` for what a run left: evaluate, merge, consolidate."""
+"""The commands of `samestep` that ask a model: evaluate, ask, demo."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,7 @@ from launch.cli.options import (
     complete_run,
     example,
 )
-from launch.console import echo
-from launch.option_values import named, one_of, place, positive, whole
+from launch.option_values import named, one_of, whole
 from launch.run.variants import parse_models, prompt_option, with_prompt
 
 commands = typer.Typer()
@@ -117,14 +115,14 @@ def evaluate(
     from launch.local import postprocess
     from launch.run.evaluation_target import find_target
 
-    found = find_target(target, runs_dir, recipe, overrides)
+    evaluated = find_target(target, runs_dir, recipe, overrides)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     words = [word for part in allow for word in ("--allow", part)]
     suffix, message = prompt_option(prompt)
-    asked = with_prompt(models.split(",") if models else found.models, suffix)
+    model_names = with_prompt(models.split(",") if models else evaluated.models, suffix)
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
-    postprocess.evaluate(found, asked, ["--split", split, *limit, *words], gpus_per_node)
+    postprocess.start_evaluate(evaluated, model_names, ["--split", split, *limit, *words], gpus_per_node)
 
 
 @commands.command(
@@ -152,7 +150,7 @@ def ask(
     """Ask about images; the answer appears as it comes. Several models answer one after the other."""
     from launch.local import ask_by_hand
 
-    ask_by_hand.ask(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt), words)
+    ask_by_hand.start_ask(ask_by_hand.model_flags(target, runs_dir, recipe, models, prompt), words)
 
 
 @commands.command(
@@ -171,136 +169,6 @@ def demo(
     """
     from launch.local import ask_by_hand
 
-    ask_by_hand.demo(ask_by_hand.find_asked(target, runs_dir, recipe, models, prompt, beside_base=True))
-
-
-AdapterConfig = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        parser=place("--adapter-config"),
-        help="adapter_config.json of a checkpoint without one.",
-        show_default="the checkpoint's",
-    ),
-]
-LoraAlpha = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NUMBER",
-        parser=positive("--lora-alpha"),
-        help="Of a checkpoint without adapter_config.json, such as FSDP's.",
-    ),
-]
-BaseModel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        parser=named("--base-model"),
-        help="Folder or hub id of the unquantized base.",
-        show_default="the adapter's",
-    ),
-]
-
-
-@commands.command(
-    epilog=example(
-        "samestep merge embedded",
-        "samestep merge runs/embedded/checkpoint-140 --output m140",
-        "samestep merge old_run/checkpoint-500 --output merged --lora-alpha 16 --base-model MODEL",
+    ask_by_hand.start_demo(
+        ask_by_hand.model_flags(target, runs_dir, recipe, models, prompt, beside_base=True)
     )
-)
-def merge(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|CHECKPOINT|ADAPTER",
-            parser=named("SOURCE"),
-            help="Name of a run, or a folder: a run, an adapter, a checkpoint of any library.",
-            autocompletion=complete_run,
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            parser=place("--output"),
-            help="Folder to write.",
-            show_default="merged/ of the run",
-        ),
-    ] = None,
-    base: Annotated[
-        str,
-        typer.Option(
-            metavar="BASE",
-            parser=one_of(
-                "--base", ("original", "dequantized"), "a base model's folder goes to --base-model"
-            ),
-            help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained.",
-        ),
-    ] = "original",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            parser=one_of("--dtype", ("bfloat16", "float32"), "leave it out for the base's own"),
-            help="bfloat16 or float32.",
-            show_default="the base's",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool | None,
-        typer.Option(
-            "--compare/--no-compare",
-            help="Merge onto the other base too and set both beside the unmerged model; or compare nothing.",
-            show_default="inside a run, this merge with the unmerged model",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            parser=named("--recipe"),
-            help="The training's recipe, for --base dequantized outside a run.",
-        ),
-    ] = None,
-    adapter_config: AdapterConfig = None,
-    lora_alpha: LoraAlpha = None,
-    base_model: BaseModel = None,
-    allow: AllowPart = [],  # noqa: B006
-    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-) -> None:
-    """Add an adapter to its base, unquantized, verify it, and compare the result with base + adapter."""
-    from launch.local import postprocess
-
-    options = postprocess.MergeOptions(
-        None if base == "original" else base, dtype, recipe, adapter_config, lora_alpha, base_model, allow
-    )
-    if not postprocess.merge(source, output, options, compare, runs_dir):
-        echo("not compared with base + adapter: the adapter lies in no run, which would name the data")
-
-
-@commands.command(epilog=example("samestep consolidate old_run/checkpoint-500 --output adapter"))
-def consolidate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            parser=named("SOURCE"),
-            help="Of ours, transformers, trl, accelerate or DeepSpeed.",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", parser=place("--output"), help="Folder to write.")
-    ],
-    adapter_config: AdapterConfig = None,
-    lora_alpha: LoraAlpha = None,
-    base_model: BaseModel = None,
-    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-) -> None:
-    """Make a PEFT adapter of a checkpoint of any form, on one CPU: DDP, FSDP, ZeRO, universal, merged weights."""
-    from launch.local import postprocess
-
-    options = postprocess.MergeOptions(
-        adapter_config=adapter_config, lora_alpha=lora_alpha, base_model=base_model
-    )
-    postprocess.consolidate(source, output, options, runs_dir)

@@ -95,11 +95,11 @@ def push(
     from launch.recipe.loading import load_recipe
     from launch.run.find import find_run
 
-    found = find_run(run, runs_dir)
-    repository = repo or load_recipe(found.recipe_file).hub.repo_id
+    place = find_run(run, runs_dir)
+    repository = repo or load_recipe(place.recipe_file).hub.repo_id
     if repository is None:
         raise ConfigError("--repo: missing, and the recipe has no hub.repo_id; give owner/name")
-    for address in push_run(found, repository, merged=merged, private=not public):
+    for address in push_run(place, repository, merged=merged, private=not public):
         echo(f"uploaded: {address}")
 
 
@@ -136,11 +136,11 @@ def export_(
 
     if output is not None and format_ == "vllm":
         raise ConfigError("--output: vLLM loads the merged folder as it is; leave it out")
-    found = find_run(run, runs_dir)
-    for each in check_loadable(found):
-        echo(f"{each.need:11} {each.found}")
+    run_directory = find_run(run, runs_dir)
+    for each in check_loadable(run_directory):
+        echo(f"{each.need:11} {each.finding}")
     if format_ == "vllm":
-        echo(f"ready: vllm serve {found.merged}")
+        echo(f"ready: vllm serve {run_directory.merged}")
         return
-    for file in convert(found, output or found.path):
+    for file in convert(run_directory, output or run_directory.path):
         echo(f"written: {file}")

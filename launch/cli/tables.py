@@ -69,7 +69,7 @@ def plan_json(plan: Plan, recipe: Recipe, index: Index, topology: Topology, fore
     return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory, "forecast": times}, indent=1)
 
 
-def say_allowed(changed: Sequence[Change]) -> None:
+def show_allowed(changed: Sequence[Change]) -> None:
     """Print what differs from the run that goes on, and what follows from it."""
     from launch.run.changes import consequences
 

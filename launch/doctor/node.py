@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding
 from launch.errors import SamestepError
-from launch.hardware import gpus_present
+from launch.hardware import SHARED_MEMORY, gpus_present
 from launch.inputs.caches import base_is_there, cache_root
 from launch.inputs.dataset_index import read_index
 from launch.recipe.schema import Recipe
@@ -24,7 +24,6 @@ from launch.run.lock import hold_lock
 from launch.units import gib
 from launch.untrusted_files import printable
 
-SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_NEEDED = 2**30  # bytes; micro-batches of data workers lie there until their rank has read them
 FILES_NEEDED = 4096  # descriptors: every worker holds files, pipes and shared memory of its batches
 DISK_PROBE = 64 * 2**20  # bytes written to measure the disk

@@ -31,7 +31,7 @@ class Loadable:
     """One thing that a loader needs: what it is, and what was found."""
 
     need: str
-    found: str
+    finding: str
 
 
 def check_loadable(run: RunDirectory) -> list[Loadable]:
@@ -46,18 +46,18 @@ def check_loadable(run: RunDirectory) -> list[Loadable]:
         raise ConfigError(f"{folder}: no merged model yet; make it with `samestep merge {run.path}`")
     if behind := merge_behind(run, folder):
         raise ConfigError(behind)
-    found: list[Loadable] = []
+    checks: list[Loadable] = []
     problems: list[str] = []
     for check in (_config, _weights, _processor, _generation):
         try:
-            found += check(folder)
+            checks += check(folder)
         except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
             problems.append(f"{folder}: {_words(error)}; merge again with `samestep merge {run.path}`")
         except _MissingError as error:
             problems.append(f"{folder}: {error}; merge again with `samestep merge {run.path}`")
     if problems:
         raise CheckpointError("\n".join(problems))
-    return found
+    return checks
 
 
 class _MissingError(Exception):

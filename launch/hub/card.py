@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.planning.plan import Plan
 from launch.planning.plan_table import plan_rows
-from launch.report.evaluations import OVERALL, Evaluation, pairs_of, read_evaluations, scores
+from launch.report.evaluations import OVERALL, EvaluationFile, pairs_of, read_evaluation_files, scores
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import UNREADABLE, read_json, read_mapping, read_text
 
@@ -33,7 +33,7 @@ def card_for_hub(run: RunDirectory, folder: Path, repo_id: str) -> str:
     text = text.replace("vllm serve .", f"vllm serve {repo_id}")
     plan = Plan.read(run.plan_file)
     parts = [text.rstrip("\n"), _plan(plan), _digests(plan), _versions(run)]
-    parts += [_evaluation(each) for each in read_evaluations(run)[0]]
+    parts += [_evaluation(each) for each in read_evaluation_files(run)[0]]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -66,7 +66,7 @@ def _versions(run: RunDirectory) -> str:
     return f"## Versions\n\n{_table(('library', 'version'), rows)}"
 
 
-def _evaluation(evaluation: Evaluation) -> str:
+def _evaluation(evaluation: EvaluationFile) -> str:
     rows: list[tuple[str, ...]] = []
     for variant in evaluation.variants:
         score = scores(evaluation, variant)[OVERALL]
@@ -84,7 +84,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     return text
 
 
-def describe(run: RunDirectory) -> str:
+def describe_run(run: RunDirectory) -> str:
     """The message of a commit: which run, and the digest of what was trained on."""
     try:
         fingerprint = read_mapping(run.plan_file)["dataset_fingerprint"][:12]

@@ -19,7 +19,7 @@ from launch.checkpoints.adapter_file import is_whole
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.console import echo
 from launch.errors import ConfigError, RunError, SamestepError
-from launch.hub.card import card_for_hub, describe
+from launch.hub.card import card_for_hub, describe_run
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.untrusted_files import printable
@@ -85,7 +85,7 @@ def push_checkpoint(run: RunDirectory, repo_id: str, step: int, private: bool = 
             folder_path=folder,
             path_in_repo=LAST_CHECKPOINT,
             delete_patterns="*",
-            commit_message=f"{describe(run)}, checkpoint {step}",
+            commit_message=f"{describe_run(run)}, checkpoint {step}",
         )
         return f"{api.endpoint}/{repo_id}/tree/main/{LAST_CHECKPOINT}"
 
@@ -126,7 +126,7 @@ def _upload(run: RunDirectory, repo_id: str, folder: Path, files: dict[str, Path
         api.create_repo(repo_id, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        api.create_commit(repo_id, operations, commit_message=describe(run))
+        api.create_commit(repo_id, operations, commit_message=describe_run(run))
         return f"{api.endpoint}/{repo_id}"
 
     return _in_words(repo_id, upload)
@@ -148,10 +148,10 @@ def _in_words(repo_id: str, upload: Callable[[], T]) -> T:
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        told = f"{repo_id}: the hub answered {status} ({_without_token(str(error))})"
+        answer = f"{repo_id}: the hub answered {status} ({_without_token(str(error))})"
         if status in (400, 401, 403, 404, 409, 422):
-            raise ConfigError(f"{told}; the token must be allowed to write to it") from None
-        raise RunError(f"{told}; the same command tries again") from None
+            raise ConfigError(f"{answer}; the token must be allowed to write to it") from None
+        raise RunError(f"{answer}; the same command tries again") from None
     except Exception as error:  # of httpx, httpx2 or hf_xet, by the version of huggingface_hub
         kind = type(error).__name__
         raise RunError(
@@ -176,13 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repo", required=True)
     parser.add_argument("--checkpoint", type=int)
     parser.add_argument("--public", action="store_true")
-    given = parser.parse_args(arguments)
-    run = RunDirectory(given.run_dir.absolute())
+    options = parser.parse_args(arguments)
+    run = RunDirectory(options.run_dir.absolute())
     try:
-        if given.checkpoint is None:
-            addresses = push_run(run, given.repo, private=not given.public)
+        if options.checkpoint is None:
+            addresses = push_run(run, options.repo, private=not options.public)
         else:
-            addresses = [push_checkpoint(run, given.repo, given.checkpoint, private=not given.public)]
+            addresses = [push_checkpoint(run, options.repo, options.checkpoint, private=not options.public)]
     except SamestepError as error:
         echo(str(error), to_stderr=True)
         return error.exit_status

@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.hub_names import is_hub_id
-from launch.recipe.schema import EMBEDDED
+from launch.hub_names import EMBEDDED, is_hub_id
 
 if TYPE_CHECKING:
     from launch.recipe.schema import Recipe
@@ -84,7 +83,7 @@ def config_file(recipe: Recipe) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DROPPED_ROWS = "dropped_rows.jsonl"
 """In an index: the bad rows that `data.on_bad_row: drop` left out."""
 
-REPORT = "data_report.jsonl"
+DATA_REPORT_FILE = "data_report.jsonl"
 
 Kind = Literal["dropped", "answers ignored", "unanswerable"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -74,7 +74,7 @@ def _label_notes(file: Path, split: str, max_new_tokens: int) -> Iterator[RowNot
             yield RowNote(split, row, "unanswerable", reason)
 
 
-def summary(notes: Sequence[RowNote]) -> list[str]:
+def summarize_notes(notes: Sequence[RowNote]) -> list[str]:
     """A line for each kind that there is: how many rows, and the first of them."""
     lines = []
     for kind in KINDS:
@@ -86,9 +86,9 @@ def summary(notes: Sequence[RowNote]) -> list[str]:
     return lines
 
 
-def write_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
+def write_data_report(notes: Sequence[RowNote], folder: Path) -> Path | None:
     """Write every note as a line of `data_report.jsonl` in `folder`, in one rename; None, and no file, without any."""
-    file = folder / REPORT
+    file = folder / DATA_REPORT_FILE
     if not notes:
         file.unlink(missing_ok=True)
         return None
@@ -107,4 +107,4 @@ def known_notes(recipe: Recipe) -> list[RowNote] | None:
 def keep_report(recipe: Recipe, run: Path) -> None:
     """Copy the report into a run's folder, in the place of an older one."""
     if (notes := known_notes(recipe)) is not None:
-        write_report(notes, run)
+        write_data_report(notes, run)

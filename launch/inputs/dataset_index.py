@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.errors import ConfigError
-from launch.hub_names import is_hub_id
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.model_files import part_files
-from launch.recipe.schema import EMBEDDED, later_values
+from launch.recipe.fingerprint import later_values
 from launch.recipe.split_names import parse_split
 from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
 

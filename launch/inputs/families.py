@@ -42,8 +42,8 @@ def family_of(config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
     if (family := FAMILIES.get(str(kind))) is not None:
         return family
-    if kind in REFUSED:
-        raise ValueError(f"a {kind}: {REFUSED[str(kind)]}")
+    if kind in REFUSED_MODEL_TYPES:
+        raise ValueError(f"a {kind}: {REFUSED_MODEL_TYPES[str(kind)]}")
     raise ValueError(
         f"a {printable(str(kind))[:60]}, not one of {', '.join(FAMILIES)}; give a model of one of these kinds"
     )
@@ -122,9 +122,9 @@ def _tower(
 ) -> dict[str, TowerLinear]:
     """The tower's linear layers: of each block attention and MLP, whose last leads back; two of each merger."""
     blocks, merged = sizes["vision_blocks"], width * sizes["patches_per_token"]
-    found = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    found |= {f"mlp.{name}": (inner, width) for name in mlp[:-1]} | {f"mlp.{mlp[-1]}": (width, inner)}
-    linears = {f"blocks.*.{name}": TowerLinear(blocks, *shape) for name, shape in found.items()}
+    shapes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    shapes |= {f"mlp.{name}": (inner, width) for name in mlp[:-1]} | {f"mlp.{mlp[-1]}": (width, inner)}
+    linears = {f"blocks.*.{name}": TowerLinear(blocks, *shape) for name, shape in shapes.items()}
     for merger, copies in mergers.items():
         linears[f"{merger}.{ends[0]}"] = TowerLinear(copies, merged, merged)
         linears[f"{merger}.{ends[1]}"] = TowerLinear(copies, sizes["hidden"], merged)
@@ -220,7 +220,7 @@ def every_tower_linear() -> dict[str, int | None]:
     )
 
 
-REFUSED = {
+REFUSED_MODEL_TYPES = {
     "qwen3_vl_moe": "a mixture of experts is not trained here (its experts are no linear layers, so bitsandbytes does "
     "not quantize them); give a dense Qwen3-VL (2B, 4B, 8B, 32B)",
 }

@@ -45,7 +45,8 @@ class _State:
 
 
 def files_digest(files: Sequence[Path]) -> str:
-    """One digest (hexadecimal, 32 digits) of the names and all bytes of some files; what large ones hold is remembered.
+    """Return one digest (hexadecimal, 32 digits) of the names and all bytes of some files; what large ones hold is
+    remembered.
 
     Raises:
         ConfigError: a file cannot be read, is no plain file, or changes while it is read.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
     from launch.recipe.schema import Recipe
 
-WEIGHTS = "model.weights"
-MODEL_PARTS = (WEIGHTS, *MODEL_FILES)
+WEIGHTS_PART = "model.weights"
+MODEL_PARTS = (WEIGHTS_PART, *MODEL_FILES)
 DATA_PARTS = tuple(f"data.{split}.rows" for split in SPLITS)
 TRAIN_ROWS = DATA_PARTS[0]  # the dataset's fingerprint
 OWN_TEMPLATE = "data.chat_template.text"
@@ -60,13 +60,13 @@ def what_is(part: str) -> str:
         return f"rows and images of data.{part.split('.')[1]}"
     if part == OWN_TEMPLATE:
         return "the file that data.chat_template names"
-    if part == WEIGHTS:
+    if part == WEIGHTS_PART:
         return "all bytes of the safetensors files"
     return ", ".join(MODEL_FILES.get(part, ("config.json", "a sample of the weights"))[:3])
 
 
 def find_identity(recipe: Recipe, index: Index) -> RunIdentity:
-    """Of a recipe whose base is on this machine. Reads all weights once, in a cache's lifetime.
+    """Return the identity of a recipe whose base is on this machine. Reads all weights once, in a cache's lifetime.
 
     Raises:
         ConfigError: the base is not here, has no safetensors weights, or cannot be read.
@@ -88,7 +88,7 @@ def whole_identity(base: Path, recipe: Recipe, index: Index) -> RunIdentity:
 
 def model_identity(folder: Path) -> RunIdentity:
     """Identify a model's folder: its weights, and the files that turn text and images into what they see."""
-    parts = {WEIGHTS: files_digest(weight_files(folder))}
+    parts = {WEIGHTS_PART: files_digest(weight_files(folder))}
     for part, files in part_files(folder).items():
         parts[part] = files_digest(files) if files else NONE
     return RunIdentity(parts)

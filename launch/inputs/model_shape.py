@@ -117,7 +117,7 @@ class ModelShape:
 
 
 def unreached(names: Sequence[str], layers: int | None) -> list[str]:
-    """Those of `lora.target_modules` that name no linear layer of a decoder layer, as PEFT compares them.
+    """Return those of `lora.target_modules` that name no linear layer of a decoder layer, as PEFT compares them.
 
     A name is the end of a module's path: `q_proj`, `mlp.up_proj`, `layers.3.self_attn.q_proj`. `layers`: how many
     there are, None where that is not known.

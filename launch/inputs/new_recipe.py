@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import ConfigError
+from launch.hub_names import EMBEDDED
 from launch.inputs.text_tables import SUFFIXES, TextTable
 from launch.option_values import NAME_PATTERN
-from launch.recipe.schema import EMBEDDED
 from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
@@ -27,14 +27,14 @@ _VALIDATION_NAMES = ("val", "validation", "valid", "dev")
 class SeenData:
     """What is known of a data set: a name for the recipe, its splits (None: has none) and what its columns are.
 
-    `columns`: as `data.columns`, None where they need no names; `said`: in words.
+    `columns`: as `data.columns`, None where they need no names; `description`: in words.
     """
 
     name: str
     dataset: str
     splits: Mapping[str, str | None]
     columns: Mapping[str, str] | None
-    said: str
+    description: str
 
 
 def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
@@ -68,8 +68,8 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     }
     names = _columns_of(tables[train])
     columns = _roles(names, named, tables[train])
-    said = f"{tables[train].name}, columns {', '.join(names)}"
-    return SeenData(_name_of(folder.resolve().name), str(folder), splits, columns, said)
+    description = f"{tables[train].name}, columns {', '.join(names)}"
+    return SeenData(_name_of(folder.resolve().name), str(folder), splits, columns, description)
 
 
 def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
@@ -125,14 +125,14 @@ def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
 
 def _tables(folder: Path) -> dict[str, Path]:
     """The tables of a folder by the names of their splits."""
-    found: dict[str, Path] = {}
+    tables: dict[str, Path] = {}
     for place in (folder, folder / "data"):
         for suffix in (".parquet", *SUFFIXES):
             for file in sorted(place.glob(f"*{suffix}")):
-                found.setdefault(re.sub(r"-\d+(-of-\d+)?$", "", file.stem), file)
+                tables.setdefault(re.sub(r"-\d+(-of-\d+)?$", "", file.stem), file)
         for metadata in sorted([*place.glob("*/metadata.jsonl"), *place.glob("*/metadata.csv")]):
-            found.setdefault(metadata.parent.name, metadata)
-    return found
+            tables.setdefault(metadata.parent.name, metadata)
+    return tables
 
 
 def _columns_of(table: Path) -> list[str]:

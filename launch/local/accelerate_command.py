@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Layout(Protocol):
-    """Of a plan or a topology: what the launcher has to know."""
+    """What the launcher has to know of a plan or a topology."""
 
     @property
     def strategy(self) -> str: ...

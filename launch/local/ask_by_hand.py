@@ -15,7 +15,7 @@ from launch.subprocesses import become_module
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def find_asked(
+def model_flags(
     name: str, runs_dir: Path, recipe: str | None, models: str | None, prompt: str, beside_base: bool = False
 ) -> list[str]:
     """The command line that says who is asked: the adapter where nobody says, `beside_base` with its base.
@@ -25,16 +25,16 @@ def find_asked(
     """
     target = find_target(name, runs_dir, recipe)
     suffix, message = prompt_option(prompt)
-    asked = with_prompt(models.split(",") if models else _models(target, beside_base), suffix)
-    problems = missing_models(target.run, asked, target.checkpoint, target.adapter)
-    if any(parse_variant(model).weights == "shuffled" for model in asked):
+    model_names = with_prompt(models.split(",") if models else _models(target, beside_base), suffix)
+    problems = missing_models(target.run, model_names, target.checkpoint, target.adapter)
+    if any(parse_variant(model).weights == "shuffled" for model in model_names):
         problems.append("--models: shuffled needs the other images of a split; leave it out")
     if problems:
         raise ConfigError(problems)
     return [
         *target.flags(),
         "--models",
-        ",".join(asked),
+        ",".join(model_names),
         *(["--prompt-file", str(message)] if message else []),
     ]
 
@@ -45,7 +45,7 @@ def _models(target: Target, beside_base: bool) -> list[str]:
     return models if beside_base else models[-1:]
 
 
-def ask(asked: Sequence[str], words: Sequence[str]) -> None:
+def start_ask(flags_of_models: Sequence[str], words: Sequence[str]) -> None:
     """Go on as the process that answers. `words`: images, and a question or none.
 
     Raises:
@@ -55,17 +55,17 @@ def ask(asked: Sequence[str], words: Sequence[str]) -> None:
     flags = [word for image in images for word in ("--image", str(image))]
     become_module(
         "trainer.evaluation.ask",
-        [*asked, *flags, *([] if question is None else [f"--question={question}"])],
+        [*flags_of_models, *flags, *([] if question is None else [f"--question={question}"])],
     )
 
 
-def demo(asked: Sequence[str]) -> None:
+def start_demo(flags: Sequence[str]) -> None:
     """Go on as the process that serves the page. ConfigError without gradio."""
     if find_spec("gradio") is None:
         raise ConfigError(
             "gradio: is not installed, and the page needs it; run `pip install 'samestep[demo]'`"
         )
-    become_module("trainer.evaluation.demo", asked)
+    become_module("trainer.evaluation.demo", flags)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], str | None]:

@@ -49,7 +49,8 @@ def execute(planned: PlannedRun, machine: Machine = ALONE) -> Marker:
 
 
 def execute_with_oom_retry(planned: PlannedRun, request: RunRequest) -> Marker:
-    """As `execute`; once more, from the newest checkpoint, when a GPU ran out of memory and smaller settings are known.
+    """Execute a plan; once more, from the newest checkpoint, when a GPU ran out of memory and smaller settings are
+    known.
 
     With several machines there is no second time: the others would have to be told.
     """

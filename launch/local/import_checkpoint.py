@@ -8,13 +8,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from launch.checkpoints.manifest import MANIFEST
+from launch.checkpoints.manifest import MANIFEST, OPTIMIZER_FILE, SHARDS
 from launch.checkpoints.scan import newest_valid
 from launch.errors import ConfigError, RunError
 from launch.inputs.caches import cache_root
 from launch.local.planned_run import RunRequest
+from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import recipe_fingerprint
 from launch.run.directory import RunDirectory, open_run
 from launch.run.request_files import started_from_of
 from launch.subprocesses import call_module
@@ -28,9 +28,7 @@ def import_foreign_checkpoint(request: RunRequest) -> RunRequest:
     source = request.source.expanduser().resolve() if request.source else None
     if source is not None:
         _refuse_whole_run(source)
-    ours = source is not None and any(
-        (source / name).exists() for name in (MANIFEST, "optimizer.safetensors", "shards")
-    )
+    ours = source is not None and any((source / name).exists() for name in (MANIFEST, OPTIMIZER_FILE, SHARDS))
     if source is None or not source.is_dir() or ours:
         return request
     recipe_file = find_recipe(request.recipe)

@@ -1,4 +1,8 @@
-"""The processes of one machine: how they are started, asked to stop, waited for and believed."""
+"""The processes of one machine: how they are started, asked to stop, waited for and believed.
+
+`accelerate launch` starts and ends the ranks. What it does not do stands here: a stop at a step boundary, children of
+a launcher that was killed, and an ending that is read from the run's marker instead of an exit status.
+"""
 
 from __future__ import annotations
 
@@ -97,13 +101,13 @@ def wait_for_trainer(run: RunDirectory) -> None:
     They are known by their command line: one that still imports holds no lock and does not know that it is alone.
     Each ends by itself when it does not get there (trainer/watchdog.py); one that is frozen is killed in the end.
     """
-    words, asked, killed, began = [str(run.path), MARKER_DECIDES], False, False, time.monotonic()
+    words, stop_requested, killed, began = [str(run.path), MARKER_DECIDES], False, False, time.monotonic()
     with _asking_meanwhile(run):
         while left := processes_with(words):
             waited = time.monotonic() - began
             # Data workers have the same command line and notice within 5 s that their trainer died.
-            if not asked and waited > LINGERING_S:
-                asked = True
+            if not stop_requested and waited > LINGERING_S:
+                stop_requested = True
                 if read_marker(run) is None:
                     with contextlib.suppress(OSError):
                         request_stop(run, "orphaned")

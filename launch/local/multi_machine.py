@@ -17,8 +17,9 @@ from launch.local.launcher import Machine, launch
 from launch.local.planned_run import RunRequest
 from launch.local.topology import choose_topology, refuse_missing_gpus
 from launch.planning.plan import Plan
+from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.recipe.schema import Recipe
 from launch.run.directory import Marker, RunDirectory, open_run, read_marker
 from launch.run.lock import lock_holder
 from launch.untrusted_files import UNREADABLE, read_text

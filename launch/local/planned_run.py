@@ -17,7 +17,7 @@ from launch.errors import ConfigError, NoSpaceError, RunError
 from launch.hardware import compute_capability
 from launch.inputs import identity as run_identity
 from launch.inputs.caches import base_is_there
-from launch.inputs.data_report import known_notes, summary
+from launch.inputs.data_report import known_notes, summarize_notes
 from launch.inputs.dataset_index import read_index
 from launch.local.launcher import ALONE, Machine
 from launch.local.topology import choose_topology, for_gpus_of, refuse_missing_gpus
@@ -92,17 +92,17 @@ def load_index(recipe_file: Path, recipe: Recipe, overrides: Sequence[str]) -> I
     """The prepared index; starts `trainer.prepare` when it is missing or stale, or the base model is not there."""
     index = read_index(recipe)
     if index is None or not base_is_there(recipe):
-        prepare(recipe_file, overrides)
+        start_prepare(recipe_file, overrides)
         index = read_index(recipe)
     else:  # `prepare` says it itself
-        for line in summary(known_notes(recipe) or []):
+        for line in summarize_notes(known_notes(recipe) or []):
             log_stderr(f"{recipe.data.dataset}: {line}")
     if index is None:
         raise RunError(f"{recipe_file}: prepare ended without an index; run `samestep prepare {recipe_file}`")
     return index
 
 
-def prepare(recipe_file: Path, overrides: Sequence[str], *, vision: bool = False) -> None:
+def start_prepare(recipe_file: Path, overrides: Sequence[str], *, vision: bool = False) -> None:
     """Run `trainer.prepare` in a child, so that this process stays without torch; `vision`: its features too."""
     flags = [word for override in overrides for word in ("--set", override)]
     call_module("trainer.prepare", [str(recipe_file), *flags, *(["--vision"] if vision else [])])
@@ -190,7 +190,7 @@ def is_done(planned: PlannedRun) -> bool:
 
 
 def describe_start(planned: PlannedRun, request: RunRequest) -> str:
-    """In one line, where the request would begin, go on, or find the run done. Writes nothing.
+    """Say in one line where the request would begin, go on, or find the run done. Writes nothing.
 
     Raises CheckpointError where training would be refused: the run has a result, and no checkpoint to go on from.
     """
@@ -241,7 +241,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def moved_aside(run: RunDirectory, fresh: bool) -> Iterator[Path | None]:
-    """With `fresh`, rename an existing run to <name>.<timestamp>; back, when the block fails and leaves no other.
+    """Rename an existing run to <name>.<timestamp> when `fresh`; back, when the block fails and leaves no other.
 
     Gives its name meanwhile; None where nothing was in the way.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
@@ -14,11 +13,12 @@ from launch.local.launcher import child_environment, trainer_command
 from launch.local.topology import choose_topology, refuse_missing_gpus
 from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import Target, missing_models
+from launch.run.merge_options import MergeOptions
 from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
 from launch.subprocesses import ChildError, call_module, wait_for
 
 
-def evaluate(
+def start_evaluate(
     target: Target, models: Sequence[str], arguments: Sequence[str], gpus_per_node: int | None
 ) -> None:
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
@@ -56,36 +56,10 @@ def _folder_of(run: RunDirectory) -> Iterator[None]:
             run.path.rmdir()
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """What `samestep merge` and `consolidate` pass on; None and empty where nothing was said."""
-
-    base: str | None = None
-    dtype: str | None = None
-    recipe: str | None = None
-    adapter_config: Path | None = None
-    lora_alpha: float | None = None
-    base_model: str | None = None
-    allow: Sequence[str] = ()
-
-    def flags(self, *names: str) -> list[str]:
-        """The command line of those named that were given."""
-        given = [(name, getattr(self, name)) for name in names]
-        return [
-            word
-            for name, value in given
-            if value is not None
-            for word in (
-                f"--{name.replace('_', '-')}",
-                f"{value:g}" if isinstance(value, float) else str(value),
-            )
-        ]
-
-
 _OF_THE_ADAPTER = ("adapter_config", "lora_alpha", "base_model")
 
 
-def merge(
+def start_merge(
     source: str, output: Path | None, options: MergeOptions, compare: bool | None, runs_dir: Path
 ) -> bool:
     """Start `trainer.export.merge`, then the comparison of its result. ChildError when either fails.
@@ -144,7 +118,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
         echo(f"{output}: was of another adapter; that one is now {old}")
 
 
-def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
+def start_consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
     """Start `trainer.export.consolidate`. ChildError when it fails."""
     folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
     call_module("trainer.export.consolidate", [str(folder), "--output", str(output), *flags])
@@ -153,7 +127,7 @@ def consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path
 def _find_source(source: str, runs_dir: Path) -> Path:
     """A run by name below `runs_dir`, or a folder or file by path. ConfigError when there is none."""
     named = runs_dir.expanduser() / source
-    found = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
-    if not found.exists():
-        raise ConfigError(f"{source}: no such run or folder ({named}, {found}); see --runs-dir")
-    return found
+    folder = named if len(Path(source).parts) == 1 and named.is_dir() else Path(source).expanduser()
+    if not folder.exists():
+        raise ConfigError(f"{source}: no such run or folder ({named}, {folder}); see --runs-dir")
+    return folder

@@ -11,12 +11,12 @@ from launch.planning.plan import Plan, samples_consumed
 from launch.units import age, megabytes
 from launch.untrusted_files import printable
 
-COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
+CHECKPOINT_COLUMNS = ("step", "form", "world size", "strategy", "MB", "age", "state")
 _UNKNOWN = "?"
 
 
-def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
-    """A row of `COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
+def table_rows(checkpoints: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
+    """A row of `CHECKPOINT_COLUMNS` for each checkpoint. `now`: seconds since 1970, as the ages are counted from."""
     return [
         (
             str(checkpoint.step),
@@ -27,11 +27,11 @@ def rows(found: Sequence[Checkpoint], now: float) -> list[tuple[str, ...]]:
             _age_of(checkpoint, now),
             _state(checkpoint),
         )
-        for checkpoint in found
+        for checkpoint in checkpoints
     ]
 
 
-def as_objects(found: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+def as_objects(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """What `samestep checkpoints --json` prints: for each checkpoint its step, state, size in bytes and problems."""
     return [
         {
@@ -44,20 +44,20 @@ def as_objects(found: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "state": _state(checkpoint),
             "problems": list(checkpoint.problems),
         }
-        for checkpoint in found
+        for checkpoint in checkpoints
     ]
 
 
-def reasons(found: Sequence[Checkpoint], plan: Plan | None = None) -> list[str]:
+def reasons(checkpoints: Sequence[Checkpoint], plan: Plan | None = None) -> list[str]:
     """The lines below the table: where resuming would go on by the run's plan, then every reason why not elsewhere."""
-    valid = [checkpoint for checkpoint in found if checkpoint.valid]
+    valid = [checkpoint for checkpoint in checkpoints if checkpoint.valid]
     if valid:
         where = _does_not_fit(valid[-1], plan) or f"go on from step {valid[-1].step}"
-    elif any(checkpoint.published for checkpoint in found):
+    elif any(checkpoint.published for checkpoint in checkpoints):
         where = "be refused: every published checkpoint is damaged"
     else:
         where = "begin anew: none was published yet"
-    return [f"resuming would {where}", *(line for checkpoint in found for line in checkpoint.problems)]
+    return [f"resuming would {where}", *(line for checkpoint in checkpoints for line in checkpoint.problems)]
 
 
 def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:

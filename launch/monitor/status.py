@@ -66,6 +66,7 @@ class Status:
         return self.preempted + self.timed_out + self.crashed + self.node_fail
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields by their names, as `samestep status --json` prints them."""
         return {**asdict(self), "requeued": self.requeued}
 
 
@@ -265,10 +266,11 @@ def _newest_checkpoint(run: RunDirectory) -> tuple[int | None, float | None]:
 
 
 def job_of(book: Ledger, show_job: Callable[[str], JobFacts | None]) -> JobFacts | None:
+    """Return what Slurm knows of the newest job; None where there is no job or no word of it."""
     return show_job(book.job) if book.job else None
 
 
 def current_state(run: RunDirectory, book: Ledger, job: JobFacts | None, now: float) -> tuple[State, str]:
-    """As `state_of`, from the run's folder."""
+    """Return the state as `state_of`, from the run's folder."""
     holder, begun = lock_holder(run.path), run.environment_file.exists()
     return state_of(read_marker(run), book, job, holder, begun, now)

@@ -11,7 +11,7 @@ from launch.untrusted_files import printable, printable_lines
 
 _LONGEST_REASON = 1000  # characters; a marker may hold every problem of a recipe
 
-COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
+STATUS_COLUMNS = ("run", "state", "step", "samples/s", "loss", "checkpoint", "expected end", "restarts")
 
 
 _BY_USE = ("expected end", "loss", "checkpoint", "restarts", "samples/s")  # the last is left out first
@@ -27,7 +27,7 @@ _BORDER = 3  # characters that a table puts beside every column
 
 
 def row(status: Status, now: float) -> tuple[str, ...]:
-    """A row of `COLUMNS`."""
+    """A row of `STATUS_COLUMNS`."""
     because = printable_lines(status.because)
     because = because if len(because) <= _LONGEST_REASON else f"{because[:_LONGEST_REASON]}..."
     why = f" ({because})" if because else ""
@@ -47,13 +47,13 @@ def row(status: Status, now: float) -> tuple[str, ...]:
 
 
 def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
-    """The `COLUMNS` that a table of `width` characters has room for beside whole names and readable reasons.
+    """The `STATUS_COLUMNS` that a table of `width` characters has room for beside whole names and readable reasons.
 
     The most useful ones that fit; those that say nothing only where all others do. Where there is no room even for
     names and reasons, these fold.
     """
-    kept = [COLUMNS.index(name) for name in ("run", "state", "step")]
-    for column in sorted(map(COLUMNS.index, _BY_USE), key=lambda column: _says_nothing(column, rows)):
+    kept = [STATUS_COLUMNS.index(name) for name in ("run", "state", "step")]
+    for column in sorted(map(STATUS_COLUMNS.index, _BY_USE), key=lambda column: _says_nothing(column, rows)):
         if has_room(width, rows, (*kept, column)):
             kept.append(column)
     return sorted(kept)
@@ -67,14 +67,18 @@ def has_room(width: int, rows: Sequence[Sequence[str]], columns: Sequence[int]) 
 def missed(rows: Sequence[Sequence[str]], kept: Sequence[int]) -> list[str]:
     """The names of those columns that are not `kept` and would say something."""
     return [
-        name for column, name in enumerate(COLUMNS) if column not in kept and not _says_nothing(column, rows)
+        name
+        for column, name in enumerate(STATUS_COLUMNS)
+        if column not in kept and not _says_nothing(column, rows)
     ]
 
 
 def _needed(column: int, rows: Sequence[Sequence[str]]) -> int:
     """Characters of a column; of the state, with its reason on `_STATE_LINES`."""
-    natural = max(map(len, [COLUMNS[column], *(line for row in rows for line in row[column].splitlines())]))
-    if COLUMNS[column] != "state":
+    natural = max(
+        map(len, [STATUS_COLUMNS[column], *(line for row in rows for line in row[column].splitlines())])
+    )
+    if STATUS_COLUMNS[column] != "state":
         return natural
     least, most = _STATE_WIDTHS
     return min(natural, most, max(least, math.ceil(natural / _STATE_LINES)))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch.errors import ConfigError
-from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, load_of, memory_of
+from launch.planning.memory import Memory, memory_of
+from launch.planning.memory_load import Kernels, Load, Packed, Settings, load_of
 from launch.strategies import STRATEGIES
 from launch.units import GIB, gib
 
@@ -43,7 +44,7 @@ class Gpus:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchStatistics:
     """What the prepared data says about micro-batches.
 
     `longest`: tokens of the longest sample; `step_tokens`: the mean of a rank and step; `most_tokens`: of the
@@ -76,11 +77,11 @@ class ChosenSettings:
 
 def batches_of(
     split: Split, longest: int, global_batch_size: int, world_size: int, count: Callable[[int], int]
-) -> Batches:
+) -> BatchStatistics:
     """Count them from a training split; `longest`: of all splits."""
     tokens = split.tokens
     heaviest = int(np.sort(tokens)[-min(global_batch_size, len(tokens)) :].sum())
-    return Batches(
+    return BatchStatistics(
         longest=longest,
         step_tokens=float(tokens.mean()) * global_batch_size / world_size,
         most_tokens=max(longest, math.ceil(heaviest / world_size)),
@@ -90,13 +91,13 @@ def batches_of(
     )
 
 
-def choose(
+def choose_auto_settings(
     recipe: Recipe,
     gpus: Gpus,
     shape: ModelShape | str,
     strategy: str,
     world_size: int,
-    batches: Batches,
+    batches: BatchStatistics,
 ) -> ChosenSettings:
     """Choose the fastest settings that fit the GPU, as far as the recipe leaves them open; what is fixed is respected.
 
@@ -162,7 +163,7 @@ def _residencies(recipe: Recipe, strategy: str) -> Sequence[bool]:
     return [keep_dequantized]
 
 
-def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Load) -> float:
+def _tokens_of_work(batches: BatchStatistics, tokens: int, settings: Settings, load: Load) -> float:
     """Time of an optimizer step, in tokens through one forward: forward, backward and what is recomputed."""
     passes = 2 + (1 / settings.activation_checkpoint_every if settings.activation_checkpoint_every else 0)
     dequantizations = 0 if settings.keep_dequantized or not load.load_in_4bit else passes
@@ -171,7 +172,7 @@ def _tokens_of_work(batches: Batches, tokens: int, settings: Settings, load: Loa
 
 
 def _largest_budget(
-    recipe: Recipe, memory: int, load: Load, settings: Settings, batches: Batches
+    recipe: Recipe, memory: int, load: Load, settings: Settings, batches: BatchStatistics
 ) -> int | None:
     """Find the most tokens of a micro-batch that fit; None when the recipe's own, or the longest sample, does not."""
 
@@ -199,14 +200,14 @@ def _last(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
     return low
 
 
-def _evened_out(tokens: int, batches: Batches) -> int:
+def _evened_out(tokens: int, batches: BatchStatistics) -> int:
     """Find the smallest budget with as few micro-batches: they then hold about as much each."""
     count = batches.count(tokens)
     more = _last(batches.longest, tokens, lambda budget: batches.count(budget) > count)
     return batches.longest if more is None else min(tokens, more + 1)
 
 
-def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) -> ChosenSettings:
+def _cautious(recipe: Recipe, batches: BatchStatistics, load: Load | None, reason: str) -> ChosenSettings:
     """What needs little memory, whatever there is of it."""
     budget, every = recipe.batch.micro_batch_tokens, recipe.training.gradient_checkpointing
     tokens = CAUTIOUS_SAMPLES * batches.longest if budget == "auto" else budget
@@ -216,7 +217,7 @@ def _cautious(recipe: Recipe, batches: Batches, load: Load | None, reason: str) 
     return ChosenSettings(tokens, settings, memory, reason)
 
 
-def _too_large(recipe: Recipe, memory: int, load: Load, batches: Batches) -> ChosenSettings:
+def _too_large(recipe: Recipe, memory: int, load: Load, batches: BatchStatistics) -> ChosenSettings:
     """Nothing fits, says the arithmetic: the least that the recipe allows, for the first micro-batch to decide."""
     least = _cautious(recipe, batches, load, "")
     budget = recipe.batch.micro_batch_tokens

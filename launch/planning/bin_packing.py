@@ -1,6 +1,7 @@
 """Packing the samples of a step into groups: best-fit decreasing, and the largest first to the lightest (LPT).
 
-Pure functions in whole numbers, as `launch.planning.load_balance` which uses them.
+Pure functions in whole numbers, as `launch.planning.load_balance` which uses them. Our own because the packers of trl
+and datasets pack a whole data set into rows, not the samples of one step into a given number of groups.
 """
 
 import heapq
@@ -18,7 +19,7 @@ def members_of(group_of: list[int], count: int) -> Groups:
     return groups
 
 
-def spread(weights: Sequence[int], count: int, most: int | None = None) -> list[int]:
+def balance(weights: Sequence[int], count: int, most: int | None = None) -> list[int]:
     """Assign a group to each weight: heaviest first, to the lightest group, at most `most` to each (LPT)."""
     group_of = [0] * len(weights)
     heap = [(0, 0, group) for group in range(count)]
@@ -32,9 +33,9 @@ def spread(weights: Sequence[int], count: int, most: int | None = None) -> list[
     return group_of
 
 
-def pack(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:
+def pack_into(lengths: Sequence[int], members: Sequence[int], budget: int, count: int) -> Groups | None:
     """`members` in `count` groups of at most `budget` tokens, as even as they come; None: they do not fit."""
-    group_of = spread([lengths[i] for i in members], count)
+    group_of = balance([lengths[i] for i in members], count)
     groups: Groups = [[] for _ in range(count)]
     for member, group in zip(members, group_of, strict=True):
         groups[group].append(member)
@@ -51,7 +52,7 @@ def fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
     filled = [list(group) for group in groups]
     for empty in [group for group in filled if not group]:
         whole = max(filled, key=lambda group: (len(group) > 1, total(group, lengths)))
-        halves = members_of(spread([lengths[i] for i in whole], 2), 2)
+        halves = members_of(balance([lengths[i] for i in whole], 2), 2)
         if not halves[1]:
             break
         empty[:], whole[:] = [whole[i] for i in halves[1]], [whole[i] for i in halves[0]]
@@ -59,6 +60,7 @@ def fill_empty(groups: Groups, lengths: Sequence[int]) -> Groups:
 
 
 def total(group: Sequence[int], weights: Sequence[int]) -> int:
+    """Add up the weights of a group's members."""
     return sum(weights[i] for i in group)
 
 

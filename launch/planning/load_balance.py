@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from launch.errors import ConfigError
 from launch.planning.bin_packing import (
     Groups,
+    balance,
     best_fit_decreasing,
     fill_empty,
     largest_first,
     members_of,
-    pack,
-    spread,
+    pack_into,
     total,
 )
 
@@ -136,11 +136,11 @@ def _assign_samples_first(
     lengths: list[int], work: list[int], world_size: int, budget: int, micro_batches: int
 ) -> list[Groups] | None:
     """Balance samples over ranks, then pack each rank; None when the samples of some rank do not fit."""
-    greedy = spread(work, world_size)
+    greedy = balance(work, world_size)
     rank_of = _level(work, lengths, greedy, list(range(world_size)), budget=sum(lengths))
     ranks = []
     for members in members_of(rank_of, world_size):
-        groups = pack(lengths, members, budget, micro_batches)
+        groups = pack_into(lengths, members, budget, micro_batches)
         if groups is None:
             return None
         ranks.append(groups)
@@ -152,14 +152,14 @@ def _assign_bins_first(
 ) -> list[Groups]:
     """Pack the whole step, assign the bins to ranks, then level by swaps that keep bins within the budget."""
     bins = world_size * micro_batches
-    packed = pack(lengths, range(len(lengths)), budget, bins)
+    packed = pack_into(lengths, range(len(lengths)), budget, bins)
     if packed is None:
         raise AssertionError(f"best-fit decreasing packed {len(lengths)} samples into at most {bins} before")
     bin_of = [0] * len(lengths)
     for index, members in enumerate(packed):
         for member in members:
             bin_of[member] = index
-    rank_of_bin = spread([total(members, work) for members in packed], world_size, most=micro_batches)
+    rank_of_bin = balance([total(members, work) for members in packed], world_size, most=micro_batches)
     levelled = members_of(_level(work, lengths, bin_of, rank_of_bin, budget), bins)
     ranks: list[Groups] = [[] for _ in range(world_size)]
     for rank, members in zip(rank_of_bin, levelled, strict=True):
@@ -202,6 +202,7 @@ class RankBalancer:
         self.tries = 0
 
     def is_level(self) -> bool:
+        """Say whether the heaviest rank is as close to the mean as it has to be."""
         return (self.by_load[-1][0] - self.even) * _BALANCED <= self.even
 
     def lower_heaviest(self) -> bool:
@@ -222,8 +223,8 @@ class RankBalancer:
         return grown <= self.room[self.bin_of[take]] and -grown <= self.room[self.bin_of[give]]
 
     def _swap(self, heaviest: int, lighter: int, give: int, take: int) -> None:
-        given, grown = self.work[give] - self.work[take], self.lengths[give] - self.lengths[take]
-        for rank, change in ((heaviest, -given), (lighter, given)):
+        moved_work, grown = self.work[give] - self.work[take], self.lengths[give] - self.lengths[take]
+        for rank, change in ((heaviest, -moved_work), (lighter, moved_work)):
             del self.by_load[bisect_left(self.by_load, (self.loads[rank], rank))]
             self.loads[rank] += change
             insort(self.by_load, (self.loads[rank], rank))
@@ -259,8 +260,8 @@ def _best_swap(
         for run in (range(middle, end), range(middle - 1, -1, -1)):  # from g = gap / 2 outwards
             for at in run:
                 theirs, take = other[at]
-                given = mine - theirs
-                top = given if 2 * given > gap else gap - given
+                moved_work = mine - theirs
+                top = moved_work if 2 * moved_work > gap else gap - moved_work
                 if top >= best:
                     break
                 if fits(give, take):

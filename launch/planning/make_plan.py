@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from launch.inputs.families import read_shape
-from launch.planning.auto_settings import ChosenSettings, Gpus, batches_of, choose
+from launch.planning.auto_settings import ChosenSettings, Gpus, batches_of, choose_auto_settings
 from launch.planning.plan import Plan, PlannedSettings, RunHistory
 from launch.planning.run_steps import balanced_steps, least_budget, longest_of, whole_steps
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
-from launch.recipe.schema import Recipe, recipe_fingerprint
+from launch.recipe.fingerprint import recipe_fingerprint
+from launch.recipe.schema import Recipe
 from launch.rules.checks import refuse_request
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
@@ -97,7 +98,9 @@ def choose_settings(recipe: Recipe, index: Index, topology: Topology, begin: Str
     size = recipe.batch.global_batch_size
     batches = batches_of(train, longest_of(index), size, topology.world_size, micro_batches)
     gpus = Gpus(topology.device, topology.gpu_memory)
-    return choose(recipe, gpus, read_shape(recipe), topology.strategy, topology.world_size, batches)
+    return choose_auto_settings(
+        recipe, gpus, read_shape(recipe), topology.strategy, topology.world_size, batches
+    )
 
 
 def _settings(

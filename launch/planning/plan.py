@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import ConfigError
-from launch.planning.memory import Settings
+from launch.planning.memory_load import Settings
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
 from launch.strategies import STRATEGIES, Strategy

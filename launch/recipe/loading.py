@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from launch.errors import ConfigError
+from launch.hub_names import EMBEDDED
 from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.recipe.validation_errors import validation_errors
 from launch.resources import resource_folder, resource_names
 from launch.untrusted_files import parse_yaml, read_yaml, reason_of

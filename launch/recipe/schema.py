@@ -3,22 +3,12 @@
 Keys keep the names of the Hugging Face libraries (BitsAndBytesConfig, LoraConfig, SFTConfig), to be looked up there.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from launch.errors import ConfigError
-from launch.option_values import NAME_PATTERN, place
-from launch.recipe.split_names import FORMS as SPLIT_FORMS
-from launch.recipe.split_names import parse_split
-
-EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here, whatever folders there are
-_REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}"  # of git's names for a branch, those that the hub takes
+from launch.option_values import NAME_PATTERN
+from launch.recipe.contradictions import contradictions
 
 
 def _number(value: object) -> object:
@@ -287,166 +277,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _values_fit_each_other(self) -> "Recipe":
-        if problems := list(_contradictions(self)):
+        if problems := list(contradictions(self)):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """What no single field can see."""
-    data, training = recipe.data, recipe.training
-    yield from _wrong_splits(data)
-    yield from _wrong_metrics(recipe.evaluation.metrics)
-    if data.validation is None and (recipe.evaluation.answers or recipe.evaluation.early_stop):
-        yield "evaluation.answers: there is no validation split to ask (data.validation: null); name one"
-    if data.columns is not None and data.format not in ("auto", "columns"):
-        yield f"data.columns: is for data.format: columns, not {data.format}; drop one of the two"
-    if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
-        yield f"data.min_pixels: above max_pixels ({data.min_pixels} > {data.max_pixels}); swap or drop one"
-    if training.max_steps == 0:
-        yield "training.max_steps: 0 steps train nothing; give at least 1, or -1 for num_train_epochs"
-    if training.warmup_steps >= 1 and not training.warmup_steps.is_integer():
-        yield (
-            f"training.warmup_steps: not a whole number of steps ({training.warmup_steps}); "
-            "give a whole number, or a share of the steps below 1"
-        )
-    if training.lr_scheduler_type == "constant" and training.warmup_steps:
-        yield (
-            f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
-            "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
-        )
-    if recipe.checkpoint.keep_best == "accuracy" and not recipe.evaluation.answers:
-        yield (
-            "checkpoint.keep_best: accuracy is not measured during training (evaluation.answers: 0); set "
-            "evaluation.answers, or keep_best: eval_loss"
-        )
-    yield from _wrong_names(recipe)
-    if recipe.hub.push and not recipe.hub.repo_id:
-        yield "hub.repo_id: missing while hub.push is true; give owner/name, or set hub.push: false"
-
-
-def _wrong_splits(data: DataSection) -> Iterator[str]:
-    for key in ("train", "validation", "test"):
-        split = getattr(data, key)
-        try:
-            drawn = split is not None and parse_split(split).share > 0
-        except ValueError as error:
-            yield f"data.{key}: {split!r} {error}; write {SPLIT_FORMS}"
-            continue
-        if drawn and key == "train":
-            yield f"data.train: {split!r} draws rows to be left out of training; write it as data.validation"
-    if data.validation is not None and data.validation == data.test and "," in data.validation:
-        yield "data.test: draws the same rows as data.validation; name another split, or null"
-
-
-METRICS = ("relaxed_accuracy", "exact_match", "anls", "token_f1")
-
-
-def _wrong_metrics(names: list[str] | str) -> Iterator[str]:
-    for name in () if names == "auto" else names:
-        module, colon, function = name.rpartition(":")
-        if name not in METRICS and not (colon and module and function.isidentifier()):
-            yield (
-                f"evaluation.metrics: {name!r} is not {', '.join(METRICS)} or module:function; write for example "
-                "scores:close for the function close in scores.py beside the recipe"
-            )
-
-
-def _wrong_names(recipe: Recipe) -> Iterator[str]:
-    """What no folder and nothing on the hub can be called."""
-    for key, name in (
-        ("model.name_or_path", recipe.model.name_or_path),
-        ("data.dataset", recipe.data.dataset),
-    ):
-        if name == EMBEDDED:
-            continue
-        try:
-            path = place(key)(name)
-        except ConfigError as error:
-            yield str(error)
-            continue
-        is_path = name.startswith((".", "/", "~")) or path.is_dir()
-        if not is_path and (wrong := _not_of_the_hub(name)):
-            yield f"{key}: {name!a} is not a folder here and not a hub id (owner/name: {wrong}); correct the name"
-    for key, id_ in (("hub.repo_id", recipe.hub.repo_id), ("tracking.space_id", recipe.tracking.space_id)):
-        if id_ is not None and (wrong := _not_of_the_hub(id_)):
-            yield f"{key}: {id_!a} is not a hub id (owner/name: {wrong}); correct the name"
-    for key, revision in (("model.revision", recipe.model.revision), ("data.revision", recipe.data.revision)):
-        if not re.fullmatch(_REVISION, revision, re.ASCII) or ".." in revision or "//" in revision:
-            yield f"{key}: {revision!a} can be no branch, tag or commit; give one, such as main"
-    project = recipe.tracking.project
-    if not project.isprintable() or not project.strip() or len(project) > 200:
-        yield f"tracking.project: {project[:60]!a} cannot be a name ({len(project)} characters); give at most 200"
-
-
-def _not_of_the_hub(name: str) -> str | None:
-    """The hub's own rule, which huggingface_hub applies before any request; None: it can be an id."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return "1 to 96 of letters, digits, -, _ and . each, no -- or .., not .git at the end"
-    return None
 
 
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
-
-
-_LATER: dict[str, Any] = {
-    "data.format": "auto",
-    "data.columns": None,
-    "data.chat_template": None,
-    "evaluation.metrics": "auto",
-    "lora.use_rslora": False,
-    "lora.use_dora": False,
-    "lora.rank_pattern": {},
-    "lora.alpha_pattern": {},
-}
-"""Keys that recipes of older versions do not have, with the values that mean what those versions did."""
-
-
-def later_values(recipe: Recipe) -> set[str]:
-    """Dotted keys that say nothing an older version did not mean: no fingerprint counts them."""
-    return {
-        key
-        for key, value in _LATER.items()
-        if getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2]) == value
-    }
-
-
-def altering_values(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of everything that alters the numbers of a run: equal values, same run."""
-    values = recipe.model_dump(mode="json")
-    flat = {
-        f"{section}.{key}": value
-        for section in values
-        if isinstance(values[section], dict)
-        for key, value in values[section].items()
-    }
-    harmless = {
-        "data.on_bad_row",
-        "data.vision_cache",
-        "model.resident_weights",
-        "batch.micro_batch_tokens",
-        "training.logging_steps",
-        "training.gradient_checkpointing",
-        "training.dataloader_num_workers",
-    }
-    harmless |= later_values(recipe)
-    if (
-        recipe.data.chat_template is not None
-    ):  # where it lies is no matter: its content is part of the identity
-        flat["data.chat_template"] = Path(recipe.data.chat_template).name
-    if recipe.model.products == "bf16":
-        harmless.add("model.products")  # as in the runs of before there was a choice
-    sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
-    return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
-
-
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """sha256 of the altering values, hexadecimal."""
-    return hashlib.sha256(json.dumps(altering_values(recipe), sort_keys=True).encode()).hexdigest()

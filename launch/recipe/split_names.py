@@ -47,16 +47,16 @@ def parse_split(text: str) -> SplitRows:
         if not 0 < share < 100:
             raise ValueError(f"{share:g} % of a split cannot be drawn (above 0, below 100)")
         return SplitRows(drawn["name"], share=share)
-    found = _SLICE.fullmatch(text)
-    if found is None:
+    match = _SLICE.fullmatch(text)
+    if match is None:
         raise ValueError("is not a split")
-    begin, end = found["begin"], found["end"]
+    begin, end = match["begin"], match["end"]
     for bound in (begin, end):
         if bound and bound.endswith("%") and int(bound[:-1]) > 100:
             raise ValueError(f"has a bound above 100 % ({bound})")
     if end in ("0", "0%") or (begin and end and _same_unit(begin, end) and _number(begin) >= _number(end)):
         raise ValueError("holds no row")
-    return SplitRows(found["name"], begin, end)
+    return SplitRows(match["name"], begin, end)
 
 
 def drawn_rows(count: int, share: float) -> NDArray[np.int64]:
@@ -80,12 +80,12 @@ def rows_of_split(split: str, count: int, drawn_out: tuple[str, ...] = ()) -> ND
     """
     import numpy as np
 
-    wanted = parse_split(split)
-    if wanted.share:
-        return drawn_rows(count, wanted.share)
-    rows = np.arange(*wanted.bounds(count), dtype=np.int64)
+    parsed = parse_split(split)
+    if parsed.share:
+        return drawn_rows(count, parsed.share)
+    rows = np.arange(*parsed.bounds(count), dtype=np.int64)
     for other in map(parse_split, drawn_out):
-        if other.share and other.name == wanted.name:
+        if other.share and other.name == parsed.name:
             rows = rows[~np.isin(rows, drawn_rows(count, other.share))]
     return rows
 

@@ -115,7 +115,7 @@ def _points(
     lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]
 ) -> list[tuple[float, float]]:
     """(step, value) of the lines that have one, at most `POINTS`: then means of equally many steps."""
-    known = [(float(line["step"]), found) for line in lines if (found := value(line)) is not None]
+    known = [(float(line["step"]), number) for line in lines if (number := value(line)) is not None]
     width = math.ceil(len(known) / POINTS)
     if width <= 1:
         return known

@@ -20,7 +20,7 @@ OVERALL = "all questions"
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """What a variant said to one question, and whether it counts as right."""
 
     text: str
@@ -28,25 +28,25 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class AnsweredQuestion:
     """One row of a split, with the answer of every variant. `kind`: human or augmented, empty where not known."""
 
     row: int
     text: str
     target: str
     kind: str
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, ScoredAnswer]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFile:
     """One evaluation file of a run. `variants`: what answered, in the file's order."""
 
     run: str
     file: Path
     split: str
     variants: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[AnsweredQuestion, ...]
     metric: str = "relaxed_accuracy"
 
     @property
@@ -69,7 +69,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Pair:
+class VariantPair:
     """Two series of answers to the same questions. `gained`: wrong before, right after; `p`: McNemar's exact test."""
 
     before: str
@@ -80,7 +80,7 @@ class Pair:
     p: float
 
 
-def read_evaluations(run: RunDirectory) -> tuple[list[Evaluation], list[str]]:
+def read_evaluation_files(run: RunDirectory) -> tuple[list[EvaluationFile], list[str]]:
     """(every evaluation of the run, the whole test split first; why others cannot be shown)."""
     files = sorted(
         (file for file in run.path.iterdir() if _FILE.fullmatch(file.name)),
@@ -99,16 +99,16 @@ def read_evaluations(run: RunDirectory) -> tuple[list[Evaluation], list[str]]:
     return [each for each in evaluations if each.questions and each.variants], problems
 
 
-def _evaluation(run: str, file: Path, content: Mapping[str, Any]) -> Evaluation:
+def _evaluation(run: str, file: Path, content: Mapping[str, Any]) -> EvaluationFile:
     variants = tuple(str(variant) for variant in content["accuracy"])
     questions = tuple(
-        Question(
+        AnsweredQuestion(
             row=int(each["row"]),
             text=str(each["query"]),
             target=str(each["label"][0]),
             kind=_KINDS.get(each.get("human_or_machine"), ""),
             answers={
-                variant: Answer(str(each[variant]["prediction"]), bool(each[variant]["correct"]))
+                variant: ScoredAnswer(str(each[variant]["prediction"]), bool(each[variant]["correct"]))
                 for variant in variants
             },
         )
@@ -116,10 +116,10 @@ def _evaluation(run: str, file: Path, content: Mapping[str, Any]) -> Evaluation:
     )
     # The first of the recipe's metrics decides what counts as right. Older versions knew relaxed accuracy alone.
     metric = str(next(iter(content.get("metrics", {})), "relaxed_accuracy"))
-    return Evaluation(run, file, str(content["split"]), variants, questions, metric)
+    return EvaluationFile(run, file, str(content["split"]), variants, questions, metric)
 
 
-def scores(evaluation: Evaluation, variant: str) -> dict[str, Score]:
+def scores(evaluation: EvaluationFile, variant: str) -> dict[str, Score]:
     """The score of a variant on all questions and, where there are several, on every kind of question."""
     kinds = sorted({question.kind for question in evaluation.questions} - {""}, reverse=True)
     groups = {OVERALL: list(evaluation.questions)}
@@ -137,7 +137,7 @@ def _score(outcomes: Sequence[bool]) -> Score:
     return Score(correct, count, 100 * correct / count, 100 * low, 100 * high)
 
 
-def pairs_of(evaluation: Evaluation) -> list[Pair]:
+def pairs_of(evaluation: EvaluationFile) -> list[VariantPair]:
     """The base with every other variant, and the adapter with every one that is not the base."""
     first = "base" if "base" in evaluation.variants else evaluation.variants[0]
     pairs = [(first, variant) for variant in evaluation.variants if variant != first]
@@ -149,7 +149,7 @@ def pairs_of(evaluation: Evaluation) -> list[Pair]:
     ]
 
 
-def pair_runs(first: Evaluation, second: Evaluation, variant: str) -> Pair | None:
+def pair_runs(first: EvaluationFile, second: EvaluationFile, variant: str) -> VariantPair | None:
     """A variant of two runs on the questions that both were asked; None where they share none."""
     others = {(each.row, each.text, each.target): each for each in second.questions}
     shared = [
@@ -160,8 +160,8 @@ def pair_runs(first: Evaluation, second: Evaluation, variant: str) -> Pair | Non
     return _pair(f"{first.run} {variant}", f"{second.run} {variant}", shared) if shared else None
 
 
-def _pair(before: str, after: str, answers: Sequence[tuple[Answer, Answer]]) -> Pair:
+def _pair(before: str, after: str, answers: Sequence[tuple[ScoredAnswer, ScoredAnswer]]) -> VariantPair:
     old, new = [each.correct for each, _ in answers], [each.correct for _, each in answers]
     gained = sum(b < a for b, a in zip(old, new, strict=True))
     lost = sum(b > a for b, a in zip(old, new, strict=True))
-    return Pair(before, after, len(answers), gained, lost, mcnemar(old, new))
+    return VariantPair(before, after, len(answers), gained, lost, mcnemar(old, new))

@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from launch.errors import SamestepError
-from launch.report.evaluations import Answer, Evaluation, Question
+from launch.report.evaluations import AnsweredQuestion, EvaluationFile, ScoredAnswer
 from launch.report.records import RunRecords
 from launch.subprocesses import call_module
 from launch.untrusted_files import UNREADABLE, read_bytes
@@ -32,8 +32,8 @@ class Column:
 class Card:
     """One question with its answers, in the columns' order (None: not asked), and the chart as a data URI."""
 
-    question: Question
-    answers: tuple[Answer | None, ...]
+    question: AnsweredQuestion
+    answers: tuple[ScoredAnswer | None, ...]
     image: str = ""
 
 
@@ -78,7 +78,7 @@ def make_gallery(runs: Sequence[RunRecords]) -> Gallery | None:
     return Gallery(columns, tuple(shown), before, after, len(cards), note)
 
 
-def _of_split(run: RunRecords, split: str) -> Evaluation | None:
+def _of_split(run: RunRecords, split: str) -> EvaluationFile | None:
     return next((each for each in run.evaluations if each.split == split), None)
 
 
@@ -92,11 +92,11 @@ def _compared(columns: Sequence[Column]) -> tuple[int, int]:
     return (bases[0] if bases else 0), after
 
 
-def _all_cards(first: Evaluation, evaluations: Sequence[Evaluation]) -> list[Card]:
+def _all_cards(first: EvaluationFile, evaluations: Sequence[EvaluationFile]) -> list[Card]:
     known = [{(q.row, q.text, q.target): q for q in each.questions} for each in evaluations]
     cards = []
     for question in first.questions:
-        answers: list[Answer | None] = []
+        answers: list[ScoredAnswer | None] = []
         for each, questions in zip(evaluations, known, strict=True):
             same = questions.get((question.row, question.text, question.target))
             answers += [same.answers[variant] if same else None for variant in each.variants]
@@ -121,7 +121,9 @@ def _spread(cards: Sequence[Card], most: int) -> list[Card]:
     return [cards[position * len(cards) // count] for position in range(count)]
 
 
-def _read_images(run: RunRecords, evaluation: Evaluation, rows: Sequence[int]) -> tuple[dict[int, str], str]:
+def _read_images(
+    run: RunRecords, evaluation: EvaluationFile, rows: Sequence[int]
+) -> tuple[dict[int, str], str]:
     """(data URI of the chart of each row, why there are none): read by a child of the trainer's side, which knows
     every form of dataset."""
     with tempfile.TemporaryDirectory(prefix="samestep-report-") as folder:

@@ -17,7 +17,7 @@ from launch.monitor.status import Status, status_of
 from launch.planning.plan import Plan
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
-from launch.report.evaluations import Evaluation, read_evaluations
+from launch.report.evaluations import EvaluationFile, read_evaluation_files
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
 from launch.slurm.attempts import Attempt, read_ledger
@@ -50,13 +50,14 @@ class RunRecords:
     losses: list[dict[str, Any]]
     attempts: tuple[Attempt, ...]
     checkpoints: list[Checkpoint]
-    evaluations: list[Evaluation]
+    evaluations: list[EvaluationFile]
     merges: list[Merge]
     adapter_digest: str | None
     problems: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.run.name
 
     @property
@@ -76,7 +77,7 @@ def read_records(run: RunDirectory) -> RunRecords:
         ConfigError: its recipe or plan cannot be read.
     """
     problems: list[str] = []
-    evaluations, unreadable = read_evaluations(run)
+    evaluations, unreadable = read_evaluation_files(run)
     return RunRecords(
         run=run,
         recipe=load_recipe(run.recipe_file),
@@ -177,7 +178,7 @@ class Sameness:
     largest_loss_difference: float | None
 
 
-def compare_steps(first: RunRecords, second: RunRecords) -> Sameness:
+def sameness_of(first: RunRecords, second: RunRecords) -> Sameness:
     """Samples and losses of the steps that both runs took."""
     others = {step["step"]: step for step in second.steps}
     common = [(step, others[step["step"]]) for step in first.steps if step["step"] in others]

@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from launch.checkpoints.scan import Checkpoint
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.hub_names import EMBEDDED
+from launch.recipe.schema import Recipe
 from launch.report.records import Merge, RunRecords, number, total_seconds
 from launch.slurm.attempts import Attempt
 from launch.units import age, gib, megabytes

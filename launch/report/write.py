@@ -13,16 +13,16 @@ from typing import Any
 from launch.atomic_files import atomic_write, refuse_readonly
 from launch.errors import ConfigError
 from launch.planning.plan_table import plan_rows
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from launch.report import words
 from launch.report.curves import curves, median_speed
-from launch.report.evaluations import OVERALL, Evaluation, Pair, pair_runs, pairs_of, scores
+from launch.report.evaluations import OVERALL, EvaluationFile, VariantPair, pair_runs, pairs_of, scores
 from launch.report.gallery import Gallery, make_gallery
-from launch.report.records import RunRecords, compare_steps, read_records
+from launch.report.records import RunRecords, read_records, sameness_of
 from launch.run.directory import RunDirectory
 from launch.versions import version_line
 
-REPORT = "report.html"
+REPORT_FILE = "report.html"
 _PAGE = Path(__file__).parent / "page"
 VARIANTS = {
     "base": "the base model, as it was before training",
@@ -32,7 +32,7 @@ VARIANTS = {
 }
 
 
-METRICS = {
+METRIC_TITLES = {
     "relaxed_accuracy": "relaxed accuracy: a number may be off by 5 %, a text must be equal",
     "exact_match": "exact match, but for case, articles and punctuation",
 }
@@ -49,9 +49,9 @@ def write_report(runs: Sequence[RunDirectory], output: Path | None = None) -> Pa
     if len({run.path for run in runs}) < len(runs):
         raise ConfigError("RUN: the same run is named twice; name every run once")
     folder = runs[0].path if len(runs) == 1 else runs[0].path.parent
-    file = (output or folder / REPORT).absolute()
+    file = (output or folder / REPORT_FILE).absolute()
     if file.is_dir():
-        raise ConfigError(f"--output: {file} is a folder; name a file, such as {file / REPORT}")
+        raise ConfigError(f"--output: {file} is a folder; name a file, such as {file / REPORT_FILE}")
     if not file.parent.is_dir():
         raise ConfigError(f"--output: {file.parent} is no folder; make it, or choose another")
     refuse_readonly(file.parent, "the report")
@@ -81,7 +81,7 @@ def render(runs: Sequence[RunRecords], gallery: Gallery | None) -> str:
         gallery=gallery,
         charts={"curves": curves(runs), "accuracy": _accuracy_chart(runs)},
         pairs=_pairs_between(runs),
-        sameness=[compare_steps(first, second) for first, second in combinations(runs, 2)],
+        sameness=[sameness_of(first, second) for first, second in combinations(runs, 2)],
         differing=_differing_values(runs),
         style=_source("style.css"),
         script=script,
@@ -167,12 +167,12 @@ def _facts(records: RunRecords) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _evaluation(evaluation: EvaluationFile) -> dict[str, Any]:
     by_variant = {variant: scores(evaluation, variant) for variant in evaluation.variants}
     return {
         "title": evaluation.title,
         "file": evaluation.file.name,
-        "metric": METRICS.get(evaluation.metric, evaluation.metric),
+        "metric": METRIC_TITLES.get(evaluation.metric, evaluation.metric),
         "groups": list(next(iter(by_variant.values()))),
         "variants": [
             (variant, _meaning(variant), list(of_variant.values()))
@@ -209,7 +209,7 @@ def _accuracy_chart(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     return rows
 
 
-def _pairs_between(runs: Sequence[RunRecords]) -> list[Pair]:
+def _pairs_between(runs: Sequence[RunRecords]) -> list[VariantPair]:
     """Every variant that two runs have, on the same questions of the same split."""
     pairs = []
     for first, second in combinations(runs, 2):
@@ -217,8 +217,8 @@ def _pairs_between(runs: Sequence[RunRecords]) -> list[Pair]:
             theirs = next((each for each in second.evaluations if each.split == mine.split), None)
             if theirs is not None:
                 shared = [variant for variant in mine.variants if variant in theirs.variants]
-                found = (pair_runs(mine, theirs, variant) for variant in shared)
-                pairs += [pair for pair in found if pair is not None]
+                paired = (pair_runs(mine, theirs, variant) for variant in shared)
+                pairs += [pair for pair in paired if pair is not None]
     return pairs
 
 

@@ -8,8 +8,9 @@ from launch.errors import ConfigError
 from launch.recipe.schema import Recipe
 from launch.rules.accelerate_config import LaunchConfig
 from launch.rules.config_rules import CONFIG_RULES
+from launch.rules.machine_rules import MACHINE_RULES
 from launch.rules.request import PlanRequest, Rule
-from launch.rules.request_rules import DATA_RULES, MACHINE_RULES, REQUEST_RULES, SCHEMA_RULES
+from launch.rules.request_rules import DATA_RULES, REQUEST_RULES, SCHEMA_RULES
 from launch.strategies import STRATEGIES
 
 

@@ -47,6 +47,7 @@ class PlanRequest:
 
     @property
     def world_size(self) -> int:
+        """All processes, of all nodes."""
         return self.nodes * self.gpus_per_node
 
 

@@ -187,7 +187,7 @@ def tie_contents(allowed: Sequence[str], contents: Mapping[str, str]) -> list[st
 
 
 def still_allowed(before: Sequence[str], allow: Sequence[str]) -> list[str]:
-    """Of what was allowed before, what a new request does not allow anew."""
+    """Return those of the values allowed before that a new request does not allow anew."""
     anew = [
         key for key in (*PARTS, *CONTENT_KEYS) if not {key, *_MAKE_CONTENT.get(key, ())}.isdisjoint(allow)
     ]

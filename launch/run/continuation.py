@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from launch.checkpoints.adapter_file import CONFIG
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
 from launch.errors import CheckpointError, ConfigError
@@ -18,8 +18,8 @@ from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.planning.plan import Plan, RunHistory, SamplesDigest
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import altering_values
 from launch.run.changes import (
     OTHER_RUN,
     Change,
@@ -104,14 +104,14 @@ def _has_begun(run: RunDirectory) -> bool:
 def refuse_lost_checkpoints(
     run: RunDirectory, passed_over: Sequence[Checkpoint] = (), begins_at: int = 0
 ) -> None:
-    """Where no checkpoint is valid, and training would begin anew in the place of what was there.
+    """Refuse to begin anew in the place of what was there, where no checkpoint is valid any more.
 
     `passed_over`: those that cannot be used; `begins_at`: the step that the run's plan goes on from.
 
     Raises:
         CheckpointError: the run has a result, checkpoints or a beginning that would be lost.
     """
-    if (run.adapter / CONFIG).is_file() and not run.checkpoints():
+    if (run.adapter / ADAPTER_CONFIG).is_file() and not run.checkpoints():
         raise CheckpointError(
             f"{run.adapter}: the run has a result and no checkpoint to go on from (0 are left); bring one back from "
             "a copy, or begin anew with --fresh"

@@ -43,26 +43,32 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
+        """The name of the run: that of its folder."""
         return self.path.name
 
     @property
     def recipe_file(self) -> Path:
+        """The recipe as it was resolved, overrides included."""
         return self.path / "recipe.yaml"
 
     @property
     def plan_file(self) -> Path:
+        """The plan of the newest attempt."""
         return self.path / "plan.json"
 
     @property
     def environment_file(self) -> Path:
+        """The machine and its versions."""
         return self.path / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
+        """One line for each optimizer step."""
         return self.path / "metrics.jsonl"
 
     @property
     def evaluations_file(self) -> Path:
+        """One line for each evaluation during training."""
         return self.path / "evaluations.jsonl"
 
     @property
@@ -77,10 +83,12 @@ class RunDirectory:
 
     @property
     def adapter(self) -> Path:
+        """The result, in PEFT's format."""
         return self.path / "adapter"
 
     @property
     def best_adapter(self) -> Path:
+        """The adapter of the best evaluation, with `checkpoint.keep_best`."""
         return self.path / "adapter-best"
 
     @property
@@ -90,10 +98,12 @@ class RunDirectory:
 
     @property
     def merged(self) -> Path:
+        """The model merged onto the original base."""
         return self.path / "merged"
 
     @property
     def merged_dequantized(self) -> Path:
+        """The model merged onto the base rounded to 4 bits and back."""
         return self.path / "merged-dequantized"
 
     def eval_file(
@@ -201,7 +211,7 @@ def clear_markers(run: RunDirectory) -> None:
 
 
 def reason_of_sigterm() -> StopReason:
-    """Who has sent it: the scheduler in a job of Slurm (the second variable is of our script); else somebody."""
+    """Say who sent SIGTERM: in a job of Slurm the scheduler (the second variable is of our script); else somebody."""
     return "preempted" if {"SLURM_JOB_ID", "SAMESTEP_STOP_LEAD"} & os.environ.keys() else "terminated"
 
 

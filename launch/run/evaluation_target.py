@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checkpoints.adapter_file import CONFIG, is_whole
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, is_whole
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, read_manifest
 from launch.errors import ConfigError
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.run.changes import changes
 from launch.run.directory import RunDirectory, open_run
 from launch.run.find import find_run
@@ -117,7 +118,7 @@ def _of_a_run(name: str, runs_dir: Path) -> Target | None:
 
 def default_models(run: RunDirectory) -> tuple[str, ...]:
     """The base, and the run's adapter; of a run that is not done, its newest checkpoint."""
-    if (run.adapter / CONFIG).is_file():
+    if (run.adapter / ADAPTER_CONFIG).is_file():
         return ("base", "adapter", "shuffled")
     published = [folder.name for folder in run.checkpoints() if (folder / MANIFEST).is_file()]
     return ("base", *published[-1:])
@@ -127,7 +128,9 @@ def _outside_of_runs(
     name: str, folder: Path, runs_dir: Path, recipe: str | None, overrides: Sequence[str]
 ) -> Target:
     """An adapter, a checkpoint of any library, or a model, which a recipe gives data and settings."""
-    is_model = not folder.is_dir() or ((folder / MODEL_CONFIG).is_file() and not (folder / CONFIG).is_file())
+    is_model = not folder.is_dir() or (
+        (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+    )
     if recipe is None:
         raise ConfigError(
             f"--recipe: missing ({name} lies in no run, whose recipe would name the data); give the recipe with the "
@@ -184,12 +187,12 @@ def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
     """ConfigError where what answers or what is asked differs from the run's."""
     before, now = altering_values(load_recipe(run.recipe_file)), altering_values(recipe)
     of_answers = ("model.", "quantization.", "data.")
-    if found := [change for change in changes(before, now) if change.key.startswith(of_answers)]:
+    if differing := [change for change in changes(before, now) if change.key.startswith(of_answers)]:
         raise ConfigError(
             [
-                *map(str, found),
-                f"{run.path}: is a run of another recipe (values that differ: {len(found)}); evaluate the run, or give "
-                "the recipe another name with --set name=NAME",
+                *map(str, differing),
+                f"{run.path}: is a run of another recipe (values that differ: {len(differing)}); evaluate the run, or "
+                "give the recipe another name with --set name=NAME",
             ]
         )
 
@@ -212,7 +215,7 @@ def missing_models(
             for name in ("merged", "best")
             if name in weights
         ]
-    elif {"adapter", "shuffled"} & weights and not (run.adapter / CONFIG).is_file():
+    elif {"adapter", "shuffled"} & weights and not (run.adapter / ADAPTER_CONFIG).is_file():
         problems.append(f"{run.adapter}: no adapter yet; {_instead(run)}")
     problems += [line for name in sorted(names, key=str) if (line := _missing_checkpoint(run, name))]
     if not problems and "best" in weights and not is_whole(run.best_adapter):

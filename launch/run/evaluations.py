@@ -40,15 +40,15 @@ def read_evaluations(file: Path, metric: Metric) -> list[Evaluation]:
         lines = read_text(file, TABLE).splitlines()
     except UNREADABLE:
         return []
-    found: dict[int, Evaluation] = {}
+    by_step: dict[int, Evaluation] = {}
     for line in lines:
         try:
             values = parse_json(line)
             step, value = int(values["step"]), float(values[_KEYS[metric]])
         except (ValueError, LookupError, TypeError):
             continue
-        found[step] = Evaluation(step, value, -value if metric == "eval_loss" else value)
-    return [found[step] for step in sorted(found)]
+        by_step[step] = Evaluation(step, value, -value if metric == "eval_loss" else value)
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def best_of(evaluations: Iterable[Evaluation]) -> Evaluation | None:

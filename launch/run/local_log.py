@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import UNREADABLE, printable_lines
 
-MOST_BYTES = 2**24  # of one attempt and process
+MAX_LOG_BYTES = 2**24  # of one attempt and process
 KEPT_LOGS = 20
 
 

@@ -1,4 +1,8 @@
-"""The lock of a run directory, which one process holds."""
+"""The lock of a run directory, which one process holds.
+
+Our own because the locks of `filelock` (4) that the system lets go of when a process dies do not say who holds them;
+those that do are files, which a kill leaves behind. A refused command names the process and its machine.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,9 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
 
 
 def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
-    """Who holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError as `hold_lock`."""
+    """Name the process that holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError:
+    see `hold_lock`.
+    """
     path = folder / file_name
     try:
         descriptor = _open_lock(path, os.O_RDONLY)

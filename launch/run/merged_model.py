@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.adapter_file import WEIGHTS, read_digest
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, read_digest
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import TABLE, UNREADABLE, path_inside, plain_size, read_mapping
 
@@ -23,7 +23,7 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
     A merge that recorded no adapter (an older samestep's, or another tool's) is judged by age, which a copy without
     the files' times makes a guess.
     """
-    weights, config = run.adapter / WEIGHTS, merged / "config.json"
+    weights, config = run.adapter / ADAPTER_WEIGHTS, merged / "config.json"
     if not (weights.is_file() and config.is_file()):
         return False
     recorded = merged_digest(merged)
@@ -33,7 +33,9 @@ def is_of_another_adapter(run: RunDirectory, merged: Path) -> bool:
 
 
 def merged_digest(merged: Path) -> str | None:
-    """Of which adapter a merged model is, as `read_digest`; None where no merge recorded it, or there is no model."""
+    """Return the digest of the adapter that a merged model is of, as `read_digest`; None where no merge recorded it, or
+    there is no model.
+    """
     recorded = read_record(merged).get(DIGEST)
     return None if recorded is None else str(recorded)
 
@@ -82,7 +84,7 @@ def _weights_are_whole(folder: Path) -> bool:
 
 
 def merge_behind(run: RunDirectory, merged: Path) -> str | None:
-    """In a line, that `merged` is of another adapter than the run's, and what makes it anew; None: it is not."""
+    """Say in a line that `merged` is of another adapter than the run's, and what makes it anew; None: it is not."""
     if not is_of_another_adapter(run, merged):
         return None
     base = "" if merged == run.merged else " --base dequantized"

@@ -14,13 +14,13 @@ from pathlib import Path
 from launch.errors import ConfigError
 from launch.untrusted_files import DOCUMENT, UNREADABLE, read_text, reason_of
 
-WEIGHTS = ("base", "adapter", "best", "shuffled", "merged")
+VARIANT_WEIGHTS = ("base", "adapter", "best", "shuffled", "merged")
 _AGAINST = ("base", "merged", "shuffled", "adapter", "best")
 NO_PROMPT = "-no-prompt"
 _OF_A_FILE = "-prompt-"
 _CHECKPOINT = r"checkpoint-(0|[1-9][0-9]{0,17})"
 _NAME = re.compile(
-    rf"(?P<weights>{'|'.join(WEIGHTS)}|{_CHECKPOINT})(?P<prompt>{NO_PROMPT}|{_OF_A_FILE}[A-Za-z0-9._-]+)?"
+    rf"(?P<weights>{'|'.join(VARIANT_WEIGHTS)}|{_CHECKPOINT})(?P<prompt>{NO_PROMPT}|{_OF_A_FILE}[A-Za-z0-9._-]+)?"
 )
 
 
@@ -36,7 +36,7 @@ class VariantName:
 
     @property
     def step(self) -> int | None:
-        """Of `checkpoint-<step>`."""
+        """The step of `checkpoint-<step>`; None of any other."""
         return int(self.weights.partition("-")[2]) if self.weights.startswith("checkpoint-") else None
 
 
@@ -61,7 +61,8 @@ def parse_models(value: str, of_files: bool = False) -> str:
             word[:60] if word and word.isprintable() else ascii(word[:60]) for word in unknown[:5]
         )
         raise ConfigError(
-            f"--models: unknown {shown}; choose of {', '.join(WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT}"
+            f"--models: unknown {shown}; choose of {', '.join(VARIANT_WEIGHTS)}, checkpoint-STEP, "
+            f"each also with {NO_PROMPT}"
         )
     return ",".join(words)
 
@@ -109,7 +110,7 @@ def read_prompt(file: Path) -> str:
 
 def in_order(models: Sequence[str]) -> list[str]:
     """From the base to what was made of it, checkpoints by step: the order of a table's columns."""
-    return _sorted(models, WEIGHTS)
+    return _sorted(models, VARIANT_WEIGHTS)
 
 
 def from_worse_to_better(models: Sequence[str]) -> list[str]:

@@ -95,12 +95,12 @@ class Ledger:
         """Attempts of one job, restarts 0 to `before` - 1. What is not written down saved no step: the disk was full,
         or it was over before it could begin."""
         known = {attempt.restart: attempt for attempt in self.attempts if attempt.job == job}
-        found: list[Attempt] = []
+        attempts: list[Attempt] = []
         for restart in range(before):
-            step = found[-1].last_step if found else 0
+            step = attempts[-1].last_step if attempts else 0
             unknown = Attempt(job, restart, 0.0, step, how="crashed", reason="left no word", last_step=step)
-            found.append(known.get(restart, unknown))
-        return found
+            attempts.append(known.get(restart, unknown))
+        return attempts
 
     def restarts(self) -> dict[How, int]:
         """How often attempts ended so that another was needed, by kind."""

@@ -29,18 +29,19 @@ def sbatch(script: Path, text: str, *options: str) -> str:
     done = _slurm("sbatch", "--parsable", *options, str(script), without=overriding_variables(text))
     if done.returncode:
         words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-        said = "; ".join(word for word in words if word.strip()) or "without a word"
-        if "timed out" in said:  # of sbatch, not of the controller, which may have taken the job
+        message = "; ".join(word for word in words if word.strip()) or "without a word"
+        if "timed out" in message:  # of sbatch, not of the controller, which may have taken the job
             raise UnansweredError(
-                f"sbatch: no answer about {script.name} ({said}); see `squeue` whether the job is there before you "
+                f"sbatch: no answer about {script.name} ({message}); see `squeue` whether the job is there before you "
                 "submit again"
             )
-        if "contact slurm controller" in said:
+        if "contact slurm controller" in message:
             raise ConfigError(
-                f"sbatch: cannot reach the Slurm controller ({said}); submit again when `scontrol ping` says it is up"
+                f"sbatch: cannot reach the Slurm controller ({message}); submit again when `scontrol ping` says it "
+                "is up"
             )
         raise ConfigError(
-            f"sbatch: refused {script.name} (exit status {done.returncode}): {said}; "
+            f"sbatch: refused {script.name} (exit status {done.returncode}): {message}; "
             "see `sinfo` and `sacctmgr show assoc` for what you may use"
         )
     return parse_job_id(done.stdout)
@@ -53,9 +54,9 @@ def show_job(job: str) -> JobFacts | None:
 
 def most_cpus(partition: str | None) -> int | None:
     """CPUs of the largest node of a partition, or of all; None where Slurm does not say."""
-    chosen = [f"--partition={partition}"] if partition else []
+    selection = [f"--partition={partition}"] if partition else []
     counts = re.findall(
-        r"^\s*(\d+)\s*$", _answer("sinfo", "--noheader", "--Node", *chosen, "--format=%c"), re.M
+        r"^\s*(\d+)\s*$", _answer("sinfo", "--noheader", "--Node", *selection, "--format=%c"), re.M
     )
     return max(map(int, counts), default=None)
 
@@ -108,7 +109,7 @@ _OTHERS = (  # of 22.05 to 24.11; any of them may be given
     "threads-per-core time-min tmp tres-bind tres-per-task uid use-min-nodes verbose wait-all-nodes wckey"
 )
 _ONE_TASK = "a node has one task, which starts its processes"
-REFUSED: Mapping[str, str] = {
+REFUSED_SBATCH_OPTIONS: Mapping[str, str] = {
     "account": "give the key account",
     "array": "it would start one run many times",
     "constraint": "give the key constraint",
@@ -147,7 +148,7 @@ def meant_by(name: str) -> list[str]:
 
     sbatch takes `--arr` for `--array`. Options of a site's own plugins are known to sbatch alone.
     """
-    known = {*REFUSED, *_OTHERS.split()}
+    known = {*REFUSED_SBATCH_OPTIONS, *_OTHERS.split()}
     return [name] if name in known else sorted(option for option in known if option.startswith(name))
 
 
@@ -156,7 +157,7 @@ def why_not(name: str) -> str | None:
     meant = meant_by(name)
     if len(meant) > 1:
         return f"it may mean {', '.join(f'--{option}' for option in meant)}; write the whole name"
-    return REFUSED.get(meant[0]) if meant else None
+    return REFUSED_SBATCH_OPTIONS.get(meant[0]) if meant else None
 
 
 def overriding_variables(script: str) -> set[str]:

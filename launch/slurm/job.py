@@ -183,8 +183,8 @@ def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJ
         reason = f"{error.filename or run.path}: {error.strerror or error}"
     _write_unstarted(run, allocation, End("crashed", reason))
     attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
-    if told := ledger.reason_to_give_up(attempts, allocation.max_crashes):
-        raise RunError(f"{reason}; job {allocation.job} is not queued again: {told}")
+    if reason_to_give_up := ledger.reason_to_give_up(attempts, allocation.max_crashes):
+        raise RunError(f"{reason}; job {allocation.job} is not queued again: {reason_to_give_up}")
     if any(job.job == allocation.job and not job.requeueable for job in queue):
         raise RunError(f"{reason}; job {allocation.job} may not be queued again (--no-requeue)")
     _say(f"{reason}; job {allocation.job} is queued again")

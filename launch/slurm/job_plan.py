@@ -103,11 +103,11 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
 
 def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> None:
     """ConfigError when each node has another number of GPUs than the plan starts processes."""
-    found = allocation.gpus_on_node
-    if plan.device == "cuda" and found and found != plan.gpus_per_node:
+    gpus = allocation.gpus_on_node
+    if plan.device == "cuda" and gpus and gpus != plan.gpus_per_node:
         raise ConfigError(
             f"--gpus-per-node: the plan of {run.path} has {plan.gpus_per_node} processes a node, the allocation "
-            f"{found} GPUs; submit with the same number, or `samestep submit` again to plan anew"
+            f"{gpus} GPUs; submit with the same number, or `samestep submit` again to plan anew"
         )
 
 
@@ -129,9 +129,9 @@ def _request_of_recipe(options: argparse.Namespace, allocation: Allocation) -> p
     device = options.device or ("cuda" if gpus_present() else "cpu")
     present = allocation.gpus_on_node or gpus_present()
     processes = options.processes or (present if device == "cuda" else CPU_PROCESSES)
-    chosen = choose_topology(options.strategy, allocation.nodes, processes)
+    default = choose_topology(options.strategy, allocation.nodes, processes)
     topology = Topology(
-        chosen.strategy, allocation.nodes, processes, device, gpu_memory() if device == "cuda" else None
+        default.strategy, allocation.nodes, processes, device, gpu_memory() if device == "cuda" else None
     )
     return planned_run.RunRequest(
         recipe=options.target,

@@ -109,12 +109,12 @@ def parse_nodes(printed: str) -> list[Nodes]:
 
 def expand_nodes(names: str) -> list[str]:
     """The nodes in a list as Slurm writes it: `n[1-3,07],gpu2` are n1, n2, n3, n07, gpu2. None of `(null)`."""
-    found: list[str] = []
+    expanded: list[str] = []
     for name in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", "" if names == "(null)" else names):
         parts = re.split(r"\[([^\]]*)\]", name)  # texts, and between them what was in brackets
         choices = [_numbers(part) if place % 2 else [part] for place, part in enumerate(parts)]
-        found += ["".join(words) for words in islice(product(*choices), _MOST_NODES)]
-    return found
+        expanded += ["".join(words) for words in islice(product(*choices), _MOST_NODES)]
+    return expanded
 
 
 def _numbers(ranges: str) -> list[str]:

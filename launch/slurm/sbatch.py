@@ -1,4 +1,8 @@
-"""The text of a job from a template: a pure function of what was asked for."""
+"""The text of a job from a template: a pure function of what was asked for.
+
+Not through `submitit`, which runs a pickled Python function: this script is read, changed and given to `sbatch` by
+hand, and starts accelerate's launcher.
+"""
 
 from __future__ import annotations
 

@@ -55,14 +55,14 @@ def check_follow_ups(then: str) -> list[str]:
     return [word for word in FOLLOW_UPS if word in words]
 
 
-def choose(
+def request_for_site(
     request: planned_run.RunRequest, site: Site, nodes: int, gpus_per_node: int
 ) -> planned_run.RunRequest:
     """The request for the site's nodes: this machine does not count, nor its packages if another Python runs."""
-    chosen = choose_topology(request.strategy, nodes, gpus_per_node)
+    here = choose_topology(request.strategy, nodes, gpus_per_node)
     memory = parse_gpu_memory(site.gpu_memory) if site.gpu_memory and site.device == "cuda" else None
     topology = Topology(
-        chosen.strategy, nodes, gpus_per_node, site.device, memory, packages_here=not other_packages(site)
+        here.strategy, nodes, gpus_per_node, site.device, memory, packages_here=not other_packages(site)
     )
     return replace(request, topology=topology)
 
@@ -87,8 +87,8 @@ def refuse_short_time(site: Site) -> None:
 
 def refuse_too_many_cpus(site: Site, processes: int) -> None:
     """ConfigError when no node of the partition has as many CPUs as the processes of one are to get."""
-    most, wanted = most_cpus(site.partition), site.cpus_per_process * processes
-    if most is None or wanted <= most:
+    most, needed = most_cpus(site.partition), site.cpus_per_process * processes
+    if most is None or needed <= most:
         return
     where = f"partition {site.partition}" if site.partition else "this cluster"
     fewer = most // processes
@@ -112,7 +112,9 @@ def refuse_missing_sbatch() -> None:
         )
 
 
-def prepare(request: planned_run.RunRequest, site: Site, then: Sequence[str], max_crashes: int) -> Submission:
+def plan_submission(
+    request: planned_run.RunRequest, site: Site, then: Sequence[str], max_crashes: int
+) -> Submission:
     """Plan the run and render its scripts. Writes to the cache only. ConfigError: all that is refused."""
     planned = planned_run.plan_run(request)
     job = replace(_job(planned, site), max_crashes=max_crashes)
@@ -150,8 +152,10 @@ def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
 
 def _caches() -> dict[str, str]:
     """Where this shell has its caches: a job must find the same in a container, and submitted from another shell."""
-    found = {name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ}
-    return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **found}
+    own_caches = {
+        name: os.environ[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if name in os.environ
+    }
+    return {"SAMESTEP_CACHE": str(cache_root()), "HF_HOME": str(hugging_face_home()), **own_caches}
 
 
 def _mounts(run: Path, environment: Mapping[str, str], site: Site) -> list[str]:
@@ -186,7 +190,7 @@ def refuse_if_queued(run: RunDirectory) -> None:
         )
 
 
-def write(submission: Submission) -> Path:
+def write_submission(submission: Submission) -> Path:
     """Write the run directory with its scripts; returns that of the training. The caller has claimed the name."""
     planned, run = submission.planned, submission.planned.run
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -201,7 +205,7 @@ def write(submission: Submission) -> Path:
     return run.path / SCRIPT
 
 
-def queue(submission: Submission) -> list[tuple[str, str]]:
+def queue_submission(submission: Submission) -> list[tuple[str, str]]:
     """Write and submit all; returns (script, job id) in order. ConfigError with sbatch's own words.
 
     When the first one is refused, a run directory that was not there before goes again; not where there was no answer.
@@ -209,7 +213,7 @@ def queue(submission: Submission) -> list[tuple[str, str]]:
     run = submission.planned.run
     with removed_on_failure(run, new=make_folder(run)):
         try:
-            first = sbatch(write(submission), submission.script)
+            first = sbatch(write_submission(submission), submission.script)
         except UnansweredError:
             raise
         except ConfigError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launching import accelerate_launch
+from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.here import drive_here
 from tests.helpers.distributed.recorded import apart, write_recipe
 
@@ -39,7 +39,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         requests.append([str(file), "--runs-dir", str(folder), "--name", name])
     (folder / "requests").write_text(json.dumps(requests[:-1]))
-    done = accelerate_launch(
+    done = forked_launch(
         2, ["tests.helpers.distributed.gathered", str(folder / "requests")], strategy="zero3"
     )
     assert done.returncode == 0, done.stdout

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.launching import accelerate_launch
 from launch.checkpoints.scan import scan_checkpoints
-from launch.monitor.checkpoint_table import rows
+from launch.monitor.checkpoint_table import table_rows
+from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.launching import drive, published_steps
 from tests.helpers.distributed.recorded import apart, assert_the_same_to_the_byte, run_of, write_recipe
 from trainer.export.consolidate import consolidate
@@ -34,7 +34,7 @@ def launched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     checkpoint = {"every_steps": 2, "keep": 9, "format": "sharded"}
     recipe = write_recipe(world, folder / "recipe.yaml", "nf4", checkpoint=checkpoint)
     arguments = [str(recipe), "--runs-dir", str(folder)]
-    broken = accelerate_launch(2, ["tests.helpers.distributed.break_saves", *arguments], strategy="zero3")
+    broken = forked_launch(2, ["tests.helpers.distributed.break_saves", *arguments], strategy="zero3")
     steps = published_steps(folder / "killed")
     assert broken.returncode != 0, broken.stdout
     drive(3, [([*arguments, "--name", "killed"], None)], folder, strategy="fsdp")
@@ -53,7 +53,7 @@ def test_a_rank_without_room_stops_all_with_its_reason_and_leaves_nothing_publis
 def test_the_same_command_goes_on_from_its_shards_to_the_same_bytes(launched: Launched) -> None:
     assert "resuming at step 2 of 8" in launched.said
     assert_the_same_to_the_byte(launched.folder / "full", launched.folder / "straight")
-    found = [row[:4] + row[6:] for row in rows(scan_checkpoints(launched.folder / "full"), now=0)]
+    found = [row[:4] + row[6:] for row in table_rows(scan_checkpoints(launched.folder / "full"), now=0)]
     assert found == [(str(step), "sharded", "2", "zero3", "valid") for step in (2, 4, 6, 8)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launching import accelerate_launch
+from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.recorded import apart, write_recipe
 from trainer import train
 from trainer.prepare import main as prepare
@@ -31,7 +31,7 @@ def test_a_rank_without_its_tower_and_one_with_it_take_the_same_steps(
     assert train.main([str(off), "--runs-dir", str(tmp_path), "--name", "off"]) == 0
     assert prepare([str(disk), "--vision", "--quiet"]) == 0
     arguments = [str(disk), "--runs-dir", str(tmp_path), "--name", "on"]
-    done = accelerate_launch(2, ["tests.helpers.distributed.cached_on_rank_0", *arguments], 120, strategy)
+    done = forked_launch(2, ["tests.helpers.distributed.cached_on_rank_0", *arguments], 120, strategy)
     assert done.returncode == 0, done.stdout
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert [computed for _, computed in told] == [0, told[1][0]]

@@ -15,7 +15,14 @@ from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
 from trainer.data.splits import open_split
 from trainer.model import base
-from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training, trainable_parameters
+from trainer.model.base import (
+    RECIPE_DTYPES,
+    add_lora,
+    compute_in,
+    load_base,
+    prepare_training,
+    trainable_parameters,
+)
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -23,7 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-BFLOAT16 = DTYPES["bfloat16"]
+BFLOAT16 = RECIPE_DTYPES["bfloat16"]
 
 
 @pytest.fixture(scope="module")

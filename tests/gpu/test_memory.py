@@ -11,12 +11,13 @@ import torch
 
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
+from launch.planning.activations import layer_activation_bytes
 from launch.planning.auto_settings import Gpus, kernels_of
-from launch.planning.memory import layer_bytes, load_of
+from launch.planning.memory_load import load_of
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.saved import saved_bytes
-from trainer.model.base import DTYPES, add_lora, load_base, prepare_training
+from trainer.model.base import RECIPE_DTYPES, add_lora, load_base, prepare_training
 from trainer.model.dropout import SampleDropout
 
 pytestmark = [
@@ -45,10 +46,10 @@ def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_save
     recipe = recipe_from_dict(values)
     device = torch.device("cuda", 0)
     model = add_lora(load_base(recipe, device), recipe).train()
-    way = prepare_training(model, recipe, compute_dtype=DTYPES["bfloat16"])
+    way = prepare_training(model, recipe, compute_dtype=RECIPE_DTYPES["bfloat16"])
     keys = next(module.keys for module in model.modules() if isinstance(module, SampleDropout))
     shape, kernels = read_shape(recipe), kernels_of(recipe, Gpus("cuda"))
     assert isinstance(shape, ModelShape)
     assert kernels.fused == ("fused kernels" in way)
-    planned = layer_bytes(load_of(recipe, shape, "single", 1, kernels))
+    planned = layer_activation_bytes(load_of(recipe, shape, "single", 1, kernels))
     assert saved_bytes(model, keys, device) == pytest.approx(planned, rel=0.02)

@@ -19,7 +19,7 @@ from trainer.data.packing import cumulative, pack
 from trainer.data.splits import open_split
 from trainer.metrics_log import read_lines
 from trainer.model.attention import Segments, _loop, varlen
-from trainer.model.base import DTYPES, add_lora, compute_in, load_base, prepare_training
+from trainer.model.base import RECIPE_DTYPES, add_lora, compute_in, load_base, prepare_training
 from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -131,7 +131,7 @@ def test_a_packed_micro_batch_in_bf16_gives_the_losses_of_its_samples_alone(reci
     def packed() -> list[float]:
         model = add_lora(load_base(recipe, device), recipe).eval()
         prepare_training(model, recipe)
-        compute_in(model, DTYPES["bfloat16"])
+        compute_in(model, RECIPE_DTYPES["bfloat16"])
         inputs: dict[str, Any] = dict(
             pack(
                 samples,

@@ -11,7 +11,7 @@ from tests.helpers.distributed.recorded import apart, write_recipe
 from trainer import train
 from trainer.prepare import main as prepare
 from trainer.vision_cache.file import Features, Kind
-from trainer.vision_cache.store import name_of, open_cache
+from trainer.vision_cache.store import image_name, open_cache
 from trainer.vision_cache.writer import FeatureWriter
 
 pytestmark = [
@@ -35,7 +35,7 @@ def test_features_leave_the_gpu_without_a_wait_and_unharmed() -> None:
     busy = torch.randn(4096, 4096, device="cuda")
     for number in range(3):
         values = torch.randn(688, 3584).to(torch.bfloat16)
-        image = name_of(bytes([number]))
+        image = image_name(bytes([number]))
         expected[image] = Features(values, (1, 32, 86))
         on_gpu = values.cuda()
         torch.cuda.set_sync_debug_mode("error")

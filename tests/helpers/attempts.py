@@ -10,7 +10,8 @@ from launch.checkpoints.publish import publish
 from launch.planning.make_plan import make_plan
 from launch.planning.plan import Plan, samples_consumed
 from launch.planning.topology import Topology
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.fingerprint import altering_values
+from launch.recipe.schema import Recipe
 from launch.run.continuation import Continuation, continue_run
 from launch.run.directory import RunDirectory
 from launch.run.request_files import copy_checkpoint, write_request

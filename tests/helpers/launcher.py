@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch.checkpoints.adapter_file import CONFIG, WEIGHTS
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.cli import main
 from launch.inputs.identity import data_identity
 from launch.planning.plan import Plan
@@ -72,9 +72,9 @@ class Launcher:
 def write_adapter(folder: Path, value: float = 1.0) -> None:
     """The files of an adapter, with two small tensors of `value`."""
     folder.mkdir(exist_ok=True)
-    (folder / CONFIG).write_text("{}")
+    (folder / ADAPTER_CONFIG).write_text("{}")
     tensors = {"b": np.full((2, 3), value, np.float32), "a": np.full(4, value, np.float16)}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Launcher:

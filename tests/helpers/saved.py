@@ -1,4 +1,4 @@
-"""What autograd keeps of a decoder layer: counted, to hold the arithmetic of `launch.planning.memory` against."""
+"""What autograd keeps of a decoder layer: counted, to hold the arithmetic of `launch.planning.activations` against."""
 
 from __future__ import annotations
 

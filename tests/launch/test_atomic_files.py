@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from launch.atomic_files import atomic_dir, atomic_write, follow_umask, place_of
 from launch.checkpoints.publish import partial_folder, publish
-from launch.checkpoints.rotation import rotate
+from launch.checkpoints.rotation import rotate_checkpoints
 from launch.checkpoints.scan import newest_valid
 from launch.run.directory import RunDirectory, make_folder, request_stop, write_marker
 from launch.run.lock import hold_lock
@@ -66,7 +66,7 @@ def _go_on_with_it(run: RunDirectory) -> None:
         for step in (newest.step + 3, newest.step + 6):
             partial_folder(run.path, step).mkdir()
             publish(partial_folder(run.path, step), run.checkpoint(step), {"step": step})
-        rotate(run.path, 2)
+        rotate_checkpoints(run.path, 2)
         write_marker(run, "DONE", "step 9")
         with run.metrics_file.open("a") as file:
             file.write("{}\n")
@@ -129,6 +129,46 @@ def test_modes_follow_the_umask(umask: int, file: int, folder: int, tmp_path: Pa
     }
     files = ("adapter/a.safetensors", "adapter/b", "plan.json", ".lock")
     assert found == {"adapter": folder, **dict.fromkeys(files, file)}
+
+
+def _as_small_folder(tmp_path: Path) -> Path:
+    with atomic_dir(tmp_path / "adapter") as folder:
+        _two_files(folder)
+    return tmp_path / "adapter"
+
+
+def _as_checkpoint(tmp_path: Path) -> Path:
+    _two_files(partial_folder(tmp_path, 3))
+    publish(partial_folder(tmp_path, 3), tmp_path / "checkpoint-3", {"step": 3})
+    return tmp_path / "checkpoint-3"
+
+
+def _as_large_folder(tmp_path: Path) -> Path:
+    with atomic_output(tmp_path / "merged") as folder:
+        _two_files(folder)
+    return tmp_path / "merged"
+
+
+def _two_files(folder: Path) -> None:
+    (folder / "shards").mkdir(parents=True)
+    for name in ("config.json", "shards/weights"):
+        (folder / name).write_text("{}")
+
+
+@pytest.mark.parametrize("publish_folder", [_as_small_folder, _as_checkpoint, _as_large_folder])
+def test_a_folder_is_on_the_disk_before_it_gets_its_name_and_the_name_is_after_it(
+    publish_folder: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    flush, rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: (events.append(os.fstat(descriptor).st_ino), flush(descriptor))
+    )
+    monkeypatch.setattr(Path, "rename", lambda old, new: (events.append("rename"), rename(old, new))[1])
+    folder = publish_folder(tmp_path)
+    before, after = events[: events.index("rename")], events[events.index("rename") :]
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= {*before}
+    assert tmp_path.stat().st_ino in after
 
 
 def test_a_disk_that_changes_no_modes_keeps_what_is_written(

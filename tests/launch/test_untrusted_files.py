@@ -51,7 +51,7 @@ PAST_THE_GATE = {
     "export/loadable.py:_tensor_names": "safetensors opens by name; plain_size looks first",
     "cli/tables.py:plan_json": "parses what it has just dumped",
     "run/local_log.py:add_to_log": "adds a line of our own, and follows no link",
-    "slurm/submit.py:prepare": "files of the installed package",
+    "slurm/submit.py:plan_submission": "files of the installed package",
 }
 
 

@@ -27,7 +27,7 @@ ALLOWED = {
     ("trainer/model/layers.py", "_files_of_layers", "safe_open"),
     ("trainer/model/layers.py", "_fill", "safe_open"),
     # The system's own files, in folders that nobody else writes.
-    ("trainer/vision_cache/store.py", "_memory_bytes", "read_text"),
+    ("trainer/vision_cache/place.py", "_memory_bytes", "read_text"),
     # A file of the user's own, opened to be locked and written.
     ("trainer/vision_cache/store.py", "_locked", "os.open"),
     # What this process has just written.

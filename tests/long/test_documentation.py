@@ -13,7 +13,16 @@ from tests.test_docs import BLOCK, ROOT
 
 pytestmark = pytest.mark.long
 
-ORDER = ("quickstart.md", "evaluation.md", "your-data.md", "merging.md", "resume.md", "audit.md", "README.md")
+ORDER = (
+    "quickstart.md",
+    "evaluation.md",
+    "merging.md",
+    "resume.md",
+    "audit.md",
+    "report.md",
+    "shipping.md",
+    "README.md",
+)
 """Later pages go on with the run that the quickstart has made."""
 
 LINKED = (

@@ -51,7 +51,7 @@ def test_what_is_printed_beside_a_live_bar_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_log_is_bounded_and_old_ones_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt_log, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(attempt_log, "MAX_LOG_BYTES", 2**20)
     log = AttemptLog()
     log.open(tmp_path / "logs" / "local-1.log")
     for _ in range(3 * 2**10):

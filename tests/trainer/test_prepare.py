@@ -190,7 +190,7 @@ def test_a_missing_base_is_named(world: Path, tmp_path: Path) -> None:
 def test_a_folder_without_a_base_is_not_looked_for_on_the_hub(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.pretrained._snapshot", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("trainer.pretrained.hub_snapshot", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some" / "folder").mkdir(parents=True)
     values = recipe_values(world)

@@ -26,7 +26,7 @@ from launch.run.lock import hold_lock
 from tests.conftest import recipe_values
 from trainer.checks.training import check_adapters, check_finite
 from trainer.distributed.collectives import report_error
-from trainer.metrics_log import append_line, keep_lines_until, read_lines, rows_digest, samples_digest
+from trainer.metrics_log import append_line, keep_lines_until, read_lines, samples_digest, step_rows_digest
 from trainer.train import main
 
 
@@ -328,7 +328,7 @@ def test_packages_and_gpus_that_the_plan_did_not_know_are_judged_where_it_trains
     assert "model.dtype: bfloat16 on a GPU of compute capability 7.5" in capsys.readouterr().err
     monkeypatch.setattr("trainer.distributed.process_group.capability_of", lambda _: None)
     monkeypatch.setattr("launch.run.planned.make_plan", partial(_plan_elsewhere, make_plan))
-    monkeypatch.setattr("launch.rules.request_rules._installed", lambda: {"accelerate": "1.14.2"})
+    monkeypatch.setattr("launch.rules.machine_rules._installed", lambda: {"accelerate": "1.14.2"})
     assert _train(recipe, "run") == 2
     assert "versions: too old (accelerate 1.14.2 < 1.15)" in capsys.readouterr().err
 
@@ -423,7 +423,7 @@ def test_lost_and_doubled_lines_are_named_and_of_each_step_one_is_left(tmp_path:
 def test_the_digest_of_a_step_does_not_know_the_order_and_that_of_rows_not_their_places() -> None:
     assert samples_digest([3, 1, 2]) == samples_digest([1, 2, 3]) != samples_digest([1, 2, 4])
     rows = [row_digest(bytes([number]), "why", ["so"]) for number in range(4)]
-    assert rows_digest(rows[:3]) == rows_digest(rows[2::-1]) != rows_digest(rows[1:])
+    assert step_rows_digest(rows[:3]) == step_rows_digest(rows[2::-1]) != step_rows_digest(rows[1:])
 
 
 def test_plans_survive_their_file(done: RunDirectory) -> None:

@@ -41,7 +41,7 @@ class Verdict:
     ends: bool = False
 
 
-def judge(task: Task, step: int) -> Verdict:
+def judge_evaluation(task: Task, step: int) -> Verdict:
     """What the evaluation at a step, whose line is written, means for the run. A collective."""
     recipe, run = task.recipe, task.run
     if recipe.checkpoint.keep_best is None and not recipe.evaluation.early_stop:

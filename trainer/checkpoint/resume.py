@@ -11,7 +11,7 @@ from launch.errors import CheckpointError
 from launch.inputs.identity import recorded_identity, short
 from launch.inputs.model_files import old_base_identity, old_kind
 from launch.planning.plan import samples_consumed
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from launch.run.changes import Change, changes, consequences, content_changes, refuse_changes
 from launch.run.continuation import planned_identity, refuse_lost_checkpoints
 from launch.run.directory import RunDirectory, is_done_at

@@ -24,20 +24,19 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from launch.checkpoints.manifest import Entries
+from launch.checkpoints.manifest import OPTIMIZER_FILE, SHARDS, Entries
 from launch.checkpoints.publish import partial_folder, publish, sync_and_hash
-from launch.checkpoints.rotation import rotate
+from launch.checkpoints.rotation import rotate_checkpoints
 from launch.planning.plan import samples_consumed
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from trainer import metrics_log
 from trainer.checkpoint.best import protected_steps
 from trainer.distributed.collectives import gather_objects, lost_contact, run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests, warn_of_slow_save
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
-from trainer.formats.detect import SHARDS, read_sharded
+from trainer.formats.detect import read_sharded
 from trainer.formats.portable import (
-    OPTIMIZER_FILE,
     TrainedState,
     load_adapter,
     matching_optimizer_state,
@@ -150,7 +149,9 @@ class Saver:
             raise lost or error from None
         if self._is_main:
             keep = save.task.recipe.checkpoint.keep
-            rotate(save.task.run.path, keep, newest=save.step, protected=protected_steps(save.task))
+            rotate_checkpoints(
+                save.task.run.path, keep, newest=save.step, protected=protected_steps(save.task)
+            )
             self._log(save, time.perf_counter() - began)
 
     def _write_shards(self, save: _Save, trained: DcpRankState | ZeroRankState, partial: Path) -> None:

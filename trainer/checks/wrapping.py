@@ -14,7 +14,7 @@ from launch.planning.plan import Plan
 from launch.strategies import Strategy
 from trainer.checks.sharding import LayerReference, check_sharding, reference_layer
 from trainer.checks.training import check_logits
-from trainer.model.base import DTYPES
+from trainer.model.base import RECIPE_DTYPES
 from trainer.model.layer_stand_ins import decoder_layers
 
 
@@ -54,7 +54,7 @@ def compare_outputs(
     if reference.layers:
         check_sharding(model, reference.layers, plan.world_size)
     log_probs = _log_probs(wrapped, reference.sample)
-    dtype = DTYPES[plan.compute_dtype]
+    dtype = RECIPE_DTYPES[plan.compute_dtype]
     check_logits(reference.log_probs, log_probs, dtype, gathered=bool(reference.layers))
 
 

@@ -15,9 +15,9 @@ from transformers import ProcessorMixin
 
 from launch.errors import RunError
 from trainer.data.images import decode_image
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 from trainer.data.rows import Row, Turn, chat
-from trainer.vision_cache.store import FeatureCache, name_of
+from trainer.vision_cache.store import FeatureCache, image_name
 
 IGNORED = -100
 """The label of a token that the loss does not count (PyTorch's `ignore_index`)."""
@@ -36,7 +36,7 @@ class EncodedImage:
     name: str = ""
 
     def visual_tokens(self, merge: int) -> int:
-        """Tokens that stand for it, with `merge` patches a side folded into one."""
+        """Count the tokens that stand for it, with `merge` patches a side folded into one."""
         time, height, width = self.grid
         return time * height * width // merge**2
 
@@ -52,7 +52,7 @@ class Sample:
 
     @property
     def target_tokens(self) -> int:
-        """Scored tokens: labels that some earlier token predicts."""
+        """Count the scored tokens: labels that some earlier token predicts."""
         return int((self.labels[1:] != IGNORED).sum())
 
 
@@ -66,7 +66,7 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """All up to the last answer."""
+        """The text up to where the last answer begins."""
         return self.text[: self.answers[-1][0]]
 
 
@@ -104,7 +104,7 @@ class Encoder:
 
     def _encoded(self, text: str, images: Sequence[bytes]) -> tuple[Tensor, tuple[EncodedImage, ...]]:
         """Token ids [T], and the images with their pixels or cached features."""
-        names = [name_of(image) for image in images]
+        names = [image_name(image) for image in images]
         cached = [self.features.read(name) if self.features else None for name in names]
         fresh = [decode_image(image) for image, known in zip(images, cached, strict=True) if known is None]
         input_ids = None
@@ -137,18 +137,20 @@ class Encoder:
                 )
             return self.processor.image_processor(images=images, return_tensors="pt")
         except Exception as error:  # of text or image, and of no type that the processor promises
-            raise RowError(f"the processor refuses it ({reason_of(error)})") from error
+            raise RowError(f"the processor refuses it ({describe_error(error)})") from error
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """Finds the tokenizer's special tokens in a text: the model would read them as structure, not as words."""
+        """A pattern that finds the tokenizer's special tokens in a text: the model would read them as structure, not as
+        words.
+        """
         tokenizer = self.processor.tokenizer
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         tokens = {*tokenizer.all_special_tokens, *added} - {""}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text in which one token stands for each image."""
+        """Return the token ids of a text in which one token stands for each image."""
         ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -157,7 +159,7 @@ class Encoder:
         return _spread(self.text_ids(text), self.processor.image_token_id, visual_tokens)
 
     def conversation(self, row: Row) -> Conversation:
-        """The row through the chat template.
+        """Return the row through the chat template.
 
         Raises:
             RunError: the template does not write a conversation turn by turn, so that no answer could be told apart.
@@ -183,19 +185,21 @@ class Encoder:
         return text
 
     def texts(self, row: Row) -> tuple[str, str]:
-        """The prompt up to where the last answer begins, and the whole conversation, through the chat template."""
+        """Return the prompt up to where the last answer begins, and the whole conversation, by the chat template."""
         conversation = self.conversation(row)
         return conversation.prompt, conversation.text
 
     def scored_texts(self, row: Row) -> tuple[str, ...] | None:
-        """Each scored answer and the end of its turn, as the template writes them; None: all but the first token."""
+        """Return each scored answer with the end of its turn, as the template writes them; None: all but the first
+        token.
+        """
         if self.loss == "sequence":
             return None
         conversation = self.conversation(row)
         return tuple(conversation.text[begin:end] for begin, end in conversation.answers)
 
     def spans(self, conversation: Conversation, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Where the scored answers begin and end in `ids`, the `text_ids` of the conversation.
+        """Return where the scored answers begin and end in `ids`, the `text_ids` of the conversation.
 
         Raises:
             RowError: a token lies across a border.
@@ -238,7 +242,8 @@ def _spread(ids: Sequence[int], image_token: int, visual_tokens: Sequence[int]) 
 
 
 def mrope_positions(is_image: Tensor, grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
-    """M-RoPE positions [3, T] of a sample with the images `grids` (patches in time, height and width), none to several.
+    """Return the M-RoPE positions [3, T] of a sample with the images `grids` (patches in time, height and width), none
+    to several.
 
     Text counts on all three axes together; a visual token has the text position where its image begins plus its own
     (time, height, width); the text after it goes on from the largest position so far.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 WHITE_IS_ZERO = 0
@@ -18,7 +18,7 @@ NO_RANGE = {"I": "32-bit grey", "F": "floating point grey"}
 
 
 def decode_image(image: bytes) -> Image.Image:
-    """The image in RGB, turned upright by its EXIF tag.
+    """Return the image in RGB, turned upright by its EXIF tag.
 
     Transparency is laid on white and palettes are looked up as transformers' own processors do it
     (`convert_to_rgb`); 16-bit grey becomes 8-bit by its range, where Pillow 12 would cut it at 255.
@@ -49,7 +49,7 @@ def decode_image(image: bytes) -> Image.Image:
             f"the image is in no format that Pillow knows ({len(image):,} bytes, the first {image[:8].hex(' ')})"
         ) from None
     except Exception as error:  # Pillow raises a dozen types for damaged files: any of them means a bad image
-        raise RowError(f"the image is corrupt ({reason_of(error)})") from error
+        raise RowError(f"the image is corrupt ({describe_error(error)})") from error
 
 
 def _grey_of_16_bits(image: Image.Image, tags: dict[int, Any]) -> Image.Image:

@@ -14,7 +14,7 @@ from trainer.vision_cache.store import FeatureCache
 
 
 def with_late_features(inputs: ModelInputs, cache: FeatureCache) -> ModelInputs:
-    """The packed micro-batch with the cached features of images that were fresh when it was packed.
+    """Return the packed micro-batch with the cached features of images that were fresh when it was packed.
 
     What changes is pinned where it was. A micro-batch that shows an image twice stays as it is.
     """

@@ -17,7 +17,7 @@ from launch.errors import ConfigError, SamestepError
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.relaxed_accuracy import correct
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 from trainer.data.rows import Row
 from trainer.data.splits import Rows
 from trainer.progress_bars import ReportProgress
@@ -56,7 +56,7 @@ class Measured:
 
     @property
     def visual_tokens(self) -> int:
-        """Of all its images."""
+        """Count the visual tokens of all its images."""
         return sum(self.image_tokens)
 
 
@@ -139,7 +139,7 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
         patches: int = images.get_number_of_image_patches(height, width)
     except Exception as error:
         raise RowError(
-            f"the processor refuses an image of {width} x {height} pixels ({reason_of(error)})"
+            f"the processor refuses an image of {width} x {height} pixels ({describe_error(error)})"
         ) from error
     return patches // images.merge_size**2
 
@@ -164,7 +164,7 @@ def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
     except (SamestepError, RowError):
         raise
     except Exception as error:
-        raise RowError(f"the chat template or the tokenizer refuses it ({reason_of(error)})") from error
+        raise RowError(f"the chat template or the tokenizer refuses it ({describe_error(error)})") from error
     if ids.count(image_token) != len(row.images):
         raise RowError(
             f"the conversation holds {ids.count(image_token)} image tokens, the row has {len(row.images)} images"
@@ -173,7 +173,7 @@ def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
 
 
 def needed_tokens(label: str, tokenizer: Any) -> int:
-    """The fewest first tokens of `label` that answer it under relaxed accuracy; 0 when not even all of them do.
+    """Count the fewest first tokens of `label` that answer it under relaxed accuracy; 0 when not even all of them do.
 
     What a perfect model says is the label's tokens, cut at `evaluation.max_new_tokens`.
     """

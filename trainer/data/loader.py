@@ -20,12 +20,14 @@ from trainer import WATCHDOG
 from trainer.data.micro_batches import Batches, PackedBatch
 from trainer.data.worker_transport import HandedOver, Pickled, describe_loss, end_with_lost_batches
 
-PATIENCE_S = 600
+BATCH_PATIENCE_S = 600
 """For one micro-batch of data workers that are alive: a disk that is out of reach, say."""
 
 
 def data_workers(processes_per_node: int) -> int:
-    """Data workers of one rank: its share of the cores this process may run on, at most 8; 0 when none is to spare."""
+    """Return the data workers of one rank: its share of the cores this process may use, at most 8; 0 when none is to
+    spare.
+    """
     cores = len(os.sched_getaffinity(0))
     return max(0, min(8, cores // processes_per_node - 1))
 
@@ -81,7 +83,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=pin_memory,
-            timeout=PATIENCE_S if workers else 0,
+            timeout=BATCH_PATIENCE_S if workers else 0,
             worker_init_fn=_start_worker,
         )
         self._reading: Generator[PackedBatch, None, None] | None = None
@@ -144,7 +146,7 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
 
 
 def lost_worker(error: Exception) -> RunError | None:
-    """What PyTorch raises about its data workers, in words; None for what a batch raised in one of them.
+    """Say in words what PyTorch raises about its data workers; None for what a batch raised in one of them.
 
     Its handler of SIGCHLD raises it wherever the rank is, in the middle of a step too (torch 2.14,
     `torch/utils/data/_utils/signal_handling.py`).

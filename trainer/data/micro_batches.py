@@ -38,11 +38,11 @@ class Batches(Dataset["PackedBatch | SamestepError"]):
             return error
 
     def batch(self, number: int) -> PackedBatch:
-        """Micro-batch `number`."""
+        """Return micro-batch `number`."""
         raise AssertionError("every kind of micro-batches makes its own")
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         raise AssertionError("every kind of micro-batches knows its own")
 
 
@@ -57,7 +57,7 @@ class MicroBatches(Batches):
         return self._plan.max_steps * self._plan.micro_batches
 
     def batch(self, number: int) -> PackedBatch:
-        """The micro-batch, packed."""
+        """Return the micro-batch, packed."""
         step, position = divmod(number, self._plan.micro_batches)
         if self._step[0] != step:
             self._step = (step, self._plan.micro_batches_of(step, self._rank))
@@ -65,7 +65,7 @@ class MicroBatches(Batches):
         return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         return _sample_bytes(self._split, self._encoder)
 
 
@@ -79,11 +79,11 @@ class EvaluationBatches(Batches):
         return len(self._batches)
 
     def batch(self, number: int) -> PackedBatch:
-        """The micro-batch, packed; it belongs to no step."""
+        """Return the micro-batch, packed; it belongs to no step."""
         return assemble(self._rows, self._split, self._encoder, self._batches[number], -1, 1)
 
     def sample_bytes(self) -> int:
-        """Of one sample, on the average."""
+        """The bytes of one sample, on the average."""
         return _sample_bytes(self._split, self._encoder)
 
 
@@ -116,11 +116,11 @@ def assemble(
         with naming_row(f"data: sample {number} (row {split.rows[number]})"):
             samples.append(encoder(row))
     for number, sample in zip(batch.samples, samples, strict=True):
-        found = (len(sample.input_ids), sample.target_tokens)
+        counts = (len(sample.input_ids), sample.target_tokens)
         indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
-        if found != indexed:
+        if counts != indexed:
             raise RunError(
-                f"data: sample {number} (row {split.rows[number]}) has {found[0]} tokens of which {found[1]} are "
+                f"data: sample {number} (row {split.rows[number]}) has {counts[0]} tokens of which {counts[1]} are "
                 f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
     processor = encoder.processor

@@ -176,5 +176,5 @@ def _next_labels(labels: Tensor) -> Tensor:
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:
-    """Sequence boundaries [N + 1], int32, as variable-length attention takes them."""
+    """Return the sequence boundaries [N + 1], int32, as variable-length attention takes them."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

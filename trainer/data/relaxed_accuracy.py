@@ -11,7 +11,7 @@ TOLERANCE = 0.05  # of the target's size
 
 
 def correct(prediction: str, target: str) -> bool:
-    """Whether `prediction` answers `target` under the relaxed rule.
+    """Say whether `prediction` answers `target` under the relaxed rule.
 
     Numbers may be 5 % off; all else, a target of zero included, must be the same text but for its case.
     White space around either side is dropped (VLMEvalKit drops it around the prediction) and both are taken in the
@@ -19,9 +19,9 @@ def correct(prediction: str, target: str) -> bool:
     without either.
     """
     prediction, target = _normalized(prediction), _normalized(target)
-    predicted, wanted = _number(prediction), _number(target)
-    if predicted is not None and wanted:
-        return abs(predicted - wanted) / abs(wanted) <= TOLERANCE
+    predicted, expected = _number(prediction), _number(target)
+    if predicted is not None and expected:
+        return abs(predicted - expected) / abs(expected) <= TOLERANCE
     return prediction.lower() == target.lower()
 
 

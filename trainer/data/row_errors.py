@@ -13,11 +13,11 @@ LONGEST_REASON = 300
 
 
 class RowError(Exception):
-    """Why a row cannot be used, in words; whoever catches it knows which row it is."""
+    """A row cannot be used: the message says why, in words; whoever catches it knows which row it is."""
 
 
-def reason_of(error: Exception) -> str:
-    """An error of a library in one line: its type and its words, without the address of the object it was about."""
+def describe_error(error: Exception) -> str:
+    """Say an error of a library in one line: its type and its words, without the address of the object it was about."""
     kind = type(error).__name__
     kind = f"{type(error).__module__}.{kind}" if kind == "error" else kind  # such as struct.error
     words = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>", "it", str(error))
@@ -26,7 +26,7 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def naming_row(row: str) -> Iterator[None]:
-    """Around reading, decoding or encoding one row: whatever is raised becomes a RunError that begins with `row`.
+    """Turn whatever is raised while one row is read, decoded or encoded into a RunError that begins with `row`.
 
     Pillow alone raises a dozen types for damaged files.
     """
@@ -38,5 +38,5 @@ def naming_row(row: str) -> Iterator[None]:
         raise RunError(f"{row}: {error}; `samestep prepare` finds and lists such rows") from error
     except Exception as error:
         raise RunError(
-            f"{row}: cannot be read ({reason_of(error)}); `samestep prepare` finds and lists such rows"
+            f"{row}: cannot be read ({describe_error(error)}); `samestep prepare` finds and lists such rows"
         ) from error

@@ -24,7 +24,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The words of the turn, without its images."""
+        """Return the words of the turn, without its images."""
         return "".join(part for part in self.content if isinstance(part, str))
 
 
@@ -44,12 +44,12 @@ class Row:
 
     @property
     def query(self) -> str:
-        """The words of the last question."""
+        """Return the words of the last question."""
         return next((turn.text for turn in reversed(self.turns) if turn.role == "user"), "")
 
     @property
     def digest(self) -> bytes:
-        """sha256 of the content, of which the data set's fingerprint is made.
+        """Return the sha256 of the content, of which the data set's fingerprint is made.
 
         A row of one image and one question is digested as ChartQA's rows always were, whatever format it came in.
         """
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def images_digest(self) -> str:
-        """sha256 (hexadecimal) of its images; of a single one, of the file."""
+        """Return the sha256 (hexadecimal) of its images; of a single one, of the file."""
         digests = [hashlib.sha256(image).hexdigest() for image in self.images]
         return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -76,13 +76,15 @@ class Row:
 def question_row(
     images: Sequence[bytes], query: str, label: Sequence[str], human_or_machine: int | None = None
 ) -> Row:
-    """A row of one question about some images, which stand before it."""
+    """Make a row of one question about some images, which stand before it."""
     question = Turn("user", (*[IMAGE] * len(images), query))
     return Row(tuple(images), (question, Turn("assistant", (label[0],))), list(label), human_or_machine)
 
 
 def chat(system_message: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as messages for `processor.apply_chat_template`; a system message of their own wins over the recipe's."""
+    """Return the turns as messages for `processor.apply_chat_template`; a system message of their own wins over the
+    recipe's.
+    """
     own = bool(turns) and turns[0].role == "system"
     begin = [] if own or system_message is None else [Turn("system", (system_message,))]
     return [{"role": turn.role, "content": list(_parts(turn.content))} for turn in (*begin, *turns)]

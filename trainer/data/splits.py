@@ -13,11 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from launch.errors import ConfigError
+from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.text_tables import SUFFIXES, TextTable
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split, rows_of_split
 from launch.untrusted_files import UNREADABLE, plain_size, reason_of
 from trainer.data.formats.choose import Format, choose_format
@@ -77,7 +78,7 @@ class Rows:
 
     @property
     def names_files(self) -> bool:
-        """Its images may lie in files beside the table."""
+        """Say whether images may lie in files beside the table."""
         return isinstance(self._table, TextTable) or (self._root is not None and self.kind.name != "chartqa")
 
     def __iter__(self) -> Iterator[Row]:
@@ -101,14 +102,18 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
     splits = splits_of(recipe)
     if split not in splits:
         return Rows(TextTable([]), Format("none", _no_row, ""), np.empty(0, np.int64), None)
-    wanted = splits[split]
+    name_and_slice = splits[split]
     local = embedded_folder() / "data" if recipe.data.dataset == EMBEDDED else local_dataset(recipe)
-    table = _open_local(local, split, wanted) if local is not None else _open_hub(recipe, split, wanted)
+    table = (
+        _open_local(local, split, name_and_slice)
+        if local is not None
+        else _open_hub(recipe, split, name_and_slice)
+    )
     kind = choose_format(
-        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {wanted}"
+        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {name_and_slice}"
     )
     others = tuple(other for name, other in splits.items() if name != split)
-    numbers = rows_of_split(wanted, len(table), others)
+    numbers = rows_of_split(name_and_slice, len(table), others)
     return Rows(table, kind, numbers, local)
 
 
@@ -116,9 +121,9 @@ def _no_row(raw: object, files: ImageFiles) -> Row:
     raise RowError("the split is empty")
 
 
-def _open_local(folder: Path, split: SplitName, wanted: str) -> Table:
-    name = parse_split(wanted).name
-    files = split_files(folder, wanted)
+def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
+    name = parse_split(name_and_slice).name
+    files = split_files(folder, name_and_slice)
     if not files:
         raise ConfigError(
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}, nor {name}.jsonl, {name}.csv or "
@@ -145,15 +150,17 @@ def _open_local(folder: Path, split: SplitName, wanted: str) -> Table:
             # `datasets` knows its tables by the times of the files, which a rewritten file may have kept.
             cache_dir=str(cache_root() / "datasets" / content),
         ),
-        f"data.{split}: {wanted} of {folder}",
+        f"data.{split}: {name_and_slice} of {folder}",
     )
     return _ArrowTable(_undecoded(table), files[0].parent)
 
 
-def _open_hub(recipe: Recipe, split: SplitName, wanted: str) -> Table:
-    name = parse_split(wanted).name
+def _open_hub(recipe: Recipe, split: SplitName, name_and_slice: str) -> Table:
+    name = parse_split(name_and_slice).name
     load = partial(datasets.load_dataset, recipe.data.dataset, revision=recipe.data.revision, split=name)
-    return _ArrowTable(_undecoded(_load(load, f"data.{split}: {wanted} of {recipe.data.dataset}")), None)
+    return _ArrowTable(
+        _undecoded(_load(load, f"data.{split}: {name_and_slice} of {recipe.data.dataset}")), None
+    )
 
 
 def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:
@@ -212,9 +219,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def sources(rows_by_split: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
-    """In a line for each, what the splits' rows were taken for; equal ones once."""
-    said: set[str] = set()
+    """Yield, in a line for each, what the splits' rows were taken for; equal lines once."""
+    described: set[str] = set()
     for split, rows in rows_by_split:
-        if rows.kind.said and rows.kind.said not in said:
-            said.add(rows.kind.said)
-            yield f"data.format of {split}: {rows.kind.said}"
+        if rows.kind.description and rows.kind.description not in described:
+            described.add(rows.kind.description)
+            yield f"data.format of {split}: {rows.kind.description}"

@@ -13,14 +13,14 @@ import pickle
 import sys
 from dataclasses import dataclass
 from multiprocessing import queues
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-SHARED_MEMORY = Path("/dev/shm")
+from launch.hardware import SHARED_MEMORY
+
 LEAST_BYTES = 2**20
 """Of shared memory for the semaphores of the queues alone; without it there are no data workers."""
 MARGIN = 2
@@ -29,40 +29,42 @@ MARGIN = 2
 
 @dataclass(frozen=True)
 class Way:
-    """How many data workers a rank has, and whether they use the pipe. `said`: why it is not as asked for, or empty."""
+    """How many data workers a rank has, and whether they use the pipe. `notice`: why not as asked for, or empty."""
 
     workers: int
     by_pipe: bool = False
-    said: str = ""
+    notice: str = ""
 
 
 def free_shared_memory() -> tuple[int, int]:
-    """Bytes of shared memory: free now, and all."""
+    """Return the bytes of shared memory that are free now, and of all of it."""
     try:
-        found = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0, 0
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
 def choose_way(workers: int, ahead: int, batch_bytes: int, ranks: int) -> Way:
-    """For `ranks` of this machine with so many workers, each `ahead` micro-batches of `batch_bytes` on the average."""
+    """Choose for `ranks` of this machine with so many workers, each `ahead` micro-batches of `batch_bytes` on the
+    average.
+    """
     free, total = free_shared_memory()
     needed = MARGIN * ranks * workers * ahead * batch_bytes
     if workers == 0 or needed <= free:
         return Way(workers)
-    found = (
+    reason = (
         f"{SHARED_MEMORY}: {_mb(free)} of {_mb(total)} free, micro-batches read ahead may take {_mb(needed)}"
     )
     if free < LEAST_BYTES:
-        return Way(0, said=f"{found}; each rank reads its data itself")
+        return Way(0, notice=f"{reason}; each rank reads its data itself")
     return Way(
-        workers, by_pipe=True, said=f"{found}; they come through pipes, which is slower for large images"
+        workers, by_pipe=True, notice=f"{reason}; they come through pipes, which is slower for large images"
     )
 
 
 def describe_loss(error: Exception) -> str:
-    """What to say when data workers hand nothing over any more."""
+    """Say why data workers hand nothing over any more, and what to do."""
     free, total = free_shared_memory()
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
@@ -106,11 +108,11 @@ class Pickled:
     data: bytes
 
     def unpickle(self) -> Any:
-        """The batch."""
+        """Return the batch."""
         return pickle.loads(self.data)
 
     def pin_memory(self) -> Any:
-        """The batch in pinned memory; called by PyTorch's thread that pins."""
+        """Return the batch in pinned memory; called by PyTorch's thread that pins."""
         return pin_memory(self.unpickle())
 
 
@@ -125,7 +127,7 @@ def _share(value: Any) -> None:
 
 
 def end_with_lost_batches() -> None:
-    """In a data worker: what its queue cannot send ends it, and the rank hears of that."""
+    """End a data worker whose queue cannot send a batch, and let the rank hear of that; called in the worker."""
 
     def end(error: Exception, _: object) -> None:
         _say(f"data worker: cannot hand over a micro-batch ({type(error).__name__}: {error})")

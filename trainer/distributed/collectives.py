@@ -75,9 +75,9 @@ def to_user_error(raised: Exception) -> SamestepError:
 def out_of_memory(raised: torch.OutOfMemoryError) -> GpuMemoryError:
     """Turn PyTorch's error of a full GPU into one for the user."""
     amount = re.search(r"Tried to allocate ([\d.]+ \w+)", str(raised))
-    wanted = f" ({amount[1]} more wanted)" if amount else ""
+    shortfall = f" ({amount[1]} more wanted)" if amount else ""
     return GpuMemoryError(
-        f"GPU: out of memory{wanted}; the same command goes on, with less where batch.micro_batch_tokens, "
+        f"GPU: out of memory{shortfall}; the same command goes on, with less where batch.micro_batch_tokens, "
         "training.gradient_checkpointing or model.resident_weights is auto; `samestep plan` shows what fits"
     )
 

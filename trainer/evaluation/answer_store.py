@@ -30,12 +30,14 @@ class AnswerStore:
 
     @staticmethod
     def of(answers: Path, model: str, facts: Mapping[str, Any]) -> AnswerStore:
-        """The store of these facts below a run's `answers`. `model`: base, adapter or merged, for who reads names."""
+        """Return the store of these facts below a run's `answers`. `model`: base, adapter or merged, for who reads
+        names.
+        """
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return AnswerStore(answers / f"{facts['split']}-{model}-{digest}", facts)
 
     def read(self) -> dict[str, str]:
-        """Question -> answer of all ranks so far; a line that a kill cut short says nothing."""
+        """Return question -> answer of all ranks so far; a line that a kill cut short says nothing."""
         answers: dict[str, str] = {}
         for file in sorted(self.folder.glob("rank-*.jsonl")):
             try:
@@ -67,7 +69,7 @@ class AnswerStore:
 
 
 def question_id(prompt: str, image: str) -> str:
-    """Of a prompt and the digest of the image it is about."""
+    """Return the id of a prompt and the digest of the image it is about."""
     return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:24]
 
 

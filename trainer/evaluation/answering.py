@@ -20,16 +20,16 @@ from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
 from trainer.evaluation.answers import Answer, Question, Replica, make_batches, other_images, read_questions
 from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
-from trainer.evaluation.request import Task, Variant, variants_of
+from trainer.evaluation.request import EvaluationTask, Variant, variants_of
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
-Loader = Callable[[Task, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
+ReplicaLoader = Callable[[EvaluationTask, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Of one variant: where its answers are kept, and those that were there when the evaluation began."""
+    """The stored answers of one variant: where they are kept, and those that were there when the evaluation began."""
 
     store: AnswerStore
     answers: Mapping[str, str]
@@ -46,9 +46,9 @@ class _Batch:
 
 
 def answer_all(
-    task: Task, state: PartialState, stored: Mapping[str, Stored]
+    task: EvaluationTask, state: PartialState, stored: Mapping[str, Stored]
 ) -> tuple[list[Question], list[Answer]]:
-    """The questions, and this rank's share of the answers, by the names of the variants."""
+    """Return the questions, and this rank's share of the answers, by the names of the variants."""
     processor = load_processor(task.recipe)
     rows = open_split(task.recipe, task.request.split)
     variants = variants_of(task.request, task.recipe)
@@ -87,7 +87,7 @@ def _store(stored: Mapping[str, Stored], batch: _Batch) -> AnswerStore:
     return stored[batch.variant.name].store
 
 
-def _loads(variants: Sequence[Variant]) -> Iterator[tuple[Loader, list[Variant]]]:
+def _loads(variants: Sequence[Variant]) -> Iterator[tuple[ReplicaLoader, list[Variant]]]:
     """Who answers together: base and adapters are one model, the merged one is loaded after them."""
     if together := [variant for variant in variants if not variant.is_merged]:
         yield load_replica, together
@@ -96,7 +96,7 @@ def _loads(variants: Sequence[Variant]) -> Iterator[tuple[Loader, list[Variant]]
 
 
 def _share(
-    task: Task,
+    task: EvaluationTask,
     questions: Sequence[Question],
     others: Sequence[int],
     variants: Sequence[Variant],
@@ -108,7 +108,8 @@ def _share(
         looking = [variant for variant in variants if variant.shuffled == shuffled]
         seen = [questions[other] for other in others] if shuffled and others else questions
         lengths = [
-            asked.text_tokens + shown.visual_tokens for asked, shown in zip(questions, seen, strict=True)
+            question.text_tokens + shown.visual_tokens
+            for question, shown in zip(questions, seen, strict=True)
         ]
         batches = make_batches(lengths, BATCH_SIZE if size == "auto" else size)
         for positions in batches[state.process_index :: state.num_processes]:

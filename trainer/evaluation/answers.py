@@ -21,7 +21,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows
-from trainer.evaluation.request import Task
+from trainer.evaluation.request import EvaluationTask
 
 CACHE_BYTES = 2 << 30  # of image features on the device
 
@@ -46,7 +46,7 @@ class Question:
     prompts: Mapping[str, str] = field(default_factory=dict)
 
     def prompt_of(self, suffix: str) -> str:
-        """The prompt with the system message that a suffix stands for."""
+        """Return the prompt with the system message that a suffix stands for."""
         return self.prompts[suffix] if suffix else self.prompt
 
 
@@ -62,19 +62,19 @@ class Answer(TypedDict):
 # The questions: the same on every rank ---------------------------------------------------
 
 
-def spread(total: int, wanted: int | None) -> list[int]:
-    """`wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
+def evenly_spaced(total: int, wanted: int | None) -> list[int]:
+    """Return `wanted` positions of `total`, evenly spaced (all of them when None or more than there are)."""
     count = total if wanted is None else min(wanted, total)
     return [position * total // count for position in range(count)]
 
 
 def read_questions(
-    task: Task,
+    task: EvaluationTask,
     processor: ProcessorMixin,
     rows: Rows,
     messages: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Question]:
-    """The questions of the split, with the training prompt; rows that `prepare` dropped are left out.
+    """Return the questions of the split, with the training prompt; rows that `prepare` dropped are left out.
 
     `messages`: other system messages that are wanted too, by the suffix that stands for them.
     """
@@ -85,7 +85,7 @@ def read_questions(
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     others = {suffix: replace(encoder, system_message=message) for suffix, message in messages.items()}
     questions, first_rows = [], dict[str, int]()
-    for sample in spread(len(split), request.max_samples):
+    for sample in evenly_spaced(len(split), request.max_samples):
         number = int(split.rows[sample])
         with naming_row(f"data: row {number} of the split"):
             row = rows[number]
@@ -111,7 +111,7 @@ def read_questions(
 
 
 def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
-    """For every question the position of one with other images, as many; the same for every call.
+    """Return, for every question, the position of one with other images, as many; the same for every call.
 
     The distinct images are put into one seeded cycle and each is replaced by its successor, so no question
     keeps its image, also where several questions share one. Questions without an image, and the only one with so many,
@@ -134,7 +134,7 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Positions in batches of similar length, the longest first: the same for every number of ranks."""
+    """Return positions in batches of similar length, the longest first: the same for every number of ranks."""
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
@@ -163,18 +163,21 @@ class Replica:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model without PEFT's wrapper."""
+        """Return the model without PEFT's wrapper."""
         model = self.model
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def forget_trained_features(self) -> None:
-        """Before another adapter, or none, answers: features of a tower with LoRA are that adapter's."""
+        """Drop what a tower with LoRA has computed, before another adapter, or none, answers: its features are that
+        adapter's.
+        """
         if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
             self._features.clear()
 
     @torch.no_grad()
     def image_features(self, image_row: int) -> list[tuple[_Maps, Tensor]]:
-        """Maps of features [V, hidden] and grid [1, 3] of each of a row's images, encoded alone: no batch changes them.
+        """Return, for each of a row's images, its maps of features [V, hidden] and its grid [1, 3]; each is encoded
+        alone, so no batch changes them.
 
         In the tower's own dtype, as in training (`trainer.model.vision`).
         """
@@ -182,12 +185,12 @@ class Replica:
             self._features.move_to_end(image_row)
             return self._features[image_row]
         with naming_row(f"data: row {image_row} of the split"):
-            found = [self._encode(image) for image in self.rows[image_row].images]
-        self._features[image_row] = found
-        size = sum(len(maps) * maps[0].nbytes for maps, _ in found)
+            features = [self._encode(image) for image in self.rows[image_row].images]
+        self._features[image_row] = features
+        size = sum(len(maps) * maps[0].nbytes for maps, _ in features)
         while len(self._features) * size > CACHE_BYTES:
             self._features.popitem(last=False)
-        return found
+        return features
 
     def _encode(self, image: bytes) -> tuple[_Maps, Tensor]:
         device = self.base.device
@@ -201,7 +204,7 @@ class Replica:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the images of a row."""
+        """Return greedy answers, each to a prompt about the images of a row."""
         of_prompts = [self.image_features(row) for row in image_rows]
         images = [image for of_prompt in of_prompts for image in of_prompt]
         token = self.processor.image_token
@@ -237,7 +240,9 @@ class Replica:
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
+    """Return a generation configuration with nothing but the ends of the model's own: no sampling, no repetition
+    penalty.
+    """
     own, tokenizer = model.generation_config, processor.tokenizer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -22,7 +22,7 @@ from launch.run.evaluation_target import missing_models
 from launch.untrusted_files import printable
 from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import EvaluationRequest
 from trainer.logging_setup import print_error, setup_logging
 
 
@@ -30,12 +30,13 @@ class PrintableStreamer(TextStreamer):
     """Writes words as they are whole; no terminal obeys what a model says."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write the words so far; called by transformers' `TextStreamer`."""
         sys.stdout.write(printable(text) + ("\n" if stream_end else ""))
         sys.stdout.flush()
 
 
-def check_hand_request(request: Request) -> None:
-    """ConfigError for what cannot be asked by hand, or is not there."""
+def check_hand_request(request: EvaluationRequest) -> None:
+    """Raise ConfigError for what cannot be asked by hand, or is not there."""
     problems = missing_models(request.run, request.models, request.checkpoint, request.adapter_folder)
     if any(model.startswith("shuffled") for model in request.models):
         problems.append("--models: shuffled needs the other images of a split; leave it out")
@@ -63,7 +64,7 @@ def converse(panel: Panel, images: Sequence[Image.Image], questions: Iterator[st
 
 
 def questions_of(question: str | None) -> Iterator[str]:
-    """The one that was given, or every line of the standard input that says something."""
+    """Yield the question that was given, or every line of the standard input that says something."""
     if question is not None:
         yield question
         return
@@ -90,16 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--image", type=image, action="append", required=True, help="an image; may be repeated"
     )
     parser.add_argument("--question", help="the question (default: every line of the standard input)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     console = Console(stderr=True)
     try:
-        request = request_of(given)
-        images = [read_image(Path(file)) for file in given.image]
+        request = request_of(options)
+        images = [read_image(Path(file)) for file in options.image]
         check_hand_request(request)
         with console.status("loading") as status:  # says nothing where nobody watches
             panel = seat(request, request.recipe(), lambda name: status.update(f"loading {printable(name)}"))
-        converse(panel, images, questions_of(given.question))
+        converse(panel, images, questions_of(options.question))
     except SamestepError as error:
         return print_error(error)
     except KeyboardInterrupt:

@@ -24,8 +24,8 @@ from trainer.data.row_errors import RowError
 from trainer.data.rows import IMAGE, Turn, chat
 from trainer.evaluation.answers import greedy
 from trainer.evaluation.loading import answering_as, load_stored, load_with_adapters
-from trainer.evaluation.request import Request, Variant, variants_of
-from trainer.model.base import DTYPES
+from trainer.evaluation.request import EvaluationRequest, Variant, variants_of
+from trainer.model.base import RECIPE_DTYPES
 from trainer.pretrained import load_processor
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -33,7 +33,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class Respondent:
-    """One name that answers. `model` is shared by all that stand on the same base."""
+    """A name that answers. `model` is shared by all that stand on the same base."""
 
     variant: Variant
     model: Model
@@ -41,6 +41,7 @@ class Respondent:
 
     @property
     def name(self) -> str:
+        """The name of the variant, as `--models` has it."""
         return self.variant.name
 
 
@@ -54,12 +55,12 @@ class Panel:
     _encoder: Encoder = field(repr=False)
 
     def refuse_question(self, question: str) -> None:
-        """ConfigError for a question that is empty, or that the model would read as structure."""
+        """Raise ConfigError for a question that is empty, or that the model would read as structure."""
         if not question.strip():
             raise ConfigError("QUESTION: is empty; ask something")
-        if found := self._encoder.control_tokens.search(question):
+        if match := self._encoder.control_tokens.search(question):
             raise ConfigError(
-                f"QUESTION: holds the special token {found[0]}, which the model does not read as text; take it out"
+                f"QUESTION: holds the special token {match[0]}, which the model does not read as text; take it out"
             )
 
     @torch.no_grad()
@@ -70,7 +71,9 @@ class Panel:
         question: str,
         streamer: BaseStreamer | None = None,
     ) -> str:
-        """The greedy answer of one, about all images together; `streamer` is handed the tokens as they come."""
+        """Return the greedy answer of one model about all images together; `streamer` is handed the tokens as they
+        come.
+        """
         model = respondent.model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         turn = Turn("user", (*[IMAGE] * len(images), question))
@@ -90,8 +93,10 @@ class Panel:
         return str(self.processor.tokenizer.decode(new, skip_special_tokens=True).strip())
 
 
-def seat(request: Request, recipe: Recipe, telling: Callable[[str], None] = lambda _: None) -> Panel:
-    """Load everyone that is asked; base and adapters are one model. `telling` hears what is loaded.
+def seat(
+    request: EvaluationRequest, recipe: Recipe, telling: Callable[[str], None] = lambda _: None
+) -> Panel:
+    """Load every model that is asked; base and adapters are one model. `telling` hears what is loaded.
 
     Raises:
         SamestepError: something is missing or does not fit.
@@ -103,7 +108,7 @@ def seat(request: Request, recipe: Recipe, telling: Callable[[str], None] = lamb
     loaded: dict[bool, tuple[Model, torch.dtype]] = {}
     if on_base:
         telling(recipe.model.name_or_path)
-        loaded[False] = load_with_adapters(recipe, device, on_base), DTYPES[compute_dtype_of(recipe)]
+        loaded[False] = load_with_adapters(recipe, device, on_base), RECIPE_DTYPES[compute_dtype_of(recipe)]
     if len(on_base) < len(variants):
         telling(str(request.run.merged))
         merged = load_stored(request.run.merged, device)
@@ -114,7 +119,7 @@ def seat(request: Request, recipe: Recipe, telling: Callable[[str], None] = lamb
 
 
 def read_image(file: Path) -> Image.Image:
-    """An image in RGB as the training would see it. ConfigError, which names the file."""
+    """Return an image in RGB as the training would see it. ConfigError, which names the file."""
     try:
         return decode_image(read_bytes(file, TABLE))
     except UNREADABLE as error:

@@ -22,12 +22,17 @@ from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory
 from trainer.data.splits import open_split
 
-LARGEST = 2**16  # bytes of a file
-SIZES = ((640, 82), (480, 75), (360, 60), (240, 40))  # the longest side in pixels, and WebP's quality
+MAX_THUMBNAIL_BYTES = 2**16  # bytes of a file
+THUMBNAIL_SIZES = (
+    (640, 82),
+    (480, 75),
+    (360, 60),
+    (240, 40),
+)  # the longest side in pixels, and WebP's quality
 
 
 def thumbnail(images: Sequence[bytes]) -> bytes:
-    """The encoded images of a row side by side as WebP of at most `LARGEST` bytes, upright, on white.
+    """Return the encoded images of a row side by side as WebP of `MAX_THUMBNAIL_BYTES` at most, upright, on white.
 
     For a reader's eyes: training decodes by `trainer.data.images`, which imports torch.
 
@@ -35,18 +40,18 @@ def thumbnail(images: Sequence[bytes]) -> bytes:
         Exception: whatever Pillow raises for a damaged image.
     """
     flat = _side_by_side([_on_white(image) for image in images])
-    for size, quality in SIZES:
+    for size, quality in THUMBNAIL_SIZES:
         flat.thumbnail((size * min(len(images), 3), size), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         flat.save(buffer, "WEBP", quality=quality)
-        if buffer.tell() <= LARGEST:
+        if buffer.tell() <= MAX_THUMBNAIL_BYTES:
             break
     return buffer.getvalue()
 
 
 def _on_white(image: bytes) -> Image.Image:
     layer = ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert("RGBA")
-    layer.thumbnail((SIZES[0][0], SIZES[0][0]), Image.Resampling.LANCZOS)
+    layer.thumbnail((THUMBNAIL_SIZES[0][0], THUMBNAIL_SIZES[0][0]), Image.Resampling.LANCZOS)
     flat = Image.new("RGB", layer.size, "white")
     flat.paste(layer, mask=layer.getchannel("A"))
     return flat
@@ -96,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=for_argparse(place(name)), required=True)
     parser.add_argument("--split", required=True)
     parser.add_argument("--rows", required=True, help="row numbers, separated by commas")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     disable_progress_bar()
     try:
-        rows = [int(row) for row in given.rows.split(",") if row.isdecimal()]
-        write_images(RunDirectory(given.run_dir.absolute()), given.split, rows, given.output)
+        rows = [int(row) for row in options.rows.split(",") if row.isdecimal()]
+        write_images(RunDirectory(options.run_dir.absolute()), options.split, rows, options.output)
     except SamestepError as error:
         echo(str(error), to_stderr=True)
         return error.exit_status

@@ -8,19 +8,19 @@ from functools import partial
 from launch.inputs.dataset_index import SplitName
 from launch.option_values import for_argparse, place, whole
 from launch.run.directory import RunDirectory
-from launch.run.variants import NO_PROMPT, WEIGHTS, parse_models
-from trainer.evaluation.request import Request
+from launch.run.variants import NO_PROMPT, VARIANT_WEIGHTS, parse_models
+from trainer.evaluation.request import EvaluationRequest
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
-    """`models`: who is asked where nobody says."""
+    """Add the options that say who is asked. `models`: their names where the command line has none."""
     folder, file = for_argparse(place("--run-dir")), for_argparse(place("--prompt-file"))
     parser.add_argument("--run-dir", type=folder, required=True, help="the run's folder")
     parser.add_argument(
         "--models",
         type=for_argparse(partial(parse_models, of_files=True)),
         default=models,
-        help=f"comma-separated, of {', '.join(WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
+        help=f"comma-separated, of {', '.join(VARIANT_WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
         f"(default: {models})",
     )
     parser.add_argument(
@@ -39,22 +39,22 @@ def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
 
 
 def request_of(
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     split: SplitName = "test",
     max_samples: int | None = None,
     allow: tuple[str, ...] = (),
-) -> Request:
-    """The request of parsed options."""
-    return Request(
-        run=RunDirectory(given.run_dir.expanduser().absolute()),
+) -> EvaluationRequest:
+    """Return the request of parsed options."""
+    return EvaluationRequest(
+        run=RunDirectory(options.run_dir.expanduser().absolute()),
         split=split,
-        models=tuple(given.models.split(",")),
+        models=tuple(options.models.split(",")),
         max_samples=max_samples,
         allow=allow,
-        checkpoint=given.checkpoint,
-        adapter_folder=given.adapter and given.adapter.absolute(),
-        label=given.label,
-        recipe_file=given.recipe,
-        overrides=tuple(given.set),
-        prompt_file=given.prompt_file,
+        checkpoint=options.checkpoint,
+        adapter_folder=options.adapter and options.adapter.absolute(),
+        label=options.label,
+        recipe_file=options.recipe,
+        overrides=tuple(options.set),
+        prompt_file=options.prompt_file,
     )

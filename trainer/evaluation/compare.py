@@ -12,9 +12,9 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,32 +33,33 @@ from launch.inputs.dataset_index import read_index
 from launch.option_values import for_argparse, place, whole
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
-from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD
-from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica, spread
+from trainer.evaluation.answers import Replica, evenly_spaced
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
     Compared,
-    Comparison,
+    MergeComparison,
     Seen,
     answered,
     difference,
     print_comparison,
 )
+from trainer.evaluation.comparison_request import (
+    ComparisonRequest,
+    merged_folders,
+    recipe_file_of,
+    stored_dtype,
+)
 from trainer.evaluation.loading import with_named_targets
-from trainer.export.adapter import Adapter, AdapterOverrides, read_adapter
-from trainer.export.base_model import add_allow, check_base, find_base, run_containing
+from trainer.export.adapter import read_adapter
+from trainer.export.base_model import add_allow, check_base, find_base
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
-from trainer.export.merge import merge, print_report
-from trainer.export.merge_plan import BaseKind, DtypeChoice, MergeRequest
-from trainer.formats.validated import read_json
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
@@ -66,38 +67,19 @@ from trainer.pretrained import load_processor, model_class_of
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
-Loader = Callable[[], torch.nn.Module]
+ModelLoader = Callable[[], torch.nn.Module]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is compared: an adapter and its base, the merged models, on which recipe's data.
-
-    `both_bases`: make the merge onto the other base too (original or dequantized), compare it, and remove it.
-    """
-
-    source: Path
-    adapter: Adapter
-    base: Path
-    merged: tuple[Path, ...]
-    recipe: Recipe
-    samples: int
-    recipe_file: Path
-    missing: AdapterOverrides
-    both_bases: bool = False
-    allow: tuple[str, ...] = ()
-
-
-def compare(request: Request) -> Comparison:
+def compare(request: ComparisonRequest) -> MergeComparison:
     """Load one model after the other, keep logits and answers, and compare."""
-    with _merged_folders(request) as folders, TemporaryDirectory() as adapter:
+    with merged_folders(request) as folders, TemporaryDirectory() as adapter:
         write_adapter(
             with_named_targets(request.adapter), Path(adapter)
         )  # as PEFT's present version reads it
         return _compare(request, folders, Path(adapter))
 
 
-def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Comparison:
+def _compare(request: ComparisonRequest, folders: dict[str, Path], adapter: Path) -> MergeComparison:
     dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -112,13 +94,13 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
         )
 
     pairs = len(request.adapter.pairs)
-    loaders: dict[str, Loader] = {name: partial(plain, folder) for name, folder in folders.items()}
+    loaders: dict[str, ModelLoader] = {name: partial(plain, folder) for name, folder in folders.items()}
     loaders[UNMERGED] = lambda: with_adapter(plain(request.base), adapter, pairs)
     if request.recipe.quantization.load_in_4bit:
         loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
     seen, rows = _look(request, loaders, dtype)
     reference = QUANTIZED if QUANTIZED in seen else UNMERGED
-    return Comparison(
+    return MergeComparison(
         samples=len(rows),
         positions=len(seen[UNMERGED].logits),
         dtype=str(dtype).removeprefix("torch."),
@@ -137,7 +119,7 @@ def _compare(request: Request, folders: dict[str, Path], adapter: Path) -> Compa
 
 
 def _look(
-    request: Request, loaders: Mapping[str, Loader], dtype: torch.dtype
+    request: ComparisonRequest, loaders: Mapping[str, ModelLoader], dtype: torch.dtype
 ) -> tuple[dict[str, Seen], list[Row]]:
     """Every model's logits and answers, one model in memory at a time; and the rows they are of."""
     processor = load_processor(request.recipe)
@@ -169,87 +151,32 @@ def _look(
     return seen, rows
 
 
-@contextmanager
-def _merged_folders(request: Request) -> Iterator[dict[str, Path]]:
-    """The merged models by a name that says their base; with `both_bases` the other one is made meanwhile."""
-    folders = {f"merged, {kind_of(folder)}": folder for folder in request.merged}
-    if len(folders) < len(request.merged):
-        raise CheckpointError(
-            f"--merged: {len(request.merged)} folders of the same kind of base; give one of each kind"
-        )
-    if not request.both_bases or not request.recipe.quantization.load_in_4bit:
-        yield folders
-        return
-    first = request.merged[0]
-    other: BaseKind = "original" if kind_of(first) == "dequantized" else "dequantized"
-    dtype = cast(DtypeChoice, str(stored_dtype(first)).removeprefix("torch."))
-    with _room_beside(first) as room:
-        twin = Path(room, first.name)
-        print_report(
-            merge(
-                MergeRequest(
-                    request.source, twin, other, dtype, request.recipe_file, request.missing, request.allow
-                )
-            ),
-            Console(highlight=False, soft_wrap=True),
-        )
-        yield {**folders, f"merged, {other}": twin}
-
-
-def _room_beside(folder: Path) -> TemporaryDirectory[str]:
-    """A folder of our own on the same disk, which no other attempt and no user has made."""
-    try:
-        return TemporaryDirectory(prefix=f"{folder.name}.other-base-", dir=folder.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder.parent}: cannot be written to ({error.strerror}); the merge onto the other base needs a place "
-            "there, compare without it"
-        ) from error
-
-
-def kind_of(folder: Path) -> str:
-    """`original` or `dequantized`, as the merge recorded it; the folder's name where nothing is recorded."""
-    try:
-        return printable(str(read_mapping(folder / RECORD, TABLE)["base"]))
-    except (*UNREADABLE, KeyError):
-        return folder.name
-
-
-def with_adapter(base: PreTrainedModel, folder: Path, wanted: int) -> torch.nn.Module:
-    """PEFT's own loading, which says nothing about keys that match no layer: counted here."""
+def with_adapter(base: PreTrainedModel, folder: Path, pairs: int) -> torch.nn.Module:
+    """Load an adapter as PEFT does, and count its pairs: PEFT says nothing about keys that match no layer."""
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = sum(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name)
-    if loaded != wanted:
+    if loaded != pairs:
         raise CheckpointError(
-            f"{folder}: PEFT loaded {loaded} of {wanted} lora pairs into the base; "
+            f"{folder}: PEFT loaded {loaded} of {pairs} lora pairs into the base; "
             "its keys are of another transformers version, so there is no unmerged model to compare with"
         )
     return cast(torch.nn.Module, model)
 
 
-def validation_numbers(request: Request) -> list[int]:
-    """Numbers of rows of the validation split, evenly spaced over it."""
+def validation_numbers(request: ComparisonRequest) -> list[int]:
+    """Return the numbers of rows of the validation split, evenly spaced over it."""
     index = read_index(request.recipe) or prepare(request.recipe)
     numbers = index.splits["validation"].rows
     if not len(numbers):
         raise ConfigError("data.validation: has no rows to compare on; correct the split")
-    return [int(numbers[position]) for position in spread(len(numbers), request.samples)]
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json of a merged model names."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"--merged: no config.json in {folder}; give the folder of a merged model")
-    config = read_json(folder / "config.json")
-    name = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    return cast(torch.dtype, getattr(torch, name or "float32"))
+    return [int(numbers[position]) for position in evenly_spaced(len(numbers), request.samples)]
 
 
 @torch.inference_mode()
 def answer_logits(
     model: torch.nn.Module, processor: ProcessorMixin, recipe: Recipe, row: Row, dtype: torch.dtype
 ) -> Tensor:
-    """fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
+    """Return fp32 logits [answer tokens, vocabulary] on the CPU, each row predicting one token of the row's answer."""
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     conversation = encoder.conversation(row)
     device = next(model.parameters()).device
@@ -264,17 +191,6 @@ def answer_logits(
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0, begin - 1 : -1].float().cpu()
-
-
-def recipe_file_of(source: Path, run_dir: Path | None) -> Path:
-    """The recipe of the run that `source` is or lies in, or of `run_dir`."""
-    run = RunDirectory(run_dir) if run_dir else run_containing(source)
-    if run is not None and run.recipe_file.is_file():
-        return run.recipe_file
-    raise ConfigError(
-        f"{run_dir or source}: no recipe.yaml, which names the data to compare on; "
-        "give the run's directory with --run-dir"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -315,42 +231,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_adapter_options(parser)
     add_allow(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        comparison = compare(_request(given))
+        comparison = compare(_request(options))
     except SamestepError as error:
         return print_error(error)
     print_comparison(comparison, Console(highlight=False, soft_wrap=True))
-    for folder in given.merged:
+    for folder in options.merged:
         keep_comparison(comparison, folder)
     return 0
 
 
-def keep_comparison(comparison: Comparison, merged: Path) -> None:
-    """Beside the record of a merge of ours. A folder that cannot be written costs another comparison, nothing else."""
+def keep_comparison(comparison: MergeComparison, merged: Path) -> None:
+    """Write a comparison beside the record of a merge of ours. A folder that cannot be written costs another
+    comparison, nothing else.
+    """
     if (merged / RECORD).is_file():
         with suppress(OSError):
             atomic_write(merged / COMPARISON, json.dumps(asdict(comparison), indent=1) + "\n")
 
 
-def _request(given: argparse.Namespace) -> Request:
-    source, missing = given.source.expanduser().absolute(), missing_of(given)
+def _request(options: argparse.Namespace) -> ComparisonRequest:
+    source, missing = options.source.expanduser().absolute(), missing_of(options)
     adapter = read_adapter(source, missing)
-    recipe_file = recipe_file_of(source, given.run_dir)
+    recipe_file = recipe_file_of(source, options.run_dir)
     base = find_base(adapter, missing.base_model)
-    check_base(adapter, base, given.allow)
-    return Request(
+    check_base(adapter, base, options.allow)
+    return ComparisonRequest(
         source=source,
         adapter=adapter,
         base=base,
-        merged=tuple(folder.expanduser().absolute() for folder in given.merged),
+        merged=tuple(folder.expanduser().absolute() for folder in options.merged),
         recipe=load_recipe(recipe_file),
-        samples=given.samples,
+        samples=options.samples,
         recipe_file=recipe_file,
         missing=missing,
-        both_bases=given.both_bases,
-        allow=tuple(given.allow),
+        both_bases=options.both_bases,
+        allow=tuple(options.allow),
     )
 
 

@@ -16,8 +16,8 @@ UNMERGED, QUANTIZED = "base + adapter", "4-bit base + adapter"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of the merged model's logits from another's, over all answer positions and the whole vocabulary.
+class LogitDifference:
+    """How a merged model's logits differ from another's, over all answer positions and the whole vocabulary.
 
     `largest`, `mean`: absolute; `logit_range`: largest minus smallest logit of the other model, to read them by;
     `agreement`: share of positions at which both put the same token first.
@@ -35,8 +35,8 @@ class Compared:
 
     model: str
     folder: str
-    unmerged: Difference
-    quantized: Difference | None
+    unmerged: LogitDifference
+    quantized: LogitDifference | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MergeComparison:
     """Every merged model beside the unmerged ones. `reference`: the model as it was trained."""
 
     samples: int
@@ -70,16 +70,16 @@ class Seen:
 
 
 def answered(name: str, seen: Seen, reference: Seen, rows: Sequence[Row]) -> Answered:
-    """How a model's answers compare with the reference's, and how many are right."""
+    """Compare a model's answers with the reference's, and count those that are right."""
     right = sum(correct(answer, row.label[0]) for answer, row in zip(seen.answers, rows, strict=True))
     same = sum(mine == other for mine, other in zip(seen.answers, reference.answers, strict=True))
     return Answered(name, same / len(rows), 100 * right / len(rows), right)
 
 
-def difference(merged: Tensor, other: Tensor) -> Difference:
-    """Both [positions, vocabulary]."""
+def difference(merged: Tensor, other: Tensor) -> LogitDifference:
+    """Compare the logits of two models, both [positions, vocabulary]."""
     gap = (merged - other).abs()
-    return Difference(
+    return LogitDifference(
         largest=float(gap.max()),
         mean=float(gap.mean()),
         logit_range=float(other.max() - other.min()),
@@ -87,8 +87,8 @@ def difference(merged: Tensor, other: Tensor) -> Difference:
     )
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Two tables."""
+def print_comparison(comparison: MergeComparison, console: Console) -> None:
+    """Print a table of logits and one of answers."""
     title = (
         f"logits ({comparison.dtype}) at {comparison.positions} answer tokens "
         f"of {comparison.samples} validation samples"
@@ -104,15 +104,15 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     ):
         table.add_column(column, justify="left" if column in ("model", "against") else "right")
     for each in comparison.merged:
-        for name, found in ((f"{UNMERGED}, unmerged", each.unmerged), (QUANTIZED, each.quantized)):
-            if found is not None:
+        for name, differences in ((f"{UNMERGED}, unmerged", each.unmerged), (QUANTIZED, each.quantized)):
+            if differences is not None:
                 table.add_row(
                     each.model,
                     name,
-                    f"{found.largest:.3g}",
-                    f"{found.mean:.3g}",
-                    f"{found.logit_range:.3g}",
-                    f"{100 * found.agreement:.1f} %",
+                    f"{differences.largest:.3g}",
+                    f"{differences.mean:.3g}",
+                    f"{differences.logit_range:.3g}",
+                    f"{100 * differences.agreement:.1f} %",
                 )
     console.print(table)
     table = Table(title=f"answers to the same {comparison.samples} questions", title_justify="left")

@@ -22,7 +22,7 @@ from launch.untrusted_files import printable
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import spread
+from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
 from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
@@ -34,7 +34,7 @@ _MISSING = "gradio: is not installed, and the page needs it; run `pip install 's
 
 
 def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator[list[str]]:
-    """The answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
+    """Yield the answers so far, one for each model, as they come. ConfigError for what cannot be asked."""
     if not file:
         raise ConfigError("IMAGE: is missing; choose one, or an example")
     panel.refuse_question(question or "")
@@ -47,9 +47,9 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
 
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:
-    """(image file, question, target) of rows with one image, spread over the test split."""
-    rows, found = open_split(recipe, "test"), []
-    for number in spread(len(rows), count):
+    """Return (image file, question, target) of rows with one image, spread over the test split."""
+    rows, examples = open_split(recipe, "test"), []
+    for number in evenly_spaced(len(rows), count):
         row = rows[number]
         file = folder / f"row-{number}.png"
         if len(row.images) != 1:
@@ -58,12 +58,12 @@ def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[lis
             decode_image(row.images[0]).save(file)
         except RowError:
             continue  # `prepare` names such rows
-        found.append([str(file), row.query, row.label[0]])
-    return found
+        examples.append([str(file), row.query, row.label[0]])
+    return examples
 
 
 def page(panel: Panel, title: str, examples: Sequence[Sequence[str]]) -> Any:
-    """The page as gradio's `Blocks`, with one function, `/ask`."""
+    """Build the page as gradio's `Blocks`, with one function, `/ask`."""
     import gradio
 
     def ask(file: str | None, question: str | None) -> Iterator[list[str] | str]:
@@ -101,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.demo --run-dir runs/embedded",
     )
     add_request_arguments(parser, "base,adapter")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        request = request_of(given)
+        request = request_of(options)
         check_hand_request(request)
         try:
             import gradio  # noqa: F401 - before a model is loaded

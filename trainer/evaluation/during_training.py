@@ -26,11 +26,11 @@ from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
-from trainer.evaluation.answers import Replica, make_batches, spread
+from trainer.evaluation.answers import Replica, evenly_spaced, make_batches
 from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.evaluation.metrics import summary_of
 from trainer.model.attention import stock_attention
-from trainer.model.base import DTYPES
+from trainer.model.base import RECIPE_DTYPES
 from trainer.task import Task
 
 BATCH_SIZE = 8  # of `evaluation.batch_size: auto`: beside the training's memory
@@ -57,10 +57,10 @@ class ScoredAnswers(TypedDict):
 
 
 def answers_are_due(recipe: Recipe, step: int, max_steps: int) -> bool:
-    """Whether the evaluation at a step scores answers too: every `answers_every`-th does, and the last one."""
-    chosen = recipe.evaluation
-    return chosen.answers > 0 and (
-        step == max_steps or step % (chosen.every_steps * chosen.answers_every) == 0
+    """Say whether the evaluation at a step scores answers too: every `answers_every`-th does, and the last one."""
+    settings = recipe.evaluation
+    return settings.answers > 0 and (
+        step == max_steps or step % (settings.every_steps * settings.answers_every) == 0
     )
 
 
@@ -71,7 +71,7 @@ def score_answers(
     generating: Callable[[PeftModel], AbstractContextManager[Any]],
     gives_up: Callable[[], bool],
 ) -> ScoredAnswers | None:
-    """Accuracy of the model on `evaluation.answers` validation samples, by its first metric. A collective.
+    """Score the model on `evaluation.answers` validation samples, by its first metric. A collective.
 
     `generating`: the engine's context around generation. `gives_up`: asked on all ranks before every batch; None is
     returned where it says so.
@@ -84,7 +84,7 @@ def score_answers(
         processor,
         rows,
         task.recipe.evaluation.max_new_tokens,
-        DTYPES[task.plan.compute_dtype],
+        RECIPE_DTYPES[task.plan.compute_dtype],
         synced=synced,
     )
     predictions: dict[int, str] = {}
@@ -141,15 +141,17 @@ def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: 
 def _share_of(task: Task, processor: ProcessorMixin) -> tuple[list[_Question], list[tuple[list[int], bool]]]:
     """All questions, and this rank's batches of their positions; False: of another rank, to be in step with it."""
     questions = _questions(task, processor, open_split(task.recipe, "validation"))
-    chosen = task.recipe.evaluation.batch_size
-    size = BATCH_SIZE if chosen == "auto" else chosen
+    batch_size = task.recipe.evaluation.batch_size
+    size = BATCH_SIZE if batch_size == "auto" else batch_size
     batches = make_batches([question.tokens for question in questions], size)
     rank = dist.get_rank() if task.plan.world_size > 1 else 0
     return questions, shares(batches, rank, task.plan.world_size)
 
 
 def shares(batches: Sequence[list[int]], rank: int, world_size: int) -> list[tuple[list[int], bool]]:
-    """A rank's batches, as many for each rank; those that only keep it in step repeat the last and are marked False."""
+    """Return a rank's batches, as many for each rank; those that only keep it in step repeat the last and are marked
+    False.
+    """
     mine = [(batch, True) for batch in batches[rank::world_size]]
     most = -(-len(batches) // world_size)
     return mine + [(batches[-1], False)] * (most - len(mine))
@@ -159,7 +161,7 @@ def _questions(task: Task, processor: ProcessorMixin, rows: Rows) -> list[_Quest
     recipe, split = task.recipe, task.index.splits["validation"]
     encoder = Encoder(processor, recipe.data.system_message, recipe.data.loss)
     questions = []
-    for sample in spread(len(split), recipe.evaluation.answers):
+    for sample in evenly_spaced(len(split), recipe.evaluation.answers):
         number = int(split.rows[sample])
         with naming_row(f"data: row {number} of the validation split"):
             row = rows[number]

@@ -36,7 +36,14 @@ from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metric_functions import load_metrics
-from trainer.evaluation.request import Request, Task, check_request, facts_of, variants_of, weights_of
+from trainer.evaluation.request import (
+    EvaluationRequest,
+    EvaluationTask,
+    answer_facts,
+    check_evaluation_request,
+    variants_of,
+    weights_of,
+)
 from trainer.evaluation.result import print_json, print_result, result_of
 from trainer.evaluation.stored_answers import models_in, with_earlier_answers, write_result
 from trainer.export.base_model import add_allow
@@ -47,8 +54,8 @@ from trainer.prepare import prepare
 PATIENCE = timedelta(days=1)  # of a rank that has answered its batches and waits for the others
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Request, bool]:
-    """The request of the command line, and whether its figures are printed as JSON.
+def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
+    """Return the request of the command line, and whether its figures are printed as JSON.
 
     argparse ends the process with status 2 and the reason.
     """
@@ -67,26 +74,26 @@ def parse(arguments: Sequence[str] | None) -> tuple[Request, bool]:
     )
     add_allow(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    given = parser.parse_args(arguments)
-    return request_of(given, given.split, given.max_samples, tuple(given.allow)), given.json
+    options = parser.parse_args(arguments)
+    return request_of(options, options.split, options.max_samples, tuple(options.allow)), options.json
 
 
-def prepared(request: Request) -> Task:
-    """Recipe and index of the run, both there; made before the process group exists, as in training.
+def prepared(request: EvaluationRequest) -> EvaluationTask:
+    """Return the evaluation with the run's recipe and index; made before the process group exists, as in training.
 
     Raises:
         ConfigError: something that was asked for is missing.
     """
-    check_request(request)
+    check_evaluation_request(request)
     recipe = request.recipe()
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    task = Task(request, recipe, read_index(recipe) or prepare(recipe, quiet=not first))
+    task = EvaluationTask(request, recipe, read_index(recipe) or prepare(recipe, quiet=not first))
     variants_of(request, recipe)
     return task
 
 
-def evaluate(task: Task, state: PartialState, as_json: bool = False) -> None:
-    """Answer on all ranks, gather; rank 0 writes and prints."""
+def evaluate(task: EvaluationTask, state: PartialState, as_json: bool = False) -> None:
+    """Answer on all ranks and gather the answers; rank 0 writes and prints."""
     request = task.request
 
     def look() -> tuple[dict[str, Any], dict[str, str | None], dict[str, Stored]]:
@@ -117,15 +124,15 @@ def evaluate(task: Task, state: PartialState, as_json: bool = False) -> None:
     run_on_main(conclude)
 
 
-def stored_answers(task: Task, identity: Mapping[str, str]) -> dict[str, Stored]:
-    """What every variant that is asked has answered so far, by its name."""
-    found = {}
+def stored_answers(task: EvaluationTask, identity: Mapping[str, str]) -> dict[str, Stored]:
+    """Return what every variant that is asked has answered so far, by its name."""
+    stored = {}
     for variant in variants_of(task.request, task.recipe):
         kind = "merged" if variant.is_merged else "adapter" if variant.adapter else "base"
-        facts = facts_of(variant, task.request, task.recipe, identity)
+        facts = answer_facts(variant, task.request, task.recipe, identity)
         store = AnswerStore.of(task.request.run.answers, kind, facts)
-        found[variant.name] = Stored(store, store.read())
-    return found
+        stored[variant.name] = Stored(store, store.read())
+    return stored
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from launch.errors import ConfigError
 from launch.inputs.identity import MODEL_PARTS, OWN_TEMPLATE, PARTS
 from launch.run.changes import content_changes, is_allowed, refuse_unknown_parts
 from launch.run.variants import parse_variant
-from trainer.evaluation.request import Task
+from trainer.evaluation.request import EvaluationTask
 from trainer.export.base_model import old_base_change, recorded_at
 from trainer.identity import compute_identity
 from trainer.pretrained import base_path
@@ -20,8 +20,8 @@ _OF_ANY_MODEL = ("model.processor", "model.chat_template", "model.tokenizer")
 """Parts of the base that answers of the merged model depend on too."""
 
 
-def hold_against_training(task: Task) -> dict[str, Any]:
-    """The identity of what is evaluated, as eval.json holds it, and what of it differs as allowed. On rank 0.
+def hold_against_training(task: EvaluationTask) -> dict[str, Any]:
+    """Return the identity of what is evaluated, as eval.json holds it, and what of it differs as allowed. On rank 0.
 
     Raises:
         ConfigError: parts differ that are not allowed to; each is named with both digests.

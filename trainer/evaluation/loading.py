@@ -21,11 +21,11 @@ from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.data.splits import Rows
 from trainer.evaluation.answers import Replica
-from trainer.evaluation.request import Task, Variant
+from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
-from trainer.model.base import DTYPES, load_base
+from trainer.model.base import RECIPE_DTYPES, load_base
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of
 
@@ -33,18 +33,28 @@ SHARE = 0.5  # of free memory; the rest is for activations, the cache of keys an
 
 
 def load_replica(
-    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: EvaluationTask,
+    processor: ProcessorMixin,
+    rows: Rows,
+    device: torch.device,
+    variants: Sequence[Variant],
 ) -> Replica:
-    """The recipe's base with every adapter that the variants need."""
+    """Return the recipe's base with every adapter that the variants need."""
     recipe = task.recipe
     model = load_with_adapters(recipe, device, variants)
-    return Replica(model, processor, rows, recipe.evaluation.max_new_tokens, DTYPES[compute_dtype_of(recipe)])
+    return Replica(
+        model, processor, rows, recipe.evaluation.max_new_tokens, RECIPE_DTYPES[compute_dtype_of(recipe)]
+    )
 
 
 def load_merged(
-    task: Task, processor: ProcessorMixin, rows: Rows, device: torch.device, variants: Sequence[Variant]
+    task: EvaluationTask,
+    processor: ProcessorMixin,
+    rows: Rows,
+    device: torch.device,
+    variants: Sequence[Variant],
 ) -> Replica:
-    """The run's merged model, unquantized, in the dtype it is stored in."""
+    """Return the run's merged model, unquantized, in the dtype it is stored in."""
     model = load_stored(task.request.run.merged, device)
     return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
 
@@ -52,13 +62,13 @@ def load_merged(
 def load_with_adapters(
     recipe: Recipe, device: torch.device, variants: Sequence[Variant]
 ) -> PreTrainedModel | PeftModel:
-    """The recipe's base with every adapter that the variants need, each loaded once under its folder's name."""
+    """Return the recipe's base with every adapter that the variants need, each loaded once under its folder's name."""
     model: PreTrainedModel | PeftModel = load_base(recipe, device)
     for folder in dict.fromkeys(variant.adapter for variant in variants):
         if folder is not None:
             model = add_adapter(model, folder)
     if device.type == "cuda" and recipe.model.resident_weights is not False:
-        hold_dequantized(model, DTYPES[compute_dtype_of(recipe)], torch.cuda.mem_get_info(device)[0])
+        hold_dequantized(model, RECIPE_DTYPES[compute_dtype_of(recipe)], torch.cuda.mem_get_info(device)[0])
     return model.eval()
 
 
@@ -76,7 +86,7 @@ def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
 
 
 def load_stored(folder: Path, device: torch.device) -> PreTrainedModel:
-    """A model as it lies in a folder, unquantized, in the dtype it is stored in."""
+    """Return a model as it lies in a folder, unquantized, in the dtype it is stored in."""
     model = model_class_of(folder).from_pretrained(
         folder,
         dtype="auto",
@@ -94,7 +104,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> PeftModel:
     Raises:
         CheckpointError: it cannot be read, or does not fit the base.
     """
-    adapter, name = read_adapter(folder), name_of(folder)
+    adapter, name = read_adapter(folder), peft_name_of(folder)
     with TemporaryDirectory() as place:
         write_adapter(with_named_targets(adapter), Path(place))  # as PEFT's present version reads it
         if isinstance(model, PeftModel):
@@ -107,24 +117,26 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> PeftModel:
 
 
 def with_named_targets(adapter: Adapter) -> Adapter:
-    """PEFT matches patterns against every module of the model: those of the adapter alone are known to end."""
+    """Return the adapter with the names of its modules in place of patterns: PEFT matches patterns against every module
+    of the model, and these are known to end.
+    """
     named = {"target_modules": sorted(pair.module for pair in adapter.pairs)}
     patterns = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
     return replace(adapter, config=adapter.config | named | patterns)
 
 
-def name_of(folder: Path) -> str:
-    """What PEFT calls the adapter of a folder: one name a folder, without dots, which part the names of modules."""
+def peft_name_of(folder: Path) -> str:
+    """Return what PEFT calls the adapter of a folder: a name without dots, which part the names of modules."""
     return f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}".replace(".", "-")
 
 
 def answering_as(model: Any, variant: Variant) -> AbstractContextManager[Any]:
-    """Inside, the model has the adapter of a variant, or none."""
+    """Let the model have the adapter of a variant, or none, inside the block."""
     if not isinstance(model, PeftModel):
         return nullcontext()
     if variant.adapter is None:
         return cast(AbstractContextManager[Any], model.disable_adapter())
-    model.set_adapter(name_of(variant.adapter))
+    model.set_adapter(peft_name_of(variant.adapter))
     return nullcontext()
 
 

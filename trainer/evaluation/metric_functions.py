@@ -17,7 +17,7 @@ from typing import Any
 from launch.errors import ConfigError, RunError
 from launch.recipe.schema import Recipe
 from trainer.data.relaxed_accuracy import correct
-from trainer.data.row_errors import reason_of
+from trainer.data.row_errors import describe_error
 
 logger = logging.getLogger("trainer")
 
@@ -28,12 +28,12 @@ _ANLS_THRESHOLD = 0.5
 
 
 def relaxed_accuracy(prediction: str, labels: Sequence[str]) -> float:
-    """ChartQA's rule (`trainer.data.relaxed_accuracy`), against the first label as the public harnesses do."""
+    """Score by ChartQA's rule (`trainer.data.relaxed_accuracy`), against the first label as the public harnesses do."""
     return float(correct(prediction, labels[0]))
 
 
 def exact_match(prediction: str, labels: Sequence[str]) -> float:
-    """1 for one of the labels, but for case, punctuation, articles and white space.
+    """Return 1 for one of the labels, but for case, punctuation, articles and white space.
 
     Source: the normalization of SQuAD's evaluation script (Rajpurkar et al. 2016).
     """
@@ -41,12 +41,13 @@ def exact_match(prediction: str, labels: Sequence[str]) -> float:
 
 
 def token_f1(prediction: str, labels: Sequence[str]) -> float:
-    """The best F1 of an answer's words and a label's, normalized as for `exact_match`. Source: SQuAD's script."""
+    """Return the best F1 of an answer and a label, normalized as by `exact_match`. Source: SQuAD's script."""
     return max(_f1(_normalized(prediction).split(), _normalized(label).split()) for label in labels)
 
 
 def anls(prediction: str, labels: Sequence[str]) -> float:
-    """The best 1 - edit distance / longer length to a label, 0 from a distance of half the length on; case is ignored.
+    """Return the best 1 - edit distance / longer length to a label, 0 from a distance of half the length on; case is
+    ignored.
 
     Source: average normalized Levenshtein similarity of ST-VQA and DocVQA (Biten et al. 2019, threshold 0.5).
     """
@@ -59,7 +60,6 @@ METRICS: dict[str, Score] = {
     "anls": anls,
     "token_f1": token_f1,
 }
-YES_OR_NO = ("relaxed_accuracy", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ class Metrics:
 
     @property
     def first(self) -> str:
+        """The name of the metric that says which answers are correct."""
         return next(iter(self.scores))
 
     def score(self, prediction: str, labels: Sequence[str]) -> dict[str, float]:
-        """Every metric of an answer.
+        """Score an answer by every metric.
 
         Raises:
             RunError: a function of the user's own fails, or answers with no share of 1.
@@ -81,7 +82,7 @@ class Metrics:
         return {name: _judged(name, score, prediction, labels) for name, score in self.scores.items()}
 
     def is_correct(self, prediction: str, labels: Sequence[str]) -> bool:
-        """By the first metric."""
+        """Say whether an answer is correct, by the first metric."""
         return _judged(self.first, self.scores[self.first], prediction, labels) >= 0.5
 
 
@@ -91,7 +92,8 @@ OF_TEXT = Metrics({name: METRICS[name] for name in ("exact_match", "token_f1")})
 
 
 def load_metrics(recipe: Recipe, has_kinds: bool) -> Metrics:
-    """The recipe's metrics; `auto`: relaxed accuracy where rows have ChartQA's kinds of questions, else those of text.
+    """Return the recipe's metrics; `auto`: relaxed accuracy where rows have ChartQA's kinds of questions, else those of
+    text.
 
     Raises:
         ConfigError: a function of the user's own cannot be loaded.
@@ -122,7 +124,7 @@ def _own(name: str) -> Score:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a program of the user's
-        raise ConfigError(f"{key}: {path} cannot be loaded ({reason_of(error)}); correct it") from error
+        raise ConfigError(f"{key}: {path} cannot be loaded ({describe_error(error)}); correct it") from error
     score: Any = getattr(module, function, None)
     if not callable(score):
         raise ConfigError(
@@ -139,7 +141,7 @@ def _judged(name: str, score: Score, prediction: str, labels: Sequence[str]) -> 
         value = float(score(prediction, labels))
     except Exception as error:  # a program of the user's
         raise RunError(
-            f"evaluation.metrics: {name} fails on the answer {prediction[:80]!r} ({reason_of(error)}); correct it"
+            f"evaluation.metrics: {name} fails on the answer {prediction[:80]!r} ({describe_error(error)}); correct it"
         ) from error
     if not 0 <= value <= 1:
         raise RunError(
@@ -151,7 +153,7 @@ def _judged(name: str, score: Score, prediction: str, labels: Sequence[str]) -> 
 def figures(
     predictions: Sequence[Mapping[str, Any]], models: Sequence[str], metrics: Metrics
 ) -> dict[str, dict[str, dict[str, float | int]]]:
-    """Metric -> model -> `percent`, its `standard_error` in percentage points, and `count`."""
+    """Return metric -> model -> `percent`, its `standard_error` in percentage points, and `count`."""
     return {
         name: {model: _figure([each[model]["scores"][name] for each in predictions]) for model in models}
         for name in metrics.scores

@@ -40,14 +40,16 @@ class Paired(TypedDict):
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Accuracy]:
-    """Relaxed accuracy of the questions of people ("human"), of machines ("augmented"), and of all ("overall")."""
+    """Return the relaxed accuracy of the questions of people ("human"), of machines ("augmented"), and of all
+    ("overall").
+    """
     return summary_of(
         (correct(row["prediction"], row["target"]), row["human_or_machine"]) for row in predictions
     )
 
 
 def summary_of(outcomes_and_kinds: Iterable[tuple[bool, int | None]]) -> dict[str, Accuracy]:
-    """As `summary`, of outcomes by whatever metric, each with the kind of its question (None: not known)."""
+    """Summarize as `summary` outcomes by whatever metric, each with the kind of its question (None: not known)."""
     outcomes: dict[str, list[bool]] = {group: [] for group in (*GROUPS.values(), "overall")}
     for outcome, kind in outcomes_and_kinds:
         if kind is not None:
@@ -71,7 +73,8 @@ def _accuracy(outcomes: Sequence[bool]) -> Accuracy:
 
 
 def wilson(right: int, count: int) -> list[float]:
-    """The 95 % interval of a share in percent: Wilson's score interval (JASA 1927), which stays within 0 and 100.
+    """Return the 95 % interval of a share in percent: Wilson's score interval (JASA 1927), which stays within 0 and
+    100.
 
     Of few questions, or of nearly all right ones, the standard error says nothing.
     """
@@ -80,7 +83,7 @@ def wilson(right: int, count: int) -> list[float]:
 
 
 def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
-    """What changed between two models on the same questions. ValueError when their lengths differ."""
+    """Compare two models on the same questions: what was gained and lost. ValueError when their lengths differ."""
     return Paired(
         gained=sum(b < a for b, a in zip(before, after, strict=True)),
         lost=sum(b > a for b, a in zip(before, after, strict=True)),

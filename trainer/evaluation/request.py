@@ -12,7 +12,7 @@ from launch.checkpoints.adapter_file import read_digest
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, SplitName
-from launch.inputs.identity import WEIGHTS, model_identity
+from launch.inputs.identity import WEIGHTS_PART, model_identity
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
@@ -23,7 +23,7 @@ from launch.run.variants import NO_PROMPT, file_suffix, parse_variant, read_prom
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is asked for. `models`: names as of `launch.run.variants`.
 
     `allow`: parts of the run's identity that may differ from the training's. `checkpoint`: the step of the checkpoint
@@ -45,33 +45,33 @@ class Request:
 
     @property
     def adapter(self) -> Path:
-        """The folder with the adapter."""
+        """Return the folder with the adapter."""
         if self.adapter_folder is not None:
             return self.adapter_folder
         return self.run.adapter if self.checkpoint is None else self.run.checkpoint(self.checkpoint)
 
     @property
     def file(self) -> Path:
-        """Where figures and answers are written together."""
+        """The file in which figures and answers are written together."""
         return self.run.eval_file(self.split, self.max_samples, self.checkpoint, self.label)
 
     @property
     def trained_at(self) -> Path | None:
-        """Whose record says what was trained; None where nothing of what answers is a training's."""
+        """The folder whose record says what was trained; None where nothing of what answers is a training's."""
         if self.adapter_folder is not None:
             return self.adapter_folder
         return None if self.label else self.run.path
 
     def recipe(self) -> Recipe:
-        """The recipe that names data and base. ConfigError."""
+        """Return the recipe that names data and base. ConfigError."""
         return load_recipe(self.recipe_file or self.run.recipe_file, self.overrides)
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """The request with what it needs."""
 
-    request: Request
+    request: EvaluationRequest
     recipe: Recipe
     index: Index
 
@@ -92,12 +92,12 @@ class Variant:
     system_message: str | None
 
 
-def variants_of(request: Request, recipe: Recipe) -> list[Variant]:
-    """Every model that is asked, in the order of the request. ConfigError when the prompt's file is gone."""
+def variants_of(request: EvaluationRequest, recipe: Recipe) -> list[Variant]:
+    """Return every model that is asked, in the order of the request. ConfigError when the prompt's file is gone."""
     return [_variant(model, request, recipe) for model in request.models]
 
 
-def _variant(model: str, request: Request, recipe: Recipe) -> Variant:
+def _variant(model: str, request: EvaluationRequest, recipe: Recipe) -> Variant:
     name = parse_variant(model)
     adapter = None
     if name.weights in ("adapter", "shuffled"):
@@ -120,7 +120,7 @@ def _message_of(suffix: str, file: Path | None) -> str:
     return read_prompt(file)
 
 
-def check_request(request: Request) -> None:
+def check_evaluation_request(request: EvaluationRequest) -> None:
     """Refuse what is missing before a model is loaded."""
     run = request.run
     if request.recipe_file is None and not run.recipe_file.is_file():
@@ -132,12 +132,14 @@ def check_request(request: Request) -> None:
     refuse_readonly(run.path, "the evaluation")
 
 
-def weights_of(request: Request, models: Iterable[str] = ()) -> dict[str, str | None]:
-    """What these models are of now, those asked where none are named; None where that is not known."""
+def weights_of(request: EvaluationRequest, models: Iterable[str] = ()) -> dict[str, str | None]:
+    """Return what the weights of these models are of now, those asked where none are named; None where that is not
+    known.
+    """
     return {model: _weights(request, model) for model in models or request.models}
 
 
-def _weights(request: Request, model: str) -> str | None:
+def _weights(request: EvaluationRequest, model: str) -> str | None:
     name = parse_variant(model)
     if name.weights == "base":
         return None
@@ -161,19 +163,19 @@ def _checkpoint_digest(folder: Path) -> str | None:
         return None
 
 
-def facts_of(
-    variant: Variant, request: Request, recipe: Recipe, identity: Mapping[str, str]
+def answer_facts(
+    variant: Variant, request: EvaluationRequest, recipe: Recipe, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that a variant's answers depend on beside the questions: equal facts, equal answers.
+    """Return everything that a variant's answers depend on beside the questions: equal facts, equal answers.
 
     `identity`: of base and processor, by part. Reads a merged model's weights once in a cache's lifetime.
     """
     weights: dict[str, Any]
     if variant.is_merged:
-        weights = {"merged": model_identity(request.run.merged).parts[WEIGHTS]}
+        weights = {"merged": model_identity(request.run.merged).parts[WEIGHTS_PART]}
     else:
         weights = {
-            "base": identity.get(WEIGHTS),
+            "base": identity.get(WEIGHTS_PART),
             "quantization": recipe.quantization.model_dump(),
             "dtype": recipe.model.dtype,
             "adapter": variant.adapter and (read_digest(variant.adapter) or _digest_of_any(variant.adapter)),

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -25,14 +25,14 @@ from launch.run.variants import in_order
 from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
 from trainer.evaluation.metrics import Accuracy, Paired, summary_of
-from trainer.evaluation.request import Request, Task, variants_of
+from trainer.evaluation.request import EvaluationRequest, EvaluationTask, variants_of
 from trainer.evaluation.stored_answers import Kept, compared, probabilities
 
 _COMMAND = Path(sys.executable).with_name("samestep")
 
 
 def result_of(
-    task: Task,
+    task: EvaluationTask,
     questions: Sequence[Question],
     answers: Sequence[Answer],
     world_size: int,
@@ -40,7 +40,7 @@ def result_of(
     identity: Mapping[str, Any] = MappingProxyType({}),
     metrics: Metrics = RELAXED,
 ) -> dict[str, Any]:
-    """Everything that eval.json holds. `metrics`: the first one says what is correct.
+    """Return everything that eval.json holds. `metrics`: the first one says what is correct.
 
     `weights`: as of `weights_of`, before they were loaded; `identity`: as of
     `hold_against_training`.
@@ -49,39 +49,17 @@ def result_of(
         RunError: a question has not exactly one answer of every model.
     """
     request, recipe = task.request, task.recipe
-    by_model: dict[str, dict[int, Answer]] = {model: {} for model in in_order(request.models)}
-    for answer in answers:
-        by_model[answer["model"]][answer["row"]] = answer
-    expected = {question.row for question in questions}
-    whole = all(given.keys() == expected for given in by_model.values())
-    if not whole or len(answers) != len(expected) * len(by_model):
-        raise RunError(
-            f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
-            "models; the ranks did not share the questions as agreed, report this"
-        )
+    by_model = _answers_by_model(request, questions, answers)
     accuracy: dict[str, dict[str, Accuracy]] = {}
     outcomes: dict[str, list[bool]] = {}
-    for model, given in by_model.items():
-        outcomes[model] = [metrics.is_correct(given[q.row]["prediction"], q.label) for q in questions]
+    for model, by_row in by_model.items():
+        outcomes[model] = [metrics.is_correct(by_row[q.row]["prediction"], q.label) for q in questions]
         kinds = (question.human_or_machine for question in questions)
         accuracy[model] = summary_of(zip(outcomes[model], kinds, strict=True))
     variants = variants_of(request, recipe)
-    shuffled = {variant.name for variant in variants if variant.shuffled}
-    predictions = [
-        {
-            "row": question.row,
-            "query": question.query,
-            "label": list(question.label),
-            "human_or_machine": question.human_or_machine,
-            **{
-                model: _prediction(
-                    given[question.row], question, outcomes[model][position], metrics, model in shuffled
-                )
-                for model, given in by_model.items()
-            },
-        }
-        for position, question in enumerate(questions)
-    ]
+    predictions = _predictions(
+        questions, by_model, outcomes, metrics, {v.name for v in variants if v.shuffled}
+    )
     pairs = compared(predictions, request.models)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return {
@@ -108,6 +86,48 @@ def result_of(
     }
 
 
+def _answers_by_model(
+    request: EvaluationRequest, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, dict[int, Answer]]:
+    """Model -> row -> answer, of every model to every question."""
+    by_model: dict[str, dict[int, Answer]] = {model: {} for model in in_order(request.models)}
+    for answer in answers:
+        by_model[answer["model"]][answer["row"]] = answer
+    expected = {question.row for question in questions}
+    whole = all(by_row.keys() == expected for by_row in by_model.values())
+    if not whole or len(answers) != len(expected) * len(by_model):
+        raise RunError(
+            f"evaluation: {len(answers)} answers where {len(expected)} questions were put to {len(by_model)} "
+            "models; the ranks did not share the questions as agreed, report this"
+        )
+    return by_model
+
+
+def _predictions(
+    questions: Sequence[Question],
+    by_model: Mapping[str, Mapping[int, Answer]],
+    outcomes: Mapping[str, Sequence[bool]],
+    metrics: Metrics,
+    shuffled: Container[str],
+) -> list[dict[str, Any]]:
+    """Every question with the answers of all models; `shuffled`: the models that saw the images of other rows."""
+    return [
+        {
+            "row": question.row,
+            "query": question.query,
+            "label": list(question.label),
+            "human_or_machine": question.human_or_machine,
+            **{
+                model: _prediction(
+                    by_row[question.row], question, outcomes[model][position], metrics, model in shuffled
+                )
+                for model, by_row in by_model.items()
+            },
+        }
+        for position, question in enumerate(questions)
+    ]
+
+
 def _prediction(
     answer: Answer, question: Question, correct: bool, metrics: Metrics, shuffled: bool
 ) -> dict[str, Any]:
@@ -124,8 +144,8 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def print_result(kept: Kept, request: Request, console: Console) -> None:
-    """The accuracies as a table, then the paths and what to type next."""
+def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> None:
+    """Print the accuracies as a table, then the paths and what to type next."""
     run, result = request.run, kept.result
     accuracy: dict[str, dict[str, Accuracy]] = result["accuracy"]
     first, *others = result["metrics"]
@@ -179,7 +199,7 @@ def _share_text(accuracy: Accuracy) -> str:
 
 
 def next_commands(run: RunDirectory) -> list[str]:
-    """Three commands that make sense after an evaluation."""
+    """Return three commands that make sense after an evaluation."""
     samestep = (
         command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
     )
@@ -199,8 +219,8 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def print_json(kept: Kept, request: Request) -> None:
-    """The figures, without the answers, and where those are."""
+def print_json(kept: Kept, request: EvaluationRequest) -> None:
+    """Print the figures, without the answers, and where those are."""
     figures = {key: value for key, value in kept.result.items() if key != "predictions"}
     sys.stdout.write(json.dumps({**figures, "file": str(request.file)}, indent=1, ensure_ascii=False) + "\n")
     sys.stdout.flush()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write
-from launch.checkpoints.adapter_file import WEIGHTS
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS
 from launch.run.variants import from_worse_to_better, parse_variant
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
@@ -43,7 +43,7 @@ def with_earlier_answers(
     adapter: Path,
     metrics: Metrics = RELAXED,
 ) -> Kept:
-    """A result with the answers that `file` holds of other models. Writes nothing.
+    """Return a result with the answers that `file` holds of other models. Writes nothing.
 
     `result`: what eval.json holds of the models asked now, of the weights that answered. `weights`: what every model is
     of now, in the models' order; None where that is not known. `adapter`: its folder, whose age judges files that do
@@ -91,8 +91,8 @@ def with_earlier_answers(
 
 
 def _weights_of(model: str, older: dict[str, Any], weights: Mapping[str, str | None]) -> str | None:
-    told: str | None = older.get("weights", {}).get(model)
-    return told or weights[model]
+    recorded: str | None = older.get("weights", {}).get(model)
+    return recorded or weights[model]
 
 
 def _scored(answer: dict[str, Any], question: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _accuracy(model: str, predictions: Sequence[dict[str, Any]]) -> dict[str, Ac
 
 
 def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, Paired]:
-    """Every pair of models on the same questions, from the base to what was made of it: `base -> adapter`."""
+    """Compare every pair of models on the same questions, from the base to what was made of it: `base -> adapter`."""
     return {
         f"{before} -> {after}": paired(
             [each[before]["correct"] for each in predictions],
@@ -120,12 +120,12 @@ def compared(predictions: Sequence[dict[str, Any]], models: Sequence[str]) -> di
 
 
 def probabilities(pairs: Mapping[str, Paired]) -> dict[str, float]:
-    """McNemar's p of every pair, as eval.json has had it from the first."""
+    """Return McNemar's p of every pair, as eval.json has had it from the first."""
     return {pair: each["p"] for pair, each in pairs.items()}
 
 
 def models_in(file: Path) -> list[str]:
-    """The models whose answers an older result holds; none where it cannot be read."""
+    """Return the models whose answers an older result holds; none where it cannot be read."""
     older = _read(file)
     return [model for model in older["accuracy"] if _is_name(model)] if older else []
 
@@ -166,10 +166,10 @@ def _same_questions(older: dict[str, Any], result: dict[str, Any]) -> bool:
 
     What an older version did not write down is not compared.
     """
-    asked = (
+    same_request = (
         [{key: each[key] for key in _QUESTION} for each in one["predictions"]] for one in (older, result)
     )
-    first, second = asked
+    first, second = same_request
     before, now = (one.get("identity", {}) for one in (older, result))
     if any(before[part] != now[part] for part in before.keys() & now.keys()):
         return False
@@ -185,12 +185,13 @@ def _is_current(model: str, older: dict[str, Any], weights: Mapping[str, str | N
     name = parse_variant(model)
     if name.weights == "base":
         return True
-    if (told := older.get("weights", {}).get(model)) is not None:
+    if (recorded := older.get("weights", {}).get(model)) is not None:
         now = weights.get(model)
-        return bool(told == now) or (now is None and name.step is not None)
+        return bool(recorded == now) or (now is None and name.step is not None)
     try:  # an older version did not say: by age
         return (
-            datetime.fromisoformat(_finished(older, model)).timestamp() >= (adapter / WEIGHTS).stat().st_mtime
+            datetime.fromisoformat(_finished(older, model)).timestamp()
+            >= (adapter / ADAPTER_WEIGHTS).stat().st_mtime
         )
     except (OSError, ValueError, TypeError):
         return False

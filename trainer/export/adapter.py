@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
 from trainer.export.adapter_config import (
     Values,
@@ -20,9 +21,10 @@ from trainer.export.adapter_config import (
     refuse_unknown_methods,
     written_module,
 )
-from trainer.formats.detect import ADAPTER_CONFIG, ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
-from trainer.formats.validated import checked, read_json
+from trainer.formats.validated import checked, read_json_object
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class AdapterOverrides:
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """One LoRA pair. `module` is its name in the adapter; the change of the weight is scaling * b @ a.
 
     With a `magnitude` (DoRA) every row of the sum is then brought to that length.
@@ -88,7 +90,7 @@ class Adapter:
     form: str
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LoraPair, ...]
     saved: tuple[Saved, ...]
 
     @property
@@ -161,9 +163,9 @@ def refuse_untrained(adapter: Adapter) -> None:
 
 def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple[dict[str, Any], Path]:
     if missing.adapter_config is not None:
-        given = missing.adapter_config.expanduser()
-        file = given / ADAPTER_CONFIG if given.is_dir() else given
-        config = read_json(file)
+        place = missing.adapter_config.expanduser()
+        file = place / ADAPTER_CONFIG if place.is_dir() else place
+        config = read_json_object(file)
     elif imported.config is not None and imported.config_file is not None:
         file, config = imported.config_file, dict(imported.config)
     elif missing.lora_alpha is not None:
@@ -182,11 +184,11 @@ def _config_of(imported: ImportedCheckpoint, missing: AdapterOverrides) -> tuple
 
 
 def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tuple[Saved, ...]:
-    wanted = list(config.get("modules_to_save") or [])
+    module_names = list(config.get("modules_to_save") or [])
     saved, unknown = [], []
     for key, tensor in rest.items():
         module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-        if any(_belongs(module, name) for name in wanted):
+        if any(_belongs(module, name) for name in module_names):
             saved.append(Saved(module, parameter, tensor))
         else:
             unknown.append(key)
@@ -195,7 +197,7 @@ def _saved(source: Path, rest: Mapping[str, torch.Tensor], config: Mapping[str, 
             f"{source}: {unknown[0]} is neither lora_A nor lora_B of a linear layer, nor of a module in "
             f"modules_to_save ({len(unknown)} such tensors); use PEFT's merge_and_unload"
         )
-    gone = [name for name in wanted if not any(_belongs(s.module, name) for s in saved)]
+    gone = [name for name in module_names if not any(_belongs(s.module, name) for s in saved)]
     if gone:
         raise CheckpointError(
             f"{source}: modules_to_save names {', '.join(gone)}, of which no tensor is there; copy the checkpoint again"
@@ -213,14 +215,16 @@ def _belongs(module: str, name: str) -> bool:
     return any(".".join(parts[: number + 1]).endswith(name) for number in range(len(parts)))
 
 
-def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Pair:
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    if set(sides) != wanted:
+def _pair(
+    source: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> LoraPair:
+    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
+    if set(sides) != needed:
         raise CheckpointError(
-            f"{source}: {module} has {' and '.join(sorted(sides))} only where {' and '.join(sorted(wanted))} are "
+            f"{source}: {module} has {' and '.join(sorted(sides))} only where {' and '.join(sorted(needed))} are "
             f"needed; the file is incomplete or {ADAPTER_CONFIG} is of another adapter, copy it again"
-            if set(sides) < wanted
-            else f"{source}: {module} has {', '.join(sorted(set(sides) - wanted))}, which {ADAPTER_CONFIG} does not "
+            if set(sides) < needed
+            else f"{source}: {module} has {', '.join(sorted(set(sides) - needed))}, which {ADAPTER_CONFIG} does not "
             "name; config and weights are of different adapters"
         )
     a, b, magnitude = sides["lora_A"], sides["lora_B"], sides.get("lora_magnitude_vector")
@@ -245,4 +249,4 @@ def _pair(source: Path, module: str, sides: Mapping[str, torch.Tensor], config: 
         )
     alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(module, a, b, scaling, None if magnitude is None else magnitude.view(-1))
+    return LoraPair(module, a, b, scaling, None if magnitude is None else magnitude.view(-1))

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import printable
-from trainer.formats.detect import ImportedCheckpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.key_names import PREFIX, lora_part
 from trainer.formats.validated import FileSchema
 from trainer.sandbox import trial
@@ -164,17 +164,17 @@ def refuse_endless_patterns(file: Path, config: Mapping[str, Any], modules: Iter
     PEFT 0.21 matches all of them against every module, and nothing interrupts Python's `re`.
     """
     keys = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
-    given = {key: config[key] for key in keys if config.get(key)}
+    targeting = {key: config[key] for key in keys if config.get(key)}
 
     def match() -> None:
-        targets = LoraConfig(**given)
+        targets = LoraConfig(**targeting)
         for module in modules:
             for pattern in ("rank_pattern", "alpha_pattern"):
                 pattern_value(config.get(pattern), module, 0)
-            if "target_modules" in given:
+            if "target_modules" in targeting:
                 check_target_module_exists(targets, module)
 
-    patterned = any(isinstance(value, str) for value in given.values()) or "layers_pattern" in given
+    patterned = any(isinstance(value, str) for value in targeting.values()) or "layers_pattern" in targeting
     if not (patterned or config.get("rank_pattern") or config.get("alpha_pattern")):
         return
     if problem := trial(match):

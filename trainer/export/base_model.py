@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoints.manifest import MANIFEST
-from launch.errors import CheckpointError
-from launch.hub_names import is_hub_id
+from launch.errors import CheckpointError, ConfigError
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
-from launch.inputs.identity import MODEL_PARTS, WEIGHTS, RunIdentity, model_identity, recorded_identity, short
+from launch.inputs.identity import (
+    MODEL_PARTS,
+    WEIGHTS_PART,
+    RunIdentity,
+    model_identity,
+    recorded_identity,
+    short,
+)
 from launch.inputs.model_files import old_base_identity, old_kind
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.recipe.schema import Recipe
 from launch.run.changes import Change, content_changes, is_allowed, refuse_unknown_parts
 from launch.run.continuation import planned_identity
 from launch.run.directory import RunDirectory
@@ -25,7 +33,8 @@ from launch.untrusted_files import TABLE, UNREADABLE, printable, read_mapping
 from trainer.base_files import refuse_unsafe_base
 from trainer.export.adapter import Adapter
 from trainer.formats.safetensors_blocks import read_base_shards
-from trainer.formats.validated import FileSchema, checked, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, read_json_object, unreadable_is_refused
+from trainer.pretrained import hub_snapshot
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # all but the weights
 
@@ -97,7 +106,7 @@ def check_base(adapter: Adapter, folder: Path, allow: Sequence[str] = ()) -> Bas
     if differing:
         differences = "; ".join(f"{change.key}: {change.comparison(f'{where} has')}" for change in differing)
         return BaseCheck(True, f"it differs as allowed; {differences}")
-    weights = short(now.parts[WEIGHTS])
+    weights = short(now.parts[WEIGHTS_PART])
     return BaseCheck(True, f"the same content (weights {weights}, {len(now.parts)} parts) as in {where}")
 
 
@@ -154,7 +163,7 @@ def find_base(adapter: Adapter, base_model: str | None = None) -> Path:
         raise CheckpointError(
             f"{printable(name)[:200]}: no such folder; give the base model's folder or hub id with --base-model"
         )
-    folder = _snapshot(name, _revision(name, adapter))
+    folder = _hub_base(name, _revision(name, adapter))
     refuse_unsafe_base(folder, None)
     return folder
 
@@ -221,40 +230,17 @@ def _revision(name: str, adapter: Adapter) -> str:
     return adapter.revision if adapter.revision and adapter.base == name else "main"
 
 
-def _snapshot(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    patterns = ["*.safetensors", *COPIED]
-    try:
-        cached = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
-        )
+def _hub_base(name: str, revision: str) -> Path:
+    """The folder of a hub model's weights in the cache, whole; downloads what is missing."""
+    patterns, key = ["*.safetensors", *COPIED], "--base-model"
+    with suppress(ConfigError, CheckpointError):  # not in the cache, or only a part of it
+        cached = hub_snapshot(name, revision, patterns, key, local_files_only=True)
         read_base_shards(cached)
         return cached
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{printable(name)[:200]}: is no folder and no hub id (owner/name); correct it with --base-model"
-        ) from error
-    except (LocalEntryNotFoundError, CheckpointError):
-        pass  # not in the cache, or only a part of it
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{printable(name)}: the hub knows no such model; correct --base-model or log in"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{printable(name)}: the base at revision {printable(revision)} is not in the cache and the hub "
-            f"cannot be reached ({type(error).__name__}); run `samestep prepare RECIPE` once on a machine with a "
-            "network and the same HF_HOME, or give a local folder with --base-model"
-        ) from error
+        return hub_snapshot(name, revision, patterns, key, local_files_only=False)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def refuse_quantized_base(folder: Path) -> None:
@@ -283,11 +269,11 @@ def base_family(folder: Path) -> Family:
     """The family of a base; CheckpointError when it is none that can be merged here."""
     file = folder / "config.json"
     try:
-        return family_of(read_json(file))
+        return family_of(read_json_object(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: is of {error}") from None
 
 
 def _config(folder: Path) -> _Config:
     file = folder / "config.json"
-    return checked(_Config, read_json(file), file)
+    return checked(_Config, read_json_object(file), file)

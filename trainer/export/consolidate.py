@@ -22,13 +22,15 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save_file
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.console import add_row
 from launch.errors import CheckpointError, SamestepError
 from launch.option_values import for_argparse, place, positive
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
 from trainer.export.output_folder import atomic_output, refuse_place
-from trainer.formats.detect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ImportedCheckpoint, import_checkpoint
+from trainer.formats.detect import import_checkpoint
+from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.validated import read_tensors
 from trainer.logging_setup import print_error, setup_logging
 
@@ -119,9 +121,9 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def missing_of(given: argparse.Namespace) -> AdapterOverrides:
+def missing_of(options: argparse.Namespace) -> AdapterOverrides:
     """Return the values of `add_adapter_options`."""
-    return AdapterOverrides(given.adapter_config, given.lora_alpha, given.base_model)
+    return AdapterOverrides(options.adapter_config, options.lora_alpha, options.base_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder to write; must not exist",
     )
     add_adapter_options(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        done = consolidate(given.source, given.output, missing_of(given))
+        done = consolidate(options.source, options.output, missing_of(options))
     except SamestepError as error:
         return print_error(error)
     print_consolidated(done, Console(highlight=False, soft_wrap=True))

@@ -28,23 +28,17 @@ from launch.console import add_row
 from launch.errors import SamestepError
 from launch.option_values import for_argparse, place
 from launch.recipe.loading import find_recipe
+from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import RECORD
 from trainer.export.adapter import AdapterOverrides
 from trainer.export.base_model import add_allow
 from trainer.export.consolidate import add_adapter_options, missing_of
-from trainer.export.merge_plan import (
-    CARD,
-    BaseKind,
-    DtypeChoice,
-    MergePlan,
-    MergeRequest,
-    plan_merge,
-)
+from trainer.export.merge_plan import CARD, MergePlan, MergeRequest, plan_merge
 from trainer.export.model_card import merge_record, model_card
 from trainer.export.output_folder import atomic_output
-from trainer.export.verify import BaseRows, MergeReport, verify
-from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, TORCH_DTYPES, write_shard
-from trainer.formats.validated import read_json
+from trainer.export.verify import BaseRows, MergeReport, verify_merged
+from trainer.formats.safetensors_blocks import FLOATS, INDEX_FILE, SAFETENSORS_DTYPES, write_shard
+from trainer.formats.validated import read_json_object
 from trainer.logging_setup import print_error, setup_logging
 
 
@@ -80,7 +74,7 @@ def _write_then_verify(plan: MergePlan, tmp_dir: Path) -> MergeReport:
                 lambda count: progress.advance(writing, count),
             )
         verifying = progress.add_task("verify", total=plan.bytes_read)
-        return verify(plan, tmp_dir, digests, lambda count: progress.advance(verifying, count))
+        return verify_merged(plan, tmp_dir, digests, lambda count: progress.advance(verifying, count))
 
 
 def _merged_rows(plan: MergePlan, name: str, begin: int, rows: Any) -> Any:
@@ -92,11 +86,11 @@ def _copy_files(plan: MergePlan, tmp_dir: Path) -> None:
     for file in plan.files:
         shutil.copyfile(file, tmp_dir / file.name)
     config_file, index_file = tmp_dir / "config.json", plan.base / INDEX_FILE
-    config = read_json(config_file)
+    config = read_json_object(config_file)
     if _set_dtype(config, plan):
         config_file.write_text(json.dumps(config, indent=2) + "\n")
     if index_file.exists():
-        index = read_json(index_file)
+        index = read_json_object(index_file)
         total = sum(
             e.bytes_as(plan.dtypes[name]) for shard in plan.shards for name, e in shard.entries.items()
         )
@@ -115,7 +109,7 @@ def _set_dtype(config: dict[str, Any], plan: MergePlan) -> bool:
     }
     if before == after:
         return False
-    name = str(TORCH_DTYPES[after.pop()]).removeprefix("torch.")
+    name = str(SAFETENSORS_DTYPES[after.pop()]).removeprefix("torch.")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in section:
@@ -182,14 +176,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_adapter_options(parser)
     add_allow(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     setup_logging()
     try:
-        recipe = None if given.recipe is None else find_recipe(given.recipe)
-        missing: AdapterOverrides = missing_of(given)
+        recipe = None if options.recipe is None else find_recipe(options.recipe)
+        missing: AdapterOverrides = missing_of(options)
         report = merge(
             MergeRequest(
-                given.source, given.output, given.base, given.dtype, recipe, missing, tuple(given.allow)
+                options.source,
+                options.output,
+                options.base,
+                options.dtype,
+                recipe,
+                missing,
+                tuple(options.allow),
             )
         )
     except SamestepError as error:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
+from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import COMPARISON, RECORD
 from launch.untrusted_files import TABLE, open_plain
-from trainer.export.adapter import Adapter, AdapterOverrides, Pair, Saved, read_adapter, refuse_untrained
+from trainer.export.adapter import Adapter, AdapterOverrides, LoraPair, Saved, read_adapter, refuse_untrained
 from trainer.export.base_model import (
     COPIED,
     BaseCheck,
@@ -24,13 +25,10 @@ from trainer.export.base_model import (
 )
 from trainer.export.output_folder import refuse_place
 from trainer.export.requantize import Rounding, rounding_of
-from trainer.formats.detect import ADAPTER_CONFIG
 from trainer.formats.key_names import canonical_name
 from trainer.formats.safetensors_blocks import FLOATS, Shard, read_base_shards
 from trainer.formats.validated import unreadable_is_refused
 
-BaseKind = Literal["original", "dequantized"]
-DtypeChoice = Literal["auto", "bfloat16", "float32"]
 STORED = {"bfloat16": "BF16", "float32": "F32"}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 CARD = "README.md"
@@ -48,7 +46,7 @@ class MergePlan:
     base_check: BaseCheck
     output: Path
     shards: tuple[Shard, ...]
-    targets: dict[str, Pair | Saved]  # by the tensor name in the base
+    targets: dict[str, LoraPair | Saved]  # by the tensor name in the base
     rounding: Rounding | None  # with `--base dequantized`
     rounded: frozenset[str]  # tensor names in the base that it rounds
     dtypes: dict[str, str]  # stored type of every tensor, as safetensors says it
@@ -123,20 +121,20 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     return plan
 
 
-def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict[str, Pair | Saved]:
+def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict[str, LoraPair | Saved]:
     """Match every LoRA pair and saved tensor to the one tensor of its shape, by that tensor's name on disk."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     names: dict[str, list[str]] = {}
     for name in entries:
         names.setdefault(canonical_name(name), []).append(name)
-    wanted: list[tuple[str, Pair | Saved]] = [
+    trained: list[tuple[str, LoraPair | Saved]] = [
         *((canonical_name(pair.module) + ".weight", pair) for pair in adapter.pairs),
         *((f"{canonical_name(saved.module)}.{saved.parameter}", saved) for saved in adapter.saved),
     ]
     tied = ties_embeddings(base)
-    targets: dict[str, Pair | Saved] = {}
+    targets: dict[str, LoraPair | Saved] = {}
     problems: list[str] = []
-    for name, target in wanted:
+    for name, target in trained:
         matches = names.get(name, [])
         if tied and name in ("lm_head.weight", "text.embed_tokens.weight"):
             problems.append(
@@ -156,7 +154,7 @@ def match_targets(adapter: Adapter, base: Path, shards: Sequence[Shard]) -> dict
     if problems:
         kinds = "lora pairs" if not adapter.saved else "lora pairs and saved tensors"
         raise CheckpointError(
-            f"{adapter.path}: {len(problems)} of {len(wanted)} {kinds} do not fit the base {base} "
+            f"{adapter.path}: {len(problems)} of {len(trained)} {kinds} do not fit the base {base} "
             f"({'; '.join(problems[:5])}); give the base it was trained on with --base-model"
         )
     return targets

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write
-from launch.checkpoints.adapter_file import CONFIG, WEIGHTS, digest_of, read_digest
-from launch.hub_names import is_hub_id
-from launch.recipe.schema import EMBEDDED, Recipe
+from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, digest_of, read_digest
+from launch.hub_names import EMBEDDED, is_hub_id
+from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import DIGEST, is_of_another_adapter
 from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
@@ -227,7 +227,7 @@ def _adapter_beside(plan: MergePlan) -> str | None:
     """Return where the adapter's folder lies, seen from the merged model's; None where it came in another form."""
     run = run_containing(plan.adapter.path)
     folder = run.adapter if run is not None and plan.adapter.path == run.path else plan.adapter.path
-    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         return None
     return os.path.relpath(folder, plan.output)
 

@@ -1,6 +1,8 @@
-"""A folder that is either whole or absent: written beside its place, locked meanwhile, renamed at the end.
+"""A folder of gigabytes that is either whole or absent: written beside its place, locked meanwhile, renamed at the end.
 
-The name of the folder aside is fixed, so the next attempt finds what a killed one left, and throws it away.
+Its last steps are those of every folder (`launch.atomic_files`). What differs is the name of the folder aside: it is
+fixed, so the next attempt finds what a killed one left and replaces it, and a lock says whether anybody writes there.
+Folders with random names (`atomic_dir`) would fill the disk with the rests of killed merges.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from launch.atomic_files import follow_umask, sync
+from launch.atomic_files import rename_durably, sync_tree
 from launch.errors import CheckpointError, ConfigError
 from launch.run.lock import hold_lock, lock_holder
 from trainer.formats.validated import unreadable_is_refused
@@ -61,12 +63,9 @@ def atomic_output(output: Path) -> Iterator[Path]:
                 tmp_dir.mkdir()
                 (tmp_dir / _OURS).touch()
                 yield tmp_dir
-                follow_umask(tmp_dir)
-                for path in (*tmp_dir.rglob("*"), tmp_dir):
-                    sync(path)
-                tmp_dir.rename(output)
+                sync_tree(tmp_dir)
+                rename_durably(tmp_dir, output)
             (output / _OURS).unlink()
-            sync(output.parent)
     except OSError as error:
         raise CheckpointError(
             f"{output}: could not be written ({error.strerror or error}); free or choose another place"

@@ -19,8 +19,6 @@ from launch.recipe.schema import Recipe
 from trainer.export.base_model import base_family
 from trainer.formats.key_names import canonical_name
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Rounding:
@@ -73,7 +71,7 @@ def rounding_of(recipe: Recipe | None, base: Path) -> Rounding:
     return Rounding(
         quantization.bnb_4bit_quant_type,
         quantization.bnb_4bit_use_double_quant,
-        _DTYPES[recipe.model.dtype],
+        getattr(torch, recipe.model.dtype),
         weights,
     )
 

@@ -12,12 +12,12 @@ import torch
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import open_plain
-from trainer.export.adapter import Pair, Saved
+from trainer.export.adapter import LoraPair, Saved
 from trainer.export.base_model import BaseCheck
 from trainer.export.merge_plan import MergePlan
 from trainer.export.requantize import Rounding
 from trainer.formats.safetensors_blocks import (
-    TORCH_DTYPES,
+    SAFETENSORS_DTYPES,
     Entry,
     Shard,
     block_rows,
@@ -85,7 +85,7 @@ class BaseRows:
         return self._last[2][begin:end]
 
 
-def verify(
+def verify_merged(
     plan: MergePlan,
     folder: Path,
     digests: Mapping[str, bytes] | None = None,
@@ -126,7 +126,9 @@ def _refuse_damage(plan: MergePlan, folder: Path, checks: Mapping[str, _Check]) 
             "the disk may be faulty, merge to another place"
         )
     silent = [
-        name for name, target in plan.targets.items() if isinstance(target, Pair) and not checks[name].changed
+        name
+        for name, target in plan.targets.items()
+        if isinstance(target, LoraPair) and not checks[name].changed
     ]
     if silent:
         raise CheckpointError(
@@ -142,7 +144,7 @@ def _report(plan: MergePlan, checks: Mapping[str, _Check]) -> MergeReport:
     rounded = plan.rounded - changed
     kept = checks.keys() - changed - rounded
     converted = {name for name in kept if stored[name] != plan.dtypes[name]}
-    types = {str(TORCH_DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
+    types = {str(SAFETENSORS_DTYPES[plan.dtypes[name]]).removeprefix("torch.") for name in converted}
     return MergeReport(
         base=plan.base,
         base_check=plan.base_check,
@@ -172,12 +174,12 @@ def _check_digest(
     advance: Callable[[int], object],
 ) -> _Check:
     result = after[1].entries[name]
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for begin, end in block_rows(result):
-        found.update(tensor_bytes(read_block(after[0], result, begin, end)).numpy().data)
+        hasher.update(tensor_bytes(read_block(after[0], result, begin, end)).numpy().data)
         advance(_bytes_of(entry, begin, end))
     same_kind = (result.shape, result.dtype) == (entry.shape, plan.dtypes[name])
-    return _Check(right=same_kind and found.digest() == digest, changed=False)
+    return _Check(right=same_kind and hasher.digest() == digest, changed=False)
 
 
 def _check_tensor(
@@ -192,22 +194,22 @@ def _check_tensor(
     entry, result, target = before[1].entries[name], after[1].entries[name], plan.targets.get(name)
     if (result.shape, result.dtype) != (entry.shape, plan.dtypes[name]):
         return _Check(right=False, changed=True)
-    right, changed, largest, found = True, False, 0.0, hashlib.sha256()
+    right, changed, largest, hasher = True, False, 0.0, hashlib.sha256()
     for begin, end in block_rows(entry):
         old = start.rows(before[0], before[1], name, begin, end)
         new = read_block(after[0], result, begin, end)
-        found.update(tensor_bytes(new).numpy().data)
+        hasher.update(tensor_bytes(new).numpy().data)
         expected = target.merged(old, begin) if isinstance(target, Saved) else old
         same = _same_bytes(expected, new)
         changed |= not (same if expected is old else _same_bytes(old, new))
-        if isinstance(target, Pair):
+        if isinstance(target, LoraPair):
             error, within_rounding = sum_error(target, old, new, begin)
             largest = max(largest, error)
             right &= within_rounding
         else:
             right &= same
         advance(_bytes_of(entry, begin, end))
-    return _Check(right and digest in (None, found.digest()), changed, largest)
+    return _Check(right and digest in (None, hasher.digest()), changed, largest)
 
 
 def _same_bytes(expected: torch.Tensor, new: torch.Tensor) -> bool:
@@ -215,10 +217,10 @@ def _same_bytes(expected: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _bytes_of(entry: Entry, begin: int, end: int) -> int:
-    return (end - begin) * entry.width * TORCH_DTYPES[entry.dtype].itemsize
+    return (end - begin) * entry.width * SAFETENSORS_DTYPES[entry.dtype].itemsize
 
 
-def sum_error(pair: Pair, old: torch.Tensor, new: torch.Tensor, begin: int) -> tuple[float, bool]:
+def sum_error(pair: LoraPair, old: torch.Tensor, new: torch.Tensor, begin: int) -> tuple[float, bool]:
     """Largest |new - what it must be|, computed in fp64, and whether rounding explains every element.
 
     It must be old + scaling * b @ a, with a magnitude (DoRA) each row brought to its length. Allowed per element:

@@ -131,10 +131,10 @@ def read_universal(folder: Path) -> ZeroState:
     shapes, step = _shapes(folder)
     sizes = {name: size for group in shapes for name, size in group.items()}
     places = {name: inside(folder / "zero", name, folder) for name in sizes}
-    wanted = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *ADAM_STATE_KEYS)]
-    if missing := [name for name in wanted if not (folder / name).is_file()]:
+    needed = [f"zero/{name}/{key}.pt" for name in sizes for key in ("fp32", *ADAM_STATE_KEYS)]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(wanted)} files are missing ({printable(', '.join(missing[:5]))}); "
+            f"{folder}: {len(missing)} of {len(needed)} files are missing ({printable(', '.join(missing[:5]))}); "
             "copy the checkpoint again"
         )
     count = _universal_step(folder)
@@ -227,7 +227,7 @@ def _flat_states(
 
     The last rank's may be longer: its weights are saved without the padding of the group, its moments with it.
     """
-    found: list[list[Tensor]] = []
+    states: list[list[Tensor]] = []
     for part, flat in zip(parts, weights, strict=True):
         state = _base_state(part, stage)
         vectors = [state.get(number, {}).get(key) for number in range(len(flat))]
@@ -235,8 +235,8 @@ def _flat_states(
         for vector, weight in zip(vectors, flat, strict=True):
             if not isinstance(vector, Tensor) or (vector.shape != weight.shape and not is_last):
                 return None
-        found.append([vector for vector in vectors if vector is not None])
-    return found
+        states.append([vector for vector in vectors if vector is not None])
+    return states
 
 
 def _step_count(part: dict[str, Any], stage: int) -> float | None:

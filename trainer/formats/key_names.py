@@ -11,7 +11,7 @@ from launch.untrusted_files import printable
 
 PREFIX = "base_model.model."  # of every key in a PEFT adapter
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # of AdamW for each parameter, beside its step count
-DEFAULT = "default"  # the name that PEFT gives to an adapter without one
+DEFAULT_ADAPTER = "default"  # the name that PEFT gives to an adapter without one
 
 # Module names of transformers 4 and 5, and tensor names on the hub, in one form. The first match counts.
 _LAYOUTS = (
@@ -108,10 +108,10 @@ def parameter_name(key: str) -> str:
     """Return the name that the tensor of an adapter file has among the parameters of a PeftModel."""
     if match := _LORA.match(key):
         suffix = "" if match["part"].startswith("lora_embedding") else ".weight"
-        return f"{match['module']}.{match['part']}.{DEFAULT}{suffix}"
+        return f"{match['module']}.{match['part']}.{DEFAULT_ADAPTER}{suffix}"
     match = _PLAIN.match(key)
     assert match is not None, key
-    return f"{match['module']}.modules_to_save.{DEFAULT}.{match['parameter']}"
+    return f"{match['module']}.modules_to_save.{DEFAULT_ADAPTER}.{match['parameter']}"
 
 
 def lora_part(key: str) -> tuple[str, str] | None:

@@ -15,13 +15,12 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS
+from launch.checkpoints.manifest import OPTIMIZER_FILE
 from launch.errors import CheckpointError, RunError
 from launch.untrusted_files import printable
 from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.validated import read_tensors
-
-ADAPTER_FILE = "adapter_model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | No
     # `save_embedding_layers` would ask the hub whether the vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    written = read_tensors(folder / ADAPTER_FILE)
+    written = read_tensors(folder / ADAPTER_WEIGHTS)
     meant = get_peft_model_state_dict(model, save_embedding_layers=False, state_dict=weights)
     if differing := sorted(_differing(written, meant)):
         raise RunError(
-            f"{folder / ADAPTER_FILE}: {len(differing)} of {len(meant)} tensors were not written as they are "
+            f"{folder / ADAPTER_WEIGHTS}: {len(differing)} of {len(meant)} tensors were not written as they are "
             f"({differing[0]}, ...); the disk or the adapter is damaged"
         )
 
@@ -96,7 +95,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape.
     """
-    set_adapter(model, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+    set_adapter(model, _read(folder / ADAPTER_WEIGHTS), folder / ADAPTER_WEIGHTS)
 
 
 def set_adapter(
@@ -148,9 +147,9 @@ def matching_optimizer_state(
     stored: dict[str, Tensor], parameters: Mapping[str, torch.Size], where: Path
 ) -> dict[str, Tensor]:
     """Return `stored` if it is the optimizer state of these parameters; CheckpointError as `read_optimizer_state`."""
-    wanted = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
-    if wanted != stored.keys():
-        odd = sorted(wanted ^ stored.keys())
+    expected = {f"{name}.{key}" for name in parameters for key in (*ADAM_STATE_KEYS, "step")}
+    if expected != stored.keys():
+        odd = sorted(expected ^ stored.keys())
         raise CheckpointError(
             f"{where}: holds other parameters than the model trains ({len(odd)} differ, such as "
             f"{printable(odd[0])}); resume with the recipe that wrote it"

@@ -1,6 +1,6 @@
 """The safetensors files of a base model, read and written block by block.
 
-The safetensors library writes a file from tensors that are all in memory. A base model's shard is several GB,
+The safetensors library (0.8) writes a file from tensors that are all in memory. A base model's shard is several GB,
 so files are written here from a stream of row blocks; the format is an eight byte length, a JSON header and
 the data (https://huggingface.co/docs/safetensors#format).
 """
@@ -19,11 +19,11 @@ from pydantic import Field, NonNegativeInt, RootModel
 
 from launch.errors import CheckpointError
 from launch.untrusted_files import TABLE, open_plain, parse_json, printable
-from trainer.formats.validated import FileSchema, checked, inside, read_json, unreadable_is_refused
+from trainer.formats.validated import FileSchema, checked, inside, read_json_object, unreadable_is_refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TORCH_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,7 +36,7 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-HEADER_BYTES = 100_000_000  # the most that safetensors 0.8 itself reads
+MAX_HEADER_BYTES = 100_000_000  # the most that safetensors 0.8 itself reads
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough to be fast, small against any shard
 
 
@@ -64,7 +64,7 @@ class Entry:
 
     def bytes_as(self, dtype: str) -> int:
         """Return the bytes of this tensor when stored as `dtype`."""
-        return self.elements * TORCH_DTYPES[dtype].itemsize
+        return self.elements * SAFETENSORS_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def read_shard(path: Path) -> Shard:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
-        if length > HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{path}: its safetensors header is said to have {length:,} bytes (at most {HEADER_BYTES:,}); copy it "
-                "again"
+                f"{path}: its safetensors header is said to have {length:,} bytes (at most {MAX_HEADER_BYTES:,}); "
+                "copy it again"
             )
         try:
             header = parse_json(file.read(length))
@@ -119,7 +119,7 @@ def read_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     metadata = checked(_Metadata, metadata, path).root
     tensors = checked(_Tensors, header, path).root
-    unknown = {stored.dtype for stored in tensors.values()} - set(TORCH_DTYPES)
+    unknown = {stored.dtype for stored in tensors.values()} - set(SAFETENSORS_DTYPES)
     if unknown:
         raise CheckpointError(
             f"{path}: tensors stored as {printable(', '.join(sorted(unknown))[:200])}; use the unquantized weights"
@@ -152,7 +152,7 @@ def _entries(path: Path, tensors: dict[str, _Stored], start: int) -> dict[str, E
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """Read the file of every tensor, as `*.index.json` has it. CheckpointError: it is something else, or leads away."""
-    weight_map = checked(_Index, read_json(index, TABLE), index).weight_map
+    weight_map = checked(_Index, read_json_object(index, TABLE), index).weight_map
     for name in set(weight_map.values()):
         inside(index.parent, name, index)
     return weight_map
@@ -200,7 +200,7 @@ def block_rows(entry: Entry) -> Iterator[tuple[int, int]]:
 
 def read_block(file: BinaryIO, entry: Entry, begin: int, end: int) -> torch.Tensor:
     """Return rows [begin, end) as a tensor [rows, width] of the stored dtype."""
-    dtype = TORCH_DTYPES[entry.dtype]
+    dtype = SAFETENSORS_DTYPES[entry.dtype]
     file.seek(entry.begin + begin * entry.width * dtype.itemsize)
     count = (end - begin) * entry.width
     if count == 0:
@@ -235,11 +235,11 @@ def write_shard(
         for name, entry in shard.entries.items():
             digest = hashlib.sha256()
             for begin, end in block_rows(entry):
-                rows = block(source, name, begin, end).to(TORCH_DTYPES[dtypes[name]])
+                rows = block(source, name, begin, end).to(SAFETENSORS_DTYPES[dtypes[name]])
                 data = tensor_bytes(rows).numpy().data
                 digest.update(data)
                 target.write(data)
-                advance((end - begin) * entry.width * TORCH_DTYPES[entry.dtype].itemsize)
+                advance((end - begin) * entry.width * SAFETENSORS_DTYPES[entry.dtype].itemsize)
             digests[name] = digest.digest()
         target.flush()
         os.fsync(target.fileno())

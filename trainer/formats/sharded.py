@@ -25,7 +25,7 @@ from torch.futures import Future
 from launch.errors import RunError, SamestepError
 from trainer.distributed.collectives import to_user_error
 from trainer.formats.dcp import load_distributed
-from trainer.formats.detect import OPTIMIZER_PREFIX
+from trainer.formats.forms import OPTIMIZER_PREFIX
 from trainer.formats.portable import TrainedState
 from trainer.formats.torch_files import load_torch
 

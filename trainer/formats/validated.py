@@ -54,7 +54,7 @@ def unreadable_is_refused(file: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def read_json(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
+def read_json_object(file: Path, limit: int = DOCUMENT) -> dict[str, Any]:
     """Read the object in a JSON file of at most `limit` bytes. CheckpointError when it is missing or something else."""
     try:
         return read_mapping(file, limit)
@@ -101,12 +101,12 @@ def checked(layout: type[Read], values: object, file: Path) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:2])
-        told = first["type"] in ("missing", "too_short", "value_error")
-        given = "" if told else f", not {first['input']!r:.60}"
+        tells_the_value = first["type"] in ("missing", "too_short", "value_error")
+        shown = "" if tells_the_value else f", not {first['input']!r:.60}"
         reason = first["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
         raise CheckpointError(
             printable(
-                f"{file}: {key or 'the whole'} is wrong ({reason[:1].lower()}{reason[1:]}{given}); copy it again"
+                f"{file}: {key or 'the whole'} is wrong ({reason[:1].lower()}{reason[1:]}{shown}); copy it again"
             )
         ) from None
 

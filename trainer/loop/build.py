@@ -20,14 +20,15 @@ from trainer.distributed.collectives import run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
-from trainer.model.base import DTYPES, add_lora, load_base
+from trainer.model.base import RECIPE_DTYPES, add_lora, load_base
 from trainer.model.families.registry import feature_width
 from trainer.model.fsdp import close_sharding, mesh_of, shard_layer
 from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer
 from trainer.task import Task
-from trainer.vision_cache.cache_key import facts_of, kind_of
-from trainer.vision_cache.store import FeatureCache, describe, open_cache, remove_unused
+from trainer.vision_cache.cache_key import feature_facts, feature_kind
+from trainer.vision_cache.store import FeatureCache, describe_cache, open_cache
+from trainer.vision_cache.users import remove_unused
 
 logger = get_logger("trainer")
 
@@ -54,7 +55,7 @@ def build(
         return build_trainer(
             model,
             task,
-            replace(encoder, features=features, pixels=DTYPES[task.recipe.model.dtype]),
+            replace(encoder, features=features, pixels=RECIPE_DTYPES[task.recipe.model.dtype]),
             stop_requests,
             resumed_at,
             timer,
@@ -88,9 +89,9 @@ def open_features(recipe: Recipe, model: PeftModel, processor: ProcessorMixin) -
         return None
     base = cast(Any, model.get_base_model())
     tower = base.model.visual
-    facts = facts_of(recipe, tower, processor.image_processor)
-    cache = open_cache(place, kind_of(tower, feature_width(base), facts), facts)
-    for line in describe(cache, facts):
+    facts = feature_facts(recipe, tower, processor.image_processor)
+    cache = open_cache(place, feature_kind(tower, feature_width(base), facts), facts)
+    for line in describe_cache(cache, facts):
         logger.info(line)
     return cache
 

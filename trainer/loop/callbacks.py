@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from launch.errors import RunError
 from launch.planning.plan import samples_consumed
 from trainer import WATCHDOG
-from trainer.checkpoint.best import judge
+from trainer.checkpoint.best import judge_evaluation
 from trainer.loop.step_figures import memory_figures
 from trainer.loop.trainer import PlannedTrainer
-from trainer.metrics_log import append_line, rows_digest, samples_digest
+from trainer.metrics_log import append_line, samples_digest, step_rows_digest
 from trainer.startup_timer import StartupTimer
 
 logger = get_logger("trainer")
@@ -74,7 +74,7 @@ class StepEnd(TrainerCallback):
         """Write the evaluation; save where it is the best so far, and end a run that has stopped improving."""
         trainer = self.trainer
         self._append(trainer.run_directory.evaluations_file, {"step": state.global_step, **metrics})
-        verdict = judge(trainer.task, state.global_step)
+        verdict = judge_evaluation(trainer.task, state.global_step)
         trainer.ended_early = verdict.ends
         control.should_save |= verdict.is_best or verdict.ends
         control.should_training_stop |= verdict.ends
@@ -114,7 +114,7 @@ class StepEnd(TrainerCallback):
         if self.trainer.plan.samples_digest == "positions":
             return samples_digest(samples)
         digests = self.trainer.index.splits["train"].digests
-        return rows_digest(digests[sample] for sample in samples)
+        return step_rows_digest(digests[sample] for sample in samples)
 
     def _report_startup(self) -> None:
         """Log how long the first step took to come, once it is done."""

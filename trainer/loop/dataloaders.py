@@ -53,9 +53,9 @@ def open_loader(
     ahead = max(1, min(4, round(16 / samples)))
     workers = data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers
     way = choose_way(workers, ahead, round(samples * batches.sample_bytes()), plan.gpus_per_node)
-    if way.said and way.said not in _warned:
-        _warned.add(way.said)
-        logger.warning(way.said)
+    if way.notice and way.notice not in _warned:
+        _warned.add(way.notice)
+        logger.warning(way.notice)
     return Loader(
         batches,
         numbers,

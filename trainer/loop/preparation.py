@@ -19,7 +19,7 @@ from trainer.checks.wrapping import compare_outputs, reference_outputs
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.zero import Zero
 from trainer.loop.dataloaders import shortest_sample, to_device, uncached
-from trainer.model.base import DTYPES, compute_in, prepare_training
+from trainer.model.base import RECIPE_DTYPES, compute_in, prepare_training
 from trainer.task import Task
 from trainer.vision_cache.writer import FeatureWriter
 
@@ -31,7 +31,7 @@ logger = get_logger("trainer")
 
 def prepare_model(model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None) -> None:
     """Choose kernels, recomputation and precision of the plan, and log the kernels."""
-    dtype = DTYPES[plan.compute_dtype]
+    dtype = RECIPE_DTYPES[plan.compute_dtype]
     kernels = prepare_training(
         model,
         recipe,

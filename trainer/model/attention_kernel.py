@@ -102,7 +102,7 @@ def _attend(
 def attend_images(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: Sequence[int], scale: float
 ) -> Tensor:
-    """Attention of every image's patches to each other: [P, heads, width] of q, k and v like it.
+    """Attend every image's patches to each other: [P, heads, width] of q, k and v like it.
 
     `bounds` [N + 1] int32 on the device and `lengths`, the same for the host. Widths from 32 on.
     """

@@ -30,7 +30,7 @@ from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
 from trainer.pretrained import base_name, base_path, family_at
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RECIPE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_base(
@@ -70,7 +70,7 @@ def load_base(
         model, report = getattr(transformers, family.model_class).from_pretrained(
             path,
             config=config,
-            dtype=DTYPES[recipe.model.dtype],
+            dtype=RECIPE_DTYPES[recipe.model.dtype],
             quantization_config=_quantization(recipe, quant_storage),
             device_map={"": device},
             attn_implementation="sdpa",
@@ -117,7 +117,7 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
         load_in_4bit=True,
         bnb_4bit_quant_type=chosen.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=chosen.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=DTYPES[chosen.bnb_4bit_compute_dtype],
+        bnb_4bit_compute_dtype=RECIPE_DTYPES[chosen.bnb_4bit_compute_dtype],
         bnb_4bit_quant_storage=getattr(torch, quant_storage),
     )
 

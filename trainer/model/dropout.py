@@ -40,7 +40,7 @@ _ROUNDS_32 = ((16, 0x7FEB352D), (15, 0x846CA68B))
 
 
 def token_keys(seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
-    """64 bits for each of T tokens, int64 [T].
+    """Return 64 bits for each of T tokens, int64 [T].
 
     `sample_ids`, `positions`: int64 [T], the sample of a token and its place in the sample, counted from 0.
     """
@@ -49,18 +49,18 @@ def token_keys(seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> T
 
 
 def module_keys(names: list[str]) -> Tensor:
-    """64 bits for each module, int64 [M]. Names count from the language model: no wrapper's prefix is in them."""
+    """Return 64 bits for each module, int64 [M]. Names count from the language model, without any wrapper's prefix."""
     return torch.tensor([_named(f"module/{name}") for name in names], dtype=torch.int64)
 
 
 def row_keys(tokens: Tensor, modules: Tensor) -> Tensor:
-    """(odd multiplier, addend) of each token in each module, int32 [M, T, 2], from int64 [T] and [M]."""
+    """Return (odd multiplier, addend) of each token in each module, int32 [M, T, 2], from int64 [T] and [M]."""
     mixed = _mix(tokens ^ modules[:, None])
     return mixed.bitwise_or_(1).view(torch.int32).unflatten(-1, (-1, 2))
 
 
 def keep_mask(rows: Tensor, channels: int, dropped: int) -> Tensor:
-    """What is kept, bool [T, channels], of row keys int32 [T, 2]: `dropped` of 65536 draws are not."""
+    """Return what is kept, bool [T, channels], of row keys int32 [T, 2]: `dropped` of 65536 draws are not."""
     words = torch.addcmul(rows[:, 1:], rows[:, :1], channel_words((channels + 1) // 2, rows.device))
     draws = words.view(torch.int16)  # the low half of a word is the even channel
     low, high = draws.unflatten(-1, (-1, 2)).unbind(-1)
@@ -79,12 +79,12 @@ class DropoutKeys:
         self.read_positions: Tensor | None = None
 
     def of(self, step: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
-        """The row keys of a micro-batch, int32 [M, T, 2]: 8 bytes for each token in each module."""
+        """Return the row keys of a micro-batch, int32 [M, T, 2]: 8 bytes for each token in each module."""
         self._modules = self._modules.to(sample_ids.device)
         return row_keys(token_keys(self._seed, step, sample_ids, positions), self._modules)
 
     def take(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A forward pre-hook of a decoder layer's attention, the layer's first part: its keys are now current.
+        """Make the layer's keys current: a forward pre-hook of a decoder layer's attention, the layer's first part.
 
         Being arguments of the layer, they come back with it in the recomputation, whatever ran in between. Its linear
         layers are called with activations alone, so that the last step to them goes through this object. The last layer
@@ -106,7 +106,9 @@ class SampleDropout(nn.Module):
         self.dropped = min(max(round(p * DRAWS), 1), DRAWS - 1) if p > 0 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, channels] or [T, channels], with zeros where dropped and the rest scaled to the same expectation."""
+        """Return x [1, T, channels] or [T, channels], with zeros where dropped and the rest scaled to the same
+        expectation.
+        """
         if not self.training or self.dropped == 0:
             return x
         rows = self.rows_of(x)
@@ -114,7 +116,7 @@ class SampleDropout(nn.Module):
         return cast(Tensor, _Drop.apply(x, keep, DRAWS / (DRAWS - self.dropped)))
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The row keys int32 [T, 2] of the T tokens of x [1, T, channels] or [T, channels] in this module.
+        """Return the row keys int32 [T, 2] of the T tokens of x [1, T, channels] or [T, channels] in this module.
 
         Raises:
             RunError: there are no keys, or they are not of these tokens: the mask would be wrong.
@@ -137,7 +139,7 @@ class SampleDropout(nn.Module):
         return rows
 
     def extra_repr(self) -> str:
-        """The module's name and share, as `print(model)` shows them."""
+        """Return the module's name and share, as `print(model)` shows them."""
         return f"{self.name}, p={self.p}"
 
 
@@ -219,7 +221,7 @@ def _signed(number: int) -> int:
 
 @cache
 def channel_words(words: int, device: torch.device) -> Tensor:
-    """The constants of the channel pairs, int32 [words]: lowbias32 of their numbers, so all are different."""
+    """Return the constants of the channel pairs, int32 [words]: lowbias32 of their numbers, so all are different."""
     x = torch.arange(1, words + 1, dtype=torch.int64)
     for shift, factor in _ROUNDS_32:
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF

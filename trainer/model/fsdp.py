@@ -41,5 +41,5 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def mesh_of(world_size: int, device: torch.device) -> DeviceMesh:
-    """All processes in one row. A collective."""
+    """Return the mesh of all processes in one row. A collective."""
     return init_device_mesh(device.type, (world_size,))

@@ -206,7 +206,7 @@ def _filled_up(rank: int) -> int:
 def project(
     x: Tensor, down: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float, factor: float
 ) -> Tensor:
-    """factor * dropout(x) @ down.T: [T, rank] in the dtype of x, from x [T, channels] and down [rank, channels].
+    """Return factor * dropout(x) @ down.T: [T, rank] in the dtype of x, from x [T, channels] and down [rank, channels].
 
     `rows` int32 [T, 2] and `words` int32 [channels / 2] make the mask, `dropped` of 65536 draws are not kept, `scale`
     makes up for them. With `dropped` 0 nothing is read of the three.
@@ -244,7 +244,7 @@ def add_back(
 def adapter_gradient(
     x: Tensor, inner: Tensor, rows: Tensor, words: Tensor, dropped: int, scale: float, factor: float
 ) -> Tensor:
-    """factor * inner.T @ dropout(x): fp32 [rank, channels], added up in the same order every time."""
+    """Return factor * inner.T @ dropout(x): fp32 [rank, channels], added up in the same order every time."""
     tokens, channels = x.shape
     rank = inner.shape[1]
     share = triton.cdiv(triton.cdiv(tokens, _SHARES), _TOKENS) * _TOKENS
@@ -259,7 +259,7 @@ def adapter_gradient(
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), without a gradient."""
+    """Return x * sigmoid(1.702 x), without a gradient."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _quick_gelu[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
@@ -267,7 +267,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, each [patches, heads, width] and contiguous, of qkv [patches, 3, heads, width]; without a gradient.
+    """Return q, k, v, each [patches, heads, width] and contiguous, of qkv [patches, 3, heads, width]; without a
+    gradient.
 
     q and k are turned as `apply_rotary_pos_emb_vision` turns them, in fp32 and rounded once; cos and sin fp32
     [patches, width], whose halves are equal.
@@ -285,7 +286,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tenso
 def norm_gradient(
     gradient: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, deviations: Tensor
 ) -> Tensor:
-    """What RMSNorm passes back to its input x [..., channels], plus `residual`; written over `gradient`.
+    """Return what RMSNorm passes back to its input x [..., channels], plus `residual`; written over `gradient`.
 
     `deviations`: fp32, one over the root of the mean square, for each row of x. The weight is frozen. Liger 0.8.5's own
     kernel has the rows a processor takes as a constant: it is compiled anew, 0.2 s, for micro-batches of other lengths.

@@ -33,7 +33,7 @@ class ReadTokens:
     segments: Segments
 
     def among(self, scored_positions: Tensor) -> Tensor:
-        """Where tokens of the row lie among those read, [K]; all of them are read. Waits for no device."""
+        """Return where tokens of the row lie among those read, [K]; all of them are read. Waits for no device."""
         return torch.searchsorted(self.positions, scored_positions)
 
 
@@ -54,12 +54,12 @@ class _Rows(torch.autograd.Function):
 
 
 def rows(x: Tensor, positions: Tensor) -> Tensor:
-    """The rows `positions` [S], all different, of x [1, T, channels]: [1, S, channels]."""
+    """Return the rows `positions` [S], all different, of x [1, T, channels]: [1, S, channels]."""
     return cast(Tensor, _Rows.apply(x, positions))
 
 
 def each_alone(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Linear layers as they are."""
+    """Apply linear layers one by one, as they are."""
     return [module(x) for module in modules]
 
 
@@ -90,7 +90,7 @@ def compute_read_tokens_only(layer: nn.Module, forward: Callable[..., Tensor]) -
 
 
 def plain_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, **kwargs: Any) -> Tensor:
-    """`Qwen2VLDecoderLayer.forward` at the tokens read: [1, S, hidden] of [1, T, hidden]."""
+    """Compute `Qwen2VLDecoderLayer.forward` at the tokens read: [1, S, hidden] of [1, T, hidden]."""
     normed = module.input_layernorm(hidden_states)
     attended, _ = module.self_attn(normed, queries=read, **kwargs)
     hidden = rows(hidden_states, read.positions) + attended
@@ -107,7 +107,7 @@ def attention_of_queries(
     linears: Linears = each_alone,
     **_: Any,
 ) -> Tensor:
-    """`Qwen2VLAttention.forward` with the queries of some tokens alone: [1, S, hidden] of [1, T, hidden]."""
+    """Compute `Qwen2VLAttention.forward` with the queries of some tokens alone: [1, S, hidden] of [1, T, hidden]."""
     (query,) = linears(rows(hidden_states, queries.positions), (module.q_proj,))
     key, value = linears(hidden_states, (module.k_proj, module.v_proj))
     query, key, value = (tensor.view(tensor.shape[1], -1, module.head_dim) for tensor in (query, key, value))

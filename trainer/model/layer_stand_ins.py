@@ -27,18 +27,18 @@ _SLICE = 4 * 2**20
 
 
 def decoder_layers(model: PeftModel) -> nn.ModuleList:
-    """Those of the language model, which fsdp and zero3 share out."""
+    """Return the layers of the language model, which fsdp and zero3 share out."""
     return cast(nn.ModuleList, cast(Any, model.get_base_model()).model.language_model.layers)
 
 
 def layer_bytes(layer: nn.Module) -> int:
-    """Of the frozen weights of a layer when it is whole; its quantization constants never leave."""
+    """Return the bytes of the frozen weights of a layer when it is whole; its quantization constants never leave."""
     return sum(weight.numel() * weight.element_size() for weight in frozen_weights(layer))
 
 
 @contextmanager
 def zero_weight_layers(model: PeftModel, device: torch.device) -> Iterator[None]:
-    """Inside, all layers compute with the same zeros, and FSDP2 does not see them called. No collectives."""
+    """Let all layers compute with the same zeros inside the block, and hide their calls from FSDP2. No collectives."""
     zeros: dict[tuple[str, str, torch.Size], Tensor] = {}
     own: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     hooked: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -75,7 +75,8 @@ class _Cut:
 
 @contextmanager
 def temporarily_sharded(model: PeftModel) -> Iterator[None]:
-    """Inside, a rank holds its share of the decoder layers' frozen weights, as it will with ZeRO-3; their shapes stay.
+    """Let a rank hold its share of the decoder layers' frozen weights inside the block, as it will with ZeRO-3; their
+    shapes stay.
 
     Before and afterwards it has them whole. They come back layer by layer, so that never more than one is there beside
     the shares of those after it. A collective, around what fails on all ranks or on none.
@@ -138,5 +139,5 @@ def _sum(numbers: Tensor) -> Tensor:
 
 
 def frozen_weights(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """All of a layer but its adapters."""
+    """Return all weights of a layer but its adapters."""
     return (weight for weight in layer.parameters() if not weight.requires_grad)

@@ -20,15 +20,17 @@ _LAYERS = ("model.layers.", "model.language_model.layers.")
 
 
 def keep_cpu_weights(model: nn.Module) -> None:
-    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation forward on a CPU with avx512_bf16; training
-    after it has no gradient through them, without an error. See `Linear4bit.forward`; test: evaluate, then train."""
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights at the first evaluation forward on a CPU with avx512_bf16:
+    training after it has no gradient through them, without an error. See `Linear4bit.forward`; test: evaluate, then
+    train.
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
 def is_of_layer(key: str) -> bool:
-    """Whether a tensor's name is that of a decoder layer's."""
+    """Say whether a tensor's name is that of a decoder layer's."""
     return key.startswith(_LAYERS)
 
 

@@ -38,7 +38,7 @@ def _dequantized(layer: Linear4bit, dtype: torch.dtype) -> nn.Linear:
 
 
 def quantization_of(base: Any) -> Any:
-    """The quantization state of a 4-bit layer, the scales of one of 8 bits, else None.
+    """Return the quantization state of a 4-bit layer, the scales of one of 8 bits, else None.
 
     FSDP2's gathered weight has lost it, the module has it.
     """
@@ -47,7 +47,7 @@ def quantization_of(base: Any) -> Any:
 
 
 def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
-    """The base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
+    """Return the base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
     if packed is None:
         return weight.to(dtype)
     return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)

@@ -49,14 +49,14 @@ DEFAULT = "PyTorch's varlen_attn"
 
 
 def attend_tower(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Attention of every image's patches to each other, through the kernel for this GPU; chosen at the first call."""
+    """Attend every image's patches to each other through the kernel for this GPU, which is chosen at the first call."""
     heads, width = q.shape[1:]
     return KERNELS[kernel_for(q.device, q.dtype, heads, width)](q, k, v, segments, scale)
 
 
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
-    """The name of the fastest kernel, from the file of an earlier process or measured now; said once."""
+    """Return the name of the fastest kernel, from the file of an earlier process or measured now."""
     if torch.are_deterministic_algorithms_enabled():
         return DEFAULT
     facts = {

@@ -15,7 +15,7 @@ from torch import nn
 from launch.recipe.schema import Recipe
 from trainer.vision_cache.file import Kind
 
-PACKAGES = ("pillow", "torchvision", "transformers")
+IMAGE_PACKAGES = ("pillow", "torchvision", "transformers")
 """They decode, resize and cut the images. What else computes (torch, kernels) changes the rounding alone."""
 
 MEANING = {
@@ -28,7 +28,7 @@ MEANING = {
 }
 
 
-def facts_of(recipe: Recipe, tower: nn.Module, image_processor: Any) -> dict[str, Any]:
+def feature_facts(recipe: Recipe, tower: nn.Module, image_processor: Any) -> dict[str, Any]:
     """Everything that features depend on, as JSON holds it; `MEANING` says what a difference in each means.
 
     `tower`: as it was loaded and quantized, before anything is replaced in it.
@@ -41,13 +41,13 @@ def facts_of(recipe: Recipe, tower: nn.Module, image_processor: Any) -> dict[str
         "products": quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else recipe.model.dtype,
         "settings": {name: value for name, value in settings.items() if not name.startswith(("_", "dtype"))},
         "processor": image_processor.to_dict(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in IMAGE_PACKAGES},
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, sort_keys=True, default=str))
     return plain
 
 
-def kind_of(tower: Any, width: int, facts: Mapping[str, Any]) -> Kind:
+def feature_kind(tower: Any, width: int, facts: Mapping[str, Any]) -> Kind:
     """The kind of features [V, width] that a tower makes, named by its facts."""
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()[:16]
     return Kind(key, tower.patch_embed.proj.weight.dtype, width, tower.config.spatial_merge_size)
@@ -68,7 +68,7 @@ def tower_digest(tower: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def describe_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """In words, why features made under `theirs` are of no use here."""
-    found = [meaning for name, meaning in MEANING.items() if mine.get(name) != theirs.get(name)]
-    return ", ".join(found) or "settings that are unknown here"
+    differing = [meaning for name, meaning in MEANING.items() if mine.get(name) != theirs.get(name)]
+    return ", ".join(differing) or "settings that are unknown here"

@@ -22,9 +22,9 @@ from launch.untrusted_files import UntrustedFileError, open_plain
 MAGIC = b"smstpfea"
 VERSION = 1
 HEADER_BYTES = 128
-MOST_BYTES = 2**30
+MAX_FILE_BYTES = 2**30
 """Of a file that is read: ten times the features of the largest image that a Qwen2-VL takes."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that are stored, by their number in the header."""
 
 _BEGIN = struct.Struct("<8sQ")
@@ -66,7 +66,7 @@ def encode(kind: Kind, image: str, features: Features) -> tuple[bytes, memoryvie
     if (values.dtype, values.shape[1]) != (kind.dtype, kind.hidden):
         raise ValueError(f"features of {values.dtype} x {values.shape[1]}, not {kind.dtype} x {kind.hidden}")
     content = values.view(torch.uint8).numpy().data.cast("B")
-    numbers = (VERSION, DTYPES.index(values.dtype), values.shape[1], *features.grid)
+    numbers = (VERSION, STORED_DTYPES.index(values.dtype), values.shape[1], *features.grid)
     facts = _FACTS.pack(*numbers, kind.key, bytes.fromhex(image)).ljust(HEADER_BYTES - _BEGIN.size, b"\0")
     return _BEGIN.pack(MAGIC, _checksum(facts, content)) + facts, content
 
@@ -79,7 +79,7 @@ def read(path: Path, kind: Kind, image: str) -> Features:
         OSError: it is missing or cannot be read.
     """
     try:
-        opened = open_plain(path, MOST_BYTES, buffering=0)
+        opened = open_plain(path, MAX_FILE_BYTES, buffering=0)
     except UntrustedFileError as error:
         raise FlawError(error.reason) from None
     with opened as file:
@@ -97,7 +97,12 @@ def read(path: Path, kind: Kind, image: str) -> Features:
     version, dtype, hidden, time, height, width, key, digest = _FACTS.unpack_from(facts)
     if version != VERSION:
         raise FlawError(f"it is of version {version}, this is {VERSION}")
-    if key != kind.key or dtype >= len(DTYPES) or DTYPES[dtype] != kind.dtype or hidden != kind.hidden:
+    if (
+        key != kind.key
+        or dtype >= len(STORED_DTYPES)
+        or STORED_DTYPES[dtype] != kind.dtype
+        or hidden != kind.hidden
+    ):
         raise FlawError("another vision tower or other settings made it")
     if digest.hex() != image:
         raise FlawError("it belongs to another image")

@@ -26,22 +26,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import psutil
+from typing import IO, Any
 
 from launch.atomic_files import LOCK_MODE, atomic_write
 from launch.errors import ConfigError
-from launch.inputs.caches import cache_root
 from launch.units import decimal_size
 from launch.untrusted_files import UNREADABLE, read_bytes, read_json
-from trainer.vision_cache.cache_key import differences
+from trainer.vision_cache.cache_key import describe_difference
 from trainer.vision_cache.file import Features, FlawError, Kind, encode, read
+from trainer.vision_cache.place import Place, bound_of, feature_folders, root_of
+from trainer.vision_cache.users import join_users, remove_unused, try_lock
 
-Place = Literal["memory", "disk"]
-SHARED_MEMORY = Path("/dev/shm")
-DISK_BYTES = 100 * 10**9
-"""By default. All of ChartQA's charts take 93 GB from a 7B model."""
 SPARED = 0.05
 """The share of a disk that is never filled."""
 ABANDONED_SECONDS = 600
@@ -55,7 +50,7 @@ class FullError(Exception):
     """Why nothing more can be kept."""
 
 
-def name_of(image: bytes) -> str:
+def image_name(image: bytes) -> str:
     """The name of an image's features: the sha256 of its encoded bytes, hexadecimal."""
     return sha256(image).hexdigest()
 
@@ -169,7 +164,7 @@ class FeatureCache:
 
     def used_bytes(self) -> int:
         """Of all folders in the root."""
-        return sum(_used(folder) for folder in _folders(self.root))
+        return sum(_used(folder) for folder in feature_folders(self.root))
 
     def others_bytes(self) -> int:
         """Of the folders of other towers and settings."""
@@ -199,7 +194,7 @@ class FeatureCache:
         if self._users is None or self._users.closed:
             return
         with self._users:
-            if _lock_now(self._users, fcntl.LOCK_EX):
+            if try_lock(self._users, fcntl.LOCK_EX):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self.root.rmdir()
@@ -214,7 +209,7 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
     root = root_of(place)
     folder = root / kind.key.hex()
     try:
-        users = _join(folder) if place == "memory" else None
+        users = join_users(folder) if place == "memory" else None
         if users is None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -222,129 +217,29 @@ def open_cache(place: Place, kind: Kind, facts: Mapping[str, Any]) -> FeatureCac
             f"data.vision_cache: {folder} cannot be made ({error.strerror or error}); set SAMESTEP_VISION_CACHE to a "
             "folder that can be written, or data.vision_cache: off"
         ) from error
-    found = FeatureCache(root, kind, place, bound_of(place, root), users)
+    cache = FeatureCache(root, kind, place, bound_of(place, root), users)
     if not (about := folder / "about.json").is_file():
         with contextlib.suppress(OSError):
             atomic_write(about, json.dumps(facts, indent=1, sort_keys=True))
     if place == "memory":
         remove_unused(mine=folder)
-    return found
+    return cache
 
 
-def describe(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
+def describe_cache(cache: FeatureCache, facts: Mapping[str, Any]) -> Iterator[str]:
     """Where features are kept and how many; which are of no use, and why."""
     kept = _used(cache.folder)
     yield (
         f"vision features: {cache.place}, {cache.folder}, {decimal_size(kept)} are there, at most "
         f"{decimal_size(cache.bound)}"
     )
-    for folder in _folders(cache.root):
+    for folder in feature_folders(cache.root):
         if folder != cache.folder and (size := _used(folder)):
             try:
-                why = differences(facts, read_json(folder / "about.json"))
+                why = describe_difference(facts, read_json(folder / "about.json"))
             except (OSError, ValueError, AttributeError):
                 why = "nothing says what made them"
             yield f"vision features: {decimal_size(size)} in {folder} are ignored: {why}"
-
-
-def root_of(place: Place) -> Path:
-    """The folder of all features in a place."""
-    if chosen := os.environ.get("SAMESTEP_VISION_CACHE"):
-        return Path(chosen).expanduser().resolve() / place
-    if place == "disk":
-        return cache_root() / "vision"
-    return SHARED_MEMORY / f"samestep-{os.getuid()}"
-
-
-def bound_of(place: Place, root: Path) -> int:
-    """The most bytes that features may take in a place.
-
-    In memory by default half of what its file system could hold, and of what the machine has free: the data workers
-    hand micro-batches over in /dev/shm too.
-
-    Raises:
-        ConfigError: SAMESTEP_VISION_CACHE_GB is no number above 0.
-    """
-    if asked := os.environ.get("SAMESTEP_VISION_CACHE_GB"):
-        try:
-            size = float(asked)
-        except ValueError:
-            size = 0.0
-        if not 0 < size < float("inf"):
-            raise ConfigError(
-                f"SAMESTEP_VISION_CACHE_GB: {asked!r} is no number of gigabytes above 0; give for example 200"
-            )
-        return int(size * 10**9)
-    if place == "disk":
-        return DISK_BYTES
-    return min(shutil.disk_usage(root).total, _memory_bytes()) // 2
-
-
-def _memory_bytes() -> int:
-    """What is free in the machine's memory, or in the control group's where that is less."""
-    free = int(psutil.virtual_memory().available)
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int((Path("/sys/fs/cgroup") / file).read_text()))
-    return free
-
-
-# --- features in memory: who uses them ------------------------------------------------------------------------------
-
-
-def _join(folder: Path) -> IO[bytes]:
-    """Make the folder and lock its `users` for this process and those it forks, until all of them are gone."""
-    while True:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.parent.is_symlink() or folder.parent.stat().st_uid != os.getuid():
-            raise PermissionError(0, "its parent belongs to another user")
-        try:
-            folder.mkdir(exist_ok=True)
-            users = (folder / "users").open("ab")
-        except FileNotFoundError:  # the last user removes it just now
-            continue
-        fcntl.flock(users, fcntl.LOCK_SH)
-        if _is_still(users, folder / "users"):
-            return users
-        users.close()
-
-
-def remove_unused(mine: Path | None = None) -> None:
-    """Remove features in memory whose users have all died, but for those in `mine`."""
-    for folder in _folders(root := root_of("memory")):
-        if folder == mine:
-            continue
-        with contextlib.suppress(OSError), (folder / "users").open("ab") as users:
-            if _lock_now(users, fcntl.LOCK_EX) and _is_still(users, folder / "users"):
-                shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        root.rmdir()
-
-
-def _lock_now(file: IO[bytes], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_still(file: IO[bytes], path: Path) -> bool:
-    """The open file is the one that the path names, not one that was removed."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
-
-
-# --- bytes ----------------------------------------------------------------------------------------------------------
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(path for path in root.iterdir() if len(path.name) == 32 and path.is_dir())
-    except OSError:
-        return []
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:

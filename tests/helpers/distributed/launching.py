@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.launching import ROOT, accelerate_launch, child_environment, family, kill_all
+from benchmarks.launching import ROOT, child_environment, family, kill_all
+from tests.helpers.distributed.forked import forked_launch
 
 
 def machine_command(recipe: Path, options: Sequence[str], *, rank: int, nodes: int, port: int) -> list[str]:
@@ -77,7 +78,7 @@ def drive(
     """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""
     file = folder / f"requests-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(requests))
-    done = accelerate_launch(processes, ["tests.helpers.distributed.drive", str(file)], limit, strategy)
+    done = forked_launch(processes, ["tests.helpers.distributed.drive", str(file)], limit, strategy)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

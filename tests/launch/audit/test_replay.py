@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.audit.replay import _QUIET
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from tests.helpers.indexes import embedded_recipe
 
 

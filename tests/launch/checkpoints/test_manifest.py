@@ -13,7 +13,7 @@ import pytest
 
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.publish import publish
-from launch.checkpoints.rotation import clear_unpublished, rotate
+from launch.checkpoints.rotation import clear_unpublished, rotate_checkpoints
 from launch.checkpoints.scan import Checkpoint, newest_valid, scan_checkpoints
 from launch.errors import CheckpointError
 from tests.helpers.checkpoints import (
@@ -69,7 +69,7 @@ def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet_or_in_time(
 def test_a_run_without_a_published_checkpoint_has_no_newest(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "not there") == (None, [])
     assert scan_checkpoints(tmp_path / "not there") == clear_unpublished(tmp_path / "not there") == []
-    rotate(tmp_path / "not there", keep=2)
+    rotate_checkpoints(tmp_path / "not there", keep=2)
     write_aside(tmp_path, 20)
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "checkpoint-40").write_text("a file")
@@ -326,7 +326,7 @@ def test_a_link_to_a_whole_checkpoint_is_one_and_rotation_takes_only_the_link(tm
     (run / "checkpoint-20").rename(archive)
     (run / "checkpoint-20").symlink_to(archive)
     assert all(found.valid for found in scan_checkpoints(run))
-    rotate(run, keep=2)
+    rotate_checkpoints(run, keep=2)
     assert names(run) == {"checkpoint-40", "checkpoint-60"}
     assert (archive / MANIFEST).is_file()
 
@@ -345,10 +345,10 @@ def test_content_is_read_from_the_newest_down_and_only_as_far_as_needed(tmp_path
         newest_valid(tmp_path)
         assert [name for name in read if name != "rank states"] == ["checkpoint-80", "checkpoint-60"]
         read.clear()
-        rotate(tmp_path, keep=2)
+        rotate_checkpoints(tmp_path, keep=2)
         assert {*read} - {"rank states"} == {"checkpoint-80", "checkpoint-60", "checkpoint-40"}
         read.clear()
-        rotate(tmp_path, keep=3)  # nothing to remove, whatever they hold
+        rotate_checkpoints(tmp_path, keep=3)  # nothing to remove, whatever they hold
         scan_checkpoints(tmp_path, verify=False)
         assert read == []
 

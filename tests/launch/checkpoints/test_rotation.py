@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.checkpoints.manifest import MANIFEST
 from launch.checkpoints.publish import partial_folder, publish
-from launch.checkpoints.rotation import clear_unpublished, rotate
+from launch.checkpoints.rotation import clear_unpublished, rotate_checkpoints
 from launch.checkpoints.scan import newest_valid, scan_checkpoints
 from launch.errors import CheckpointError
 from tests.helpers.checkpoints import (
@@ -41,7 +41,7 @@ def test_rotation_keeps_the_newest_valid_and_leaves_what_is_damaged_or_was_never
     (tmp_path / "checkpoint-60" / ADAPTER).unlink()
     write_aside(tmp_path, 40)
     write_aside(tmp_path, 120)
-    rotate(tmp_path, keep=2)
+    rotate_checkpoints(tmp_path, keep=2)
     assert names(tmp_path) == {
         "checkpoint-20",
         "checkpoint-40",
@@ -57,26 +57,26 @@ def test_rotation_removes_nothing_while_too_few_verify(tmp_path: Path) -> None:
     published(tmp_path, 20, 40, 60, 80)
     for step in (40, 60, 80):
         change_one_bit(tmp_path / f"checkpoint-{step}" / ADAPTER)
-    rotate(tmp_path, keep=2)
+    rotate_checkpoints(tmp_path, keep=2)
     assert len(names(tmp_path)) == 4
     with pytest.raises(ValueError, match="keep 1: "):
-        rotate(tmp_path, keep=1)
+        rotate_checkpoints(tmp_path, keep=1)
 
 
 def test_what_claims_to_be_newer_than_the_one_just_published_does_not_push_it_out(tmp_path: Path) -> None:
     """It could not be read when the run was resumed before it, and can again."""
     published(tmp_path, 10, 20, 30, 40, 60)
-    rotate(tmp_path, keep=2, newest=30)
+    rotate_checkpoints(tmp_path, keep=2, newest=30)
     assert [found.step for found in scan_checkpoints(tmp_path)] == [20, 30, 40, 60]
 
 
 def test_a_protected_checkpoint_stays_beside_the_newest_and_counts_for_none_of_them(tmp_path: Path) -> None:
     published(tmp_path, 10, 20, 30, 40, 50)
-    rotate(tmp_path, keep=2, protected={20})
+    rotate_checkpoints(tmp_path, keep=2, protected={20})
     assert names(tmp_path) == {"checkpoint-20", "checkpoint-40", "checkpoint-50"}
-    rotate(tmp_path, keep=2, protected={50})  # the newest is the best: two others stay
+    rotate_checkpoints(tmp_path, keep=2, protected={50})  # the newest is the best: two others stay
     assert names(tmp_path) == {"checkpoint-20", "checkpoint-40", "checkpoint-50"}
-    rotate(tmp_path, keep=2)
+    rotate_checkpoints(tmp_path, keep=2)
     assert names(tmp_path) == {"checkpoint-40", "checkpoint-50"}
 
 
@@ -87,11 +87,11 @@ def test_a_file_that_cannot_be_removed_does_not_end_a_rotation_and_is_removed_by
     published(tmp_path, 20, 40, 60)
     with mock.patch.object(os, "rmdir", side_effect=OSError(39, "Directory not empty")):
         for left in (3, 4):
-            rotate(tmp_path, keep=2)
+            rotate_checkpoints(tmp_path, keep=2)
             assert [found.step for found in scan_checkpoints(tmp_path)] == [40, 60]
             assert len(names(tmp_path)) == left
             published(tmp_path, 20)  # the same step once more, and the same name
-    rotate(tmp_path, keep=2)
+    rotate_checkpoints(tmp_path, keep=2)
     assert names(tmp_path) == {"checkpoint-40", "checkpoint-60"}
 
 
@@ -155,7 +155,7 @@ def test_whatever_happens_the_newest_valid_and_a_second_one_stay(
                 clear_unpublished(run)
             elif action == "rotate":
                 before = set(sound)
-                rotate(run, keep=number)
+                rotate_checkpoints(run, keep=number)
                 left = {found.step for found in scan_checkpoints(run, verify=False) if found.published}
                 sound = {*sorted(sound)[-number:]}
                 assert left & before == sound
@@ -259,13 +259,13 @@ def test_a_crash_while_a_damaged_checkpoint_is_replaced_keeps_the_one_before(tmp
 def test_a_crash_at_any_operation_of_rotate_leaves_each_checkpoint_whole_or_none(tmp_path: Path) -> None:
     template = tmp_path / "run"
     published(template, 20, 40, 60, 80)
-    states = _states_after_every_crash(template, lambda run: rotate(run, keep=2))
+    states = _states_after_every_crash(template, lambda run: rotate_checkpoints(run, keep=2))
     left = [[found.step for found in scan_checkpoints(run) if found.valid] for run in states]
     assert left == sorted(left, key=len, reverse=True)
     assert {tuple(steps) for steps in left} == {(20, 40, 60, 80), (40, 60, 80), (60, 80)}
     for run in states:
         assert all(found.valid for found in scan_checkpoints(run))
-        rotate(run, keep=2)
+        rotate_checkpoints(run, keep=2)
         assert names(run) == {"checkpoint-60", "checkpoint-80"}
 
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.hub_names import EMBEDDED
 from launch.inputs.new_recipe import recipe_text, seen_data
 from launch.recipe.loading import load_recipe
-from launch.recipe.schema import EMBEDDED
 from tests.helpers.launcher import Launcher, samestep, stand_in
 
 

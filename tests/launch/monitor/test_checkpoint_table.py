@@ -12,7 +12,7 @@ from launch.checkpoints.publish import partial_folder, publish
 from launch.checkpoints.rotation import clear_unpublished
 from launch.checkpoints.scan import Checkpoint
 from launch.cli import main
-from launch.monitor.checkpoint_table import rows
+from launch.monitor.checkpoint_table import table_rows
 from launch.run.continuation import Continuation
 from launch.run.directory import RunDirectory
 from launch.run.request_files import write_request
@@ -177,7 +177,7 @@ def test_the_help_shows_an_example(run: Path, capsys: pytest.CaptureFixture[str]
 
 def test_the_age_of_what_has_vanished_is_not_known(tmp_path: Path) -> None:
     gone = Checkpoint(tmp_path / "checkpoint-20", 20, True, {"step": 20}, 0, ("gone",))
-    assert rows([gone], now=0.0) == [("20", "portable", "?", "?", "0.000", "?", "damaged")]
+    assert table_rows([gone], now=0.0) == [("20", "portable", "?", "?", "0.000", "?", "damaged")]
 
 
 @pytest.mark.parametrize(

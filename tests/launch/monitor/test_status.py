@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.cluster import _show_table
+from launch.cli.monitor import _show_table
 from launch.monitor.follow import follow
 from launch.monitor.logs import log_files
 from launch.monitor.status import Status, status_of
-from launch.monitor.status_table import COLUMNS, columns_for
+from launch.monitor.status_table import STATUS_COLUMNS, columns_for
 from launch.run.directory import RunDirectory, write_marker
 from launch.run.local_log import add_to_log
 from launch.run.lock import hold_lock
@@ -240,13 +240,13 @@ def test_a_narrow_terminal_shows_names_and_reasons_whole_and_says_what_it_leaves
     assert samestep("status", name) == 0
     shown = capsys.readouterr().out
     assert "no room" not in shown
-    assert {*_columns(shown)} == {*COLUMNS}
+    assert {*_columns(shown)} == {*STATUS_COLUMNS}
 
 
 def test_columns_that_say_nothing_are_left_out_before_those_that_do() -> None:
     def kept(width: int, state: str, end: str) -> list[str]:
         cells = ["mine", state, "37 of 370", "4.00", "0.2", "step 37, 2 h ago", end, "-"]
-        return [COLUMNS[column] for column in columns_for(width, [cells])]
+        return [STATUS_COLUMNS[column] for column in columns_for(width, [cells])]
 
     always = ["run", "state", "step"]
     assert kept(80, "done (step 37)", "-") == [*always, "samples/s", "loss", "checkpoint"]

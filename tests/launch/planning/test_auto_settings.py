@@ -9,14 +9,14 @@ import pytest
 from launch import hardware
 from launch.errors import ConfigError
 from launch.planning.auto_settings import (
-    Batches,
+    BatchStatistics,
     ChosenSettings,
     Gpus,
-    choose,
+    choose_auto_settings,
     parse_gpu_memory,
     recomputation,
 )
-from launch.planning.memory import Load, Settings
+from launch.planning.memory_load import Load, Settings
 from launch.rules import request_rules
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
@@ -32,7 +32,7 @@ DEFAULTS = (
     "batch.micro_batch_tokens=auto",
     "lora.target_modules=[q_proj, v_proj]",
 )
-CHART_LIKE = Batches(
+CHART_LIKE = BatchStatistics(
     longest=1200,
     step_tokens=SAMPLES * EACH,
     most_tokens=SAMPLES * EACH,
@@ -47,7 +47,7 @@ def on(
 ) -> ChosenSettings:
     machine = Gpus("cuda", None if gigabytes is None else int(gigabytes * GIB))
     recipe = embedded_recipe(*DEFAULTS, *overrides)
-    return choose(recipe, machine, SHAPE, strategy, world_size, CHART_LIKE)
+    return choose_auto_settings(recipe, machine, SHAPE, strategy, world_size, CHART_LIKE)
 
 
 def test_80_gb_hold_the_7b_weights_dequantized_and_half_a_step_without_recomputation() -> None:
@@ -110,7 +110,7 @@ def test_nothing_known_means_little_memory_and_says_so() -> None:
     chosen = on(None)
     assert (chosen.settings, chosen.micro_batch_tokens) == (Settings(False, 1), 4 * 1200)
     assert "--gpu-memory" in chosen.reason
-    unknown = choose(
+    unknown = choose_auto_settings(
         embedded_recipe(*DEFAULTS),
         Gpus("cuda", 80 * GIB),
         "config.json is not here",

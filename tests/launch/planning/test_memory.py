@@ -10,8 +10,10 @@ import torch
 
 from launch.inputs.families import read_shape, shape_of
 from launch.inputs.model_shape import ModelShape
-from launch.planning.memory import Kernels, Load, Memory, Packed, Settings, layer_bytes, load_of, memory_of
+from launch.planning.activations import layer_activation_bytes
+from launch.planning.memory import Memory, memory_of
 from launch.planning.memory import trained_parameters as planned_parameters
+from launch.planning.memory_load import Kernels, Load, Packed, Settings, load_of
 from launch.recipe.loading import recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.units import GIB
@@ -66,7 +68,7 @@ def test_a_layer_is_planned_to_keep_the_bytes_that_autograd_saves(
         saved = saved_bytes(model, keys, torch.device("cpu"))
     finally:
         torch.set_autocast_enabled("cpu", False)  # autocast leaves behind what it was told it found
-    assert saved == pytest.approx(layer_bytes(load), abs=1)
+    assert saved == pytest.approx(layer_activation_bytes(load), abs=1)
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     assert planned_parameters(load) == count
 

@@ -12,16 +12,10 @@ import pytest
 import yaml
 
 from launch.errors import ConfigError
+from launch.recipe.fingerprint import altering_values, recipe_fingerprint
 from launch.recipe.loading import dump_recipe, find_recipe, load_recipe, recipe_from_dict
 from launch.recipe.refused_fields import REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
-from launch.recipe.schema import (
-    LoraSection,
-    Recipe,
-    TrainingSection,
-    altering_values,
-    recipe_fingerprint,
-    recipe_schema,
-)
+from launch.recipe.schema import LoraSection, Recipe, TrainingSection, recipe_schema
 from launch.resources import resource, resource_names
 
 EMBEDDED = resource("recipes", "embedded.yaml")

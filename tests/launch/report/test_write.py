@@ -213,7 +213,7 @@ def test_the_command_prints_the_path_and_refuses_what_is_no_run(
 
 
 def test_a_question_that_changed_between_two_runs_is_not_paired(tmp_path: Path) -> None:
-    from launch.report.evaluations import pair_runs, read_evaluations
+    from launch.report.evaluations import pair_runs, read_evaluation_files
 
     runs = [RunDirectory(tmp_path / name) for name in ("a", "b")]
     for run in runs:
@@ -222,7 +222,7 @@ def test_a_question_that_changed_between_two_runs_is_not_paired(tmp_path: Path) 
     changed = evaluation_of(4, 2)
     changed["predictions"][0]["label"] = ["another"]
     runs[1].eval_file().write_text(json.dumps(changed))
-    (first,), (second,) = (read_evaluations(run)[0] for run in runs)
+    (first,), (second,) = (read_evaluation_files(run)[0] for run in runs)
     pair = pair_runs(first, second, "adapter")
     assert pair is not None
     assert (pair.questions, pair.gained, pair.lost) == (3, 0, 0)

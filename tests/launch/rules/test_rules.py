@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.errors import ConfigError
-from launch.rules import config_rules, request_rules
+from launch.rules import config_rules, machine_rules, request_rules
 from launch.rules.accelerate_config import LaunchConfig, launched_config, launched_strategy
 from launch.rules.checks import refuse_config, refuse_topology, violations
 from launch.rules.request import PlanRequest, Rule
@@ -181,37 +181,37 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
             "model.resident_weights",
         ),
         (
-            request_rules.fsdp_stores_floats,
+            machine_rules.fsdp_stores_floats,
             replace(ALLOWED, strategy="fsdp", quant_storage="bfloat16", recipe=QLORA),
             "stored as bfloat16",
         ),
         (
-            request_rules.fsdp_stores_floats,
+            machine_rules.fsdp_stores_floats,
             replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=QLORA),
             "stored as uint8",
         ),
         (
-            request_rules.versions_are_those_that_were_measured,
+            machine_rules.versions_are_those_that_were_measured,
             replace(ALLOWED, versions={"accelerate": "1.14.2", "torch": "2.11.0+cu130"}),
             "accelerate 1.14.2 < 1.15",
         ),
         (
-            request_rules.gpu_computes_bfloat16,
+            machine_rules.gpu_computes_bfloat16,
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16),
             "7.5",
         ),
         (
-            request_rules.gpu_computes_bfloat16,  # what is not in 4 bits
+            machine_rules.gpu_computes_bfloat16,  # what is not in 4 bits
             replace(ALLOWED, capability=(7, 5), recipe=BFLOAT16_BASE),
             "model.dtype: bfloat16 on a GPU of compute capability 7.5",
         ),
         (
-            request_rules.gpu_has_8_bit_products,
+            machine_rules.gpu_has_8_bit_products,
             replace(ALLOWED, capability=(8, 6), recipe=FP8),
             "fp8 on a GPU of compute capability 8.6 (8.9 is needed)",
         ),
         (
-            request_rules.gpu_has_8_bit_products,
+            machine_rules.gpu_has_8_bit_products,
             replace(ALLOWED, capability=(9, 0), recipe=FP8_IN_FLOAT32),
             "fp8 with model.dtype float32",
         ),
@@ -241,7 +241,7 @@ def test_a_strategy_that_is_none_is_answered_with_all_of_them_and_the_nearest(ty
 
 
 def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_rules, "find_spec", lambda _: None)
+    monkeypatch.setattr(machine_rules, "find_spec", lambda _: None)
     (message,) = violations(replace(ALLOWED, strategy="zero3"))
     assert message.startswith("--strategy: zero3 needs DeepSpeed, which is not installed; ")
     assert list(violations(ALLOWED)) == []
@@ -314,7 +314,7 @@ def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
         + config_rules.CONFIG_RULES
-        + request_rules.MACHINE_RULES
+        + machine_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
     assert len(every) == 33
@@ -424,7 +424,7 @@ def test_a_shipped_configuration_that_was_damaged_is_refused_in_one_line(
         replace(ALLOWED, strategy="fsdp", quant_storage="uint8", recipe=PLAIN),  # nothing is packed
         replace(ALLOWED, strategy="fsdp", quant_storage="float32", recipe=QLORA),
         replace(ALLOWED, strategy="zero3", quant_storage="uint8", recipe=QLORA),
-        replace(ALLOWED, versions=dict(request_rules.FLOORS)),
+        replace(ALLOWED, versions=dict(machine_rules.FLOORS)),
         replace(
             ALLOWED, versions={"accelerate": "1.14.2"}, packages_here=False
         ),  # the job's own are judged there

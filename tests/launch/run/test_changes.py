@@ -4,7 +4,7 @@ import pytest
 
 from launch.errors import ConfigError
 from launch.inputs.identity import MODEL_PARTS, OWN_TEMPLATE, PARTS, RunIdentity
-from launch.recipe.schema import altering_values
+from launch.recipe.fingerprint import altering_values
 from launch.run.changes import (
     CONTENT_KEYS,
     Change,

@@ -61,13 +61,13 @@ def test_evaluate_refuses_a_merged_model_of_an_earlier_adapter_and_names_the_com
 
 
 def test_the_plain_evaluation_refuses_it_too(run: RunDirectory) -> None:
-    from trainer.evaluation.request import Request, check_request
+    from trainer.evaluation.request import EvaluationRequest, check_evaluation_request
 
-    check_request(Request(run, "test", ("adapter", "merged"), None))
+    check_evaluation_request(EvaluationRequest(run, "test", ("adapter", "merged"), None))
     _train(run, 2.0)
     with pytest.raises(ConfigError, match="is of another adapter"):
-        check_request(Request(run, "test", ("merged",), None))
-    check_request(Request(run, "test", ("adapter",), None))
+        check_evaluation_request(EvaluationRequest(run, "test", ("merged",), None))
+    check_evaluation_request(EvaluationRequest(run, "test", ("adapter",), None))
 
 
 def test_status_says_so_of_both_merged_models(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_a_submitted_run_begins_as_planned(run: RunDirectory, capsys: pytest.Cap
 def test_the_first_nodes_packages_and_gpus_are_judged_before_its_processes_start(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.rules.request_rules._installed", lambda: {"accelerate": "1.14.2"})
+    monkeypatch.setattr("launch.rules.machine_rules._installed", lambda: {"accelerate": "1.14.2"})
     assert _main("begin", run) == 2
     told = capsys.readouterr()
     assert "error: versions: too old (accelerate 1.14.2 < 1.15)" in told.err

@@ -286,8 +286,8 @@ def test_packages_that_are_not_this_pythons_are_left_to_the_job_to_judge(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("launch.rules.request_rules.find_spec", lambda _: None)
-    monkeypatch.setattr("launch.rules.request_rules._installed", lambda: {"accelerate": "1.14.2"})
+    monkeypatch.setattr("launch.rules.machine_rules.find_spec", lambda _: None)
+    monkeypatch.setattr("launch.rules.machine_rules._installed", lambda: {"accelerate": "1.14.2"})
     words = [*SUBMIT, "--strategy", "zero3"]
     assert samestep(*words) == 2
     refused = capsys.readouterr().err

@@ -396,7 +396,7 @@ def test_another_global_batch_size_goes_on_at_the_same_place_of_the_stream(
     facts = run_of(run.path).facts(6)
     assert facts["samples_consumed"] == 40
     from launch.planning.step_plan import SampleStream
-    from trainer.metrics_log import rows_digest
+    from trainer.metrics_log import step_rows_digest
 
     rows = index_of(run).splits["train"].digests
     stream = (
@@ -405,7 +405,7 @@ def test_another_global_batch_size_goes_on_at_the_same_place_of_the_stream(
         .tolist()
     )
     digests = [line["samples_digest"] for line in metrics_of(run.path)][4:]
-    assert digests == [rows_digest(rows[each] for each in half) for half in (stream[:4], stream[4:])]
+    assert digests == [step_rows_digest(rows[each] for each in half) for half in (stream[:4], stream[4:])]
     assert _again(run) == 0  # the same command again finds nothing to do, and refuses nothing
 
 

@@ -26,11 +26,11 @@ from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.model.base import add_lora, load_base, prepare_training
 from trainer.prepare import prepare
-from trainer.prepare_vision import _wanted
+from trainer.prepare_vision import _images_of
 from trainer.pretrained import load_processor
 from trainer.show_data import conversation_text, show_data
 from trainer.vision_cache.file import Features, Kind
-from trainer.vision_cache.store import name_of, open_cache
+from trainer.vision_cache.store import image_name, open_cache
 
 COUNT = 24
 
@@ -192,7 +192,7 @@ def test_some_images_of_a_chat_may_be_cached(
     number = next(place for place, row in enumerate(rows) if len(row.images) == 3)
     plain = encoder(rows[number])
     features = torch.randn(plain.images[1].visual_tokens(2), 8)
-    cache.write(name_of(rows[number].images[1]), Features(features, plain.images[1].grid))
+    cache.write(image_name(rows[number].images[1]), Features(features, plain.images[1].grid))
     batch = MicroBatch((0, number, 1), filler=False)
     some, none = (
         assemble(source, split, one, batch, 0, 1)["inputs"]
@@ -242,12 +242,12 @@ def test_every_distinct_image_of_the_chats_is_wanted_once_for_the_cache(
     recipe: Recipe, index: Index, rows: list[Row]
 ) -> None:
     splits: Any = {"train": open_split(recipe, "train"), "validation": open_split(recipe, "validation")}
-    wanted = list(_wanted(recipe, index, splits, lambda done, total: None))
+    wanted = list(_images_of(recipe, index, splits, lambda done, total: None))
     every = [*rows, *splits["validation"]]
-    assert {image.name for image in wanted} == {name_of(image) for row in every for image in row.images}
+    assert {image.name for image in wanted} == {image_name(image) for row in every for image in row.images}
     assert len(wanted) == len({image.name for image in wanted})
     sizes = {
-        name_of(image): size
+        image_name(image): size
         for row in every
         for image, size in zip(row.images, _sizes(row, recipe), strict=True)
     }

@@ -13,8 +13,9 @@ import pytest
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import dump_recipe, load_recipe, recipe_from_dict
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from launch.run.changes import changes, content_changes
 from tests.conftest import chart_png, chart_rows, recipe_values, write_charts
 from trainer.data.encoder import Encoder
@@ -173,7 +174,7 @@ def test_csv_jsonl_imagefolder_and_parquet_give_the_same_rows(world: Path, tmp_p
     (tmp_path / "train" / "a.png").write_bytes(chart_png(0))
     (tmp_path / "train" / "b.png").write_bytes(chart_png(1))
     assert list(imagefolder) == expected
-    assert imagefolder.kind.said == (
+    assert imagefolder.kind.description == (
         "columns (seen from its columns query and label): image from file_name, query from query, label from label"
     )
 

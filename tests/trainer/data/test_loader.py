@@ -174,7 +174,7 @@ def test_small_shared_memory_is_measured_and_planned_for(monkeypatch: pytest.Mon
     assert way(64e6) == worker_transport.Way(4)  # 2 readings x 2 ranks x 4 workers x 4 ahead x 1 MB
     pipe = way(63e6)
     assert (pipe.workers, pipe.by_pipe) == (4, True)
-    assert "/dev/shm: 63.0 MB of 64.0 MB free, micro-batches read ahead may take 64.0 MB" in pipe.said
+    assert "/dev/shm: 63.0 MB of 64.0 MB free, micro-batches read ahead may take 64.0 MB" in pipe.notice
     assert way(1e5).workers == 0
-    assert "each rank reads its data itself" in way(1e5).said
+    assert "each rank reads its data itself" in way(1e5).notice
     assert way(1e5, workers=0) == worker_transport.Way(0)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import chart_rows, recipe_values, write_charts
-from trainer.evaluation.chart_images import LARGEST, main, thumbnail
+from trainer.evaluation.chart_images import MAX_THUMBNAIL_BYTES, main, thumbnail
 
 
 def test_each_row_gets_its_own_chart_and_a_damaged_one_is_named(
@@ -42,7 +42,7 @@ def test_a_chart_is_small_upright_and_on_white() -> None:
         return buffer.getvalue()
 
     noise = Image.effect_noise((3000, 2000), 200)
-    assert len(thumbnail([encoded(noise)])) <= LARGEST
+    assert len(thumbnail([encoded(noise)])) <= MAX_THUMBNAIL_BYTES
     clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     assert Image.open(io.BytesIO(thumbnail([encoded(clear)]))).convert("RGB").getpixel((5, 5)) == (
         255,

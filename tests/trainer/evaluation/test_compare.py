@@ -16,7 +16,7 @@ from tests.helpers.merging import merge
 from trainer.data.rows import question_row
 from trainer.evaluation import compare
 from trainer.evaluation.compare import main
-from trainer.evaluation.comparison import Comparison, Seen, answered, difference, print_comparison
+from trainer.evaluation.comparison import MergeComparison, Seen, answered, difference, print_comparison
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 def compared(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """What the command found, behind the tables that it prints."""
-    found: list[Comparison] = []
+    found: list[MergeComparison] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             compare,

@@ -16,7 +16,7 @@ from tests.conftest import recipe_values
 from tests.helpers.adapters import write_run
 from trainer.evaluation import demo
 from trainer.evaluation.asking import Panel, read_image, seat
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import EvaluationRequest
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def panel(run: RunDirectory) -> Panel:
-    request = Request(run, "test", ("base", "adapter"), None)
+    request = EvaluationRequest(run, "test", ("base", "adapter"), None)
     return seat(request, request.recipe())
 
 
 @pytest.fixture(scope="module")
 def examples(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     return demo.examples_of(
-        Request(run, "test", ("base",), None).recipe(), tmp_path_factory.mktemp("examples")
+        EvaluationRequest(run, "test", ("base",), None).recipe(), tmp_path_factory.mktemp("examples")
     )
 
 

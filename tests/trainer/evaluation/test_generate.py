@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.launching import accelerate_launch
 from launch.checkpoints.publish import publish
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import MODEL_PARTS, find_identity
@@ -21,11 +20,12 @@ from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import find_target
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter, write_run
+from tests.helpers.distributed.forked import forked_launch
 from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
 from trainer.evaluation.answering import answer_all
-from trainer.evaluation.answers import Question, make_batches, other_images, spread
+from trainer.evaluation.answers import Question, evenly_spaced, make_batches, other_images
 from trainer.evaluation.generate import main
 from trainer.evaluation.stored_answers import with_earlier_answers
 from trainer.formats.portable import save_adapter
@@ -104,7 +104,7 @@ def test_two_ranks_give_the_same_answers_and_share_a_failure(
 ) -> None:
     run.eval_file().unlink()
     shutil.rmtree(run.answers)
-    launched = accelerate_launch(2, ["tests.helpers.distributed.answer_twice", "--run-dir", str(run.path)])
+    launched = forked_launch(2, ["tests.helpers.distributed.answer_twice", "--run-dir", str(run.path)])
     assert launched.returncode == 0, launched.stdout
     assert launched.stdout.count("failed with 1") == 2
     assert launched.stdout.count("error: rank 1: an image cannot be read") == 1
@@ -303,6 +303,6 @@ def test_no_question_keeps_its_image_and_every_call_shuffles_alike() -> None:
 def test_batches_hold_every_question_once_and_chosen_samples_are_spread() -> None:
     batches = make_batches([3, 9, 1, 9, 4, 2, 8], size=3)
     assert batches == [[1, 3, 6], [4, 0, 5], [2]]
-    assert spread(10, None) == list(range(10))
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 8) == [0, 1, 2]
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 8) == [0, 1, 2]

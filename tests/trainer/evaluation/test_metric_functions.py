@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from launch.errors import ConfigError, RunError
+from launch.recipe.contradictions import METRIC_NAMES
 from launch.recipe.loading import dump_recipe, load_recipe, recipe_from_dict
-from launch.recipe.schema import METRICS as NAMES
 from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
 from trainer.evaluation.metric_functions import (
@@ -58,7 +58,7 @@ def test_the_first_metric_says_what_is_correct_and_all_are_summed_up() -> None:
     found = figures(predictions, ["base"], metrics)
     assert found["anls"]["base"]["percent"] == pytest.approx(100 * 2.8 / 4)
     assert found["exact_match"]["base"] == {"percent": 50.0, "standard_error": 25.0, "count": 4}
-    assert set(METRICS) == set(NAMES)
+    assert set(METRICS) == set(METRIC_NAMES)
 
 
 def _recipe(world: Path, folder: Path, *metrics: str) -> Recipe:

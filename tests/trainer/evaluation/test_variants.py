@@ -27,7 +27,7 @@ from trainer.data.splits import open_split
 from trainer.evaluation.answers import Replica
 from trainer.evaluation.generate import main
 from trainer.evaluation.loading import answering_as, hold_dequantized, load_with_adapters
-from trainer.evaluation.request import Request, variants_of
+from trainer.evaluation.request import EvaluationRequest, variants_of
 from trainer.formats.portable import save_adapter
 from trainer.model.base import load_base
 from trainer.pretrained import load_processor
@@ -169,7 +169,7 @@ def test_weights_held_dequantized_give_the_same_answers(world: Path, tmp_path: P
     values["evaluation"] |= {"max_new_tokens": 6}
     recipe = recipe_from_dict(values)
     run = write_run(recipe, tmp_path / "run")
-    variants = variants_of(Request(run, "test", ("base", "adapter"), None), recipe)
+    variants = variants_of(EvaluationRequest(run, "test", ("base", "adapter"), None), recipe)
     processor, rows = load_processor(recipe), open_split(recipe, "test")
     encoder = Encoder(processor, recipe.data.system_message, "answer")
     prompts = [encoder.texts(rows[number])[0] for number in range(4)]

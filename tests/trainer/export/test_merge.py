@@ -26,7 +26,7 @@ from trainer.export import merge as merging
 from trainer.export.merge import main
 from trainer.export.merge_plan import MergeRequest, plan_merge
 from trainer.export.output_folder import atomic_output
-from trainer.export.verify import verify
+from trainer.export.verify import verify_merged
 from trainer.formats.key_names import canonical_name
 
 
@@ -409,9 +409,9 @@ def test_one_flipped_byte_in_the_result_is_found_and_named(adapter: Path, tmp_pa
         position = next(s.entries[name].begin for s in plan.shards) + 403  # the high byte of element 100
         file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         with pytest.raises(CheckpointError, match=name):
-            verify(plan, tmp_path / "merged")
+            verify_merged(plan, tmp_path / "merged")
         file.write_bytes(good)
-    assert verify(plan, tmp_path / "merged").changed == 4
+    assert verify_merged(plan, tmp_path / "merged").changed == 4
 
 
 def test_a_change_that_rounding_swallows_is_not_called_a_merge(own_adapter: Path, tmp_path: Path) -> None:

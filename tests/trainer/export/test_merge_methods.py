@@ -38,7 +38,7 @@ from trainer.export.base_model import check_base
 from trainer.export.merge import main
 from trainer.export.merge_plan import MergePlan, MergeRequest, plan_merge
 from trainer.export.model_card import adapter_card, refresh_figures
-from trainer.export.verify import MergeReport, verify
+from trainer.export.verify import MergeReport, verify_merged
 from trainer.formats.key_names import memory_name
 from trainer.model.base import load_base
 from trainer.pretrained import load_processor
@@ -83,7 +83,7 @@ def test_a_dora_length_that_is_wrong_on_disk_is_found(base: Path, tmp_path: Path
     row *= 1 + 1e-4  # one row too long by a ten-thousandth
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj"):
-        verify(plan, tmp_path / "merged")
+        verify_merged(plan, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_flipped_bit_in_a_rounded_tensor_is_found(world: Path, tmp_path: Path)
     content[plan.shards[0].entries[name].begin + 400] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"mlp\.up_proj"):
-        verify(plan, tmp_path / "merged")
+        verify_merged(plan, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_what_the_disk_makes_of_a_tensor_is_found_before_it_is_published(
         content = bytearray(file.read_bytes())
         content[plan.shards[0].entries[name].begin + byte] ^= 1
         file.write_bytes(content)
-        return verify(plan, folder, *rest)
+        return verify_merged(plan, folder, *rest)
 
-    monkeypatch.setattr(merging, "verify", damage_then_verify)
+    monkeypatch.setattr(merging, "verify_merged", damage_then_verify)
     with pytest.raises(CheckpointError, match=name):
         merge(run.path, tmp_path / "merged", base="dequantized")
     assert not list(tmp_path.glob("merged*"))

@@ -561,7 +561,7 @@ def test_names_of_others_do_not_move_the_terminal(
     assert str(caught.value).splitlines() == [str(caught.value)]
     assert "/no\\x1b[2J\\nerror: all is well: no such folder" in str(caught.value)
     change_config(own, base_model_name_or_path="own er/\x1b[2J")
-    with refused(CheckpointError, "own er/\\x1b[2J: is no folder and no hub id"):
+    with refused(CheckpointError, "--base-model: own er/\\x1b[2J is no folder and no hub id"):
         find_base(read_adapter(own))
     rename_keys(own, lambda key: key.replace("q_proj", "q_proj\nerror: all is well"))
     with refused(CheckpointError, "q_proj\\nerror: all is well"):

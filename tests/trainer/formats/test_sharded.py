@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from launch.checkpoints.manifest import read_manifest
+from launch.checkpoints.manifest import SHARDS, read_manifest
 from launch.checkpoints.publish import partial_folder, publish, sync_and_hash
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError, RunError
@@ -31,7 +31,7 @@ from tests.helpers.merging import merge
 from trainer.checkpoint.saver import SHARDED_FROM_BYTES, checkpoint_form, load_checkpoint
 from trainer.engine.replicated import Replicated
 from trainer.export.consolidate import consolidate
-from trainer.formats.detect import SHARDS, import_checkpoint, read_sharded
+from trainer.formats.detect import import_checkpoint, read_sharded
 from trainer.formats.portable import save_adapter, save_adapter_config
 from trainer.formats.sharded import DcpRankState, InMemoryCheckpointEngine, ZeroRankState, partition_by_size
 from trainer.import_checkpoint import refuse_what_we_do_not_train

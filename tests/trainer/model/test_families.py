@@ -10,8 +10,8 @@ import torch
 
 from launch.inputs.families import FAMILIES, read_shape
 from launch.inputs.model_shape import ModelShape
-from launch.planning.memory import Kernels, load_of
 from launch.planning.memory import trained_parameters as planned_parameters
+from launch.planning.memory_load import Kernels, load_of
 from launch.planning.step_plan import MicroBatch
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values

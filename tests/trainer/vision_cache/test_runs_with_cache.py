@@ -24,7 +24,7 @@ from trainer.prepare import main as prepare_main
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.vision_cache.file import Features, Kind
-from trainer.vision_cache.store import name_of, open_cache
+from trainer.vision_cache.store import image_name, open_cache
 
 STEPS = 9  # of 8 samples: a little more than an epoch of 60
 DISTINCT = SPLIT_SIZES["train"] + SPLIT_SIZES["val"]
@@ -111,7 +111,9 @@ def test_a_sample_with_kept_features_is_the_sample_but_for_its_pixels(world: Pat
         sample = plain(rows[number])
         visual = int(split.visual_tokens[number])
         kept[number] = torch.randn(visual, 8)
-        keeping.features.write(name_of(rows[number].images[0]), Features(kept[number], sample.images[0].grid))
+        keeping.features.write(
+            image_name(rows[number].images[0]), Features(kept[number], sample.images[0].grid)
+        )
     for chosen in ((0, 2, 4), (1, 3), (7, 8, 10, 9, 11, 0), (2,)):
         batch = MicroBatch(chosen, filler=False)
         one, other = (dict(assemble(rows, split, of, batch, 3, 9)["inputs"]) for of in (keeping, plain))
@@ -139,7 +141,7 @@ def test_features_of_another_size_than_the_index_knows_stop_the_run(world: Path)
     split, rows = index.splits["train"], open_split(recipe, "train")
     cache = open_cache("disk", Kind(b"k" * 16, torch.float32, 8, 2), {})
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer", cache)
-    cache.write(name_of(rows[0].images[0]), Features(torch.zeros(35, 8), (1, 10, 14)))
+    cache.write(image_name(rows[0].images[0]), Features(torch.zeros(35, 8), (1, 10, 14)))
     with pytest.raises(RunError, match="the index says"):
         assemble(rows, split, encoder, MicroBatch((0,), filler=False), 0, 1)
 

@@ -17,25 +17,19 @@ import torch
 from torch import nn
 
 from launch.errors import ConfigError
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import recipe_from_dict
-from launch.recipe.schema import Recipe, altering_values
+from launch.recipe.schema import Recipe
 from tests.conftest import recipe_values
-from trainer.vision_cache.cache_key import MEANING, differences, facts_of, tower_digest
+from trainer.vision_cache.cache_key import MEANING, describe_difference, feature_facts, tower_digest
 from trainer.vision_cache.file import HEADER_BYTES, Features, Kind
-from trainer.vision_cache.store import (
-    FeatureCache,
-    FullError,
-    bound_of,
-    describe,
-    name_of,
-    open_cache,
-    remove_unused,
-    root_of,
-)
+from trainer.vision_cache.place import bound_of, root_of
+from trainer.vision_cache.store import FeatureCache, FullError, describe_cache, image_name, open_cache
+from trainer.vision_cache.users import remove_unused
 from trainer.vision_cache.writer import QUEUED, FeatureWriter
 
 KIND = Kind(b"k" * 16, torch.bfloat16, hidden=24, merge=2)
-NAMES = [name_of(bytes([number])) for number in range(200)]
+NAMES = [image_name(bytes([number])) for number in range(200)]
 SIZE = KIND.bytes_of(6)
 
 
@@ -60,7 +54,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureCache:
 def test_features_come_back_as_they_were(disk: FeatureCache) -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         cache = replace(disk, kind=replace(KIND, dtype=dtype))
-        name = name_of(str(dtype).encode())
+        name = image_name(str(dtype).encode())
         assert cache.read(name) is None
         assert cache.write(name, _features(3, cache.kind))
         found = cache.read(name)
@@ -126,9 +120,11 @@ def test_features_of_another_tower_are_ignored_with_the_reason(disk: FeatureCach
     facts = {"tower": "b", "processor": {"size": 4}}
     other = open_cache("disk", replace(KIND, key=b"o" * 16), facts)
     assert other.read(NAMES[1]) is None
-    said = "\n".join(describe(other, facts))
+    said = "\n".join(describe_cache(other, facts))
     assert f"in {disk.folder} are ignored: another vision tower (weights or quantization), other proc" in said
-    assert differences({"tower": "a"}, {"tower": "a", "unheard": 1}) == "settings that are unknown here"
+    assert (
+        describe_difference({"tower": "a"}, {"tower": "a", "unheard": 1}) == "settings that are unknown here"
+    )
 
 
 def _write_all(cache: FeatureCache, numbers: list[int], full: list[int]) -> None:
@@ -338,14 +334,14 @@ def test_features_are_named_by_all_that_makes_them(world: Path) -> None:
     model = load_base(recipe, torch.device("cpu"), layers=False)
     whole = load_base(recipe, torch.device("cpu")).model.visual
     tower: nn.Module = model.model.visual
-    plain = facts_of(recipe, tower, processor)
-    assert plain == facts_of(recipe, whole, processor)
+    plain = feature_facts(recipe, tower, processor)
+    assert plain == feature_facts(recipe, whole, processor)
     assert plain.keys() == MEANING.keys()
 
     smaller = load_processor(_recipe(world, data={"max_pixels": 28 * 28 * 4})).image_processor
-    assert differences(plain, facts_of(recipe, tower, smaller)) == MEANING["processor"]
+    assert describe_difference(plain, feature_facts(recipe, tower, smaller)) == MEANING["processor"]
     half = _recipe(world, quantization={"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"})
-    assert differences(plain, facts_of(half, tower, processor)) == MEANING["products"]
+    assert describe_difference(plain, feature_facts(half, tower, processor)) == MEANING["products"]
     packed = load_base(half, torch.device("cpu"), layers=False).model.visual
     float16 = load_base(half, torch.device("cpu"), "float16", layers=False).model.visual
     single = _recipe(world, quantization={"load_in_4bit": True, "bnb_4bit_use_double_quant": False})
@@ -357,4 +353,4 @@ def test_features_are_named_by_all_that_makes_them(world: Path) -> None:
     assert tower_digest(float16) == digests[1]  # how a strategy stores the same bytes
     with torch.no_grad():
         tower.merger.mlp[2].bias[3] += 1e-3  # type: ignore[union-attr, index, operator]
-    assert differences(plain, facts_of(recipe, tower, processor)) == MEANING["tower"]
+    assert describe_difference(plain, feature_facts(recipe, tower, processor)) == MEANING["tower"]

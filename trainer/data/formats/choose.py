@@ -16,15 +16,15 @@ from trainer.data.rows import Row
 
 @dataclass(frozen=True)
 class Format:
-    """A format by name; `row`: makes one row of what a table holds; `said`: why this one, for the log."""
+    """A format by name; `row`: makes one row of what a table holds; `description`: why this one, for the log."""
 
     name: str
     row: Callable[[Mapping[str, Any], ImageFiles], Row]
-    said: str
+    description: str
 
 
 def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:
-    """The format of a table with the columns `names`; `where`: the table in words.
+    """Return the format of a table with the columns `names`; `where`: the table in words.
 
     Raises:
         ConfigError: the columns are not those of the recipe's format, or of none.

@@ -28,7 +28,7 @@ class Columns:
     needs_image: bool = False
 
     def row(self, raw: Mapping[str, object], files: ImageFiles) -> Row:
-        """The row; RowError says why it is none."""
+        """Return the row; RowError says why it is none."""
         images = () if self.image is None else files.read_all(raw.get(self.image))
         if self.needs_image and len(images) != 1:
             raise RowError("the image is missing; each row needs exactly one")
@@ -68,7 +68,7 @@ class Columns:
 
 
 def chartqa_columns(names: Sequence[str], where: str) -> Columns:
-    """ChartQA's own columns. ConfigError: some are not there."""
+    """Return ChartQA's own columns. ConfigError: some are not there."""
     if missing := [name for name in CHARTQA if name not in names]:
         raise ConfigError(
             f"{where} lacks the columns {', '.join(missing)} (it has {', '.join(names)}); ChartQA's columns are "
@@ -77,15 +77,17 @@ def chartqa_columns(names: Sequence[str], where: str) -> Columns:
     return Columns(*CHARTQA, needs_image=True)
 
 
-def named_columns(wanted: Mapping[str, str], names: Sequence[str], where: str) -> Columns:
-    """The columns that a recipe names (`data.columns`), those it does not name by their usual names.
+def named_columns(given_names: Mapping[str, str], names: Sequence[str], where: str) -> Columns:
+    """Return the columns that a recipe names (`data.columns`), those it does not name by their usual names.
 
     Raises:
         ConfigError: one is not there.
     """
-    image = wanted.get("image") or next((name for name in _IMAGE_COLUMNS if name in names), None)
-    kind = wanted.get("human_or_machine") or ("human_or_machine" if "human_or_machine" in names else None)
-    columns = Columns(image, wanted.get("query", "query"), wanted.get("label", "label"), kind)
+    image = given_names.get("image") or next((name for name in _IMAGE_COLUMNS if name in names), None)
+    kind = given_names.get("human_or_machine") or (
+        "human_or_machine" if "human_or_machine" in names else None
+    )
+    columns = Columns(image, given_names.get("query", "query"), given_names.get("label", "label"), kind)
     used = {"image": image, "query": columns.query, "label": columns.label, "human_or_machine": kind}
     problems = [
         f"data.columns.{role}: {where} has no column {name} (it has {', '.join(names)}); name one of them"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.untrusted_files import TABLE, UntrustedFileError, path_inside, printable, read_bytes
-from trainer.data.row_errors import RowError, reason_of
+from trainer.data.row_errors import RowError, describe_error
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _KEYS = ("bytes", "path", "image", "url")
@@ -28,7 +28,7 @@ class ImageFiles:
     as_written: bool = False
 
     def read(self, value: object) -> bytes:
-        """The bytes of the file that `value` holds or names: bytes, a path, or a mapping with either.
+        """Return the bytes of the file that `value` holds or names: bytes, a path, or a mapping with either.
 
         Raises:
             RowError: there are none, it is an address, or a path that cannot be read or leads outside.
@@ -42,7 +42,7 @@ class ImageFiles:
         raise RowError(f"an image is a {type(value).__name__}, not bytes or a path")
 
     def read_all(self, value: object) -> tuple[bytes, ...]:
-        """Those of a list, of a single one, or none for None and the empty list."""
+        """Read the images of a list, a single image, or none for None and the empty list."""
         if value is None:
             return ()
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -50,18 +50,18 @@ class ImageFiles:
         return (self.read(value),)
 
     def _of_mapping(self, value: Mapping[str, object]) -> bytes:
-        given = {key: value[key] for key in _KEYS if value.get(key) is not None}
-        content = given.get("bytes")
+        present = {key: value[key] for key in _KEYS if value.get(key) is not None}
+        content = present.get("bytes")
         if isinstance(content, bytes):
             return content
-        path = given.get("path") or given.get("image") or given.get("url")
+        path = present.get("path") or present.get("image") or present.get("url")
         if isinstance(path, Mapping) and path is not value and ("bytes" in path or "path" in path):
             return self._of_mapping(path)
         if isinstance(path, bytes):
             return path
         if not isinstance(path, str) or not path:
             raise RowError("the image is missing: neither bytes nor a path")
-        if "path" in given and self.root is None:
+        if "path" in present and self.root is None:
             return _read(Path(path), path)  # where `datasets` put the file
         return self._of_path(path)
 
@@ -93,7 +93,7 @@ def _read(place: Path, path: str) -> bytes:
     try:
         return read_bytes(place, TABLE)
     except Exception as error:  # whatever the disk or the gate says: it is the row's fault, and one of many
-        why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
         raise RowError(
             f"the image file {printable(str(Path(path) if Path(path).is_absolute() else place.absolute()))} cannot be "
             f"read ({why}); give the bytes, or the path of a file that every machine can read"

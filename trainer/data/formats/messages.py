@@ -16,7 +16,7 @@ _IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
 
 
 def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
-    """The chat of a row; RowError says why it is none.
+    """Return the chat of a row; RowError says why it is none.
 
     An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
     images stand before the first question, as trl 1.16 puts them.
@@ -71,9 +71,9 @@ def _parts(number: int, content: object, files: ImageFiles, inline: list[bytes])
             yield from _text_parts(part["text"])
         elif kind in ("image", "image_url"):
             yield IMAGE
-            given = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            if given is not None:
-                inline.append(files.read(given))
+            image = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+            if image is not None:
+                inline.append(files.read(image))
         else:
             raise RowError(
                 f"message {number} has a part of type {repr(kind or part)[:40]}, not text or image"

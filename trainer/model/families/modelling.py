@@ -15,16 +15,16 @@ Grid = tuple[int, int, int]
 
 
 def nothing(_: Any) -> None:
-    """For what a family does not need."""
+    """Do nothing: for what a family does not need."""
 
 
 def no_inputs(visual: Any, grids: Sequence[Grid], at: device) -> dict[str, Any]:
-    """For a tower that needs nothing besides pixels, grids, positions and segments."""
+    """Return no inputs: for a tower that needs nothing besides pixels, grids, positions and segments."""
     return {}
 
 
 def pooled(output: Any) -> Tensor:
-    """Features [V, hidden] of a tower that has one map of them."""
+    """Return the features [V, hidden] of a tower that has one map of them."""
     features: Tensor = output.pooler_output
     return features
 

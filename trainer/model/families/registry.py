@@ -11,11 +11,11 @@ _FAMILIES = {each.model_type: each for each in (qwen2_vl.FAMILY, qwen2_5_vl.FAMI
 
 
 def modelling_of(model: Any) -> Modelling:
-    """Of a whole model, or of the part of it without the output head: both have its config."""
+    """Return the family of a whole model, or of the part of it without the output head: both have its config."""
     return _FAMILIES[model.config.model_type]
 
 
 def feature_width(model: Any) -> int:
-    """Numbers of a visual token as the tower of a whole model gives it: all its maps side by side."""
+    """Return the numbers of a visual token as the tower of a whole model gives it: all its maps side by side."""
     maps = modelling_of(model).maps(model.model.visual)
     return maps * int(model.config.get_text_config().hidden_size)

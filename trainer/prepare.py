@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from launch.atomic_files import atomic_dir, atomic_write
+from launch.atomic_files import atomic_write
 from launch.errors import ConfigError, SamestepError
 from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
-from launch.inputs.data_report import DROPPED_ROWS, notes_of, summarize_notes, write_data_report
+from launch.inputs.data_report import notes_of, summarize_notes, write_data_report
 from launch.inputs.dataset_index import (
-    IMAGE_TOKENS,
     SPLITS,
     Index,
     SplitName,
     index_damage,
-    index_path,
     read_index,
     splits_of,
 )
@@ -43,6 +33,7 @@ from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split
 from trainer.data.encoder import Encoder
+from trainer.data.index_writer import bad_rows_file, bad_rows_message, json_lines, publish_index
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.data.row_errors import RowError
 from trainer.data.splits import Rows, open_split, sources
@@ -52,7 +43,6 @@ from trainer.pretrained import fetch_base, load_processor
 from trainer.progress_bars import BeginProgress, progress_reports
 
 logger = logging.getLogger("trainer")
-SHOWN_BAD_ROWS = 50
 
 
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Index:
@@ -150,12 +140,12 @@ def _write_index(recipe: Recipe, begin: BeginProgress) -> Index:
         bad += sorted(refused, key=lambda row: row.row)
         numbers = {row.row for row in refused}
         measured[split] = [row for row in usable if row.row not in numbers]
-    list_file = _bad_rows_file(recipe)
+    list_file = bad_rows_file(recipe)
     with _writing_the_cache():
         if bad and recipe.data.on_bad_row == "error":
             list_file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(list_file, _json_lines(bad))
-            raise ConfigError(_bad_rows_message(bad, list_file))
+            atomic_write(list_file, json_lines(bad))
+            raise ConfigError(bad_rows_message(bad, list_file))
         list_file.unlink(missing_ok=True)
     if empty := [split for split in splits_of(recipe) if not measured[split]]:
         raise ConfigError(
@@ -164,7 +154,7 @@ def _write_index(recipe: Recipe, begin: BeginProgress) -> Index:
     for line in (*sources(opened), *_shared_rows(recipe, opened)):
         logger.info(line)
     with _writing_the_cache():
-        return _publish(recipe, measured, bad)
+        return publish_index(recipe, measured, bad)
 
 
 def _shared_rows(recipe: Recipe, opened: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
@@ -188,66 +178,6 @@ def _check_system_message(encoder: Encoder) -> None:
             f"data.system_message: holds the special token {match[0]}, which the model does not read as text; "
             "take it out"
         )
-
-
-def _bad_rows_file(recipe: Recipe) -> Path:
-    """Where all bad rows of a refused dataset are listed: beside the index that was not made."""
-    return index_path(recipe).with_name(f"{index_path(recipe).name}.bad_rows.jsonl")
-
-
-def _bad_rows_message(bad: Sequence[BadRow], list_file: Path) -> str:
-    shown = [str(row) for row in bad[:SHOWN_BAD_ROWS]]
-    rest = [f"... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
-    head = f"data.dataset: {len(bad)} bad rows; mend them, or set data.on_bad_row: drop to train without them"
-    return "\n".join([head, *shown, *rest, f"all of them are listed in {list_file}"])
-
-
-def _json_lines(bad: Sequence[BadRow]) -> str:
-    return "".join(json.dumps(asdict(row)) + "\n" for row in bad)
-
-
-def _publish(recipe: Recipe, measured: dict[SplitName, list[Measured]], bad: Sequence[BadRow]) -> Index:
-    """Write the index aside and move it into place whole, in the place of a damaged one."""
-    facts = {
-        "fingerprint": sha256(b"".join(row.digest for row in measured["train"])).hexdigest(),
-        "rows": {split: len(rows) for split, rows in measured.items()},
-        "dropped": len(bad),
-        "versions": {name: version(name) for name in ("transformers", "datasets", "pillow")},
-    }
-    with atomic_dir(index_path(recipe)) as aside:
-        for split, rows in measured.items():
-            pq.write_table(_table(rows), aside / f"{split}.parquet")
-        if bad:
-            (aside / DROPPED_ROWS).write_text(_json_lines(bad), encoding="utf-8")
-        digests = {file.name: sha256(file.read_bytes()).hexdigest() for file in aside.glob("*.parquet")}
-        (aside / "index.json").write_text(json.dumps({**facts, "files": digests}, indent=1))
-        if index_path(recipe).exists():
-            shutil.rmtree(index_path(recipe))
-    index = read_index(recipe)
-    if index is None:
-        raise ConfigError(
-            f"data.dataset: {recipe.data.dataset} changed while it was being prepared; prepare it again"
-        )
-    return index
-
-
-def _table(rows: Sequence[Measured]) -> pa.Table:
-    """One line for each row. Of a split whose rows have one image each, as older versions wrote it."""
-    one_image = all(len(row.image_tokens) == 1 for row in rows)
-    numbers = {
-        "row": [row.row for row in rows],
-        "text_tokens": [row.text_tokens for row in rows],
-        "visual_tokens": [row.visual_tokens for row in rows],
-        "target_tokens": [row.target_tokens for row in rows],
-        "human_or_machine": [-1 if row.human_or_machine is None else row.human_or_machine for row in rows],
-        "answers": [row.answers for row in rows],
-        "answer_tokens": [row.answer_tokens for row in rows],
-    }
-    columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
-    columns["digest"] = pa.array([row.digest for row in rows], pa.binary(32))
-    if not one_image:
-        columns[IMAGE_TOKENS] = pa.array([list(row.image_tokens) for row in rows], pa.list_(pa.int64()))
-    return pa.table(columns)
 
 
 def prepare_vision(recipe: Recipe, index: Index, *, quiet: bool = False) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.vision_utils import get_vision_position_ids
 
 from launch.errors import ConfigError, RunError, SamestepError
 from launch.inputs.dataset_index import Index, SplitName
@@ -24,13 +23,11 @@ from launch.recipe.schema import Recipe
 from launch.units import decimal_size
 from trainer.data.images import decode_image
 from trainer.data.loader import data_workers
-from trainer.data.packing import cumulative
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
-from trainer.model.attention import Segments
 from trainer.model.base import RECIPE_DTYPES, load_base, prepare_tower
 from trainer.model.families.registry import feature_width
-from trainer.model.vision import image_features
+from trainer.model.vision import features_of_images
 from trainer.pretrained import load_processor
 from trainer.progress_bars import ReportProgress
 from trainer.vision_cache.cache_key import feature_facts, feature_kind
@@ -204,21 +201,11 @@ def _keep(
     together: Sequence[_Encoded],
 ) -> None:
     """The tower over some images at once, and a file for each."""
-    grids = torch.tensor([grid for _, _, grid in together])
-    lengths = tuple(height * width for time, height, width in grids.tolist() for _ in range(time))
-    features = image_features(
-        model.model,
-        torch.cat([values for _, values, _ in together]).to(model.device),
-        grids.to(model.device),
-        [grid for _, _, grid in together],
-        get_vision_position_ids(grids, cache.kind.merge).to(model.device),
-        Segments(cumulative(lengths).to(model.device), lengths),
-    ).cpu()
-    for (image, _, grid), part in zip(
-        together, features.split([image.visual_tokens for image, _, _ in together]), strict=True
-    ):
+    grids = [grid for _, _, grid in together]
+    features = features_of_images(model.model, [values for _, values, _ in together], grids)
+    for (image, _, grid), part in zip(together, features, strict=True):
         try:
-            cache.write(image.name, Features(part, grid))
+            cache.write(image.name, Features(part.cpu(), grid))
         except (FullError, OSError) as error:
             raise RunError(
                 f"{cache.folder}: cannot be filled further ({error}); make room and give the same command again"

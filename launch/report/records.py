@@ -18,6 +18,7 @@ from launch.planning.plan import Plan
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.report.evaluations import EvaluationFile, read_evaluation_files
+from launch.report.local_attempts import LocalAttempt, local_attempts
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
 from launch.slurm.attempts import Attempt, read_ledger
@@ -49,6 +50,7 @@ class RunRecords:
     steps: list[dict[str, Any]]
     losses: list[dict[str, Any]]
     attempts: tuple[Attempt, ...]
+    local_attempts: list[LocalAttempt]
     checkpoints: list[Checkpoint]
     evaluations: list[EvaluationFile]
     merges: list[Merge]
@@ -77,17 +79,19 @@ def read_records(run: RunDirectory) -> RunRecords:
         ConfigError: its recipe or plan cannot be read.
     """
     problems: list[str] = []
+    status = status_of(run, lambda job: None, time.time())
     evaluations, unreadable = read_evaluation_files(run)
     return RunRecords(
         run=run,
         recipe=load_recipe(run.recipe_file),
         recipe_text=read_text(run.recipe_file),
         plan=_plan_of(run),
-        status=status_of(run, lambda job: None, time.time()),
+        status=status,
         environment=_mapping(run.environment_file, problems),
         steps=_lines(run.metrics_file, problems),
         losses=_lines(run.evaluations_file, problems),
         attempts=read_ledger(run).attempts,
+        local_attempts=local_attempts(run, status.state in ("running", "stalled")),
         checkpoints=_checkpoints(run, problems),
         evaluations=evaluations,
         merges=_merges(run, problems),

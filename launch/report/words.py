@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from launch.checkpoints.scan import Checkpoint
 from launch.hub_names import EMBEDDED
 from launch.recipe.schema import Recipe
+from launch.report.local_attempts import LocalAttempt
 from launch.report.records import Merge, RunRecords, number, total_seconds
 from launch.slurm.attempts import Attempt
 from launch.units import age, gib, megabytes
@@ -87,19 +88,23 @@ def last_loss(lines: list[dict[str, Any]]) -> float | None:
     return next((loss for line in reversed(lines) if (loss := number(line, "loss")) is not None), None)
 
 
-def attempt_rows(attempts: tuple[Attempt, ...]) -> list[tuple[str, ...]]:
-    """(job, began, nodes, steps, how it ended, why) of every attempt."""
-    return [
-        (
-            f"{each.job}.{each.restart}",
-            _moment(each.began),
-            each.nodes or "-",
-            f"{each.first_step:,} to {each.last_step:,}" if each.how else f"from {each.first_step:,}",
-            each.how or "under way",
-            each.reason,
-        )
-        for each in attempts
-    ]
+def attempt_rows(attempts: Sequence[Attempt], local: Sequence[LocalAttempt]) -> list[tuple[str, ...]]:
+    """(job, began, nodes or processes, steps, how it ended, why) of every attempt, in the order of their starts."""
+    begun = [(each.began, _attempt_row(each, f"{each.job}.{each.restart}", each.nodes)) for each in attempts]
+    begun += [(each.began, _attempt_row(each, "local", each.processes)) for each in local]
+    return [row for _, row in sorted(begun, key=lambda each: each[0])]
+
+
+def _attempt_row(attempt: Attempt | LocalAttempt, job: str, where: str) -> tuple[str, ...]:
+    first = f"{attempt.first_step:,}"
+    return (
+        job,
+        _moment(attempt.began),
+        where or "-",
+        f"{first} to {attempt.last_step:,}" if attempt.how else f"from {first}",
+        attempt.how or "under way",
+        attempt.reason,
+    )
 
 
 def _moment(seconds: float) -> str:

@@ -121,7 +121,7 @@ def _run(records: RunRecords) -> dict[str, Any]:
         "recipe_text": records.recipe_text,
         "plan": plan_rows(records.plan),
         "environment": words.environment_rows(records.environment),
-        "attempts": words.attempt_rows(records.attempts),
+        "attempts": words.attempt_rows(records.attempts, records.local_attempts),
         "checkpoints": words.checkpoint_rows(records.checkpoints),
         "newest_checkpoint": words.checkpoint_words(records),
         "identity": records.plan.identity,

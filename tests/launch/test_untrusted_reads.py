@@ -31,7 +31,7 @@ ALLOWED = {
     # A file of the user's own, opened to be locked and written.
     ("trainer/vision_cache/store.py", "_locked", "os.open"),
     # What this process has just written.
-    ("trainer/prepare.py", "_publish", "read_bytes"),
+    ("trainer/data/index_writer.py", "publish_index", "read_bytes"),
     # What a data worker of this process sent through its own pipe.
     ("trainer/data/worker_transport.py", "unpickle", "pickle.loads"),
     # What `samestep prepare` made of the embedded charts in its own cache.

@@ -17,9 +17,9 @@ ORDER = (
     "quickstart.md",
     "evaluation.md",
     "merging.md",
-    "resume.md",
     "audit.md",
     "report.md",
+    "resume.md",
     "shipping.md",
     "README.md",
 )

@@ -6,8 +6,10 @@ the number of ranks, so neither do the answers; what is stored already is left o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -18,12 +20,14 @@ from transformers import ProcessorMixin
 from launch.errors import RunError
 from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
-from trainer.evaluation.answers import Answer, Question, Replica, make_batches, other_images, read_questions
+from trainer.evaluation.answers import Answer, Question, make_batches, other_images, read_questions
 from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
+from trainer.evaluation.replica import Replica
 from trainer.evaluation.request import EvaluationTask, Variant, variants_of
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
+logger = logging.getLogger("trainer")
 ReplicaLoader = Callable[[EvaluationTask, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
 
 
@@ -67,6 +71,10 @@ def answer_all(
             ranks = " (rank 0)" if state.num_processes > 1 else ""
             shown = progress.add_task(f"answers of {names}{ranks}", total=total, visible=total > 0)
             replica = load(task, processor, rows, state.device, together) if total else None
+            if replica is not None:
+                if state.is_main_process:
+                    logger.info(f"answers: by {replica.way}")
+                replica.look_ahead(_images_of(share, stored, known))
             for batch in share:
                 store = _store(stored, batch)
                 there = known[store.folder]
@@ -78,9 +86,19 @@ def answer_all(
                     there |= new
                 answers += _answers(batch, questions, there)
                 progress.advance(shown, len(left.ids))
+            if replica is not None:
+                replica.features.stop()
             del replica
             release()
     return questions, answers
+
+
+def _images_of(
+    batches: Sequence[_Batch], stored: Mapping[str, Stored], known: Mapping[Path, Mapping[str, str]]
+) -> Iterator[int]:
+    """The rows whose images are looked at, in the order in which they will be."""
+    for batch in batches:
+        yield from _left(batch, known[_store(stored, batch).folder]).images
 
 
 def _store(stored: Mapping[str, Stored], batch: _Batch) -> AnswerStore:

@@ -1,29 +1,19 @@
-"""The questions of a split, and a model on one device that answers them."""
+"""The questions of a split, the same on every rank, and what an answer is."""
 
-import contextlib
 import random
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TypedDict, cast
+from typing import TypedDict
 
-import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers import ProcessorMixin
 
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import SPLITS
 from trainer.data.encoder import Encoder
-from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows
 from trainer.evaluation.request import EvaluationTask
-
-CACHE_BYTES = 2 << 30  # of image features on the device
 
 
 @dataclass(frozen=True)
@@ -57,9 +47,6 @@ class Answer(TypedDict):
     row: int
     image_row: int
     prediction: str
-
-
-# The questions: the same on every rank ---------------------------------------------------
 
 
 def evenly_spaced(total: int, wanted: int | None) -> list[int]:
@@ -137,131 +124,3 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Return positions in batches of similar length, the longest first: the same for every number of ranks."""
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
-
-
-# One replica -----------------------------------------------------------------------------
-
-
-_Maps = tuple[Tensor, ...]
-"""Features [V, hidden] of an image: what enters the embeddings, then what enters decoder layers (Qwen3-VL's)."""
-
-
-@dataclass
-class Replica:
-    """A model that answers, on one device, and the tower's outputs for the images it has lately seen.
-
-    `synced`: its layers wait for those of the other ranks, so all generate as many tokens.
-    """
-
-    model: PreTrainedModel | PeftModel
-    processor: ProcessorMixin
-    rows: Rows
-    max_new_tokens: int
-    compute_dtype: torch.dtype
-    synced: bool = False
-    _features: OrderedDict[int, list[tuple[_Maps, Tensor]]] = field(default_factory=OrderedDict)
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """Return the model without PEFT's wrapper."""
-        model = self.model
-        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-    def forget_trained_features(self) -> None:
-        """Drop what a tower with LoRA has computed, before another adapter, or none, answers: its features are that
-        adapter's.
-        """
-        if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
-            self._features.clear()
-
-    @torch.no_grad()
-    def image_features(self, image_row: int) -> list[tuple[_Maps, Tensor]]:
-        """Return, for each of a row's images, its maps of features [V, hidden] and its grid [1, 3]; each is encoded
-        alone, so no batch changes them.
-
-        In the tower's own dtype, as in training (`trainer.model.vision`).
-        """
-        if image_row in self._features:
-            self._features.move_to_end(image_row)
-            return self._features[image_row]
-        with naming_row(f"data: row {image_row} of the split"):
-            features = [self._encode(image) for image in self.rows[image_row].images]
-        self._features[image_row] = features
-        size = sum(len(maps) * maps[0].nbytes for maps, _ in features)
-        while len(self._features) * size > CACHE_BYTES:
-            self._features.popitem(last=False)
-        return features
-
-    def _encode(self, image: bytes) -> tuple[_Maps, Tensor]:
-        device = self.base.device
-        encoded = self.processor.image_processor(images=[decode_image(image)], return_tensors="pt")
-        encoded = encoded.to(device)
-        grid: Tensor = encoded["image_grid_thw"]
-        with torch.autocast(device.type, enabled=False):
-            output = self.base.get_image_features(encoded["pixel_values"], grid, return_dict=True)
-        deepstack = [parts[0] for parts in getattr(output, "deepstack_features", None) or ()]
-        return (output.pooler_output[0], *deepstack), grid
-
-    @torch.no_grad()
-    def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Return greedy answers, each to a prompt about the images of a row."""
-        of_prompts = [self.image_features(row) for row in image_rows]
-        images = [image for of_prompt in of_prompts for image in of_prompt]
-        token = self.processor.image_token
-        texts = [
-            _with_visual_tokens(prompt, token, [len(maps[0]) for maps, _ in of_prompt])
-            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
-        ]
-        device = self.base.device
-        encoded = self.processor.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        ).to(device)
-        input_ids: Tensor = encoded["input_ids"]
-        half = self.compute_dtype != torch.float32
-        with torch.autocast(device.type, self.compute_dtype) if half else contextlib.nullcontext():
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=encoded["attention_mask"],
-                mm_token_type_ids=(input_ids == self.processor.image_token_id).int(),
-                generation_config=greedy(self.base, self.processor, self.max_new_tokens),
-                synced_gpus=self.synced,
-                **(
-                    {
-                        "image_grid_thw": torch.cat([grid for _, grid in images]),
-                        "mm_encoder_outputs": {"image": _tower_output([maps for maps, _ in images])},
-                    }
-                    if images
-                    else {}
-                ),
-            )
-        new = output[:, input_ids.shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-
-def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Return a generation configuration with nothing but the ends of the model's own: no sampling, no repetition
-    penalty.
-    """
-    own, tokenizer = model.generation_config, processor.tokenizer
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _tower_output(images: Sequence[_Maps]) -> BaseModelOutputWithPooling:
-    """What `get_image_features` gives for these images together: a tuple of tensors for every map."""
-    pooled, *deepstack = zip(*images, strict=True)
-    if not deepstack:
-        return BaseModelOutputWithPooling(pooler_output=pooled)
-    return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
-
-
-def _with_visual_tokens(prompt: str, token: str, counts: Sequence[int]) -> str:
-    """With the token of each image repeated for its visual tokens."""
-    first, *rest = prompt.split(token)
-    return first + "".join(token * count + text for count, text in zip(counts, rest, strict=True))

@@ -39,7 +39,7 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica, evenly_spaced
+from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
@@ -57,6 +57,7 @@ from trainer.evaluation.comparison_request import (
     stored_dtype,
 )
 from trainer.evaluation.loading import with_named_targets
+from trainer.evaluation.replica import Replica
 from trainer.export.adapter import read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter

@@ -11,9 +11,13 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image
+from transformers import TextIteratorStreamer
 
 from launch.console import echo
 from launch.errors import ConfigError, SamestepError
@@ -24,7 +28,7 @@ from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
 from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
-from trainer.evaluation.asking import Panel, read_image, seat
+from trainer.evaluation.asking import Panel, Respondent, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.logging_setup import print_error, setup_logging
 
@@ -40,10 +44,25 @@ def answers_of(panel: Panel, file: str | None, question: str | None) -> Iterator
     panel.refuse_question(question or "")
     image = read_image(Path(file))
     answers = ["..."] * len(panel.respondents)
-    yield answers
+    yield [*answers]
     for number, respondent in enumerate(panel.respondents):
-        answers[number] = panel.answer(respondent, [image], question or "")
-        yield answers
+        for answers[number] in growing_answer(panel, respondent, image, question or ""):
+            yield [*answers]
+
+
+def growing_answer(panel: Panel, respondent: Respondent, image: Image.Image, question: str) -> Iterator[str]:
+    """Yield the answer of one so far whenever a word of it is whole, and the whole answer last."""
+    streamer = TextIteratorStreamer(panel.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(panel.answer, respondent, [image], question, streamer)
+        answer.add_done_callback(
+            lambda _: streamer.end()
+        )  # also where it failed, or the page would wait for words
+        text = ""
+        for words in streamer:
+            text += words
+            yield text.strip()
+        yield answer.result()
 
 
 def examples_of(recipe: Recipe, folder: Path, count: int = EXAMPLES) -> list[list[str]]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypedDict
+from functools import cache, partial
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from launch.errors import RunError
 from launch.recipe.schema import Recipe
@@ -26,13 +27,15 @@ from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
-from trainer.evaluation.answers import Replica, evenly_spaced, make_batches
+from trainer.evaluation.answers import evenly_spaced, make_batches
 from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.evaluation.metrics import summary_of
+from trainer.evaluation.replica import Replica, why_stock
 from trainer.model.attention import stock_attention
 from trainer.model.base import RECIPE_DTYPES
 from trainer.task import Task
 
+logger = logging.getLogger("trainer")
 BATCH_SIZE = 8  # of `evaluation.batch_size: auto`: beside the training's memory
 
 
@@ -79,6 +82,8 @@ def score_answers(
     questions, mine = run_on_all_ranks(lambda: _share_of(task, processor))
     synced = task.plan.parallelism.shards_layers and task.plan.world_size > 1
     rows = open_split(task.recipe, "validation")
+    base = cast(PreTrainedModel, model.get_base_model())
+    stock = "the layers are shared out" if task.plan.parallelism.shards_layers else why_stock(base)
     replica = Replica(
         model,
         processor,
@@ -86,7 +91,9 @@ def score_answers(
         task.recipe.evaluation.max_new_tokens,
         RECIPE_DTYPES[task.plan.compute_dtype],
         synced=synced,
+        stock=stock,
     )
+    _say(replica.way)
     predictions: dict[int, str] = {}
     with stock_attention(replica.base), generating(model), torch.no_grad():
         for positions, counts in mine:
@@ -108,6 +115,13 @@ def score_answers(
     return run_on_all_ranks(lambda: _score(questions, gathered, load_metrics(task.recipe, has_kinds)))
 
 
+@cache
+def _say(way: str) -> None:
+    """Once, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(f"evaluation.answers: by {way}")
+
+
 def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) -> list[str]:
     try:
         return replica.answers(prompts, images)
@@ -119,8 +133,7 @@ def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) ->
 
 
 def _look(replica: Replica, rows: Sequence[int]) -> None:
-    for row in rows:
-        replica.image_features(row)
+    replica.features.of(rows)
 
 
 def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: Metrics) -> ScoredAnswers:

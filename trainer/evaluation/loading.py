@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.data.splits import Rows
-from trainer.evaluation.answers import Replica
+from trainer.evaluation.replica import Replica, why_stock
 from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
-from trainer.model.base import RECIPE_DTYPES, load_base
+from trainer.model.base import RECIPE_DTYPES, load_base, prepare_answers
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of
 
@@ -42,7 +42,7 @@ def load_replica(
     """Return the recipe's base with every adapter that the variants need."""
     recipe = task.recipe
     model = load_with_adapters(recipe, device, variants)
-    return Replica(
+    return replica_of(
         model, processor, rows, recipe.evaluation.max_new_tokens, RECIPE_DTYPES[compute_dtype_of(recipe)]
     )
 
@@ -56,7 +56,22 @@ def load_merged(
 ) -> Replica:
     """Return the run's merged model, unquantized, in the dtype it is stored in."""
     model = load_stored(task.request.run.merged, device)
-    return Replica(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
+    return replica_of(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
+
+
+def replica_of(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    rows: Rows,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+) -> Replica:
+    """A model that answers, prepared to do it fast where it can."""
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    stock = why_stock(base)
+    if stock is None:
+        prepare_answers(base, dtype)
+    return Replica(model, processor, rows, max_new_tokens, dtype, stock=stock)
 
 
 def load_with_adapters(

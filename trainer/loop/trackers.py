@@ -167,8 +167,8 @@ def open_mlflow(recipe: Recipe, run: RunDirectory, name: str, resumed_at: int) -
 
         def _new_run(self) -> str:
             project = recipe.tracking.project
-            found = self._client.get_experiment_by_name(project)
-            experiment = found.experiment_id if found else self._client.create_experiment(project)
+            existing = self._client.get_experiment_by_name(project)
+            experiment = existing.experiment_id if existing else self._client.create_experiment(project)
             made = self._client.create_run(experiment, run_name=name)
             identifier = str(made.info.run_id)
             for section, values in recipe.model_dump(mode="json").items():

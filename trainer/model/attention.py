@@ -57,6 +57,19 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = own
 
 
+@contextmanager
+def packed_tower(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the vision tower has packed attention, whatever it had before."""
+    AttentionInterface.register(PACKED, packed_attention)
+    config = model.model.visual.config
+    before = config._attn_implementation
+    config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -319,6 +319,13 @@ def prepare_tower(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         _use_kernels(model, frozen_tower=True)
 
 
+def prepare_answers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Make a model that only answers compute as in training, adapters on it or not; transformers can still generate."""
+    prepare_tower(model, compute_dtype)
+    for part in (model.model.language_model, model.model.visual):
+        part.config._attn_implementation = "sdpa"
+
+
 def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:
     """Why a model cannot use the fused kernels, or None."""
     if model.device.type != "cuda":

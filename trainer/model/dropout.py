@@ -173,23 +173,23 @@ def use_sample_dropout(language_model: nn.Module, seed: int) -> DropoutKeys | No
 
 
 def replace_dropout(
-    part: nn.Module, seed: int, prefix: str = "", wanted: Callable[[str], bool] = lambda name: True
+    part: nn.Module, seed: int, prefix: str = "", is_replaced: Callable[[str], bool] = lambda name: True
 ) -> DropoutKeys | None:
-    """Replace the dropout of the LoRA layers whose name in `part` is `wanted`; None where there is none.
+    """Replace the dropout of the LoRA layers for whose name in `part` `is_replaced` says so; None without any.
 
     They are keyed by their names in `part`, with `prefix`. Whoever calls the part gives it `current` keys.
     """
-    found = {
+    dropouts = {
         (name, adapter): dropout
         for name, module in part.named_modules()
-        if isinstance(module, LoraLayer) and wanted(name)
+        if isinstance(module, LoraLayer) and is_replaced(name)
         for adapter, dropout in module.lora_dropout.items()
         if isinstance(dropout, nn.Dropout)
     }
-    if not found:
+    if not dropouts:
         return None
-    keys = DropoutKeys(seed, [f"{prefix}{name}" for name, _ in found])
-    for index, ((name, adapter), dropout) in enumerate(found.items()):
+    keys = DropoutKeys(seed, [f"{prefix}{name}" for name, _ in dropouts])
+    for index, ((name, adapter), dropout) in enumerate(dropouts.items()):
         layer: Any = part.get_submodule(name)
         layer.lora_dropout[adapter] = SampleDropout(dropout.p, f"{prefix}{name}", index, keys)
     return keys

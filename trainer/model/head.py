@@ -57,14 +57,14 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        log_sums, found = [], []
+        log_sums, target_logits = [], []
         for rows, targets in zip(hidden.split(_TOKENS), labels.split(_TOKENS), strict=True):
             logits = _logits(rows, weight)
             log_sums.append(logits.logsumexp(-1))
-            found.append(logits.gather(1, targets[:, None])[:, 0])
+            target_logits.append(logits.gather(1, targets[:, None])[:, 0])
         log_sum = torch.cat(log_sums)
         ctx.save_for_backward(hidden, weight, labels, log_sum)
-        return torch.cat(found) - log_sum
+        return torch.cat(target_logits) - log_sum
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

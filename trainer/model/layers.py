@@ -68,15 +68,15 @@ def append_layers(
 
 def _files_of_layers(path: Path) -> dict[int, dict[str, tuple[Path, str]]]:
     """{layer: {name within the layer: (file, name in the file)}} from the headers of all weight files."""
-    found: dict[int, dict[str, tuple[Path, str]]] = {}
+    files_by_layer: dict[int, dict[str, tuple[Path, str]]] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 prefix = next((begin for begin in _LAYERS if key.startswith(begin)), None)
                 if prefix:
                     number, _, name = key.removeprefix(prefix).partition(".")
-                    found.setdefault(int(number), {})[name] = (file, key)
-    return found
+                    files_by_layer.setdefault(int(number), {})[name] = (file, key)
+    return files_by_layer
 
 
 def _fill(
@@ -87,13 +87,13 @@ def _fill(
     where: str,
 ) -> None:
     """Read a layer's tensors onto the device, those of 4-bit modules quantized there, as transformers does."""
-    wanted = dict(layer.named_parameters())
-    if odd := sorted(wanted.keys() ^ files.keys()):
+    parameters = dict(layer.named_parameters())
+    if odd := sorted(parameters.keys() ^ files.keys()):
         raise ConfigError(
             f"model.name_or_path: {where} has other tensors than a layer of its family ({len(odd)} missing or unknown, "
             f"such as {odd[0]}); get the model again"
         )
-    for name, empty in wanted.items():
+    for name, empty in parameters.items():
         file, key = files[name]
         with safe_open(file, "pt", device="cpu") as opened:
             value: Tensor = opened.get_tensor(key).to(device, dtype)

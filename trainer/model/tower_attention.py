@@ -70,10 +70,10 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
         if known is None:
             known = _measured(device, dtype, heads, width)
             _remember(facts, known)
-    chosen = min(known, key=lambda name: known[name])
+    fastest = min(known, key=lambda name: known[name])
     words = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in known.items())
-    logger.info(f"vision tower: attention by {chosen} ({words} for {_IMAGES} images on {facts['card']})")
-    return chosen
+    logger.info(f"vision tower: attention by {fastest} ({words} for {_IMAGES} images on {facts['card']})")
+    return fastest
 
 
 def _file(facts: Mapping[str, str]) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
+from trainer.data.packing import cumulative
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT, DropoutKeys, replace_dropout
 from trainer.model.families.modelling import DEEPSTACK, Grid
@@ -218,3 +219,22 @@ def image_features(
             **inputs,
         )
         return family.features(output)
+
+
+def features_of_images(model: Any, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> tuple[Tensor, ...]:
+    """Features [V, maps * hidden] of each of several images that go through the tower together, without a graph.
+
+    `pixels`: the patches [P, values] of each, on any device.
+    """
+    sizes, device = torch.tensor(grids), model.device
+    merge = int(model.visual.spatial_merge_size)
+    lengths = tuple(height * width for time, height, width in grids for _ in range(time))
+    features = image_features(
+        model,
+        torch.cat(list(pixels)).to(device),
+        sizes.to(device),
+        grids,
+        get_vision_position_ids(sizes, merge).to(device),
+        Segments(cumulative(lengths).to(device), lengths),
+    )
+    return features.split([time * height * width // merge**2 for time, height, width in grids])

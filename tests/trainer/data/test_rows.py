@@ -35,7 +35,7 @@ from trainer.data.micro_batches import assemble
 from trainer.data.row_errors import RowError
 from trainer.data.rows import Row, question_row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica
+from trainer.evaluation.replica import Replica
 from trainer.prepare import main, prepare
 from trainer.pretrained import load_processor
 from trainer.progress_bars import progress_reports
@@ -260,7 +260,7 @@ def test_training_and_evaluation_name_the_row_that_fails(world: Path, tmp_path: 
     with pytest.raises(
         RunError, match=r"data: row 5 of the split: the image is corrupt \(struct.error: argument"
     ):
-        replica.image_features(5)
+        replica.features.of([5])
 
 
 def test_a_special_token_in_the_system_message_is_refused_before_anything_is_read(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gradio_client import Client, handle_file
 
+from launch.errors import RunError
 from launch.recipe.loading import recipe_from_dict
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
@@ -60,10 +61,17 @@ def test_the_page_answers_with_base_and_adapter_beside_each_other(
     assert address.startswith("http://127.0.0.1:")
     client = Client(address, verbose=False)
     file, question, target = examples[1]
-    answers = client.predict(handle_file(file), question, api_name="/ask")
+    job = client.submit(handle_file(file), question, api_name="/ask")
+    answers = job.result()
     expected = [panel.answer(each, [read_image(Path(file))], question) for each in panel.respondents]
     assert list(answers) == expected
     assert expected[0] != expected[1]
+    so_far = [tuple(each) for each in job.outputs()]
+    for number, answer in enumerate(expected):  # word by word, the second when the first is whole
+        growing = list(dict.fromkeys(each[number] for each in so_far if each[number] != "..."))
+        assert len(growing) > 1
+        assert all(answer.startswith(part) for part in growing)
+    assert all(first == expected[0] for first, second in so_far if second != "...")
     shown = str(client.config)
     assert "base" in shown
     assert "adapter" in shown
@@ -77,6 +85,17 @@ def test_what_cannot_be_asked_is_said_on_the_page(address: str, examples: list[l
         client.predict(handle_file(examples[0][0]), " ", api_name="/ask")
     with pytest.raises(Exception, match="IMAGE: is missing"):
         client.predict(None, "How high?", api_name="/ask")
+
+
+def test_an_answer_that_fails_ends_the_words_with_its_reason(
+    panel: Panel, examples: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise RunError("the GPU is out of memory")
+
+    monkeypatch.setattr(Panel, "answer", full)
+    with pytest.raises(RunError, match="out of memory"):
+        list(demo.answers_of(panel, examples[0][0], "How high?"))
 
 
 def test_without_gradio_the_command_says_what_to_install(

@@ -24,9 +24,9 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica
 from trainer.evaluation.generate import main
 from trainer.evaluation.loading import answering_as, hold_dequantized, load_with_adapters
+from trainer.evaluation.replica import Replica
 from trainer.evaluation.request import EvaluationRequest, variants_of
 from trainer.formats.portable import save_adapter
 from trainer.model.base import load_base

@@ -20,7 +20,7 @@ from tests.helpers.tiny_families import write_tiny
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import Replica
+from trainer.evaluation.replica import Replica
 from trainer.model.base import prepare_training, trainable_parameters
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -78,7 +78,7 @@ def _base_looks_with_its_own_tower(model: Any, processor: Any, rows: Any) -> Non
     for part in (model.base_model.model.model.language_model, model.base_model.model.model.visual):
         part.config._attn_implementation = "sdpa"
     replica = Replica(model, processor, rows, 4, torch.float32)
-    trained = replica.image_features(0)[0][0][0]
+    trained = replica.features.of([0])[0][0].values
     with model.disable_adapter():
         replica.forget_trained_features()
-        assert not torch.allclose(replica.image_features(0)[0][0][0], trained)
+        assert not torch.allclose(replica.features.of([0])[0][0].values, trained)

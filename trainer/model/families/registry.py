@@ -15,6 +15,11 @@ def modelling_of(model: Any) -> Modelling:
     return _FAMILIES[model.config.model_type]
 
 
+def is_known(model: Any) -> bool:
+    """Whether a loaded model is of a family that is taken through packed forwards."""
+    return model.config.model_type in _FAMILIES
+
+
 def feature_width(model: Any) -> int:
     """Return the numbers of a visual token as the tower of a whole model gives it: all its maps side by side."""
     maps = modelling_of(model).maps(model.model.visual)

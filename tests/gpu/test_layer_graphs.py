@@ -23,7 +23,7 @@ from trainer.model.base import (
     prepare_training,
     trainable_parameters,
 )
-from trainer.model.layer_graphs import bucket_of
+from trainer.model.filled_rows import bucket_of
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
 
-from trainer.model.layer_graphs import LayerGraphs, bucket_of
+from trainer.model.filled_rows import bucket_of
+from trainer.model.layer_graphs import LayerGraphs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,93 +21,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from launch.units import gib
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT
+from trainer.model.filled_rows import Bucket, Row, bucket_of, more_segments, tokens_of_bucket
 from trainer.model.last_layer import ReadTokens
 
 MOST_TOKENS = 8192
 """Of a micro-batch. Above it the GPU is slower than the host: nothing is filled up, and no graph is captured."""
 
-_FINE, _COARSE = 128, 256  # tokens of a bucket: rows of a product's tile, so that filling up costs little
-_FINE_UP_TO = 4096
-_SEGMENTS = 8  # of a bucket, or a power of two times as many
-_LONGEST = (
-    2048  # tokens of a segment in a bucket, or a multiple: kernels skip the blocks that a segment lacks
-)
 _SPARE = 2.0  # times the memory of the largest micro-batch's activations must be free, or nothing is captured
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The fixed shape of a graph: tokens, segments with those that fill up, the longest segment at most."""
-
-    tokens: int
-    segments: int
-    longest: int
-
-
-def bucket_of(lengths: Sequence[int]) -> Bucket:
-    """Return the bucket of a row of segments of these lengths."""
-    segments = _SEGMENTS
-    while segments < len(lengths) + 1:
-        segments *= 2
-    return Bucket(_tokens_of_bucket(sum(lengths)), segments, _multiple(max(lengths), _LONGEST))
-
-
-def _tokens_of_bucket(tokens: int) -> int:
-    return _multiple(tokens, _FINE if tokens <= _FINE_UP_TO else _COARSE)
-
-
-def _multiple(number: int, of: int) -> int:
-    return -(-number // of) * of
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What decoder layers read besides weights: [1, T, hidden], twice [1, T, head], segments, [M, T, 2]."""
-
-    hidden: Tensor
-    cos: Tensor
-    sin: Tensor
-    segments: Segments
-    dropout_keys: Tensor | None
-
-    def filled_up(self, bucket: Bucket) -> _Row:
-        """The same with one segment more, and empty ones after it, in a bucket's shape."""
-        missing = bucket.tokens - self.hidden.shape[1]
-        hidden, cos, sin = (pad(each, (0, 0, 0, missing)) for each in (self.hidden, self.cos, self.sin))
-        keys = None if self.dropout_keys is None else pad(self.dropout_keys, (0, 0, 0, missing))
-        return _Row(hidden, cos, sin, _more(self.segments, bucket.segments, bucket.tokens), keys)
-
-    def arguments(self) -> dict[str, Any]:
-        """What a decoder layer is given besides the hidden states."""
-        keys = {} if self.dropout_keys is None else {ARGUMENT: self.dropout_keys}
-        return {"position_embeddings": (self.cos, self.sin), "segments": self.segments, **keys}
-
-    def emptied(self) -> _Row:
-        """A row of no tokens, of the same widths and dtypes."""
-        hidden, cos, sin = (each[:, :0].detach().clone() for each in (self.hidden, self.cos, self.sin))
-        keys = None if self.dropout_keys is None else self.dropout_keys[:, :0].clone()
-        return _Row(hidden, cos, sin, Segments(self.segments.cu_seqlens[:0].clone(), ()), keys)
-
-    def copy(self, other: _Row) -> None:
-        """Take over the numbers of another row of the same shapes."""
-        self.hidden.copy_(other.hidden)
-        self.cos.copy_(other.cos)
-        self.sin.copy_(other.sin)
-        self.segments.cu_seqlens.copy_(other.segments.cu_seqlens)
-        if self.dropout_keys is not None and other.dropout_keys is not None:
-            self.dropout_keys.copy_(other.dropout_keys)
-
-
-def _more(segments: Segments, count: int, tokens: int) -> Segments:
-    """`count` segments of `tokens` tokens: the first one after those that are there takes all, the others none."""
-    missing = count - len(segments.lengths)
-    ends = pad(segments.cu_seqlens, (0, missing), value=tokens)
-    return Segments(ends, (*segments.lengths, tokens - sum(segments.lengths), *[0] * (missing - 1)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +43,7 @@ class _Graph:
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    row: _Row
+    row: Row
     output: Tensor
     of_output: Tensor
     gradients: Tensor
@@ -145,13 +69,13 @@ class LayerGraphs:
             if parameter is not None and parameter.requires_grad
         ]
         self._parameters = [parameter for _, _, parameter in self._places]
-        self._most_tokens = _tokens_of_bucket(most_tokens)
+        self._most_tokens = tokens_of_bucket(most_tokens)
         self._graphs: dict[Bucket, _Graph] = {}
-        self._model: _Row | None = None  # without its tokens, for the widths and dtypes of the others
+        self._model: Row | None = None  # without its tokens, for the widths and dtypes of the others
         self._bytes_of_token = 0.0
         self._addresses: list[int] = []
         self._buffers: dict[str, Tensor] = {}
-        self._filled_up: _Row | None = None  # of the micro-batch that is computed
+        self._filled_up: Row | None = None  # of the micro-batch that is computed
         self._pool: Any = None
         self._stream: Any = None
         self.replays = 0
@@ -167,7 +91,7 @@ class LayerGraphs:
         segments: Segments = kwargs["segments"]
         bucket = bucket_of(segments.lengths)
         cos, sin = kwargs["position_embeddings"]
-        row = _Row(hidden_states, cos, sin, segments, kwargs.get(ARGUMENT)).filled_up(bucket)
+        row = Row(hidden_states, cos, sin, segments, kwargs.get(ARGUMENT)).filled_up(bucket)
         graph = self._graphs.get(bucket)
         if graph is not None and self._addresses == self._present_addresses():
             self._filled_up = graph.row
@@ -201,7 +125,7 @@ class LayerGraphs:
             kwargs |= self._filled_up.arguments()
             if (read := kwargs.get("read")) is not None:
                 count, tokens = len(self._filled_up.segments.cu_seqlens) - 1, len(read.positions)
-                kwargs["read"] = ReadTokens(read.positions, _more(read.segments, count, tokens))
+                kwargs["read"] = ReadTokens(read.positions, more_segments(read.segments, count, tokens))
         return cast(Tensor, self._last_forward(hidden_states, **kwargs))
 
     def _takes(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -217,7 +141,7 @@ class LayerGraphs:
             and not any(layer.gradient_checkpointing for layer in layers)
         )
 
-    def _compute(self, row: _Row) -> Tensor:
+    def _compute(self, row: Row) -> Tensor:
         """The layers one after another, [1, tokens of the bucket, hidden]."""
         hidden = row.hidden
         for forward in self._forwards:
@@ -278,7 +202,7 @@ class LayerGraphs:
         assert self._model is not None
         model, keys = self._model, self._model.dropout_keys
         wide = {"hidden": model.hidden, "cos": model.cos, "sin": model.sin}
-        row = _Row(
+        row = Row(
             **{
                 name: self._buffer(name, each, (1, bucket.tokens, each.shape[-1]))
                 for name, each in wide.items()
@@ -340,7 +264,7 @@ class _Replay(torch.autograd.Function):
     """The layers' output [1, tokens of the bucket, hidden] by a captured forward; gradients by a captured backward."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: LayerGraphs, graph: _Graph, row: _Row, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, graphs: LayerGraphs, graph: _Graph, row: Row, *parameters: Tensor) -> Tensor:
         graph.row.copy(row)
         graph.forward.replay()
         graphs.replays += 1

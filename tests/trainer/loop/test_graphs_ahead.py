@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.planning.step_plan import SampleStream, StepPlan
 from trainer.loop.graphs_ahead import GraphsAhead
-from trainer.model.layer_graphs import Bucket
+from trainer.model.filled_rows import Bucket
 
 
 class Graphs:

@@ -16,7 +16,8 @@ from trainer.data.packing import pack
 from trainer.data.splits import open_split
 from trainer.model.attention import Segments
 from trainer.model.base import prepare_training, trainable_parameters
-from trainer.model.layer_graphs import Bucket, LayerGraphs, _Row, bucket_of
+from trainer.model.filled_rows import Bucket, Row, bucket_of
+from trainer.model.layer_graphs import LayerGraphs
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -39,7 +40,7 @@ def test_a_row_is_filled_up_to_whole_tiles_of_tokens_and_a_power_of_two_of_segme
 
 def test_a_row_is_filled_up_by_a_segment_of_its_own_and_empty_ones() -> None:
     bucket = bucket_of((3, 4))
-    row = _Row(
+    row = Row(
         torch.ones(1, 7, 16),
         torch.ones(1, 7, 8),
         torch.ones(1, 7, 8),

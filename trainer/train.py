@@ -62,6 +62,7 @@ from trainer.loop.final_adapter import save_final_adapter
 from trainer.loop.hub_upload import upload_final
 from trainer.loop.oom_trial import fit_to_memory
 from trainer.loop.preparation import load_resumed_adapter
+from trainer.loop.step_record import StepRecord
 from trainer.loop.trainer import PlannedTrainer
 from trainer.setup import prepare_first, read_task, requested_recipe
 from trainer.startup_timer import StartupTimer
@@ -260,6 +261,7 @@ def take_steps(
         timer.record("evaluation")
     trainer.ended_early = broadcast_from_main(lambda: has_ended_early(trainer.task, step))
     if step < max_steps and not trainer.agreed_requests.stop and not trainer.ended_early:
+        trainer.record = StepRecord.of_run(trainer.run_directory, trainer.args.process_index)
         with trainer.garbage:
             trainer.train(resume_from_checkpoint=checkpoint)
 

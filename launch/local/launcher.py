@@ -21,6 +21,7 @@ from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
 from launch.launcher_variables import MARKER_DECIDES
 from launch.local.accelerate_command import Layout, cpu_threads_of, free_port, launch_command
+from launch.local.bytecode import bytecode_variables
 from launch.planning.plan import Plan
 from launch.resources import resource
 from launch.run.directory import (
@@ -183,4 +184,5 @@ def child_environment(layout: Layout) -> dict[str, str]:
         if STRATEGIES[layout.strategy].is_one_process and layout.device == "cuda"
         else {}
     )
+    extra |= bytecode_variables(os.environ)
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", STARTED: str(time.time()), **extra}

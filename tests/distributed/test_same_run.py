@@ -3,6 +3,8 @@ budgets, recomputation, and one run that moves from 1 to 2 to 4 to 3 to 1 proces
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.helpers.distributed.recorded import (
     run_of,
     write_recipe,
 )
+from trainer.loop.step_record import VARIABLE
 
 WORLD_SIZES = (1, 2, 3, 4)
 KINDS = ("plain", "nf4")
@@ -25,6 +28,9 @@ BUDGETS = {"auto": "auto", "roomy": 100_000, "tight": 200}
 """`tight` is a little more than the longest sample: many micro-batches; `roomy` packs a step into one."""
 MOVES = ((1, 2), (2, 4), (4, 6), (3, 8), (1, None))
 """(processes, the step to stop at) of the run that moves."""
+
+RECORDED = 3
+"""The world size whose steps are recorded, which alters nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return [str(recipe), "--runs-dir", str(folder), "--name", name], stop
 
     for place, (size, stop) in enumerate(MOVES):
+        os.environ[VARIABLE] = "1" if size == RECORDED else "0"
         requests = [request(ten, "moving", stop)]
         if place < 4:
             requests += [request(same[kind], f"same-{kind}-{size}") for kind in KINDS]
@@ -64,6 +71,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             drive_here(requests)
         else:
             drive(size, requests, folder)
+    os.environ.pop(VARIABLE)
     return folder
 
 
@@ -91,6 +99,19 @@ def test_every_packing_takes_the_same_steps(runs: Path, budget: str, size: int) 
     print(f"budget {budget}, world size {size}: losses within {loss:.1e}, adapters within {weights:.1e}")
     assert loss <= 1e-6
     assert weights <= 1e-6
+
+
+def test_every_rank_records_its_steps_and_the_log_says_who_was_waited_for(runs: Path) -> None:
+    logs = runs / f"same-plain-{RECORDED}" / "logs"
+    files = sorted(logs.glob("steps-of-rank-*.jsonl"))
+    assert [file.name for file in files] == [f"steps-of-rank-{rank}.jsonl" for rank in range(RECORDED)]
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [row["step"] for row in rows] == [*range(1, 9)]
+        assert all(row["launching"] > 0 and row["reduction"] > 0 for row in rows)
+    log = "".join(file.read_text() for file in logs.glob("*.log"))
+    assert "steps 1 to 8: ranks waited" in log
+    assert not list((runs / "same-plain-2" / "logs").glob("steps-of-rank-*"))
 
 
 def test_recomputed_activations_give_the_same_run_to_the_bit(runs: Path) -> None:

@@ -36,6 +36,7 @@ class StepEnd(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._timer.record("wrapping")
+        self.trainer.record.begin()
         # A resumed state brings the cadence it was saved with.
         state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
 
@@ -52,6 +53,8 @@ class StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         self._write_step()
+        ends = state.global_step == trainer.plan.max_steps or bool(trainer.agreed_requests.stop)
+        trainer.record.end_step(state.global_step, last=ends)
         # All ranks agreed on these requests in the step's all-reduce, so all of them save and stop here together.
         requests = trainer.agreed_requests
         first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1

@@ -19,7 +19,8 @@ from trainer.checks.wrapping import ReferenceOutputs, compare_outputs, reference
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.zero import Zero
 from trainer.loop.dataloaders import shortest_sample, to_device, uncached
-from trainer.model.base import RECIPE_DTYPES, compute_in, prepare_training
+from trainer.model.base import RECIPE_DTYPES, compute_in, graph_layers, prepare_training
+from trainer.model.layer_graphs import LayerGraphs
 from trainer.task import Task
 from trainer.vision_cache.writer import FeatureWriter
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 logger = get_logger("trainer")
 
 
-def prepare_model(model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None) -> None:
-    """Choose kernels, recomputation and precision of the plan, and log the kernels."""
+def prepare_model(
+    model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None
+) -> LayerGraphs | None:
+    """Choose kernels, recomputation and precision, and log the kernels; return the CUDA graphs to capture."""
     dtype = RECIPE_DTYPES[plan.compute_dtype]
     kernels = prepare_training(
         model,
@@ -42,6 +45,9 @@ def prepare_model(model: PeftModel, recipe: Recipe, plan: Plan, features: Featur
     )
     logger.info(kernels)
     compute_in(model, dtype)
+    if plan.parallelism.zero_stage or plan.parallelism.shards_layers:
+        return None  # DeepSpeed reduces in the middle of a step, sharded weights lie elsewhere in every pass
+    return graph_layers(model, recipe, dtype, plan.micro_batch_tokens)
 
 
 def load_resumed_adapter(trainer: PlannedTrainer, checkpoint: str) -> None:

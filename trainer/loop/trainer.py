@@ -30,8 +30,10 @@ from trainer.engine.zero import Zero
 from trainer.loop import dataloaders
 from trainer.loop.evaluation import validation_loss
 from trainer.loop.garbage import GarbageBetweenSteps
+from trainer.loop.graphs_ahead import GraphsAhead
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
+from trainer.loop.step_record import StepRecord
 from trainer.loop.training_args import training_arguments
 from trainer.model.base import trainable_parameters
 from trainer.task import Task
@@ -72,10 +74,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         stage = self.plan.parallelism.zero_stage
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
         self.features = open_writer(encoder.features)
-        prepare_model(self.model, self.recipe, self.plan, self.features)
+        self.graphs = GraphsAhead(prepare_model(self.model, self.recipe, self.plan, self.features))
         self.saver = Saver(self.recipe.checkpoint.format, self.model, self.engine, stop_requests)
         self.evaluation_interrupted = self.ended_early = False
         self.garbage = GarbageBetweenSteps()
+        self.record = StepRecord()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
@@ -128,7 +131,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return self._skip_micro_batch()
         inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
         try:
-            with self.engine.no_sync(self.accelerator, model):
+            with self.record.phase("launching"), self.engine.no_sync(self.accelerator, model):
                 return self._forward_backward(model, inputs)
         except torch.OutOfMemoryError as error:
             if self.plan.parallelism.sharded != "nothing":
@@ -194,10 +197,21 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         the GPU: what else the host has to do is done before it. Raises on all ranks when one cannot go on or the
         numbers are not finite.
         """
+        self.graphs.capture(
+            self.step_plan,
+            self.index.splits["train"].tokens,
+            self.args.process_index,
+            self.state.global_step + 1,
+        )
         self.garbage.collect()
-        loss_and_flags = torch.tensor([0.0, *self.stop_requests.flags()], device=self.args.device)
+        flags_here = torch.tensor([0.0, *self.stop_requests.flags()])
+        if self.args.device.type == "cuda":
+            flags_here = flags_here.pin_memory()  # else its copy would wait for all that the GPU was given
+        loss_and_flags = flags_here.to(self.args.device, non_blocking=True)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
-        (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)
+        self.record.wait_for_gpu()
+        with self.record.phase("reduction"):
+            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment

@@ -59,7 +59,7 @@ class Row:
         missing = bucket.tokens - self.hidden.shape[1]
         hidden, cos, sin = (pad(each, (0, 0, 0, missing)) for each in (self.hidden, self.cos, self.sin))
         keys = None if self.dropout_keys is None else pad(self.dropout_keys, (0, 0, 0, missing))
-        return Row(hidden, cos, sin, more_segments(self.segments, bucket.segments, bucket.tokens), keys)
+        return Row(hidden, cos, sin, _more(self.segments, bucket.segments, bucket.tokens), keys)
 
     def arguments(self) -> dict[str, Any]:
         """What a decoder layer is given besides the hidden states."""
@@ -82,7 +82,7 @@ class Row:
             self.dropout_keys.copy_(other.dropout_keys)
 
 
-def more_segments(segments: Segments, count: int, tokens: int) -> Segments:
+def _more(segments: Segments, count: int, tokens: int) -> Segments:
     """`count` segments of `tokens` tokens: the first one after those that are there takes all, the others none."""
     missing = count - len(segments.lengths)
     ends = pad(segments.cu_seqlens, (0, missing), value=tokens)

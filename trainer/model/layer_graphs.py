@@ -3,8 +3,8 @@
 With few samples a GPU, launching the kernels of 28 layers takes the host longer than the GPU needs to run them. A graph
 holds the launches of all decoder layers but the last, forward or backward, and is given to the GPU in one call. Its
 shapes and addresses are fixed, so a row is filled up to a bucket of tokens by one more segment, which nobody reads and
-whose gradient is zero; a micro-batch that meets no graph is filled up alike, so that both compute the same numbers. So
-is what the last layer takes, which computes some tokens alone, as many as the micro-batch says, and is in no graph.
+whose gradient is zero; a micro-batch that meets no graph is filled up alike, so that both compute the same numbers. The
+last layer computes some tokens alone, as many as the micro-batch says (`trainer.model.last_layer`), and stays as it is.
 
 A graph is captured by the forward and backward that it replaces: the host's work of one micro-batch, none of the
 GPU's. All graphs share one pool of memory, as only one micro-batch is under way at a time.
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from launch.units import gib
 from trainer.model.attention import Segments
 from trainer.model.dropout import ARGUMENT
-from trainer.model.filled_rows import Bucket, Row, bucket_of, more_segments, tokens_of_bucket
-from trainer.model.last_layer import ReadTokens
+from trainer.model.filled_rows import Bucket, Row, bucket_of, tokens_of_bucket
 
 MOST_TOKENS = 8192
 """Of a micro-batch. Above it the GPU is slower than the host: nothing is filled up, and no graph is captured."""
@@ -56,10 +55,8 @@ class LayerGraphs:
     """
 
     def __init__(self, all_layers: Sequence[nn.Module], most_tokens: int) -> None:
-        *layers, last = all_layers
+        *layers, _ = all_layers
         self._layers = layers
-        self._last_forward = last.forward
-        last.forward = self._last  # type: ignore[method-assign]
         self._forwards = [layer.forward for layer in layers]
         self._places = [
             (module, name, parameter)
@@ -75,7 +72,7 @@ class LayerGraphs:
         self._bytes_of_token = 0.0
         self._addresses: list[int] = []
         self._buffers: dict[str, Tensor] = {}
-        self._filled_up: Row | None = None  # of the micro-batch that is computed
+        self._taken = False
         self._pool: Any = None
         self._stream: Any = None
         self.replays = 0
@@ -85,48 +82,34 @@ class LayerGraphs:
 
     def _first(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The forward of the first layer: of all of them, in a training step."""
-        self._filled_up = None
-        if not self._takes(hidden_states, kwargs):
+        self._taken = self._takes(hidden_states, kwargs)
+        if not self._taken:
             return cast(Tensor, self._forwards[0](hidden_states, **kwargs))
         segments: Segments = kwargs["segments"]
         bucket = bucket_of(segments.lengths)
         cos, sin = kwargs["position_embeddings"]
         row = Row(hidden_states, cos, sin, segments, kwargs.get(ARGUMENT)).filled_up(bucket)
+        tokens = hidden_states.shape[1]
         graph = self._graphs.get(bucket)
         if graph is not None and self._addresses == self._present_addresses():
-            self._filled_up = graph.row
-            return cast(Tensor, _Replay.apply(self, graph, row, *self._parameters))
-        self._filled_up = row
+            return cast(Tensor, _Replay.apply(self, graph, row, tokens, *self._parameters))
         before = torch.cuda.memory_allocated()
         output = self._compute(row)
         self._bytes_of_token = max(
             self._bytes_of_token, (torch.cuda.memory_allocated() - before) / bucket.tokens
         )
         self._model = self._model or row.emptied()
-        return output
+        return output[:, :tokens]
 
     def _later(self, number: int) -> Any:
         """The forward of another layer: what it is given is its output already, or it computes alone."""
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            if self._filled_up is not None:
+            if self._taken:
                 return hidden_states
             return cast(Tensor, self._forwards[number](hidden_states, **kwargs))
 
         return forward
-
-    def _last(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """The forward of the last layer, of a row that is filled up or of one that is not.
-
-        Also where only some tokens are read: a product of a size that never was before makes CUDA load another kernel,
-        for which the host waits until the GPU has finished what it was given.
-        """
-        if self._filled_up is not None:
-            kwargs |= self._filled_up.arguments()
-            if (read := kwargs.get("read")) is not None:
-                count, tokens = len(self._filled_up.segments.cu_seqlens) - 1, len(read.positions)
-                kwargs["read"] = ReadTokens(read.positions, more_segments(read.segments, count, tokens))
-        return cast(Tensor, self._last_forward(hidden_states, **kwargs))
 
     def _takes(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether a call is a micro-batch of a training step, of a size that is filled up."""
@@ -261,23 +244,27 @@ class LayerGraphs:
 
 
 class _Replay(torch.autograd.Function):
-    """The layers' output [1, tokens of the bucket, hidden] by a captured forward; gradients by a captured backward."""
+    """The layers' output [1, T, hidden] by a captured forward; gradients by a captured backward."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: LayerGraphs, graph: _Graph, row: Row, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, graphs: LayerGraphs, graph: _Graph, row: Row, tokens: int, *parameters: Tensor
+    ) -> Tensor:
         graph.row.copy(row)
         graph.forward.replay()
         graphs.replays += 1
         ctx.graphs, ctx.graph, ctx.replay = graphs, graph, graphs.replays
         ctx.shapes = [parameter.shape for parameter in parameters]
-        return graph.output.detach()
+        return graph.output[:, :tokens].detach()
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Any, ...]:
         graph: _Graph = ctx.graph
         if ctx.replay != ctx.graphs.replays:
             raise RuntimeError("a CUDA graph was replayed before the backward pass of the replay before it")
-        graph.of_output.copy_(of_outputs[0])
+        tokens = of_outputs[0].shape[1]
+        graph.of_output[:, :tokens].copy_(of_outputs[0])
+        graph.of_output[:, tokens:].zero_()
         graph.backward.replay()
         flat = graph.gradients.clone()  # the next replay writes over it
         parts = flat.split([shape.numel() for shape in ctx.shapes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from trainer.data.splits import open_split
 from trainer.model.attention import Segments
 from trainer.model.base import prepare_training, trainable_parameters
 from trainer.model.filled_rows import Bucket, Row, bucket_of
-from trainer.model.layer_graphs import LayerGraphs
+from trainer.model.layer_graphs import LayerGraphs, _Graph
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -58,7 +59,42 @@ def test_a_row_is_filled_up_by_a_segment_of_its_own_and_empty_ones() -> None:
     assert row.dropout_keys[:, 7:].eq(0).all()
 
 
-def test_what_a_row_is_filled_up_with_changes_no_loss_and_no_gradient(world: Path) -> None:
+def bucket_of_filled(row: Row) -> Bucket:
+    """Of a row that is filled up."""
+    return Bucket(row.hidden.shape[1], len(row.segments.lengths), 2048)
+
+
+class OnCpu:
+    """In the place of a CUDA graph: computes when it is replayed."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+def replayed_on_a_cpu(graphs: LayerGraphs, like: Row) -> _Graph:
+    """What `LayerGraphs._captured` makes, without a GPU."""
+    row = Row(
+        *(torch.zeros_like(each) for each in (like.hidden, like.cos, like.sin)),
+        Segments(like.segments.cu_seqlens.clone(), like.segments.lengths),
+        None if like.dropout_keys is None else torch.zeros_like(like.dropout_keys),
+    )
+    output, of_output = torch.zeros_like(row.hidden), torch.zeros_like(row.hidden)
+    gradients = torch.zeros(sum(each.numel() for each in graphs._parameters))
+    passed: list[Any] = []
+
+    def forward() -> None:
+        with torch.enable_grad(), graphs._stand_ins() as stand_ins:
+            passed[:] = graphs._compute(row), stand_ins
+        output.copy_(passed[0].detach())
+
+    def backward() -> None:
+        each = torch.autograd.grad(passed[0], passed[1], of_output)
+        torch.cat([gradient.reshape(-1) for gradient in each], out=gradients)
+
+    return _Graph(OnCpu(forward), OnCpu(backward), row, output, of_output, gradients)  # type: ignore[arg-type]
+
+
+def test_filled_up_rows_and_replays_of_them_change_no_loss_and_no_gradient(world: Path) -> None:
     values = recipe_values(world)
     values["lora"] = {"lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     recipe = recipe_from_dict(values)
@@ -89,11 +125,23 @@ def test_what_a_row_is_filled_up_with_changes_no_loss_and_no_gradient(world: Pat
 
     plain = {loss: passes(loss) for loss in ("answer", "sequence")}
     graphs = LayerGraphs(list(model.get_base_model().model.language_model.layers), 8192)
+    computed: list[Row] = []
+    compute = graphs._compute
+    graphs._compute = lambda row: (computed.append(row), compute(row))[1]  # type: ignore[method-assign,func-returns-value]
     for loss, (losses, gradients) in plain.items():
         filled_losses, filled = passes(loss)
-        assert graphs._filled_up is not None
+        assert graphs._taken
         assert filled_losses == pytest.approx(losses, rel=1e-6)
         assert (filled - gradients).abs().max() <= 1e-5 * max(1.0, float(gradients.abs().max()))
+    graphs._compute = compute  # type: ignore[method-assign]
+    for row in computed[:2]:
+        graphs._graphs[bucket_of_filled(row)] = replayed_on_a_cpu(graphs, row)
+    graphs._addresses = graphs._present_addresses()
+    losses, gradients = passes("sequence")
+    assert graphs.replays == 2
+    assert losses == pytest.approx(plain["sequence"][0], rel=1e-6)
+    apart = (gradients - plain["sequence"][1]).abs().max()
+    assert apart <= 1e-5 * max(1.0, float(gradients.abs().max()))
     graphs.given_up = True
     assert passes("answer")[0] == plain["answer"][0]
-    assert graphs._filled_up is None
+    assert not graphs._taken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from trainer.data.packing import ModelInputs, cumulative
 from trainer.vision_cache.file import Features
 from trainer.vision_cache.store import FeatureCache
-
-_THREADS = 8
 
 
 def with_late_features(inputs: ModelInputs, cache: FeatureCache) -> ModelInputs:
@@ -25,8 +22,7 @@ def with_late_features(inputs: ModelInputs, cache: FeatureCache) -> ModelInputs:
     grids = [tuple(grid) for grid in inputs["fresh_grids"]]  # PyTorch pins a tuple as a list
     if len(names) != len(grids) or len(inputs["fresh_rows"]):
         return inputs
-    with ThreadPoolExecutor(_THREADS) as threads:  # the GPU waits for this; copies and checksums hold no lock
-        read = list(threads.map(lambda name: cache.read(name) if cache.holds(name) else None, names))
+    read = [cache.read(name) if cache.holds(name) else None for name in names]
     late = [each if each and each.grid == grid else None for each, grid in zip(read, grids, strict=True)]
     return _replaced(inputs, late, cache.kind.merge) if any(late) else inputs
 
@@ -55,21 +51,14 @@ def _replaced(inputs: ModelInputs, late: Sequence[Features | None], merge: int) 
         "fresh_positions": _joined(places, stay),
         "image_grid_thw": inputs["image_grid_thw"][stay],
         "vision_cu_seqlens": cumulative(lengths),
+        "cached_features": torch.cat([*was, *features]),
         "cached_positions": torch.cat([inputs["cached_positions"], *came]),
     }
-    pinned = inputs["input_ids"].is_pinned()
-    if pinned:
+    if inputs["input_ids"].is_pinned():
         changes = {name: value.pin_memory() for name, value in changes.items()}
-    changes["cached_features"] = _end_to_end([*was, *features], pinned)
     names = tuple(inputs["fresh_images"][number] for number in stay)
     replaced = {**inputs, **changes, "fresh_images": names, "fresh_grids": kept, "vision_lengths": lengths}
     return cast(ModelInputs, replaced)
-
-
-def _end_to_end(parts: Sequence[Tensor], pinned: bool) -> Tensor:
-    """Features behind one another, written once: pinned afterwards they would be copied again."""
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    return torch.cat(list(parts), out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned))
 
 
 def _joined(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:

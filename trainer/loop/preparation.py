@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = get_logger("trainer")
 
+GRAPHS_VARIABLE = "SAMESTEP_LAYER_GRAPHS"
+"""1 in the environment of the launch: decoder layers as CUDA graphs. Off: no run on several GPUs has used them."""
+
 
 def prepare_model(
     model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None
@@ -45,7 +49,11 @@ def prepare_model(
     )
     logger.info(kernels)
     compute_in(model, dtype)
-    if plan.parallelism.zero_stage or plan.parallelism.shards_layers:
+    if (
+        os.environ.get(GRAPHS_VARIABLE) != "1"
+        or plan.parallelism.zero_stage
+        or plan.parallelism.shards_layers
+    ):
         return None  # DeepSpeed reduces in the middle of a step, sharded weights lie elsewhere in every pass
     return graph_layers(model, recipe, dtype, plan.micro_batch_tokens)
 

@@ -39,9 +39,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a step reads and writes in place: of every row its last token, where that goes in the cache, and how far
+    """What a step reads and writes in place, for each row.
 
-    its position is from there; which rows have ended, the new tokens [rows, new], and how many there are of each.
+    `tokens`: its last token; `places`: where that goes in the cache; `offsets`: how far its position is from there;
+    `ended`: whether it has ended. `output`: the new tokens [rows, new]; `count`: how many of them there are, less one.
     """
 
     cache: StaticKeysValues
@@ -54,7 +55,7 @@ class _Rows:
     graphs: dict[tuple[str, ...] | None, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     def state(self) -> tuple[Tensor, ...]:
-        """All that a step changes, but for the cache, whose places it would write again."""
+        """Return all that a step changes, but for the cache, whose places it would write again."""
         return self.tokens, self.places, self.ended, self.output, self.count
 
 
@@ -74,7 +75,7 @@ class GreedyDecoder:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The new tokens of each prompt, its end token included; the caller opens autocast."""
+        """Return the new tokens of each prompt, its end token included; the caller opens autocast."""
         count = int(self.config.max_new_tokens)
         lengths = [len(prompt.ids) for prompt in prompts]
         size = 1 << (len(prompts) - 1).bit_length() if self.captured else len(prompts)

@@ -37,7 +37,7 @@ class Features:
     grid: Grid
 
     def visual_tokens(self, merge: int) -> int:
-        """How many stand in a prompt; `merge`: patches of one on each side."""
+        """Count those that stand in a prompt; `merge`: patches of one on each side."""
         time, height, width = self.grid
         return time * height * width // merge**2
 
@@ -87,7 +87,7 @@ class ImageFeatures:
 
     @torch.no_grad()
     def of(self, rows: Sequence[int]) -> list[list[Features]]:
-        """Of the images of each row.
+        """Return the features of the images of each row.
 
         Raises:
             RunError: an image cannot be read; it names the row.
@@ -145,7 +145,7 @@ class ImageFeatures:
 
 
 def chunks(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Bounds of consecutive items of no more than `most` together, or one."""
+    """Return bounds of consecutive items of no more than `most` together, or of one that is larger."""
     bounds, begin, together = [], 0, 0
     for number, size in enumerate(sizes):
         if number > begin and together + size > most:

@@ -40,38 +40,38 @@ class Replica:
 
     @property
     def fast(self) -> bool:
-        """Whether prompts are packed, images read ahead and steps captured."""
+        """Say whether prompts are packed, images read ahead and steps captured."""
         return self.stock is None
 
     @property
     def way(self) -> str:
-        """How it answers, for the log."""
+        """Say how it answers, for the log."""
         return "packed prompts and CUDA graphs" if self.fast else f"transformers' `generate` ({self.stock})"
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model without PEFT's wrapper."""
+        """Return the model without PEFT's wrapper."""
         model = self.model
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
     @cached_property
     def features(self) -> ImageFeatures:
-        """Of the images of the rows."""
+        """Return the features of the images of the rows."""
         return ImageFeatures(self.base, self.processor, self.rows, packed=self.fast)
 
     def forget_trained_features(self) -> None:
-        """Before another adapter, or none, answers: features of a tower with LoRA are that adapter's."""
+        """Drop what a tower with LoRA has computed, before another adapter, or none, answers: it is that adapter's."""
         if any("lora_" in name for name, _ in self.base.model.visual.named_parameters()):
             self.features.forget()
 
     def look_ahead(self, image_rows: Iterable[int]) -> None:
-        """The rows whose images will be asked about, in that order: a GPU need not wait until they are decoded."""
+        """Begin to decode the images that will be asked about, in that order: a GPU need not wait for them."""
         if self.fast:
             self.features.look_ahead(image_rows)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], image_rows: Sequence[int]) -> list[str]:
-        """Greedy answers, each to a prompt about the images of a row."""
+        """Return greedy answers, each to a prompt about the images of a row."""
         of_prompts = self.features.of(image_rows)
         merge = int(self.processor.image_processor.merge_size)
         counts = [[image.visual_tokens(merge) for image in images] for images in of_prompts]
@@ -141,7 +141,7 @@ class Replica:
 
 
 def why_stock(base: PreTrainedModel) -> str | None:
-    """Why a model cannot answer by packed prompts and CUDA graphs, in words, or None."""
+    """Say why a model cannot answer by packed prompts and CUDA graphs, or None."""
     if base.device.type != "cuda":
         return f"CUDA graphs need a GPU, this is a {base.device.type}"
     if torch.are_deterministic_algorithms_enabled():
@@ -153,7 +153,7 @@ def why_stock(base: PreTrainedModel) -> str | None:
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Nothing but the ends of the model's own configuration: no sampling, no repetition penalty."""
+    """Return a generation configuration with nothing but the ends of the model's own: no sampling, no penalty."""
     own, tokenizer = model.generation_config, processor.tokenizer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

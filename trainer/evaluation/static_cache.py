@@ -47,7 +47,7 @@ class StaticKeysValues:
         return self
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep key and value; returns what the attention sees: packed prompts themselves, else the whole buffers.
+        """Keep key and value; return what the attention sees: packed prompts themselves, else the whole buffers.
 
         [1, kv_heads, T, head_dim] of packed prompts, [rows, kv_heads, 1, head_dim] of a token each.
         """
@@ -84,7 +84,7 @@ def attend(
     visible: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each of packed `prompts`, or of one token a row to what is `visible` of the buffers.
+    """Attend within each of packed `prompts`, or from one token a row to what is `visible` of the buffers.
 
     `visible`: bool [rows, 1, 1, length]. The keyword is not `segments`: the fused attention of training takes that
     one for itself, and keeps nothing.

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.errors import RunError
-from trainer.evaluation import answers, generate
+from trainer.evaluation import generate, image_features
 
 
 def unreadable(image: bytes) -> Any:
@@ -17,10 +17,10 @@ def unreadable(image: bytes) -> Any:
     return honest(image)
 
 
-honest, end = answers.decode_image, dist.destroy_process_group
+honest, end = image_features.decode_image, dist.destroy_process_group
 # One launch can have one process group only: it must outlive the failed evaluation.
-answers.decode_image, dist.destroy_process_group = unreadable, lambda: None
+image_features.decode_image, dist.destroy_process_group = unreadable, lambda: None
 sys.stdout.write(f"failed with {generate.main(sys.argv[1:])}\n")  # in one piece: both ranks write
 sys.stdout.flush()
-answers.decode_image, dist.destroy_process_group = honest, end
+image_features.decode_image, dist.destroy_process_group = honest, end
 sys.exit(generate.main(sys.argv[1:]))

@@ -41,9 +41,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a step reads and writes in place: of every row its last token, where that goes in the cache, and how far
+    """What a step reads and writes in place, for each row.
 
-    its position is from there; which rows have ended, the new tokens [rows, new], and how many there are of each.
+    `tokens`: its last token; `places`: where that goes in the cache; `offsets`: how far its position is from there;
+    `ended`: whether it has ended. `output`: the new tokens [rows, new]; `count`: how many of them there are, less one.
     """
 
     cache: StaticKeysValues
@@ -56,7 +57,7 @@ class _Rows:
     graphs: dict[tuple[str, ...] | None, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     def state(self) -> tuple[Tensor, ...]:
-        """All that a step changes, but for the cache, whose places it would write again."""
+        """Return all that a step changes, but for the cache, whose places it would write again."""
         return self.tokens, self.places, self.ended, self.output, self.count
 
 

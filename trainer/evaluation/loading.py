@@ -66,7 +66,7 @@ def replica_of(
     max_new_tokens: int,
     dtype: torch.dtype,
 ) -> Replica:
-    """A model that answers, prepared to do it fast where it can."""
+    """Return a model that answers, prepared to do it fast where it can."""
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     stock = why_stock(base)
     if stock is None:

@@ -50,7 +50,7 @@ class Replica:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model without PEFT's wrapper."""
+        """Return the model without PEFT's wrapper."""
         model = self.model
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 

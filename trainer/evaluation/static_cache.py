@@ -47,7 +47,7 @@ class StaticKeysValues:
         return self
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep key and value; returns what the attention sees: packed prompts themselves, else the whole buffers.
+        """Keep key and value; return what the attention sees: packed prompts themselves, else the whole buffers.
 
         [1, kv_heads, T, head_dim] of packed prompts, [rows, kv_heads, 1, head_dim] of a token each.
         """

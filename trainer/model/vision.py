@@ -222,7 +222,7 @@ def image_features(
 
 
 def features_of_images(model: Any, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> tuple[Tensor, ...]:
-    """Features [V, maps * hidden] of each of several images that go through the tower together, without a graph.
+    """Return features [V, maps * hidden] of each of several images that go through the tower together, without a graph.
 
     `pixels`: the patches [P, values] of each, on any device.
     """

@@ -69,7 +69,10 @@ class Recorder:
                 return
             self.outputs[name] = fingerprint(tensor)
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self.gradients.setdefault(name, fingerprint(gradient)))
+                tensor.register_hook(keep_gradient)
+
+        def keep_gradient(gradient: Tensor) -> None:  # what a hook returns would replace the gradient
+            self.gradients.setdefault(name, fingerprint(gradient))
 
         return record
 

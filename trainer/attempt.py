@@ -19,6 +19,7 @@ from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.planning.auto_settings import recomputation
 from launch.planning.oom_fallback import plan_with_less
 from launch.planning.plan import Plan
+from launch.planning.speeds import CPU, remember_speed
 from launch.run.directory import (
     RunDirectory,
     StopReason,
@@ -31,6 +32,7 @@ from launch.run.directory import (
 from launch.run.lock import hold_lock
 from launch.run.request_files import copy_checkpoint, keep_plan, write_request
 from launch.untrusted_files import read_text
+from trainer.metrics_log import read_lines
 from trainer.task import Task
 
 logger = get_logger("trainer")
@@ -100,6 +102,15 @@ def write_exit_marker(task: Task, ended: AttemptResult) -> None:
     else:
         write_marker(task.run, "DONE", f"step {ended.step}")
     clear_requests(task.run)
+
+
+def remember_attempt_speed(task: Task, began_at: int) -> None:
+    """For the next forecast: how fast the steps of this attempt were. A full disk or a damaged line is no matter."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        lines = read_lines(task.run.metrics_file)
+        seconds = {line["step"]: float(line["seconds"]) for line in lines if line["step"] > began_at}
+        card = torch.cuda.get_device_name() if task.plan.device == "cuda" else CPU
+        remember_speed(task.recipe, task.index, task.plan, card, seconds)
 
 
 def write_smaller_plan(task: Task) -> None:

@@ -12,10 +12,22 @@ from launch.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Samples of the training split, by position, whose targets weigh nothing from a step on (counted from 0)."""
+
+    samples: frozenset[int] = frozenset()
+    from_step: int = 0
+
+    def at(self, step: int) -> frozenset[int]:
+        """The samples that weigh nothing in a step."""
+        return self.samples if step >= self.from_step else frozenset()
+
+
+@dataclass(frozen=True)
 class Task:
     """Recipe, plan and place of one run; equal on all ranks.
 
-    `source`: the checkpoint of another run to begin with.
+    `source`: the checkpoint of another run to begin with. `left_out`: of an audit alone (`trainer.audit.blame`).
     """
 
     recipe: Recipe
@@ -23,3 +35,4 @@ class Task:
     index: Index
     run: RunDirectory
     source: Path | None = None
+    left_out: LeftOut = LeftOut()

@@ -28,6 +28,7 @@ from trainer import WATCHDOG
 from trainer.attempt import (
     AttemptResult,
     acquire_run,
+    remember_attempt_speed,
     write_exit_marker,
     write_exit_reason,
     write_smaller_plan,
@@ -233,6 +234,7 @@ def train(task: Task, state: PartialState, requests: StopRequests, timer: Startu
     finally:
         close(trainer)  # while the run is still locked and signals are requests
     run_on_all_ranks(requests.raise_failure)
+    run_on_main(lambda: remember_attempt_speed(trainer.task, step))
     reached, stop = trainer.state.global_step, trainer.agreed_requests.stop
     if stop and (reached < task.plan.max_steps or trainer.evaluation_interrupted):
         return AttemptResult(reached, stop)

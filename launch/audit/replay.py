@@ -9,34 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from launch.atomic_files import atomic_write
-from launch.audit.diff import TOLERANCES, Parting, compare_steps, read_plan
-from launch.audit.figures import read_steps
-from launch.checkpoints.scan import Checkpoint, scan_checkpoints
+from launch.audit.diff import Parting, compare_steps, read_plan, tolerance_of
+from launch.audit.restored import restored
 from launch.errors import ConfigError, RunError
-from launch.inputs.identity import TRAIN_ROWS, RunIdentity
 from launch.local.execute import execute_with_oom_retry
-from launch.local.planned_run import RunRequest, plan_run
-from launch.planning.plan import Plan
-from launch.run.changes import content_changes, refuse_changes
+from launch.local.planned_run import RunRequest
 from launch.run.directory import RunDirectory, request_stop
+from launch.run.figures import read_steps
 
 LOOK_EVERY_S = 0.2
-_QUIET = (
-    "checkpoint.every_steps=1000000000",
-    "checkpoint.first_step=false",
-    "evaluation.every_steps=1000000000",
-    "tracking.report_to=none",
-    "hub.push=false",
-)
-"""What alters no number of a step, and costs time, or would show others the copy as if it were the run."""
 
 
 @dataclass(frozen=True)
@@ -98,73 +83,30 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         RunError: the training failed.
     """
     plan, recorded = read_plan(run), read_steps(run.metrics_file)
-    begin = _checkpoint_before(run, first)
-    with tempfile.TemporaryDirectory(prefix=f".replay-{run.name}-", dir=run.path.parent) as folder:
-        copy = RunDirectory(Path(folder) / run.name)
-        _copy_until(run, copy, begin)
-        asked = replace(
-            request, recipe=str(copy.recipe_file), overrides=_QUIET, name=run.name, runs_dir=Path(folder)
-        )
-        planned = plan_run(asked)
-        _refuse_another_identity(run, plan, planned.plan, request.allow)
-        with _stopped_after(copy, last):
-            execute_with_oom_retry(planned, asked)
-        again = read_steps(copy.metrics_file)
+    with restored(run, first, request) as again:
+        with _stopped_after(again.run, last):
+            execute_with_oom_retry(again.planned, again.request)
+        taken, now, begin = read_steps(again.run.metrics_file), again.planned.plan, again.begin
     pairs = [
-        (step, recorded[step], again[step])
+        (step, recorded[step], taken[step])
         for step in range(first, last + 1)
-        if step in recorded and step in again
+        if step in recorded and step in taken
     ]
     if len(pairs) != last - first + 1:
         raise RunError(f"{run.path}: steps {first} to {last} were not all taken again; see the words above")
-    tolerance = TOLERANCES.get(plan.compute_dtype, TOLERANCES["float32"])
-    partings, bitwise, largest = compare_steps(
-        pairs, tolerance, plan.samples_digest == planned.plan.samples_digest
-    )
+    tolerance = tolerance_of(plan, now)
+    partings, bitwise, largest = compare_steps(pairs, tolerance, plan.samples_digest == now.samples_digest)
     return Replay(
         first,
         last,
         begin.folder.name if begin else None,
-        planned.plan.strategy,
-        planned.plan.world_size,
+        now.strategy,
+        now.world_size,
         tolerance,
         min(partings, key=lambda parting: parting.step, default=None),
         bitwise,
         largest,
     )
-
-
-def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Sequence[str]) -> None:
-    """ConfigError that names each part of data and base which is another one than the run was made of."""
-    before, after = (
-        RunIdentity({**each.identity, TRAIN_ROWS: each.dataset_fingerprint}) for each in (plan, now)
-    )
-    refuse_changes(content_changes(before, after), allow, str(run.path), "bring back what it was made of")
-
-
-def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:
-    """The newest valid checkpoint of an earlier step. ConfigError where a run of another's checkpoint has none."""
-    earlier = [each for each in scan_checkpoints(run.path) if each.valid and each.step < step]
-    if earlier:
-        return max(earlier, key=lambda each: each.step)
-    if read_plan(run).started_from:
-        raise ConfigError(
-            f"{run.path}: began with another run's checkpoint, and none before step {step} is left"
-        )
-    return None
-
-
-def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None) -> None:
-    """What a resume of the copy reads: recipe, plan, figures until the checkpoint, the checkpoint."""
-    copy.path.mkdir()
-    shutil.copyfile(run.recipe_file, copy.recipe_file)
-    if begin is None:
-        return
-    shutil.copyfile(run.plan_file, copy.plan_file)
-    steps = read_steps(run.metrics_file)
-    kept = (json.dumps(steps[step]) + "\n" for step in sorted(steps) if step <= begin.step)
-    atomic_write(copy.metrics_file, "".join(kept))
-    shutil.copytree(begin.folder, copy.path / begin.folder.name)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launch.audit.figures import read_steps
 from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, is_whole, read_digest
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
@@ -23,8 +22,10 @@ from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory, is_done_at
+from launch.run.figures import read_steps
 from launch.run.merged_model import DIGEST, read_record
-from launch.untrusted_files import UNREADABLE, printable, read_mapping, reason_of
+from launch.run.proof import chained, parse_proof, proof_of
+from launch.untrusted_files import UNREADABLE, printable, read_mapping, read_text, reason_of
 
 State = Literal["ok", "failed", "not checked"]
 
@@ -54,15 +55,8 @@ def verify_run(run: RunDirectory, progress: Callable[[str], None] = lambda _: No
         _adapter(run, plan),
         *_merges(run),
         *_evaluations(run),
+        *_cards(run),
     ]
-
-
-def chained(digests: Iterable[str]) -> str:
-    """sha256 (hex) of the digests of all steps, each hashed together with those before it."""
-    chain = b""
-    for digest in digests:
-        chain = hashlib.sha256(chain + digest.encode()).digest()
-    return chain.hex()
 
 
 def _plan_of(run: RunDirectory) -> Plan:
@@ -195,6 +189,26 @@ def _evaluations(run: RunDirectory) -> Iterator[Link]:
                 file.name,
                 "ok",
                 f"{result.get('questions')} questions, answered by adapter {short(str(digest))}",
+            )
+
+
+def _cards(run: RunDirectory) -> Iterator[Link]:
+    """The proof that a model card holds, against what the run's folder has now."""
+    for folder in (run.adapter, run.merged, run.merged_dequantized):
+        try:
+            written = parse_proof(read_text(folder / "README.md"))
+        except UNREADABLE:
+            continue
+        merge = read_record(folder) if folder != run.adapter else None
+        now = {link.name: link for link in proof_of(run, read_digest(run.adapter), merge)}
+        wrong = [link.name for link in written if now.get(link.name) != link]
+        if written and wrong:
+            yield Link(
+                f"card of {folder.name}", "failed", f"its {wrong[0]} is not that of the folder; evaluate anew"
+            )
+        elif written:
+            yield Link(
+                f"card of {folder.name}", "ok", f"{len(written)} links, chain {short(written[-1].chain)}"
             )
 
 

@@ -1,9 +1,9 @@
-"""The commands of `samestep` that check: runs (verify, diff) and machines (doctor)."""
+"""The commands of `samestep` that check: runs (verify, diff, replay, blame) and machines (doctor)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,30 +12,62 @@ from launch.console import add_row, echo, emit
 from launch.errors import ConfigError
 from launch.option_values import named, one_of, step_range, whole
 
+if TYPE_CHECKING:
+    from launch.audit.diff import Comparison
+
 commands = typer.Typer()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @commands.command(
-    epilog=example("samestep diff embedded embedded-on-2", "samestep diff runs/a runs/b --json")
+    epilog=example("samestep diff embedded embedded-on-2", "samestep diff runs/a runs/b --deep")
 )
 def diff(
     left: Annotated[str, typer.Argument(metavar="RUN", parser=named("RUN"), help="Name or folder of a run.")],
     right: Annotated[
         str, typer.Argument(metavar="RUN", parser=named("RUN"), help="Name or folder of another run.")
     ],
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Compute the first step whose loss parts again in both, and name the module that differs first.",
+        ),
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
     json: Json = False,
 ) -> None:
     """Compare two runs: recipe, data, base, plan and versions, and the first step where they part.
 
-    Ends with 0 when they are the same run within rounding, with 1 when they are not.
+    Ends with 0 when they are the same run within rounding, with 1 when they are not. --deep works in copies of the
+    runs, in one process here (a GPU, if there is one).
     """
-    from launch.audit.diff import compare_runs, verdict
+    from launch.audit.diff import compare_runs
     from launch.run.find import find_run
 
-    comparison = compare_runs(find_run(left, runs_dir), find_run(right, runs_dir))
+    places = find_run(left, runs_dir), find_run(right, runs_dir)
+    comparison = compare_runs(*places)
+    if not (json and deep):
+        _show_comparison(comparison, json)
+    if deep:
+        from launch.audit.deep import compare_deeply, deep_verdict, parting_step
+        from launch.local.planned_run import RunRequest
+
+        step = parting_step(comparison)
+        request = RunRequest(recipe="", strategy="single", gpus_per_node=1, runs_dir=runs_dir)
+        result = compare_deeply(*places, step, request)
+        if json:
+            emit(f'{{"comparison": {comparison.to_json()}, "deep": {result.to_json()}}}')
+        else:
+            echo(deep_verdict(result, (places[0].name, places[1].name)))
+    if comparison.first is not None:
+        raise typer.Exit(1)
+
+
+def _show_comparison(comparison: Comparison, json: bool) -> None:
+    from launch.audit.diff import verdict
+
     if json:
         emit(comparison.to_json())
     else:
@@ -66,26 +98,30 @@ def diff(
         ]
         echo(f"{comparison.steps:,} common steps; adapters {adapters}")
         echo(verdict(comparison))
-    if comparison.first is not None:
-        raise typer.Exit(1)
 
 
-@commands.command(epilog=example("samestep verify embedded", "samestep verify /backup/runs/embedded --json"))
+@commands.command(
+    epilog=example("samestep verify embedded", "samestep verify downloads/chart-adapter --json")
+)
 def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """Check the chain of a run: data, plan, every step, checkpoints, adapter, merged model, evaluation.
 
-    Needs no GPU, and neither the data nor the base: what needs them is checked where they are. Ends with 1 when a
-    link does not hold.
+    Needs no GPU, and neither the data nor the base: what needs them is checked where they are. Of a downloaded adapter
+    or merged model it checks the proof in its model card. Ends with 1 when a link does not hold.
     """
     from rich.console import Console
     from rich.table import Table
 
     from launch.audit.verify import to_json, verify_run
+    from launch.audit.verify_folder import has_proof, verify_folder
     from launch.run.find import find_run
 
-    place = find_run(run, runs_dir)
     with Console(stderr=True).status("reading") as status:
-        links = verify_run(place, status.update)
+        folder = Path(run).expanduser()
+        if has_proof(folder) and not (folder / "plan.json").is_file():
+            links = verify_folder(folder)
+        else:
+            links = verify_run(find_run(run, runs_dir), status.update)
     if json:
         emit(to_json(links))
     else:
@@ -128,9 +164,9 @@ def replay(
     Begins at the newest checkpoint before the steps, in a folder of its own; the run is only read. Ends with 1 when a
     figure differs beyond rounding. Another data set or base is refused by name; --allow takes the steps all the same.
     """
-    from launch.audit.figures import read_steps
     from launch.audit.replay import random_steps, refuse_steps_not_taken, replays
     from launch.local.planned_run import RunRequest
+    from launch.run.figures import read_steps
     from launch.run.find import find_run
     from launch.strategies import STRATEGIES
 
@@ -161,6 +197,58 @@ def replay(
         emit(f"[{', '.join(result.to_json() for result in results)}]")
     if any(result.parting for result in results):
         raise typer.Exit(1)
+
+
+@commands.command(
+    epilog=example(
+        "samestep blame embedded --step 120", "samestep blame embedded --step 120 --without 17 --until 140"
+    )
+)
+def blame(
+    run: RunArgument,
+    step: Annotated[
+        int, typer.Option(metavar="N", parser=whole("--step", 1, 10**9), help="Which step, counted from 1.")
+    ],
+    without: Annotated[
+        list[int],
+        typer.Option(
+            metavar="ROW",
+            parser=whole("--without", 0, 10**12),
+            help="Train on without this row of the training split; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    until: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=whole("--until", 1, 10**9),
+            help="Of --without: the last step to take.",
+            show_default="the last one of the run",
+        ),
+    ] = None,
+    allow: AllowPart = [],  # noqa: B006
+    runs_dir: RunsDir = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Rank the samples of a step by what each adds to its loss, computed again from the checkpoint before it.
+
+    Needs one process (a GPU, if there is one) and works in a copy; the run's folder gets blame/step-N.json, which
+    `samestep report` shows with pictures. --without trains on from there without a row, all else being the same, and
+    shows what that changes.
+    """
+    from launch.audit.blame import blame as blame_step
+    from launch.cli.tables import show_blame
+    from launch.local.planned_run import RunRequest
+    from launch.run.find import find_run
+
+    place = find_run(run, runs_dir)
+    request = RunRequest(recipe="", strategy="single", gpus_per_node=1, runs_dir=runs_dir, allow=tuple(allow))
+    result = blame_step(place, step, sorted({*without}), until, request)
+    if json:
+        emit(result.to_json())
+    else:
+        show_blame(result)
+        echo(f"kept for `samestep report {place.name}`: {place.path / 'blame' / f'step-{step}.json'}")
 
 
 @commands.command(epilog=example("samestep doctor", "samestep doctor qwen2vl_7b_chartqa --gpus-per-node 4"))

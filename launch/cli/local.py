@@ -27,7 +27,7 @@ from launch.cli.options import (
     nodes_option,
     with_early_stop,
 )
-from launch.cli.tables import plan_json, show_allowed, show_memory, show_plan
+from launch.cli.tables import plan_json, show_allowed, show_forecasts, show_memory, show_plan
 from launch.console import echo, emit
 from launch.option_values import host, whole
 
@@ -93,8 +93,9 @@ def plan(
     from launch.inputs import identity as run_identity
     from launch.local import planned_run
     from launch.local.topology import choose_topology, for_gpus_of
-    from launch.planning.forecast import forecast_line, forecast_of
+    from launch.planning.forecast import forecasts
     from launch.planning.make_plan import make_plan
+    from launch.planning.speeds import CPU
     from launch.recipe.loading import find_recipe, load_recipe
     from launch.rules.checks import refuse_topology
 
@@ -105,15 +106,15 @@ def plan(
     index = planned_run.load_index(file, loaded, overrides)
     identity = run_identity.find_identity(loaded, index)
     planned = make_plan(loaded, index, topology, identity=identity)
-    card = gpu_name() if gpu_memory is None else ""  # other GPUs than those here
-    forecast = forecast_of(loaded, index, planned, card, price, watts)
+    card = gpu_name() if topology.device == "cuda" else CPU
+    # Of other GPUs than those here nothing is known.
+    expected = [] if gpu_memory is not None else forecasts(loaded, index, planned, card, price, watts)
     if as_json:
-        emit(plan_json(planned, loaded, index, topology, forecast))
+        emit(plan_json(planned, loaded, index, topology, expected))
     else:
         show_plan(planned)
         show_memory(loaded, index, topology)
-        if forecast:
-            echo(forecast_line(forecast))
+        show_forecasts(expected)
     if gpu_memory is not None and gpus_per_node is None and strategy != "single":
         counted = "the GPUs here" if gpus_present() else "no GPU is here to be counted"
         echo(

@@ -11,6 +11,7 @@ from launch.console import add_row, echo, table_console
 from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
+    from launch.audit.blame import Blame
     from launch.inputs.dataset_index import Index
     from launch.planning.forecast import Forecast
     from launch.planning.plan import Plan
@@ -59,14 +60,75 @@ def show_memory(recipe: Recipe, index: Index, topology: Topology) -> None:
     table_console().print(table)
 
 
-def plan_json(plan: Plan, recipe: Recipe, index: Index, topology: Topology, forecast: Forecast | None) -> str:
-    """What `samestep plan --json` prints: the plan as in plan.json, each strategy's memory, and the forecast."""
+def plan_json(
+    plan: Plan, recipe: Recipe, index: Index, topology: Topology, expected: Sequence[Forecast]
+) -> str:
+    """What `samestep plan --json` prints: the plan as in plan.json, each strategy's memory, and the forecasts."""
     from launch.planning.oom_fallback import memory_rows
 
     rows = memory_rows(recipe, index, topology)
     memory = [dict(zip(MEMORY_COLUMNS, row, strict=True)) for row in rows]
-    times = asdict(forecast) if forecast else None
-    return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory, "forecast": times}, indent=1)
+    times = [asdict(each) for each in expected]
+    return json.dumps({"plan": json.loads(plan.to_json()), "memory": memory, "forecasts": times}, indent=1)
+
+
+def show_forecasts(expected: Sequence[Forecast]) -> None:
+    """Print the expected time of all steps in every layout of which something is known; nothing for none."""
+    from rich.table import Table
+
+    from launch.planning.forecast import COLUMNS, forecast_rows
+
+    if not expected:
+        return
+    table = Table(
+        *COLUMNS,
+        title=f"forecast for {printable(expected[0].card)}: {expected[0].tokens:,} tokens in all steps, "
+        "without loading, evaluations and saves",
+        title_justify="left",
+    )
+    for row in forecast_rows(expected):
+        add_row(table, *row)
+    table_console().print(table)
+
+
+SHOWN_TEXT = 70  # characters of a question or an answer
+
+
+def show_blame(blame: Blame) -> None:
+    """Print the samples of a step, ranked, and what changes without those that were left out."""
+    from rich.table import Table
+
+    table = Table(
+        *("row", "share", "loss a target", "targets", "tokens", "question", "target"),
+        title=f"step {blame.step}: what each sample adds to its loss of {blame.loss:.6g}",
+        title_justify="left",
+    )
+    for sample in blame.samples:
+        share = f"{sample.share / blame.loss:.1%}" if blame.loss else "-"
+        figures = (
+            str(sample.row),
+            share,
+            f"{sample.loss:.4g}",
+            str(sample.target_tokens),
+            f"{sample.tokens:,}",
+        )
+        add_row(table, *figures, sample.question[:SHOWN_TEXT], sample.target[:SHOWN_TEXT])
+    table_console().print(table)
+    recorded = "none" if blame.recorded_loss is None else f"{blame.recorded_loss:.6g}"
+    verdict = f"equal within {blame.tolerance:.0e}" if blame.agrees else (
+        "NOT the same: the step cannot be recomputed here, see `samestep replay`"
+    )  # fmt: skip
+    echo(f"computed from {blame.checkpoint}; the run recorded a loss of {recorded}: {verdict}")
+    if blame.without:
+        table = Table(
+            *("step", "figure", "as recorded", "without", "difference"),
+            title=f"from step {blame.step} on without rows {', '.join(map(str, blame.without))}",
+            title_justify="left",
+        )
+        for each in blame.steps:
+            values = (f"{each.recorded:.6g}", f"{each.without:.6g}", f"{each.without - each.recorded:+.2e}")
+            add_row(table, f"{each.step:,}", each.name, *values)
+        table_console().print(table)
 
 
 def show_allowed(changed: Sequence[Change]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from launch.checkpoints.scan import newest_valid
 from launch.errors import CheckpointError, ConfigError, SamestepError
+from launch.monitor.outlook import outlook_of
 from launch.run.directory import Marker, RunDirectory, read_marker
 from launch.run.lock import lock_holder
 from launch.run.merged_model import merges_behind
@@ -40,7 +41,10 @@ STARTING_S = (
 
 @dataclass(frozen=True)
 class Status:
-    """One run. None where nothing is known; times in seconds since 1970, ages in seconds."""
+    """One run. None where nothing is known; times in seconds since 1970, ages in seconds.
+
+    `forecast_hours`: of all steps, as `samestep plan` expected them; `projected_hours`: at the speed of the last ones.
+    """
 
     run: str
     state: State
@@ -58,6 +62,8 @@ class Status:
     timed_out: int = 0
     crashed: int = 0
     node_fail: int = 0
+    forecast_hours: float | None = None
+    projected_hours: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -123,6 +129,8 @@ def _status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], no
     left = (plan.max_steps - step) if plan else 0
     running = state == "running" and plan is not None and speed
     restarts = book.restarts()
+    outlook = outlook_of(run, plan, steps) if running and plan else None
+    left_s = left * plan.global_batch_size / speed if running and plan and speed else None
     return Status(
         run=run.name,
         state=state,
@@ -135,12 +143,14 @@ def _status_of(run: RunDirectory, show_job: Callable[[str], JobFacts | None], no
         loss=steps[-1]["loss"] if steps else None,
         checkpoint_step=checkpoint,
         checkpoint_age=None if written is None else max(0.0, now - written),
-        expected_end=now + left * plan.global_batch_size / speed if running and plan and speed else None,
+        expected_end=None if left_s is None else now + (outlook.seconds_left if outlook else left_s),
         preempted=restarts["preempted"],
         timed_out=restarts["time"],
         crashed=restarts["crashed"],
         node_fail=restarts["node_fail"],
-        notes=tuple(_notes(run)),
+        forecast_hours=outlook.forecast_hours if outlook else None,
+        projected_hours=outlook.projected_hours if outlook else None,
+        notes=(*_notes(run), *([line] if outlook and (line := outlook.line(run.name)) else [])),
     )
 
 

@@ -1,14 +1,16 @@
-"""How long the steps of a plan take, by speeds measured once on a card and the exact tokens of every step."""
+"""How long the steps of a plan take, from the exact tokens of every step and a speed: measured here, or tabled."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
 from launch.planning.run_steps import stream_of
+from launch.planning.speeds import Speed, read_speeds, speed_key, work_of_steps
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
@@ -21,6 +23,7 @@ TOKENS_PER_SECOND = 16_206.0
 Samples of 795 tokens on average, random weights; 1,973 tokens a sample gave 13,244."""
 _CARD = re.compile(r"H100.*HBM3|H200")
 _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
+TABLED = "tabled (one H100, 7B, samples of 795 tokens, default settings; not measured here)"
 
 EFFICIENCY = {
     ("single", 1): 1.0,
@@ -29,12 +32,22 @@ EFFICIENCY = {
 }
 """(strategy, GPUs of one machine) -> share of so many times one GPU's speed, measured with 32 samples a step."""
 
+Layout = tuple[str, int, int]
+"""(strategy, processes in all, nodes)."""
+
 
 @dataclass(frozen=True)
 class Forecast:
-    """The expected time and its cost. `cost`, `energy_kwh`: None where no price or watts were said."""
+    """The expected time of a plan's steps in one layout, and its cost. `source`: where the speed is from.
+
+    `cost`, `energy_kwh`: None where no price or watts were said.
+    """
 
     card: str
+    strategy: str
+    world_size: int
+    nodes: int
+    source: str
     tokens: int
     tokens_per_second: float
     hours: float
@@ -43,25 +56,30 @@ class Forecast:
     energy_kwh: float | None
 
 
-def forecast_of(
+def forecasts(
     recipe: Recipe, index: Index, plan: Plan, card: str, price: float | None, watts: float | None
-) -> Forecast | None:
-    """Forecast the steps of a plan on GPUs named `card`; None where that card, model or layout is not tabled.
+) -> list[Forecast]:
+    """Forecast the steps of a plan on cards named `card`: in its own layout first, then in every other that is known.
 
-    `price`: of a GPU hour. `watts`: of one GPU. Loading, evaluations and saves are not counted.
+    `price`: of a GPU hour. `watts`: of one GPU. Loading, evaluations and saves are not counted. Empty where nothing is
+    known of the card.
     """
-    shape, efficiency = read_shape(recipe), EFFICIENCY.get((plan.strategy, plan.world_size))
-    if efficiency is None or plan.nodes != 1 or plan.device != "cuda" or not _CARD.search(card):
-        return None
-    if not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
-        return None
+    if not card:
+        return []
+    own = plan.strategy, plan.world_size, plan.nodes
+    speeds = [each for each in read_speeds() if (each.recipe, each.card) == (speed_key(recipe), card)]
+    others = {(name, gpus, 1) for name, gpus in EFFICIENCY} if plan.device == "cuda" else set()
+    others |= {(each.strategy, each.world_size, each.nodes) for each in speeds}
+    layouts = [own, *sorted(others - {own}, key=lambda layout: (layout[1], layout[0]))]
+    layouts = [layout for layout in layouts if layout[1] <= plan.global_batch_size]
     tokens = tokens_of_steps(recipe, index, plan)
-    speed = TOKENS_PER_SECOND * plan.world_size * efficiency
-    hours = tokens / speed / 3600
-    gpu_hours = hours * plan.world_size
-    cost = None if price is None else gpu_hours * price
-    energy = None if watts is None else gpu_hours * watts / 1000
-    return Forecast(card, tokens, speed, hours, gpu_hours, cost, energy)
+    work = work_of_steps(recipe, index, plan, plan.begin.step + 1, plan.max_steps)
+    shape = read_shape(recipe)
+    known = []
+    for layout in layouts:
+        if timed := _seconds(recipe, plan, shape, card, speeds, layout, tokens, work):
+            known.append(_forecast(card, layout, tokens, *timed, price, watts))
+    return known
 
 
 def tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> int:
@@ -70,21 +88,71 @@ def tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> int:
     return sum(int(lengths[stream.samples(step)].sum()) for step in range(plan.begin.step, plan.max_steps))
 
 
+def _seconds(
+    recipe: Recipe,
+    plan: Plan,
+    shape: ModelShape | str,
+    card: str,
+    speeds: Sequence[Speed],
+    layout: Layout,
+    tokens: int,
+    work: float,
+) -> tuple[float, str] | None:
+    """(seconds of the steps, where that is from): measured in this layout, in another one, or tabled."""
+    measured = {(each.strategy, each.world_size, each.nodes): each for each in speeds}
+    if speed := measured.get(layout):
+        return work / speed.work_per_second, f"measured here over {speed.steps} steps"
+    efficiency = EFFICIENCY.get(layout[:2]) if layout[2] == 1 and plan.device == "cuda" else None
+    if efficiency is None:
+        return None
+    tabled = [each for each in measured if each[2] == 1 and each[:2] in EFFICIENCY]
+    if tabled:
+        nearest = min(tabled, key=lambda each: abs(each[1] - layout[1]))
+        whole = measured[nearest].work_per_second / (nearest[1] * EFFICIENCY[nearest[:2]])
+        from_layout = f"measured here on {nearest[0]} x {nearest[1]}, scaled by tabled efficiencies"
+        return work / (whole * layout[1] * efficiency), from_layout
+    if not _CARD.search(card) or not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
+        return None
+    return tokens / (TOKENS_PER_SECOND * layout[1] * efficiency), TABLED
+
+
+def _forecast(
+    card: str,
+    layout: Layout,
+    tokens: int,
+    seconds: float,
+    source: str,
+    price: float | None,
+    watts: float | None,
+) -> Forecast:
+    hours = seconds / 3600
+    gpu_hours = hours * layout[1]
+    cost = None if price is None else gpu_hours * price
+    energy = None if watts is None else gpu_hours * watts / 1000
+    return Forecast(card, *layout, source, tokens, tokens / seconds, hours, gpu_hours, cost, energy)
+
+
 def _is_measured(shape: ModelShape | str, plan: Plan) -> bool:
     if isinstance(shape, str) or (shape.hidden, shape.layers, shape.vision_intermediate) != _SHAPE:
         return False
     return plan.load_in_4bit and plan.global_batch_size == _BATCH and plan.compute_dtype == "bfloat16"
 
 
-def forecast_line(forecast: Forecast) -> str:
-    """The forecast in one line."""
-    parts = [f"{forecast.hours:,.2f} h", f"{forecast.gpu_hours:,.2f} GPU hours"]
-    if forecast.cost is not None:
-        parts.append(f"cost {forecast.cost:,.2f}")
-    if forecast.energy_kwh is not None:
-        parts.append(f"{forecast.energy_kwh:,.2f} kWh")
-    return (
-        f"forecast: {', '.join(parts)} for the {forecast.tokens:,} tokens of all steps, at a tabled "
-        f"{forecast.tokens_per_second:,.0f} tokens/s for {forecast.card} (one H100, 7B, samples of 795 tokens, "
-        "default settings; not measured here), without loading, evaluations and saves"
-    )
+COLUMNS = ("strategy", "GPUs", "time", "GPU hours", "tokens/s", "cost", "energy", "speed is")
+
+
+def forecast_rows(known: Sequence[Forecast]) -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` for each layout."""
+    return [
+        (
+            each.strategy,
+            f"{each.world_size}" if each.nodes == 1 else f"{each.world_size} on {each.nodes} nodes",
+            f"{each.hours:,.2f} h" if each.hours >= 1 else f"{each.hours * 60:,.1f} min",
+            f"{each.gpu_hours:,.2f}",
+            f"{each.tokens_per_second:,.0f}",
+            "-" if each.cost is None else f"{each.cost:,.2f}",
+            "-" if each.energy_kwh is None else f"{each.energy_kwh:,.2f} kWh",
+            each.source,
+        )
+        for each in known
+    ]

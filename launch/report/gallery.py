@@ -73,7 +73,7 @@ def make_gallery(runs: Sequence[RunRecords]) -> Gallery | None:
     before, after = _compared(columns)
     cards = _all_cards(first, evaluations)
     shown = choose_cards(cards, before, after)
-    images, note = _read_images(runs[0], first, [card.question.row for card in shown])
+    images, note = read_images(runs[0], first.split, [card.question.row for card in shown])
     shown = [Card(card.question, card.answers, images.get(card.question.row, "")) for card in shown]
     return Gallery(columns, tuple(shown), before, after, len(cards), note)
 
@@ -121,13 +121,11 @@ def _spread(cards: Sequence[Card], most: int) -> list[Card]:
     return [cards[position * len(cards) // count] for position in range(count)]
 
 
-def _read_images(
-    run: RunRecords, evaluation: EvaluationFile, rows: Sequence[int]
-) -> tuple[dict[int, str], str]:
+def read_images(run: RunRecords, split: str, rows: Sequence[int]) -> tuple[dict[int, str], str]:
     """(data URI of the chart of each row, why there are none): read by a child of the trainer's side, which knows
     every form of dataset."""
     with tempfile.TemporaryDirectory(prefix="samestep-report-") as folder:
-        arguments = ["--run-dir", str(run.run.path), "--split", evaluation.split, "--output", folder]
+        arguments = ["--run-dir", str(run.run.path), "--split", split, "--output", folder]
         try:
             call_module("trainer.evaluation.chart_images", [*arguments, "--rows", ",".join(map(str, rows))])
         except SamestepError:

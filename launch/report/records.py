@@ -19,6 +19,7 @@ from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.report.evaluations import EvaluationFile, read_evaluation_files
 from launch.report.local_attempts import LocalAttempt, local_attempts
+from launch.run.blamed import BlamedStep, read_blamed
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
 from launch.slurm.attempts import Attempt, read_ledger
@@ -55,6 +56,7 @@ class RunRecords:
     evaluations: list[EvaluationFile]
     merges: list[Merge]
     adapter_digest: str | None
+    blamed: list[BlamedStep] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +98,7 @@ def read_records(run: RunDirectory) -> RunRecords:
         evaluations=evaluations,
         merges=_merges(run, problems),
         adapter_digest=read_digest(run.adapter),
+        blamed=read_blamed(run, problems),
         problems=[*problems, *unreadable],
     )
 

@@ -15,6 +15,7 @@ from launch.errors import ConfigError
 from launch.planning.plan_table import plan_rows
 from launch.recipe.fingerprint import altering_values
 from launch.report import words
+from launch.report.blame import BlamedRun, make_blamed
 from launch.report.curves import curves, median_speed
 from launch.report.evaluations import OVERALL, EvaluationFile, VariantPair, pair_runs, pairs_of, scores
 from launch.report.gallery import Gallery, make_gallery
@@ -56,11 +57,11 @@ def write_report(runs: Sequence[RunDirectory], output: Path | None = None) -> Pa
         raise ConfigError(f"--output: {file.parent} is no folder; make it, or choose another")
     refuse_readonly(file.parent, "the report")
     records = [read_records(run) for run in runs]
-    atomic_write(file, render(records, make_gallery(records)))
+    atomic_write(file, render(records, make_gallery(records), make_blamed(records)))
     return file
 
 
-def render(runs: Sequence[RunRecords], gallery: Gallery | None) -> str:
+def render(runs: Sequence[RunRecords], gallery: Gallery | None, blamed: Sequence[BlamedRun] = ()) -> str:
     """The text of the page. Whatever the runs' files say is escaped, and no script but ours may run."""
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -79,6 +80,7 @@ def render(runs: Sequence[RunRecords], gallery: Gallery | None) -> str:
         runs=[_run(each) for each in runs],
         several=len(runs) > 1,
         gallery=gallery,
+        blamed=blamed,
         charts={"curves": curves(runs), "accuracy": _accuracy_chart(runs)},
         pairs=_pairs_between(runs),
         sameness=[sameness_of(first, second) for first, second in combinations(runs, 2)],

@@ -61,11 +61,11 @@ def is_merged_already(adapter: Path, merged: Path, base: str, dtype: str | None)
     return (
         record[DIGEST] == read_digest(adapter)
         and (merged / "config.json").is_file()
-        and _weights_are_whole(merged)
+        and weights_are_whole(merged)
     )
 
 
-def _weights_are_whole(folder: Path) -> bool:
+def weights_are_whole(folder: Path) -> bool:
     """Every weight file is as long as its header says, and all that the index names are there."""
     from safetensors import SafetensorError, safe_open
 

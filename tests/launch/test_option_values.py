@@ -75,10 +75,14 @@ HOSTILE: dict[str, list[str]] = {
     "--format": ["", "onnx", "VLLM"],
     "--steps": ["", "x", "0", "5:4", "-1", "1:", ":1", "1:2:3", "9" * 5000, LONG],
     "--random": ["", "0", "-1", "x", "1001"],
+    "--step": ["", "x", "0", "-1", "1.5"],
+    "--without": ["", "x", "-1", "1.5"],
+    "--until": ["", "x", "0", "-1"],
     "--seed": ["", "-1", "x", "1.5"],
 }
 NEEDED = {
     "consolidate": ("--output", "adapter"),
+    "blame": ("--step", "1"),
     "replay": ("--steps", "1"),
     "export": ("--format", "vllm"),
     "push": ("--repo", "me/it"),

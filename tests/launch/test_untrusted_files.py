@@ -44,7 +44,7 @@ PAST_THE_GATE = {
     "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",
     "slurm/attempts.py:_open_to_add": "adds a line of our own, and follows no link",
-    "run/merged_model.py:_weights_are_whole": "safetensors opens by name; plain_size looks first",
+    "run/merged_model.py:weights_are_whole": "safetensors opens by name; plain_size looks first",
     "checkpoints/publish.py:_bring_to_disk": "what this process or its ranks just wrote",
     "checkpoints/publish.py:publish": "parses what it has just dumped",
     "report/write.py:_source": "files of the installed package",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
+import torch
 from torch.utils.data import Dataset
 
 from launch.errors import RunError, SamestepError
 from launch.inputs.dataset_index import Split
 from launch.planning.step_plan import MicroBatch, StepPlan
-from trainer.data.encoder import Encoder
+from trainer.data.encoder import IGNORED, Encoder
 from trainer.data.packing import ModelInputs, pack
 from trainer.data.row_errors import RowError, naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import Rows
+from trainer.task import LeftOut
 
 
 class PackedBatch(TypedDict):
@@ -49,8 +52,17 @@ class Batches(Dataset["PackedBatch | SamestepError"]):
 class MicroBatches(Batches):
     """This rank's micro-batches of a step plan by number: number i is micro-batch i % M of step i // M."""
 
-    def __init__(self, rows: Rows, split: Split, encoder: Encoder, plan: StepPlan, rank: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        split: Split,
+        encoder: Encoder,
+        plan: StepPlan,
+        rank: int,
+        left_out: LeftOut = LeftOut(),  # noqa: B008 - frozen
+    ) -> None:
         self._rows, self._split, self._encoder, self._plan, self._rank = rows, split, encoder, plan, rank
+        self._left_out = left_out
         self._step: tuple[int, Sequence[MicroBatch]] = (-1, [])
 
     def __len__(self) -> int:
@@ -62,7 +74,9 @@ class MicroBatches(Batches):
         if self._step[0] != step:
             self._step = (step, self._plan.micro_batches_of(step, self._rank))
         target_tokens = int(self._split.target_tokens[self._plan.samples(step)].sum())
-        return assemble(self._rows, self._split, self._encoder, self._step[1][position], step, target_tokens)
+        unscored = self._left_out.at(step)
+        micro_batch = self._step[1][position]
+        return assemble(self._rows, self._split, self._encoder, micro_batch, step, target_tokens, unscored)
 
     def sample_bytes(self) -> int:
         """The bytes of one sample, on the average."""
@@ -96,9 +110,17 @@ def _sample_bytes(split: Split, encoder: Encoder) -> int:
 
 
 def assemble(
-    rows: Rows, split: Split, encoder: Encoder, batch: MicroBatch, step: int, step_target_tokens: int
+    rows: Rows,
+    split: Split,
+    encoder: Encoder,
+    batch: MicroBatch,
+    step: int,
+    step_target_tokens: int,
+    unscored: Collection[int] = (),
 ) -> PackedBatch:
     """Read, decode, encode and pack the samples of a micro-batch, checked against the index.
+
+    `unscored`: samples whose targets weigh nothing; they are computed like the others.
 
     Raises:
         RunError: a row is not the one the index was made of, or its token counts are others, so that the loss
@@ -124,6 +146,10 @@ def assemble(
                 f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
     processor = encoder.processor
+    samples = [
+        replace(sample, labels=torch.full_like(sample.labels, IGNORED)) if number in unscored else sample
+        for number, sample in zip(batch.samples, samples, strict=True)
+    ]
     return PackedBatch(
         inputs=pack(
             samples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, dig
 from launch.hub_names import EMBEDDED, is_hub_id
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
-from launch.run.merged_model import DIGEST, is_of_another_adapter
+from launch.run.merged_model import DIGEST, is_of_another_adapter, read_record
+from launch.run.proof import proof_of, proof_table
 from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_json, read_text
 from trainer.export.base_model import run_containing, run_recipe
 from trainer.export.merge_plan import CARD, MergePlan, MergeRequest
@@ -36,7 +38,7 @@ def model_card(request: MergeRequest, plan: MergePlan, report: MergeReport) -> s
         f"# {name}, merged\n",
         _what(base, plan, report),
         _training(recipe, plan),
-        figures_of(run, digest_of(plan.adapter.contents)),
+        figures_of(run, digest_of(plan.adapter.contents), merge_record(plan, report)),
         _loading(),
         _loading_the_adapter(recipe, base, _adapter_beside(plan)),
     ]
@@ -75,7 +77,9 @@ def refresh_figures(run: RunDirectory) -> None:
         _, end, after = rest.partition(_FIGURES_END)
         if begin and end:
             try:
-                atomic_write(card, before + figures_of(run, read_digest(run.adapter)).rstrip("\n") + after)
+                merge = None if folder == run.adapter else read_record(folder)
+                figures = figures_of(run, read_digest(run.adapter), merge)
+                atomic_write(card, before + figures.rstrip("\n") + after)
             except OSError as error:  # another user's; the answers are written
                 logger.warning("%s: keeps its older figures (%s)", card, error.strerror or error)
 
@@ -161,10 +165,11 @@ def _training_of(recipe: Recipe) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\nSystem message: {json.dumps(data.system_message)}\n"
 
 
-def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
+def figures_of(run: RunDirectory | None, adapter: str | None, merge: Mapping[str, Any] | None = None) -> str:
     """Of metrics.jsonl and eval.json, as far as they are there; what is damaged, or of other weights, is left out.
 
-    `adapter`: the digest of the card's adapter; a run that went on has the answers of its older one.
+    `adapter`: the digest of the card's adapter; a run that went on has the answers of its older one. `merge`:
+    merge.json of a merged model. What the run proves of itself follows (`launch.run.proof`).
     """
     if run is None:
         return ""
@@ -198,6 +203,8 @@ def figures_of(run: RunDirectory | None, adapter: str | None) -> str:
         pass  # not evaluated yet
     if len(lines) > 1:
         lines.insert(1, "## Figures\n")
+    if table := proof_table(proof_of(run, adapter, merge)):
+        lines += ["", table, ""]
     return "\n".join([*lines, _FIGURES_END]) + "\n"
 
 

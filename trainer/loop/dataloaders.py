@@ -31,7 +31,8 @@ _warned: set[str] = set()  # of transports, once a process
 
 def training_batches(task: Task, encoder: Encoder, steps: StepPlan, rank: int) -> MicroBatches:
     """Return this rank's micro-batches of the whole run, by number."""
-    return MicroBatches(open_split(task.recipe, "train"), task.index.splits["train"], encoder, steps, rank)
+    rows, split = open_split(task.recipe, "train"), task.index.splits["train"]
+    return MicroBatches(rows, split, encoder, steps, rank, task.left_out)
 
 
 def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBatches:
@@ -109,7 +110,7 @@ def log_first_targets(task: Task, encoder: Encoder, batch: PackedBatch) -> None:
     """
 
     def describe() -> str | None:
-        if not (samples := batch["samples"]):
+        if not (samples := batch["samples"]) or task.left_out.at(batch["step"]).intersection(samples):
             return None
         rows, split = open_split(task.recipe, "train"), task.index.splits["train"]
         # From their rows, not from their tokens: the tokens are what is checked.

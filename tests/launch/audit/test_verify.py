@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from launch.audit import verify
-from launch.audit.verify import chained, verify_run
+from launch.audit.verify import verify_run
 from launch.planning.step_plan import SampleStream
 from launch.run.directory import RunDirectory
+from launch.run.proof import chained
 from tests.helpers.attempts import INDEX, attempt, recipe_of
 from tests.helpers.launcher import samestep
 

@@ -1,21 +1,36 @@
 """The forecast of a plan."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.planning import forecast
-from launch.planning.forecast import forecast_line, forecast_of, tokens_of_steps
+from launch.planning.forecast import EFFICIENCY, TABLED, forecast_rows, forecasts, tokens_of_steps
 from launch.planning.make_plan import make_plan
 from launch.planning.plan import Plan
 from launch.planning.run_steps import stream_of
+from launch.planning.speeds import (
+    read_speeds,
+    remember_speed,
+    speed_key,
+    speeds_file,
+    work_of_steps,
+    work_per_second,
+)
+from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
 from launch.recipe.schema import Recipe
 from tests.helpers.indexes import SHAPE, embedded_recipe, make_index
 
 H100 = "NVIDIA H100 80GB HBM3"
 INDEX = make_index(330)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path))
 
 
 @pytest.fixture
@@ -30,27 +45,70 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, Plan]:
     return recipe, replace(plan, device="cuda", load_in_4bit=True, compute_dtype="bfloat16")
 
 
-def test_every_token_of_the_trained_samples_is_counted_once(planned: tuple[Recipe, Plan]) -> None:
-    recipe, plan = planned
+@pytest.mark.parametrize("epochs", ["1", "1.5", "2.3"])
+def test_every_token_of_the_trained_samples_is_counted_once(epochs: str) -> None:
+    recipe = embedded_recipe(f"training.num_train_epochs={epochs}")
+    plan = make_plan(recipe, INDEX, Topology("single", 1, 1, "cpu"))
     lengths = INDEX.splits["train"].tokens
-    order = np.concatenate([stream_of(recipe, plan).samples(step) for step in range(10)])
+    order = np.concatenate([stream_of(recipe, plan).samples(step) for step in range(plan.max_steps)])
     assert tokens_of_steps(recipe, INDEX, plan) == lengths[order].sum()
+    assert plan.max_steps == int(330 * float(epochs)) // 32
 
 
-def test_time_cost_and_energy_follow_from_the_tabled_speed(planned: tuple[Recipe, Plan]) -> None:
-    expected = forecast_of(*planned[:1], INDEX, planned[1], H100, 2.0, 500.0)
-    assert expected is not None
-    assert expected.hours == pytest.approx(expected.tokens / (16_206 * 4 * 0.93) / 3600)
-    assert expected.gpu_hours == pytest.approx(4 * expected.hours)
-    assert (expected.cost, expected.energy_kwh) == (2 * expected.gpu_hours, 0.5 * expected.gpu_hours)
-    line = forecast_line(expected)
-    assert f"tabled 60,286 tokens/s for {H100} (one H100" in line
-    assert "not measured here" in line
+def test_a_run_that_goes_on_is_forecast_from_where_its_plan_begins(planned: tuple[Recipe, Plan]) -> None:
+    recipe, plan = planned
+    later = replace(plan, begin=StreamOffset(4, 4 * 32))
+    whole, rest = (forecasts(recipe, INDEX, each, H100, None, None)[0] for each in (plan, later))
+    stream, lengths = stream_of(recipe, plan), INDEX.splits["train"].tokens
+    assert whole.tokens - rest.tokens == sum(int(lengths[stream.samples(step)].sum()) for step in range(4))
+
+
+def test_time_cost_and_energy_follow_from_the_tabled_speed_for_every_layout(
+    planned: tuple[Recipe, Plan],
+) -> None:
+    expected = forecasts(*planned[:1], INDEX, planned[1], H100, 2.0, 500.0)
+    assert (expected[0].strategy, expected[0].world_size) == ("ddp", 4)
+    assert {(each.strategy, each.world_size) for each in expected} == EFFICIENCY.keys()
+    own = expected[0]
+    assert own.hours == pytest.approx(own.tokens / (16_206 * 4 * 0.93) / 3600)
+    assert own.gpu_hours == pytest.approx(4 * own.hours)
+    assert (own.cost, own.energy_kwh) == (2 * own.gpu_hours, 0.5 * own.gpu_hours)
+    assert {row[-1] for row in forecast_rows(expected)} == {TABLED}
+
+
+def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe, Plan]) -> None:
+    recipe, plan = planned
+    one = replace(plan, strategy="single", world_size=1, gpus_per_node=1)
+    # One unit of work takes 0.01 s; the first steps of the attempt and one beside a backup say little.
+    seconds = {step: 0.01 * work_of_steps(recipe, INDEX, one, step, step) for step in range(1, 11)}
+    seconds |= {1: 1e6, 2: 1e6, 7: 1e6}
+    remember_speed(recipe, INDEX, one, H100, seconds)
+    by_layout = {
+        (each.strategy, each.world_size): each for each in forecasts(recipe, INDEX, plan, H100, None, None)
+    }
+    whole = 0.01 * work_of_steps(recipe, INDEX, plan, 1, plan.max_steps)
+    assert by_layout["single", 1].hours * 3600 == pytest.approx(whole)
+    assert by_layout["single", 1].source == "measured here over 7 steps"
+    assert by_layout["ddp", 4].hours * 3600 == pytest.approx(whole / 4 / 0.93)
+    assert "measured here on single x 1" in by_layout["ddp", 4].source
+    other = embedded_recipe("training.num_train_epochs=1", "lora.r=64")
+    assert speed_key(other) != speed_key(recipe)
+    assert {each.source for each in forecasts(other, INDEX, plan, H100, None, None)} == {TABLED}
+
+
+def test_too_few_steps_or_a_damaged_file_say_nothing(planned: tuple[Recipe, Plan]) -> None:
+    recipe, plan = planned
+    assert work_per_second(recipe, INDEX, plan, {4: 1.0, 5: 1.0}) is None
+    remember_speed(recipe, INDEX, plan, H100, dict.fromkeys(range(1, 6), 1.0))
+    assert not speeds_file().exists()
+    for text in ("{", "3", '[3, {"recipe": 1}]', '[{"work_per_second": "x"}]'):
+        speeds_file().write_text(text)
+        assert read_speeds() == []
 
 
 @pytest.mark.parametrize("card", ["", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB"])
-def test_a_card_that_is_not_tabled_has_no_forecast(card: str, planned: tuple[Recipe, Plan]) -> None:
-    assert forecast_of(planned[0], INDEX, planned[1], card, None, None) is None
+def test_a_card_of_which_nothing_is_known_has_no_forecast(card: str, planned: tuple[Recipe, Plan]) -> None:
+    assert forecasts(planned[0], INDEX, planned[1], card, None, None) == []
 
 
 @pytest.mark.parametrize(
@@ -61,4 +119,6 @@ def test_a_layout_that_was_not_measured_has_no_forecast(
     other: dict[str, int | str], planned: tuple[Recipe, Plan]
 ) -> None:
     plan = replace(planned[1], **other)  # type: ignore[arg-type]
-    assert forecast_of(planned[0], INDEX, plan, H100, None, None) is None
+    known = forecasts(planned[0], INDEX, plan, H100, None, None)
+    own = plan.strategy, plan.world_size, plan.nodes
+    assert own not in [(each.strategy, each.world_size, each.nodes) for each in known]

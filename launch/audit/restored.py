@@ -1,0 +1,129 @@
+"""A copy of a run as it was at a checkpoint, planned for what is here, so that its steps can be taken again.
+
+The run itself is only read. The copy lies beside it, on the same disk, and goes when the block ends.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.atomic_files import atomic_write
+from launch.audit.diff import read_plan
+from launch.checkpoints.scan import Checkpoint, scan_checkpoints
+from launch.errors import ConfigError
+from launch.inputs.identity import TRAIN_ROWS, RunIdentity
+from launch.local.launcher import child_environment, trainer_command
+from launch.local.planned_run import PlannedRun, RunRequest, plan_run
+from launch.planning.plan import Plan
+from launch.run.changes import content_changes, refuse_changes
+from launch.run.directory import RunDirectory
+from launch.run.figures import read_steps
+from launch.run.request_files import write_request
+from launch.subprocesses import ChildError, wait_for
+
+QUIET = (
+    "checkpoint.every_steps=1000000000",
+    "checkpoint.first_step=false",
+    "checkpoint.keep_best=null",
+    "evaluation.early_stop=0",
+    "evaluation.answers=0",
+    "tracking.report_to=none",
+    "hub.push=false",
+)
+"""What alters no number of a step, and costs time, or would show others the copy as if it were the run."""
+UNEVALUATED = ("evaluation.every_steps=1000000000",)
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """The copy, what was planned for it here, and the checkpoint where it begins (None: at step 0)."""
+
+    run: RunDirectory
+    planned: PlannedRun
+    request: RunRequest
+    begin: Checkpoint | None
+
+    @property
+    def begins_at(self) -> str:
+        """The checkpoint's name, or step 0, in words."""
+        return self.begin.folder.name if self.begin else "step 0"
+
+
+@contextmanager
+def restored(
+    run: RunDirectory, step: int, request: RunRequest, overrides: Sequence[str] = (*QUIET, *UNEVALUATED)
+) -> Iterator[RestoredRun]:
+    """Copy what a resume from the newest checkpoint before `step` reads, and plan it for the machine of `request`.
+
+    `request`: with which strategy and processes, and what may differ (`--allow`); the rest of it is filled in here.
+
+    Raises:
+        ConfigError: the data or the base is another one (the part is named), or the request breaks a rule.
+    """
+    plan, begin = read_plan(run), _checkpoint_before(run, step)
+    with tempfile.TemporaryDirectory(prefix=f".replay-{run.name}-", dir=run.path.parent) as folder:
+        copy = RunDirectory(Path(folder) / run.name)
+        _copy_until(run, copy, begin)
+        asked = replace(
+            request, recipe=str(copy.recipe_file), overrides=overrides, name=run.name, runs_dir=Path(folder)
+        )
+        planned = plan_run(asked)
+        _refuse_another_identity(run, plan, planned.plan, request.allow)
+        yield RestoredRun(copy, planned, asked, begin)
+
+
+def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) -> None:
+    """Write the copy's plan, and run a module of the trainer on it in the plan's processes.
+
+    Raises:
+        ChildError: it did not finish; it has said why.
+    """
+    planned = restored_run.planned
+    write_request(restored_run.run, planned.recipe, planned.plan)
+    command = trainer_command(
+        planned.plan, module, ["--run-dir", str(restored_run.run.path), *map(str, arguments)]
+    )
+    ended = wait_for(command, child_environment(planned.plan))
+    if ended.interrupted:
+        raise KeyboardInterrupt
+    if ended.status:
+        raise ChildError(f"python -m {module}", ended.status)
+
+
+def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Sequence[str]) -> None:
+    """ConfigError that names each part of data and base which is another one than the run was made of."""
+    before, after = (
+        RunIdentity({**each.identity, TRAIN_ROWS: each.dataset_fingerprint}) for each in (plan, now)
+    )
+    refuse_changes(content_changes(before, after), allow, str(run.path), "bring back what it was made of")
+
+
+def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:
+    """The newest valid checkpoint of an earlier step. ConfigError where a run of another's checkpoint has none."""
+    earlier = [each for each in scan_checkpoints(run.path) if each.valid and each.step < step]
+    if earlier:
+        return max(earlier, key=lambda each: each.step)
+    if read_plan(run).started_from:
+        raise ConfigError(
+            f"{run.path}: began with another run's checkpoint, and none before step {step} is left"
+        )
+    return None
+
+
+def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None) -> None:
+    """What a resume of the copy reads: recipe, plan, figures until the checkpoint, the checkpoint."""
+    copy.path.mkdir()
+    shutil.copyfile(run.recipe_file, copy.recipe_file)
+    if begin is None:
+        return
+    shutil.copyfile(run.plan_file, copy.plan_file)
+    steps = read_steps(run.metrics_file)
+    kept = (json.dumps(steps[step]) + "\n" for step in sorted(steps) if step <= begin.step)
+    atomic_write(copy.metrics_file, "".join(kept))
+    shutil.copytree(begin.folder, copy.path / begin.folder.name)

@@ -1,0 +1,135 @@
+"""Speeds that earlier attempts of a recipe reached on a card, remembered in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.atomic_files import atomic_write
+from launch.inputs.caches import cache_root
+from launch.planning.run_steps import stream_of
+from launch.planning.step_plan import cost
+from launch.untrusted_files import UNREADABLE, parse_json, read_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from launch.inputs.dataset_index import Index, Split
+    from launch.planning.plan import Plan
+    from launch.recipe.schema import Recipe
+
+WARM_UP = 3
+"""First steps of an attempt that say little: kernels are compiled, the allocator grows, data workers fill."""
+LEAST = 3
+"""Steps after these from which a speed is taken."""
+_ODD = 1.5  # times the median of its kind: a step beside something else that the machine did
+_KEPT = 200
+CPU = "CPU"
+"""The name of the card where there is none."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What an attempt reached. `work_per_second`: in the unit of `step_plan.cost`, of all processes together.
+
+    `recipe`: `speed_key`; `steps`: how many were measured.
+    """
+
+    recipe: str
+    card: str
+    strategy: str
+    world_size: int
+    nodes: int
+    work_per_second: float
+    steps: int
+
+
+def speed_key(recipe: Recipe) -> str:
+    """sha256 (hex, 16 digits) of the values of a recipe that its speed depends on, besides the tokens of its steps."""
+    values = recipe.model_dump(mode="json")
+    parts = [values["model"], values["quantization"], values["lora"], values["batch"]]
+    names = ("gradient_checkpointing", "deterministic", "dataloader_num_workers")
+    parts += [values["training"][name] for name in names]
+    parts += [values["data"]["loss"], values["data"]["vision_cache"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def work_of_samples(split: Split) -> NDArray[np.float64]:
+    """The work of every sample of a split (`step_plan.cost`)."""
+    return cost(split.text_tokens, split.visual_tokens, split.visual_squares)
+
+
+def work_of_steps(recipe: Recipe, index: Index, plan: Plan, first: int, last: int) -> float:
+    """The work of the steps `first` to `last`, counted from 1, over all processes."""
+    stream, work = stream_of(recipe, plan), work_of_samples(index.splits["train"])
+    return float(sum(work[stream.samples(step - 1)].sum() for step in range(first, last + 1)))
+
+
+def work_per_second(recipe: Recipe, index: Index, plan: Plan, seconds: Mapping[int, float]) -> float | None:
+    """The speed of measured steps (step, counted from 1 -> its seconds); None for too few.
+
+    Steps that took half as long again as the usual one for their work are left out.
+    """
+    work = {
+        step: work_of_steps(recipe, index, plan, step, step) for step in seconds if step > plan.begin.step
+    }
+    slowness = {step: seconds[step] / work[step] for step in work if work[step] > 0 and seconds[step] > 0}
+    if len(slowness) < LEAST:
+        return None
+    usual = statistics.median(slowness.values())
+    kept = [step for step, each in slowness.items() if each <= _ODD * usual]
+    return sum(work[step] for step in kept) / sum(seconds[step] for step in kept)
+
+
+def speeds_file() -> Path:
+    """Where speeds are remembered."""
+    return cache_root() / "speeds.json"
+
+
+def read_speeds() -> list[Speed]:
+    """Every remembered speed, the newest last; none where the file cannot be read."""
+    try:
+        entries = parse_json(read_text(speeds_file()))
+        return [speed for entry in entries if (speed := _parse(entry))]
+    except (*UNREADABLE, TypeError, ValueError):
+        return []
+
+
+def _parse(entry: Any) -> Speed | None:
+    try:
+        speed = Speed(
+            recipe=str(entry["recipe"]),
+            card=str(entry["card"]),
+            strategy=str(entry["strategy"]),
+            world_size=int(entry["world_size"]),
+            nodes=int(entry["nodes"]),
+            work_per_second=float(entry["work_per_second"]),
+            steps=int(entry["steps"]),
+        )
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    return speed if 0 < speed.work_per_second < math.inf and speed.world_size > 0 else None
+
+
+def remember_speed(recipe: Recipe, index: Index, plan: Plan, card: str, seconds: Mapping[int, float]) -> None:
+    """Keep the speed of an attempt's steps, `seconds` by step; its first ones are left out. OSError: no room."""
+    measured = dict(sorted(seconds.items())[WARM_UP:])
+    if (speed := work_per_second(recipe, index, plan, measured)) is None:
+        return
+    new = Speed(speed_key(recipe), card, plan.strategy, plan.world_size, plan.nodes, speed, len(measured))
+    others = [each for each in read_speeds() if _layout(each) != _layout(new)]
+    file = speeds_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = [*others, new][-_KEPT:]
+    atomic_write(file, json.dumps([asdict(each) for each in kept], indent=1) + "\n")
+
+
+def _layout(speed: Speed) -> tuple[str, str, str, int, int]:
+    return speed.recipe, speed.card, speed.strategy, speed.world_size, speed.nodes

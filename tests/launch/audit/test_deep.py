@@ -1,0 +1,63 @@
+"""What a comparison of modules says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from launch.audit.deep import (
+    DeepComparison,
+    ModuleDifference,
+    deep_verdict,
+    parting_step,
+    relative_difference,
+)
+from launch.audit.diff import Comparison, Parting, Quantity
+from launch.errors import ConfigError
+
+SAME = DeepComparison(6, 4, 90, 0.0, None, True, (True, True), (2.0, 2.0), (2.0, 2.0))
+
+
+def comparison(*partings: tuple[Quantity, int]) -> Comparison:
+    found = tuple(Parting(quantity, step, 1, 2, 0.5, 1e-6) for quantity, step in partings)
+    return Comparison("a", "b", (), 8, found, None, 0.5, None)
+
+
+def test_the_step_is_the_first_whose_loss_or_norm_parts() -> None:
+    assert parting_step(comparison(("loss", 6), ("grad_norm", 5))) == 5
+    assert parting_step(comparison(("loss", 6), ("samples", 7))) == 6
+
+
+@pytest.mark.parametrize(
+    ("partings", "words"),
+    [
+        ((), "no step to look into"),
+        ((("learning_rate", 3),), "no step to look into"),
+        ((("samples", 4), ("loss", 4)), "the samples part at step 4"),
+        ((("target_tokens", 2), ("loss", 3)), "the target tokens part at step 2"),
+    ],
+)
+def test_where_no_module_is_to_blame_it_is_refused(
+    partings: tuple[tuple[Quantity, int], ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parting_step(comparison(*partings))
+
+
+def test_the_verdict_tells_a_module_from_a_machine_and_from_rounding() -> None:
+    found = replace(SAME, first=ModuleDifference("layers.0.mlp", "forward", 0.3, 1e-5), identical=False)
+    assert "layers.0.mlp is the first module whose output differs, by 3.0e-01" in deep_verdict(
+        found, ("a", "b")
+    )
+    machine = replace(SAME, reproduced=(True, False), recorded=(2.0, 3.0))
+    assert "the loss that b recorded (3) does not come out here (2)" in deep_verdict(machine, ("a", "b"))
+    drifted = replace(SAME, identical=False, weights=1e-7)
+    assert "parted little by little" in deep_verdict(drifted, ("a", "b"))
+
+
+def test_numbers_that_are_none_differ_from_all_others() -> None:
+    assert relative_difference([math.nan, 1.0], [1.0, 1.0]) == math.inf
+    assert relative_difference([math.nan, 1.0], [math.nan, 1.0]) == 0.0
+    assert relative_difference([0.0, 0.0], [0.0, 0.0]) == 0.0

@@ -3,7 +3,7 @@
 import logging
 import os
 
-from launch.inputs.caches import cache_root
+from launch.inputs.caches import private_cache
 from launch.launcher_variables import PARENT
 from trainer import watchdog
 from trainer.interrupts import hide_interrupts
@@ -23,7 +23,8 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # Triton's kernels outlive the machine where the cache folder does; a rank that finds them starts seconds sooner.
-os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
+if "TRITON_CACHE_DIR" not in os.environ and (_kernels := private_cache("triton")):
+    os.environ["TRITON_CACHE_DIR"] = str(_kernels)
 
 # On some processors bitsandbytes 0.50 warns, while it is imported, that an optional package of CPU kernels is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

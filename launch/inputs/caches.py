@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,21 @@ def cache_root() -> Path:
     if configured := os.environ.get("SAMESTEP_CACHE"):
         return Path(configured).expanduser().resolve()
     return hugging_face_home().parent / "samestep"
+
+
+def private_cache(name: str) -> Path | None:
+    """Make a folder for what is executed, which nobody else can write; None where that cannot be had.
+
+    The cache folder may be shared by a group of users, so the user's id is part of the folder's name.
+    """
+    folder = cache_root() / f"{name}-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError:
+        return None
+    is_own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    return folder if is_own and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
 
 
 def hugging_face_home() -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.inputs.caches import cache_root
+from launch.inputs.caches import private_cache
 
 _FOLDER, _NEVER = "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE"
 
@@ -18,19 +19,13 @@ def bytecode_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return variables that let the processes of a run keep compiled modules in the cache folder; often there are none.
 
     Images of containers come with `PYTHONDONTWRITEBYTECODE`, or with packages in a folder that nobody can write, and
-    then each process compiles the 4,000 modules below torch, transformers and trl anew. The folder is the user's
-    alone, as what lies in it is executed.
+    then each process compiles the 4,000 modules below torch, transformers and trl anew. Each set of packages has a
+    folder of its own: Python knows a source by its path, time and size, which two images may have in common.
     """
     if environment.get(_FOLDER) or not _compiles_every_time(environment):
         return {}
-    folder = cache_root() / f"bytecode-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.lstat()
-    except OSError:
-        return {}
-    is_own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-    if not is_own or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    folder = private_cache(f"bytecode-{_packages_digest()}")
+    if folder is None:
         return {}
     return {_FOLDER: str(folder), _NEVER: ""}
 
@@ -41,6 +36,11 @@ def _compiles_every_time(environment: Mapping[str, str]) -> bool:
     if package is None or any((package / "__pycache__").glob(f"*.{sys.implementation.cache_tag}.pyc")):
         return False
     return bool(environment.get(_NEVER)) or not os.access(package, os.W_OK)
+
+
+def _packages_digest() -> str:
+    packages = sorted(f"{each.name}=={each.version}" for each in distributions())
+    return sha256("\n".join([sys.version, sys.prefix, *packages]).encode()).hexdigest()[:12]
 
 
 def _torch_folder() -> Path | None:

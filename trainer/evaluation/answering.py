@@ -1,7 +1,9 @@
 """The answers of all models to all questions: one rank's share of the batches, each answer written as it comes.
 
 Every rank holds a replica (generation under sharding waits for answers of unequal length). The batches do not depend on
-the number of ranks, so neither do the answers; what is stored already is left out of its batch.
+the number of ranks; what is stored already is left out of its batch. Answers of the stock path do not depend on either.
+On the path of packed prompts an image goes through the tower with others, which differ between ranks: its features, and
+a token whose two best logits are as good as equal, may differ in rounding.
 """
 
 from __future__ import annotations

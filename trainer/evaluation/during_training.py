@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypedDict, cast
@@ -83,7 +83,7 @@ def score_answers(
     synced = task.plan.parallelism.shards_layers and task.plan.world_size > 1
     rows = open_split(task.recipe, "validation")
     base = cast(PreTrainedModel, model.get_base_model())
-    stock = "the layers are shared out" if task.plan.parallelism.shards_layers else why_stock(base)
+    stock = _why_stock(task, base)
     replica = Replica(
         model,
         processor,
@@ -115,6 +115,14 @@ def score_answers(
     return run_on_all_ranks(lambda: _score(questions, gathered, load_metrics(task.recipe, has_kinds)))
 
 
+def _why_stock(task: Task, base: PreTrainedModel) -> str | None:
+    if task.plan.parallelism.shards_layers:
+        return "the layers are shared out"
+    if task.recipe.checkpoint.keep_best == "accuracy":
+        return "the best checkpoint is to be the same one under every strategy"
+    return why_stock(base)
+
+
 @cache
 def _say(way: str) -> None:
     """Once, on rank 0."""
@@ -123,17 +131,25 @@ def _say(way: str) -> None:
 
 
 def _answers(replica: Replica, prompts: Sequence[str], images: Sequence[int]) -> list[str]:
-    try:
+    with _naming_batch_size(len(prompts)):
         return replica.answers(prompts, images)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"evaluation.batch_size: {len(prompts)} prompts are too many beside the training (GPU out of memory); the "
-            "same command goes on with a smaller one, or with evaluation.answers: 0"
-        ) from error
 
 
 def _look(replica: Replica, rows: Sequence[int]) -> None:
-    replica.features.of(rows)
+    with _naming_batch_size(len(rows)):
+        replica.features.of(rows)
+
+
+@contextmanager
+def _naming_batch_size(prompts: int) -> Iterator[None]:
+    """Memory that an evaluation lacks is no reason to make the training's micro-batches smaller."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"evaluation.batch_size: {prompts} prompts are too many beside the training (GPU out of memory); the "
+            "same command goes on with a smaller one, or with evaluation.answers: 0"
+        ) from error
 
 
 def _score(questions: Sequence[_Question], answers: Mapping[int, str], metrics: Metrics) -> ScoredAnswers:

@@ -132,7 +132,8 @@ class ImageFeatures:
                 values = features_of_images(
                     self.base.model, [pixels for pixels, _ in images[begin:end]], grids
                 )
-            encoded += [ImageMaps(part, grid) for part, grid in zip(values, grids, strict=True)]
+            # Copies, as a part would keep the memory of all that were computed with it.
+            encoded += [ImageMaps(part.clone(), grid) for part, grid in zip(values, grids, strict=True)]
         return encoded
 
     def _alone(self, pixels: Tensor, grid: Grid) -> Tensor:

@@ -40,14 +40,15 @@ def own_template(adapter: Adapter, recipe: Recipe | None) -> OwnTemplate | None:
     file, run = Path(recipe.data.chat_template), run_containing(adapter.path)
     recorded, where = recorded_at(adapter.path)
     wanted = recorded.parts.get(OWN_TEMPLATE) if recorded is not None else None
+    kept = run.adapter / TEMPLATE_FILE if run is not None else None
+    is_kept = kept is not None and kept.is_file()
     try:
-        if wanted is None or files_digest([file]) == wanted:
+        if files_digest([file]) == wanted or (wanted is None and not is_kept):
             return OwnTemplate(read_text(file), file)
         why = f"has changed since {where}"
     except (*UNREADABLE, ConfigError):
         why = "cannot be read"
-    kept = run.adapter / TEMPLATE_FILE if run is not None else None
-    if kept is not None and kept.is_file():
+    if kept is not None and is_kept:
         return OwnTemplate(read_text(kept), kept)
     raise CheckpointError(
         f"data.chat_template: {printable(str(file))} {why}, and the run's adapter, which keeps it, is not written yet; "

@@ -295,9 +295,19 @@ def graph_layers(
         and not any(isinstance(module, Linear4bit) for module in base.model.language_model.modules())
         and modelling_of(base).maps(tower) == 1
         and not any(weight.requires_grad for weight in tower.parameters())
+        and not _has_own_attention(base)
     )
     layers = list(base.model.language_model.layers)
     return LayerGraphs(layers, most_tokens) if fitting and len(layers) > 1 else None
+
+
+def _has_own_attention(base: PreTrainedModel) -> bool:
+    """Whether attention runs in the kernel whose grid follows the samples' lengths, which a graph would freeze."""
+    if base.device.type != "cuda":
+        return False
+    from trainer.model.text_attention_kernel import faster_than_pytorch  # Triton is where CUDA is
+
+    return faster_than_pytorch(base.device, base.model.language_model.layers[0].self_attn.head_dim)
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:

@@ -272,6 +272,8 @@ def attend_causally(
     """Return the attention of every token to those before it in its sample, like q [T, heads, width].
 
     k and v are [T, fewer heads, width]; `bounds` [N + 1] int32 on the device and `lengths` the same for the host. The
-    width is a power of two from 16 on.
+    width is a power of two from 16 on. RuntimeError where the two say another number of samples.
     """
+    if len(lengths) + 1 != len(bounds):
+        raise RuntimeError(f"attention: {len(bounds) - 1} samples on the device, {len(lengths)} for the host")
     return cast(Tensor, _Attention.apply(q, k, v, bounds, lengths, scale))

@@ -37,6 +37,8 @@ _JOB = re.compile(r"[0-9][0-9_+]{0,40}")
 _JOBS = re.compile(r"([0-9][0-9_+]{0,40}(,|$)){0,100}")
 MAX_CRASHES = 3
 """Attempts in a row that save no step, after which a job is given up: the default of --max-crashes."""
+DOCTOR = "doctor: "
+"""How the reason of an attempt begins that the doctor has kept from training."""
 _NODE_FAILURES = 2  # as many times as crashes: bad luck, unless it is the run that brings its nodes down
 _A_DAY = 8  # as many times as crashes, of a run that gets forward between them; 24 by default
 _DAY_S = 86400.0
@@ -66,6 +68,11 @@ class Attempt:
     def saved(self) -> bool:
         """It brought the run forward."""
         return self.last_step > self.first_step
+
+    @property
+    def is_unfit(self) -> bool:
+        """The doctor has kept it from training, and the job is not queued again. Jobs on other nodes may be."""
+        return self.how == "refused" and self.reason.startswith(DOCTOR)
 
 
 @dataclass(frozen=True)

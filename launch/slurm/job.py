@@ -251,7 +251,9 @@ def end(options: argparse.Namespace) -> int:
             print(f"cancel={others}")
         raise
     if others:
-        orders.append(f"{'wake' if status == QUEUED_AGAIN else 'cancel'}={others}")
+        # (2: the request was refused. By the doctor, that was for these nodes.)
+        free = status == QUEUED_AGAIN or (status == 2 and options.unfit)
+        orders.append(f"{'wake' if free else 'cancel'}={others}")
     if orders:
         print(*orders)
     return 0 if status == QUEUED_AGAIN else status
@@ -305,7 +307,7 @@ def end_of_unfit(
     """
     names, _, reason = unfit.partition(" ")
     failed = sorted({*dead, *(name for name in names.split(",") if name and name != "*")})
-    end = End("node_fail", f"doctor: {reason}", ",".join(failed))
+    end = End("node_fail", f"{ledger.DOCTOR}{reason}", ",".join(failed))
     if names != "*" and job is not None:
         before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
         now = replace(before[-1], how=end.how, failed_nodes=end.failed_nodes, ended=time.time())
@@ -313,7 +315,7 @@ def end_of_unfit(
         if {*failed} <= {*nodes_to_exclude([*before[:-1], now], job, nodes, used)}:
             return end
         reason += "; there are not enough other nodes of this kind"
-    text = f"doctor: {reason}; `samestep doctor --nodes` shows more, submit again once it is mended"
+    text = f"{ledger.DOCTOR}{reason}; `samestep doctor --nodes` shows more, submit again once it is mended"
     with suppress(OSError):
         write_marker(run, "REFUSED", text)
     return End("refused", text)

@@ -92,8 +92,9 @@ def plan_job(options: argparse.Namespace, allocation: Allocation) -> JobPlan:
     target = RunDirectory(Path(options.target).absolute())
     if _is_run(target):
         plan = Plan.read(target.plan_file)
-        if plan.nodes == allocation.nodes and not _is_undecided(plan):
+        if plan.nodes == allocation.nodes:
             refuse_other_gpus(target, plan, allocation)
+        if plan.nodes == allocation.nodes and not _is_undecided(plan):
             end = early_end(target, load_recipe(target.recipe_file))
             return JobPlan(plan, is_done_at(target, plan.max_steps, end))
         request = _request_of_run(target, plan, allocation)
@@ -120,7 +121,10 @@ def refuse_other_gpus(run: RunDirectory, plan: Plan, allocation: Allocation) -> 
 
 
 def _request_of_run(run: RunDirectory, plan: Plan, allocation: Allocation) -> planned_run.RunRequest:
-    usual = bool(plan.strategy_reason) or plan.strategy == default_strategy(plan.world_size).name
+    # A named strategy stays, unless one of both is a single process: that has a strategy of its own.
+    before = default_strategy(plan.world_size).name
+    now = default_strategy(allocation.nodes * plan.gpus_per_node).name
+    usual = bool(plan.strategy_reason) or plan.strategy == before != now
     memory = plan.gpu_memory or (gpu_memory() if plan.device == "cuda" else None)
     strategy = AUTO if usual else plan.strategy
     topology = Topology(strategy, allocation.nodes, plan.gpus_per_node, plan.device, memory)

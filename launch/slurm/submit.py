@@ -233,10 +233,9 @@ def queue_submission(submission: Submission) -> list[tuple[str, str]]:
                 raise ConfigError(f"{error} (cpus_per_process: {submission.cpus})") from None
             raise
     queued = _queue_alternatives(submission, first)
-    started = "?".join(f"afterok:{job}" for _, job in queued)  # `?`: any of them
+    started = _any_of(queued)
     for name, text in submission.follow_ups.items():
-        # Without the second the job would wait for ever once the one before has failed.
-        options = [f"--dependency={started}", "--kill-on-invalid-dep=yes"]
+        options = _after(started)
         try:
             queued.append((name, sbatch(run.path / name, text, *options)))
         except ConfigError as error:
@@ -258,10 +257,33 @@ def _queue_alternatives(submission: Submission, first: str) -> list[tuple[str, s
         try:
             job = sbatch(run.path / SCRIPT, submission.script, f"--nodes={count}") if queued else first
         except ConfigError as error:
-            raise ConfigError(f"--nodes: {count}: {error}; queued already: {_in_words(queued)}") from None
+            later = _follow_ups_by_hand(submission, queued)
+            raise ConfigError(
+                f"--nodes: {count}: {error}; queued already: {_in_words(queued)}{later}"
+            ) from None
         queued.append((f"{SCRIPT} ({count} node{'s' if count > 1 else ''})", job))
         attempts.write_event(run, "submit", job=job, alternatives=",".join(job for _, job in queued))
     return queued
+
+
+def _follow_ups_by_hand(submission: Submission, queued: Sequence[tuple[str, str]]) -> str:
+    """How to queue what was to follow, in words; empty where nothing was. `ID`: that of the one before it."""
+    started, commands = _any_of(queued), []
+    for name in submission.follow_ups:
+        commands.append(f"sbatch {' '.join(_after(started))} {submission.planned.run.path / name}")
+        started = "afterok:ID"
+    words = f"; {', '.join(submission.follow_ups)}: not queued, queue by hand: {', then '.join(commands)}"
+    return words if commands else ""
+
+
+def _any_of(queued: Sequence[tuple[str, str]]) -> str:
+    """The dependency on a good end of any of these jobs."""
+    return "?".join(f"afterok:{job}" for _, job in queued)
+
+
+def _after(dependency: str) -> list[str]:
+    """Without the second the job would wait for ever once the one before has failed."""
+    return [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
 
 
 def _in_words(queued: Sequence[tuple[str, str]]) -> str:

@@ -54,13 +54,19 @@ def refuse_another_job(
 def refuse_after_a_stop(run: RunDirectory, allocation: Allocation) -> None:
     """RunError when a job of the same submission was stopped or its training refused: that was meant for all of them.
 
-    They were to be cancelled; a scancel may fail.
+    They were to be cancelled; a scancel may fail. Attempts that never began say nothing, save one that answered a stop:
+    another job may have been turned away since. What the doctor refused was meant for the nodes of that job alone.
     """
     book = ledger.read_ledger(run)
-    last = book.last
+    begun = [
+        attempt
+        for attempt in book.attempts
+        if (attempt.how in (None, "stopped") or attempt.ended > attempt.began) and not attempt.is_unfit
+    ]
+    last = max(begun, key=lambda attempt: max(attempt.began, attempt.ended), default=None)
     if last is None or last.job not in book.others_of(allocation.job):
         return
-    if last.how == "stopped" or (last.how == "refused" and last.ended > last.began):
+    if last.how in ("stopped", "refused"):
         raise RunError(f"{run.path}: job {last.job} of the same submission was {last.how} ({last.reason})")
 
 

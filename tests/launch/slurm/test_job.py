@@ -111,6 +111,38 @@ def test_another_number_of_nodes_is_planned_anew(
     assert (plan.nodes, plan.gpus_per_node, plan.world_size) == (3, 4, 12)
 
 
+@pytest.mark.parametrize(
+    ("named", "nodes", "strategy"), [("ddp", 3, "ddp"), ("ddp", 1, "single"), ("single", 2, "ddp")]
+)
+def test_a_named_strategy_stays_on_other_nodes_unless_one_process_has_its_own(
+    named: str,
+    nodes: int,
+    strategy: str,
+    run: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = 1 if named == "single" else 2
+    words = [
+        "--nodes",
+        str(before),
+        "--gpus-per-node",
+        "1",
+        "--device",
+        "cpu",
+        "--strategy",
+        named,
+        "--name",
+        named,
+    ]
+    assert samestep("submit", *EMBEDDED, *words) == 0
+    other = RunDirectory(run.path.parent / named)
+    _attempt(monkeypatch, 0, nodes=nodes)
+    assert _begin(other, capsys)[0] == 0
+    plan = Plan.from_json(other.plan_file.read_text())
+    assert (plan.nodes, plan.strategy, bool(plan.strategy_reason)) == (nodes, strategy, strategy != named)
+
+
 def test_a_strategy_chosen_without_the_memory_of_the_gpus_is_chosen_again_where_it_is_known(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -406,6 +438,30 @@ def test_a_run_that_was_stopped_is_not_taken_over_by_one_that_could_not_be_cance
     assert _begin(several, capsys, "43 RUNNING 1", "--stand-by", "900")[0] == 0
 
 
+def test_a_job_that_was_turned_away_since_does_not_hide_a_stop(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    write_marker(several, "STOPPED", "user: at step 3 of 6")
+    _end(several, capsys)
+    now = time.time()
+    unstarted = {"job": "42", "first_step": 0, "began": now, "ended": now}
+    for restart, how in enumerate(("refused", "crashed", "standby")):
+        ledger.write_event(several, "unstarted", **unstarted, restart=restart, how=how)
+    _attempt(monkeypatch, 3)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "42 RUNNING 1", "--stand-by", "900") == (1, [])
+    marker = read_marker(several)
+    assert marker is not None
+    assert marker.kind == "STOPPED"
+    _attempt(monkeypatch, 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "43")  # by hand, and its node died: the run was wanted again
+    assert _begin(several, capsys, "43 RUNNING 1")[0] == 0
+    _attempt(monkeypatch, 4)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "42 RUNNING 1", "--stand-by", "900")[0] == 0
+
+
 # nodes that are not fit -----------------------------------------------------------------------------
 
 
@@ -438,6 +494,19 @@ def test_what_other_nodes_cannot_mend_ends_the_job(
     assert marker is not None
     assert (marker.kind, unfit.partition(" ")[2] in marker.text) == ("REFUSED", True)
     assert "submit again once it is mended" in marker.text
+
+
+@pytest.mark.parametrize("unfit", ["n2 n2: clock: 300.0 s ahead", "* n1: data: not prepared"])
+def test_what_the_doctor_refuses_leaves_the_other_jobs_in_the_queue(
+    unfit: str, several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    words = ["--nodes", f"{KIND}|mixed|n[1-2]", "--unfit", unfit]
+    assert _end(several, capsys, RUNNING.format(0), *words) == (2, "wake=42\n")
+    _attempt(monkeypatch, 0, nodes=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "42 RUNNING 1", "--stand-by", "900")[0] == 0
+    assert read_marker(several) is None
 
 
 # what is in the way for a while -----------------------------------------------------------------
@@ -591,11 +660,14 @@ def test_outside_a_job_it_says_so(
     assert "SLURM_JOB_ID: is not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("undecided", [False, True])
 def test_another_number_of_gpus_than_planned_is_refused_before_anything_starts(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undecided: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = json.loads(run.plan_file.read_text())
-    run.plan_file.write_text(json.dumps({**plan, "device": "cuda"}))
+    run.plan_file.write_text(json.dumps({**plan, "device": "cuda", "gpu_memory": 0}))
+    memory = 80 * 2**30 if undecided else None
+    monkeypatch.setattr("launch.slurm.job_plan.gpu_memory", lambda: memory)
     _attempt(monkeypatch, 0)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(plan["gpus_per_node"] + 1))
     assert _main("begin", run, "--device", "cuda") == 2

@@ -234,11 +234,19 @@ def test_of_several_jobs_one_that_is_refused_leaves_those_before_it(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm.answer("sbatch", 'case $* in *--nodes=3*) echo "too many" >&2; exit 1 ;; *) echo 41 ;; esac')
-    assert samestep(*SUBMIT, "--nodes", "2,3") == 2
+    assert samestep(*SUBMIT, "--nodes", "2,3", "--then", "merge,evaluate") == 2
     told = capsys.readouterr().err
     assert "--nodes: 3: sbatch: refused submit.sbatch" in told
-    assert "queued already: submit.sbatch (2 nodes) as job 41" in told
+    assert (
+        "queued already: submit.sbatch (2 nodes) as job 41; merge.sbatch, evaluate.sbatch: not queued" in told
+    )
+    folder, options = _run().path, "--kill-on-invalid-dep=yes"
+    assert f"sbatch --dependency=afterok:41 {options} {folder / 'merge.sbatch'}, then" in told
+    assert f"sbatch --dependency=afterok:ID {options} {folder / 'evaluate.sbatch'}" in told
+    assert len(slurm.calls("sbatch")) == 2
     assert read_ledger(_run()).alternatives == ("41",)
+    assert samestep(*SUBMIT, "--nodes", "2,3", "--name", "alone") == 2
+    assert "by hand" not in capsys.readouterr().err
 
 
 def test_a_run_under_way_here_is_not_queued(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.audit.diff import read_plan, tolerance_of
-from launch.audit.restored import QUIET, UNEVALUATED, call_here, restored
+from launch.audit.restored import QUIET, UNEVALUATED, call_here, refuse_steps_of_another_plan, restored
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.local.planned_run import RunRequest
@@ -83,8 +83,10 @@ def blame(
     """
     recorded = read_steps(run.metrics_file)
     last = _last_step(step, without, until, recorded)
+    refuse_steps_of_another_plan(run, step, "--step")
     refuse_rows_of_other_steps(run, step, without)
     with restored(run, step, request, (*QUIET, *(() if without else UNEVALUATED))) as copy:
+        refuse_rows_of_other_steps(run, step, without)  # again: the data may have been prepared only now
         output = copy.run.path / "losses.json"
         rows = ["--without", ",".join(map(str, without))] if without else []
         call_here(copy, MODULE, ["--step", str(step), "--last", str(last), "--output", str(output), *rows])

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from launch.audit.diff import Comparison, read_plan, tolerance_of
-from launch.audit.restored import call_here, restored
+from launch.audit.restored import call_here, refuse_steps_of_another_plan, restored
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.local.planned_run import RunRequest
@@ -67,18 +67,16 @@ class DeepComparison:
         return json.dumps(asdict(self), indent=1)
 
 
-def parting_step(comparison: Comparison) -> int:
-    """The first step whose loss or gradient norm parts.
+def parting_step(comparison: Comparison) -> int | None:
+    """The first step whose loss or gradient norm parts; None: none does.
 
     Raises:
-        ConfigError: none does, or the samples or their tokens part before.
+        ConfigError: the samples or their tokens part before.
     """
     steps = {parting.quantity: parting.step for parting in comparison.partings}
     step = min((steps[name] for name in ("loss", "grad_norm") if name in steps), default=None)
     if step is None:
-        raise ConfigError(
-            "--deep: neither loss nor gradient norm parts beyond rounding, so there is no step to look into"
-        )
+        return None
     for name in ("samples", "target_tokens"):
         if steps.get(name, step + 1) <= step:
             raise ConfigError(
@@ -184,6 +182,7 @@ def _fingerprints(run: RunDirectory, step: int, rows: Sequence[str], request: Ru
 
 def _first_micro_batch(run: RunDirectory, step: int) -> list[str]:
     """Digests of the rows that rank 0 computes first in a step (counted from 1)."""
+    refuse_steps_of_another_plan(run, step, "--deep")
     recipe, plan = load_recipe(run.recipe_file), read_plan(run)
     index = read_index(recipe)
     if index is None or index.fingerprint != plan.dataset_fingerprint:

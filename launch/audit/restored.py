@@ -55,6 +55,15 @@ class RestoredRun:
         return self.begin.folder.name if self.begin else "step 0"
 
 
+def refuse_steps_of_another_plan(run: RunDirectory, step: int, option: str) -> None:
+    """ConfigError for a step from before a change of the plan: its samples no longer follow from what the run keeps."""
+    if step <= (begun := read_plan(run).begin.step):
+        raise ConfigError(
+            f"{option}: step {step} of {run.name} was taken with an earlier plan (the batch size was changed after "
+            f"step {begun}), so its samples are not known; name a later step"
+        )
+
+
 @contextmanager
 def restored(
     run: RunDirectory, step: int, request: RunRequest, overrides: Sequence[str] = (*QUIET, *UNEVALUATED)

@@ -56,11 +56,16 @@ def diff(
 
         step = parting_step(comparison)
         request = RunRequest(recipe="", strategy="single", gpus_per_node=1, runs_dir=runs_dir)
-        result = compare_deeply(*places, step, request)
+        result = compare_deeply(*places, step, request) if step is not None else None
         if json:
-            emit(f'{{"comparison": {comparison.to_json()}, "deep": {result.to_json()}}}')
-        else:
+            found = result.to_json() if result is not None else "null"
+            emit(f'{{"comparison": {comparison.to_json()}, "deep": {found}}}')
+        elif result is not None:
             echo(deep_verdict(result, (places[0].name, places[1].name)))
+        else:
+            echo(
+                "--deep: neither loss nor gradient norm parts beyond rounding, so there is no step to look into"
+            )
     if comparison.first is not None:
         raise typer.Exit(1)
 

@@ -28,13 +28,13 @@ def comparison(*partings: tuple[Quantity, int]) -> Comparison:
 def test_the_step_is_the_first_whose_loss_or_norm_parts() -> None:
     assert parting_step(comparison(("loss", 6), ("grad_norm", 5))) == 5
     assert parting_step(comparison(("loss", 6), ("samples", 7))) == 6
+    assert parting_step(comparison()) is None
+    assert parting_step(comparison(("learning_rate", 3))) is None
 
 
 @pytest.mark.parametrize(
     ("partings", "words"),
     [
-        ((), "no step to look into"),
-        ((("learning_rate", 3),), "no step to look into"),
         ((("samples", 4), ("loss", 4)), "the samples part at step 4"),
         ((("target_tokens", 2), ("loss", 3)), "the target tokens part at step 2"),
     ],

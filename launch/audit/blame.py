@@ -17,7 +17,7 @@ from launch.audit.diff import read_plan, tolerance_of
 from launch.audit.restored import QUIET, UNEVALUATED, call_here, refuse_steps_of_another_plan, restored
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
-from launch.local.planned_run import RunRequest
+from launch.local.planned_run import PlannedRun, RunRequest
 from launch.planning.run_steps import stream_of
 from launch.recipe.loading import load_recipe
 from launch.run.blamed import BlamedSample, blame_file
@@ -86,7 +86,8 @@ def blame(
     refuse_steps_of_another_plan(run, step, "--step")
     refuse_rows_of_other_steps(run, step, without)
     with restored(run, step, request, (*QUIET, *(() if without else UNEVALUATED))) as copy:
-        refuse_rows_of_other_steps(run, step, without)  # again: the data may have been prepared only now
+        # Again: the data may have been prepared only now, and `--allow` lets it be another one.
+        refuse_rows_of_other_steps(run, step, without, copy.planned)
         output = copy.run.path / "losses.json"
         rows = ["--without", ",".join(map(str, without))] if without else []
         call_here(copy, MODULE, ["--step", str(step), "--last", str(last), "--output", str(output), *rows])
@@ -127,12 +128,27 @@ def _last_step(
     return reached if until is None else until
 
 
-def refuse_rows_of_other_steps(run: RunDirectory, step: int, rows: Sequence[int]) -> None:
-    """ConfigError unless the rows are of the step's samples; says nothing where the data is not prepared yet."""
-    recipe, plan = load_recipe(run.recipe_file), read_plan(run)
-    index = read_index(recipe)
-    if not rows or index is None or index.fingerprint != plan.dataset_fingerprint:
+def refuse_rows_of_other_steps(
+    run: RunDirectory, step: int, rows: Sequence[int], planned: PlannedRun | None = None
+) -> None:
+    """ConfigError unless the rows are of the step's samples.
+
+    `planned`: the run as it was planned here, perhaps of other data (`--allow`). Without it the run's own plan counts,
+    and nothing is said where its data is not prepared yet.
+    """
+    if not rows:
         return
+    if planned is None:
+        recipe, plan = load_recipe(run.recipe_file), read_plan(run)
+    else:
+        recipe, plan = planned.recipe, planned.plan
+    index = read_index(recipe)
+    if index is None or index.fingerprint != plan.dataset_fingerprint:
+        if planned is None:
+            return
+        raise ConfigError(
+            f"{run.path}: its prepared data was changed meanwhile; run `samestep prepare {run.recipe_file}`"
+        )
     known = [int(row) for row in index.splits["train"].rows[stream_of(recipe, plan).samples(step - 1)]]
     if foreign := sorted({*rows} - {*known}):
         raise ConfigError(

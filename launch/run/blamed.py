@@ -28,11 +28,12 @@ class BlamedSample:
 
 @dataclass(frozen=True)
 class BlamedStep:
-    """A step as it was kept."""
+    """A step as it was kept. `agrees`: its loss came out as the run had recorded it."""
 
     step: int
     checkpoint: str
     loss: float
+    agrees: bool
     samples: tuple[BlamedSample, ...]
     without: tuple[int, ...]
     changes: tuple[tuple[int, str, float, float], ...]
@@ -89,6 +90,7 @@ def _parse(values: dict[str, object]) -> BlamedStep:
         int(number(values["step"])),
         str(values["checkpoint"]),
         number(values["loss"]),
+        values.get("agrees") is True,
         samples,
         tuple(int(number(row)) for row in without),
         changes,

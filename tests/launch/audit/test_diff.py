@@ -96,6 +96,21 @@ def test_the_command_ends_with_1_when_they_part(
     assert (values["first"]["quantity"], values["first"]["step"]) == ("loss", 2)
 
 
+def test_deep_has_nothing_to_look_into_where_neither_loss_nor_norm_parts(
+    left: RunDirectory, right: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("diff", str(left.path), str(right.path), "--deep")
+    assert samestep(*command) == 0
+    printed = capsys.readouterr().out
+    assert "adapters equal to the byte" in printed
+    assert "there is no step to look into" in printed
+    change_step(right, 3, lambda line: line.update(learning_rate=1.0))
+    assert samestep(*command, "--json") == 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["comparison"]["first"]["quantity"] == "learning_rate"
+    assert values["deep"] is None
+
+
 def test_runs_that_cannot_be_compared_are_one_line(
     left: RunDirectory, right: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

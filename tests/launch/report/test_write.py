@@ -8,6 +8,7 @@ import pytest
 
 from launch.report import gallery
 from launch.report.write import write_report
+from launch.run.blamed import blame_file
 from launch.run.directory import RunDirectory
 from launch.subprocesses import ChildError
 from tests.helpers.launcher import samestep
@@ -162,6 +163,29 @@ def test_damaged_files_are_named_in_the_report(tmp_path: Path, monkeypatch: pyte
     for named in ("metrics.jsonl: 1 lines", "environment.json", "eval-validation.json", "eval-64.json"):
         assert named in words
     assert "12 of 20" in words
+
+
+@pytest.mark.parametrize(("kept", "warnings"), [({"agrees": True}, 0), ({"agrees": False}, 1), ({}, 1)])
+def test_a_step_whose_loss_did_not_come_out_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: dict[str, bool], warnings: int
+) -> None:
+    stand_in_for_images(monkeypatch)
+    run = reported_run(tmp_path / "blamed")
+    sample = {
+        "row": 3,
+        "loss": 2.0,
+        "share": 2.0,
+        "target_tokens": 2,
+        "tokens": 80,
+        "question": "q",
+        "target": "t",
+    }
+    file = blame_file(run, 6)
+    file.parent.mkdir()
+    file.write_text(json.dumps({"step": 6, "checkpoint": "step 0", "loss": 2.0, "samples": [sample], **kept}))
+    words = Parsed(write_report([run]).read_text()).words
+    assert "Step 6, loss 2" in words
+    assert words.count("This loss is not the one that the run recorded") == warnings
 
 
 def test_charts_that_cannot_be_read_leave_a_report_without_them(

@@ -53,8 +53,7 @@ class StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         self._write_step()
-        ends = state.global_step == trainer.plan.max_steps or bool(trainer.agreed_requests.stop)
-        trainer.record.end_step(state.global_step, last=ends)
+        trainer.record.end_step(state.global_step)
         # All ranks agreed on these requests in the step's all-reduce, so all of them save and stop here together.
         requests = trainer.agreed_requests
         first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1
@@ -62,6 +61,9 @@ class StepEnd(TrainerCallback):
             control.should_save = True
         if requests.stop:
             control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.record.summarize()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save a checkpoint; `Trainer` calls this where its own would have been saved."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,7 @@ from trainer.checks.wrapping import ReferenceOutputs, compare_outputs, reference
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.engine.zero import Zero
 from trainer.loop.dataloaders import shortest_sample, to_device, uncached
-from trainer.model.base import RECIPE_DTYPES, compute_in, graph_layers, prepare_training
-from trainer.model.layer_graphs import LayerGraphs
+from trainer.model.base import RECIPE_DTYPES, compute_in, prepare_training
 from trainer.task import Task
 from trainer.vision_cache.writer import FeatureWriter
 
@@ -30,14 +28,9 @@ if TYPE_CHECKING:
 
 logger = get_logger("trainer")
 
-GRAPHS_VARIABLE = "SAMESTEP_LAYER_GRAPHS"
-"""1 in the environment of the launch: decoder layers as CUDA graphs. Off: no run on several GPUs has used them."""
 
-
-def prepare_model(
-    model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None
-) -> LayerGraphs | None:
-    """Choose kernels, recomputation and precision, and log the kernels; return the CUDA graphs to capture."""
+def prepare_model(model: PeftModel, recipe: Recipe, plan: Plan, features: FeatureWriter | None) -> None:
+    """Choose kernels, recomputation and precision of the plan, and log the kernels."""
     dtype = RECIPE_DTYPES[plan.compute_dtype]
     kernels = prepare_training(
         model,
@@ -49,13 +42,6 @@ def prepare_model(
     )
     logger.info(kernels)
     compute_in(model, dtype)
-    if (
-        os.environ.get(GRAPHS_VARIABLE) != "1"
-        or plan.parallelism.zero_stage
-        or plan.parallelism.shards_layers
-    ):
-        return None  # DeepSpeed reduces in the middle of a step, sharded weights lie elsewhere in every pass
-    return graph_layers(model, recipe, dtype, plan.micro_batch_tokens)
 
 
 def load_resumed_adapter(trainer: PlannedTrainer, checkpoint: str) -> None:

@@ -56,6 +56,9 @@ class StepRecord:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of what is inside to a phase, without that of phases inside it."""
+        if self._file is None:
+            yield
+            return
         began, others = time.perf_counter(), sum(self._seconds.values())
         try:
             yield
@@ -74,8 +77,8 @@ class StepRecord:
         self._began, self._waited_for_data = time.perf_counter(), DATA_WAIT.seconds
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
-    def end_step(self, step: int, last: bool) -> None:
-        """Write a step's line; after a hundred of them, and after the last step, log a summary. Then a collective."""
+    def end_step(self, step: int) -> None:
+        """Write a step's line; after a hundred of them log a summary. Then a collective."""
         if self._file is None:
             return
         self._seconds["data"] = DATA_WAIT.seconds - self._waited_for_data
@@ -85,11 +88,16 @@ class StepRecord:
             self._file.parent.mkdir(exist_ok=True)
             with self._file.open("a") as handle:
                 handle.write(json.dumps(self._rows[-1]) + "\n")
-        if last or len(self._rows) == _STEPS_OF_A_SUMMARY:
+        if len(self._rows) == _STEPS_OF_A_SUMMARY:
+            self.summarize()
+        self.begin()
+
+    def summarize(self) -> None:
+        """Log a summary of the steps since the last one. A collective, where there are any."""
+        if self._rows:
             for line in summary(gather_objects(self._rows)):
                 logger.info(line)
             self._rows = []
-        self.begin()
 
 
 def summary(rows_by_rank: Sequence[Sequence[Row]]) -> list[str]:

@@ -30,7 +30,6 @@ from trainer.engine.zero import Zero
 from trainer.loop import dataloaders
 from trainer.loop.evaluation import validation_loss
 from trainer.loop.garbage import GarbageBetweenSteps
-from trainer.loop.graphs_ahead import GraphsAhead
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.step_record import StepRecord
@@ -74,7 +73,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         stage = self.plan.parallelism.zero_stage
         self.engine = Zero(self.parameters, stage) if stage else Replicated(self.parameters)
         self.features = open_writer(encoder.features)
-        self.graphs = GraphsAhead(prepare_model(self.model, self.recipe, self.plan, self.features))
+        prepare_model(self.model, self.recipe, self.plan, self.features)
         self.saver = Saver(self.recipe.checkpoint.format, self.model, self.engine, stop_requests)
         self.evaluation_interrupted = self.ended_early = False
         self.garbage = GarbageBetweenSteps()
@@ -197,12 +196,6 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         the GPU: what else the host has to do is done before it. Raises on all ranks when one cannot go on or the
         numbers are not finite.
         """
-        self.graphs.capture(
-            self.step_plan,
-            self.index.splits["train"].tokens,
-            self.args.process_index,
-            self.state.global_step + 1,
-        )
         self.garbage.collect()
         flags_here = torch.tensor([0.0, *self.stop_requests.flags()])
         if self.args.device.type == "cuda":

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
@@ -26,7 +25,6 @@ from trainer.model.families.registry import modelling_of
 from trainer.model.fp8 import use_fp8_products
 from trainer.model.head import patch_forward_target_logprobs
 from trainer.model.last_layer import compute_read_tokens_only, plain_layer
-from trainer.model.layer_graphs import MOST_TOKENS, LayerGraphs
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
@@ -276,38 +274,6 @@ def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
     ]
     own = f"; transformers' own forwards: {', '.join(stock)}" if stock else ""
     return f"fused kernels (Liger's, and LoRA with dropout){own}"
-
-
-def graph_layers(
-    model: PeftModel, recipe: Recipe, compute_dtype: torch.dtype, most_tokens: int
-) -> LayerGraphs | None:
-    """Let the decoder layers of a prepared model be captured as CUDA graphs; None where they compute as they are.
-
-    `most_tokens`: of a micro-batch. They are for frozen towers whose features enter the language model once, and for
-    weights that no pass dequantizes. A deterministic run repeats the kernels as they are.
-    """
-    base = cast(PreTrainedModel, model.get_base_model())
-    tower = base.model.visual
-    fitting = (
-        most_tokens <= MOST_TOKENS
-        and not _no_kernels(base, compute_dtype)
-        and not (recipe.training.deterministic or recipe.lora.use_dora)
-        and not any(isinstance(module, Linear4bit) for module in base.model.language_model.modules())
-        and modelling_of(base).maps(tower) == 1
-        and not any(weight.requires_grad for weight in tower.parameters())
-        and not _has_own_attention(base)
-    )
-    layers = list(base.model.language_model.layers)
-    return LayerGraphs(layers, most_tokens) if fitting and len(layers) > 1 else None
-
-
-def _has_own_attention(base: PreTrainedModel) -> bool:
-    """Whether attention runs in the kernel whose grid follows the samples' lengths, which a graph would freeze."""
-    if base.device.type != "cuda":
-        return False
-    from trainer.model.text_attention_kernel import faster_than_pytorch  # Triton is where CUDA is
-
-    return faster_than_pytorch(base.device, base.model.language_model.layers[0].self_attn.head_dim)
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:

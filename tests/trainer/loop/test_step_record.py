@@ -39,7 +39,7 @@ def test_a_phase_inside_another_is_counted_once_and_what_is_in_none_is_the_rest(
         with record.phase("reduction"):
             time.sleep(0.05)
     time.sleep(0.03)
-    record.end_step(5, last=False)
+    record.end_step(5)
     (line,) = (tmp_path / "logs" / "steps-of-rank-0.jsonl").read_text().splitlines()
     seconds = json.loads(line)
     assert seconds["step"] == 5
@@ -52,5 +52,6 @@ def test_without_a_file_nothing_is_written_or_summed_up(tmp_path: Path) -> None:
     record = StepRecord()
     with record.phase("launching"):
         pass
-    record.end_step(1, last=True)
+    record.end_step(1)
+    record.summarize()
     assert not list(tmp_path.iterdir())

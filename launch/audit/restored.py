@@ -114,15 +114,20 @@ def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Se
 
 
 def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:
-    """The newest valid checkpoint of an earlier step. ConfigError where a run of another's checkpoint has none."""
+    """The newest valid checkpoint of an earlier step; None: begin at step 0. ConfigError where one is missing."""
+    plan = read_plan(run)
     earlier = [each for each in scan_checkpoints(run.path) if each.valid and each.step < step]
-    if earlier:
-        return max(earlier, key=lambda each: each.step)
-    if read_plan(run).started_from:
+    newest = max(earlier, key=lambda each: each.step, default=None)
+    if newest is None and plan.started_from:
         raise ConfigError(
             f"{run.path}: began with another run's checkpoint, and none before step {step} is left"
         )
-    return None
+    if (newest.step if newest else 0) < plan.begin.step < step:
+        raise ConfigError(
+            f"{run.path}: the checkpoint of step {plan.begin.step} is gone, where its plan begins (the batch size was "
+            f"changed there), so step {step} cannot be taken again"
+        )
+    return newest
 
 
 def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None) -> None:

@@ -22,7 +22,8 @@ OLD_RUN = Path(__file__).parents[2] / "data" / "run_of_c54213f" / "straight"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))  # the user's own may hold the run's data
     return RunDirectory(Path(shutil.copytree(OLD_RUN, tmp_path / "run")))
 
 

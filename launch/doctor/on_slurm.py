@@ -7,7 +7,6 @@ import queue
 import secrets
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +19,9 @@ from launch.doctor.reports import findings_of_nodes
 from launch.errors import ConfigError, RunError
 from launch.resources import resource
 from launch.slurm.commands import own_environment
-from launch.slurm.sbatch import Job, allocation_options, doctor_script
+from launch.slurm.sbatch import allocation_options, doctor_script
 from launch.slurm.site import Site
-from launch.slurm.submit import cache_variables, mounts_of
+from launch.slurm.submit import job_on_site
 from launch.untrusted_files import printable
 
 MINUTES = 5  # of the allocation; it ends as soon as the nodes have answered
@@ -52,7 +51,9 @@ def look_at_nodes(look: Look, site: Site, tell: Callable[[str], None]) -> tuple[
             "salloc: not found in PATH; run this on the cluster's login node, or leave --nodes out"
         )
     with _shared_folder(look.runs_dir) as shared:
-        job = _job(look, site)
+        job = job_on_site(
+            look.runs_dir / "doctor", "samestep-doctor", look.nodes, look.gpus_per_node, site.device, site
+        )
         options = ["--token", secrets.token_hex(8), "--shared", str(shared), "--device", site.device]
         options += ["--processes", str(look.gpus_per_node), "--interface", site.network_interface or ""]
         options += [
@@ -84,24 +85,6 @@ def _shared_folder(runs_dir: Path) -> Iterator[Path]:
         if created:
             with contextlib.suppress(OSError):
                 runs_dir.rmdir()
-
-
-def _job(look: Look, site: Site) -> Job:
-    contained = site.container.runtime != "none"
-    run, environment = look.runs_dir / "doctor", cache_variables()
-    mounts = mounts_of(run, {**environment, **site.environment}, site) if contained else []
-    return Job(
-        name="samestep-doctor",
-        nodes=look.nodes,
-        gpus_per_node=look.gpus_per_node,
-        device=site.device,
-        run=run,
-        work_folder=Path.cwd(),
-        python=site.container.python if contained else (site.python or sys.executable),
-        site=site,
-        mounts=mounts,
-        environment=environment,
-    )
 
 
 def _run(command: list[str], tell: Callable[[str], None]) -> tuple[list[str], str]:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from launch.atomic_files import atomic_write
@@ -33,7 +33,9 @@ from launch.run.lock import hold_lock, lock_holder, refuse_if_running
 from launch.run.request_files import copy_checkpoint, write_request
 from launch.slurm import attempts as ledger
 from launch.slurm.attempts import MAX_CRASHES, End
-from launch.slurm.failed_nodes import dead_nodes, nodes_to_exclude
+from launch.slurm.failed_nodes import dead_nodes
+from launch.slurm.job_end import end, write_end
+from launch.slurm.job_log import log_file, say
 from launch.slurm.job_plan import Allocation, JobPlan, plan_job, run_of
 from launch.slurm.output import (
     JobFacts,
@@ -47,11 +49,7 @@ from launch.slurm.output import (
 from launch.slurm.turns import TAKEN, refuse_after_a_stop, refuse_another_job, waiting_others
 from launch.untrusted_files import UNREADABLE, printable_lines
 
-QUEUED_AGAIN = -1
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
-
-
-# before ---------------------------------------------------------------------------------------
 
 
 def begin(options: argparse.Namespace) -> int:
@@ -94,7 +92,7 @@ def _begin(
     wait_for_the_lock(run)  # before anything is read or written: somebody may be training
     job = plan_job(options, allocation)
     if job.done:
-        _say(f"{run.path}: done already, adapter in {run.adapter}")
+        say(f"{run.path}: done already, adapter in {run.adapter}")
         return 0
     refuse_this_node(run, job)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -111,11 +109,11 @@ def _begin(
         _take(run, allocation, job)
     restarts = ledger.counted(ledger.read_ledger(run).restarts())
     which = f"attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list}"
-    _say(f"{run.path}: {which} ({restarts})")
+    say(f"{run.path}: {which} ({restarts})")
     config = resource("accelerate_configs", job.plan.parallelism.config_file)
     print(run.path, config, job.plan.gpus_per_node, sep="\n")
     if others := waiting_others(run, allocation, queue):
-        _say(f"jobs of the same submission stand by: {', '.join(others)}")
+        say(f"jobs of the same submission stand by: {', '.join(others)}")
         print(*others)
     return 0
 
@@ -154,7 +152,7 @@ def _answer_stop(run: RunDirectory, allocation: Allocation, job: JobPlan) -> Non
     write_marker(run, "STOPPED", text)
     clear_requests(run)
     _write_unstarted(run, allocation, End("stopped", text))
-    _say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
+    say(f"{run.path}: not started, a STOP file asks so; `sbatch` the same script again to go on")
 
 
 def stand_by(
@@ -172,7 +170,7 @@ def stand_by(
     if any(job.job == allocation.job and not job.requeueable for job in queue):
         raise RunError(f"{error} (and job {allocation.job} may not be queued again: --no-requeue)")
     when = f"when that one ends, and in {options.stand_by} s at the latest"
-    _say(f"{error}; job {allocation.job} stands by: it looks again {when}")
+    say(f"{error}; job {allocation.job} stands by: it looks again {when}")
     print("standby")
     return 0
 
@@ -192,7 +190,7 @@ def try_later(run: RunDirectory, allocation: Allocation, queue: Sequence[QueuedJ
         raise RunError(f"{reason}; job {allocation.job} is not queued again: {reason_to_give_up}")
     if any(job.job == allocation.job and not job.requeueable for job in queue):
         raise RunError(f"{reason}; job {allocation.job} may not be queued again (--no-requeue)")
-    _say(f"{reason}; job {allocation.job} is queued again")
+    say(f"{reason}; job {allocation.job} is queued again")
     print("requeue")
     return 0
 
@@ -209,7 +207,7 @@ def close_open_attempts(run: RunDirectory, allocation: Allocation, nodes: Sequen
                 dead = dead_nodes(nodes, expand_nodes(attempt.nodes))
                 how: ledger.How = "node_fail" if dead or attempt.job == allocation.job else "crashed"
                 ended = End(how, "left no word: its node died, or KILL came", ",".join(dead))
-            _write_end(run, ended, attempt.job, attempt.restart)
+            write_end(run, ended, attempt.job, attempt.restart)
 
 
 def _has_marker(run: RunDirectory) -> bool:
@@ -227,98 +225,9 @@ def wait_for_the_lock(run: RunDirectory) -> None:
     """
     deadline = time.monotonic() + PATIENCE_S
     while (holder := lock_holder(run.path)) and time.monotonic() < deadline:
-        _say(f"{run.path}: waiting for {holder}, which still holds it")
+        say(f"{run.path}: waiting for {holder}, which still holds it")
         time.sleep(5)
     refuse_if_running(run)
-
-
-# after ------------------------------------------------------------------------------------------
-
-
-def end(options: argparse.Namespace) -> int:
-    """Write down how the attempt ended; print what the script is to do.
-
-    `requeue`, and `exclude=NODES` once it is; `wake=JOBS` or `cancel=JOBS`: those of the same submission that wait.
-    Returns the job's exit status: 0 for a run that is done, or is in the queue again.
-    """
-    allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
-    run = RunDirectory(Path(options.run))
-    others = ",".join(ledger.read_ledger(run).others_of(allocation.job))
-    try:
-        status, orders = _end(options, allocation, run)
-    except SamestepError:
-        if others:
-            print(f"cancel={others}")
-        raise
-    if others:
-        # (2: the request was refused. By the doctor, that was for these nodes.)
-        free = status == QUEUED_AGAIN or (status == 2 and options.unfit)
-        orders.append(f"{'wake' if free else 'cancel'}={others}")
-    if orders:
-        print(*orders)
-    return 0 if status == QUEUED_AGAIN else status
-
-
-def _end(options: argparse.Namespace, allocation: Allocation, run: RunDirectory) -> tuple[int, list[str]]:
-    """(exit status, what the script is to do for this job). RunError: it is not queued again."""
-    job, nodes = parse_job(options.job, allocation.job), parse_nodes(options.nodes)
-    used = expand_nodes(allocation.node_list)
-    dead = dead_nodes(nodes, used)
-    if options.unfit:
-        end = end_of_unfit(run, allocation, options.unfit, job, nodes, dead)
-    else:
-        end = replace(ledger.how_it_ended(run, options.asked, dead), failed_nodes=",".join(dead))
-    ended, queued = ledger.with_job(end, job, allocation.restart)
-    _write_end(run, ended, allocation.job, allocation.restart)
-    step = ledger.newest_step(run)
-    _say(f"{run.path}: {ended.how} at step {step} ({ended.reason})")
-    if ended.how not in ledger.RESTARTED:
-        return {"done": 0, "refused": 2}.get(ended.how, 1), []
-    attempts = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
-    if reason := ledger.reason_to_give_up(attempts, allocation.max_crashes):
-        raise RunError(f"{run.path}: job {allocation.job} is not queued again: {reason}")
-    exclude = []
-    if job is not None and (left_out := nodes_to_exclude(attempts, job, nodes, used)) != sorted(job.excluded):
-        exclude = [f"exclude={','.join(left_out)}"]
-        _say(f"nodes left out from now on: {', '.join(left_out) or 'none'}")
-    if queued:
-        _say("Slurm has queued the job again")
-        return QUEUED_AGAIN, exclude
-    if job is not None and not job.requeueable:
-        raise RunError(
-            f"{run.path}: job {allocation.job} may not be queued again (--no-requeue); submit its script anew, "
-            "it goes on from the newest checkpoint"
-        )
-    return QUEUED_AGAIN, ["requeue", *exclude]
-
-
-def end_of_unfit(
-    run: RunDirectory,
-    allocation: Allocation,
-    unfit: str,
-    job: JobFacts | None,
-    nodes: Sequence[Nodes],
-    dead: Sequence[str],
-) -> End:
-    """How an attempt ends that the doctor has kept from training.
-
-    `unfit`: `NODES REASON`, with `*` for what no other nodes would mend. Nodes that the next attempt can do without
-    failed as dead ones do; else the run is refused, and its marker says so.
-    """
-    names, _, reason = unfit.partition(" ")
-    failed = sorted({*dead, *(name for name in names.split(",") if name and name != "*")})
-    end = End("node_fail", f"{ledger.DOCTOR}{reason}", ",".join(failed))
-    if names != "*" and job is not None:
-        before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart + 1)
-        now = replace(before[-1], how=end.how, failed_nodes=end.failed_nodes, ended=time.time())
-        used = expand_nodes(allocation.node_list)
-        if {*failed} <= {*nodes_to_exclude([*before[:-1], now], job, nodes, used)}:
-            return end
-        reason += "; there are not enough other nodes of this kind"
-    text = f"{ledger.DOCTOR}{reason}; `samestep doctor --nodes` shows more, submit again once it is mended"
-    with suppress(OSError):
-        write_marker(run, "REFUSED", text)
-    return End("refused", text)
 
 
 def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
@@ -328,7 +237,7 @@ def _begun(run: RunDirectory, allocation: Allocation) -> dict[str, object]:
         "restart": allocation.restart,
         "began": time.time(),
         "first_step": ledger.newest_step(run),
-        "log": _log_file(),
+        "log": log_file(),
         "nodes": allocation.node_list,
         "max_crashes": allocation.max_crashes,
     }
@@ -340,29 +249,6 @@ def _write_unstarted(run: RunDirectory, allocation: Allocation, ended: End) -> N
     facts = {**begun, **asdict(ended), "last_step": begun["first_step"], "ended": begun["began"]}
     with suppress(OSError):
         ledger.write_event(run, "unstarted", **facts)
-
-
-def _write_end(run: RunDirectory, ended: End, job: str, restart: int) -> None:
-    """A disk that is full must not keep the job from being queued again: the next attempt closes this one."""
-    which = {"job": job, "restart": restart}
-    facts = {**asdict(ended), **which, "last_step": ledger.newest_step(run), "ended": time.time()}
-    try:
-        ledger.write_event(run, "end", **facts)
-    except OSError as error:
-        _say(f"{ledger.ledger_file(run)}: cannot be written ({error.strerror}); make room")
-
-
-def _log_file() -> str:
-    """Where this job's words go, when that is a file: as Slurm opened it for the script."""
-    try:
-        path = Path("/proc/self/fd/2").resolve()
-        return str(path) if path.is_file() else ""
-    except OSError:
-        return ""
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%F %T')} {printable_lines(text)}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

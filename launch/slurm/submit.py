@@ -126,7 +126,9 @@ def plan_submission(
     """
     planned, *_ = [planned_run.plan_run(request) for request in requests]
     several = len(requests) > 1
-    job = replace(_job(planned, site), max_crashes=max_crashes, doctor=doctor, one_of_several=several)
+    plan = planned.plan
+    job = job_on_site(planned.run.path, plan.name, plan.nodes, plan.gpus_per_node, plan.device, site)
+    job = replace(job, max_crashes=max_crashes, doctor=doctor, one_of_several=several)
     follow_ups = {}
     for word in then:
         command = [word, str(planned.run.path)]
@@ -141,16 +143,16 @@ def plan_submission(
     return Submission(planned, requests[0], script, follow_ups, other_packages(site), cpus, counts)
 
 
-def _job(planned: planned_run.PlannedRun, site: Site) -> Job:
-    plan, run = planned.plan, planned.run.path
+def job_on_site(run: Path, name: str, nodes: int, gpus_per_node: int, device: str, site: Site) -> Job:
+    """Describe a job to a script of sbatch: where it works, with which Python, and what its container sees."""
     contained = site.container.runtime != "none"
     environment = cache_variables()
     mounts = mounts_of(run, {**environment, **site.environment}, site) if contained else []
     return Job(
-        name=plan.name,
-        nodes=plan.nodes,
-        gpus_per_node=plan.gpus_per_node,
-        device=plan.device,
+        name=name,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        device=device,
         run=run,
         work_folder=Path.cwd(),
         python=site.container.python if contained else (site.python or sys.executable),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from trainer.model.attention import Segments, packed_attention
+from trainer.model.attention import Segments, attention_implementation, packed_attention
 
 NAME = "samestep_static_cache"
 """Of the attention, in transformers' registry."""
@@ -62,13 +62,8 @@ class StaticKeysValues:
 def static_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the language model attend through `attend_to_cache` inside the block."""
     AttentionInterface.register(NAME, attend_to_cache)
-    config = model.model.language_model.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
+    with attention_implementation(model.model.language_model, NAME):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 def attend_to_cache(

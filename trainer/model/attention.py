@@ -44,30 +44,34 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def stock_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a Qwen2-VL with packed attention has transformers' own again, for generation."""
-    configs = [model.model.language_model.config, model.model.visual.config]
-    before = [config._attn_implementation for config in configs]
+def attention_implementation(part: Any, name: str) -> Iterator[None]:
+    """Inside, a part of a model (`language_model`, `visual`) attends by the implementation of that name."""
+    config = part.config
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
-        for config in configs:
-            config._attn_implementation = "sdpa"
         yield
     finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation = own
+        config._attn_implementation = before
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a Qwen2-VL with packed attention has transformers' own again, for generation."""
+    towers = model.model
+    with (
+        attention_implementation(towers.language_model, "sdpa"),
+        attention_implementation(towers.visual, "sdpa"),
+    ):
+        yield
 
 
 @contextmanager
 def packed_tower(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the vision tower has packed attention, whatever it had before."""
     AttentionInterface.register(PACKED, packed_attention)
-    config = model.model.visual.config
-    before = config._attn_implementation
-    config._attn_implementation = PACKED
-    try:
+    with attention_implementation(model.model.visual, PACKED):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 def packed_attention(

@@ -1,5 +1,8 @@
 """Starts the scripts of this folder, as `torchrun` would, but with the libraries loaded once and then forked.
 
+Not by `tests.helpers.distributed.forked`, whose ranks have accelerate's environment: these are plain library code, with
+DeepSpeed imported for a CPU.
+
 python -m tests.helpers.foreign.launching BASE OUTPUT
 """
 

@@ -1,0 +1,187 @@
+"""Frozen linear layers and their LoRA as one autograd function, for the layers that are fed the same input.
+
+The products are PyTorch's, in bfloat16 or 8 bits (`trainer.model.fp8`); what LoRA and its dropout add is computed by
+`trainer.model.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from trainer.model import kernels
+from trainer.model.dropout import DRAWS, SampleDropout, channel_words
+from trainer.model.fp8 import (
+    Fp8Rows,
+    backward_product,
+    forward_product,
+    is_fp8,
+    quantize_rows,
+    rows_of_weight,
+)
+from trainer.model.resident import matrix_of, quantization_of
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a linear layer and its adapter are besides tensors.
+
+    `packed`: the quantization state of a 4-bit weight, the scales of one that is held in 8 bits, else None; `fp8`: the
+    products are of 8 bits; of 65536 draws `dropped` are not kept.
+    """
+
+    packed: Any = None
+    fp8: bool = False
+    has_lora: bool = False
+    scaling: float = 0.0
+    dropped: int = 0
+
+
+_Read = tuple[_Layer, tuple[Tensor | None, ...]]
+
+
+def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
+    read = [found for module in modules if (found := _read(module, x)) is not None]
+    if len(read) < len(modules):
+        return tuple(module(x) for module in modules)
+    return _compute(x, read)
+
+
+def lora_linear(module: Any, x: Tensor) -> Any:
+    """PEFT's forward of a linear layer with one adapter: base(x) + scaling * up(down(dropout(x)))."""
+    found = _read(module, x)
+    return NotImplemented if found is None else _compute(x, [found])[0]
+
+
+def _takes_lora(module: Any) -> bool:
+    """One plain adapter on a linear layer, of a rank whose tiles fit."""
+    plain = len(module.lora_A) == 1 and not module.lora_variant
+    rank = max(module.r.values(), default=0)
+    return plain and rank <= kernels.LARGEST_RANK and isinstance(module.base_layer, nn.Linear)
+
+
+def _read(module: Any, x: Tensor) -> _Read | None:
+    """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
+    if not isinstance(module, LoraLayer):
+        plain = _Layer(quantization_of(module), is_fp8(module))
+        return plain, (module.weight, module.bias, None, None, None)
+    if not _takes_lora(module):
+        return None
+    layer: Any = module
+    (adapter,) = layer.lora_A
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
+        return None
+    rows, dropped = None, 0
+    dropout = layer.lora_dropout[adapter]
+    if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
+        rows, dropped = dropout.rows_of(x), dropout.dropped
+    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
+    return facts, (base.weight, base.bias, down, up, rows)
+
+
+def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
+    layers = [layer for layer, _ in read]
+    tensors = [tensor for _, group in read for tensor in group]
+    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
+
+
+_TENSORS = 5  # of each layer: weight, bias, down, up, row keys
+
+
+class _Linears(torch.autograd.Function):
+    """Frozen linear layers of one input, and their adapters. Saves x, adapters, scaling * down(dropout(x)), no mask.
+
+    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[_Layer], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        saved: list[Tensor | None] = []
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1]).contiguous()
+            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
+            for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
+                output = _product(flat, in_8_bits, layer, weight, None if bias is None else bias.to(x.dtype))
+                inner = None
+                if layer.has_lora:
+                    mask = _mask_of(flat, rows, layer.dropped)
+                    inner = kernels.project(flat, down, *mask, layer.scaling)
+                    output.addmm_(inner, up.to(x.dtype).t())
+                outputs.append(output.view(*x.shape[:-1], -1))
+                saved += [weight, down, up, rows, inner]
+        ctx.save_for_backward(flat if any(layer.has_lora for layer in layers) else None, *saved)
+        ctx.layers = layers
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        flat, *saved = ctx.saved_tensors
+        of_x: Tensor | None = None
+        of_inners: list[tuple[Any, ...]] = []
+        of_adapters: list[Tensor | None] = []
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            for layer, group, each in zip(ctx.layers, _groups(saved), gradients, strict=True):
+                _, down, up, rows, inner = group
+                gradient = each.reshape(-1, each.shape[-1])
+                of_down = of_up = None
+                if layer.has_lora:
+                    mask = _mask_of(flat, rows, layer.dropped)
+                    of_up = gradient.t().mm(inner).float()
+                    of_inner = gradient.mm(up.to(gradient.dtype))
+                    of_down = kernels.adapter_gradient(flat, of_inner, *mask, layer.scaling)
+                    of_inners.append((of_inner, down, *mask, layer.scaling))
+                of_adapters += [None, None, of_down, of_up, None]
+            if ctx.needs_input_grad[0]:
+                flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
+                of_x = _backward_products(flats, ctx.layers, [group[0] for group in _groups(saved)])
+            if of_x is not None:
+                for part in of_inners:
+                    kernels.add_back(of_x, *part)
+                of_x = of_x.view(*gradients[0].shape[:-1], -1)
+        return of_x, None, *of_adapters
+
+
+def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, [T, out]."""
+    if layer.fp8 and in_8_bits is not None:
+        return forward_product(in_8_bits, rows_of_weight(weight, layer.packed, x.dtype), bias, x.dtype)
+    return linear(x, matrix_of(weight, layer.packed, x.dtype), bias)
+
+
+def _backward_products(
+    gradients: Sequence[Tensor], layers: Sequence[_Layer], weights: Sequence[Any]
+) -> Tensor:
+    """The sum of gradient @ weight, [T, in]."""
+    dtype = gradients[0].dtype
+    if all(layer.fp8 for layer in layers):
+        rows = [
+            rows_of_weight(weight, each.packed, dtype) for weight, each in zip(weights, layers, strict=True)
+        ]
+        return backward_product(gradients, rows)
+    total: Tensor | None = None
+    for gradient, layer, weight in zip(gradients, layers, weights, strict=True):
+        matrix = matrix_of(weight, layer.packed, dtype)
+        total = gradient.mm(matrix) if total is None else total.addmm_(gradient, matrix)
+    assert total is not None
+    return total
+
+
+def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    return [tensors[at : at + _TENSORS] for at in range(0, len(tensors), _TENSORS)]
+
+
+def _mask_of(flat: Tensor, rows: Tensor | None, dropped: int) -> tuple[Tensor, Tensor, int, float]:
+    """Row keys, channel words, share and scale as the kernels take them; without dropout nothing is read."""
+    if rows is None:
+        return flat, flat, 0, 1.0
+    words = channel_words((flat.shape[1] + 1) // 2, flat.device)
+    return rows, words, dropped, DRAWS / (DRAWS - dropped)

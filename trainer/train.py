@@ -41,7 +41,7 @@ from trainer.checkpoint.resume import (
     remove_later_metrics,
     resume_point,
 )
-from trainer.data.loader import lost_worker
+from trainer.data.loader import ignore_dead_workers, lost_worker
 from trainer.distributed.collectives import (
     broadcast_from_main,
     destroy_process_group,
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if (lost := lost_contact(error) or lost_worker(error)) is None:
             raise
+        ignore_dead_workers()
         return end_badly(lost, options)
     except OSError as error:  # a line of the figures that found no room, say: on this rank alone
         return end_badly(to_user_error(error), options)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from launch.planning.auto_settings import ChosenSettings, less_than, recomputation
 from launch.planning.auto_strategy import resolve_strategy
-from launch.planning.forecast import slower_than_fsdp
 from launch.planning.make_plan import choose_settings, planned_settings
 from launch.planning.plan import Plan
 from launch.planning.run_steps import balanced_steps
@@ -72,9 +71,9 @@ def _with_choice(recipe: Recipe, index: Index, plan: Plan, choice: ChosenSetting
 
 
 def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[str, ...]]:
-    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits, a word).
+    """List, for each strategy of that many processes, (name, loading, training, settings, whether it fits, a note).
 
-    The last says what `auto` takes, and what was measured to be slow.
+    The note says which one `auto` takes.
     """
     automatic = resolve_strategy(recipe, index, replace(topology, strategy=AUTO), StreamOffset()).strategy
     rows: list[tuple[str, ...]] = []
@@ -94,6 +93,6 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
                 *([f"{kept} layers whole"] if (kept := choice.settings.whole_layers) else []),
             ]
         )
-        word = "recommended" if name == automatic else slower_than_fsdp(name, topology)
-        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits, word))
+        note = "recommended" if name == automatic else ""
+        rows.append((name, gib(memory.loading), gib(memory.training), settings, fits, note))
     return rows

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,13 @@ def work_of_samples(split: Split) -> NDArray[np.float64]:
 
 def work_of_steps(recipe: Recipe, index: Index, plan: Plan, first: int, last: int) -> float:
     """The work of the steps `first` to `last`, counted from 1, over all processes."""
+    return sum(work_by_step(recipe, index, plan, range(first, last + 1)).values())
+
+
+def work_by_step(recipe: Recipe, index: Index, plan: Plan, steps: Iterable[int]) -> dict[int, float]:
+    """The work of each of these steps, counted from 1, over all processes."""
     stream, work = stream_of(recipe, plan), work_of_samples(index.splits["train"])
-    return float(sum(work[stream.samples(step - 1)].sum() for step in range(first, last + 1)))
+    return {step: float(work[stream.samples(step - 1)].sum()) for step in steps}
 
 
 def work_per_second(recipe: Recipe, index: Index, plan: Plan, seconds: Mapping[int, float]) -> float | None:
@@ -77,9 +82,7 @@ def work_per_second(recipe: Recipe, index: Index, plan: Plan, seconds: Mapping[i
 
     Steps that took half as long again as the usual one for their work are left out.
     """
-    work = {
-        step: work_of_steps(recipe, index, plan, step, step) for step in seconds if step > plan.begin.step
-    }
+    work = work_by_step(recipe, index, plan, (step for step in seconds if step > plan.begin.step))
     slowness = {step: seconds[step] / work[step] for step in work if work[step] > 0 and seconds[step] > 0}
     if len(slowness) < LEAST:
         return None

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:
             except (RuntimeError, OSError, EOFError) as error:
                 if (lost := lost_worker(error)) is None:
                     raise
+                ignore_dead_workers()
                 raise lost from None
             if isinstance(batch, Pickled):
                 batch = batch.unpickle()
@@ -155,6 +157,16 @@ def lost_worker(error: Exception) -> RunError | None:
     return RunError(describe_loss(error)) if named or not isinstance(error, RuntimeError) else None
 
 
+def ignore_dead_workers() -> None:
+    """Take away PyTorch's handler of SIGCHLD, once the reading ends for good.
+
+    It would raise again for the next worker that ends, wherever the main thread is by then: while the error is
+    printed, or in the functions that run at the end of the process.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
     gc.enable()  # the training calls it by itself; what it froze stays shared with this process
@@ -170,6 +182,7 @@ def _end_workers() -> None:
 
     Registered after multiprocessing's own end, so it runs before it.
     """
+    ignore_dead_workers()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -36,7 +36,7 @@ class Replica:
     max_new_tokens: int
     compute_dtype: torch.dtype
     synced: bool = False
-    stock: str | None = "it is asked so"
+    stock: str | None = "asked for"
 
     @property
     def fast(self) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from launch.planning.auto_strategy import resolve_strategy
-from launch.planning.forecast import slower_than_fsdp
 from launch.planning.make_plan import make_plan
 from launch.planning.plan import Plan
 from launch.planning.plan_table import plan_rows
@@ -76,13 +75,3 @@ def test_the_reason_is_in_the_plan_and_in_its_table() -> None:
     assert plan.topology == topology
     named = make_plan(embedded_recipe(*RECIPE), CHARTS, replace(topology, strategy_reason=""))
     assert dict(plan_rows(named))["strategy"] == "fsdp"
-
-
-def test_a_strategy_that_loses_much_to_fsdp_is_shown_with_what_was_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    speeds = {("fsdp", 2): 0.96, ("zero3", 2): 0.87, ("fsdp", 4): 0.9, ("zero3", 4): 0.41, ("ddp", 4): 0.5}
-    monkeypatch.setattr("launch.planning.forecast.EFFICIENCY", speeds)
-    assert slower_than_fsdp("zero3", EIGHT) == "fsdp is faster: 90% of 4 GPUs' speed, zero3 41% (measured)"
-    assert slower_than_fsdp("zero3", replace(EIGHT, nodes=1, gpus_per_node=2)) == ""
-    assert [slower_than_fsdp(name, EIGHT) for name in ("ddp", "fsdp", "zero2")] == ["", "", ""]

@@ -168,6 +168,7 @@ def call_module(module: str, arguments: Sequence[str]) -> None:
     """Run `python -m module` to its end. Raises ChildError with its exit status."""
     ended = wait_for([sys.executable, "-m", module, *arguments])
     if ended.interrupted:
+        log_stderr("interrupted; give the same command again")
         raise KeyboardInterrupt
     if ended.status:
         raise ChildError(f"python -m {module}", ended.status)

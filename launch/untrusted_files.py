@@ -33,9 +33,9 @@ _LEASE_S = 45.0  # that the holder of a lease gets, /proc/sys/fs/lease-break-tim
 class UntrustedFileError(ConfigError, ValueError):
     """A file that cannot be what it is taken for. `reason`: what is wrong with it, without its name."""
 
-    def __init__(self, path: str | Path, reason: str = "") -> None:
+    def __init__(self, path: str | Path, reason: str = "", advice: str = "correct it, or remove it") -> None:
         self.reason = reason
-        super().__init__(f"{printable(str(path))}: {reason}; correct it, or remove it")
+        super().__init__(f"{printable(str(path))}: {reason}; {advice}")
 
 
 UNREADABLE = (OSError, UntrustedFileError)

@@ -6,16 +6,20 @@ still waits for other machines. Where all processes are on this machine, nobody 
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launch.console import log_stderr
 from launch.launcher_variables import MARKER_DECIDES, PARENT
 from launch.run.directory import RunDirectory, leave_stopped, requested_stop
 from launch.run.lock import lock_holder
@@ -37,15 +41,35 @@ def main() -> None:
         watch_stops(RunDirectory(Path(folder)), is_first=value_of("--machine_rank", arguments) in (None, "0"))
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if value_of("--num_machines", arguments) in (None, "1"):
         listen_on_loopback()
+    # What torchrun says of ranks that fail or are stopped, they say themselves, or `explain` does.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # With it, accelerate ends with 1 whatever a single process ended with.
+    sys.argv[1:] = [word for word in arguments if word != "--quiet"]
     try:
         launch.main()
     except KeyboardInterrupt:
         sys.exit(130)
     except SignalException as error:  # how torchrun ends of a signal, which is no error of its own
         sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        sys.exit(explain({rank: failure.exitcode for rank, failure in error.failures.items()}))
+    except subprocess.CalledProcessError as error:
+        sys.exit(explain({0: error.returncode}))
+
+
+def explain(exit_statuses: Mapping[int, int]) -> int:
+    """Return the exit status for failed ranks. A rank that ends by itself has said why; one that was killed has not.
+
+    torchrun and accelerate raise what failed: its traceback would stand over what the ranks said.
+    """
+    for rank, status in sorted(exit_statuses.items()):
+        if status < 0:
+            log_stderr(f"rank {rank}: was ended by {signal.Signals(-status).name}")
+    return 2 if 2 in exit_statuses.values() else 1
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

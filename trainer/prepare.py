@@ -11,7 +11,7 @@ import argparse
 import fcntl
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.index_writer import bad_rows_file, bad_rows_message, json_lines, publish_index
 from trainer.data.lengths import BadRow, Measured, check_against_processor, measure_split
 from trainer.data.row_errors import RowError
-from trainer.data.splits import Rows, open_split, sources
+from trainer.data.splits import open_split, sources
 from trainer.logging_setup import print_error, setup_logging
 from trainer.prepare_vision import fill, find_missing
 from trainer.pretrained import fetch_base, load_processor
@@ -151,24 +151,30 @@ def _write_index(recipe: Recipe, begin: BeginProgress) -> Index:
         raise ConfigError(
             f"data: no usable row in {', '.join(empty)}; check data.dataset and the split names"
         )
-    for line in (*sources(opened), *_shared_rows(recipe, opened)):
+    for line in (*sources(opened), *_shared_rows(recipe, measured)):
         logger.info(line)
     with _writing_the_cache():
         return publish_index(recipe, measured, bad)
 
 
-def _shared_rows(recipe: Recipe, opened: Sequence[tuple[SplitName, Rows]]) -> Iterator[str]:
-    """A line for every split that holds rows of the training split."""
+def _shared_rows(recipe: Recipe, measured: Mapping[SplitName, Sequence[Measured]]) -> Iterator[str]:
+    """A line for every split that holds rows of the training split, or others of the same content."""
     splits = splits_of(recipe)
     train = parse_split(splits["train"]).name
-    trained = {int(number) for split, rows in opened if split == "train" for number in rows.numbers}
-    for split, rows in opened:
-        shared = len(trained.intersection(rows.numbers.tolist()))
-        if shared and split != "train" and parse_split(splits[split]).name == train:
-            yield (
-                f"data.{split}: {shared:,} of its {len(rows):,} rows are trained on too; write data.train: "
-                f"{train}[:90%] and data.{split}: {train}[90%:], say"
-            )
+    trained = {row.digest: row.row for row in measured["train"]}
+    for split, rows in measured.items():
+        shared = [row for row in rows if row.digest in trained]
+        if not shared or split == "train":
+            continue
+        same_rows = parse_split(splits[split]).name == train and any(
+            row.row == trained[row.digest] for row in shared
+        )
+        advice = (
+            f"write data.train: {train}[:90%] and data.{split}: {train}[90%:], say"
+            if same_rows
+            else "rows with the same images and texts stand in both; take them out of one"
+        )
+        yield f"data.{split}: {len(shared):,} of its {len(rows):,} rows are trained on too; {advice}"
 
 
 def _check_system_message(encoder: Encoder) -> None:

@@ -112,7 +112,7 @@ class Watchdog:
             self._woke_at = now  # nobody could make progress meanwhile
         self._looked_at = now
         if self.is_orphaned() and not (answer and self._orderly):
-            self.end("the process that waited for it is gone")
+            self.end("its launcher is gone")
         reason = answer(self._heard()) if answer else None
         if reason is None:
             self._asked_at = None

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from launch.checkpoints.adapter_file import read_digest
@@ -79,7 +80,7 @@ class Parting:
 @dataclass(frozen=True)
 class Comparison:
     """Two runs, compared. `largest_loss_difference` is relative; `rounding_from`: the first step whose loss is not
-    equal to the bit; `same_adapter`: None where one of them has none."""
+    equal to the bit; `same_adapter`: None where one of them has none; `last_steps`: the last that each has taken."""
 
     left: str
     right: str
@@ -89,6 +90,13 @@ class Comparison:
     rounding_from: int | None
     largest_loss_difference: float
     same_adapter: bool | None
+    last_steps: tuple[int, int]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What tells the two apart in a table: their folders' names, or the whole paths where these are equal."""
+        left, right = Path(self.left).name, Path(self.right).name
+        return (left, right) if left != right else (self.left, self.right)
 
     @property
     def first(self) -> Parting | None:
@@ -131,6 +139,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
         next((step for step, a, b in pairs if a.get("loss") != b.get("loss")), None),
         max((_relative(a, b, "loss") or 0.0 for _, a, b in pairs), default=0.0),
         None if None in adapters else adapters[0] == adapters[1],
+        (max(figures[0]), max(figures[1])),
     )
 
 

@@ -87,19 +87,23 @@ def _steps(run: RunDirectory, recipe: Recipe, plan: Plan, index: Index | None) -
     except ConfigError as error:
         return Link("steps", "failed", str(error))
     last = max(steps, default=0)
-    if missing := [step for step in range(1, last + 1) if step not in steps]:
+    begin = min(steps, default=1) if plan.started_from else 1  # with the source's next step
+    if missing := [step for step in range(begin, last + 1) if step not in steps]:
         return Link(
             "steps", "failed", f"metrics.jsonl has no line of {len(missing)} steps, the first is {missing[0]}"
         )
-    digests = [str(steps[step].get("samples_digest", "")) for step in range(1, last + 1)]
-    words = f"{last:,} of {plan.max_steps:,}, chain {short(chained(digests))}"
+    digests = {step: str(steps[step].get("samples_digest", "")) for step in range(begin, last + 1)}
+    source = (
+        f" from step {begin:,} on (the earlier ones are those of {plan.started_from})" if begin > 1 else ""
+    )
+    words = f"{last:,} of {plan.max_steps:,}{source}, chain {short(chained(digests.values()))}"
     if index is None or index.fingerprint != plan.dataset_fingerprint or plan.samples_digest != "content":
         return Link(
             "steps", "not checked", f"{words}; the digests are recomputed where the same data is prepared"
         )
-    first = plan.begin.step + 1  # earlier steps were planned otherwise
+    first = max(begin, plan.begin.step + 1)  # earlier steps were planned otherwise
     wrong = [
-        step for step in range(first, last + 1) if digests[step - 1] != _digest_of(step, recipe, plan, index)
+        step for step in range(first, last + 1) if digests[step] != _digest_of(step, recipe, plan, index)
     ]
     if wrong:
         return Link(

@@ -79,10 +79,9 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
         from rich.console import Console
         from rich.table import Table
 
+        left, right = comparison.names
         if comparison.differences:
-            table = Table(
-                "", "value", comparison.left, comparison.right, title="what differs", title_justify="left"
-            )
+            table = Table("", "value", left, right, title="what differs", title_justify="left")
             for each in comparison.differences:
                 add_row(table, each.section, each.key, str(each.left), str(each.right))
             Console(highlight=False).print(table)
@@ -90,8 +89,8 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
             table = Table(
                 "figure",
                 "from step",
-                comparison.left,
-                comparison.right,
+                left,
+                right,
                 title="first steps that differ beyond rounding",
                 title_justify="left",
             )
@@ -101,7 +100,9 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
         adapters = {True: "equal to the byte", False: "different", None: "not both there"}[
             comparison.same_adapter
         ]
-        echo(f"{comparison.steps:,} common steps; adapters {adapters}")
+        last = comparison.last_steps
+        unequal = f" ({left} has taken {last[0]:,}, {right} {last[1]:,})" if last[0] != last[1] else ""
+        echo(f"{comparison.steps:,} common steps{unequal}; adapters {adapters}")
         echo(verdict(comparison))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,7 +94,13 @@ def init(
 ) -> None:
     """Write a recipe with comments for your own data. Asks on a terminal for what no option says."""
     from launch.atomic_files import atomic_write
-    from launch.inputs.new_recipe import DEFAULT_MODEL, recipe_text, seen_data
+    from launch.inputs.new_recipe import (
+        DEFAULT_MODEL,
+        recipe_text,
+        refuse_unknown_model,
+        run_name_of,
+        seen_data,
+    )
 
     asks = sys.stdin.isatty()
     if data is None and not asks:
@@ -104,13 +111,16 @@ def init(
     model = model or (typer.prompt("model", default=DEFAULT_MODEL) if asks else DEFAULT_MODEL)
     if gpus is None:
         gpus = typer.prompt("GPUs", default=1, type=int) if asks else 1
+    refuse_unknown_model(model)
     columns = {"image": image, "query": query, "label": label}
     source = seen_data(data, {role: column for role, column in columns.items() if column is not None})
     file = file or Path(f"{source.name}.yaml")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: its folder is not there; make it, or give another name")
     if file.exists():
         raise ConfigError(f"{file}: is there already; give another name, or remove it")
-    written = recipe_text(file.stem, model, source, gpus)
-    atomic_write(file, written)
-    processes = f" --gpus-per-node {gpus}" if gpus > 1 else ""
+    atomic_write(file, recipe_text(run_name_of(file.stem), model, source, gpus))
+    processes = f" --gpus-per-node {gpus}" if gpus else ""
     echo(f"{file}: written ({source.description})")
-    echo(f"next:\n  samestep data {file}\n  samestep run {file}{processes}")
+    quoted = shlex.quote(str(file))
+    echo(f"next:\n  samestep data {quoted}\n  samestep run {quoted}{processes}")

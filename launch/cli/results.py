@@ -15,6 +15,7 @@ from launch.cli.options import (
     complete_run,
     example,
 )
+from launch.console import echo
 from launch.option_values import named, one_of, whole
 from launch.run.variants import parse_models, prompt_option, with_prompt
 
@@ -69,15 +70,16 @@ OutsideRecipe = Annotated[
 def evaluate(
     target: TargetArgument,
     split: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SPLIT",
             parser=one_of(
                 "--split", ("train", "validation", "test"), "which rows they hold, the recipe says"
             ),
             help="train, validation or test.",
+            show_default="test; validation where the recipe has no test split",
         ),
-    ] = "test",
+    ] = None,
     models: Annotated[
         str | None,
         typer.Option(
@@ -113,16 +115,19 @@ def evaluate(
     interruption, and asks nothing again that is there. Answers of other models to the same questions stay.
     """
     from launch.local import postprocess
-    from launch.run.evaluation_target import find_target
+    from launch.run.evaluation_target import find_target, split_of
 
     evaluated = find_target(target, runs_dir, recipe, overrides)
+    rows = split_of(evaluated, split)
+    if split is None and rows != "test":
+        echo(f"the recipe has no test split: asking the questions of {rows}", to_stderr=True)
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     words = [word for part in allow for word in ("--allow", part)]
     suffix, message = prompt_option(prompt)
     model_names = with_prompt(models.split(",") if models else evaluated.models, suffix)
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
-    postprocess.start_evaluate(evaluated, model_names, ["--split", split, *limit, *words], gpus_per_node)
+    postprocess.start_evaluate(evaluated, model_names, ["--split", rows, *limit, *words], gpus_per_node)
 
 
 @commands.command(

@@ -92,6 +92,7 @@ def show_forecasts(expected: Sequence[Forecast]) -> None:
 
 
 SHOWN_TEXT = 70  # characters of a question or an answer
+SHOWN_SAMPLES = 10  # of a step, those with the largest losses
 
 
 def show_blame(blame: Blame) -> None:
@@ -103,7 +104,7 @@ def show_blame(blame: Blame) -> None:
         title=f"step {blame.step}: what each sample adds to its loss of {blame.loss:.6g}",
         title_justify="left",
     )
-    for sample in blame.samples:
+    for sample in blame.samples[:SHOWN_SAMPLES]:
         share = f"{sample.share / blame.loss:.1%}" if blame.loss else "-"
         figures = (
             str(sample.row),
@@ -114,6 +115,8 @@ def show_blame(blame: Blame) -> None:
         )
         add_row(table, *figures, sample.question[:SHOWN_TEXT], sample.target[:SHOWN_TEXT])
     table_console().print(table)
+    if (more := len(blame.samples) - SHOWN_SAMPLES) > 0:
+        echo(f"{more:,} samples more stand in the file (--json prints all)")
     recorded = "none" if blame.recorded_loss is None else f"{blame.recorded_loss:.6g}"
     verdict = f"equal within {blame.tolerance:.0e}" if blame.agrees else (
         "NOT the same: the step cannot be recomputed here, see `samestep replay`"

@@ -20,6 +20,9 @@ _USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "query": ("query", "question", "prompt", "instruction", "problem"),
     "label": ("label", "answer", "answers", "response", "output", "target", "caption", "solution"),
 }
+_SHARD = re.compile(r"-\d+(-of-\d+)?$")
+_BATCH = 32
+_STEPS_OF_AN_EPOCH = 20  # with fewer, smaller batches teach more
 _VALIDATION_NAMES = ("val", "validation", "valid", "dev")
 
 
@@ -27,7 +30,8 @@ _VALIDATION_NAMES = ("val", "validation", "valid", "dev")
 class SeenData:
     """What is known of a data set: a name for the recipe, its splits (None: has none) and what its columns are.
 
-    `columns`: as `data.columns`, None where they need no names; `description`: in words.
+    `columns`: as `data.columns`, None where they need no names; `description`: in words; `rows`: of the training
+    split, None where they are not counted.
     """
 
     name: str
@@ -35,6 +39,7 @@ class SeenData:
     splits: Mapping[str, str | None]
     columns: Mapping[str, str] | None
     description: str
+    rows: int | None = None
 
 
 def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
@@ -45,14 +50,14 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     """
     folder = Path(dataset).expanduser()
     if not folder.is_dir():
-        if dataset != EMBEDDED and (dataset.count("/") != 1 or dataset.startswith((".", "/", "~"))):
+        if dataset != EMBEDDED and not is_hub_id(dataset):
             raise ConfigError(
                 f"--data: {dataset!r} is not a folder here and not a hub id (owner/name); give a folder with a table"
             )
         splits: dict[str, str | None] = {"train": "train", "validation": "train, 5 %", "test": None}
         if dataset in (EMBEDDED, "HuggingFaceM4/ChartQA"):
             splits = {"train": "train", "validation": "val", "test": "test"}
-        return SeenData(_name_of(dataset), dataset, splits, named or None, "the hub is not asked")
+        return SeenData(run_name_of(dataset), dataset, splits, named or None, "the hub is not asked")
     tables = _tables(folder)
     if not tables:
         raise ConfigError(
@@ -66,17 +71,21 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
         "validation": validation or f"{train}, 5 %",
         "test": "test" if "test" in tables else None,
     }
-    names = _columns_of(tables[train])
+    names, rows = _columns_and_rows(tables[train])
     columns = _roles(names, named, tables[train])
-    description = f"{tables[train].name}, columns {', '.join(names)}"
-    return SeenData(_name_of(folder.resolve().name), str(folder), splits, columns, description)
+    if _SHARD.search(tables[train].stem):
+        rows = None  # of the first file alone
+    counted = "" if rows is None else f"{rows:,} rows, "
+    description = f"{tables[train].name}, {counted}columns {', '.join(names)}"
+    return SeenData(run_name_of(folder.resolve().name), str(folder), splits, columns, description, rows)
 
 
 def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
     """The recipe as YAML with comments, for `gpus` GPUs (0: none)."""
     tiny = model == EMBEDDED or gpus == 0
     dtype = "float32" if tiny else "bfloat16"
-    batch = max(32 if gpus <= 32 else gpus, 1)
+    few_rows = source.rows is not None and source.rows < _STEPS_OF_AN_EPOCH * _BATCH
+    batch = max(8 if few_rows else _BATCH, gpus)
     lines = [
         "# Written by `samestep init`. Every key and its default: `samestep schema`.",
         f"name: {_quoted(name)}  # the run's name",
@@ -129,20 +138,22 @@ def _tables(folder: Path) -> dict[str, Path]:
     for place in (folder, folder / "data"):
         for suffix in (".parquet", *SUFFIXES):
             for file in sorted(place.glob(f"*{suffix}")):
-                tables.setdefault(re.sub(r"-\d+(-of-\d+)?$", "", file.stem), file)
+                tables.setdefault(_SHARD.sub("", file.stem), file)
         for metadata in sorted([*place.glob("*/metadata.jsonl"), *place.glob("*/metadata.csv")]):
             tables.setdefault(metadata.parent.name, metadata)
     return tables
 
 
-def _columns_of(table: Path) -> list[str]:
+def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
     try:
         if table.suffix in SUFFIXES:
-            return TextTable([table]).column_names
+            text = TextTable([table])
+            return text.column_names, len(text)
         plain_size(table)
         import pyarrow.parquet as pq
 
-        return list(pq.read_schema(table).names)
+        with pq.ParquetFile(table) as parquet:
+            return list(parquet.schema_arrow.names), parquet.metadata.num_rows
     except UNREADABLE as error:
         raise ConfigError(f"--data: {printable(str(table))}: {reason_of(error)}; correct it") from error
     except ValueError as error:  # pyarrow's errors are among them
@@ -170,7 +181,21 @@ def _roles(names: Sequence[str], named: Mapping[str, str], table: Path) -> dict[
     return {role: column for role, column in roles.items() if column is not None}
 
 
-def _name_of(dataset: str) -> str:
+def refuse_unknown_model(model: str) -> None:
+    """ConfigError where a model is neither a folder here nor named as the hub names models."""
+    if model != EMBEDDED and not Path(model).expanduser().is_dir() and not is_hub_id(model):
+        raise ConfigError(
+            f"--model: {model!r} is not a folder here and not a hub id (owner/name); {DEFAULT_MODEL}, say"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `owner/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def run_name_of(dataset: str) -> str:
+    """A name that a run may have, of the last part of a path or a hub id."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset.rpartition("/")[2]).strip("-._") or "mine"
     return name if re.fullmatch(NAME_PATTERN, name) else "mine"
 

@@ -67,10 +67,15 @@ def _records(file: Path, content: bytes) -> Iterator[bytes]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UntrustedFileError(file, f"is no UTF-8 text ({error.reason} at byte {error.start:,})") from None
+        reason = f"is no UTF-8 text ({error.reason} at byte {error.start:,})"
+        raise UntrustedFileError(file, reason, "save it as UTF-8") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
+        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+            raise UntrustedFileError(
+                file, f"separates its columns by {other!r}, not by commas", "save it with commas"
+            )
         if not header or len({*header}) != len(header) or not all(name.strip() for name in header):
             raise UntrustedFileError(
                 file, f"has no header of distinct column names ({printable(','.join(header))[:100]!r})"

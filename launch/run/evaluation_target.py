@@ -116,6 +116,21 @@ def _of_a_run(name: str, runs_dir: Path) -> Target | None:
     return Target(parent, models) if models else None
 
 
+def split_of(target: Target, requested: str | None) -> str:
+    """The split that is asked: the requested one, else test, else validation, whichever the recipe has.
+
+    Raises:
+        ConfigError: the recipe has no such split.
+    """
+    data = load_recipe(target.recipe or target.run.recipe_file, target.overrides).data
+    named = {"train": data.train, "validation": data.validation, "test": data.test}
+    split = requested or next((name for name in ("test", "validation") if named[name] is not None), "test")
+    if named[split] is None:
+        has = " or ".join(name for name, source in named.items() if source is not None)
+        raise ConfigError(f"--split: the recipe has no {split} split (data.{split} is null); choose {has}")
+    return split
+
+
 def default_models(run: RunDirectory) -> tuple[str, ...]:
     """The base, and the run's adapter; of a run that is not done, its newest checkpoint."""
     if (run.adapter / ADAPTER_CONFIG).is_file():

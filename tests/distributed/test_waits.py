@@ -47,7 +47,7 @@ def test_a_launcher_that_is_killed_while_its_processes_import_leaves_none(recipe
         took = _seconds_to_end(everybody)
     assert took < LIMIT_S
     words = log.read_text()
-    assert words.count("the process that waited for it is gone; ended") == 2
+    assert words.count("its launcher is gone; ended") == 2
     assert f"{recipe.parent / 'killed'}: ended before it was done; see the words above" in words
     assert "Traceback" not in words
 

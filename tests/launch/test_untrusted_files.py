@@ -43,6 +43,7 @@ PAST_THE_GATE = {
     "doctor/probe.py:_measure": "what its own processes have printed",
     "hardware.py:_uuid_in": "a file of the kernel's",
     "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
+    "inputs/new_recipe.py:_columns_and_rows": "pyarrow opens by name; plain_size looks first",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",
     "slurm/attempts.py:_open_to_add": "adds a line of our own, and follows no link",
     "run/merged_model.py:weights_are_whole": "safetensors opens by name; plain_size looks first",

@@ -77,7 +77,7 @@ def test_a_process_whose_parent_is_gone_ends_at_once_unless_it_stops_in_good_ord
     Watchdog(None).look()  # nobody waits for it
     Watchdog(os.getppid()).look()
     orphan = Watchdog(0)
-    with pytest.raises(EndedError, match="the process that waited for it is gone"):
+    with pytest.raises(EndedError, match="its launcher is gone"):
         orphan.look()
     orphan.answer_stops(_asked("orphaned"), lambda _: None)
     orphan.look()
@@ -286,4 +286,4 @@ def test_a_child_that_waits_for_a_lock_ends_with_its_parent(
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-    assert "error: the process that waited for it is gone; ended" in log.read_text()
+    assert "error: its launcher is gone; ended" in log.read_text()

@@ -121,7 +121,8 @@ def _content_changes(task: Task, checkpoint: Checkpoint) -> list[Change]:
 def remove_later_metrics(run: RunDirectory, step: int) -> None:
     """Remove the figures of steps that will be taken again, and what damage did to those of the others."""
     lines = keep_lines_until(run.metrics_file, step)
-    first = min(lines.steps, default=1) if started_from_of(run) else 1  # with the source's next step
+    # A run that began with another's checkpoint has figures from the next step on.
+    first = min(lines.steps, default=step + 1) if started_from_of(run) else 1
     for problem in (
         *lines.flaws(range(first, step + 1)),
         *keep_lines_until(run.evaluations_file, step).flaws(),

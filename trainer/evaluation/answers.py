@@ -108,7 +108,10 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
     for position, question in enumerate(questions):
         first.setdefault(question.images, {}).setdefault(question.image_row, position)
     if not any(len(of_count) > 1 for count, of_count in first.items() if count):
-        raise ConfigError("--models shuffled: all questions are on one image; ask more (--max-samples)")
+        raise ConfigError(
+            "--models shuffled: all questions are on one image, so that none can be exchanged; leave it out "
+            "(--models base,adapter), or ask more (--max-samples)"
+        )
     successor: dict[int, int] = {}
     for count in sorted(first):
         cycle = list(first[count])

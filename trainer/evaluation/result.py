@@ -173,7 +173,7 @@ def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> No
             markup=False,
         )
     paths = {
-        "adapter": run.adapter,
+        "adapter": request.adapter,
         "merged": run.merged,
         "answers": request.file,
         "every step": run.metrics_file,

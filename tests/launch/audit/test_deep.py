@@ -22,7 +22,7 @@ SAME = DeepComparison(6, 4, 90, 0.0, None, True, (True, True), (2.0, 2.0), (2.0,
 
 def comparison(*partings: tuple[Quantity, int]) -> Comparison:
     found = tuple(Parting(quantity, step, 1, 2, 0.5, 1e-6) for quantity, step in partings)
-    return Comparison("a", "b", (), 8, found, None, 0.5, None)
+    return Comparison("a", "b", (), 8, found, None, 0.5, None, (8, 8))
 
 
 def test_the_step_is_the_first_whose_loss_or_norm_parts() -> None:

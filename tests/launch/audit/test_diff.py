@@ -82,6 +82,15 @@ def test_the_first_thing_that_parts_is_named(
     assert words in verdict(compare_runs(left, right))
 
 
+def test_a_run_that_has_taken_fewer_steps_is_said_to_have(
+    left: RunDirectory, right: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = right.metrics_file.read_text().splitlines(keepends=True)
+    right.metrics_file.write_text("".join(lines[:4]))
+    assert samestep("diff", str(left.path), str(right.path)) == 0
+    assert "4 common steps (left has taken 6, right 4)" in capsys.readouterr().out
+
+
 def test_recipe_plan_and_versions_that_differ_are_listed(left: RunDirectory, right: RunDirectory) -> None:
     for file, old, new in (
         (right.recipe_file, "learning_rate: 0.0002", "learning_rate: 0.0003"),

@@ -62,6 +62,22 @@ def test_splits_chats_and_imagefolders_are_seen(tmp_path: Path) -> None:
     assert (tiny.model.dtype, tiny.data.validation) == ("float32", "val")
 
 
+def test_few_rows_and_odd_file_names_make_a_recipe_that_runs(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{n}.png,why {n}?,so\n" for n in range(40))
+    folder = _table(tmp_path / "pictures", "train.csv", f"image,query,label\n{rows}")
+    file = tmp_path / "mein Rezept ä.yaml"
+    assert samestep("init", str(file), "--data", str(folder), "--gpus", "1") == 0
+    said = capsys.readouterr().out
+    assert "40 rows" in said
+    assert f"samestep run '{file}' --gpus-per-node 1" in said
+    recipe = load_recipe(file)
+    assert (recipe.name, recipe.batch.global_batch_size) == ("mein-Rezept", 8)
+    (folder / "train.csv").rename(folder / "train-00000-of-00002.csv")
+    assert seen_data(str(folder), {}).rows is None
+
+
 def test_what_cannot_be_told_is_asked_for(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,11 +87,14 @@ def test_what_cannot_be_told_is_asked_for(
         (("--data", str(tmp_path)), "holds no table"),
         (("--data", str(folder)), "--query and --label: "),
         (("--data", str(folder), "--query", "fragen"), "--query fragen: "),
+        (("--data", str(folder), "--model", "nonsense"), "--model: 'nonsense' is not a folder"),
     ):
         assert samestep("init", str(tmp_path / "x.yaml"), *arguments) == 2
         said = capsys.readouterr().err
         assert words in said
         assert len(said.splitlines()) == 1
+    assert samestep("init", str(tmp_path / "none" / "x.yaml"), "--data", EMBEDDED) == 2
+    assert "its folder is not there" in capsys.readouterr().err
     named = ("--image", "bild", "--query", "frage", "--label", "antwort")
     assert samestep("init", str(tmp_path / "x.yaml"), "--data", str(folder), *named) == 0
     columns = load_recipe(tmp_path / "x.yaml").data.columns

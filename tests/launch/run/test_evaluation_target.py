@@ -76,6 +76,19 @@ def test_a_recipe_is_evaluated_before_its_run_and_leaves_the_name_free(launcher:
     assert Path("runs/early/recipe.yaml").is_file()
 
 
+def test_validation_is_asked_where_the_recipe_has_no_test_split(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_test = ("evaluate", "embedded", "--set", "data.test=null")
+    assert samestep(*without_test) == 0
+    assert flag(launcher.commands[-1], "--split") == "validation"
+    assert "no test split: asking the questions of validation" in capsys.readouterr().err
+    assert samestep(*without_test, "--split", "test") == 2
+    assert "no test split (data.test is null); choose train or validation" in capsys.readouterr().err
+    assert samestep(*without_test, "--set", "data.validation=null") == 2
+    assert "choose train" in capsys.readouterr().err
+
+
 def test_a_recipe_whose_run_has_begun_is_that_run(
     run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,6 +286,15 @@ def test_rows_that_are_trained_and_validated_are_said(
     assert index.splits["test"].rows.tolist() == []
 
 
+def test_a_row_that_stands_twice_and_is_trained_and_validated_is_said(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _lines(tmp_path / "train.jsonl", [{"query": f"{n // 2}", "label": "1"} for n in range(20)])
+    caplog.set_level("INFO", "trainer")
+    prepare(_recipe(world, tmp_path, train="train[:95%]", validation="train[95%:]"), quiet=True)
+    assert "data.validation: 1 of its 1 rows are trained on too; rows with the same images" in caplog.text
+
+
 def test_a_row_that_cannot_be_read_any_more_is_a_row_error(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="an image is a int"):
         ImageFiles(tmp_path, tmp_path).read(3)

@@ -87,13 +87,14 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         with _stopped_after(again.run, last):
             execute_with_oom_retry(again.planned, again.request)
         taken, now, begin = read_steps(again.run.metrics_file), again.planned.plan, again.begin
+    if not set(range(first, last + 1)) <= recorded.keys() & taken.keys():
+        raise RunError(f"{run.path}: steps {first} to {last} were not all taken again; see the words above")
+    # The steps from the checkpoint to the first one asked for too: they tell how long rounding has grown.
     pairs = [
         (step, recorded[step], taken[step])
-        for step in range(first, last + 1)
-        if step in recorded and step in taken
+        for step in sorted(recorded.keys() & taken.keys())
+        if (begin.step if begin else 0) < step <= last
     ]
-    if len(pairs) != last - first + 1:
-        raise RunError(f"{run.path}: steps {first} to {last} were not all taken again; see the words above")
     tolerance = tolerance_of(plan, now)
     partings, bitwise, largest = compare_steps(pairs, tolerance, plan.samples_digest == now.samples_digest)
     return Replay(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.audit.diff import compare_runs, verdict
+from launch.audit.diff import compare_runs, compare_steps, verdict
 from launch.run.directory import RunDirectory
 from tests.helpers.launcher import samestep
 
@@ -50,6 +50,19 @@ def test_another_order_of_summation_is_told_from_a_fault(left: RunDirectory, rig
     assert first is not None
     assert (first.quantity, first.step) == ("loss", 4)
     assert first.relative == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_rounding_grows_with_the_steps_since_the_first_that_rounded_otherwise() -> None:
+    def steps(begin: int) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+        """Rounding from step `begin` on, and ten times what rounding explains of one step at step 70."""
+        differs = {step: 1e-7 if step >= begin else 0.0 for step in range(1, 71)} | {70: 1e-5}
+        return [(step, {"loss": 1.0}, {"loss": 1 + by}) for step, by in differs.items()]
+
+    assert compare_steps(steps(begin=1), 1e-6)[0] == []
+    (late,) = compare_steps(steps(begin=60), 1e-6)[0]
+    assert (late.quantity, late.step, late.tolerance) == ("loss", 70, 3e-6)
+    (alone,) = compare_steps(steps(begin=70), 1e-6)[0]
+    assert (alone.step, alone.tolerance) == (70, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -507,8 +507,9 @@ def test_the_scratch_folder_is_nobody_elses(
     scratch.mkdir()
     for name in ("samestep-40", "samestep-40-n4"):  # as somebody would who guesses
         (scratch / name).symlink_to(cluster)
-    mine = scratch / "samestep-40-n4.left"
+    mine, another = scratch / "samestep-40-n4.left", scratch / "samestep-40.left"
     mine.mkdir()  # of an attempt that was killed
+    another.mkdir()
     job = _hostile_job(cluster, scratch=str(scratch))
     text = follow_up_script(AFTER, job, ["merge", "x"]) if after else train_script(TRAIN, job)
     _program(
@@ -523,7 +524,7 @@ def test_the_scratch_folder_is_nobody_elses(
     assert used.name.startswith("samestep-40." if after else "samestep-40-n4.")
     assert (cluster / "call.mode").read_text() == "700\n"
     assert not used.exists()
-    assert mine.exists() == after
+    assert (mine.exists(), another.exists()) == (after, not after)
     assert (scratch / "samestep-40").is_symlink()
 
 

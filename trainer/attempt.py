@@ -28,6 +28,7 @@ from launch.run.directory import (
     make_folder,
     removed_on_failure,
     write_marker,
+    write_stopped,
 )
 from launch.run.lock import hold_lock
 from launch.run.request_files import copy_checkpoint, keep_plan, write_request
@@ -96,12 +97,12 @@ class AttemptResult:
 def write_exit_marker(task: Task, ended: AttemptResult) -> None:
     """Say how the attempt ended; what was asked of it is answered."""
     if ended.stop:
-        text = f"{ended.stop}: at step {ended.step} of {task.plan.max_steps}"
-        logger.info(f"stopped, {text}; the same command goes on")
-        write_marker(task.run, "STOPPED", text)
+        where = f"at step {ended.step} of {task.plan.max_steps}"
+        logger.info(f"stopped, {ended.stop}: {where}; the same command goes on")
+        write_stopped(task.run, ended.stop, where)
     else:
         write_marker(task.run, "DONE", f"step {ended.step}")
-    clear_requests(task.run)
+        clear_requests(task.run)
 
 
 def remember_attempt_speed(task: Task, began_at: int) -> None:

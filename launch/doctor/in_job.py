@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_stderr(f"doctor: nothing is known of the nodes ({error}); the run trains all the same")
         return 1
     findings = findings_of_nodes(printed, names)
-    atomic_write(options.folder / "doctor.json", to_json(findings) + "\n")
+    file = options.folder / "doctor.json"
+    try:
+        atomic_write(file, to_json(findings) + "\n")
+    except OSError as error:  # a full disk must not keep what was found from deciding
+        log_stderr(f"{file}: cannot be written ({error.strerror}); the table follows")
     print_nodes(table_console(to_stderr=True), findings, names)
     log_stderr(f"doctor: {verdict(findings)}")
     if of_all := failures_of_all(findings, len(names)):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import secrets
 import shutil
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from launch.doctor.finding import Finding
 from launch.doctor.reports import findings_of_nodes
 from launch.errors import ConfigError, RunError
 from launch.resources import resource
-from launch.slurm.commands import own_environment
+from launch.slurm.commands import own_environment, show_job
 from launch.slurm.sbatch import allocation_options, doctor_script
 from launch.slurm.site import Site
-from launch.slurm.submit import job_on_site
+from launch.slurm.submit import job_on_site, refuse_too_many_cpus
 from launch.untrusted_files import printable
 
 MINUTES = 5  # of the allocation; it ends as soon as the nodes have answered
 PATIENCE_S = 95.0  # from the allocation on; the script ends its step before
+REASON_AFTER_S = 10.0  # in the queue, it is said why
+JOB_NAME = "samestep-doctor"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Look:
 def look_at_nodes(look: Look, site: Site, tell: Callable[[str], None]) -> tuple[list[str], list[Finding]]:
     """(the nodes' names, all findings). `tell`: is given what salloc says while the job waits for its nodes.
 
+    A TERM, or a terminal that closes, ends it as a Ctrl-C does: no job stays behind.
+
     Raises:
         ConfigError: there is no salloc here, or it refuses.
         RunError: the allocation ended before the nodes were known.
@@ -50,9 +57,10 @@ def look_at_nodes(look: Look, site: Site, tell: Callable[[str], None]) -> tuple[
         raise ConfigError(
             "salloc: not found in PATH; run this on the cluster's login node, or leave --nodes out"
         )
-    with _shared_folder(look.runs_dir) as shared:
+    refuse_too_many_cpus(site, look.gpus_per_node)
+    with _ended_in_order(), _shared_folder(look.runs_dir) as shared:
         job = job_on_site(
-            look.runs_dir / "doctor", "samestep-doctor", look.nodes, look.gpus_per_node, site.device, site
+            look.runs_dir / "doctor", JOB_NAME, look.nodes, look.gpus_per_node, site.device, site
         )
         options = ["--token", secrets.token_hex(8), "--shared", str(shared), "--device", site.device]
         options += ["--processes", str(look.gpus_per_node), "--interface", site.network_interface or ""]
@@ -67,6 +75,24 @@ def look_at_nodes(look: Look, site: Site, tell: Callable[[str], None]) -> tuple[
         command = ["salloc", *allocation_options(job, MINUTES), "bash", "-c", script]
         names, printed = _run(command, tell)
     return names, findings_of_nodes(printed, names)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    heeded = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as under `nohup`
+    ]
+    before = {number: signal.signal(number, end) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -101,14 +127,30 @@ def _run(command: list[str], tell: Callable[[str], None]) -> tuple[list[str], st
     )
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(salloc, lines), daemon=True).start()
+    ended = "doctor: ended before the nodes had answered; its job is cancelled"
     try:
         return _follow(lines, tell)
+    except (KeyboardInterrupt, SystemExit):
+        if not _give_back(salloc):
+            ended = (
+                f"doctor: ended; salloc gives no answer, so look for its job: squeue --me --name={JOB_NAME}"
+            )
+        with contextlib.suppress(OSError):  # the terminal is gone
+            tell(ended)
+        raise
     finally:
-        salloc.terminate()
-        try:
-            salloc.wait(15)
-        except subprocess.TimeoutExpired:
-            salloc.kill()
+        _give_back(salloc)
+
+
+def _give_back(salloc: subprocess.Popen[str]) -> bool:
+    """End the allocation, or the request for it. False: salloc had to be killed, and may have told Slurm nothing."""
+    salloc.terminate()
+    try:
+        salloc.wait(15)
+    except subprocess.TimeoutExpired:
+        salloc.kill()
+        return False
+    return True
 
 
 def _read(salloc: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
@@ -121,12 +163,16 @@ def _read(salloc: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None
 def _follow(lines: queue.Queue[str | None], tell: Callable[[str], None]) -> tuple[list[str], str]:
     names: list[str] = []
     printed: list[str] = []
-    deadline = None
+    deadline: float | None = time.monotonic() + REASON_AFTER_S
     while True:
         try:
             line = lines.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.01))
         except queue.Empty:
-            return names, "\n".join(printed)
+            if names:
+                return names, "\n".join(printed)
+            tell(_why_it_waits(printed))
+            deadline = None
+            continue
         if line is None:
             break
         if line.startswith("nodes: ") and not names:
@@ -134,7 +180,7 @@ def _follow(lines: queue.Queue[str | None], tell: Callable[[str], None]) -> tupl
             tell(f"looking at {', '.join(names)}")
             continue
         printed.append(line)
-        if not names:
+        if not names and not line.startswith("salloc: error:"):  # an error is told at the end
             tell(printable(line))
     if not names:
         said = "; ".join(line.removeprefix("salloc: ").removeprefix("error: ") for line in printed[-3:])
@@ -144,3 +190,11 @@ def _follow(lines: queue.Queue[str | None], tell: Callable[[str], None]) -> tupl
             )
         raise ConfigError(f"salloc: no nodes ({printable(said)}); see `sinfo` for what you may use")
     return names, "\n".join(printed)
+
+
+def _why_it_waits(printed: Sequence[str]) -> str:
+    """Slurm's word for it, where there is one. Some reasons never end, as with nodes that are down."""
+    jobs = [match[1] for line in printed if (match := re.search(r"Pending job allocation (\d+)", line))]
+    facts = show_job(jobs[-1]) if jobs else None
+    reason = f" ({facts.reason})" if facts and facts.reason != "None" else ""
+    return f"doctor: still waiting for nodes{reason}; Ctrl-C gives up and cancels the job"

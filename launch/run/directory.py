@@ -172,8 +172,18 @@ def write_marker(run: RunDirectory, kind: MarkerKind, text: str = "") -> None:
 def leave_stopped(run: RunDirectory, reason: str, where: str = "before it began") -> None:
     """STOPPED for an attempt that is given up before its first step; a disk that takes no word gets none."""
     with contextlib.suppress(OSError):
-        write_marker(run, "STOPPED", f"{reason}: {where}")
-        clear_requests(run)
+        write_stopped(run, reason, where)
+
+
+def write_stopped(run: RunDirectory, reason: str, where: str) -> None:
+    """Say that this attempt stopped as it was asked to; the request is answered.
+
+    The user may have asked meanwhile (a last checkpoint takes its time), of whom a job that was only preempted, and is
+    queued again, would know nothing.
+    """
+    write_marker(run, "STOPPED", f"{reason}: {where}")
+    if clear_requests(run) == "user" and reason != "user":
+        write_marker(run, "STOPPED", f"user: {where}")
 
 
 def read_marker(run: RunDirectory) -> Marker | None:
@@ -233,11 +243,15 @@ def requested_stop(run: RunDirectory) -> StopReason | None:
 
     What is no plain file is no request: a folder could not be cleared away, a pipe would be waited for.
     """
+    return _stop_in(run.stop_file)
+
+
+def _stop_in(file: Path) -> StopReason | None:
     try:
-        if not run.stop_file.is_file():
+        if not file.is_file():
             return None
-        with open_plain(run.stop_file) as file:
-            words = file.read(100).decode(errors="replace").split()
+        with open_plain(file) as opened:
+            words = opened.read(100).decode(errors="replace").split()
     except PermissionError:
         return "user"
     except UNREADABLE:  # just taken away, or a shared disk that is out of reach: the next step looks again
@@ -254,11 +268,20 @@ def requested_save(run: RunDirectory) -> bool:
         return False
 
 
-def clear_requests(run: RunDirectory) -> None:
-    """Forget what was asked of an attempt that is over."""
-    for file in (run.stop_file, run.save_file):
-        with contextlib.suppress(OSError):  # not there, or a folder, which asks for nothing
-            file.unlink()
+def clear_requests(run: RunDirectory) -> StopReason | None:
+    """Forget what was asked of an attempt that is over. Returns the reason of the stop that went.
+
+    It is moved aside before it is read: one that somebody asks for between a look and a removal would go unseen.
+    """
+    with contextlib.suppress(OSError):  # not there, or a folder, which asks for nothing
+        run.save_file.unlink()
+    aside, reason = run.path / f".STOP.cleared.{os.getpid()}", None
+    with contextlib.suppress(OSError):
+        if run.stop_file.is_symlink() or not run.stop_file.is_dir():
+            run.stop_file.replace(aside)
+            reason = _stop_in(aside)
+            aside.unlink()
+    return reason
 
 
 def make_folder(run: RunDirectory) -> bool:

@@ -22,7 +22,7 @@ from launch.atomic_files import naming
 from launch.checkpoints.manifest import MANIFEST
 from launch.run.directory import RunDirectory, read_marker
 from launch.slurm.output import JobFacts
-from launch.untrusted_files import TABLE, UNREADABLE, open_plain, parse_json, read_bytes, reason_of
+from launch.untrusted_files import TABLE, UNREADABLE, open_plain, parse_json, read_bytes, read_text, reason_of
 
 How = Literal["done", "stopped", "refused", "preempted", "time", "crashed", "node_fail", "standby"]
 RESTARTED: tuple[How, ...] = ("preempted", "time", "crashed", "node_fail")
@@ -77,11 +77,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the file says. `alternatives`: the jobs of the newest submission, where it was several."""
+    """What the file says. `alternatives`: the jobs of the newest submission, where it was several; `ended_last`: of the
+    newest line that ends an attempt (that order holds where the clocks of nodes differ)."""
 
     submitted: tuple[str, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     alternatives: tuple[str, ...] = ()
+    ended_last: Attempt | None = None
 
     @property
     def open(self) -> Attempt | None:
@@ -91,9 +93,7 @@ class Ledger:
     @property
     def last(self) -> Attempt | None:
         """The attempt under way, or else the one that ended last: it may have begun before one that was turned away."""
-        told = [attempt for attempt in self.attempts if attempt.how != "standby"]
-        by_end = sorted(told, key=lambda attempt: attempt.ended)
-        return self.open or (by_end[-1] if by_end else None)
+        return self.open or self.ended_last
 
     @property
     def job(self) -> str | None:
@@ -136,6 +136,14 @@ def attempt_file(run: RunDirectory) -> Path:
     return run.path / ".attempt"
 
 
+def attempt_of_now(run: RunDirectory) -> str | None:
+    """JOB.RESTART of the attempt that has the run; None where that is not known."""
+    try:
+        return read_text(attempt_file(run)).strip() or None
+    except UNREADABLE:
+        return None
+
+
 def read_ledger(run: RunDirectory) -> Ledger:
     """Every event of the file; a line that a kill or a full disk cut short is passed over."""
     try:
@@ -145,18 +153,22 @@ def read_ledger(run: RunDirectory) -> Ledger:
     submitted: list[str] = []
     alternatives: tuple[str, ...] = ()
     attempts: list[Attempt] = []
+    ended_last: int | None = None
     for event in filter(None, map(_parse, lines)):
         kind = event.pop("event")
         if kind == "submit":
             submitted.append(str(event["job"]))
             alternatives = tuple(filter(None, str(event.get("alternatives", "")).split(",")))
-        elif kind in ("start", "unstarted"):
+            continue
+        if kind in ("start", "unstarted"):
             attempts.append(Attempt(**event))
-        else:
-            place = _attempt_of(attempts, event)
-            if place is not None:
-                attempts[place] = Attempt(**{**vars(attempts[place]), **event})
-    return Ledger(tuple(submitted), tuple(attempts), alternatives)
+            place: int | None = len(attempts) - 1
+        elif (place := _attempt_of(attempts, event)) is not None:
+            attempts[place] = Attempt(**{**vars(attempts[place]), **event})
+        if place is not None and attempts[place].how not in (None, "standby"):
+            ended_last = place
+    newest = None if ended_last is None else attempts[ended_last]
+    return Ledger(tuple(submitted), tuple(attempts), alternatives, newest)
 
 
 def _attempt_of(attempts: Sequence[Attempt], event: Mapping[str, Any]) -> int | None:

@@ -46,7 +46,13 @@ from launch.slurm.output import (
     parse_nodes,
     parse_queue,
 )
-from launch.slurm.turns import TAKEN, refuse_after_a_stop, refuse_another_job, waiting_others
+from launch.slurm.turns import (
+    TAKEN,
+    StaleQueueError,
+    refuse_after_a_stop,
+    refuse_another_job,
+    waiting_others,
+)
 from launch.untrusted_files import UNREADABLE, printable_lines
 
 PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
@@ -57,6 +63,8 @@ def begin(options: argparse.Namespace) -> int:
 
     Prints `requeue` instead when something is in the way that may be gone later; the attempt counts. `standby`, where
     another job has the run and this one is to wait. A fourth line: the jobs of the same submission that wait.
+    `ask JOB.RESTART JOBS`, before anything was done: the script is to ask squeue for these jobs, and to begin again
+    with that attempt as `--seen`.
 
     Raises:
         SamestepError: the request is refused, or the run gets nowhere. The ledger says why.
@@ -66,6 +74,9 @@ def begin(options: argparse.Namespace) -> int:
     run = run_of(options)
     try:
         return _begin(options, allocation, queue, run)
+    except StaleQueueError as stale:
+        print("ask", stale.attempt, ",".join(stale.jobs))
+        return 0
     except TAKEN as error:
         if options.stand_by:
             return stand_by(run, allocation, queue, options, error)
@@ -88,7 +99,7 @@ def _begin(
 ) -> int:
     now = time.time()
     refuse_parts(allocation, parse_job(options.job, allocation.job))
-    refuse_another_job(run, allocation, queue, now)
+    refuse_another_job(run, allocation, queue, options.seen, now)
     wait_for_the_lock(run)  # before anything is read or written: somebody may be training
     job = plan_job(options, allocation)
     if job.done:
@@ -97,16 +108,15 @@ def _begin(
     refuse_this_node(run, job)
     run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
-        refuse_another_job(run, allocation, queue, now)
-        refuse_after_a_stop(run, allocation)
+        refuse_another_job(run, allocation, queue, options.seen, now)
         close_open_attempts(run, allocation, parse_nodes(options.nodes))
+        refuse_after_a_stop(run, allocation)
         before = ledger.read_ledger(run).attempts_of(allocation.job, allocation.restart)
         if reason := ledger.reason_to_give_up(before, allocation.max_crashes):
             raise RunError(f"{run.path}: job {allocation.job}: {reason}")
-        if requested_stop(run) == "user":
+        if requested_stop(run) == "user" or not _take(run, allocation, job):
             _answer_stop(run, allocation, job)
             return 1
-        _take(run, allocation, job)
     restarts = ledger.counted(ledger.read_ledger(run).restarts())
     which = f"attempt {allocation.restart + 1} of job {allocation.job} on {allocation.node_list}"
     say(f"{run.path}: {which} ({restarts})")
@@ -134,8 +144,11 @@ def refuse_this_node(run: RunDirectory, job: JobPlan) -> None:
     refuse_unfit_machine(recipe, job.plan.strategy, capability)
 
 
-def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
-    """From here on the run is this attempt's: its trainer takes the lock a minute later, and no job comes between."""
+def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> bool:
+    """From here on the run is this attempt's: its trainer takes the lock a minute later, and no job comes between.
+
+    False: somebody has asked for a stop meanwhile; a large checkpoint is not copied at once.
+    """
     if job.planned is not None:
         write_request(run, job.planned.recipe, job.planned.plan)
         if job.planned.continuation.source is not None:
@@ -143,8 +156,10 @@ def _take(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
     # From now on no other attempt asks for a stop.
     atomic_write(ledger.attempt_file(run), f"{allocation.job}.{allocation.restart}\n")
     clear_markers(run)
-    clear_requests(run)
+    if clear_requests(run) == "user":
+        return False
     ledger.write_event(run, "start", **_begun(run, allocation))
+    return True
 
 
 def _answer_stop(run: RunDirectory, allocation: Allocation, job: JobPlan) -> None:
@@ -266,6 +281,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument("--allow", action="append", default=[], metavar="KEY")
     first.add_argument(
         "--queue", default="", help="this user's jobs: squeue --Format=JobArrayID,State,Requeue"
+    )
+    first.add_argument(
+        "--seen", metavar="JOB.RESTART", help="the attempt that was open when squeue was asked; empty: none"
     )
     first.add_argument(
         "--stand-by",

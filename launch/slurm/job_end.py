@@ -30,6 +30,11 @@ def end(options: argparse.Namespace) -> int:
     """
     allocation = Allocation.of(os.environ, options.attempt, options.max_crashes)
     run = RunDirectory(Path(options.run))
+    if (now := ledger.attempt_of_now(run)) not in (None, options.attempt):
+        raise RunError(
+            f"{run.path}: attempt {options.attempt} was given up (its node was out of reach), and attempt {now} has "
+            "the run; nothing is decided here"
+        )
     others = ",".join(ledger.read_ledger(run).others_of(allocation.job))
     try:
         status, orders = _end(options, allocation, run)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -13,13 +15,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.doctor import links, on_node, shared
+from launch.doctor import links, on_node, on_slurm, shared
 from launch.doctor.finding import Finding
 from launch.doctor.links import broken_pairs, culprits, judge_links, listen, own_address, unreachable
 from launch.doctor.meeting import Meeting, meet
 from launch.doctor.reports import findings_of_nodes, print_nodes, short_reason, unfit_nodes
 from launch.local.accelerate_command import free_port
 from launch.run.lock import hold_lock
+from launch.slurm.site import load_site
 from tests.helpers.launcher import samestep
 
 
@@ -201,9 +204,47 @@ def test_what_is_wrong_with_a_request_for_nodes_is_one_line(
     salloc = tmp_path / "salloc"
     salloc.write_text("#!/bin/sh\necho 'salloc: error: invalid partition specified: nowhere' >&2; exit 1\n")
     salloc.chmod(0o755)
-    assert (
-        samestep("doctor", "--runs-dir", str(tmp_path / "runs"), "--nodes", "2", "--partition", "nowhere")
-        == 2
-    )
-    assert "salloc: no nodes (invalid partition specified: nowhere); see `sinfo`" in capsys.readouterr().err
+    said = refused("--nodes", "2", "--partition", "nowhere")
+    assert "salloc: no nodes (invalid partition specified: nowhere); see `sinfo`" in said
     assert not (tmp_path / "runs").exists()
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text("#!/bin/sh\necho 4\n")
+    sinfo.chmod(0o755)
+    said = refused("--nodes", "2", "--gpus-per-node", "5")
+    assert "8 x 5 processes are 40 CPUs of a node, and no node of this cluster has more than 4" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_gives_up_waiting_for_nodes_is_told_why_it_waited_and_leaves_no_job(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salloc = """trap 'echo cancelled >"$CANCELLED"; exit 1' TERM
+echo "salloc: Pending job allocation 41"; while :; do sleep 0.1; done"""
+    for name, text in {
+        "salloc": salloc,
+        "scontrol": 'echo "JobId=$4 JobState=PENDING Reason=ReqNodeNotAvail"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CANCELLED", str(tmp_path / "cancelled"))
+    monkeypatch.setattr(on_slurm, "REASON_AFTER_S", 0.5)
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if "still waiting" in line:
+            os.kill(os.getpid(), number)
+
+    site = load_site(None, {"device": "cpu"})
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
+        on_slurm.look_at_nodes(on_slurm.Look(2, 1, tmp_path / "runs"), site, tell)
+    assert number == signal.SIGINT or ended.value.code == 128 + number
+    assert told == [
+        "salloc: Pending job allocation 41",
+        "doctor: still waiting for nodes (ReqNodeNotAvail); Ctrl-C gives up and cancels the job",
+        "doctor: ended before the nodes had answered; its job is cancelled",
+    ]
+    assert (tmp_path / "cancelled").exists()
+    assert not (tmp_path / "runs").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

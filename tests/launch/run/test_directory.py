@@ -25,6 +25,7 @@ from launch.run.directory import (
     request_stop,
     requested_stop,
     write_marker,
+    write_stopped,
 )
 from launch.run.lock import hold_lock, lock_holder, refuse_if_running
 from tests.helpers.checkpoints import as_nobody
@@ -87,10 +88,26 @@ def test_a_stop_is_asked_for_with_its_reason_and_answered(reason: StopReason, tm
     request_stop(run, reason)
     assert requested_stop(run) == reason
     run.save_file.touch()
-    clear_requests(run)
+    assert clear_requests(run) == reason
     assert requested_stop(run) is None
     assert list(tmp_path.iterdir()) == []
-    clear_requests(run)
+    assert clear_requests(run) is None
+
+
+@pytest.mark.parametrize("reason", get_args(StopReason))
+def test_a_stop_of_the_user_that_comes_during_another_one_is_the_one_that_is_answered(
+    reason: StopReason, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    request_stop(run, reason)
+    run.stop_file.write_text("user\n")  # while the last checkpoint is written
+    write_stopped(run, reason, "at step 3 of 6")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+        ("STOPPED", "user: at step 3 of 6")
+    ]
+    request_stop(run, "preempted")
+    write_stopped(run, reason, "at step 4 of 6")
+    assert (tmp_path / "STOPPED").read_text() == f"{reason}: at step 4 of 6"
 
 
 @pytest.mark.parametrize(

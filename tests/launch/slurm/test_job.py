@@ -344,8 +344,134 @@ def test_of_two_jobs_that_begin_at_once_the_later_one_gives_way(
         return plan_job(options, given)
 
     monkeypatch.setattr(allocation, "plan_job", meanwhile)
+    asked = "40 PENDING 1\n41 RUNNING 1"
+    assert _begin(run, capsys, asked, "--seen", "") == (0, ["ask 40.0 40,41"])
+    monkeypatch.setattr(allocation, "plan_job", plan_job)
+    assert _begin(run, capsys, "40 RUNNING 1\n41 RUNNING 1", "--seen", "40.0") == (1, [])
+    assert [(one.job, one.how) for one in ledger.read_ledger(run).attempts] == [
+        ("40", None),
+        ("41", "refused"),
+    ]
+
+
+@pytest.mark.parametrize("ahead", [-300, 0, 300])
+def test_neither_a_late_image_nor_another_nodes_clock_lets_two_jobs_have_one_run(
+    ahead: int, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """42 asks squeue while 41 waits; 41 begins, by a clock of its own; then 42 has its image, and decides."""
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda: 1e9 + ahead)
+        assert _begin(run, capsys)[0] == 0
+    monkeypatch.setattr(time, "time", lambda: 1e9 + 60)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    early, whole = "41 PENDING 1\n42 RUNNING 1", ["--seen", "41.0"]
+    assert _begin(run, capsys, early, "--seen", "") == (0, ["ask 41.0 41,42"])
+    assert len(ledger.read_ledger(run).attempts) == 1  # nothing is written of a question
+    assert _begin(run, capsys, "41 RUNNING 1\n42 RUNNING 1", *whole, "--stand-by", "900") == (0, ["standby"])
+    # Who does not even see itself was given no answer by squeue.
+    assert _begin(run, capsys, "", *whole) == (0, ["requeue"])
+    assert "squeue does not even name job 42" in ledger.read_ledger(run).attempts[-1].reason
+    # It goes on once it is known that the very attempt is over; of a newer one that is to be asked anew.
+    assert _begin(run, capsys, early, "--seen", "41.1") == (0, ["ask 41.0 41,42"])
+    assert _begin(run, capsys, early, *whole)[0] == 0
+    assert ledger.read_ledger(run).job == "42"
+
+
+def test_a_script_of_an_older_version_is_told_by_the_clocks(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.write_event(run, "start", job="40", restart=0, began=time.time() + 60, first_step=0)
     assert _begin(run, capsys, "40 PENDING 1\n41 RUNNING 1") == (0, ["requeue"])
-    assert ledger.read_ledger(run).job == "40"
+
+
+def test_an_attempt_that_was_given_up_decides_nothing(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its node was out of reach, and is back when another job has the run."""
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "41 PENDING 1\n42 RUNNING 1", "--seen", "41.0")[0] == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    for words in ([], ["--max-crashes", "1"], ["--unfit", "* n1: data: not prepared"]):
+        assert _end(several, capsys, RUNNING.format(0), *words) == (1, "")
+    assert read_marker(several) is None
+    assert [(one.job, one.how) for one in ledger.read_ledger(several).attempts] == [
+        ("41", "crashed"),
+        ("42", None),
+    ]
+
+
+# a stop of the user -------------------------------------------------------------------------------
+
+
+def test_a_stop_asked_for_while_the_run_is_taken_is_not_lost(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large checkpoint is copied just then, say."""
+    write = allocation.write_request
+
+    def slowly(*given: object) -> None:
+        write(*given)  # type: ignore[arg-type]
+        run.stop_file.write_text("user\n")
+
+    monkeypatch.setattr(allocation, "write_request", slowly)
+    _attempt(monkeypatch, 0, nodes=3)
+    assert _begin(run, capsys) == (1, [])
+    marker = read_marker(run)
+    assert marker is not None
+    assert (marker.kind, marker.text) == ("STOPPED", "user: at step 0 of 6")
+    assert [one.how for one in ledger.read_ledger(run).attempts] == ["stopped"]
+    assert not run.stop_file.exists()
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_stop_is_not_forgotten_when_slurm_queues_the_job_again(
+    said: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preemption takes the job away while it stops, with or without time for its last words."""
+    _begin(run, capsys)
+    write_marker(run, "STOPPED", "user: at step 3 of 6")
+    if said:
+        assert _end(run, capsys, "JobId=41 JobState=COMPLETING Restarts=1") == (1, "")
+    _attempt(monkeypatch, 1)
+    assert _begin(run, capsys) == (1, [])
+    first, second = ledger.read_ledger(run).attempts
+    assert (first.how, second.how) == ("stopped", "refused")
+    assert "was stopped, and queued again by Slurm alone" in second.reason
+    marker = read_marker(run)
+    assert marker is not None
+    assert marker.text == "user: at step 3 of 6"
+    monkeypatch.setenv("SLURM_JOB_ID", "43")  # submitted by hand since
+    _attempt(monkeypatch, 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    assert _begin(run, capsys, "43 RUNNING 1")[0] == 0
+
+
+def test_a_stop_whose_job_died_before_its_last_words_is_meant_for_all(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(several, capsys, BOTH, "--stand-by", "900")
+    write_marker(several, "STOPPED", "user: at step 3 of 6")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert _begin(several, capsys, "42 RUNNING 1", "--seen", "41.0", "--stand-by", "900") == (1, [])
+    assert "job 41 of the same submission was stopped" in ledger.read_ledger(several).attempts[-1].reason
+
+
+def test_clocks_that_differ_hide_no_stop(
+    several: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """41 had a node five minutes ahead, and was taken away; 42 was stopped after it."""
+    ledger.write_event(several, "submit", job="43", alternatives="41,42,43")
+    attempt = {"restart": 0, "first_step": 0, "began": 1300.0}
+    ledger.write_event(several, "start", job="41", **attempt)
+    ledger.write_event(several, "end", job="41", how="preempted", ended=1400.0)
+    ledger.write_event(several, "start", job="42", **{**attempt, "began": 1110.0})
+    ledger.write_event(several, "end", job="42", how="stopped", reason="user: at step 3 of 6", ended=1120.0)
+    book = ledger.read_ledger(several)
+    assert (book.job, book.last and book.last.how) == ("42", "stopped")
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    assert _begin(several, capsys, "43 RUNNING 1", "--stand-by", "900") == (1, [])
+    assert "job 42 of the same submission was stopped" in ledger.read_ledger(several).attempts[-1].reason
 
 
 # several jobs of one submission -------------------------------------------------------------------
@@ -639,17 +765,19 @@ def test_a_job_of_parts_is_refused(run: RunDirectory, capsys: pytest.CaptureFixt
 def test_a_task_of_an_array_does_not_take_the_run_of_another(
     meanwhile: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    began = time.time() + (60 if meanwhile else -1)  # while this one was asking what others do, or before
-    ledger.write_event(run, "start", job="41_0", restart=0, began=began, first_step=0)
+    ledger.write_event(run, "start", job="41_0", restart=0, began=time.time(), first_step=0)
     monkeypatch.setenv("SLURM_JOB_ID", "41_1")
-    queue = "41_1 RUNNING 1\n41_0 PENDING 1" if meanwhile else "41_1 RUNNING 1\n41_0 RUNNING 1"
-    assert _begin(run, capsys, queue) == (1, [])
+    queue, seen = "41_1 RUNNING 1\n41_0 RUNNING 1", ["--seen", ""]
+    if meanwhile:  # it began while this one was asking what others do
+        assert _begin(run, capsys, "41_1 RUNNING 1\n41_0 PENDING 1", *seen) == (0, ["ask 41_0.0 41_0,41_1"])
+        seen = ["--seen", "41_0.0"]
+    assert _begin(run, capsys, queue, *seen) == (1, [])
     refused = ledger.read_ledger(run).attempts[-1]
     assert (refused.job, refused.how) == ("41_1", "refused")
     assert "job 41_0 of this run is under way" in refused.reason
     assert "OPTIONS=(--name mine-$SLURM_ARRAY_TASK_ID)" in refused.reason
     # One after another (--array=0-1%1) they take turns.
-    assert _begin(run, capsys, "41_1 RUNNING 1")[0] == (1 if meanwhile else 0)
+    assert _begin(run, capsys, "41_1 RUNNING 1", "--seen", "41_0.0")[0] == 0
 
 
 def test_outside_a_job_it_says_so(

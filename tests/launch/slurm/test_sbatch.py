@@ -257,7 +257,9 @@ def test_hostile_values_arrive_intact_and_no_secret_is_written(cluster: Path) ->
     begin = _calls(cluster, "launch.slurm.job.begin")[4:]
     told = ["--attempt", "40.0", "--max-crashes", "3", "--job", FACTS]
     told += ["--nodes", "4,4096,gpu:4,(null)|down*|n2"]
-    assert begin == [*(str(job.run), *told, "--queue", "40 RUNNING 1", "--device", "cuda", "--stand-by", "")]
+    assert begin == [
+        *(str(job.run), *told, "--queue", "40 RUNNING 1", "--seen", "", "--device", "cuda", "--stand-by", "")
+    ]
     end = _calls(cluster, "launch.slurm.job.end")[4:]
     assert end == [os.environ["RUN_FOLDER"], *told, "--asked", "", "--unfit", ""]
     launched = _calls(cluster, "accelerate.commands.launch.--config_file")
@@ -427,6 +429,19 @@ def test_failed_nodes_are_left_out_once_the_job_waits(cluster: Path, monkeypatch
     assert said[-2:] == ["requeue 40", "update JobId=40 ExcNodeList=n1,n2"]
 
 
+def test_squeue_is_asked_again_for_the_jobs_that_decide(cluster: Path) -> None:
+    _program(cluster / "bin" / "squeue", 'echo "$2" >>"$CALLS.squeue"; echo "41_2 RUNNING 1"')
+    python = (cluster / "python").read_text()
+    again = (
+        'if [ "$3" = begin ] && mkdir "$CALLS.again" 2>/dev/null; then echo ask 41_2.0 41_2,40; exit; fi\n'
+    )
+    _program(cluster / "python", again + python.partition("\n")[2])
+    assert _play(cluster, _hostile_job(cluster)).returncode == 0
+    assert (cluster / "call.squeue").read_text() == "--me\n--jobs=41_2,40\n"
+    begin = dict(pairwise(_calls(cluster, "launch.slurm.job.begin")))
+    assert (begin["--queue"], begin["--seen"]) == ("41_2 RUNNING 1", "41_2.0")
+
+
 def test_who_stands_by_goes_back_into_the_queue_for_a_while(cluster: Path) -> None:
     _program(cluster / "python", 'echo "$3" >>"$CALLS"; echo standby')
     job = replace(_hostile_job(cluster), one_of_several=True)
@@ -492,8 +507,9 @@ def test_the_scratch_folder_is_nobody_elses(
     scratch.mkdir()
     for name in ("samestep-40", "samestep-40-n4"):  # as somebody would who guesses
         (scratch / name).symlink_to(cluster)
-    mine = scratch / "samestep-40-n4.left"
+    mine, another = scratch / "samestep-40-n4.left", scratch / "samestep-40.left"
     mine.mkdir()  # of an attempt that was killed
+    another.mkdir()
     job = _hostile_job(cluster, scratch=str(scratch))
     text = follow_up_script(AFTER, job, ["merge", "x"]) if after else train_script(TRAIN, job)
     _program(
@@ -508,7 +524,7 @@ def test_the_scratch_folder_is_nobody_elses(
     assert used.name.startswith("samestep-40." if after else "samestep-40-n4.")
     assert (cluster / "call.mode").read_text() == "700\n"
     assert not used.exists()
-    assert mine.exists() == after
+    assert (mine.exists(), another.exists()) == (after, not after)
     assert (scratch / "samestep-40").is_symlink()
 
 

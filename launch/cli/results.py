@@ -14,6 +14,7 @@ from launch.cli.options import (
     RunsDir,
     complete_run,
     example,
+    option,
 )
 from launch.option_values import named, one_of, whole
 from launch.run.variants import parse_models, prompt_option, with_prompt
@@ -42,19 +43,16 @@ HandModels = Annotated[
 ]
 PromptOption = Annotated[
     str,
-    typer.Option(
-        metavar="none|recipe|FILE",
-        parser=named("--prompt"),
-        help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
+    option(
+        "--prompt",
+        "none|recipe|FILE",
+        "The system message: none (the chat template's own), the recipe's, or that of a text file.",
+        named,
     ),
 ]
 OutsideRecipe = Annotated[
     str | None,
-    typer.Option(
-        metavar="RECIPE",
-        parser=named("--recipe"),
-        help="Names data and base for an adapter or a model that lies in no run.",
-    ),
+    option("--recipe", "RECIPE", "Names data and base for an adapter or a model that lies in no run.", named),
 ]
 
 
@@ -70,12 +68,13 @@ def evaluate(
     target: TargetArgument,
     split: Annotated[
         str,
-        typer.Option(
-            metavar="SPLIT",
-            parser=one_of(
-                "--split", ("train", "validation", "test"), "which rows they hold, the recipe says"
-            ),
-            help="train, validation or test.",
+        option(
+            "--split",
+            "SPLIT",
+            "train, validation or test.",
+            one_of,
+            ("train", "validation", "test"),
+            "which rows they hold, the recipe says",
         ),
     ] = "test",
     models: Annotated[
@@ -91,12 +90,7 @@ def evaluate(
     prompt: PromptOption = "recipe",
     max_samples: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole("--max-samples", 1, 10**9),
-            help="Only N samples, spread over the split.",
-            show_default="all",
-        ),
+        option("--max-samples", "N", "Only N samples, spread over the split.", whole, 1, 10**9, unset="all"),
     ] = None,
     recipe: OutsideRecipe = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it

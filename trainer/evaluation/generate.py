@@ -19,7 +19,7 @@ from rich.console import Console
 
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import SPLITS, read_index
-from launch.option_values import for_argparse, whole
+from launch.option_values import add_option, whole
 from launch.run.variants import in_order
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -67,10 +67,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
     )
     add_request_arguments(parser, "base,adapter,shuffled")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which split (default: test)")
-    parser.add_argument(
-        "--max-samples",
-        type=for_argparse(whole("--max-samples", 1, 10**9)),
-        help="ask only so many questions, spread over the split",
+    add_option(
+        parser, "--max-samples", whole, 1, 10**9, help="ask only so many questions, spread over the split"
     )
     add_allow(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -100,11 +100,13 @@ def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
     return True
 
 
-def load_stored(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Return a model as it lies in a folder, unquantized, in the dtype it is stored in."""
+def load_stored(
+    folder: Path, device: torch.device, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> PreTrainedModel:
+    """Return a model as it lies in a folder, unquantized; `auto`: in the dtype it is stored in."""
     model = model_class_of(folder).from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
         local_files_only=True,

@@ -1,4 +1,8 @@
-"""The frozen base, quantized to 4 bits or plain, and the LoRA that trains on it."""
+"""The frozen base, quantized to 4 bits or plain, and the LoRA that trains on it.
+
+Dtypes: the base is in `model.dtype`, or NF4 in `quant_storage` bytes that are dequantized to `bnb_4bit_compute_dtype`;
+LoRA is fp32 under every strategy; products are in the dtype of one autocast inside the model's forward (`compute_in`).
+"""
 
 from __future__ import annotations
 
@@ -40,11 +44,12 @@ def load_base(
     take_layer: Callable[[nn.Module], None] | None = None,
     layers: bool = True,
 ) -> PreTrainedModel:
-    """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
+    """Load the base model onto one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
     `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one;
-    without `layers` they are left out.
+    without `layers` they are left out. `quant_storage`: the dtype that packed 4-bit weights are held in; FSDP shards
+    them in the dtype of the rest.
 
     Raises:
         ConfigError: the base is not there, is of no family that is known, or lacks tensors.
@@ -158,7 +163,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def _kept_frozen(model: PreTrainedModel, names: list[str] | str) -> list[str] | str:
-    """What of the vision tower PEFT must pass over, though it has the name of a layer that is reached.
+    """Return what of the vision tower PEFT must pass over, though it has the name of a layer that is reached.
 
     Without a name of the tower's own it is frozen whole, and runs without a graph. With one, Qwen2.5-VL's `gate_proj`
     is still the decoder's alone (`launch.inputs.model_shape.reached_in_tower`).
@@ -179,7 +184,7 @@ def _kept_frozen(model: PreTrainedModel, names: list[str] | str) -> list[str] | 
 
 
 def _check_reach(model: PeftModel, names: list[str] | str) -> None:
-    """Every name reaches linear layers of decoder or vision tower, and nothing else.
+    """Refuse a name that reaches no linear layer of decoder or vision tower, or anything else (ConfigError).
 
     LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
     up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
@@ -215,7 +220,7 @@ def _ends_in(path: str, name: str) -> bool:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the order of the names (the order of every reduction)."""
+    """Return the parameters that train, by name, in the order of the names (the order of every reduction)."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return dict(sorted(named.items()))
 
@@ -233,7 +238,10 @@ def prepare_training(
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
     pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `keep`: hears of computed image features.
-    Returns in words which way it runs.
+    Returns in words which way it runs, for the log.
+
+    The order matters: 8-bit products take the 4-bit weights before they are dequantized, and fused kernels take LoRA
+    and sample dropout as they are by then.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     said = []
@@ -262,7 +270,7 @@ def _prepare_packed(model: PreTrainedModel) -> None:
 
 
 def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
-    """Switch decoder and vision tower to fused kernels; in words, which. A tower that trains keeps its own forwards."""
+    """Switch decoder and vision tower to fused kernels; return in words which. A tower that trains keeps its own."""
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
     family = modelling_of(model)
@@ -303,7 +311,7 @@ def prepare_answers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:
-    """Why a model cannot use the fused kernels, or None."""
+    """Say why a model cannot use the fused kernels; None: it can."""
     if model.device.type != "cuda":
         return f"they need a GPU, this is a {model.device.type}"
     if {model.dtype, compute_dtype} != {torch.bfloat16}:

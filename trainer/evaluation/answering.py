@@ -22,10 +22,10 @@ from transformers import ProcessorMixin
 from launch.errors import RunError
 from trainer.data.splits import Rows, open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
-from trainer.evaluation.answers import Answer, Question, make_batches, other_images, read_questions
 from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
-from trainer.evaluation.replica import Replica
+from trainer.evaluation.questions import Answer, Question, make_batches, other_images, read_questions
 from trainer.evaluation.request import EvaluationTask, Variant, variants_of
+from trainer.generation.replica import Replica
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie

@@ -20,8 +20,8 @@ from launch.errors import ConfigError, SamestepError
 from launch.option_values import add_option, place
 from launch.run.evaluation_target import missing_models
 from launch.untrusted_files import printable
-from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
+from trainer.evaluation.panel import Panel, read_image, seat
 from trainer.evaluation.request import EvaluationRequest
 from trainer.logging_setup import print_error, setup_logging
 

@@ -39,7 +39,6 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
@@ -58,10 +57,11 @@ from trainer.evaluation.comparison_request import (
 )
 from trainer.evaluation.loading import load_stored, with_named_targets
 from trainer.evaluation.metric_functions import Metrics, load_metrics
-from trainer.evaluation.replica import Replica
+from trainer.evaluation.questions import evenly_spaced
 from trainer.export.adapter import read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
+from trainer.generation.replica import Replica
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare

@@ -26,10 +26,10 @@ from launch.untrusted_files import printable
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
-from trainer.evaluation.asking import Panel, Respondent, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
+from trainer.evaluation.panel import Panel, Respondent, read_image, seat
+from trainer.evaluation.questions import evenly_spaced
 from trainer.logging_setup import print_error, setup_logging
 
 EXAMPLES = 6

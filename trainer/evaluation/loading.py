@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.data.splits import Rows
-from trainer.evaluation.replica import Replica, why_stock
 from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
+from trainer.generation.replica import Replica, why_stock
 from trainer.model.base import RECIPE_DTYPES, load_base, prepare_answers
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of

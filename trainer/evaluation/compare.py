@@ -75,9 +75,8 @@ ModelLoader = Callable[[], torch.nn.Module]
 def compare(request: ComparisonRequest) -> MergeComparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with merged_folders(request) as folders, TemporaryDirectory() as adapter:
-        write_adapter(
-            with_named_targets(request.adapter), Path(adapter)
-        )  # as PEFT's present version reads it
+        # As PEFT's present version reads it.
+        write_adapter(with_named_targets(request.adapter), Path(adapter))
         return _compare(request, folders, Path(adapter))
 
 
@@ -121,9 +120,8 @@ def _look(
     numbers = validation_numbers(request)
     source = open_split(request.recipe, "validation")
     rows = [source[number] for number in numbers]
-    metrics_of(
-        request.recipe, rows
-    )  # a function of the user's own that cannot be loaded: before any model is
+    # A function of the user's own that cannot be loaded: before any model is.
+    metrics_of(request.recipe, rows)
     encoder = Encoder(processor, request.recipe.data.system_message, request.recipe.data.loss)
     prompts = [encoder.texts(row)[0] for row in rows]
     seen: dict[str, Seen] = {}

@@ -55,9 +55,8 @@ def growing_answer(panel: Panel, respondent: Respondent, image: Image.Image, que
     streamer = TextIteratorStreamer(panel.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(panel.answer, respondent, [image], question, streamer)
-        answer.add_done_callback(
-            lambda _: streamer.end()
-        )  # also where it failed, or the page would wait for words
+        # Also where it failed, or the page would wait for words.
+        answer.add_done_callback(lambda _: streamer.end())
         text = ""
         for words in streamer:
             text += words

@@ -103,9 +103,8 @@ def score_answers(
             # The tower is whole on every rank: what one alone can meet is met before the layers wait for each other.
             run_on_all_ranks(partial(_look, replica, images))
             prompts = [questions[position].prompt for position in positions]
-            if (
-                synced
-            ):  # in the middle of collectives: what fails here ends the other ranks through the launcher
+            # In the middle of collectives: what fails here ends the other ranks through the launcher.
+            if synced:
                 answers = _answers(replica, prompts, images)
             else:
                 answers = run_on_all_ranks(partial(_answers, replica, prompts, images) if counts else list)

@@ -39,24 +39,18 @@ def load_replica(
     device: torch.device,
     variants: Sequence[Variant],
 ) -> Replica:
-    """Return the recipe's base with every adapter that the variants need."""
+    """Return the recipe's base with every adapter that the variants need.
+
+    Where they are of the merged model: that one, unquantized, in the dtype it is stored in.
+    """
     recipe = task.recipe
-    model = load_with_adapters(recipe, device, variants)
-    return replica_of(
-        model, processor, rows, recipe.evaluation.max_new_tokens, RECIPE_DTYPES[compute_dtype_of(recipe)]
-    )
-
-
-def load_merged(
-    task: EvaluationTask,
-    processor: ProcessorMixin,
-    rows: Rows,
-    device: torch.device,
-    variants: Sequence[Variant],
-) -> Replica:
-    """Return the run's merged model, unquantized, in the dtype it is stored in."""
-    model = load_stored(task.request.run.merged, device)
-    return replica_of(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
+    if variants[0].is_merged:
+        model: PreTrainedModel | PeftModel = load_stored(task.request.run.merged, device)
+        dtype = model.dtype
+    else:
+        model = load_with_adapters(recipe, device, variants)
+        dtype = RECIPE_DTYPES[compute_dtype_of(recipe)]
+    return replica_of(model, processor, rows, recipe.evaluation.max_new_tokens, dtype)
 
 
 def replica_of(

@@ -47,8 +47,8 @@ def load_base(
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
     `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one;
-    without `layers` they are left out. `quant_storage`: the dtype that packed 4-bit weights are held in; FSDP shards
-    them in the dtype of the rest.
+    without `layers` they are left out. `quant_storage`: the dtype that packed 4-bit weights are held in, of the
+    strategy (`launch.strategies`).
 
     Raises:
         ConfigError: the base is not there, is of no family that is known, or lacks tensors.

@@ -36,13 +36,14 @@ from launch.run.directory import RunDirectory
 from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.splits import Rows, open_split
-from trainer.evaluation.answers import make_batches
 from trainer.evaluation.loading import answering_as, load_with_adapters, replica_of
-from trainer.evaluation.replica import greedy
+from trainer.evaluation.questions import make_batches
 from trainer.evaluation.request import EvaluationRequest, Variant, variants_of
 from trainer.formats.portable import save_adapter
+from trainer.generation.replica import greedy
 from trainer.logging_setup import print_error, setup_logging
-from trainer.model.base import RECIPE_DTYPES, add_lora, load_base
+from trainer.model.base import RECIPE_DTYPES, load_base
+from trainer.model.lora import add_lora
 from trainer.pretrained import load_processor
 
 Way = Callable[[Variant, Sequence[int]], list[str]]

@@ -114,14 +114,8 @@ def measure(options: argparse.Namespace, cases: list[Case]) -> list[dict[str, An
     import torch
 
     from launch.recipe.loading import find_recipe, load_recipe
-    from trainer.model.base import (
-        RECIPE_DTYPES,
-        add_lora,
-        compute_in,
-        load_base,
-        prepare_training,
-        trainable_parameters,
-    )
+    from trainer.model.base import RECIPE_DTYPES, compute_in, load_base, prepare_training
+    from trainer.model.lora import add_lora, trainable_parameters
     from trainer.model.resident import dequantize_weights
     from trainer.prepare import prepare
 

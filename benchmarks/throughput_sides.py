@@ -203,7 +203,8 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from trainer.model.base import add_lora, load_base, trainable_parameters
+    from trainer.model.base import load_base
+    from trainer.model.lora import add_lora, trainable_parameters
     from trainer.pretrained import load_processor
 
     cuda = torch.cuda.is_available()

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launch.errors import ConfigError
 
@@ -170,6 +170,17 @@ def for_argparse(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
     return convert
+
+
+def add_option(
+    parser: argparse.ArgumentParser,
+    name: str,
+    judge: Callable[..., Callable[[str], Any]],
+    *limits: Any,
+    **settings: Any,
+) -> None:
+    """Add an option or argument of argparse whose value `judge(name, *limits)` reads; `settings`: of `add_argument`."""
+    parser.add_argument(name, type=for_argparse(judge(name, *limits)), **settings)
 
 
 def line_of_text(option: str, value: str, remedy: str = "give one, or leave the option out") -> str:

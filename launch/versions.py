@@ -5,12 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed")
 
 
-def installed_version(package: str) -> str:
-    """The version of an installed package, or "not installed": DeepSpeed is optional, a login node may lack all."""
+def installed_version(package: str, absent: str = "not installed") -> str:
+    """The version of an installed package, or `absent`: DeepSpeed is optional, a login node may lack all."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return absent
 
 
 def version_line() -> str:

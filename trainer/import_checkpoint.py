@@ -24,7 +24,7 @@ from launch.errors import CheckpointError, SamestepError
 from launch.hub_names import EMBEDDED
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.model_files import COMMIT
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from launch.planning.step_plan import StreamOffset
 from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
@@ -50,17 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.import_checkpoint recipe.yaml old_run/checkpoint-500 --output taken",
     )
     parser.add_argument("recipe", help="the recipe that is to go on")
-    parser.add_argument(
-        "source",
-        type=for_argparse(place("source")),
-        help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed",
+    add_option(
+        parser, "source", place, help="a checkpoint of plain trl, transformers, accelerate or DeepSpeed"
     )
-    parser.add_argument(
-        "--output",
-        type=for_argparse(place("--output")),
-        required=True,
-        help="folder in which checkpoint-<step> is written",
-    )
+    add_option(parser, "--output", place, required=True, help="folder in which checkpoint-<step> is written")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
     )

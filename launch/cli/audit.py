@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, Strategy, example
+from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, Strategy, example, option
 from launch.console import add_row, echo, emit
 from launch.errors import ConfigError
 from launch.option_values import named, one_of, step_range, whole
@@ -146,19 +146,11 @@ def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = Fals
 )
 def replay(
     run: RunArgument,
-    steps: Annotated[
-        Any,  # a pair, which typer has no type for
-        typer.Option(metavar="FIRST:LAST", parser=step_range("--steps"), help="Which steps, counted from 1."),
-    ] = None,
+    steps: Annotated[Any, option("--steps", "FIRST:LAST", "Which steps, counted from 1.", step_range)] = None,
     random: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=whole("--random", 1, 1000), help="So many single steps, drawn by --seed."
-        ),
+        int | None, option("--random", "N", "So many single steps, drawn by --seed.", whole, 1, 1000)
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="SEED", parser=whole("--seed", 0, 2**31), help="Of --random.")
-    ] = 0,
+    seed: Annotated[int, option("--seed", "SEED", "Of --random.", whole, 0, 2**31)] = 0,
     strategy: Strategy = None,
     gpus_per_node: Processes = None,
     allow: AllowPart = [],  # noqa: B006
@@ -186,14 +178,7 @@ def replay(
         refuse_steps_not_taken(steps, last)
     ranges = [steps] if steps else [(s, s) for s in random_steps(random or 0, seed, last)]
     request = RunRequest(
-        recipe="",
-        overrides=(),
-        strategy=strategy,
-        gpus_per_node=gpus_per_node,
-        name=None,
-        runs_dir=runs_dir,
-        fresh=False,
-        allow=tuple(allow),
+        recipe="", strategy=strategy, gpus_per_node=gpus_per_node, runs_dir=runs_dir, allow=tuple(allow)
     )
     results = []
     for result in replays(place, ranges, request):
@@ -212,24 +197,28 @@ def replay(
 )
 def blame(
     run: RunArgument,
-    step: Annotated[
-        int, typer.Option(metavar="N", parser=whole("--step", 1, 10**9), help="Which step, counted from 1.")
-    ],
+    step: Annotated[int, option("--step", "N", "Which step, counted from 1.", whole, 1, 10**9)],
     without: Annotated[
         list[int],
-        typer.Option(
-            metavar="ROW",
-            parser=whole("--without", 0, 10**12),
-            help="Train on without this row of the training split; may be repeated.",
+        option(
+            "--without",
+            "ROW",
+            "Train on without this row of the training split; may be repeated.",
+            whole,
+            0,
+            10**12,
         ),
     ] = [],  # noqa: B006
     until: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole("--until", 1, 10**9),
-            help="Of --without: the last step to take.",
-            show_default="the last one of the run",
+        option(
+            "--until",
+            "N",
+            "Of --without: the last step to take.",
+            whole,
+            1,
+            10**9,
+            unset="the last one of the run",
         ),
     ] = None,
     allow: AllowPart = [],  # noqa: B006

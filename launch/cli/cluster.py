@@ -20,6 +20,7 @@ from launch.cli.options import (
     Source,
     example,
     memory_size,
+    option,
     site_value,
     with_early_stop,
 )
@@ -45,20 +46,11 @@ StrategyFile = Annotated[
     ),
 ]
 SiteFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", parser=place("--site"), help="What differs between clusters: slurm/site.example.yaml."
-    ),
+    Path | None, option("--site", "FILE", "What differs between clusters: slurm/site.example.yaml.", place)
 ]
 # What follows wins over the site's file.
 MemoryOfSite = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        parser=memory_size("--gpu-memory"),
-        help="Memory of one GPU: 80GB.",
-        show_default="the site's",
-    ),
+    str | None, option("--gpu-memory", "SIZE", "Memory of one GPU: 80GB.", memory_size, unset="the site's")
 ]
 
 
@@ -69,54 +61,54 @@ def as_of_sbatch(option: str) -> Any:
 
 TimeLimit = Annotated[
     str | None,
-    typer.Option(
-        metavar="TEXT",
-        parser=site_value("--time", "time"),
-        help="Limit of one attempt, as of sbatch: D-HH:MM:SS.",
-        show_default="the site's",
+    option(
+        "--time",
+        "TEXT",
+        "Limit of one attempt, as of sbatch: D-HH:MM:SS.",
+        site_value,
+        "time",
+        unset="the site's",
     ),
 ]
 Image = Annotated[
-    str | None,
-    typer.Option(
-        metavar="IMAGE",
-        parser=text("--container"),
-        help="For the site's container.runtime.",
-        show_default="the site's",
-    ),
+    str | None, option("--container", "IMAGE", "For the site's container.runtime.", text, unset="the site's")
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        metavar="DEVICE",
-        parser=one_of("--device", ("cuda", "cpu")),
-        help="What the nodes train on: cuda or cpu.",
-        show_default="the site's, cuda",
+    option(
+        "--device",
+        "DEVICE",
+        "What the nodes train on: cuda or cpu.",
+        one_of,
+        ("cuda", "cpu"),
+        unset="the site's, cuda",
     ),
 ]
 SignalLead = Annotated[
     int | None,
-    typer.Option(
-        metavar="SECONDS",
-        parser=whole("--signal-lead", 1, 65535),
-        help="Warning before the time limit.",
-        show_default="the site's, 120",
+    option(
+        "--signal-lead", "SECONDS", "Warning before the time limit.", whole, 1, 65535, unset="the site's, 120"
     ),
 ]
 MaxCrashes = Annotated[
     int,
-    typer.Option(
-        metavar="N",
-        parser=whole("--max-crashes", 1, 1000),
-        help="Give up after N attempts in a row that save no step; dead nodes count half.",
+    option(
+        "--max-crashes",
+        "N",
+        "Give up after N attempts in a row that save no step; dead nodes count half.",
+        whole,
+        1,
+        1000,
     ),
 ]
 NodeCounts = Annotated[
     Any,  # several, which typer has no type for
-    typer.Option(
-        metavar="N[,N...]",
-        parser=whole_numbers("--nodes", 1),
-        help="Machines. Of several numbers each is a job of its own: the first that starts takes the run.",
+    option(
+        "--nodes",
+        "N[,N...]",
+        "Machines. Of several numbers each is a job of its own: the first that starts takes the run.",
+        whole_numbers,
+        1,
     ),
 ]
 LookFirst = Annotated[
@@ -125,9 +117,7 @@ LookFirst = Annotated[
         "--doctor", help="Look at every node before the run trains; leave out those that are not fit."
     ),
 ]
-NodeProcesses = Annotated[
-    int, typer.Option(metavar="N", parser=whole("--gpus-per-node", 1), help="Processes of a node, one a GPU.")
-]
+NodeProcesses = Annotated[int, option("--gpus-per-node", "N", "Processes of a node, one a GPU.", whole, 1)]
 FollowUps = Annotated[
     str,
     typer.Option(

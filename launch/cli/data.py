@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cli.options import Overrides, RecipeArgument, example
+from launch.cli.options import Overrides, RecipeArgument, example, option
 from launch.console import echo
 from launch.errors import ConfigError
 from launch.option_values import named, place, text, whole
@@ -22,12 +22,7 @@ commands = typer.Typer()
 )
 def data(
     recipe: RecipeArgument,
-    rows: Annotated[
-        int,
-        typer.Option(
-            metavar="N", parser=whole("--rows", 0, 1000), help="Rows to show as the model sees them."
-        ),
-    ] = 3,
+    rows: Annotated[int, option("--rows", "N", "Rows to show as the model sees them.", whole, 0, 1000)] = 3,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show what a run will read: rows, images, tokens, the longest rows, and the first ones with their targets."""
@@ -66,27 +61,13 @@ def init(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DATA",
-            parser=named("--data"),
-            help="A folder with a table and images, or a hub id.",
-            show_default="asked",
-        ),
+        option("--data", "DATA", "A folder with a table and images, or a hub id.", named, unset="asked"),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            parser=named("--model"),
-            help="A hub id, a folder, or `embedded`.",
-            show_default="asked",
-        ),
+        str | None, option("--model", "MODEL", "A hub id, a folder, or `embedded`.", named, unset="asked")
     ] = None,
     gpus: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=whole("--gpus", 0, 100_000), help="GPUs it will run on.", show_default="asked"
-        ),
+        int | None, option("--gpus", "N", "GPUs it will run on.", whole, 0, 100_000, unset="asked")
     ] = None,
     image: Annotated[str | None, _column("--image", "images")] = None,
     query: Annotated[str | None, _column("--query", "questions")] = None,

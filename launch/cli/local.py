@@ -25,6 +25,7 @@ from launch.cli.options import (
     Watts,
     example,
     nodes_option,
+    option,
     with_early_stop,
 )
 from launch.cli.tables import plan_json, show_allowed, show_forecasts, show_memory, show_plan
@@ -37,30 +38,13 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 MachineRank = Annotated[
-    int,
-    typer.Option(
-        metavar="R",
-        parser=whole("--machine-rank", 0),
-        help="Number of this machine, from 0; the first writes the run.",
-    ),
+    int, option("--machine-rank", "R", "Number of this machine, from 0; the first writes the run.", whole, 0)
 ]
 MainProcessIp = Annotated[
-    str | None,
-    typer.Option(
-        metavar="IP",
-        parser=host("--main-process-ip"),
-        help="Where machine 0 is found.",
-        show_default="this machine",
-    ),
+    str | None, option("--main-process-ip", "IP", "Where machine 0 is found.", host, unset="this machine")
 ]
 MainProcessPort = Annotated[
-    int | None,
-    typer.Option(
-        metavar="PORT",
-        parser=whole("--main-process-port", 1, 65535),
-        help="A free port there.",
-        show_default="any",
-    ),
+    int | None, option("--main-process-port", "PORT", "A free port there.", whole, 1, 65535, unset="any")
 ]
 DryRun = Annotated[
     bool,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.cli.cluster import Device, Image, SiteFile, as_of_sbatch
-from launch.cli.options import RunsDir, example, nodes_option
+from launch.cli.options import RunsDir, example, nodes_option, option
 from launch.console import add_row, echo, emit, table_console
 from launch.errors import ConfigError
 from launch.option_values import named, whole
@@ -43,11 +43,13 @@ def doctor(
     ] = None,
     gpus_per_node: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole("--gpus-per-node", 1),
-            help="Processes that measure, one a GPU.",
-            show_default="the GPUs present, 2 on a CPU; with --nodes 1",
+        option(
+            "--gpus-per-node",
+            "N",
+            "Processes that measure, one a GPU.",
+            whole,
+            1,
+            unset="the GPUs present, 2 on a CPU; with --nodes 1",
         ),
     ] = None,
     runs_dir: RunsDir = Path("runs"),

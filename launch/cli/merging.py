@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from launch.cli.options import DEFAULT_RUNS_DIR, AllowPart, RunsDir, complete_run, example
+from launch.cli.options import DEFAULT_RUNS_DIR, AllowPart, RunsDir, complete_run, example, option
 from launch.console import echo
 from launch.option_values import named, one_of, place, positive
 from launch.run.merge_options import BaseKind, MergeOptions, StoredDtype
@@ -16,28 +16,24 @@ commands = typer.Typer()
 
 AdapterConfig = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        parser=place("--adapter-config"),
-        help="adapter_config.json of a checkpoint without one.",
-        show_default="the checkpoint's",
+    option(
+        "--adapter-config",
+        "FILE",
+        "adapter_config.json of a checkpoint without one.",
+        place,
+        unset="the checkpoint's",
     ),
 ]
 LoraAlpha = Annotated[
     float | None,
-    typer.Option(
-        metavar="NUMBER",
-        parser=positive("--lora-alpha"),
-        help="Of a checkpoint without adapter_config.json, such as FSDP's.",
+    option(
+        "--lora-alpha", "NUMBER", "Of a checkpoint without adapter_config.json, such as FSDP's.", positive
     ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODEL",
-        parser=named("--base-model"),
-        help="Folder or hub id of the unquantized base.",
-        show_default="the adapter's",
+    option(
+        "--base-model", "MODEL", "Folder or hub id of the unquantized base.", named, unset="the adapter's"
     ),
 ]
 MergeSource = Annotated[
@@ -50,29 +46,29 @@ MergeSource = Annotated[
     ),
 ]
 MergedOutput = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        parser=place("--output"),
-        help="Folder to write.",
-        show_default="merged/ of the run",
-    ),
+    Path | None, option("--output", "FOLDER", "Folder to write.", place, unset="merged/ of the run")
 ]
 Base = Annotated[
     str,
-    typer.Option(
-        metavar="BASE",
-        parser=one_of("--base", get_args(BaseKind), "a base model's folder goes to --base-model"),
-        help="original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained.",
+    option(
+        "--base",
+        "BASE",
+        "original: the unquantized weights; dequantized: rounded to 4 bits and back, as a 4-bit run trained.",
+        one_of,
+        get_args(BaseKind),
+        "a base model's folder goes to --base-model",
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="DTYPE",
-        parser=one_of("--dtype", get_args(StoredDtype), "leave it out for the base's own"),
-        help="bfloat16 or float32.",
-        show_default="the base's",
+    option(
+        "--dtype",
+        "DTYPE",
+        "bfloat16 or float32.",
+        one_of,
+        get_args(StoredDtype),
+        "leave it out for the base's own",
+        unset="the base's",
     ),
 ]
 Compare = Annotated[
@@ -85,11 +81,7 @@ Compare = Annotated[
 ]
 TrainingRecipe = Annotated[
     str | None,
-    typer.Option(
-        metavar="RECIPE",
-        parser=named("--recipe"),
-        help="The training's recipe, for --base dequantized outside a run.",
-    ),
+    option("--recipe", "RECIPE", "The training's recipe, for --base dequantized outside a run.", named),
 ]
 
 
@@ -133,9 +125,7 @@ def consolidate(
             help="Of ours, transformers, trl, accelerate or DeepSpeed.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", parser=place("--output"), help="Folder to write.")
-    ],
+    output: Annotated[Path, option("--output", "FOLDER", "Folder to write.", place)],
     adapter_config: AdapterConfig = None,
     lora_alpha: LoraAlpha = None,
     base_model: BaseModel = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli.options import DEFAULT_RUNS_DIR, AsJson, RunArgument, RunsDir, complete_run, example
+from launch.cli.options import DEFAULT_RUNS_DIR, AsJson, RunArgument, RunsDir, complete_run, example, option
 from launch.console import add_row, echo, emit, table_console
 from launch.option_values import named, whole
 from launch.untrusted_files import open_plain, printable
@@ -66,10 +66,7 @@ def status(
 def logs(
     run: RunArgument,
     rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="R", parser=whole("--rank", 0), help="Only this rank's words, on whichever node it is."
-        ),
+        int | None, option("--rank", "R", "Only this rank's words, on whichever node it is.", whole, 0)
     ] = None,
     follow: Annotated[
         bool,

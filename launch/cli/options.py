@@ -21,6 +21,20 @@ from launch.resources import resource_names
 DEFAULT_RUNS_DIR = Path("runs")
 
 
+def option(
+    name: str,
+    metavar: str,
+    help_text: str,
+    judge: Callable[..., Callable[[str], Any]],
+    *limits: Any,
+    unset: str | None = None,
+) -> Any:
+    """An option whose value `judge(name, *limits)` reads; `unset` is what the help shows for leaving it out."""
+    return typer.Option(
+        name, metavar=metavar, parser=judge(name, *limits), help=help_text, show_default=unset or True
+    )
+
+
 def allowed_part(value: str) -> str:
     """A part of the run's identity, or all parts of its data or model, for `--allow` of merge and evaluate."""
     from launch.inputs.identity import PARTS
@@ -93,12 +107,13 @@ RunArgument = Annotated[
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--gpus-per-node",
-        metavar="N",
-        parser=whole("--gpus-per-node", 1),
-        help="Processes to start, one a GPU.",
-        show_default="the GPUs present, 2 on a CPU",
+        "N",
+        "Processes to start, one a GPU.",
+        whole,
+        1,
+        unset="the GPUs present, 2 on a CPU",
     ),
 ]
 Strategy = Annotated[
@@ -111,19 +126,11 @@ Strategy = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; may be repeated.")
 ]
-RunsDir = Annotated[
-    Path, typer.Option(metavar="FOLDER", parser=place("--runs-dir"), help="The folder that holds the runs.")
-]
+RunsDir = Annotated[Path, option("--runs-dir", "FOLDER", "The folder that holds the runs.", place)]
 RunName = Annotated[str | None, typer.Option(help="Name of the run.", show_default="the recipe's")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside first.")]
 Allow = Annotated[
-    list[str],
-    typer.Option(
-        "--allow",
-        metavar="KEY",
-        parser=text("--allow"),
-        help="Go on although this value differs; may be repeated.",
-    ),
+    list[str], option("--allow", "KEY", "Go on although this value differs; may be repeated.", text)
 ]
 AllowPart = Annotated[
     list[str],
@@ -136,39 +143,32 @@ AllowPart = Annotated[
 ]
 EarlyStop = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        parser=whole("--early-stop", 0, 10**6),
-        help="End the run after N evaluations without gain (evaluation.early_stop; 0: never).",
-        show_default="the recipe's",
+    option(
+        "--early-stop",
+        "N",
+        "End the run after N evaluations without gain (evaluation.early_stop; 0: never).",
+        whole,
+        0,
+        10**6,
+        unset="the recipe's",
     ),
 ]
 GpuMemory = Annotated[
     str | None,
-    typer.Option(
-        metavar="SIZE",
-        parser=memory_size("--gpu-memory"),
-        help="Plan for GPUs of this memory: 24GB.",
-        show_default="the GPUs' here",
+    option(
+        "--gpu-memory", "SIZE", "Plan for GPUs of this memory: 24GB.", memory_size, unset="the GPUs' here"
     ),
 ]
 Price = Annotated[
-    float | None,
-    typer.Option(
-        metavar="AMOUNT", parser=positive("--price"), help="Of a GPU hour: the forecast then has the cost."
-    ),
+    float | None, option("--price", "AMOUNT", "Of a GPU hour: the forecast then has the cost.", positive)
 ]
 Watts = Annotated[
-    float | None,
-    typer.Option(metavar="W", parser=positive("--watts"), help="Of a GPU: the forecast then has the energy."),
+    float | None, option("--watts", "W", "Of a GPU: the forecast then has the energy.", positive)
 ]
 Source = Annotated[
     Path | None,
-    typer.Option(
-        "--from",
-        metavar="CHECKPOINT",
-        parser=place("--from"),
-        help="Begin with a checkpoint of another run, or of plain trl or DeepSpeed.",
+    option(
+        "--from", "CHECKPOINT", "Begin with a checkpoint of another run, or of plain trl or DeepSpeed.", place
     ),
 ]
 

@@ -14,6 +14,7 @@ from launch.cli.options import (
     RunsDir,
     complete_run,
     example,
+    option,
 )
 from launch.console import echo
 from launch.option_values import named, one_of, whole
@@ -43,19 +44,16 @@ HandModels = Annotated[
 ]
 PromptOption = Annotated[
     str,
-    typer.Option(
-        metavar="none|recipe|FILE",
-        parser=named("--prompt"),
-        help="The system message: none (the chat template's own), the recipe's, or that of a text file.",
+    option(
+        "--prompt",
+        "none|recipe|FILE",
+        "The system message: none (the chat template's own), the recipe's, or that of a text file.",
+        named,
     ),
 ]
 OutsideRecipe = Annotated[
     str | None,
-    typer.Option(
-        metavar="RECIPE",
-        parser=named("--recipe"),
-        help="Names data and base for an adapter or a model that lies in no run.",
-    ),
+    option("--recipe", "RECIPE", "Names data and base for an adapter or a model that lies in no run.", named),
 ]
 
 
@@ -71,13 +69,14 @@ def evaluate(
     target: TargetArgument,
     split: Annotated[
         str | None,
-        typer.Option(
-            metavar="SPLIT",
-            parser=one_of(
-                "--split", ("train", "validation", "test"), "which rows they hold, the recipe says"
-            ),
-            help="train, validation or test.",
-            show_default="test; validation where the recipe has no test split",
+        option(
+            "--split",
+            "SPLIT",
+            "train, validation or test.",
+            one_of,
+            ("train", "validation", "test"),
+            "which rows they hold, the recipe says",
+            unset="test; validation where the recipe has no test split",
         ),
     ] = None,
     models: Annotated[
@@ -93,12 +92,7 @@ def evaluate(
     prompt: PromptOption = "recipe",
     max_samples: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole("--max-samples", 1, 10**9),
-            help="Only N samples, spread over the split.",
-            show_default="all",
-        ),
+        option("--max-samples", "N", "Only N samples, spread over the split.", whole, 1, 10**9, unset="all"),
     ] = None,
     recipe: OutsideRecipe = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it

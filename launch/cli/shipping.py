@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.options import DEFAULT_RUNS_DIR, RunArgument, RunsDir, complete_run, example
+from launch.cli.options import DEFAULT_RUNS_DIR, RunArgument, RunsDir, complete_run, example, option
 from launch.console import echo
 from launch.errors import ConfigError
 from launch.hub_names import is_hub_id
@@ -31,11 +31,12 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            parser=place("--output"),
-            help="The file to write.",
-            show_default="report.html in the run's folder; of several runs, beside the first one's",
+        option(
+            "--output",
+            "FILE",
+            "The file to write.",
+            place,
+            unset="report.html in the run's folder; of several runs, beside the first one's",
         ),
     ] = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
@@ -111,21 +112,16 @@ def export_(
     run: RunArgument,
     format_: Annotated[
         str,
-        typer.Option(
+        option(
             "--format",
-            metavar="FORMAT",
-            parser=one_of("--format", ("vllm", "gguf")),
-            help="vllm: check that the merged folder has what vLLM needs; gguf: convert it by llama.cpp.",
+            "FORMAT",
+            "vllm: check that the merged folder has what vLLM needs; gguf: convert it by llama.cpp.",
+            one_of,
+            ("vllm", "gguf"),
         ),
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            parser=place("--output"),
-            help="Where the GGUF files go.",
-            show_default="the run's folder",
-        ),
+        Path | None, option("--output", "FOLDER", "Where the GGUF files go.", place, unset="the run's folder")
     ] = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:

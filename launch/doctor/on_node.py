@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +37,13 @@ from launch.hardware import gpus_present
 from launch.local.accelerate_command import free_port
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.untrusted_files import printable
+from launch.versions import PACKAGES as LIBRARIES
+from launch.versions import installed_version
 
 BUDGET_S = 58.0  # for everything, by the clock of this process
 ARRIVAL_S, ROUND_S = 14.0, 9.0  # until all nodes have come; until all have done what a round needs
 ALL_DONE_S = 5.0  # until all have measured: their deadlines are as many seconds apart as their beginnings
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "samestep",
-)
+PACKAGES = (*LIBRARIES, "datasets", "samestep")
 CLOCK_WARNING_S, CLOCK_FAILED_S = 2.0, 30.0
 _LONGEST_TEXT = 380
 
@@ -231,13 +222,8 @@ def _compare(
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    python = {"Python": ".".join(map(str, sys.version_info[:3]))}
+    return python | {package: installed_version(package, "missing") for package in PACKAGES}
 
 
 def _judge_versions(me: int, others: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding]:

@@ -34,9 +34,8 @@ def unseen(folder: Path, nodes: Mapping[int, str]) -> list[str]:
     """The names of nodes whose files are not here within some seconds."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        with contextlib.suppress(
-            OSError
-        ):  # a change of our own makes NFS forget what it remembers of the folder
+        # A change of our own makes NFS forget what it remembers of the folder.
+        with contextlib.suppress(OSError):
             poke = folder / f".poke-{os.getpid()}-{os.uname().nodename}"
             poke.touch()
             poke.unlink()

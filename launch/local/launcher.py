@@ -75,9 +75,8 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
         raise KeyboardInterrupt
     if marker is not None:
         raise ConfigError(marker.text or f"{run.path}: refused without a reason; see the words above")
-    if (
-        machine.rank == 0
-    ):  # on another machine the lock is the first one's, whose trainer may end a little later
+    # On another machine the lock is the first one's, whose trainer may end a little later.
+    if machine.rank == 0:
         refuse_if_running(run)  # another trainer, to which ours gave way without a marker
     add_to_log(run, f"the launcher ended with exit status {ended.status}; no marker was written", began)
     raise RunError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from launch.inputs.families import read_shape
@@ -18,6 +17,7 @@ from launch.recipe.schema import Recipe
 from launch.rules.checks import refuse_request
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
+from launch.versions import installed_version
 
 if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
@@ -143,10 +143,4 @@ def _data_workers(recipe: Recipe) -> int | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return {package: installed_version(package) for package in _PACKAGES}

@@ -38,9 +38,8 @@ Floats = NDArray[np.float64]
 # GFLOP of Qwen2-VL-7B (hidden 3584, 28 layers; vision tower 1280 wide, 32 blocks): the language model forward
 # and backward to activations (the base is frozen: no weight gradients), the vision tower forward only.
 _LINEAR_PER_TOKEN = 2 * 13.05
-_ATTENTION_PER_TOKEN_SQUARED = (
-    3 * 28 * 2 * 3584 * 1e-9
-)  # causal: half of 4 * T * T * hidden a layer; backward is twice it
+# Causal: half of 4 * T * T * hidden a layer; backward is twice it.
+_ATTENTION_PER_TOKEN_SQUARED = 3 * 28 * 2 * 3584 * 1e-9
 _VISION_PER_PATCH = 1.26
 _VISION_PER_PATCH_SQUARED = 4 * 1280 * 32 * 1e-9
 _PATCHES_PER_VISUAL_TOKEN = 4  # the merger folds 2 x 2 patches into one token

@@ -12,9 +12,8 @@ from launch.run.directory import RunDirectory
 from launch.statistics import mcnemar, wilson_interval
 from launch.untrusted_files import TABLE, UNREADABLE, read_mapping
 
-_FILE = re.compile(
-    r"eval(-[A-Za-z0-9-]+)?\.json"
-)  # an older file that was moved aside has a date in its name
+# An older file that was moved aside has a date in its name.
+_FILE = re.compile(r"eval(-[A-Za-z0-9-]+)?\.json")
 _KINDS = {0: "human", 1: "augmented"}  # ChartQA's column human_or_machine
 OVERALL = "all questions"
 

@@ -21,11 +21,10 @@ from launch.report.evaluations import EvaluationFile, read_evaluation_files
 from launch.report.local_attempts import LocalAttempt, local_attempts
 from launch.run.blamed import BlamedStep, read_blamed
 from launch.run.directory import RunDirectory
+from launch.run.figures import MOST_BYTES, number_of
 from launch.run.merged_model import COMPARISON, RECORD, merge_behind
 from launch.slurm.attempts import Attempt, read_ledger
-from launch.untrusted_files import TABLE, UNREADABLE, parse_json, read_bytes, read_mapping, read_text
-
-_MOST = 16 * TABLE  # bytes of the figures: ten million steps
+from launch.untrusted_files import UNREADABLE, parse_json, read_bytes, read_mapping, read_text
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _mapping(file: Path, problems: list[str]) -> dict[str, Any]:
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The lines of a file of figures, by step; a line that is no figure is counted and left out."""
     try:
-        lines = read_bytes(file, _MOST).decode(errors="replace").splitlines()
+        lines = read_bytes(file, MOST_BYTES).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     except UNREADABLE as error:
@@ -166,10 +165,8 @@ def _merges(run: RunDirectory, problems: list[str]) -> list[Merge]:
 
 def number(values: dict[str, Any], key: str) -> float | None:
     """A finite figure of a line; None where there is none."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    value = number_of(values, key)
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 They are judged on the login node where the job runs with the same Python, and on a job's first node.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from packaging.version import Version
 
 from launch.rules.request import PlanRequest, Rule
+from launch.versions import installed_version
 
 FLOORS = {
     "torch": "2.11",
@@ -60,13 +60,8 @@ def versions_are_those_that_were_measured(request: PlanRequest) -> str | None:
 
 
 def _installed() -> dict[str, str]:
-    versions = {}
-    for name in FLOORS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue  # the login node of a cluster may lack them
-    return versions
+    """Those of `FLOORS` that are here; the login node of a cluster may lack them."""
+    return {name: installed for name in FLOORS if (installed := installed_version(name, ""))}
 
 
 def gpu_computes_bfloat16(request: PlanRequest) -> str | None:

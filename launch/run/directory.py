@@ -233,9 +233,8 @@ def request_stop(run: RunDirectory, reason: StopReason) -> None:
     """
     if requested_stop(run):
         return
-    atomic_write(
-        run.stop_file, f"{reason}\n"
-    )  # a second signal may come while the first one's is being written
+    # A second signal may come while the first one's is being written.
+    atomic_write(run.stop_file, f"{reason}\n")
 
 
 def requested_stop(run: RunDirectory) -> StopReason | None:

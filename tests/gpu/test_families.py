@@ -17,7 +17,8 @@ from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
 from trainer.data.rows import question_row
 from trainer.data.splits import open_split
-from trainer.model.base import add_lora, load_base, prepare_training, trainable_parameters
+from trainer.model.base import load_base, prepare_training
+from trainer.model.lora import add_lora, trainable_parameters
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

@@ -18,8 +18,9 @@ from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.saved import saved_bytes
 from tests.helpers.tiny_families import write_tiny
-from trainer.model.base import RECIPE_DTYPES, add_lora, load_base, prepare_training
+from trainer.model.base import RECIPE_DTYPES, load_base, prepare_training
 from trainer.model.dropout import SampleDropout
+from trainer.model.lora import add_lora
 
 pytestmark = [
     pytest.mark.gpu,

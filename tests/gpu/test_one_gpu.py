@@ -19,8 +19,9 @@ from trainer.data.packing import cumulative, pack
 from trainer.data.splits import open_split
 from trainer.metrics_log import read_lines
 from trainer.model.attention import Segments, _loop, varlen
-from trainer.model.base import RECIPE_DTYPES, add_lora, compute_in, load_base, prepare_training
+from trainer.model.base import RECIPE_DTYPES, compute_in, load_base, prepare_training
 from trainer.model.dropout import DropoutKeys, SampleDropout, keep_mask
+from trainer.model.lora import add_lora
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.train import main

@@ -9,7 +9,8 @@ from launch.recipe.loading import dump_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
 from trainer.formats.portable import save_adapter
-from trainer.model.base import add_lora, load_base
+from trainer.model.base import load_base
+from trainer.model.lora import add_lora
 
 
 def random_adapter(recipe: Recipe) -> Any:

@@ -15,8 +15,9 @@ from trainer.data.encoder import Encoder
 from trainer.data.images import decode_image
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.replica import Replica
-from trainer.model.base import RECIPE_DTYPES, add_lora, load_base, prepare_answers
+from trainer.generation.replica import Replica
+from trainer.model.base import RECIPE_DTYPES, load_base, prepare_answers
+from trainer.model.lora import add_lora
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

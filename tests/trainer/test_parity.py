@@ -35,8 +35,9 @@ from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
 from trainer.data.rows import question_row
 from trainer.data.splits import open_split
-from trainer.evaluation.replica import Replica
-from trainer.model.base import prepare_training, trainable_parameters
+from trainer.generation.replica import Replica
+from trainer.model.base import prepare_training
+from trainer.model.lora import trainable_parameters
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

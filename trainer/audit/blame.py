@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launch.atomic_files import atomic_write
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from trainer.audit.restore import ended_by, open_task, packed, train_through
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import end_process
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.audit.blame", description=__doc__)
     for name in ("--run-dir", "--output"):
-        parser.add_argument(name, type=for_argparse(place(name)), required=True)
+        add_option(parser, name, place, required=True)
     for name in ("--step", "--last"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--without", default="", help="rows of the training split, separated by commas")

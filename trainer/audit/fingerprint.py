@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from trainer.audit.restore import ended_by, open_task, packed, train_through
 from trainer.distributed.collectives import end_process
 from trainer.loop.trainer import PlannedTrainer
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.audit.fingerprint", description=__doc__)
     for name in ("--run-dir", "--output"):
-        parser.add_argument(name, type=for_argparse(place(name)), required=True)
+        add_option(parser, name, place, required=True)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--rows", required=True, help="digests of rows, separated by commas")
     given = parser.parse_args(arguments)

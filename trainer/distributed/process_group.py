@@ -24,9 +24,8 @@ from trainer.distributed.collectives import gather_objects, run_on_all_ranks, ru
 from trainer.task import Task
 
 logger = get_logger("trainer")
-PROCESS_GROUP_TIMEOUT = timedelta(
-    hours=1
-)  # nodes that read a large base at unequal speed wait for each other
+# Nodes that read a large base at unequal speed wait for each other.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=1)
 
 
 def init_process_group() -> PartialState:

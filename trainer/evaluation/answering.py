@@ -9,7 +9,7 @@ a token whose two best logits are as good as equal, may differ in rounding.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,18 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import ProcessorMixin
 
 from launch.errors import RunError
-from trainer.data.splits import Rows, open_split
+from trainer.data.splits import open_split
 from trainer.evaluation.answer_store import AnswerStore, question_id
-from trainer.evaluation.answers import Answer, Question, make_batches, other_images, read_questions
-from trainer.evaluation.loading import answering_as, load_merged, load_replica, release
-from trainer.evaluation.replica import Replica
+from trainer.evaluation.loading import answering_as, load_replica, release
+from trainer.evaluation.questions import Answer, Question, make_batches, other_images, read_questions
 from trainer.evaluation.request import EvaluationTask, Variant, variants_of
+from trainer.generation.replica import Replica
 from trainer.pretrained import load_processor
 
 BATCH_SIZE = 64  # of `evaluation.batch_size: auto`; a constant: the company of a question may break a tie
 logger = logging.getLogger("trainer")
-ReplicaLoader = Callable[[EvaluationTask, ProcessorMixin, Rows, torch.device, Sequence[Variant]], Replica]
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,13 @@ def answer_all(
     known = {one.store.folder: dict(one.answers) for one in stored.values()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not state.is_main_process) as progress:
-        for load, together in _loads(variants):
+        for together in _loads(variants):
             share = list(_share(task, questions, others, together, state))
             total = sum(len(_left(batch, known[_store(stored, batch).folder]).ids) for batch in share)
             names = ", ".join(variant.name for variant in together)
             ranks = " (rank 0)" if state.num_processes > 1 else ""
             shown = progress.add_task(f"answers of {names}{ranks}", total=total, visible=total > 0)
-            replica = load(task, processor, rows, state.device, together) if total else None
+            replica = load_replica(task, processor, rows, state.device, together) if total else None
             if replica is not None:
                 if state.is_main_process:
                     logger.info(f"answers: by {replica.way}")
@@ -107,12 +105,10 @@ def _store(stored: Mapping[str, Stored], batch: _Batch) -> AnswerStore:
     return stored[batch.variant.name].store
 
 
-def _loads(variants: Sequence[Variant]) -> Iterator[tuple[ReplicaLoader, list[Variant]]]:
+def _loads(variants: Sequence[Variant]) -> list[list[Variant]]:
     """Who answers together: base and adapters are one model, the merged one is loaded after them."""
-    if together := [variant for variant in variants if not variant.is_merged]:
-        yield load_replica, together
-    if merged := [variant for variant in variants if variant.is_merged]:
-        yield load_merged, merged
+    groups = [[each for each in variants if each.is_merged == merged] for merged in (False, True)]
+    return [group for group in groups if group]
 
 
 def _share(

@@ -17,11 +17,11 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from launch.errors import ConfigError, SamestepError
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from launch.run.evaluation_target import missing_models
 from launch.untrusted_files import printable
-from trainer.evaluation.asking import Panel, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
+from trainer.evaluation.panel import Panel, read_image, seat
 from trainer.evaluation.request import EvaluationRequest
 from trainer.logging_setup import print_error, setup_logging
 
@@ -86,10 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m trainer.evaluation.ask --run-dir runs/embedded --image chart.png --question Why?",
     )
     add_request_arguments(parser, "adapter")
-    image = for_argparse(place("--image"))
-    parser.add_argument(
-        "--image", type=image, action="append", required=True, help="an image; may be repeated"
-    )
+    add_option(parser, "--image", place, action="append", required=True, help="an image; may be repeated")
     parser.add_argument("--question", help="the question (default: every line of the standard input)")
     options = parser.parse_args(arguments)
     setup_logging()

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from launch.console import echo
 from launch.errors import ConfigError, SamestepError
 from launch.inputs.dataset_index import SPLITS
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory
 from trainer.data.splits import open_split
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluation.chart_images", description=__doc__)
     for name in ("--run-dir", "--output"):
-        parser.add_argument(name, type=for_argparse(place(name)), required=True)
+        add_option(parser, name, place, required=True)
     parser.add_argument("--split", required=True)
     parser.add_argument("--rows", required=True, help="row numbers, separated by commas")
     options = parser.parse_args(arguments)

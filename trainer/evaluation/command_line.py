@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from launch.inputs.dataset_index import SplitName
-from launch.option_values import for_argparse, place, whole
+from launch.option_values import add_option, for_argparse, place, whole
 from launch.run.directory import RunDirectory
 from launch.run.variants import NO_PROMPT, VARIANT_WEIGHTS, parse_models
 from trainer.evaluation.request import EvaluationRequest
@@ -23,9 +23,12 @@ def add_request_arguments(parser: argparse.ArgumentParser, models: str) -> None:
         help=f"comma-separated, of {', '.join(VARIANT_WEIGHTS)}, checkpoint-STEP, each also with {NO_PROMPT} "
         f"(default: {models})",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--checkpoint",
-        type=for_argparse(whole("--checkpoint", 0, 10**9)),
+        whole,
+        0,
+        10**9,
         metavar="STEP",
         help="the run's checkpoint of that step (default: its adapter)",
     )

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from launch.atomic_files import atomic_write
 from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.inputs.dataset_index import read_index
-from launch.option_values import for_argparse, place, whole
+from launch.option_values import add_option, place, whole
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.merged_model import COMPARISON, RECORD
@@ -39,7 +39,6 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.comparison import (
     QUANTIZED,
     UNMERGED,
@@ -56,16 +55,17 @@ from trainer.evaluation.comparison_request import (
     recipe_file_of,
     stored_dtype,
 )
-from trainer.evaluation.loading import with_named_targets
+from trainer.evaluation.loading import load_stored, with_named_targets
 from trainer.evaluation.metric_functions import Metrics, load_metrics
-from trainer.evaluation.replica import Replica
+from trainer.evaluation.questions import evenly_spaced
 from trainer.export.adapter import read_adapter
 from trainer.export.base_model import add_allow, check_base, find_base
 from trainer.export.consolidate import add_adapter_options, missing_of, write_adapter
+from trainer.generation.replica import Replica
 from trainer.logging_setup import print_error, setup_logging
 from trainer.model.base import load_base
 from trainer.prepare import prepare
-from trainer.pretrained import load_processor, model_class_of
+from trainer.pretrained import load_processor
 
 BATCH = 8  # of generated answers
 DEFAULT_SAMPLES = 32
@@ -75,9 +75,8 @@ ModelLoader = Callable[[], torch.nn.Module]
 def compare(request: ComparisonRequest) -> MergeComparison:
     """Load one model after the other, keep logits and answers, and compare."""
     with merged_folders(request) as folders, TemporaryDirectory() as adapter:
-        write_adapter(
-            with_named_targets(request.adapter), Path(adapter)
-        )  # as PEFT's present version reads it
+        # As PEFT's present version reads it.
+        write_adapter(with_named_targets(request.adapter), Path(adapter))
         return _compare(request, folders, Path(adapter))
 
 
@@ -85,19 +84,11 @@ def _compare(request: ComparisonRequest, folders: dict[str, Path], adapter: Path
     dtype = stored_dtype(request.merged[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def plain(folder: Path) -> PreTrainedModel:
-        return model_class_of(folder).from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-
     pairs = len(request.adapter.pairs)
-    loaders: dict[str, ModelLoader] = {name: partial(plain, folder) for name, folder in folders.items()}
-    loaders[UNMERGED] = lambda: with_adapter(plain(request.base), adapter, pairs)
+    loaders: dict[str, ModelLoader] = {
+        name: partial(load_stored, folder, device, dtype) for name, folder in folders.items()
+    }
+    loaders[UNMERGED] = lambda: with_adapter(load_stored(request.base, device, dtype), adapter, pairs)
     if request.recipe.quantization.load_in_4bit:
         loaders[QUANTIZED] = lambda: with_adapter(load_base(request.recipe, device), adapter, pairs)
     seen, rows = _look(request, loaders, dtype)
@@ -129,9 +120,8 @@ def _look(
     numbers = validation_numbers(request)
     source = open_split(request.recipe, "validation")
     rows = [source[number] for number in numbers]
-    metrics_of(
-        request.recipe, rows
-    )  # a function of the user's own that cannot be loaded: before any model is
+    # A function of the user's own that cannot be loaded: before any model is.
+    metrics_of(request.recipe, rows)
     encoder = Encoder(processor, request.recipe.data.system_message, request.recipe.data.loss)
     prompts = [encoder.texts(row)[0] for row in rows]
     seen: dict[str, Seen] = {}
@@ -211,15 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compare merged models with their base and adapter: logits, answers, accuracy.",
         epilog="example: python -m trainer.evaluation.compare --source runs/embedded --merged runs/embedded/merged",
     )
-    parser.add_argument(
-        "--source",
-        type=for_argparse(place("--source")),
-        required=True,
-        help="run directory, checkpoint or adapter folder",
-    )
-    parser.add_argument(
+    add_option(parser, "--source", place, required=True, help="run directory, checkpoint or adapter folder")
+    add_option(
+        parser,
         "--merged",
-        type=for_argparse(place("--merged")),
+        place,
         required=True,
         action="append",
         help="folder of a merged model; may be repeated",
@@ -229,17 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="merge onto the other base too (original or dequantized), compare it, and remove it",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--samples",
-        type=for_argparse(whole("--samples", 1, 10**9)),
+        whole,
+        1,
+        10**9,
         default=DEFAULT_SAMPLES,
         help=f"validation samples (default: {DEFAULT_SAMPLES})",
     )
-    parser.add_argument(
-        "--run-dir",
-        type=for_argparse(place("--run-dir")),
-        help="the run whose recipe names the data (default: the source's)",
-    )
+    add_option(parser, "--run-dir", place, help="the run whose recipe names the data (default: the source's)")
     add_adapter_options(parser)
     add_allow(parser)
     options = parser.parse_args(arguments)

@@ -26,10 +26,10 @@ from launch.untrusted_files import printable
 from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.splits import open_split
-from trainer.evaluation.answers import evenly_spaced
 from trainer.evaluation.ask import check_hand_request
-from trainer.evaluation.asking import Panel, Respondent, read_image, seat
 from trainer.evaluation.command_line import add_request_arguments, request_of
+from trainer.evaluation.panel import Panel, Respondent, read_image, seat
+from trainer.evaluation.questions import evenly_spaced
 from trainer.logging_setup import print_error, setup_logging
 
 EXAMPLES = 6
@@ -55,9 +55,8 @@ def growing_answer(panel: Panel, respondent: Respondent, image: Image.Image, que
     streamer = TextIteratorStreamer(panel.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(panel.answer, respondent, [image], question, streamer)
-        answer.add_done_callback(
-            lambda _: streamer.end()
-        )  # also where it failed, or the page would wait for words
+        # Also where it failed, or the page would wait for words.
+        answer.add_done_callback(lambda _: streamer.end())
         text = ""
         for words in streamer:
             text += words

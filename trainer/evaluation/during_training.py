@@ -27,10 +27,10 @@ from trainer.data.encoder import Encoder
 from trainer.data.row_errors import naming_row
 from trainer.data.splits import Rows, open_split
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
-from trainer.evaluation.answers import evenly_spaced, make_batches
 from trainer.evaluation.metric_functions import Metrics, load_metrics
 from trainer.evaluation.metrics import summary_of
-from trainer.evaluation.replica import Replica, why_stock
+from trainer.evaluation.questions import evenly_spaced, make_batches
+from trainer.generation.replica import Replica, why_stock
 from trainer.model.attention import stock_attention
 from trainer.model.base import RECIPE_DTYPES
 from trainer.task import Task
@@ -103,9 +103,8 @@ def score_answers(
             # The tower is whole on every rank: what one alone can meet is met before the layers wait for each other.
             run_on_all_ranks(partial(_look, replica, images))
             prompts = [questions[position].prompt for position in positions]
-            if (
-                synced
-            ):  # in the middle of collectives: what fails here ends the other ranks through the launcher
+            # In the middle of collectives: what fails here ends the other ranks through the launcher.
+            if synced:
                 answers = _answers(replica, prompts, images)
             else:
                 answers = run_on_all_ranks(partial(_answers, replica, prompts, images) if counts else list)

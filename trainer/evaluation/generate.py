@@ -19,7 +19,7 @@ from rich.console import Console
 
 from launch.errors import SamestepError
 from launch.inputs.dataset_index import SPLITS, read_index
-from launch.option_values import for_argparse, whole
+from launch.option_values import add_option, whole
 from launch.run.variants import in_order
 from trainer.distributed.collectives import (
     broadcast_from_main,
@@ -32,10 +32,10 @@ from trainer.distributed.collectives import (
 from trainer.distributed.process_group import stay_on_this_machine
 from trainer.evaluation.answer_store import AnswerStore
 from trainer.evaluation.answering import Stored, answer_all
-from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.command_line import add_request_arguments, request_of
 from trainer.evaluation.identity import hold_against_training
 from trainer.evaluation.metric_functions import load_metrics
+from trainer.evaluation.questions import Answer, Question
 from trainer.evaluation.request import (
     EvaluationRequest,
     EvaluationTask,
@@ -45,7 +45,7 @@ from trainer.evaluation.request import (
     weights_of,
 )
 from trainer.evaluation.result import print_json, print_result, result_of
-from trainer.evaluation.stored_answers import models_in, with_earlier_answers, write_result
+from trainer.evaluation.result_file import models_in, with_earlier_answers, write_result
 from trainer.export.base_model import add_allow
 from trainer.export.model_card import refresh_figures
 from trainer.logging_setup import setup_logging
@@ -67,10 +67,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[EvaluationRequest, bool]:
     )
     add_request_arguments(parser, "base,adapter,shuffled")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which split (default: test)")
-    parser.add_argument(
-        "--max-samples",
-        type=for_argparse(whole("--max-samples", 1, 10**9)),
-        help="ask only so many questions, spread over the split",
+    add_option(
+        parser, "--max-samples", whole, 1, 10**9, help="ask only so many questions, spread over the split"
     )
     add_allow(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from trainer.data.splits import Rows
-from trainer.evaluation.replica import Replica, why_stock
 from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
 from trainer.formats.portable import set_adapter
+from trainer.generation.replica import Replica, why_stock
 from trainer.model.base import RECIPE_DTYPES, load_base, prepare_answers
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of
@@ -39,24 +39,18 @@ def load_replica(
     device: torch.device,
     variants: Sequence[Variant],
 ) -> Replica:
-    """Return the recipe's base with every adapter that the variants need."""
+    """Return the recipe's base with every adapter that the variants need.
+
+    Where they are of the merged model: that one, unquantized, in the dtype it is stored in.
+    """
     recipe = task.recipe
-    model = load_with_adapters(recipe, device, variants)
-    return replica_of(
-        model, processor, rows, recipe.evaluation.max_new_tokens, RECIPE_DTYPES[compute_dtype_of(recipe)]
-    )
-
-
-def load_merged(
-    task: EvaluationTask,
-    processor: ProcessorMixin,
-    rows: Rows,
-    device: torch.device,
-    variants: Sequence[Variant],
-) -> Replica:
-    """Return the run's merged model, unquantized, in the dtype it is stored in."""
-    model = load_stored(task.request.run.merged, device)
-    return replica_of(model, processor, rows, task.recipe.evaluation.max_new_tokens, model.dtype)
+    if variants[0].is_merged:
+        model: PreTrainedModel | PeftModel = load_stored(task.request.run.merged, device)
+        dtype = model.dtype
+    else:
+        model = load_with_adapters(recipe, device, variants)
+        dtype = RECIPE_DTYPES[compute_dtype_of(recipe)]
+    return replica_of(model, processor, rows, recipe.evaluation.max_new_tokens, dtype)
 
 
 def replica_of(
@@ -100,11 +94,13 @@ def hold_dequantized(model: nn.Module, dtype: torch.dtype, room: int) -> bool:
     return True
 
 
-def load_stored(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Return a model as it lies in a folder, unquantized, in the dtype it is stored in."""
+def load_stored(
+    folder: Path, device: torch.device, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> PreTrainedModel:
+    """Return a model as it lies in a folder, unquantized; `auto`: in the dtype it is stored in."""
     model = model_class_of(folder).from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
         local_files_only=True,

@@ -22,11 +22,11 @@ from launch.invocation import VARIABLE, command
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.run.variants import in_order
-from trainer.evaluation.answers import Answer, Question
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
 from trainer.evaluation.metrics import Accuracy, Paired, summary_of
+from trainer.evaluation.questions import Answer, Question
 from trainer.evaluation.request import EvaluationRequest, EvaluationTask, variants_of
-from trainer.evaluation.stored_answers import Kept, compared, probabilities
+from trainer.evaluation.result_file import Kept, compared, probabilities
 
 _COMMAND = Path(sys.executable).with_name("samestep")
 

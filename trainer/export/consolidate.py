@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.console import add_row
 from launch.errors import CheckpointError, SamestepError
-from launch.option_values import for_argparse, place, positive
+from launch.option_values import add_option, place, positive
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
 from trainer.export.output_folder import atomic_output, refuse_place
@@ -106,16 +106,13 @@ def print_consolidated(done: Consolidated, console: Console) -> None:
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for values that a checkpoint may lack."""
-    parser.add_argument(
+    add_option(
+        parser,
         "--adapter-config",
-        type=for_argparse(place("--adapter-config")),
+        place,
         help="adapter_config.json (or its folder) of a checkpoint without one",
     )
-    parser.add_argument(
-        "--lora-alpha",
-        type=for_argparse(positive("--lora-alpha")),
-        help="of a checkpoint without adapter_config.json",
-    )
+    add_option(parser, "--lora-alpha", positive, help="of a checkpoint without adapter_config.json")
     parser.add_argument(
         "--base-model", help="folder or hub id of the unquantized base; default: the one the adapter names"
     )
@@ -133,13 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make a PEFT adapter folder of a checkpoint of any form, on one CPU.",
         epilog="example: python -m trainer.export.consolidate old_run/checkpoint-500 --output adapter",
     )
-    parser.add_argument("source", type=for_argparse(place("source")), help="the checkpoint")
-    parser.add_argument(
-        "--output",
-        type=for_argparse(place("--output")),
-        required=True,
-        help="folder to write; must not exist",
-    )
+    add_option(parser, "source", place, help="the checkpoint")
+    add_option(parser, "--output", place, required=True, help="folder to write; must not exist")
     add_adapter_options(parser)
     options = parser.parse_args(arguments)
     setup_logging()

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from launch.console import add_row
 from launch.errors import SamestepError
-from launch.option_values import for_argparse, place
+from launch.option_values import add_option, place
 from launch.recipe.loading import find_recipe
 from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import RECORD
@@ -152,17 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Merge an adapter into its base model, unquantized.",
         epilog="example: python -m trainer.export.merge runs/embedded --output runs/embedded/merged",
     )
-    parser.add_argument(
-        "source",
-        type=for_argparse(place("source")),
-        help="run directory, checkpoint of any form or PEFT adapter folder",
-    )
-    parser.add_argument(
-        "--output",
-        type=for_argparse(place("--output")),
-        required=True,
-        help="folder to write; must not exist",
-    )
+    add_option(parser, "source", place, help="run directory, checkpoint of any form or PEFT adapter folder")
+    add_option(parser, "--output", place, required=True, help="folder to write; must not exist")
     parser.add_argument(
         "--base",
         choices=get_args(BaseKind),

@@ -184,9 +184,8 @@ def load_distributed(folder: Path, names: list[str]) -> dict[str, Tensor]:
     if state:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="torch.distributed is disabled"
-                )  # which is what is meant
+                # On one process it is meant to be.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 state_dict_loader.load(state, storage_reader=reader, no_dist=True)
         except (*DAMAGED, CheckpointException) as error:  # the latter is no Exception
             cause = (

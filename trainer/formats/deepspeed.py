@@ -263,9 +263,8 @@ def _whole_of_stage_3(
     vectors: Sequence[Sequence[Tensor]],
     paddings: Sequence[Sequence[int]] | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    rows = [
-        torch.cat(list(of_rank)) for of_rank in vectors
-    ]  # sub-groups follow each other, pieces may span two
+    # Sub-groups follow each other, pieces may span two.
+    rows = [torch.cat(list(of_rank)) for of_rank in vectors]
     begin = 0
     for name, size in ((name, size) for group in shapes for name, size in group.items()):
         share = math.ceil(math.prod(size) / len(rows))

@@ -20,9 +20,10 @@ from trainer.distributed.collectives import run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
-from trainer.model.base import RECIPE_DTYPES, add_lora, load_base
+from trainer.model.base import RECIPE_DTYPES, load_base
 from trainer.model.families.registry import feature_width
 from trainer.model.fsdp import close_sharding, mesh_of, schedule_gathers, shard_layer
+from trainer.model.lora import add_lora
 from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer
 from trainer.task import Task

@@ -34,7 +34,7 @@ from trainer.loop.preparation import checked_wrapping, prepare_model, restore_op
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.step_record import StepRecord
 from trainer.loop.training_args import training_arguments
-from trainer.model.base import trainable_parameters
+from trainer.model.lora import trainable_parameters
 from trainer.task import Task
 from trainer.vision_cache.writer import open_writer
 

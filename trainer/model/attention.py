@@ -3,6 +3,13 @@
 Several samples lie end to end in one row; each token attends only within its own sample. On CUDA from compute
 capability 8.0 and in half precision this is PyTorch's own kernel (`torch.nn.attention.varlen`), elsewhere a loop
 over the samples with `scaled_dot_product_attention`. No flash-attn package is needed.
+
+transformers calls with [1, heads, T, head_dim] and takes back [1, T, heads, head_dim]; in between everything is
+[T, heads, head_dim], T the tokens of all samples. Keys and values may have fewer heads (grouped-query attention).
+
+A forward repeats to the bit on one GPU, and a sample's output does not depend on the samples beside it but by rounding.
+A backward of PyTorch's kernel sums the gradients of queries by atomics, in no fixed order, unless
+`torch.use_deterministic_algorithms(True)` is on (`training.deterministic`; ATen's `attention_backward.cu`).
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ class Segments:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch both towers to packed attention. Generation needs the stock one: do not switch there."""
+    """Switch both towers to packed attention, for good; generation needs transformers' own (`stock_attention`)."""
     AttentionInterface.register(PACKED, packed_attention)
     model.model.language_model.config._attn_implementation = PACKED
     model.model.visual.config._attn_implementation = PACKED
@@ -45,7 +52,10 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def attention_implementation(part: Any, name: str) -> Iterator[None]:
-    """Inside, a part of a model (`language_model`, `visual`) attends by the implementation of that name."""
+    """Let a part of a model (`language_model`, `visual`) attend by the implementation of that name inside the block.
+
+    `name`: as registered with transformers' `AttentionInterface`.
+    """
     config = part.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -57,7 +67,7 @@ def attention_implementation(part: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def stock_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a Qwen2-VL with packed attention has transformers' own again, for generation."""
+    """Give a model with packed attention transformers' own (`sdpa`) inside the block, for `generate`."""
     towers = model.model
     with (
         attention_implementation(towers.language_model, "sdpa"),
@@ -68,7 +78,7 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def packed_tower(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the vision tower has packed attention, whatever it had before."""
+    """Give the vision tower packed attention inside the block, whatever it had before."""
     AttentionInterface.register(PACKED, packed_attention)
     with attention_implementation(model.model.visual, PACKED):
         yield
@@ -86,9 +96,10 @@ def packed_attention(
     segments: Segments,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each segment; causal where the module is.
+    """Attend within each segment, causally where the module is causal; the call that transformers makes.
 
-    query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim].
+    query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim], of one dtype. Returns
+    ([1, T, heads, head_dim], None): no attention weights. `attention_mask` and `dropout` are not read.
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -104,9 +115,10 @@ def attend(
     scale: float | None,
     queries: Segments | None = None,
 ) -> Tensor:
-    """Attention within each segment, [T, heads, head_dim] each, through the kernel that the device has.
+    """Attend within each segment through the kernel that the device has: [T, heads, head_dim], like q.
 
-    `queries`: q has fewer tokens, the last ones of each segment.
+    k and v are [T, kv_heads, head_dim]; `scale` multiplies the scores, None: 1 / sqrt(head_dim). `queries`: where q has
+    fewer tokens than k, the last ones of each segment, its own boundaries.
     """
     kernel = varlen if _has_varlen(q.device, q.dtype) else _loop
     return kernel(q, k, v, segments, causal, scale, queries)
@@ -121,7 +133,7 @@ def _loop(
     scale: float | None,
     queries: Segments | None = None,
 ) -> Tensor:
-    """One call per segment."""
+    """One call per segment, on any device and in any dtype; takes and returns what `attend` does."""
     lengths = (queries or segments).lengths, segments.lengths, segments.lengths
     tensors = zip((q, k, v), lengths, strict=True)
     parts = (tensor.transpose(0, 1).split(each, dim=1) for tensor, each in tensors)
@@ -155,7 +167,9 @@ def varlen(
     scale: float | None,
     queries: Segments | None = None,
 ) -> Tensor:
-    """One kernel for all segments, whose causal mask is aligned to the ends of queries and keys.
+    """PyTorch's one kernel for all segments; takes and returns what `attend` does, in half precision on CUDA.
+
+    Its causal mask is aligned to the ends of queries and keys, as FlashAttention's has been since 2.1.
 
     The signature of `varlen_attn` changed: torch 2.14 wants `enable_gqa` for fewer key than query heads; 2.11 has no
     such argument and takes them as they are, which its kernel has always understood.

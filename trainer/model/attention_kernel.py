@@ -3,6 +3,10 @@
 FlashAttention 2 pads heads of 80 channels to 96 and was made for an older card. Here a head is read as a power of two
 and the rest of one (80: 64 and 16), so nothing is computed in vain, and Triton uses the card's own instructions. The
 algorithm is FlashAttention's (Dao, arXiv 2307.08691): one pass over the keys with a running maximum and sum.
+
+Tensors are [patches, heads, channels], row-major, the patches of all images end to end. Scores and sums are fp32, the
+weights are rounded to the dtype of v before they meet it. Every output is written by one program, without atomics: the
+same call gives the same bits on one GPU.
 """
 
 from __future__ import annotations
@@ -107,9 +111,10 @@ def _attend(
 def attend_images(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: Sequence[int], scale: float
 ) -> Tensor:
-    """Attend every image's patches to each other: [P, heads, width] of q, k and v like it.
+    """Attend every image's patches to each other: [P, heads, width], like q, k and v; without a gradient.
 
-    `bounds` [N + 1] int32 on the device and `lengths`, the same for the host. Widths from 32 on.
+    In half precision on CUDA. `bounds` [N + 1] int32 on the device, where the N images begin and end; `lengths`: their
+    patches, for the host. `scale` multiplies the scores. Widths from 32 on.
     """
     patches, heads, width = q.shape
     out = torch.empty_like(q)

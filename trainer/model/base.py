@@ -1,4 +1,8 @@
-"""The frozen base, quantized to 4 bits or plain, and the LoRA that trains on it."""
+"""The frozen base, quantized to 4 bits or plain, and how it is made to compute on packed micro-batches.
+
+Dtypes: the base is in `model.dtype`, or NF4 in `quant_storage` bytes that are dequantized to `bnb_4bit_compute_dtype`;
+LoRA is fp32 under every strategy; products are in the dtype of one autocast inside the model's forward (`compute_in`).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,11 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from launch.errors import ConfigError
-from launch.inputs.model_shape import unreached
 from launch.recipe.schema import Recipe
 from launch.units import gib
 from launch.untrusted_files import printable
@@ -28,7 +31,7 @@ from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
-from trainer.pretrained import base_name, base_path, family_at
+from trainer.pretrained import base_path, family_at
 
 RECIPE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,11 +43,12 @@ def load_base(
     take_layer: Callable[[nn.Module], None] | None = None,
     layers: bool = True,
 ) -> PreTrainedModel:
-    """The base model on one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
+    """Load the base model onto one device: NF4 through bitsandbytes, or plain, as the recipe says; nothing trains.
 
     Every process loads its own replica onto its own device: never `device_map="auto"` in a distributed run. With
     `take_layer` the decoder layers are read one after another, each handed over while it is the only whole one;
-    without `layers` they are left out.
+    without `layers` they are left out. `quant_storage`: the dtype that packed 4-bit weights are held in, of the
+    strategy (`launch.strategies`).
 
     Raises:
         ConfigError: the base is not there, is of no family that is known, or lacks tensors.
@@ -122,104 +126,6 @@ def _quantization(recipe: Recipe, quant_storage: str) -> BitsAndBytesConfig | No
     )
 
 
-def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """Put fresh LoRA layers on the base: fp32, the same on every rank, from `training.seed`.
-
-    Raises:
-        ConfigError: a name in `lora.target_modules` reaches no layer, or what is no linear layer of decoder or tower.
-    """
-    chosen = recipe.lora
-    config = LoraConfig(
-        r=chosen.r,
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        bias=chosen.bias,
-        use_rslora=chosen.use_rslora,
-        use_dora=chosen.use_dora,
-        rank_pattern=dict(chosen.rank_pattern),
-        alpha_pattern=dict(chosen.alpha_pattern),
-        target_modules=chosen.target_modules,
-        exclude_modules=_kept_frozen(model, chosen.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(recipe.training.seed)
-    try:
-        peft_model = get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(
-            f"lora.target_modules: {chosen.target_modules} ({str(error).splitlines()[0][:200]}); "
-            "name linear layers of the language model, such as q_proj and v_proj"
-        ) from error
-    _check_reach(peft_model, chosen.target_modules)
-    config.base_model_name_or_path = base_name(recipe)
-    for parameter in trainable_parameters(peft_model).values():
-        parameter.data = parameter.data.float()
-    return cast(PeftModel, peft_model)
-
-
-def _kept_frozen(model: PreTrainedModel, names: list[str] | str) -> list[str] | str:
-    """What of the vision tower PEFT must pass over, though it has the name of a layer that is reached.
-
-    Without a name of the tower's own it is frozen whole, and runs without a graph. With one, Qwen2.5-VL's `gate_proj`
-    is still the decoder's alone (`launch.inputs.model_shape.reached_in_tower`).
-    """
-    whole = r".*\bvisual\b.*"
-    if isinstance(names, str):
-        return whole
-    own = unreached(names, None)
-    tower = [f"model.visual.{name}" for name, _ in model.model.visual.named_modules() if name]
-    if not any(_ends_in(path, name) for path in tower for name in own):
-        return whole
-    shared = [name for name in names if name not in own]
-    return [
-        path
-        for path in tower
-        if any(_ends_in(path, name) for name in shared) and not any(_ends_in(path, name) for name in own)
-    ]
-
-
-def _check_reach(model: PeftModel, names: list[str] | str) -> None:
-    """Every name reaches linear layers of decoder or vision tower, and nothing else.
-
-    LoRA elsewhere would not train as asked: trl's fused head reads `lm_head.weight` alone, the embeddings are looked
-    up before the layers, and neither is given dropout keys. A name that reaches nothing, PEFT passes over in silence.
-    """
-    base = cast(PreTrainedModel, model.get_base_model())
-    reached: list[str] = model.base_model.targeted_module_names
-    inside = {*base.model.language_model.layers.modules(), *base.model.visual.modules()}
-    layers = {name: base.get_submodule(name) for name in reached}
-    outside = [
-        name
-        for name, layer in layers.items()
-        if layer not in inside or not isinstance(getattr(layer, "base_layer", None), nn.Linear)
-    ]
-    idle = [] if isinstance(names, str) else [n for n in names if not any(_ends_in(r, n) for r in reached)]
-    problems = []
-    if outside:
-        problems.append(
-            f"lora.target_modules: {names} reaches outside the decoder layers of the language model and the linear "
-            f"layers of the vision tower ({len(outside)} modules: {', '.join(outside[:3])}); name linear layers inside "
-            "them, or give `all-linear`"
-        )
-    if idle:
-        problems.append(
-            f"lora.target_modules: {', '.join(idle)} names no layer of the model ({len(reached)} layers are "
-            "reached by the others); correct the name or leave it out"
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _ends_in(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the order of the names (the order of every reduction)."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return dict(sorted(named.items()))
-
-
 def prepare_training(
     model: PeftModel,
     recipe: Recipe,
@@ -233,7 +139,10 @@ def prepare_training(
 
     `compute_dtype`: of the products; `recompute_every`: every n-th decoder layer is computed again in the backward
     pass, 0: none; `resident_weights`: hold 4-bit weights dequantized; `keep`: hears of computed image features.
-    Returns in words which way it runs.
+    Returns in words which way it runs, for the log.
+
+    The order matters: 8-bit products take the 4-bit weights before they are dequantized, and fused kernels take LoRA
+    and sample dropout as they are by then.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     said = []
@@ -262,7 +171,7 @@ def _prepare_packed(model: PreTrainedModel) -> None:
 
 
 def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
-    """Switch decoder and vision tower to fused kernels; in words, which. A tower that trains keeps its own forwards."""
+    """Switch decoder and vision tower to fused kernels; return in words which. A tower that trains keeps its own."""
     from trainer.model.fused import use_fused_kernels  # imports Triton, which is not everywhere
 
     family = modelling_of(model)
@@ -303,7 +212,7 @@ def prepare_answers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 def _no_kernels(model: PreTrainedModel, compute_dtype: torch.dtype) -> str | None:
-    """Why a model cannot use the fused kernels, or None."""
+    """Say why a model cannot use the fused kernels; None: it can."""
     if model.device.type != "cuda":
         return f"they need a GPU, this is a {model.device.type}"
     if {model.dtype, compute_dtype} != {torch.bfloat16}:

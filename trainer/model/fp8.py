@@ -1,10 +1,14 @@
-"""Products of frozen linear layers in 8 bits (e4m3): one scale for each row of activations and of weights.
+"""Matrix products of frozen linear layers in 8 bits (e4m3): one scale for each row of activations and of weights.
 
-A row's scale is its largest magnitude over 448, e4m3's largest number, so a token's numbers do not depend on the tokens
-beside it. A weight is quantized once, by its output rows; on the way back those scales go into the gradient before it
-is quantized, so both directions use the same 8-bit weight. The products are added up in fp32 and rounded to the dtype
-of the activations. On a GPU of compute capability 8.9 and up this is `torch._scaled_mm`, elsewhere (tests) the same
-rounding in fp32.
+The format is e4m3 (Micikevicius et al., arXiv 2209.05433) as PyTorch has it, `float8_e4m3fn`: 3 bits of mantissa, no
+infinity, 448 as the largest number. A row's scale is its largest magnitude / 448 (fp32): the row times 448 / that
+magnitude is clamped to [-448, 448] and rounded to the nearest e4m3 number, ties to even. So a token's numbers do not
+depend on the tokens beside it, nor on the micro-batch it is in.
+
+A weight [out, in] is quantized once, by its output rows. The backward pass multiplies by the same 8-bit weight: its
+scales, which then stand along the summed dimension, go into the gradient before that is quantized. Products are summed
+in fp32 and rounded once to the dtype of the activations. On a GPU of compute capability 8.9 and up this is
+`torch._scaled_mm` with row-wise scales; elsewhere (tests on a CPU) the same quantized values are multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -27,19 +31,25 @@ _TINY = 1e-12  # a row of zeros has a scale too
 
 @dataclass(frozen=True)
 class Fp8Rows:
-    """A matrix in 8 bits: `values` e4m3 [rows, columns], `scales` fp32 [rows, 1]."""
+    """A matrix in 8 bits: `values` e4m3 [rows, columns], `scales` fp32 [rows, 1]; it stands for values * scales."""
 
     values: Tensor
     scales: Tensor
 
 
 def quantize_rows(x: Tensor, factors: Tensor | None = None) -> Fp8Rows:
-    """Return x [rows, columns] in 8 bits; column c is multiplied by `factors` [columns] first, if there are any."""
+    """Quantize x [rows, columns], of any floating dtype, with one scale a row.
+
+    Column c is multiplied by `factors` [columns], fp32, first, if there are any.
+    """
     return quantize_together([x], None if factors is None else [factors])
 
 
 def quantize_together(parts: Sequence[Tensor], factors: Sequence[Tensor] | None = None) -> Fp8Rows:
-    """Return up to three matrices [rows, columns] side by side, as `quantize_rows`: one scale for a row of them all."""
+    """Quantize up to three matrices [rows, columns] side by side as `quantize_rows` does: a row of all has one scale.
+
+    `factors`: fp32 [columns] of each matrix.
+    """
     if parts[0].is_cuda:
         from trainer.model.fp8_kernels import quantize_rows as on_gpu
 
@@ -52,7 +62,10 @@ def quantize_together(parts: Sequence[Tensor], factors: Sequence[Tensor] | None 
 
 
 def forward_product(x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T + bias: [rows, out] in `dtype`, of x [rows, in] and weight [out, in]."""
+    """Return x @ weight.T + bias as [rows, out] in `dtype`, of x [rows, in], weight [out, in] and bias [out].
+
+    Summed in fp32. `torch._scaled_mm` wants `in` and `out` to be multiples of 16 and refuses others (RuntimeError).
+    """
     if x.values.is_cuda:
         return torch._scaled_mm(
             x.values,
@@ -68,10 +81,10 @@ def forward_product(x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, dtype: tor
 
 
 def backward_product(gradients: Sequence[Tensor], weights: Sequence[Fp8Rows]) -> Tensor:
-    """Return the sum of gradient [rows, out] @ weight [out, in] over layers of one input: [rows, in].
+    """Return the sum of gradient [rows, out] @ weight [out, in] over layers of one input: [rows, in], in their dtype.
 
-    One product, so a row's gradients of all the layers share a scale: what is small beside the others in a row is small
-    in the sum too.
+    It is one product over all layers, so a row's gradients of all of them share a scale: what is small beside the
+    others in a row is small in the sum too.
     """
     return backward_product_of_rows(
         quantize_together(gradients, scales_of(weights)), weights, gradients[0].dtype
@@ -79,12 +92,15 @@ def backward_product(gradients: Sequence[Tensor], weights: Sequence[Fp8Rows]) ->
 
 
 def scales_of(weights: Sequence[Fp8Rows]) -> list[Tensor]:
-    """Return what gradients are multiplied by before they meet the weights' 8-bit values, [out] of each."""
+    """Return the fp32 scales [out] of each weight, by which gradients are multiplied before they are quantized."""
     return [weight.scales.view(-1) for weight in weights]
 
 
 def backward_product_of_rows(gradients: Fp8Rows, weights: Sequence[Fp8Rows], dtype: torch.dtype) -> Tensor:
-    """Return `backward_product` of quantized gradients, those of all layers side by side and with `scales_of`."""
+    """Return `backward_product` of gradients that are quantized already: [rows, in] in `dtype`.
+
+    `gradients`: [rows, out of all layers], multiplied by `scales_of` before they were quantized.
+    """
     if gradients.values.is_cuda:
         from trainer.model.fp8_kernels import transposed
 
@@ -114,7 +130,10 @@ class Fp8Linear(nn.Linear):
 
 
 def hold_in_fp8(layer: nn.Linear, dtype: torch.dtype) -> Fp8Linear:
-    """A layer of the values of `layer`, 4-bit or plain, in 8 bits; its bias in `dtype`, that of the products."""
+    """Return a layer that holds the weight of `layer`, 4-bit or plain, in 8 bits, one scale an output row.
+
+    A 4-bit weight is dequantized to `dtype`, that of the products, before it is rounded; the bias is held in `dtype`.
+    """
     rows = quantize_rows(matrix_of(layer.weight.data, quantization_of(layer), dtype))
     with torch.device("meta"):
         held = Fp8Linear(layer.in_features, layer.out_features, bias=False)
@@ -126,19 +145,22 @@ def hold_in_fp8(layer: nn.Linear, dtype: torch.dtype) -> Fp8Linear:
 
 
 def rows_of_weight(weight: Tensor, packed: Any, dtype: torch.dtype) -> Fp8Rows:
-    """A weight in 8 bits: as it is held, or quantized now from its 4 bits or from `dtype`."""
+    """Return a weight [out, in] in 8 bits: as it is held, or quantized now from its 4 bits or from `dtype`.
+
+    `packed`: as of `quantization_of`: the scales of a weight held in 8 bits, bitsandbytes' state of one in 4, or None.
+    """
     if isinstance(packed, Tensor):
         return Fp8Rows(weight.view(E4M3), packed)
     return quantize_rows(matrix_of(weight, packed, dtype))
 
 
 def is_fp8(layer: nn.Module) -> bool:
-    """Whether a linear layer's products are in 8 bits."""
+    """Return whether a linear layer's products are in 8 bits (`use_fp8_products`)."""
     return getattr(layer, "fp8_products", False) is True
 
 
 def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer) of the linear layers of the decoder layers, without those of the adapters."""
+    """List (parent, name, layer) of the linear layers of the decoder layers, without those of the adapters."""
     return [
         (parent, name, child)
         for layer in cast(Any, language_model).layers
@@ -150,9 +172,10 @@ def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.L
 
 
 def use_fp8_products(language_model: nn.Module, dtype: torch.dtype, *, resident: bool) -> int:
-    """Let the frozen linear layers of the decoder layers compute in 8 bits; returns the bytes that are held so.
+    """Let the frozen linear layers of the decoder layers compute in 8 bits; return the bytes that are held so.
 
-    `resident`: quantized now and held, one layer after another; else from what there is in every pass.
+    `resident`: each weight is quantized now and held in place of the old one, one layer after another; else it is
+    quantized in every pass from what the layer holds. `dtype`: of the products.
     """
     held = 0
     for parent, name, layer in frozen_linears(language_model):

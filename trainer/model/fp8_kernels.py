@@ -1,7 +1,12 @@
-"""Triton kernels around 8-bit products: rows to e4m3 with a scale each, and an 8-bit matrix turned over.
+"""Triton kernels around 8-bit products: they quantize rows to e4m3, one scale a row, and transpose an 8-bit matrix.
+
+Scale and rounding are those of `trainer.model.fp8`: a row's scale is its largest magnitude (at least 1e-12) / 448, in
+fp32; values are clamped to [-448, 448] and rounded to nearest, ties to even. Both divisions are IEEE ones
+(`tl.div_rn`), so that a GPU and the CPU's reference have the same scales.
 
 A row is quantized in the pass that computes it where there is one (norm, SwiGLU and its gradient). What is quantized is
 first rounded to the dtype of the activations, so that the 8-bit numbers are those of the passes one after another.
+All matrices are row-major; kernels take each row in one program, whose sums have one order on every call.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ def _scale_of(most, scales, row):
 
 @triton.jit
 def _store_e4m3(values, at, wide, factor, there):
+    """Store wide * factor as e4m3, clamped to its range: a number beyond it would become NaN."""
     wide = tl.minimum(tl.maximum(wide * factor, -448.0), 448.0)
     tl.store(values + at, wide.to(tl.float8e4nv), mask=there)
 
@@ -225,7 +231,7 @@ def _tile(columns: int) -> int:
 
 
 def quantize_rows(parts: Sequence[Tensor], factors: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return (values e4m3, scales fp32 [rows, 1]) of up to three matrices [rows, columns] side by side.
+    """Return (values e4m3 [rows, all columns], scales fp32 [rows, 1]) of up to three matrices side by side.
 
     `factors`: of the columns of each, fp32 [columns]; see `trainer.model.fp8.quantize_rows`.
     """
@@ -259,7 +265,7 @@ def quantize_rows(parts: Sequence[Tensor], factors: Sequence[Tensor] | None) -> 
 
 
 def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (values, scales) of silu(gate) * up, [rows, columns] each."""
+    """Return (values e4m3, scales fp32 [rows, 1]) of silu(gate) * up; gate, up and values are [rows, columns]."""
     gate, up = gate.contiguous(), up.contiguous()
     rows, columns = gate.shape
     values, scales = _empty_rows(rows, columns, gate.device)
@@ -271,7 +277,11 @@ def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def swiglu_gradient(
     gradient: Tensor, gate: Tensor, up: Tensor, factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return (values [rows, 2 * columns], scales) of the gradients of gate and up, times `factors` of each."""
+    """Return (values e4m3 [rows, 2 * columns], scales fp32 [rows, 1]) of the gradients of gate and up side by side.
+
+    `gradient`: [rows, columns], of silu(gate) * up. `factors`: fp32 [columns] each, by which the two gradients are
+    multiplied before they are quantized (`trainer.model.fp8.scales_of`).
+    """
     rows, columns = gate.shape
     values, scales = _empty_rows(rows, 2 * columns, gate.device)
     block = min(_GRADIENT_TILE[1], _tile(columns))
@@ -294,7 +304,11 @@ def swiglu_gradient(
 def norm_of_sum(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (x + residual, its RMSNorm's values and scales, deviations fp32 [rows]); both are [rows, columns]."""
+    """Return (x + residual, its RMSNorm's e4m3 values, their scales fp32 [rows, 1], deviations fp32 [rows]).
+
+    x, residual, their sum and the values are [rows, columns]; `weight` [columns] is the norm's. A deviation is
+    1 / sqrt(mean of squares + epsilon) of a row, which the norm's backward needs.
+    """
     x = x.contiguous()
     rows, columns = x.shape
     total = torch.empty_like(x)
@@ -318,7 +332,10 @@ def norm_of_sum(
 
 
 def transposed(parts: Sequence[Tensor]) -> Tensor:
-    """Return matrices [rows, columns] of 8 bits, one below the other, as one [columns, all rows], contiguous."""
+    """Return matrices [rows, columns] of 8 bits, one below the other, transposed: [columns, all rows], contiguous.
+
+    `torch._scaled_mm` takes its second matrix column-major only.
+    """
     columns = parts[0].shape[1]
     total = sum(len(part) for part in parts)
     out = torch.empty(columns, total, dtype=parts[0].dtype, device=parts[0].device)

@@ -1,8 +1,11 @@
 """The decoder layers and the vision tower through fused kernels, on a GPU in bfloat16.
 
 RMSNorm forward and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL
-does not import with transformers 5.23. Linear layers are in `trainer.model.fused_linear`. All
-of it replaces the `forward` of single modules of one model: other models in the process keep theirs.
+does not import with transformers 5.23. Linear layers are in `trainer.model.fused_linear`. All of it replaces the
+`forward` of single modules of one model: other models in the process keep theirs.
+
+A packed row is [1, T, hidden], the patches of a micro-batch's images are [P, hidden]. Statistics of norms and softmax
+are fp32, everything else is in the dtype of the input (bfloat16).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
 
 
 def fuse_patches_and_attention(visual: Any) -> None:
-    """Switch what the towers of all families have alike."""
+    """Switch patch embedding and attention to fused kernels, which the towers of all families have alike."""
     replace(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         replace_where_it_fits(block.attn, vision_attention)
@@ -81,7 +84,7 @@ def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
 
 
 def rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    """`Qwen2VLRMSNorm.forward`: statistics in fp32, the product in the dtype of the input."""
+    """`Qwen2VLRMSNorm.forward` of [..., hidden]: statistics in fp32, the product in the dtype of the input."""
     return cast(Tensor, _Norm.apply(hidden, module.weight, module.variance_epsilon)[0])
 
 
@@ -125,7 +128,7 @@ class _NormOfSum(torch.autograd.Function):
 
 
 def decoder_layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """`Qwen2VLDecoderLayer.forward`: computed again in the backward pass where the layer is asked to.
+    """`Qwen2VLDecoderLayer.forward` of [1, T, hidden]: computed again in the backward pass where the layer is asked to.
 
     transformers 5.23 recomputes in the class's own `forward` (`GradientCheckpointingLayer`), which this replaces.
     """
@@ -160,7 +163,7 @@ def last_decoder_layer(module: Any, hidden_states: Tensor, *, read: ReadTokens, 
 
 
 def swiglu_mlp(module: Any, hidden: Tensor) -> Tensor:
-    """`Qwen2MLP.forward`: gate and up in one kernel."""
+    """`Qwen2MLP.forward` of [..., hidden]: gate and up are one pair of products, silu(gate) * up one kernel."""
     gate, up = linears(hidden, (module.gate_proj, module.up_proj))
     return cast(Tensor, module.down_proj(swiglu(gate, up)))
 
@@ -172,7 +175,11 @@ def text_attention(
     segments: Segments | None = None,
     **_: Any,
 ) -> Any:
-    """`Qwen2VLAttention.forward` on a packed row, [1, T, hidden]."""
+    """`Qwen2VLAttention.forward` on a packed row: ([1, T, hidden], None), causal within each of `segments`.
+
+    Without `segments` (a call of `generate`) it returns NotImplemented, and transformers' own forward computes.
+    `position_embeddings`: cosines and sines, [1, T, head_dim] each.
+    """
     if segments is None:
         return NotImplemented
     heads = (1, hidden_states.shape[1], -1, module.head_dim)
@@ -193,7 +200,10 @@ def text_attention(
 
 
 def attend_text(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Return causal attention within every sample, through the kernel that is faster on the GPU at hand."""
+    """Return causal attention within every sample, through the kernel that is faster on the GPU at hand.
+
+    query [T, heads, head_dim], key and value [T, kv_heads, head_dim]; the output is like query.
+    """
     if faster_than_pytorch(query.device, query.shape[-1]):
         return attend_causally(query, key, value, segments.cu_seqlens, segments.lengths, scale)
     return varlen(query, key, value, segments, causal=True, scale=scale)
@@ -206,7 +216,7 @@ def vision_attention(
     segments: Segments | None = None,
     **_: Any,
 ) -> Any:
-    """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; without a gradient."""
+    """`VisionAttention.forward` over all images of a micro-batch, [P, hidden]; NotImplemented with a gradient."""
     if segments is None or torch.is_grad_enabled():
         return NotImplemented
     together = module.qkv(hidden_states).view(len(hidden_states), 3, module.num_heads, -1)
@@ -227,7 +237,10 @@ def vision_block(module: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
 
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:
-    """`PatchEmbed.forward`: kernel and stride of its convolution are a whole patch, so it is a matrix product."""
+    """`PatchEmbed.forward`, [P, values] to [P, hidden].
+
+    Kernel and stride of its convolution are a whole patch, so it is a matrix product.
+    """
     convolution = module.proj
     matrix = convolution.weight.view(module.embed_dim, -1)
     return linear(pixels.to(matrix.dtype), matrix, convolution.bias)

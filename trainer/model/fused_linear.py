@@ -1,7 +1,9 @@
 """Frozen linear layers and their LoRA as one autograd function, for the layers that are fed the same input.
 
 The products are PyTorch's, in bfloat16 or 8 bits (`trainer.model.fp8`); what LoRA and its dropout add is computed by
-`trainer.model.kernels`.
+`trainer.model.kernels`. LoRA's product is always in the dtype of the input, also beside 8-bit products: its down and up
+are fp32, rounded to that dtype in every pass, and their gradients are fp32. A micro-batch's gradient of an adapter is
+one product over its tokens, whose rounding depends on which tokens are together.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ _Read = tuple[_Layer, tuple[Tensor | None, ...]]
 
 
 def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The outputs of frozen linear layers, with LoRA or without, that are fed the same x; one gradient of x for all."""
+    """Return the outputs of frozen linear layers, with LoRA or without, that are fed the same x.
+
+    x is [..., in], an output [..., out of that layer]. All layers have one gradient of x together. Where a layer's own
+    forward must compute (several adapters, a merged one, a rank beyond the kernels' tiles), all of them do.
+    """
     read = [found for module in modules if (found := _read(module, x)) is not None]
     if len(read) < len(modules):
         return tuple(module(x) for module in modules)
@@ -55,7 +61,10 @@ def linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
 
 
 def lora_linear(module: Any, x: Tensor) -> Any:
-    """PEFT's forward of a linear layer with one adapter: base(x) + scaling * up(down(dropout(x)))."""
+    """Compute base(x) + scaling * up(down(dropout(x))), PEFT's forward of a linear layer with one adapter.
+
+    x is [..., in]; NotImplemented where the module's own forward must compute.
+    """
     found = _read(module, x)
     return NotImplemented if found is None else _compute(x, [found])[0]
 

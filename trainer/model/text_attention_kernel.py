@@ -3,7 +3,11 @@
 FlashAttention 2, which is PyTorch's, was made for an older card: on the way back it adds to fp32 copies of the queries'
 gradients by atomics, and writes those of keys and values once for each query head. Here a program owns what it writes:
 a tile of queries, or a tile of keys and values for all the query heads that share it. So nothing is added up twice and
-the sums have one order. The algorithm is FlashAttention's (Dao, arXiv 2307.08691).
+the sums have one order: forward and backward repeat to the bit on one GPU, `training.deterministic` or not. The
+algorithm is FlashAttention's (Dao, arXiv 2307.08691).
+
+Tensors are [tokens, heads, channels], row-major, the samples end to end. Scores, softmax and sums are fp32; weights and
+their gradients are rounded to the inputs' dtype before they are multiplied.
 """
 
 from __future__ import annotations
@@ -258,7 +262,7 @@ class _Attention(torch.autograd.Function):
 
 @cache
 def faster_than_pytorch(device: torch.device, width: int) -> bool:
-    """Return whether the GPU is one on which it was measured to be so: heads of 128 channels on Hopper."""
+    """Return whether these kernels were measured to be faster there: heads of 128 channels on Hopper (H100, H200)."""
     return device.type == "cuda" and width == 128 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -269,10 +273,14 @@ def _tiles(lengths: Sequence[int], size: int) -> int:
 def attend_causally(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: Sequence[int], scale: float
 ) -> Tensor:
-    """Return the attention of every token to those before it in its sample, like q [T, heads, width].
+    """Attend every token to itself and those before it in its sample: [T, heads, width], like q; has a gradient.
 
-    k and v are [T, fewer heads, width]; `bounds` [N + 1] int32 on the device and `lengths` the same for the host. The
-    width is a power of two from 16 on. RuntimeError where the two say another number of samples.
+    k and v are [T, kv_heads, width], heads a multiple of kv_heads, all in half precision on CUDA. `bounds` [N + 1]
+    int32 on the device and `lengths`, the same for the host. `scale` multiplies the scores. The width is a power of two
+    from 16 on.
+
+    Raises:
+        RuntimeError: `bounds` and `lengths` are of different numbers of samples.
     """
     if len(lengths) + 1 != len(bounds):
         raise RuntimeError(f"attention: {len(bounds) - 1} samples on the device, {len(lengths)} for the host")

@@ -4,6 +4,10 @@ transformers >= 5 makes the output of every input embedding require gradients on
 are on, the patch embedding included, and so runs a useless backward through the whole tower. Here its features
 are computed under `no_grad` and handed to the language model as part of the embeddings. A tower with LoRA has a graph,
 and sample dropout of its own.
+
+P counts patches of images, V visual tokens (merge_size ** 2 patches each), F images. Features are [V, maps * hidden]:
+what enters the decoder's embeddings, and, of Qwen3-VL, a map for each of its first layers beside it (deepstack). The
+tower computes in its own dtype, outside autocast.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from trainer.model.families.registry import modelling_of
 from trainer.model.last_layer import ReadTokens
 
 Keep = Callable[[Sequence[str], Sequence[tuple[int, int, int]], Tensor], None]
-"""Told the names of images, their grids and their features [V, maps * hidden] when the tower has computed them."""
+"""Called with the names (sha256) of images, their grids (time, height, width in patches) and their features
+[V, maps * hidden] when the tower has computed them."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,10 @@ class TrainedTower:
         order: Tensor | None,
         device: torch.device,
     ) -> None:
-        """Make the masks of a pass over `images` (sha256, hexadecimal) current.
+        """Make the masks of a pass over `images` (sha256, hexadecimal) in `step` (from 0) current.
 
-        `order`: [V], in which the tower computes the visual tokens, where it is not that of the row.
+        `order`: [V], the order in which the tower computes the visual tokens, where it is not that of the row
+        (windowed attention of Qwen2.5-VL).
         """
         counts = torch.tensor([time * height * width // self.unit for time, height, width in grids])
         names = torch.tensor([int(name[:15], 16) for name in images])
@@ -69,7 +75,7 @@ class TrainedTower:
 
 
 def trained_tower(visual: Any, seed: int) -> TrainedTower | None:
-    """Give a tower with LoRA its sample dropout; None for a frozen one."""
+    """Give a tower with LoRA its sample dropout, from the recipe's seed; return None for a frozen one."""
     if not any(weight.requires_grad for weight in visual.parameters()):
         return None
     unit = int(visual.spatial_merge_size) ** 2
@@ -88,8 +94,8 @@ def register_packed_inputs(
 ) -> None:
     """Teach the model's forward the packed inputs of `trainer.data.packing.ModelInputs`; `keys` of its dropout.
 
-    A hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
-    packed inputs, like `generate`'s, pass through untouched.
+    It is a hook inside the forward, so that a wrapper (DDP, FSDP) sees an ordinary call with tensors. Calls without
+    packed inputs, like `generate`'s, pass through untouched. `keep`: hears of features that the tower has computed.
     """
     model.model.register_forward_pre_hook(partial(_unpack, keys, keep, tower), with_kwargs=True)
     model.model.register_forward_hook(_keep_scored, with_kwargs=True)
@@ -170,7 +176,7 @@ def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 def _blank_features(model: Any, tower: TrainedTower, device: torch.device) -> Tensor:
-    """Of one visual token of a grey image, for no sample."""
+    """Features [1, maps * hidden] of one visual token of a grey image, for no sample."""
     edge, patch = int(tower.unit**0.5), model.visual.patch_embed.proj.weight[0]
     grid = (1, edge, edge)
     grids = torch.tensor([grid])
@@ -195,12 +201,12 @@ def image_features(
     segments: Segments,
     take_keys: Callable[[Tensor | None, torch.device], None] | None = None,
 ) -> Tensor:
-    """Features [V, maps * hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
+    """Compute features [V, maps * hidden] of all images of a micro-batch in one pass, in the tower's own dtype.
 
-    `take_keys`: of a tower that trains, is told the order of its visual tokens; without it there is no graph.
-
-    `sizes`: `grids` [F, 3] once more, for the host. `positions` [P, 2] and `segments` are what the tower would else
-    compute from `grids` with a device sync each.
+    `pixel_values`: [P, values of a patch], of any floating dtype. `grids`: [F, 3], patches in time, height and width
+    of each image; `sizes`: the same for the host. `positions` [P, 2] and `segments` (one for each frame of an image)
+    are what the tower would else compute from `grids` with a device sync each. `take_keys`: of a tower that trains, is
+    told the order of its visual tokens; without it there is no graph.
     """
     visual: Any = model.visual
     family = modelling_of(model)
@@ -224,7 +230,7 @@ def image_features(
 def features_of_images(model: Any, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> tuple[Tensor, ...]:
     """Return features [V, maps * hidden] of each of several images that go through the tower together, without a graph.
 
-    `pixels`: the patches [P, values] of each, on any device.
+    `pixels`: the patches [P, values] of each, on any device; `grids`: its patches in time, height and width.
     """
     sizes, device = torch.tensor(grids), model.device
     merge = int(model.visual.spatial_merge_size)

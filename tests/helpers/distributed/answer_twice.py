@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.errors import RunError
-from trainer.evaluation import generate, image_features
+from trainer.evaluation import generate
+from trainer.generation import image_features
 
 
 def unreadable(image: bytes) -> Any:

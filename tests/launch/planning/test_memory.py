@@ -21,8 +21,9 @@ from tests.conftest import recipe_values
 from tests.helpers.indexes import HUB_7B, SHAPE
 from tests.helpers.saved import saved_bytes
 from trainer.model.attention import use_packed_attention
-from trainer.model.base import add_lora, load_base, trainable_parameters
+from trainer.model.base import load_base
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.lora import add_lora, trainable_parameters
 
 FUSED = Kernels(fused=True, fused_lora=True)
 EIGHT_SAMPLES = Packed(tokens=7000, visual_tokens=5950, scored_tokens=40)

@@ -30,7 +30,8 @@ from trainer.checks.training import (
 from trainer.data.encoder import Encoder
 from trainer.data.packing import ModelInputs, pack
 from trainer.data.rows import question_row
-from trainer.model.base import add_lora, load_base
+from trainer.model.base import load_base
+from trainer.model.lora import add_lora
 from trainer.pretrained import load_processor
 
 CPU = torch.device("cpu")

@@ -23,8 +23,9 @@ from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
 from trainer.data.rows import Row
 from trainer.data.splits import open_split
-from trainer.evaluation.replica import Replica
-from trainer.model.base import add_lora, load_base, prepare_training
+from trainer.generation.replica import Replica
+from trainer.model.base import load_base, prepare_training
+from trainer.model.lora import add_lora
 from trainer.prepare import prepare
 from trainer.prepare_vision import _images_of
 from trainer.pretrained import load_processor

@@ -18,7 +18,8 @@ from trainer.data.encoder import IGNORED, Encoder, mrope_positions
 from trainer.data.micro_batches import assemble
 from trainer.data.packing import pack
 from trainer.data.splits import open_split
-from trainer.model.base import add_lora, load_base, prepare_training
+from trainer.model.base import load_base, prepare_training
+from trainer.model.lora import add_lora
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

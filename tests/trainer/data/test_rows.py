@@ -35,7 +35,7 @@ from trainer.data.micro_batches import assemble
 from trainer.data.row_errors import RowError
 from trainer.data.rows import Row, question_row
 from trainer.data.splits import open_split
-from trainer.evaluation.replica import Replica
+from trainer.generation.replica import Replica
 from trainer.prepare import main, prepare
 from trainer.pretrained import load_processor
 from trainer.progress_bars import progress_reports

@@ -16,7 +16,7 @@ from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
 from tests.helpers.adapters import write_run
 from trainer.evaluation import demo
-from trainer.evaluation.asking import Panel, read_image, seat
+from trainer.evaluation.panel import Panel, read_image, seat
 from trainer.evaluation.request import EvaluationRequest
 
 

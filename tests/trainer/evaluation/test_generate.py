@@ -25,9 +25,9 @@ from trainer.data.images import decode_image
 from trainer.data.rows import chat
 from trainer.data.splits import open_split
 from trainer.evaluation.answering import answer_all
-from trainer.evaluation.answers import Question, evenly_spaced, make_batches, other_images
 from trainer.evaluation.generate import main
-from trainer.evaluation.stored_answers import with_earlier_answers
+from trainer.evaluation.questions import Question, evenly_spaced, make_batches, other_images
+from trainer.evaluation.result_file import with_earlier_answers
 from trainer.formats.portable import save_adapter
 from trainer.pretrained import load_processor
 

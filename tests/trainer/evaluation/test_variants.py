@@ -26,9 +26,9 @@ from trainer.data.rows import chat
 from trainer.data.splits import open_split
 from trainer.evaluation.generate import main
 from trainer.evaluation.loading import answering_as, hold_dequantized, load_with_adapters
-from trainer.evaluation.replica import Replica
 from trainer.evaluation.request import EvaluationRequest, variants_of
 from trainer.formats.portable import save_adapter
+from trainer.generation.replica import Replica
 from trainer.model.base import load_base
 from trainer.pretrained import load_processor
 

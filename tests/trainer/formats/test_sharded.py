@@ -35,7 +35,7 @@ from trainer.formats.detect import import_checkpoint, read_sharded
 from trainer.formats.portable import save_adapter, save_adapter_config
 from trainer.formats.sharded import DcpRankState, InMemoryCheckpointEngine, ZeroRankState, partition_by_size
 from trainer.import_checkpoint import refuse_what_we_do_not_train
-from trainer.model.base import trainable_parameters
+from trainer.model.lora import trainable_parameters
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from trainer.data.splits import open_split
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.build import build_trainer
 from trainer.metrics_log import read_lines
-from trainer.model.base import add_lora, load_base
+from trainer.model.base import load_base
+from trainer.model.lora import add_lora
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.startup_timer import StartupTimer

@@ -15,7 +15,7 @@ from launch.errors import ConfigError, RunError
 from launch.inputs.model_shape import LAYER_LINEARS, LAYERS, unreached
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
-from trainer.model.base import add_lora, load_base
+from trainer.model.base import load_base
 from trainer.model.dropout import (
     DropoutKeys,
     SampleDropout,
@@ -25,6 +25,7 @@ from trainer.model.dropout import (
     row_keys,
     token_keys,
 )
+from trainer.model.lora import add_lora
 
 Q, V = "layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"
 HALF = 1 << 15  # of 65536 draws

@@ -20,8 +20,9 @@ from tests.helpers.tiny_families import write_tiny
 from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import assemble
 from trainer.data.splits import open_split
-from trainer.evaluation.replica import Replica
-from trainer.model.base import prepare_training, trainable_parameters
+from trainer.generation.replica import Replica
+from trainer.model.base import prepare_training
+from trainer.model.lora import trainable_parameters
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 

@@ -16,7 +16,7 @@ from trainer.data.packing import pack
 from trainer.data.splits import open_split
 from trainer.metrics_log import read_lines
 from trainer.model import fused
-from trainer.model.base import add_lora, load_base, prepare_training, trainable_parameters
+from trainer.model.base import load_base, prepare_training
 from trainer.model.fp8 import (
     E4M3,
     Fp8Linear,
@@ -28,6 +28,7 @@ from trainer.model.fp8 import (
     use_fp8_products,
 )
 from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
+from trainer.model.lora import add_lora, trainable_parameters
 from trainer.pretrained import load_processor
 from trainer.train import main as train
 

@@ -11,8 +11,9 @@ import torch
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.model import fused
-from trainer.model.base import add_lora, load_base, trainable_parameters
+from trainer.model.base import load_base
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.lora import add_lora, trainable_parameters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLOSE = (

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.data.packing import cumulative
-from trainer.evaluation.image_features import chunks
-from trainer.evaluation.static_cache import StaticKeysValues, static_attention
+from trainer.generation.image_features import chunks
+from trainer.generation.static_cache import StaticKeysValues, static_attention
 from trainer.model.attention import Segments
 from trainer.model.families.registry import modelling_of
 

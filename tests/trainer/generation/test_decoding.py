@@ -12,9 +12,9 @@ import torch
 from launch.errors import RunError
 from launch.inputs.families import FAMILIES
 from tests.helpers.plain_answers import AnsweredChats
-from trainer.evaluation import decoding, image_features
-from trainer.evaluation.image_features import ImageFeatures, chunks
-from trainer.evaluation.replica import why_stock
+from trainer.generation import decoding, image_features
+from trainer.generation.image_features import ImageFeatures, chunks
+from trainer.generation.replica import why_stock
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))

@@ -23,8 +23,8 @@ from trainer.data.images import decode_image
 from trainer.data.row_errors import RowError
 from trainer.data.rows import IMAGE, Turn, chat
 from trainer.evaluation.loading import answering_as, load_stored, load_with_adapters
-from trainer.evaluation.replica import greedy
 from trainer.evaluation.request import EvaluationRequest, Variant, variants_of
+from trainer.generation.replica import greedy
 from trainer.model.base import RECIPE_DTYPES
 from trainer.pretrained import load_processor
 

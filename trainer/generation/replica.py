@@ -17,8 +17,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from trainer.data.encoder import mrope_positions
 from trainer.data.splits import Rows
-from trainer.evaluation.decoding import GreedyDecoder, Prompt
-from trainer.evaluation.image_features import ImageFeatures, ImageMaps
+from trainer.generation.decoding import GreedyDecoder, Prompt
+from trainer.generation.image_features import ImageFeatures, ImageMaps
 from trainer.model.families.registry import is_known
 
 

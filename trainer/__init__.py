@@ -6,9 +6,11 @@ import os
 from launch.inputs.caches import private_cache
 from launch.launcher_variables import PARENT
 from trainer import watchdog
+from trainer.garbage_at_start import pause_collection
 from trainer.interrupts import hide_interrupts
 
 hide_interrupts()
+pause_collection()
 WATCHDOG = watchdog.start(os.environ)
 """Begins before the imports of substance: a launcher may die in the seconds that they take."""
 os.environ.pop(PARENT, None)  # meant for this process, not for its children

@@ -24,6 +24,7 @@ from launch.launcher_variables import MARKER_DECIDES, PARENT
 from launch.run.directory import RunDirectory, leave_stopped, requested_stop
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
+from trainer.garbage_at_start import resume_collection
 from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 LOOPBACK = "127.0.0.1"
@@ -43,6 +44,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    resume_collection()
     if value_of("--num_machines", arguments) in (None, "1"):
         listen_on_loopback()
     # What torchrun says of ranks that fail or are stopped, they say themselves, or `explain` does.

@@ -10,7 +10,6 @@ import sys
 import warnings
 from typing import Any
 
-import datasets
 import torch
 import transformers
 
@@ -18,13 +17,16 @@ from launch.errors import SamestepError
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 from trainer.attempt_log import LOG, LineFilter
+from trainer.garbage_at_start import resume_collection
 
 
 def setup_logging() -> None:
     """Our own messages from INFO on, the libraries' from WARNING on, their deprecations among themselves never.
 
-    Every command calls it first: it also settles what the libraries read from the environment when they wake.
+    Every command calls it first: it also settles what the libraries read from the environment when they wake, and
+    ends the pause of the garbage collector.
     """
+    resume_collection()
     _outlive_the_listeners()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     if not torch.cuda.is_available():
@@ -40,7 +42,8 @@ def setup_logging() -> None:
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if datasets := sys.modules.get("datasets"):  # half a second with pandas: who reads no rows does without
+        datasets.disable_progress_bars()
 
 
 class _Printable(logging.Formatter):

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -19,10 +20,13 @@ import psutil
 from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
+from launch.inputs.caches import config_file
 from launch.launcher_variables import MARKER_DECIDES
 from launch.local.accelerate_command import Layout, cpu_threads_of, free_port, launch_command
 from launch.local.bytecode import bytecode_variables
+from launch.local.read_ahead import reading_ahead
 from launch.planning.plan import Plan
+from launch.recipe.loading import load_recipe
 from launch.resources import resource
 from launch.run.directory import (
     Marker,
@@ -63,7 +67,8 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
     there is no marker, KeyboardInterrupt after that second Ctrl-C.
     """
     command, began = run_command(plan, run, machine), time.time()
-    ended = wait_for(command, child_environment(plan), ask_to_stop(run))
+    with reading_ahead(_base_folder(run)):
+        ended = wait_for(command, child_environment(plan), ask_to_stop(run))
     if not ended.killed:
         wait_for_trainer(run)
     marker = read_marker(run)
@@ -83,6 +88,11 @@ def launch(plan: Plan, run: RunDirectory, machine: Machine) -> Marker:
         f"{run.path}: ended before it was done; see the words above, the same command goes on "
         "from the newest checkpoint"
     )
+
+
+def _base_folder(run: RunDirectory) -> Path | None:
+    config = config_file(load_recipe(run.recipe_file))
+    return config and config.parent
 
 
 def ask_to_stop(run: RunDirectory) -> Callable[[int], None]:

@@ -45,6 +45,7 @@ PAST_THE_GATE = {
     "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
     "inputs/new_recipe.py:_columns_and_rows": "pyarrow opens by name; plain_size looks first",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",
+    "local/read_ahead.py:_read": "reads weights and looks at none; is_file looks first",
     "slurm/attempts.py:_open_to_add": "adds a line of our own, and follows no link",
     "run/merged_model.py:weights_are_whole": "safetensors opens by name; plain_size looks first",
     "checkpoints/publish.py:_bring_to_disk": "what this process or its ranks just wrote",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
-from trainer.data.splits import Rows
 from trainer.evaluation.request import EvaluationTask, Variant
 from trainer.export.adapter import Adapter, read_adapter
 from trainer.export.consolidate import write_adapter
@@ -28,6 +27,9 @@ from trainer.generation.replica import Replica, why_stock
 from trainer.model.base import RECIPE_DTYPES, load_base, prepare_answers
 from trainer.model.resident import dequantize_weights
 from trainer.pretrained import model_class_of
+
+if TYPE_CHECKING:
+    from trainer.data.splits import Rows  # its library takes half a second, and who asks reads no rows
 
 SHARE = 0.5  # of free memory; the rest is for activations, the cache of keys and values, and image features
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from trainer.data.images import decode_image
 from trainer.data.row_errors import naming_row
-from trainer.data.splits import Rows
 from trainer.model.attention import packed_tower
 from trainer.model.families.modelling import Grid
 from trainer.model.vision import features_of_images
+
+if TYPE_CHECKING:
+    from trainer.data.splits import Rows  # its library takes half a second, and who asks reads no rows
 
 CACHE_BYTES = 2 << 30  # of features on the device
 AHEAD = 64  # rows whose images are decoded before they are asked for; 13 MB for a chart

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
@@ -16,10 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from trainer.data.encoder import mrope_positions
-from trainer.data.splits import Rows
 from trainer.generation.decoding import GreedyDecoder, Prompt
 from trainer.generation.image_features import ImageFeatures, ImageMaps
 from trainer.model.families.registry import is_known
+
+if TYPE_CHECKING:
+    from trainer.data.splits import Rows  # its library takes half a second, and who asks reads no rows
 
 
 @dataclass

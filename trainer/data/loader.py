@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,21 +89,48 @@ class Loader:
         )
         self._reading: Generator[PackedBatch, None, None] | None = None
         self._begun = False
+        self._ready: PackedBatch | Exception | None = None  # read ahead
 
     def __len__(self) -> int:
         return self._total
 
     def begin(self) -> Loader:
         """Let the workers start now: what they have ready when the batches are asked for is not waited for."""
-        self._reading, self._begun = _read_all(iter(self._loader)), True
+        self._reading, self._begun, self._ready = _read_all(iter(self._loader)), True, None
         return self
 
     def __iter__(self) -> Iterator[PackedBatch]:
         if not self._begun:
             self.begin()
-        assert self._reading is not None
         self._begun = False
-        return self._reading
+        return self._hand_out()
+
+    def _hand_out(self) -> Iterator[PackedBatch]:
+        while self._reading is not None:
+            ready, self._ready = self._ready, None
+            if isinstance(ready, Exception):
+                raise ready
+            if ready is None:
+                try:
+                    ready = next(self._reading)
+                except StopIteration:
+                    return
+            yield ready
+
+    def read_ahead(self, prepare: Callable[[PackedBatch], PackedBatch]) -> None:
+        """Take the next micro-batch before it is asked for, and `prepare` it; the iteration hands out the result.
+
+        An error is raised there too: whoever reads ahead is busy with something else. After the last micro-batch, and
+        where one is ready, nothing happens.
+        """
+        if self._reading is None or self._ready is not None:
+            return
+        try:
+            self._ready = prepare(next(self._reading))
+        except StopIteration:
+            return
+        except Exception as error:
+            self._ready = error
 
     def close(self) -> None:
         """End the data workers, of a reading that somebody gave up in the middle.
@@ -115,7 +142,7 @@ class Loader:
         if self._reading is not None:
             self._reading.close()
             # Python 3.12 leaves a generator that was not begun all it holds (cpython#142766).
-            self._reading, self._begun = None, False
+            self._reading, self._begun, self._ready = None, False, None
 
 
 def _read_all(batches: Iterator[Any]) -> Generator[PackedBatch, None, None]:

@@ -19,13 +19,15 @@ from rich.table import Table
 
 from launch.errors import RunError
 from launch.invocation import VARIABLE, command
+from launch.planning.make_plan import compute_dtype_of
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.run.variants import in_order
+from trainer.evaluation.comparison_request import stored_dtype
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
 from trainer.evaluation.metrics import Accuracy, Paired, summary_of
 from trainer.evaluation.questions import Answer, Question
-from trainer.evaluation.request import EvaluationRequest, EvaluationTask, variants_of
+from trainer.evaluation.request import EvaluationRequest, EvaluationTask, Variant, variants_of
 from trainer.evaluation.result_file import Kept, compared, probabilities
 
 _COMMAND = Path(sys.executable).with_name("samestep")
@@ -78,12 +80,23 @@ def result_of(
         "finished": finished,
         "finished_of": dict.fromkeys(by_model, finished),
         "weights": {model: weights[model] for model in by_model},
+        "products": {variant.name: products_of(variant, task) for variant in variants},
         "accuracy": accuracy,
         "metrics": figures(predictions, list(by_model), metrics),
         "mcnemar_p": probabilities(pairs),
         "paired": pairs,
         "predictions": predictions,
     }
+
+
+def products_of(variant: Variant, task: EvaluationTask) -> str:
+    """Return the dtype of the matrix products that a variant answers with: never 8 bits, whatever it was trained with.
+
+    A merged model computes in the dtype it is stored in.
+    """
+    if variant.is_merged:
+        return str(stored_dtype(task.request.run.merged)).removeprefix("torch.")
+    return compute_dtype_of(task.recipe)
 
 
 def _answers_by_model(
@@ -165,6 +178,7 @@ def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> No
         console.print(
             f"McNemar {pair}: {each['gained']} gained, {each['lost']} lost, p = {each['p']:.2g}", markup=False
         )
+    console.print(_products_text(result["products"], request), markup=False)
     for model in kept.models:
         console.print(f"{model}: answers of {result['finished_of'][model]}, kept", markup=False)
     if kept.aside is not None:
@@ -181,6 +195,19 @@ def print_result(kept: Kept, request: EvaluationRequest, console: Console) -> No
     console.print(*(f"{name:11} {_short(path)}" for name, path in paths.items() if path.exists()), sep="\n")
     if request.run.adapter.is_dir() and not request.label:
         console.print("next:", *(f"  {command}" for command in next_commands(run)), sep="\n")
+
+
+def _products_text(products: Mapping[str, str | None], request: EvaluationRequest) -> str:
+    """In words, the dtype of each model's products; of a recipe that trains in 8 bits that it does."""
+    by_dtype: dict[str, list[str]] = {}
+    for model, dtype in products.items():
+        by_dtype.setdefault(dtype or "unknown (an older version)", []).append(model)
+    if len(by_dtype) == 1:
+        text = next(iter(by_dtype))
+    else:
+        text = ", ".join(f"{dtype} ({', '.join(models)})" for dtype, models in by_dtype.items())
+    trained = "; the recipe trains with fp8" if request.recipe().model.products == "fp8" else ""
+    return f"products: {text}{trained}"
 
 
 def _title(model: str) -> str:

@@ -79,6 +79,7 @@ def with_earlier_answers(
         "weights": {
             m: _weights_of(m, older, weights) if m in carried else result["weights"][m] for m in models
         },
+        "products": {m: (older if m in carried else result).get("products", {}).get(m) for m in models},
         "finished_of": {m: _finished(older, m) if m in carried else result["finished"] for m in models},
         "accuracy": {m: _accuracy(m, predictions) if m in carried else result["accuracy"][m] for m in models},
         "prompts": {m: (older if m in carried else result).get("prompts", {}).get(m) for m in models},

@@ -83,14 +83,20 @@ def uncached(encoder: Encoder) -> Encoder:
     return replace(encoder, features=None)
 
 
+def add_late_features(batch: PackedBatch, cache: FeatureCache | None) -> PackedBatch:
+    """Add the vision features that were cached since the data workers packed a micro-batch."""
+    if cache is None or not batch["inputs"]["fresh_images"]:
+        return batch
+    return {**batch, "inputs": with_late_features(batch["inputs"], cache)}
+
+
 def use_late_features(
     batch: PackedBatch, cache: FeatureCache | None, writer: FeatureWriter | None
 ) -> PackedBatch:
-    """Add the vision features that were cached since the data workers packed a micro-batch; count its images."""
+    """Add the features that came into the cache to the last moment to a micro-batch, and count its images."""
     if cache is None or writer is None:
         return batch
-    if batch["inputs"]["fresh_images"]:
-        batch = {**batch, "inputs": with_late_features(batch["inputs"], cache)}
+    batch = add_late_features(batch, cache)
     writer.count(batch["images"], len(batch["inputs"]["fresh_grids"]))
     return batch
 

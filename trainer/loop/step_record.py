@@ -25,10 +25,11 @@ from trainer.data.loader import DATA_WAIT
 from trainer.distributed.collectives import broadcast_from_main, gather_objects
 
 VARIABLE = "SAMESTEP_STEP_RECORD"
-PHASES = ("data", "launching", "GPU", "reduction", "rest")
-"""Waiting for a micro-batch; the host's part of forward and backward; waiting for the own GPU to finish them; waiting
-for the other ranks and adding up; everything else, such as the optimizer, figures, saves and evaluations. Engines that
-shard wait for each other in the passes too, which is in the first two after the data."""
+PHASES = ("data", "features", "launching", "GPU", "reduction", "rest")
+"""Waiting for a micro-batch; at the step's begin, reading vision features that came into the cache too late to be read
+ahead; the host's part of forward and backward; waiting for the own GPU to finish them; waiting for the other ranks and
+adding up; everything else, such as the optimizer, figures, saves, evaluations and the features that are read ahead.
+Engines that shard wait for each other in the passes too, which is in `launching` and `GPU`."""
 _STEPS_OF_A_SUMMARY = 100
 
 Row = Mapping[str, float]

@@ -7,6 +7,7 @@ calls `trainer.loop.callbacks.StepEnd`: metrics, saves. Each override says what 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,7 +129,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             dataloaders.log_first_targets(self.task, self.encoder, inputs)
         if self._out_of_memory:  # in an earlier micro-batch; the step's reduction tells the others
             return self._skip_micro_batch()
-        inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
+        with self.record.phase("features" if self.at_first_micro_batch else "launching"):
+            inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
         try:
             with self.record.phase("launching"), self.engine.no_sync(self.accelerator, model):
                 return self._forward_backward(model, inputs)
@@ -197,6 +199,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         numbers are not finite.
         """
         self.garbage.collect()
+        self._read_ahead()
         flags_here = torch.tensor([0.0, *self.stop_requests.flags()])
         if self.args.device.type == "cuda":
             flags_here = flags_here.pin_memory()  # else its copy would wait for all that the GPU was given
@@ -213,6 +216,19 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         known_norm = 0.0 if self.engine.steps_in_backward else norm
         check_finite(loss, known_norm, step + 1, self.step_plan.samples(step).tolist())
         self.loss, self.grad_norm, self._step_loss = loss, norm, None
+
+    def _read_ahead(self) -> None:
+        """Take the next step's first micro-batch and the features it lacks while the GPU computes this step.
+
+        Read between two steps, the GPU would have nothing to do meanwhile; those of a step's other micro-batches are
+        read while it computes the first. A rank that is asked to stop does not wait for data that nobody needs.
+        """
+        if self.training_loader is None or any(self.stop_requests.flags()):
+            return
+        with self.record.phase("data"):
+            self.training_loader.read_ahead(
+                partial(dataloaders.add_late_features, cache=self.encoder.features)
+            )
 
     def _check_gradients(self) -> None:
         """In the first step, before the weights change: every adapter got its gradient. A collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.data.encoder import Encoder, Sample
 from trainer.data.late_features import with_late_features
+from trainer.data.loader import Loader
+from trainer.data.micro_batches import Batches
 from trainer.data.packing import pack
 from trainer.data.splits import open_split
+from trainer.loop.dataloaders import add_late_features, use_late_features
 from trainer.pretrained import load_processor
 from trainer.vision_cache.file import Features, Kind
 from trainer.vision_cache.store import FeatureCache
+from trainer.vision_cache.writer import FeatureWriter
 
 HIDDEN = 8
 
@@ -78,6 +83,39 @@ def test_a_micro_batch_takes_the_features_that_were_written_after_it_was_packed(
             assert torch.equal(mine, value) or mine.numel() == value.numel() == 0
         else:
             assert mine == value
+
+
+class _Packed(Batches):
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self._inputs = inputs
+
+    def batch(self, number: int) -> Any:
+        return {"inputs": self._inputs, "images": 4}
+
+
+def test_features_that_are_read_ahead_outlive_their_files_and_the_rest_is_read_or_computed_later(
+    samples: list[Sample], cache: FeatureCache, world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of four images one is there, one is cut off, one comes after the reading ahead, and one never."""
+    token = load_processor(recipe_from_dict(recipe_values(world))).image_token_id
+    there, cut, later, never = samples
+    path = {sample.images[0].name: cache.path_of(sample.images[0].name) for sample in samples}
+    for sample in (there, cut):
+        cache.write(sample.images[0].name, Features(_features(sample), sample.images[0].grid))
+    with path[cut.images[0].name].open("r+b") as file:
+        file.truncate(200)
+    writer = FeatureWriter(cache, pytest.fail)
+    loader = Loader(_Packed(_pack(samples, token)), range(1), total=1, workers=0, pin_memory=False).begin()
+    loader.read_ahead(partial(add_late_features, cache=cache))
+    assert "a file is ignored: it has 200 bytes" in caplog.text
+    path[there.images[0].name].unlink()
+    cache.write(later.images[0].name, Features(_features(later), later.images[0].grid))
+    (batch,) = (use_late_features(batch, cache, writer) for batch in loader)
+    expected = _pack([_cached(there), cut, _cached(later), never], token)
+    for name in ("fresh_images", "cached_features", "cached_positions", "fresh_positions", "pixel_values"):
+        value, wanted = batch["inputs"][name], expected[name]  # type: ignore[literal-required]
+        assert torch.equal(value, wanted) if isinstance(wanted, torch.Tensor) else value == wanted, name
+    assert (writer.needed, writer.computed) == (4, 2)
 
 
 def test_nothing_changes_where_nothing_came(samples: list[Sample], cache: FeatureCache, world: Path) -> None:

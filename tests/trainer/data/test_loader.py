@@ -45,6 +45,43 @@ def test_a_loader_that_was_begun_early_gives_every_batch_once_in_order(workers: 
     assert list(loader.begin()) == list(loader) == [3, 4, 5, 6, 7, 8]
 
 
+class _NumberedUpTo4(_Numbered):
+    def batch(self, number: int) -> Any:
+        if number == 4:
+            raise RunError("sample 4")
+        return number
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_read_ahead_come_prepared_in_their_place_and_so_do_their_errors(
+    workers: int,
+) -> None:
+    loader = Loader(_NumberedUpTo4(), range(9), total=9, workers=workers, pin_memory=False)
+    reading = iter(loader)
+    seen: list[Any] = []
+    for _ in range(2):
+        seen.append(next(reading))
+        loader.read_ahead(lambda batch: -batch)  # type: ignore[operator, arg-type, return-value]
+        loader.read_ahead(lambda _: pytest.fail("a second one was read ahead"))
+    assert [*seen, next(reading), next(reading)] == [0, -1, -2, 3]
+    loader.read_ahead(lambda batch: batch)  # a batch that is read ahead for the step after fails then
+    with pytest.raises(RunError, match="sample 4"):
+        next(reading)
+    loader.read_ahead(lambda _: pytest.fail("there is none"))
+    assert list(reading) == []
+
+
+def test_what_fails_in_preparing_a_batch_is_raised_where_the_batch_is_asked_for() -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("no pinned memory")
+
+    loader = Loader(_Numbered(), range(2), total=2, workers=0, pin_memory=False)
+    reading = iter(loader)
+    loader.read_ahead(fail)
+    with pytest.raises(RuntimeError, match="no pinned memory"):
+        next(reading)
+
+
 class _Ones(Batches):
     def batch(self, number: int) -> Any:
         return 1
@@ -54,10 +91,12 @@ def test_workers_of_a_reading_that_was_given_up_end_when_it_is_closed() -> None:
     loader = Loader(_Ones(), range(100), total=100, workers=1, pin_memory=False)
     kept = iter(loader)  # as the traceback of an error keeps it
     assert next(kept) == 1
+    loader.read_ahead(lambda batch: batch)
     before = set(multiprocessing.active_children())
     assert before
     loader.close()
     assert not before & set(multiprocessing.active_children())
+    assert list(kept) == []
 
 
 def test_workers_that_were_begun_for_nothing_end_too() -> None:
@@ -175,7 +214,7 @@ def test_a_worker_that_is_killed_while_its_rank_computes_is_said_in_words() -> N
     assert lost is not None
     assert "a micro-batch is lost (DataLoader worker" in str(lost)
     assert lost_worker(RuntimeError("of a batch")) is None
-    kept.close()
+    loader.close()
 
 
 def test_small_shared_memory_is_measured_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from launch.checkpoints.publish import publish
@@ -27,7 +28,9 @@ from trainer.data.splits import open_split
 from trainer.evaluation.answering import answer_all
 from trainer.evaluation.generate import main
 from trainer.evaluation.questions import Question, evenly_spaced, make_batches, other_images
-from trainer.evaluation.result_file import with_earlier_answers
+from trainer.evaluation.request import EvaluationRequest
+from trainer.evaluation.result import print_result
+from trainer.evaluation.result_file import Kept, with_earlier_answers
 from trainer.formats.portable import save_adapter
 from trainer.pretrained import load_processor
 
@@ -127,10 +130,22 @@ def test_the_table_names_paths_and_the_next_commands(
     assert "5 questions of test" in shown
     assert "answers/eval-5.json" in shown
     assert "merge answers" in shown
+    assert "\nproducts: float32\n" in shown
     assert len(shown.partition("next:")[2].strip().splitlines()) == 3
     written = json.loads(run.eval_file("test", 5).read_text())
     assert [each["row"] for each in written["predictions"]] == [0, 2, 4, 7, 9]
     assert len(json.loads(run.eval_file().read_text())["predictions"]) > 5
+
+
+def test_the_products_of_every_model_are_said_and_that_a_training_had_others(
+    run: RunDirectory, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert result["products"] == dict.fromkeys(result["accuracy"], "float32")
+    mixed = {**result, "products": {"base": "float32", "adapter": None, "merged": "bfloat16"}}
+    request = EvaluationRequest(run, "test", ("base",), None, overrides=("model.products=fp8",))
+    print_result(Kept(mixed), request, Console(soft_wrap=True))
+    dtypes = "float32 (base), unknown (an older version) (adapter), bfloat16 (merged)"
+    assert f"\nproducts: {dtypes}; the recipe trains with fp8\n" in capsys.readouterr().out
 
 
 def test_what_is_evaluated_is_held_against_what_was_trained(
@@ -211,7 +226,7 @@ def test_answers_are_of_the_weights_that_gave_them(
 
 
 def test_answer_files_of_older_versions_are_read(result: dict[str, Any], tmp_path: Path) -> None:
-    new = {"weights", "finished_of", "prompts_sha256"}
+    new = {"weights", "products", "finished_of", "prompts_sha256"}
     older = {key: value for key, value in result.items() if key not in new}
     only_base = {**result, "accuracy": {"base": result["accuracy"]["base"]}}
     weights: dict[str, str | None] = {"base": None, "adapter": "a", "shuffled": "a", "merged": None}
@@ -223,6 +238,7 @@ def test_answer_files_of_older_versions_are_read(result: dict[str, Any], tmp_pat
     kept = with_earlier_answers(only_base, file, weights, adapter)
     assert (kept.models, kept.aside) == (("adapter", "shuffled"), None)
     assert kept.result["accuracy"] == result["accuracy"]
+    assert kept.result["products"] == {"base": "float32", "adapter": None, "shuffled": None}
     # Scored by the rule of now, and what the file said of a base that was not asked again stays said.
     spoilt = json.loads(json.dumps(older))
     spoilt["predictions"][0]["adapter"]["correct"] = not spoilt["predictions"][0]["adapter"]["correct"]

@@ -27,7 +27,8 @@ def test_a_rank_alone_is_told_where_its_time_goes_and_of_no_waiting() -> None:
     (line,) = summary([[row(7, launching=0.2, GPU=0.05)]])
     assert (
         line
-        == "steps 7 to 7: 0.250 s each, data 0.000, launching 0.200, GPU 0.050, reduction 0.000, rest 0.000"
+        == "steps 7 to 7: 0.250 s each, data 0.000, features 0.000, launching 0.200, GPU 0.050, reduction 0.000, "
+        "rest 0.000"
     )
 
 

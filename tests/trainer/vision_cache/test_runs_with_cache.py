@@ -11,20 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from launch.planning.step_plan import MicroBatch
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import SPLIT_SIZES, recipe_values
-from tests.helpers.distributed.recorded import apart, evaluations_of
+from tests.helpers.distributed.recorded import apart, evaluations_of, metrics_of
 from trainer import train
 from trainer.data.encoder import Encoder
+from trainer.data.loader import Loader
 from trainer.data.micro_batches import assemble
 from trainer.data.splits import open_split
+from trainer.loop import dataloaders
 from trainer.prepare import main as prepare_main
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 from trainer.vision_cache.file import Features, Kind
-from trainer.vision_cache.store import image_name, open_cache
+from trainer.vision_cache.store import FeatureCache, image_name, open_cache
 
 STEPS = 9  # of 8 samples: a little more than an epoch of 60
 DISTINCT = SPLIT_SIZES["train"] + SPLIT_SIZES["val"]
@@ -38,10 +41,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "features"
 
 
-def _write(world: Path, file: Path, vision_cache: str, **data: Any) -> Path:
+def _write(world: Path, file: Path, vision_cache: str, workers: int | None = None) -> Path:
     values = recipe_values(world)
     values["training"] |= {"max_steps": STEPS, "learning_rate": 2e-4}
-    values["data"] |= {"vision_cache": vision_cache} | data
+    values["data"] |= {"vision_cache": vision_cache}
+    values["training"] |= {"dataloader_num_workers": workers} if workers else {}
     file.write_text(dump_recipe(recipe_from_dict(values)))
     return file
 
@@ -187,6 +191,39 @@ def test_prepare_fills_the_cache_for_runs_and_goes_on_where_it_was(
     assert DISTINCT / 2 <= there < needed
     assert added == DISTINCT // 2
     assert sorted(_files(place)) == files
+
+
+def test_a_step_begins_with_features_that_were_read_ahead_and_is_the_step_that_reads_them_itself(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data workers find no features here, so that all of them come late, to two micro-batches a step."""
+    read, use = FeatureCache.read, dataloaders.use_late_features
+    monkeypatch.setattr(FeatureCache, "read", lambda *of: None if get_worker_info() else read(*of))
+    recipe = _write(world, tmp_path / "disk.yaml", "disk", workers=1)
+    assert prepare_main([str(recipe), "--vision", "--quiet"]) == 0
+    lacking: list[int] = []
+
+    def count(batch: Any, *of: Any) -> Any:
+        lacking.append(len(batch["inputs"]["fresh_images"]))
+        return use(batch, *of)
+
+    monkeypatch.setattr(dataloaders, "use_late_features", count)
+
+    def run(name: str) -> list[object]:
+        lacking.clear()
+        assert train.main([str(recipe), "--runs-dir", str(tmp_path), "--name", name]) == 0
+        figures = ("loss", "grad_norm", "samples_digest")
+        lines = [[line[figure] for figure in figures] for line in metrics_of(tmp_path / name)]
+        files = sorted((tmp_path / name).glob("checkpoint-*/*.safetensors"))
+        return [lines, *(file.read_bytes() for file in files)]
+
+    ahead = run("ahead")
+    assert lacking == [4, 4, *[0, 4] * (STEPS - 1)]
+    monkeypatch.setattr(Loader, "read_ahead", lambda *_: None)
+    itself = run("itself")
+    assert lacking == [4, 4] * STEPS
+    assert len(ahead) > 1
+    assert ahead == itself
 
 
 def test_prepare_states_what_it_needs_and_refuses_what_does_not_fit(

@@ -251,6 +251,16 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], key
     assert problem.startswith(f"{key}: ")
 
 
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "0.1 %", "nan", "true"])
+def test_a_share_to_recheck_that_is_none_is_refused_and_a_share_makes_no_other_run(share: str) -> None:
+    (problem,) = problems_of(f"training.recheck={share}")
+    assert problem.startswith("training.recheck: ")
+    assert "a share of the micro-batches from 0 to 1" in problem
+    checked = load_recipe(EMBEDDED, ["training.recheck=1e-3"])
+    assert checked.training.recheck == 0.001
+    assert recipe_fingerprint(checked) == recipe_fingerprint(load_recipe(EMBEDDED))
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

@@ -31,6 +31,7 @@ QUIET = (
     "checkpoint.every_steps=1000000000",
     "checkpoint.first_step=false",
     "checkpoint.keep_best=null",
+    "training.recheck=0",
     "evaluation.early_stop=0",
     "evaluation.answers=0",
     "tracking.report_to=none",

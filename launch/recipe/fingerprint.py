@@ -49,6 +49,7 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
         "training.logging_steps",
         "training.gradient_checkpointing",
         "training.dataloader_num_workers",
+        "training.recheck",
     }
     harmless |= later_values(recipe)
     if (

@@ -142,7 +142,7 @@ class BatchSection(Section):
 
 
 class TrainingSection(Section):
-    """The SFTConfig fields a recipe may set; `deterministic` and how checkpointing recomputes are ours."""
+    """The SFTConfig fields a recipe may set; `deterministic`, `recheck` and how checkpointing recomputes are ours."""
 
     num_train_epochs: Real = Field(3.0, gt=0, description="a number of passes over the data, above 0")
     max_steps: int = Field(-1, ge=-1, description="a number of steps, at least 1 (-1: by num_train_epochs)")
@@ -182,6 +182,12 @@ class TrainingSection(Section):
         "auto", description="data workers of each process (0: none), or `auto`: by the cores it may use"
     )
     deterministic: bool = Field(False, description="true: bit-exact repetition on a GPU; false: faster")
+    recheck: Real = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="a share of the micro-batches from 0 to 1 that another rank computes too, to find faulty hardware",
+    )
 
 
 class CheckpointSection(Section):

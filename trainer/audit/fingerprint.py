@@ -12,42 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from launch.atomic_files import atomic_write
 from launch.errors import ConfigError
 from launch.option_values import add_option, place
 from trainer.audit.restore import ended_by, open_task, packed, train_through
+from trainer.checks.fingerprint import fingerprint
 from trainer.distributed.collectives import end_process
 from trainer.loop.trainer import PlannedTrainer
 from trainer.task import LeftOut
-
-_LENGTHS = (8191, 8179, 8171, 8167)  # primes: no width of a layer is a multiple
-
-
-def fingerprint(values: Tensor) -> list[float]:
-    """[norm, four sums with random signs] of a tensor in fp32, the sums in float64.
-
-    Two tensors that differ by d have sums that differ by about the norm of d (a random projection; Johnson,
-    Lindenstrauss 1984), so their relative difference can be told without keeping either.
-    """
-    flat = values.detach().float().reshape(-1)
-    sums = [float(torch.linalg.vector_norm(flat.double()))]
-    for length in _LENGTHS:
-        padded = nn.functional.pad(flat, (0, -len(flat) % length)).view(-1, length)
-        sums.append(float(padded.sum(0, dtype=torch.float64) @ _signs(length, flat.device)))
-    return sums
-
-
-@cache
-def _signs(length: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return (torch.randint(0, 2, (length,), generator=generator) * 2 - 1).double().to(device)
 
 
 class Recorder:

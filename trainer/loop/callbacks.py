@@ -64,6 +64,8 @@ class StepEnd(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.record.summarize()
+        if self.trainer.recheck:
+            logger.info(self.trainer.recheck.summary())
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save a checkpoint; `Trainer` calls this where its own would have been saved."""

@@ -132,6 +132,8 @@ def _bytes_to_come(trainer: PlannedTrainer) -> int:
     plan, device = trainer.plan, trainer.args.device
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     size = bytes_of_first_step(plan.strategy, plan.world_size, count)
+    if trainer.recheck:
+        size += 4 * count  # the gradients of a micro-batch that is computed a second time
     if plan.parallelism.shards_layers:
         kept = plan.settings.whole_layers
         size += (GATHERED_LAYERS + kept) * layer_bytes(decoder_layers(trainer.model)[0])

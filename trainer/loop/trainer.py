@@ -33,6 +33,7 @@ from trainer.loop.evaluation import validation_loss
 from trainer.loop.garbage import GarbageBetweenSteps
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
+from trainer.loop.recheck import Recheck
 from trainer.loop.step_record import StepRecord
 from trainer.loop.training_args import training_arguments
 from trainer.model.lora import trainable_parameters
@@ -84,7 +85,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
         self.gradient_check: GradientCheck | None = None  # in the first step of an attempt
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
-        self._out_of_memory = False
+        self.recheck = Recheck(self) if self.recipe.training.recheck else None
+        self.out_of_memory = False  # in the step under way, on this rank
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
@@ -125,9 +127,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         step), and a rank that runs out of memory leaves the others waiting.
         """
         WATCHDOG.micro_batch_begins()
+        if self.recheck:
+            return self.recheck.around(inputs, lambda: self._compute_micro_batch(model, inputs))
+        return self._compute_micro_batch(model, inputs)
+
+    def _compute_micro_batch(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
         if self.gradient_check and self.at_first_micro_batch:
             dataloaders.log_first_targets(self.task, self.encoder, inputs)
-        if self._out_of_memory:  # in an earlier micro-batch; the step's reduction tells the others
+        if self.out_of_memory:  # in an earlier micro-batch; the step's reduction tells the others
             return self._skip_micro_batch()
         with self.record.phase("features" if self.at_first_micro_batch else "launching"):
             inputs = dataloaders.use_late_features(inputs, self.encoder.features, self.features)
@@ -138,7 +145,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             if self.plan.parallelism.sharded != "nothing":
                 raise  # in the middle of a collective: the launcher ends the others
             self.stop_requests.fail(error)
-        self._out_of_memory = True
+        self.out_of_memory = True
         return self._skip_micro_batch()
 
     def _forward_backward(self, model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -104,6 +104,12 @@ def sha256_of(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+def published_files(run: Path) -> dict[str, bytes]:
+    """Every file of every checkpoint."""
+    files = [file for folder in run.glob("checkpoint-*") for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
 def apart(one: Path, other: Path) -> tuple[float, float]:
     """(largest relative difference of losses, largest absolute difference of adapter weights) of two runs.
 

@@ -90,7 +90,7 @@ def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:
     installed = {field.name for field in dataclasses.fields(SFTConfig)}
     accepted, refused = set(TrainingSection.model_fields), set(REFUSED_TRAINING_FIELDS)
     assert accepted & refused == set()
-    assert accepted | refused == installed | {"deterministic"}
+    assert accepted | refused == installed | {"deterministic", "recheck"}
 
 
 def test_every_lora_field_is_either_accepted_or_refused_with_a_reason() -> None:
@@ -249,6 +249,16 @@ def test_keys_that_older_recipes_do_not_have_alter_no_fingerprint() -> None:
 def test_values_that_contradict_each_other_are_refused(overrides: list[str], key: str) -> None:
     (problem,) = problems_of(*overrides)
     assert problem.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "0.1 %", "nan", "true"])
+def test_a_share_to_recheck_that_is_none_is_refused_and_a_share_makes_no_other_run(share: str) -> None:
+    (problem,) = problems_of(f"training.recheck={share}")
+    assert problem.startswith("training.recheck: ")
+    assert "a share of the micro-batches from 0 to 1" in problem
+    checked = load_recipe(EMBEDDED, ["training.recheck=1e-3"])
+    assert checked.training.recheck == 0.001
+    assert recipe_fingerprint(checked) == recipe_fingerprint(load_recipe(EMBEDDED))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from launch.audit.deep import relative_difference
-from trainer.audit.fingerprint import Recorder, fingerprint
+from trainer.audit.fingerprint import Recorder
+from trainer.checks.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("share", [1e-6, 1e-3, 0.3])

@@ -47,13 +47,13 @@ def test_the_five_commands_of_the_page_train_a_model(world: Path, tmp_path: Path
         )
         assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
         said.append(ended.stdout + ended.stderr)
-    assert "labels.csv, columns picture, question, answer" in said[0]
+    assert "labels.csv, 40 rows, columns picture, question, answer" in said[0]
     assert "columns (data.columns is given): image from picture" in said[1]
     assert "»0<|im_end|>«" in said[2]
     run = RunDirectory(tmp_path / "runs" / "my")
     marker = read_marker(run)
     assert marker is not None
-    assert (marker.kind, marker.text) == ("DONE", "step 3")
+    assert (marker.kind, marker.text) == ("DONE", "step 14")
     result = json.loads(run.eval_file("validation").read_text())
     assert list(result["metrics"]) == ["exact_match", "token_f1"]
     assert result["metrics"]["exact_match"]["adapter"]["count"] == result["questions"] == 2

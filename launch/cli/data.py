@@ -90,8 +90,8 @@ def init(
         )
     data = data or typer.prompt("data (a folder, or a hub id)")
     model = model or (typer.prompt("model", default=DEFAULT_MODEL) if asks else DEFAULT_MODEL)
-    if gpus is None:
-        gpus = typer.prompt("GPUs", default=1, type=int) if asks else 1
+    if gpus is None and asks:
+        gpus = typer.prompt("GPUs", default=1, type=int)
     refuse_unknown_model(model)
     columns = {"image": image, "query": query, "label": label}
     source = seen_data(data, {role: column for role, column in columns.items() if column is not None})
@@ -100,7 +100,7 @@ def init(
         raise ConfigError(f"{file}: its folder is not there; make it, or give another name")
     if file.exists():
         raise ConfigError(f"{file}: is there already; give another name, or remove it")
-    atomic_write(file, recipe_text(run_name_of(file.stem), model, source, gpus))
+    atomic_write(file, recipe_text(run_name_of(file.stem), model, source, 1 if gpus is None else gpus))
     processes = f" --gpus-per-node {gpus}" if gpus else ""
     echo(f"{file}: written ({source.description})")
     quoted = shlex.quote(str(file))

@@ -84,7 +84,8 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], str | None]:
     images = [place("IMAGE")(word) for word in named]
     if missing := [image for image in images if not image.is_file()]:
         raise ConfigError(
-            f"IMAGE: no such file ({', '.join(map(str, missing[:3]))}); give images first, then one question in quotes"
+            f"IMAGE: no image file ({', '.join(map(str, missing[:3]))}); give files of images first, then one question "
+            "in quotes"
         )
     return images, question
 

@@ -59,9 +59,9 @@ def test_a_recipe_without_a_run_answers_as_its_base(became: list[list[str]]) -> 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["left.png", "lost.png", "Why?"], "IMAGE: no such file (lost.png)"),
-        (["Why?", "left.png"], "IMAGE: no such file (Why?)"),
-        (["left.png", "Why?", "How?"], "IMAGE: no such file (Why?)"),
+        (["left.png", "lost.png", "Why?"], "IMAGE: no image file (lost.png)"),
+        (["Why?", "left.png"], "IMAGE: no image file (Why?)"),
+        (["left.png", "Why?", "How?"], "IMAGE: no image file (Why?)"),
         (["Why?"], "IMAGE: missing before the question 'Why?'"),
         (["left.png", ""], "QUESTION: '' says nothing"),
         (["left.png", "Why?", "--models", "shuffled"], "shuffled needs the other images"),

@@ -103,7 +103,7 @@ def test_a_node_that_failed_is_left_out_of_the_next_attempt(cluster: Cluster, tr
 def test_a_stop_of_the_user_holds_when_slurm_takes_the_job_away_at_the_same_time(
     cluster: Cluster, trainer: Path
 ) -> None:
-    run = cluster.submit("stopped", "--nodes", "2", python=str(trainer))
+    run = cluster.submit("stopped-and-requeued", "--nodes", "2", python=str(trainer))
     (job,) = attempts.read_ledger(run).submitted
     wait(lambda: attempts.read_ledger(run).open is not None, 60, lambda: cluster.words_of(run))
     request_stop(run, "user")

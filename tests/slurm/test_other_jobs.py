@@ -100,16 +100,16 @@ def test_a_node_that_failed_is_left_out_of_the_next_attempt(cluster: Cluster, tr
     assert cluster.until_gone(run, 60) == "COMPLETED", cluster.words_of(run)
 
 
-def test_a_stop_of_the_user_holds_when_slurm_takes_the_job_away_at_the_same_time(
+def test_a_stop_of_the_user_holds_when_slurm_queues_the_job_again_right_then(
     cluster: Cluster, trainer: Path
 ) -> None:
     run = cluster.submit("stopped-and-requeued", "--nodes", "2", python=str(trainer))
     (job,) = attempts.read_ledger(run).submitted
     wait(lambda: attempts.read_ledger(run).open is not None, 60, lambda: cluster.words_of(run))
     request_stop(run, "user")
-    assert cluster.on("scontrol", "requeue", job).returncode == 0
-    wait(lambda: read_marker(run) is not None, 60, lambda: cluster.words_of(run))
+    wait(lambda: read_marker(run) is not None, 60, lambda: cluster.words_of(run), pause=0.02)
     clear_requests(run)  # as the trainer does, which has answered
+    assert cluster.on("scontrol", "requeue", job).returncode == 0
     wait(lambda: len(_ends(run, job)) == 2, 120, lambda: cluster.words_of(run))
     wait(lambda: cluster.job(job).state == "FAILED", 60, lambda: cluster.words_of(run))
     assert _ends(run, job) == [(0, "stopped"), (1, "refused")], cluster.words_of(run)

@@ -5,4 +5,4 @@ EMBEDDED = "embedded"  # as a model or dataset: the tiny one that is built here,
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a hub id, OWNER/NAME, and not that of a path; whether it exists is not asked."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))

@@ -6,7 +6,7 @@ import os
 from launch.inputs.caches import private_cache
 from launch.launcher_variables import PARENT
 from trainer import watchdog
-from trainer.garbage_at_start import pause_collection
+from trainer.garbage import pause_collection
 from trainer.interrupts import hide_interrupts
 
 hide_interrupts()

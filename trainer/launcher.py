@@ -24,7 +24,7 @@ from launch.launcher_variables import MARKER_DECIDES, PARENT
 from launch.run.directory import RunDirectory, leave_stopped, requested_stop
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
-from trainer.garbage_at_start import resume_collection
+from trainer.garbage import resume_collection
 from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 LOOPBACK = "127.0.0.1"
@@ -49,8 +49,6 @@ def main() -> None:
         listen_on_loopback()
     # What torchrun says of ranks that fail or are stopped, they say themselves, or `explain` does.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # With it, accelerate ends with 1 whatever a single process ended with.
-    sys.argv[1:] = [word for word in arguments if word != "--quiet"]
     try:
         launch.main()
     except KeyboardInterrupt:
@@ -64,13 +62,15 @@ def main() -> None:
 
 
 def explain(exit_statuses: Mapping[int, int]) -> int:
-    """Return the exit status for failed ranks. A rank that ends by itself has said why; one that was killed has not.
+    """Return the exit status for failed ranks. One that ends with 1 or 2 has said why; for any other it is said here.
 
     torchrun and accelerate raise what failed: its traceback would stand over what the ranks said.
     """
     for rank, status in sorted(exit_statuses.items()):
         if status < 0:
-            log_stderr(f"rank {rank}: was ended by {signal.Signals(-status).name}")
+            log_stderr(f"rank {rank}: was ended by signal {-status} ({signal.strsignal(-status)})")
+        elif status not in (1, 2):
+            log_stderr(f"rank {rank}: ended with status {status}")
     return 2 if 2 in exit_statuses.values() else 1
 
 

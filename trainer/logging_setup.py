@@ -17,7 +17,7 @@ from launch.errors import SamestepError
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 from trainer.attempt_log import LOG, LineFilter
-from trainer.garbage_at_start import resume_collection
+from trainer.garbage import resume_collection
 
 
 def setup_logging() -> None:

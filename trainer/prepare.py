@@ -161,14 +161,13 @@ def _shared_rows(recipe: Recipe, measured: Mapping[SplitName, Sequence[Measured]
     """A line for every split that holds rows of the training split, or others of the same content."""
     splits = splits_of(recipe)
     train = parse_split(splits["train"]).name
-    trained = {row.digest: row.row for row in measured["train"]}
+    trained = {row.digest for row in measured["train"]}
+    numbers = {row.row for row in measured["train"]}
     for split, rows in measured.items():
         shared = [row for row in rows if row.digest in trained]
         if not shared or split == "train":
             continue
-        same_rows = parse_split(splits[split]).name == train and any(
-            row.row == trained[row.digest] for row in shared
-        )
+        same_rows = parse_split(splits[split]).name == train and any(row.row in numbers for row in shared)
         advice = (
             f"write data.train: {train}[:90%] and data.{split}: {train}[90%:], say"
             if same_rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import ConfigError
-from launch.hub_names import EMBEDDED
+from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.text_tables import SUFFIXES, TextTable
 from launch.option_values import NAME_PATTERN
 from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
@@ -187,11 +187,6 @@ def refuse_unknown_model(model: str) -> None:
         raise ConfigError(
             f"--model: {model!r} is not a folder here and not a hub id (owner/name); {DEFAULT_MODEL}, say"
         )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `owner/name`."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
 def run_name_of(dataset: str) -> str:

@@ -48,7 +48,7 @@ def launch_command(
     command += ["--main_process_port", str(port)]
     if cpu_threads is not None:
         command += ["--num_cpu_threads_per_process", str(cpu_threads)]
-    return [*command, "--quiet", "--module", module, *module_args]  # quiet: the child says what went wrong
+    return [*command, "--module", module, *module_args]
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.checkpoints.adapter_file import ADAPTER_CONFIG, is_whole
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, read_manifest
 from launch.errors import ConfigError
+from launch.hub_names import is_hub_id
 from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
@@ -75,7 +76,7 @@ def find_target(
     try:
         file = find_recipe(name)
     except ConfigError as error:
-        if recipe is not None and _is_hub_id(name):
+        if recipe is not None and is_hub_id(name):
             return _outside_of_runs(name, folder, runs_dir, recipe, overrides)
         raise ConfigError(
             f"{name}: no such run ({runs_dir.expanduser() / name}), folder or recipe; give a run, a checkpoint, an "
@@ -210,10 +211,6 @@ def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
                 "give the recipe another name with --set name=NAME",
             ]
         )
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def missing_models(

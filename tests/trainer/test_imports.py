@@ -37,7 +37,7 @@ def test_a_program_imports_what_it_needs_and_the_collector_waits_for_that() -> N
 def test_after_the_imports_the_collector_works_as_before_and_leaves_them_out() -> None:
     program = (
         "import gc; own = gc.get_threshold()\n"
-        "from trainer.garbage_at_start import IMPORTED_OBJECTS, resume_collection\n"
+        "from trainer.garbage import IMPORTED_OBJECTS, resume_collection\n"
         "assert gc.get_threshold()[0] == IMPORTED_OBJECTS\n"
         "resume_collection(); frozen = gc.get_freeze_count()\n"
         "resume_collection()\n"

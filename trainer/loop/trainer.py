@@ -28,9 +28,9 @@ from trainer.data.micro_batches import EvaluationBatches, MicroBatches, PackedBa
 from trainer.distributed.stop_requests import AgreedRequests, StopRequests
 from trainer.engine.replicated import Replicated
 from trainer.engine.zero import Zero
+from trainer.garbage import GarbageBetweenSteps
 from trainer.loop import dataloaders
 from trainer.loop.evaluation import validation_loss
-from trainer.loop.garbage import GarbageBetweenSteps
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.recheck import Recheck
@@ -232,7 +232,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.training_loader is None or any(self.stop_requests.flags()):
             return
-        with self.record.phase("data"):
+        with self.record.phase("data"):  # not part of the phase around it; the loader counts the waiting
             self.training_loader.read_ahead(
                 partial(dataloaders.add_late_features, cache=self.encoder.features)
             )

@@ -13,11 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from launch.audit import blame, deep
+from launch.audit.blame import Blame
 from launch.audit.diff import read_plan
+from launch.cli.tables import show_blame
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import Index
 from launch.planning.run_steps import stream_of
 from launch.recipe.loading import load_recipe
+from launch.run.blamed import BlamedSample
 from launch.run.directory import RunDirectory
 from tests.helpers.indexes import make_index
 from tests.helpers.launcher import samestep
@@ -56,6 +59,17 @@ def prepared_meanwhile(
     monkeypatch.setattr(blame, "restored", restored)
     monkeypatch.setattr(blame, "call_here", call_here)
     return trained
+
+
+def test_the_samples_with_the_largest_losses_are_shown_and_the_others_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    samples = tuple(BlamedSample(row, 1.0, 0.1, 3, 90, "why?", "so") for row in range(500, 512))
+    show_blame(Blame(2, "checkpoint-1", 1.2, 1.2, 1e-6, samples))
+    said = capsys.readouterr().out
+    assert "509" in said
+    assert "510" not in said
+    assert "2 samples more stand in the file" in said
 
 
 @pytest.mark.parametrize("other_data", [False, True])

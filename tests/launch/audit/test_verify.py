@@ -41,6 +41,19 @@ def test_a_whole_run_holds_where_neither_data_nor_base_is(run: RunDirectory) -> 
     }
 
 
+def test_a_run_that_began_with_another_ones_checkpoint_holds_from_there_on(run: RunDirectory) -> None:
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[2:]))
+    assert states(run)["steps"] == "failed"
+    plan = json.loads(run.plan_file.read_text())
+    run.plan_file.write_text(json.dumps(plan | {"started_from": "/runs/other/checkpoint-2"}))
+    (steps,) = (link for link in verify_run(run) if link.name == "steps")
+    assert steps.state == "not checked"
+    assert "from step 3 on (the earlier ones are those of /runs/other/checkpoint-2)" in steps.text
+    run.metrics_file.write_text("".join([*lines[2:3], *lines[4:]]))
+    assert states(run)["steps"] == "failed"
+
+
 def test_what_was_altered_is_the_link_that_fails(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

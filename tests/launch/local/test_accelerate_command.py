@@ -28,7 +28,7 @@ def test_one_node() -> None:
         *("--config_file", "/configs/with space/ddp.yaml"),
         *("--num_machines", "1", "--num_processes", "2"),
         *("--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--main_process_port", "4711"),
-        *("--quiet", "--module", "trainer.train", "--run-dir", "runs/a b"),
+        *("--module", "trainer.train", "--run-dir", "runs/a b"),
     ]
 
 
@@ -48,7 +48,7 @@ def test_the_second_of_four_nodes() -> None:
     assert command[5:] == [
         *("--num_machines", "4", "--num_processes", "32"),  # the total, not the number on a node
         *("--machine_rank", "1", "--main_process_ip", "10.0.0.7", "--main_process_port", "29500"),
-        *("--num_cpu_threads_per_process", "3", "--quiet", "--module", "trainer.train"),
+        *("--num_cpu_threads_per_process", "3", "--module", "trainer.train"),
     ]
 
 

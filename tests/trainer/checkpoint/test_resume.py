@@ -418,6 +418,7 @@ def test_a_run_begins_with_a_checkpoint_of_another(
     assert sha256_of(tmp_path / "same") == sha256_of(done.path)
     assert [line["step"] for line in metrics_of(tmp_path / "same")] == [5, 6]
     assert run_of(tmp_path / "same").facts(6)["started_from"] == str(source)
+    assert "has no whole line" not in "".join(capsys.readouterr())
     gentle = _recipe(world, tmp_path / "recipe.yaml", training={"learning_rate": 1e-4})
     assert _train(gentle, "other", "--from", str(source)) == 2
     assert "training.learning_rate: the run has 0.0002, the recipe 0.0001" in capsys.readouterr().err

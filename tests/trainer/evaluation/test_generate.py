@@ -277,6 +277,8 @@ def test_a_checkpoint_is_evaluated_by_its_path(
     assert main([*asked, "adapter"]) == 0
     written = json.loads(run.eval_file(checkpoint=3).read_text())
     assert run.eval_file(checkpoint=3).name == "eval-checkpoint-3.json"
+    (folder,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter  "))
+    assert folder.endswith("checkpoint-3")
     answers = [[each["adapter"] for each in one["predictions"]] for one in (written, result)]
     assert answers[0] == answers[1]
     assert main([*asked, "merged"]) == 2

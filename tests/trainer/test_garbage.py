@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from trainer.loop.garbage import GarbageBetweenSteps
+from trainer.garbage import GarbageBetweenSteps
 
 
 class Cycle:

@@ -25,20 +25,6 @@ import psutil
 
 from benchmarks.launching import ROOT, child_environment, family, kill_all, launch_command
 
-LIBRARIES = [
-    "accelerate.commands.launch",
-    "bitsandbytes",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "scipy.stats",
-    "trl",
-]
-LIBRARIES += [
-    "trl.trainer.sft_trainer",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl",
-    "torch.utils.tensorboard",
-]
 BEFORE_IMPORTS = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """What `trainer/__init__.py` sets, and libraries read while they are imported."""
 OTHERS_S = 40.0
@@ -48,7 +34,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 
 
 def forked_launch(
-    processes: int, arguments: Sequence[str], limit: float = 300, strategy: str | None = None
+    processes: int, arguments: Sequence[str], limit: float = 600, strategy: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`accelerate launch -m ARGUMENTS` with the shipped config of a strategy; waits for the end.
 
@@ -73,7 +59,7 @@ def _started(command: Sequence[str], environment: Mapping[str, str], output: Pat
         {**BEFORE_IMPORTS, **environment}
     )  # the server inherits it where this launch is the first
     try:
-        _SERVER.set_forkserver_preload(LIBRARIES)
+        _SERVER.set_forkserver_preload(["tests.helpers.distributed.preloaded"])
         launcher = _SERVER.Process(target=_launch, args=(list(command), dict(environment), str(output)))
         launcher.start()
     finally:

@@ -72,7 +72,7 @@ def drive(
     processes: int,
     requests: Sequence[tuple[Sequence[str], int | None]],
     folder: Path,
-    limit: float = 300,
+    limit: float = 600,
     strategy: str | None = None,
 ) -> str:
     """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""

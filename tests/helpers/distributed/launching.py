@@ -60,7 +60,7 @@ def _rank(process: psutil.Process) -> int:
     return -1
 
 
-def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float = 0.001) -> None:
+def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float = 0.01) -> None:
     """Look until it holds; fail the test after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition():

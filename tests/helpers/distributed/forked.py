@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +43,8 @@ def forked_launch(
     command = launch_command(processes, arguments, strategy)
     with TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        launcher = _started(command, child_environment(), output)
+        environment = child_environment()
+        launcher = _started(environment, _launch, command, environment, str(output))
         started = family(launcher.pid or 0)
         launcher.join(limit)
         if launcher.exitcode is None:
@@ -53,19 +54,40 @@ def forked_launch(
         return subprocess.CompletedProcess(command, launcher.exitcode, output.read_text())
 
 
-def _started(command: Sequence[str], environment: Mapping[str, str], output: Path) -> BaseProcess:
+def forked_program(program: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -c PROGRAM`, but that no interpreter ends: whatever registered for that is not called."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        environment = child_environment()
+        process = _started(environment, _run_program, program, environment, [str(file) for file in files])
+        process.join(limit)
+        if process.exitcode is None:
+            kill_all(family(process.pid or 0))
+            raise subprocess.TimeoutExpired(program, limit, files[0].read_text(), files[1].read_text())
+        return subprocess.CompletedProcess(program, process.exitcode, *(file.read_text() for file in files))
+
+
+def _run_program(program: str, environment: dict[str, str], files: list[str]) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    exec(program, {"__name__": "__main__"})
+
+
+def _started(environment: Mapping[str, str], target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process forked off the server; where it is the first, the server is started in this environment."""
     own = dict(os.environ)
-    os.environ.update(
-        {**BEFORE_IMPORTS, **environment}
-    )  # the server inherits it where this launch is the first
+    os.environ.update({**BEFORE_IMPORTS, **environment})
     try:
         _SERVER.set_forkserver_preload(["tests.helpers.distributed.preloaded"])
-        launcher = _SERVER.Process(target=_launch, args=(list(command), dict(environment), str(output)))
-        launcher.start()
+        process = _SERVER.Process(target=target, args=arguments)
+        process.start()
     finally:
         os.environ.clear()
         os.environ.update(own)
-    return launcher
+    return process
 
 
 def _launch(command: list[str], environment: dict[str, str], output: str) -> None:

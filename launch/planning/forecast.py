@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
+from launch.planning.rechecks import rechecked_share
 from launch.planning.run_steps import stream_of
 from launch.planning.speeds import Speed, read_speeds, speed_key, work_of_steps
 
@@ -75,20 +76,35 @@ def forecasts(
     others |= {(each.strategy, each.world_size, each.nodes) for each in speeds}
     layouts = [own, *sorted(others - {own}, key=lambda layout: (layout[1], layout[0]))]
     layouts = [layout for layout in layouts if layout[1] <= plan.global_batch_size]
-    tokens = tokens_of_steps(recipe, index, plan)
+    tokens, computed_tokens = (
+        tokens_of_steps(recipe, index, plan),
+        computed_tokens_of_steps(recipe, index, plan),
+    )
     work = work_of_steps(recipe, index, plan, plan.begin.step + 1, plan.max_steps)
     shape = read_shape(recipe)
     known = []
     for layout in layouts:
-        if timed := _seconds(recipe, plan, shape, card, speeds, layout, tokens, work):
+        if timed := _seconds(recipe, plan, shape, card, speeds, layout, computed_tokens, work):
             known.append(_forecast(card, layout, tokens, *timed, price, watts))
     return known
 
 
 def tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> int:
     """Count the tokens of all steps from the plan's first, text and visual tokens together."""
+    return sum(tokens for _, tokens in _tokens_by_step(recipe, index, plan))
+
+
+def computed_tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> float:
+    """Count the tokens of all steps, and once more those of micro-batches that are computed a second time."""
+    by_step = _tokens_by_step(recipe, index, plan)
+    return sum(tokens * (1 + rechecked_share(recipe, plan, step)) for step, tokens in by_step)
+
+
+def _tokens_by_step(recipe: Recipe, index: Index, plan: Plan) -> Iterator[tuple[int, int]]:
+    """(step, counted from 0, tokens) of all steps from the plan's first."""
     stream, lengths = stream_of(recipe, plan), index.splits["train"].tokens
-    return sum(int(lengths[stream.samples(step)].sum()) for step in range(plan.begin.step, plan.max_steps))
+    for step in range(plan.begin.step, plan.max_steps):
+        yield step, int(lengths[stream.samples(step)].sum())
 
 
 def _seconds(
@@ -98,7 +114,7 @@ def _seconds(
     card: str,
     speeds: Sequence[Speed],
     layout: Layout,
-    tokens: int,
+    computed_tokens: float,
     work: float,
 ) -> tuple[float, str] | None:
     """(seconds of the steps, where that is from): measured in this layout, in another one, or tabled."""
@@ -116,7 +132,7 @@ def _seconds(
         return work / (whole * layout[1] * efficiency), from_layout
     if not _CARD.search(card) or not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
         return None
-    return tokens / (TOKENS_PER_SECOND * layout[1] * efficiency), TABLED
+    return computed_tokens / (TOKENS_PER_SECOND * layout[1] * efficiency), TABLED
 
 
 def _forecast(

@@ -76,6 +76,18 @@ def test_time_cost_and_energy_follow_from_the_tabled_speed_for_every_layout(
     assert {row[-1] for row in forecast_rows(expected)} == {TABLED}
 
 
+def test_micro_batches_that_are_computed_twice_take_their_time(planned: tuple[Recipe, Plan]) -> None:
+    recipe, plan = planned
+    twice = embedded_recipe("training.num_train_epochs=1", "training.recheck=1")
+    tabled = [forecasts(each, INDEX, plan, H100, None, None)[0] for each in (recipe, twice)]
+    remember_speed(recipe, INDEX, plan, H100, dict.fromkeys(range(1, 11), 1.0))
+    measured = [forecasts(each, INDEX, plan, H100, None, None)[0] for each in (recipe, twice)]
+    for plain, rechecked in (tabled, measured):
+        assert rechecked.source == plain.source
+        assert rechecked.hours == pytest.approx(2 * plain.hours)
+        assert rechecked.tokens == plain.tokens
+
+
 def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe, Plan]) -> None:
     recipe, plan = planned
     one = replace(plan, strategy="single", world_size=1, gpus_per_node=1)

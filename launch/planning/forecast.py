@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.inputs.families import read_shape
 from launch.inputs.model_shape import ModelShape
-from launch.planning.rechecks import rechecked_share
 from launch.planning.run_steps import stream_of
 from launch.planning.speeds import Speed, read_speeds, speed_key, work_of_steps
 
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
-TOKENS_PER_SECOND = 16_206.0
-"""Of one H100 (80 GB, SXM) with the 7B shape in 4 bits and the default settings; an H200 computes about as fast.
+WORK_PER_SECOND = 538_000.0
+"""Of one H100 (80 GB, SXM) with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`; an
+H200 computes about as fast.
 
-Samples of 795 tokens on average, random weights; 1,973 tokens a sample gave 13,244."""
+Measured with samples of 795 tokens on average, random weights: 16,206 tokens a second."""
 _CARD = re.compile(r"H100.*HBM3|H200")
 _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
 TABLED = "tabled (one H100, 7B, samples of 795 tokens, default settings; not measured here)"
@@ -76,35 +76,20 @@ def forecasts(
     others |= {(each.strategy, each.world_size, each.nodes) for each in speeds}
     layouts = [own, *sorted(others - {own}, key=lambda layout: (layout[1], layout[0]))]
     layouts = [layout for layout in layouts if layout[1] <= plan.global_batch_size]
-    tokens, computed_tokens = (
-        tokens_of_steps(recipe, index, plan),
-        computed_tokens_of_steps(recipe, index, plan),
-    )
+    tokens = tokens_of_steps(recipe, index, plan)
     work = work_of_steps(recipe, index, plan, plan.begin.step + 1, plan.max_steps)
     shape = read_shape(recipe)
     known = []
     for layout in layouts:
-        if timed := _seconds(recipe, plan, shape, card, speeds, layout, computed_tokens, work):
+        if timed := _seconds(recipe, plan, shape, card, speeds, layout, work):
             known.append(_forecast(card, layout, tokens, *timed, price, watts))
     return known
 
 
 def tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> int:
     """Count the tokens of all steps from the plan's first, text and visual tokens together."""
-    return sum(tokens for _, tokens in _tokens_by_step(recipe, index, plan))
-
-
-def computed_tokens_of_steps(recipe: Recipe, index: Index, plan: Plan) -> float:
-    """Count the tokens of all steps, and once more those of micro-batches that are computed a second time."""
-    by_step = _tokens_by_step(recipe, index, plan)
-    return sum(tokens * (1 + rechecked_share(recipe, plan, step)) for step, tokens in by_step)
-
-
-def _tokens_by_step(recipe: Recipe, index: Index, plan: Plan) -> Iterator[tuple[int, int]]:
-    """(step, counted from 0, tokens) of all steps from the plan's first."""
     stream, lengths = stream_of(recipe, plan), index.splits["train"].tokens
-    for step in range(plan.begin.step, plan.max_steps):
-        yield step, int(lengths[stream.samples(step)].sum())
+    return sum(int(lengths[stream.samples(step)].sum()) for step in range(plan.begin.step, plan.max_steps))
 
 
 def _seconds(
@@ -114,7 +99,6 @@ def _seconds(
     card: str,
     speeds: Sequence[Speed],
     layout: Layout,
-    computed_tokens: float,
     work: float,
 ) -> tuple[float, str] | None:
     """(seconds of the steps, where that is from): measured in this layout, in another one, or tabled."""
@@ -132,7 +116,7 @@ def _seconds(
         return work / (whole * layout[1] * efficiency), from_layout
     if not _CARD.search(card) or not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
         return None
-    return computed_tokens / (TOKENS_PER_SECOND * layout[1] * efficiency), TABLED
+    return work / (WORK_PER_SECOND * layout[1] * efficiency), TABLED
 
 
 def _forecast(

@@ -70,7 +70,8 @@ def test_time_cost_and_energy_follow_from_the_tabled_speed_for_every_layout(
     assert (expected[0].strategy, expected[0].world_size) == ("ddp", 4)
     assert {(each.strategy, each.world_size) for each in expected} == EFFICIENCY.keys()
     own = expected[0]
-    assert own.hours == pytest.approx(own.tokens / (16_206 * 4 * 0.93) / 3600)
+    work = work_of_steps(planned[0], INDEX, planned[1], 1, planned[1].max_steps)
+    assert own.hours == pytest.approx(work / (forecast.WORK_PER_SECOND * 4 * EFFICIENCY["ddp", 4]) / 3600)
     assert own.gpu_hours == pytest.approx(4 * own.hours)
     assert (own.cost, own.energy_kwh) == (2 * own.gpu_hours, 0.5 * own.gpu_hours)
     assert {row[-1] for row in forecast_rows(expected)} == {TABLED}
@@ -101,7 +102,7 @@ def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe
     whole = 0.01 * work_of_steps(recipe, INDEX, plan, 1, plan.max_steps)
     assert by_layout["single", 1].hours * 3600 == pytest.approx(whole)
     assert by_layout["single", 1].source == "measured here over 7 steps"
-    assert by_layout["ddp", 4].hours * 3600 == pytest.approx(whole / 4 / 0.93)
+    assert by_layout["ddp", 4].hours * 3600 == pytest.approx(whole / 4 / EFFICIENCY["ddp", 4])
     assert "measured here on single x 1" in by_layout["ddp", 4].source
     other = embedded_recipe("training.num_train_epochs=1", "lora.r=64")
     assert speed_key(other) != speed_key(recipe)

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
-WORK_PER_SECOND = 538_000.0
-"""Of one H100 (80 GB, SXM) with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`; an
-H200 computes about as fast.
+WORK_PER_SECOND = 595_000.0
+"""Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`. An H100 (SXM) has
+the same chip.
 
-Measured with samples of 795 tokens on average, random weights: 16,206 tokens a second."""
+Measured with random weights and samples of 801 tokens on average: 18,300 tokens a second."""
 _CARD = re.compile(r"H100.*HBM3|H200")
 _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
-TABLED = "tabled (one H100, 7B, samples of 795 tokens, default settings; not measured here)"
+TABLED = "tabled (one H200, 7B, samples of 801 tokens, default settings; not measured here)"
 
 EFFICIENCY = {
     ("single", 1): 1.0,

@@ -68,12 +68,19 @@ def forked_program(program: str, limit: float = 300) -> subprocess.CompletedProc
 
 
 def _run_program(program: str, environment: dict[str, str], files: list[str]) -> None:
-    for number, file in enumerate(files, 1):
+    _begin(environment, *files)
+    exec(program, {"__name__": "__main__"})
+
+
+def _begin(environment: Mapping[str, str], stdout: str, stderr: str) -> None:
+    """Become, in a process that was forked off the server, what a new interpreter is."""
+    for number, file in enumerate((stdout, stderr), 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    exec(program, {"__name__": "__main__"})
+    # It would be the server's own way of starting processes, in which each data worker imports everything anew.
+    multiprocessing.set_start_method(None, force=True)
 
 
 def _started(environment: Mapping[str, str], target: Callable[..., None], *arguments: object) -> BaseProcess:
@@ -92,12 +99,7 @@ def _started(environment: Mapping[str, str], target: Callable[..., None], *argum
 
 def _launch(command: list[str], environment: dict[str, str], output: str) -> None:
     """In the launcher: give each rank its environment and wait for all."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
+    _begin(environment, output, output)
     arguments = command[command.index("-m", 2) + 1 :]
     environment = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])

@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from xdist.scheduler import LoadFileScheduling
 
 TOGETHER = {"tests/trainer/test_import_checkpoint.py": "tests/trainer/export/test_consolidate.py"}
-"""A file -> the one whose worker takes it too: both need the fixture `foreign`, a fifth of a minute for each worker."""
+"""A file -> the one whose worker takes it too: both need the fixture `foreign`, which takes 20 s of each worker."""
 
 SECONDS = {
     "tests/distributed/test_same_run.py": 95,
     "tests/distributed/test_stops.py": 80,
     "tests/distributed/test_strategies.py": 60,
-    "tests/distributed/test_gathered.py": 50,
-    "tests/distributed/test_blame.py": 45,
+    "tests/distributed/test_gathered.py": 40,
+    "tests/distributed/test_blame.py": 40,
     "tests/trainer/export/test_consolidate.py": 40,
     "tests/distributed/test_survive.py": 38,
     "tests/distributed/test_waits.py": 35,
     "tests/distributed/test_families.py": 32,
     "tests/test_your_data.py": 32,
-    "tests/distributed/test_failures.py": 30,
+    "tests/distributed/test_failures.py": 22,
     "tests/trainer/checkpoint/test_resume.py": 26,
     "tests/distributed/test_replay.py": 25,
     "tests/distributed/test_sharded.py": 25,
@@ -33,9 +33,9 @@ SECONDS = {
     "tests/distributed/test_own_data.py": 20,
     "tests/trainer/embedded/test_tiny_model.py": 16,
     "tests/trainer/evaluation/test_generate.py": 15,
-    "tests/trainer/data/test_loader.py": 14,
+    "tests/trainer/data/test_loader.py": 10,
     "tests/trainer/loop/test_plain_trl.py": 13,
-    "tests/distributed/test_vision_cache.py": 12,
+    "tests/distributed/test_vision_cache.py": 8,
     "tests/launch/hub/test_push.py": 12,
     "tests/trainer/test_prepare.py": 10,
     "tests/trainer/vision_cache/test_runs_with_cache.py": 9,

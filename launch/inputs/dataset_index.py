@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
-from launch.inputs.model_files import part_files
+from launch.inputs.model_files import part_files, read_own_template
 from launch.recipe.fingerprint import later_values
 from launch.recipe.split_names import parse_split
 from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
@@ -153,6 +153,7 @@ def index_key(recipe: Recipe) -> str:
     if local is not None:
         data["files"] = [files_digest(split_files(local, name)) for name in splits_of(recipe).values()]
     if recipe.data.chat_template is not None:
+        read_own_template(recipe.data.chat_template)  # what cannot be read is said by its key
         data["chat_template"] = files_digest([Path(recipe.data.chat_template)])
     facts = {
         "version": INDEX_VERSION,

@@ -466,10 +466,30 @@ def test_a_template_of_the_users_own_writes_the_chat_and_is_part_of_the_identity
     (tmp_path / "own.jinja").write_text(TEMPLATE.replace("assistant\n", "assistant\n\n"))
     assert [change.key for change in content_changes(before, find_identity(recipe, index))] == [OWN_TEMPLATE]
     assert read_index(recipe) is None
-    for text, words in (("{% for %}", "cannot be used"), ("{{ 'x' * 10 ** 9 }}", "cannot be used")):
+    for text, words in (
+        ("{% for %}", "cannot be used"),
+        ("{{ 'x' * 10 ** 9 }}", "cannot be used"),
+        ("{% include '/etc/passwd' %}", "cannot be used"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("", r"it writes <\|image_pad\|> 0 times for one image"),
+        (
+            TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * 2),
+            r"it writes <\|image_pad\|> 2 times for one image",
+        ),
+        (TEMPLATE.replace("part.text", "part.words"), "it leaves out the question or the answer"),
+        (TEMPLATE.replace("in messages", "in messages | reverse"), "does not begin with the prompt"),
+        (
+            TEMPLATE + "{{ strftime_now('%s') }}",
+            "it uses strftime_now, which makes other text of the same row",
+        ),
+        (TEMPLATE + "{{ [1, 2] | random }}", r"it uses \| random, which makes other text"),
+    ):
         (tmp_path / "own.jinja").write_text(text)
         with pytest.raises(ConfigError, match=rf"data\.chat_template: .*own.jinja.*{words}"):
             load_processor(recipe)
     (tmp_path / "own.jinja").unlink()
-    with pytest.raises(ConfigError, match=r"own\.jinja"):
-        load_processor(recipe)
+    for read in (lambda: load_processor(recipe), lambda: read_index(recipe)):
+        with pytest.raises(
+            ConfigError, match=r"data\.chat_template: .*own\.jinja cannot be read \(No such file"
+        ):
+            read()

@@ -103,14 +103,14 @@ def splits_of(recipe: Recipe) -> dict[SplitName, str]:
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """List the files of one split in a folder, of the first kind that is there: `NAME.parquet`, `NAME-*.parquet`, also
-    under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl` or .csv of an imagefolder."""
+    under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl`, .csv or .parquet of an imagefolder."""
     name = parse_split(split).name
     for suffix in ("parquet", "jsonl", "csv"):
         for place in (folder, folder / "data"):
             if files := sorted([*place.glob(f"{name}.{suffix}"), *place.glob(f"{name}-*.{suffix}")]):
                 return files
     for place in (folder / name, folder / "data" / name):
-        for metadata in ("metadata.jsonl", "metadata.csv"):
+        for metadata in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
             if (place / metadata).exists():
                 return [place / metadata]
     return []

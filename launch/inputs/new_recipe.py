@@ -170,7 +170,8 @@ def _tables(folder: Path) -> dict[str, Path]:
         for suffix in (".parquet", *SUFFIXES):
             for file in sorted(place.glob(f"*{suffix}")):
                 tables.setdefault(_SHARD.sub("", file.stem), file)
-        for metadata in sorted([*place.glob("*/metadata.jsonl"), *place.glob("*/metadata.csv")]):
+        kinds = ("*/metadata.jsonl", "*/metadata.csv", "*/metadata.parquet")
+        for metadata in sorted(file for kind in kinds for file in place.glob(kind)):
             tables.setdefault(metadata.parent.name, metadata)
     return tables
 

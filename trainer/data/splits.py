@@ -256,6 +256,8 @@ OFFLINE_ADVICE = (
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__  # its own words say nothing
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import bytecode
-from launch.local.bytecode import bytecode_variables
+from launch.local.bytecode import bytecode_variables, keep_own_bytecode
 
 NEVER = {"PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -47,3 +47,18 @@ def test_no_bytecode_is_read_from_a_folder_that_others_can_write(torch_folder: P
     folder.rmdir()
     folder.symlink_to(torch_folder)
     assert bytecode_variables(NEVER) == {}
+
+
+def test_a_command_keeps_its_own_modules_there_too(
+    torch_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    keep_own_bytecode()
+    assert (sys.pycache_prefix, sys.dont_write_bytecode) == (None, True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    keep_own_bytecode()
+    assert sys.pycache_prefix == bytecode_variables(NEVER)["PYTHONPYCACHEPREFIX"]
+    assert not sys.dont_write_bytecode

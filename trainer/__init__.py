@@ -1,9 +1,7 @@
 """The upper floor: what runs on the compute node."""
 
-import importlib.metadata
 import logging
 import os
-from functools import cache
 
 from launch.inputs.caches import private_cache
 from launch.launcher_variables import PARENT
@@ -11,9 +9,11 @@ from trainer import watchdog
 from trainer.early_context import begin_context
 from trainer.garbage import pause_collection
 from trainer.interrupts import hide_interrupts
+from trainer.package_names import look_up_by_name
 
 hide_interrupts()
 pause_collection()
+look_up_by_name()
 WATCHDOG = watchdog.start(os.environ)
 """Begins before the imports of substance: a launcher may die in the seconds that they take."""
 os.environ.pop(PARENT, None)  # meant for this process, not for its children
@@ -27,10 +27,6 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # Nothing here is compiled. bitsandbytes 0.50 hands functions to torch.compile while it is imported, which alone takes
 # Inductor's import, a sixth of all (needed while `import bitsandbytes` brings `torch._inductor.compile_fx` without it).
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
-# transformers 5.23 and trl 1.16 both ask of which distribution each package is, for which every installed file is
-# looked up (0.4 s, on a shared disk more): once is enough.
-importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
 
 # Triton's kernels outlive the machine where the cache folder does; a rank that finds them starts seconds sooner.
 if "TRITON_CACHE_DIR" not in os.environ and (_kernels := private_cache("triton")):

@@ -25,13 +25,10 @@ def test_a_program_imports_what_it_needs_and_the_collector_waits_for_that() -> N
         "gc.callbacks.append(lambda phase, info: phase == 'start' and collections.append(1))\n"
         f"for name, not_needed in {PROGRAMS!r}.items():\n"
         "    importlib.import_module(name)\n"
-        "    print(name, len(collections), *sorted(not_needed & set(sys.modules)))\n"
-        "import importlib.metadata as metadata\n"
-        "print(metadata.packages_distributions.cache_info().misses)"
+        "    print(name, len(collections), *sorted(not_needed & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    *lines, scans = [line.split() for line in done.stdout.splitlines()]
-    assert scans == ["1"]  # of all installed files
+    lines = [line.split() for line in done.stdout.splitlines()]
     assert [(name, more) for name, _, *more in lines] == [(name, []) for name in PROGRAMS]
     # With Python's own thresholds 1,500; some, before the package says so.
     assert int(lines[-1][1]) < 100

@@ -9,6 +9,7 @@ moves.
 from __future__ import annotations
 
 import gc
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from launch.planning.plan import Plan
 from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
+from trainer.data.encoder import Encoder
 from trainer.data.micro_batches import PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
@@ -33,10 +35,12 @@ from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import recompute_layers
 from trainer.model.fsdp import schedule_gathers
 from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, zero_weight_layers
+from trainer.task import Task
 
 logger = get_logger("trainer")
 DEVICES = ("cuda",)
 SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
+FREE_SHARE = 0.1  # of a GPU's memory, left to other libraries after the trial
 GATHERED_LAYERS = 3  # beside the one that computes: what it was taken from, and two on their way
 
 
@@ -51,6 +55,7 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
     while not all(gather_objects(largest_micro_batch_fits(trainer))):
         smaller = broadcast_from_main(lambda: _smaller(trainer))
         _apply_plan(trainer, smaller)
+        trainer.close_training_loader()  # whose micro-batches are those of the larger plan
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
             f"{smaller.micro_batches} micro-batches a step, "
@@ -95,9 +100,26 @@ def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
 
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
-    split = trainer.index.splits["train"]
-    batch = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    return assemble(open_split(trainer.recipe, "train"), split, uncached(trainer.encoder), batch, 0, 1)
+    begun, trainer.trial_batch = trainer.trial_batch, None
+    if begun and not begun.exception():  # what is wrong with a row is met again, on this thread
+        return begun.result()
+    return assemble_largest(trainer.task, trainer.encoder)
+
+
+def begin_trial_batch(
+    pool: ThreadPoolExecutor, task: Task, encoder: Encoder, device: torch.device
+) -> Future[PackedBatch] | None:
+    """Assemble the trial's micro-batch, a second's work, while others wait; None: nothing will be tried."""
+    if task.plan.settings.tried or device.type not in DEVICES:
+        return None
+    return pool.submit(assemble_largest, task, encoder)
+
+
+def assemble_largest(task: Task, encoder: Encoder) -> PackedBatch:
+    """Fill a micro-batch of the plan with the longest samples; every image goes through the vision tower."""
+    split = task.index.splits["train"]
+    batch = largest_micro_batch(split.tokens, task.plan.micro_batch_tokens)
+    return assemble(open_split(task.recipe, "train"), split, uncached(encoder), batch, 0, 1)
 
 
 def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
@@ -111,9 +133,18 @@ def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
     for parameter in trainer.parameters.values():
         parameter.grad = None
     gc.collect()  # the frames of the error held activations
-    if device.type == "cuda":
+    if device.type == "cuda" and not (held and _much_is_free(device)):
         torch.cuda.empty_cache()
     return held
+
+
+def _much_is_free(device: torch.device) -> bool:
+    """Whether NCCL and other libraries have room beside what PyTorch keeps of the trial for the first step.
+
+    Giving 100 GB back to the driver and asking for them again takes more than a second.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= FREE_SHARE * total
 
 
 def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:

@@ -1,7 +1,8 @@
 """`python -m trainer.launcher ARGUMENTS`: `accelerate launch ARGUMENTS` for a program that waits for it.
 
 What a launcher by itself does not do: it ends when whoever waits for it is gone, and when a stop is wanted while it
-still waits for other machines. Where all processes are on this machine, nobody else can reach their store.
+still waits for other machines. Where all processes are on this machine, nobody else can reach their store. One plain
+process starts without accelerate's imports (`trainer.single_process`).
 """
 
 from __future__ import annotations

@@ -51,9 +51,8 @@ def build(
     )
     encoder = replace(encoder, pixels=RECIPE_DTYPES[task.recipe.model.dtype])
     timer.record("processor")
-    with ThreadPoolExecutor(
-        2, "beside-base"
-    ) as beside:  # ended here: data workers, to be forked, inherit its locks
+    # Its threads end with the block: data workers that are forked later must not inherit a lock that one holds.
+    with ThreadPoolExecutor(2, "beside-base") as beside:
         trial_batch = begin_trial_batch(beside, task, encoder, state.device)
         beside.submit(identify_compiler, state.device)
         model = load_model(task, state.device)

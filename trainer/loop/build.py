@@ -51,9 +51,9 @@ def build(
     )
     encoder = replace(encoder, pixels=RECIPE_DTYPES[task.recipe.model.dtype])
     timer.record("processor")
-    # Its threads end with the block: data workers that are forked later must not inherit a lock that one holds.
-    with ThreadPoolExecutor(2, "beside-base") as beside:
-        trial_batch = begin_trial_batch(beside, task, encoder, state.device)
+    trial_batch = run_on_all_ranks(lambda: begin_trial_batch(task, encoder, state.device))
+    # Its thread ends with the block: data workers that are forked later must not inherit a lock that it holds.
+    with ThreadPoolExecutor(1, "beside-base") as beside:
         beside.submit(identify_compiler, state.device)
         model = load_model(task, state.device)
     timer.record("base")
@@ -137,6 +137,8 @@ def make_deterministic() -> None:
 def close(trainer: PlannedTrainer) -> None:
     """End the threads and processes of an attempt, while the run is still locked and signals are requests."""
     trainer.close_training_loader()
+    if trainer.trial_batch:
+        trainer.trial_batch.close()
     trainer.saver.wait()
     if trainer.features:
         trainer.features.close()

@@ -9,7 +9,6 @@ moves.
 from __future__ import annotations
 
 import gc
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -27,7 +26,8 @@ from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
 from trainer.data.encoder import Encoder
-from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.data.loader import Loader, data_workers
+from trainer.data.micro_batches import Batches, PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
 from trainer.loop.dataloaders import uncached
@@ -101,18 +101,41 @@ def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
     begun, trainer.trial_batch = trainer.trial_batch, None
-    if begun and not begun.exception():  # what is wrong with a row is met again, on this thread
-        return begun.result()
-    return assemble_largest(trainer.task, trainer.encoder)
+    if begun is None:
+        return assemble_largest(trainer.task, trainer.encoder)
+    try:
+        return next(iter(begun))
+    finally:
+        begun.close()
 
 
-def begin_trial_batch(
-    pool: ThreadPoolExecutor, task: Task, encoder: Encoder, device: torch.device
-) -> Future[PackedBatch] | None:
-    """Assemble the trial's micro-batch, a second's work, while others wait; None: nothing will be tried."""
-    if task.plan.settings.tried or device.type not in DEVICES:
+class _TrialBatch(Batches):
+    """The micro-batch of the trial, alone."""
+
+    def __init__(self, task: Task, encoder: Encoder) -> None:
+        self._task, self._encoder = task, encoder
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, number: int) -> PackedBatch:
+        return assemble_largest(self._task, self._encoder)
+
+
+def begin_trial_batch(task: Task, encoder: Encoder, device: torch.device) -> Loader | None:
+    """Assemble the trial's micro-batch, a second's work, in a data worker, while this process loads the base.
+
+    Not in a thread: transformers loads under the base's dtype as PyTorch's default (`torch.set_default_dtype`, of all
+    threads), in which its image processors would make, and keep, the mean by which they divide pixels.
+    Returns None where nothing will be tried, or no core is there for it.
+    """
+    plan = task.plan
+    workers = data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers
+    if plan.settings.tried or device.type not in DEVICES or not workers:
         return None
-    return pool.submit(assemble_largest, task, encoder)
+    batches = _TrialBatch(task, encoder)
+    # Through the worker's pipe: it may be more than a container has of shared memory.
+    return Loader(batches, range(1), total=1, workers=1, pin_memory=False, ahead=1, by_pipe=True).begin()
 
 
 def assemble_largest(task: Task, encoder: Encoder) -> PackedBatch:

@@ -8,7 +8,6 @@ calls `trainer.loop.callbacks.StepEnd`: metrics, saves. Each override says what 
 from __future__ import annotations
 
 import gc
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -84,7 +83,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.record = StepRecord()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
-        self.trial_batch: Future[PackedBatch] | None = None  # begun before there was a model to try
+        self.trial_batch: Loader | None = None  # of one micro-batch, begun before there was a model to try
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
         self.gradient_check: GradientCheck | None = None  # in the first step of an attempt
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far

@@ -32,7 +32,6 @@ from trainer.model.head import patch_forward_target_logprobs
 from trainer.model.last_layer import compute_read_tokens_only, plain_layer
 from trainer.model.layers import append_layers, is_of_layer, keep_cpu_weights
 from trainer.model.resident import dequantize_weights
-from trainer.model.tensors_ahead import tensors_ahead
 from trainer.model.vision import Keep, register_packed_inputs, trained_tower
 from trainer.pretrained import base_path, family_at
 
@@ -74,21 +73,22 @@ def load_base(
             text.layer_types = []
         transformers.logging.set_verbosity_error()  # its report calls every tensor of the layers unexpected
     try:
-        with tensors_ahead():
-            model, report = getattr(transformers, family.model_class).from_pretrained(
-                path,
-                config=config,
-                dtype=RECIPE_DTYPES[recipe.model.dtype],
-                quantization_config=_quantization(recipe, quant_storage),
-                device_map={"": device},
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        model, report = getattr(transformers, family.model_class).from_pretrained(
+            path,
+            config=config,
+            dtype=RECIPE_DTYPES[recipe.model.dtype],
+            quantization_config=_quantization(recipe, quant_storage),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if str(error).startswith("DataLoader worker"):  # one that was begun before has been killed
+            raise
         raise ConfigError(
             f"model.name_or_path: {path} cannot be loaded as a {family.name} ({_why(error)}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch
+
 _GRADIENT_TILE = 1, 1024  # rows and columns
 
 
@@ -47,6 +49,7 @@ def _store_e4m3(values, at, wide, factor, there):
     tl.store(values + at, wide.to(tl.float8e4nv), mask=there)
 
 
+@DirectLaunch
 @triton.jit
 def _quantize_whole(x, factors, values, scales, columns, SCALED: tl.constexpr, C: tl.constexpr):
     """As `_quantize`, for rows of x alone that a tile holds: they are read once."""
@@ -57,6 +60,7 @@ def _quantize_whole(x, factors, values, scales, columns, SCALED: tl.constexpr, C
     _store_e4m3(values, row * columns + column, wide, factor, column < columns)
 
 
+@DirectLaunch
 @triton.jit
 def _quantize(
     x,
@@ -121,6 +125,7 @@ def _activated(gate, up, at, there):
     return (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype).to(tl.float32)
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu(gate, up, values, scales, columns, C: tl.constexpr):
     """values [rows, columns] e4m3 and scales [rows] of silu(gate) * up; a row a program, read twice."""
@@ -162,6 +167,7 @@ def _scaled_gradients(gradient, gate, up, of_gate, of_up, row, column, columns, 
     return first, second, both
 
 
+@DirectLaunch
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_gradient(
     gradient, gate, up, of_gate, of_up, values, scales, rows, columns, R: tl.constexpr, C: tl.constexpr
@@ -191,6 +197,7 @@ def _swiglu_gradient(
         _store_e4m3(values, at + columns, second, factor, both)
 
 
+@DirectLaunch
 @triton.jit
 def _norm_of_sum(x, residual, weight, total, values, scales, deviations, columns, epsilon, C: tl.constexpr):
     """total = x + residual, and values e4m3, scales [rows] of its RMSNorm, rounded as Liger's is; a row a program."""
@@ -211,6 +218,7 @@ def _norm_of_sum(x, residual, weight, total, values, scales, deviations, columns
     _store_e4m3(values, at, scaled, factor, there)
 
 
+@DirectLaunch
 @triton.jit
 def _transpose(x, out, rows, columns, stride, R: tl.constexpr, C: tl.constexpr):
     """out [columns, rows], whose rows begin `stride` apart, of x [rows, columns]."""

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch
+
 LARGEST_RANK = 128
 """Above it the tiles of an adapter no longer fit beside those of the activation."""
 
@@ -42,6 +44,7 @@ def _kept(rows, words, token, begin, channels, inside, DROPPED: tl.constexpr, C:
 _any_length = triton.jit(do_not_specialize=["tokens"])
 
 
+@DirectLaunch
 @_any_length
 def _project(
     x,
@@ -79,6 +82,7 @@ def _project(
     tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
+@DirectLaunch
 @_any_length
 def _add_back(
     gradient,
@@ -115,6 +119,7 @@ def _add_back(
     tl.store(at, (before.to(tl.float32) + change).to(before.dtype), mask=both)
 
 
+@DirectLaunch
 @_any_length
 def _gradient_of_down(
     x,
@@ -154,6 +159,7 @@ def _gradient_of_down(
     tl.store(out + at, total * factor, mask=real[:, None] & there[None, :])
 
 
+@DirectLaunch
 @triton.jit
 def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -163,6 +169,7 @@ def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (wide * tl.sigmoid(1.702 * wide)).to(value.dtype), mask=inside)
 
 
+@DirectLaunch
 @triton.jit(do_not_specialize=["patches"])
 def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.constexpr):
     """out [2, patches, heads, width] of qkv [patches, 3, heads, width]: q and k turned."""
@@ -184,6 +191,7 @@ def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.co
     tl.store(row + at + width // 2, second.to(out.dtype.element_ty), mask=inside)
 
 
+@DirectLaunch
 @triton.jit
 def _norm_gradient(gradient, residual, x, weight, deviations, channels, ADDED: tl.constexpr, C: tl.constexpr):
     """gradient [tokens, channels], of RMSNorm's output, becomes that of its input x, plus residual where ADDED."""

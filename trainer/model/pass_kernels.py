@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch
+
 _BLOCK = 2048  # of SwiGLU: Liger's has a row a program, of 18,944 numbers in 32,768 places
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -22,6 +25,7 @@ def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype), mask=inside)
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu_gradient(gradient, gate, up, values, BLOCK: tl.constexpr):
     """gate and up become their gradients."""
@@ -61,6 +65,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return cast(Tensor, _SwiGlu.apply(gate, up))
 
 
+@DirectLaunch
 @triton.jit
 def _layer_norm(
     x, residual, weight, bias, total, out, columns, epsilon, ADDED: tl.constexpr, C: tl.constexpr

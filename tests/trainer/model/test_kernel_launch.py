@@ -17,7 +17,7 @@ from trainer.model import kernel_launch
 from trainer.model.kernel_launch import DirectLaunch, specialize
 
 
-def _kernel(x, size, tokens, factor, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(x, size, tokens, factor, block: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
     """Never compiled: its parameters are read."""
 
 
@@ -68,9 +68,9 @@ def test_arguments_with_one_key_are_compiled_for_alike_by_triton() -> None:
 def test_the_kernel_of_a_key_is_compiled_once_and_given_addresses(kernel: FakeKernel) -> None:
     launch = DirectLaunch(kernel)
     x = torch.zeros(64)
-    launch[4, 2](x, 32, 5, 0.5, 128, WIDE=True, num_warps=8)
-    launch[6,](x[16:], 48, 7, 1.5, 128, WIDE=True, num_warps=8)
-    assert kernel.compiled == [((4, 2), x, 32, 5, 0.5, 128, {"WIDE": True, "num_warps": 8})]
+    launch[4, 2](x, 32, 5, 0.5, 128, wide=True, num_warps=8)
+    launch[6,](x[16:], 48, 7, 1.5, 128, wide=True, num_warps=8)
+    assert kernel.compiled == [((4, 2), x, 32, 5, 0.5, 128, {"wide": True, "num_warps": 8})]
     assert kernel.launched == [
         ((6, 1, 1), 7, "function 0", 0, (x.data_ptr() + 64, 48, 7, 1.5, 128, True)),
     ]
@@ -80,28 +80,30 @@ def test_other_arguments_options_and_constants_take_other_kernels(kernel: FakeKe
     launch = DirectLaunch(kernel)
     x = torch.zeros(64)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        ((x, 32, 5, 0.5, 128), {"WIDE": True, "num_warps": 8}),
-        ((x, 32, 5, 0.5, 128), {"WIDE": True, "num_warps": 4}),
-        ((x, 32, 5, 0.5, 128), {"WIDE": False, "num_warps": 8}),
-        ((x, 32, 5, 0.5, 64), {"WIDE": True, "num_warps": 8}),
-        ((x[1:], 32, 5, 0.5, 128), {"WIDE": True, "num_warps": 8}),
-        ((x.half(), 32, 5, 0.5, 128), {"WIDE": True, "num_warps": 8}),
-        ((x, 33, 5, 0.5, 128), {"WIDE": True, "num_warps": 8}),
-        ((x, 1, 5, 0.5, 128), {"WIDE": True, "num_warps": 8}),
-        ((x, 32, 2**40, 0.5, 128), {"WIDE": True, "num_warps": 8}),
+        ((x, 32, 5, 0.5, 128), {"wide": True, "num_warps": 8}),
+        ((x, 32, 5, 0.5, 128), {"wide": True, "num_warps": 4}),
+        ((x, 32, 5, 0.5, 128), {"wide": False, "num_warps": 8}),
+        ((x, 32, 5, 0.5, 64), {"wide": True, "num_warps": 8}),
+        ((x[1:], 32, 5, 0.5, 128), {"wide": True, "num_warps": 8}),
+        ((x.half(), 32, 5, 0.5, 128), {"wide": True, "num_warps": 8}),
+        ((x, 33, 5, 0.5, 128), {"wide": True, "num_warps": 8}),
+        ((x, 1, 5, 0.5, 128), {"wide": True, "num_warps": 8}),
+        ((x, 32, 2**40, 0.5, 128), {"wide": True, "num_warps": 8}),
     ]
     for arguments, named in calls * 2:
         launch[1,](*arguments, **named)
     assert len(kernel.compiled) == len(calls)
-    assert [function for _, _, function, *_ in kernel.launched] == [f"function {n}" for n in range(len(calls))]
-    launch[1,](x, 32, 6, 0.5, 128, WIDE=True, num_warps=8)  # `tokens` is not specialized
+    assert [function for _, _, function, *_ in kernel.launched] == [
+        f"function {n}" for n in range(len(calls))
+    ]
+    launch[1,](x, 32, 6, 0.5, 128, wide=True, num_warps=8)  # `tokens` is not specialized
     assert len(kernel.compiled) == len(calls)
 
 
 def test_a_variable_by_name_and_an_argument_of_another_kind_are_refused(kernel: FakeKernel) -> None:
     launch = DirectLaunch(kernel)
     with pytest.raises(TypeError, match="factor must be passed by position"):
-        launch[1,](torch.zeros(1), 1, 1, factor=0.5, BLOCK=64, WIDE=True)
+        launch[1,](torch.zeros(1), 1, 1, factor=0.5, block=64, wide=True)
     with pytest.raises(TypeError, match="size: a kernel takes tensors, numbers and constants"):
         launch[1,](torch.zeros(1), "1", 1, 0.5, 64, True)
     assert not kernel.compiled

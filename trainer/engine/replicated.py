@@ -68,11 +68,12 @@ class Replicated:
         if dist.is_initialized():
             dist.all_reduce(gradients)
         self._flat, sums = gradients[: -len(values)], gradients[-len(values) :]
-        norm, *summed = torch.cat([torch.linalg.vector_norm(self._flat)[None], sums]).tolist()
+        norm_and_sums = torch.cat([torch.linalg.vector_norm(self._flat)[None], sums])
         start = 0
         for parameter in self.parameters.values():
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
+        norm, *summed = norm_and_sums.tolist()
         return summed, norm
 
     def clip(self, max_norm: float, norm: float) -> None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernel_launch import DirectLaunch
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
 
 _GRADIENT_TILE = 1, 1024  # rows and columns
 
@@ -235,7 +235,7 @@ def _empty_rows(rows: int, columns: int, device: torch.device) -> tuple[Tensor, 
 
 
 def _tile(columns: int) -> int:
-    return min(4096, triton.next_power_of_2(columns))
+    return min(4096, next_power_of_2(columns))
 
 
 def quantize_rows(parts: Sequence[Tensor], factors: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -293,7 +293,7 @@ def swiglu_gradient(
     rows, columns = gate.shape
     values, scales = _empty_rows(rows, 2 * columns, gate.device)
     block = min(_GRADIENT_TILE[1], _tile(columns))
-    _swiglu_gradient[(triton.cdiv(rows, _GRADIENT_TILE[0]),)](
+    _swiglu_gradient[(cdiv(rows, _GRADIENT_TILE[0]),)](
         gradient.contiguous(),
         gate.contiguous(),
         up.contiguous(),
@@ -322,7 +322,7 @@ def norm_of_sum(
     total = torch.empty_like(x)
     values, scales = _empty_rows(rows, columns, x.device)
     deviations = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     _norm_of_sum[(rows,)](
         x,
         residual.contiguous(),
@@ -350,7 +350,7 @@ def transposed(parts: Sequence[Tensor]) -> Tensor:
     begin = 0
     for part in parts:
         rows = len(part)
-        grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+        grid = (cdiv(rows, 128), cdiv(columns, 128))
         target = out.view(torch.uint8)[:, begin:]
         _transpose[grid](part.view(torch.uint8), target, rows, columns, total, 128, 128, num_warps=8)
         begin += rows

@@ -97,3 +97,13 @@ def specialize(parameters: Sequence[Any], arguments: Sequence[Any]) -> tuple[lis
             raise TypeError(f"{parameter.name}: a kernel takes tensors, numbers and constants, not a {kind}")
         values.append(value)
     return values, specialization
+
+
+def cdiv(size: int, tile: int) -> int:
+    """Return how many tiles cover a size. `triton.cdiv` of Triton 3.6 takes far longer: it can run in a kernel too."""
+    return -(-size // tile)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of 2 that is not below a number above 0; see `cdiv`."""
+    return 1 << (number - 1).bit_length()

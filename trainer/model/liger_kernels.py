@@ -7,13 +7,12 @@ Its patch for Qwen2-VL does not import with transformers 5.23.
 from __future__ import annotations
 
 import torch
-import triton
 from liger_kernel.ops.fused_add_rms_norm import _fused_add_rms_norm_forward_kernel
 from liger_kernel.ops.rms_norm import _rms_norm_forward_kernel, rms_norm_forward
 from liger_kernel.ops.rope import _triton_rope
 from torch import Tensor
 
-from trainer.model.kernel_launch import DirectLaunch
+from trainer.model.kernel_launch import DirectLaunch, next_power_of_2
 
 _norm = DirectLaunch(_rms_norm_forward_kernel)
 _norm_of_sum = DirectLaunch(_fused_add_rms_norm_forward_kernel)
@@ -30,7 +29,7 @@ def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Ten
         return normed, deviations
     rows = x.numel() // channels
     normed, deviations = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     _norm[(rows,)](
         *(normed, channels, x, channels, weight, 1, deviations, 1, channels, epsilon, 0.0),
         *(_LLAMA, True, block),
@@ -51,7 +50,7 @@ def norm_of_sum_forward(
         torch.empty_like(x),
         x.new_empty(rows, dtype=torch.float32),
     )
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     _norm_of_sum[(rows,)](
         *(normed, channels, total, channels, x, channels, residual, channels, weight, 1, deviations, 1),
         *(channels, epsilon, 0.0, _LLAMA, block),
@@ -69,7 +68,7 @@ def rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, bac
     tokens, heads, width = query.shape
     key_heads = key.shape[1]
     cos, sin = cos.contiguous(), sin.contiguous()
-    padded = [triton.next_power_of_2(size) for size in (heads, key_heads, width, width)]
+    padded = [next_power_of_2(size) for size in (heads, key_heads, width, width)]
     _rotate[(tokens,)](
         *(query, heads * width, key, key_heads * width, cos, width, sin, width, tokens),
         *(1, 1, heads, key_heads, width, *padded, width, max(padded[:2]), back),

@@ -43,7 +43,10 @@ def quantization_of(base: Any) -> Any:
     FSDP2's gathered weight has lost it, the module has it.
     """
     of_weight = getattr(base.weight, "quant_state", None)
-    return getattr(base, "quant_state", None) if of_weight is None else of_weight
+    if of_weight is not None:
+        return of_weight
+    # Not `getattr`: what a module lacks is an error with a message, and this is asked of every layer in every pass.
+    return base.__dict__.get("quant_state", base._buffers.get("quant_state"))
 
 
 def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernel_launch import DirectLaunch
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)  # the kernels' powers are of 2
 FORWARD = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
@@ -253,7 +253,7 @@ class _Attention(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         tokens, heads, width = q.shape
         along = torch.empty_like(sums)
-        _along[(tokens,)](out, gradient, along, tokens, heads, triton.next_power_of_2(heads), width)
+        _along[(tokens,)](out, gradient, along, tokens, heads, next_power_of_2(heads), width)
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (bounds, tokens, len(ctx.lengths), heads, heads // k.shape[1], ctx.scale)
         given = q, k, v, gradient, sums, along
@@ -273,7 +273,7 @@ def faster_than_pytorch(device: torch.device, width: int) -> bool:
 
 
 def _tiles(lengths: Sequence[int], size: int) -> int:
-    return sum(triton.cdiv(length, size) for length in lengths)
+    return sum(cdiv(length, size) for length in lengths)
 
 
 def attend_causally(

@@ -155,10 +155,10 @@ def watch(clock: Clock) -> None:
 def timed(all_reduce: Any, clock: Clock) -> Any:
     """`all_reduce` with the moments before and after it. It ends with a host read, so one wait more changes little."""
 
-    def measured(self: Any, values: Any) -> Any:
+    def measured(self: Any, *arguments: Any) -> Any:
         synchronize()
         clock.moments["ready"] = time.perf_counter()
-        reduced = all_reduce(self, values)
+        reduced = all_reduce(self, *arguments)
         clock.moments["done"] = time.perf_counter()
         return reduced
 

@@ -6,7 +6,7 @@ resumed run of three or more ranks would sum in another order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -58,10 +58,11 @@ class Replicated:
         """
         return accelerator.no_sync(wrapped) if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
-    def all_reduce(self, values: Tensor) -> tuple[list[float], float]:
+    def all_reduce(self, values: Tensor, meanwhile: Callable[[], None]) -> tuple[list[float], float]:
         """Sum gradients and `values` [n] over the ranks, with the step's one host read: (sums, norm of the gradients).
 
-        The sums are in `.grad` of every parameter, not yet clipped.
+        The sums are in `.grad` of every parameter, not yet clipped. `meanwhile` is called before the host waits for
+        them: what it gives the GPU comes after them, and is not waited for.
         """
         flat_gradients = [cast(Tensor, parameter.grad).reshape(-1) for parameter in self.parameters.values()]
         gradients = torch.cat([*flat_gradients, values])
@@ -73,7 +74,14 @@ class Replicated:
         for parameter in self.parameters.values():
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
-        norm, *summed = norm_and_sums.tolist()
+        on_host = norm_and_sums.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if norm_and_sums.is_cuda else None
+        if copied:
+            copied.record()
+        meanwhile()
+        if copied:
+            copied.synchronize()
+        norm, *summed = on_host.tolist()
         return summed, norm
 
     def clip(self, max_norm: float, norm: float) -> None:

@@ -52,5 +52,10 @@ def quantization_of(base: Any) -> Any:
 def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     """Return the base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
     if packed is None:
-        return weight.to(dtype)
+        return in_dtype(weight, dtype)
     return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor.to(dtype)`, without the call where there is nothing to do: it is asked in every product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

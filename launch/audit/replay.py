@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from launch.audit.diff import Parting, compare_steps, read_plan, tolerance_of
 from launch.audit.restored import restored
+from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.local.execute import execute_with_oom_retry
 from launch.local.planned_run import RunRequest
@@ -85,9 +86,14 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
     plan, recorded = read_plan(run), read_steps(run.metrics_file)
     with restored(run, first, request) as again:
         with _stopped_after(again.run, last):
-            execute_with_oom_retry(again.planned, again.request)
-        taken, now, begin = read_steps(again.run.metrics_file), again.planned.plan, again.begin
+            marker = execute_with_oom_retry(again.planned, again.request)
+        figures = again.run.metrics_file
+        taken = read_steps(figures) if figures.exists() else {}
+        now, begin = again.planned.plan, again.begin
     if not set(range(first, last + 1)) <= recorded.keys() & taken.keys():
+        if marker.kind == "STOPPED":  # by a Ctrl-C: our own request comes when the steps are taken
+            log_stderr("interrupted; give the same command again")
+            raise KeyboardInterrupt
         raise RunError(f"{run.path}: steps {first} to {last} were not all taken again; see the words above")
     # The steps from the checkpoint to the first one asked for too: they tell how long rounding has grown.
     pairs = [

@@ -161,7 +161,7 @@ def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
 
 
 def _roles(names: Sequence[str], named: Mapping[str, str], table: Path) -> dict[str, str] | None:
-    if "messages" in names and not named:
+    if ("messages" in names or "conversations" in names) and not named:
         return None
     if unknown := [f"--{role} {column}" for role, column in named.items() if column not in names]:
         raise ConfigError(

@@ -39,6 +39,8 @@ class Table(Protocol):
 
     def folder(self, number: int) -> Path | None: ...
 
+    def place(self, number: int) -> tuple[Path, int] | None: ...
+
 
 class _ArrowTable:
     """A table of `datasets`, its images undecoded. `place`: the folder of its files, None: the hub's."""
@@ -60,6 +62,9 @@ class _ArrowTable:
     def folder(self, number: int) -> Path | None:
         return self._place
 
+    def place(self, number: int) -> None:
+        return None
+
 
 class Rows:
     """The rows of one split, read from disk one at a time, so that no rank holds decoded images.
@@ -80,6 +85,15 @@ class Rows:
     def names_files(self) -> bool:
         """Say whether images may lie in files beside the table."""
         return isinstance(self._table, TextTable) or (self._root is not None and self.kind.name != "chartqa")
+
+    def place(self, number: int) -> tuple[str, int] | None:
+        """The file that a row of the source is in, below the data set's folder, and its line; None: it has no lines."""
+        place = self._table.place(number)
+        if place is None:
+            return None
+        file, line = place
+        inside = self._root is not None and file.is_relative_to(self._root)
+        return str(file.relative_to(self._root) if inside and self._root else file), line
 
     def __iter__(self) -> Iterator[Row]:
         return (self[int(number)] for number in self.numbers)

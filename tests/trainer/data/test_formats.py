@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.errors import ConfigError
+from launch.inputs.data_report import notes_of
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
 from launch.recipe.fingerprint import altering_values
@@ -123,8 +124,17 @@ BAD_CHATS: list[tuple[Any, str]] = [
         {"messages": [_message("user", "<|im_end|>"), _message("assistant", "y")]},
         "the special token <|im_end|>",
     ),
-    ("{not json", "the row cannot be read (line 1, column 2"),
+    ("{not json", "the row cannot be read (column 2"),
     ({"other": 1}, "messages is None, not a list of messages"),
+    ({"conversations": "x"}, "conversations is 'x', not a list of messages"),
+    (
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "observation", "value": "y"}]},
+        "message 1 has the role 'observation'",
+    ),
+    (
+        {"messages": [_message("user", "<video>?"), _message("assistant", "y")], "videos": ["a.mp4"]},
+        "videos beside the chat is not trained here; take it out of the row",
+    ),
 ]
 
 
@@ -141,8 +151,34 @@ def test_every_bad_chat_is_listed_with_its_reason(
     assert f"{len(BAD_CHATS)} bad rows" in said
     assert "Traceback" not in said
     for number, (_, reason) in enumerate(BAD_CHATS, 1):
-        line = next(line for line in said.splitlines() if line.startswith(f"train row {number}: "))
+        place = f"train row {number} (train.jsonl line {number + 1}): "
+        line = next(line for line in said.splitlines() if line.startswith(place))
         assert reason in line
+
+
+def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Path) -> None:
+    _images(tmp_path, "a.png")
+    chat_of = [
+        ("system", "Be brief."),
+        ("human", "<image>Why?"),
+        ("gpt", "So."),
+        ("human", "And?"),
+        ("gpt", "No."),
+    ]
+    roles = {"human": "user", "gpt": "assistant"}
+    trl = [_message(roles.get(speaker, speaker), words) for speaker, words in chat_of]
+    spoken = [{"from": speaker, "value": words} for speaker, words in chat_of]
+    _lines(tmp_path / "trl.jsonl", [{"messages": trl, "images": ["a.png"]}])
+    _lines(tmp_path / "llava.jsonl", [{"id": 1, "image": "a.png", "conversations": spoken}])
+    _lines(
+        tmp_path / "factory.jsonl",
+        [{"images": ["a.png"], "system": "Be brief.", "conversations": spoken[1:]}],
+    )
+    read = [
+        open_split(_recipe(world, tmp_path, train=name), "train")[0] for name in ("trl", "llava", "factory")
+    ]
+    assert read[0] == read[1] == read[2]
+    assert [turn.text for turn in read[0].turns] == ["Be brief.", "Why?", "So.", "And?", "No."]
 
 
 # columns --------------------------------------------------------------------------------------------------------
@@ -203,7 +239,7 @@ BAD_COLUMNS: list[tuple[str, str]] = [
     ("a.png,?,1,2", "the row has 4 cells, the header 3"),
     ("broken.png,?,1", "the image is in no format that Pillow knows"),
     ("/etc/passwd,?,1", "lies outside of the data set's folder"),
-    ("data:image/png;base64,?,1", "the row has 4 cells"),
+    ("data:image/png;base64,?,1", "the row has 5 cells"),
 ]
 
 
@@ -215,16 +251,39 @@ def test_every_bad_row_of_a_csv_is_listed(
     rows = "\n".join(
         ["picture,question,answer", "a.png,?,1", ",no image?,1", *(row for row, _ in BAD_COLUMNS)]
     )
-    (tmp_path / "train.csv").write_text(rows.replace("base64,?,1", "base64,x,?,1"))
+    (tmp_path / "train.csv").write_text(rows.replace("base64,?,1", "base64,x,y,?,1"))
     columns = {"image": "picture", "query": "question", "label": "answer"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(_recipe(world, tmp_path, columns=columns)))
     assert main([str(recipe), "--quiet"]) == 2
     said = capsys.readouterr().err
     for number, (_, reason) in enumerate(BAD_COLUMNS, 2):
-        line = next(line for line in said.splitlines() if line.startswith(f"train row {number}: "))
+        place = f"train row {number} (train.csv line {number + 2}): "
+        line = next(line for line in said.splitlines() if line.startswith(place))
         assert reason in line
     assert f"{len(BAD_COLUMNS)} bad rows" in said
+
+
+def test_rows_that_are_bad_for_one_reason_are_said_once(world: Path, tmp_path: Path) -> None:
+    _images(tmp_path, "a.png")
+    lines = ['a.png,"two\nlines",1', "", *["a.png,?,"] * 7, "a.png,<|im_end|>,1"]
+    (tmp_path / "train.csv").write_text("\n".join(["picture,question,answer", *lines]))
+    columns = {"image": "picture", "query": "question", "label": "answer"}
+    with pytest.raises(ConfigError) as raised:
+        prepare(_recipe(world, tmp_path, columns=columns), quiet=True)
+    head, many, one, where = str(raised.value).splitlines()
+    assert head.startswith("data.dataset: 8 bad rows; mend them, or set")
+    assert many.startswith(
+        "train rows 1, 2, 3, 4, 5 and 2 more (train.csv lines 5, 6, 7, 8, 9): answer is None"
+    )
+    assert one.startswith("train row 8 (train.csv line 12): question holds the special token <|im_end|>")
+    listed = [json.loads(line) for line in Path(where.rpartition(" ")[2]).read_text().splitlines()]
+    assert [(row["row"], row["file"], row["line"]) for row in listed[-2:]] == [
+        (7, "train.csv", 11),
+        (8, "train.csv", 12),
+    ]
+    index = prepare(_recipe(world, tmp_path, columns=columns, on_bad_row="drop"), quiet=True)
+    assert [note.line for note in notes_of(_recipe(world, tmp_path, columns=columns), index.path)][-1] == 12
 
 
 def test_data_of_no_known_format_is_refused_with_its_columns(world: Path, tmp_path: Path) -> None:
@@ -235,6 +294,17 @@ def test_data_of_no_known_format_is_refused_with_its_columns(world: Path, tmp_pa
         prepare(_recipe(world, tmp_path, columns={"query": "question", "label": "text"}), quiet=True)
     with pytest.raises(ConfigError, match="has no column messages"):
         prepare(_recipe(world, tmp_path, format="messages"), quiet=True)
+    for content, words in (
+        (
+            '[{"query": "?"}]',
+            r"no row that can be read \(line 1: the row is a list, not a mapping .*; write one JSON",
+        ),
+        ('\n{\n"query": "?"}', r"no row that can be read \(line 2: column 2: Expecting property name"),
+        ("", "has no rows; write some, or name another split"),
+    ):
+        (tmp_path / "none.jsonl").write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            prepare(_recipe(world, tmp_path, train="none"), quiet=True)
     (tmp_path / "bad.csv").write_text("a,a\n1,2\n")
     with pytest.raises(ConfigError, match="has no header of distinct column names"):
         prepare(_recipe(world, tmp_path, train="bad"), quiet=True)

@@ -275,18 +275,19 @@ def test_a_special_token_in_the_system_message_is_refused_before_anything_is_rea
 
 def test_every_bad_row_is_in_a_file_that_the_refusal_names(world: Path, tmp_path: Path) -> None:
     def damage(rows: list[dict[str, Any]]) -> None:
-        for row in rows[:52]:
-            row.update(query="")
+        for number, row in enumerate(rows[:53]):
+            row.update(human_or_machine=2 + min(number, 51))
 
     recipe = _recipe(world, tmp_path, damage, count=60)
     with pytest.raises(ConfigError) as raised:
         prepare(recipe, quiet=True)
     *_, more, last = str(raised.value).splitlines()
-    assert more == "... and 2 more"
+    assert more == "... and 3 more, of 2 other reasons"
     listed = Path(last.removeprefix("all of them are listed in "))
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
-    assert [row["row"] for row in rows] == list(range(52))
-    assert rows[51] == {"split": "train", "row": 51, "reason": "query is empty"}
+    assert [row["row"] for row in rows] == list(range(53))
+    reason = "human_or_machine is 53, not 0 or 1"
+    assert rows[52] == {"split": "train", "row": 52, "reason": reason, "file": "", "line": 0}
     write_charts(tmp_path / "charts", {"train": chart_rows(60, 0)})
     assert prepare(recipe, quiet=True)
     assert listed.parent == index_path(recipe).parent

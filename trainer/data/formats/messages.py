@@ -1,4 +1,7 @@
-"""Chats as trl and ms-swift take them: `messages` with roles and contents, and `images` beside them or within."""
+"""Chats as trl and ms-swift take them: `messages` with roles and contents, and `images` beside them or within.
+
+Chats of ShareGPT and LLaVA, too: `conversations` with `from` and `value`, whose speakers are human and gpt.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from trainer.data.rows import IMAGE, Row, Turn
 
 TAG = "<image>"
 """Where an image stands in a text (ms-swift, LLaVA)."""
+CHATS = ("messages", "conversations")
+"""Names of the column that holds a chat, the first one that is there counts."""
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_UNREAD = ("videos", "video", "audios", "audio", "tools", "rejected", "rejected_response")
 _ROLES = ("system", "user", "assistant")
 _IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
 
@@ -21,9 +28,14 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
     An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
     images stand before the first question, as trl 1.16 puts them.
     """
-    messages = raw.get("messages")
+    name = next((name for name in CHATS if raw.get(name) is not None), CHATS[0])
+    messages = raw.get(name)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RowError(f"messages is {repr(messages)[:60]}, not a list of messages")
+        raise RowError(f"{name} is {repr(messages)[:60]}, not a list of messages")
+    if unread := next((column for column in _UNREAD if raw.get(column)), None):
+        raise RowError(f"{unread} beside the chat is not trained here; take it out of the row")
+    if system := raw.get("system"):
+        messages = [{"role": "system", "content": system}, *messages]
     images = list(files.read_all(raw["images"] if raw.get("images") is not None else raw.get("image")))
     inline: list[bytes] = []
     turns = [_turn(number, message, files, inline) for number, message in enumerate(messages)]
@@ -43,6 +55,9 @@ def _turn(number: int, message: object, files: ImageFiles, inline: list[bytes]) 
     if not isinstance(message, Mapping):
         raise RowError(f"message {number} is a {type(message).__name__}, not a role and a content")
     role, content = message.get("role"), message.get("content")
+    if role is None and content is None:
+        role, content = message.get("from"), message.get("value")
+        role = _SPEAKERS.get(str(role), role)
     if role not in _ROLES:
         raise RowError(f"message {number} has the role {repr(role)[:40]}, not {', '.join(_ROLES)}")
     if message.get("tool_calls"):

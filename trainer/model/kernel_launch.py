@@ -78,25 +78,30 @@ def specialize(parameters: Sequence[Any], arguments: Sequence[Any]) -> tuple[lis
     Raises:
         TypeError: an argument is neither a tensor nor a number nor a constant.
     """
-    values: list[Any] = []
-    specialization: list[Any] = []
-    for parameter, value in zip(parameters, arguments, strict=False):
+    values = list(arguments)
+    specialization = []
+    for number, (parameter, value) in enumerate(zip(parameters, arguments, strict=False)):
         kind = type(value)
         if parameter.is_constexpr or value is None:
             specialization.append(value)
-        elif isinstance(value, Tensor):
-            dtype, value = value.dtype, value.data_ptr()
-            specialization += dtype, value % _ALIGNMENT == 0
         elif kind is int:
-            specialization.append(32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else 65)
-            if not parameter.do_not_specialize:
-                specialization += value % _ALIGNMENT == 0, value == 1
+            specialization.append(_of_number(value, not parameter.do_not_specialize))
         elif kind is float or kind is bool:
             specialization.append(kind)
+        elif isinstance(value, Tensor):
+            values[number] = address = value.data_ptr()
+            specialization.append(value.dtype if address % _ALIGNMENT == 0 else (value.dtype, "unaligned"))
         else:
             raise TypeError(f"{parameter.name}: a kernel takes tensors, numbers and constants, not a {kind}")
-        values.append(value)
     return values, specialization
+
+
+def _of_number(value: int, specialized: bool) -> str:
+    """What Triton compiles a kernel for in a whole number: its width, that it is 1, that the alignment divides it."""
+    width = "32" if -(2**31) <= value < 2**31 else "64" if value < 2**63 else "unsigned 64"
+    if not specialized:
+        return width
+    return width + (" one" if value == 1 else " aligned" if value % _ALIGNMENT == 0 else "")
 
 
 def cdiv(size: int, tile: int) -> int:

@@ -24,7 +24,7 @@ from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
 from launch.run.changes import content_changes, refuse_changes
-from launch.run.directory import RunDirectory
+from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
 from launch.run.lock import hold_lock, lock_holder
 from launch.run.request_files import write_request
@@ -97,7 +97,7 @@ def restored(
 
 
 def _prefix(run: RunDirectory) -> str:
-    return f".replay-{run.name}-"
+    return f"{COPY_PREFIX}{run.name}-"
 
 
 def _remove_leftovers(run: RunDirectory) -> None:

@@ -50,6 +50,8 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     """
     folder = Path(dataset).expanduser()
     if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"--data: {printable(str(folder))} is no folder; give the folder that it is in")
         if dataset != EMBEDDED and not is_hub_id(dataset):
             raise ConfigError(
                 f"--data: {dataset!r} is not a folder here and not a hub id (owner/name); give a folder with a table"

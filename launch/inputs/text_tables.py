@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -10,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, printable, read_bytes
+from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, plain_size, printable, read_bytes
 
 SUFFIXES = (".jsonl", ".csv")
+csv.field_size_limit(TABLE)  # of a cell; 128 KiB by default
 _COLUMN_ROWS = 100  # of which the columns of a JSONL file are taken: its lines need not agree
 
 
@@ -28,7 +30,7 @@ class TextTable:
         self._line_numbers = array("q")
         self._ends: list[tuple[int, Path]] = []
         for file in files:
-            content = read_bytes(file, TABLE)
+            content = _content(file)
             lines = (
                 _records(file, content) if file.suffix == ".csv" else enumerate(content.splitlines(), start=1)
             )
@@ -44,7 +46,7 @@ class TextTable:
     def raw(self, number: int) -> dict[str, Any]:
         """A row's values by column. ValueError says in a line why it has none."""
         try:
-            values = parse_json(self._lines[number])
+            values = parse_json(self._lines[number], unique_keys=True)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("line 1, ")) from None  # a row is one line
         if not isinstance(values, dict):
@@ -84,6 +86,17 @@ class TextTable:
         return list(names)
 
 
+def _content(file: Path) -> bytes:
+    if plain_size(file) > TABLE:
+        reason = f"is too large ({plain_size(file):,} bytes, at most {TABLE:,} of one file are read)"
+        shards = f"{file.stem}-00000{file.suffix}"
+        raise UntrustedFileError(file, reason, f"cut it into {shards} and so on, or write parquet")
+    content = read_bytes(file, TABLE)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UntrustedFileError(file, "is UTF-16 text", "save it as UTF-8")
+    return content
+
+
 _DAMAGED = "\0damaged"  # no column of a CSV file: it may hold no NUL
 
 
@@ -101,9 +114,15 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
             raise UntrustedFileError(
                 file, f"separates its columns by {other!r}, not by commas", "save it with commas"
             )
+        if spaced := [name for name in header if name != name.strip()]:
+            raise UntrustedFileError(
+                file, f"has spaces around the column name {spaced[0]!a}", "take them out"
+            )
         if not header or len({*header}) != len(header) or not all(name.strip() for name in header):
             raise UntrustedFileError(
-                file, f"has no header of distinct column names ({printable(','.join(header))[:100]!r})"
+                file,
+                f"has no header of distinct column names ({printable(','.join(header))[:100]!r})",
+                "write one",
             )
         begin = reader.line_num + 1
         for record in reader:
@@ -113,6 +132,12 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
             values: dict[str, str | None] = dict(zip(header, (cell or None for cell in record), strict=False))
             if len(record) != len(header):
                 values[_DAMAGED] = f"the row has {len(record)} cells, the header {len(header)}"
+            elif any(cell.startswith(' "') for cell in record):
+                values[_DAMAGED] = (
+                    "a cell begins with a space before its quote, which is read as a part of the text"
+                )
             yield line_number, json.dumps(values).encode()
     except csv.Error as error:
-        raise UntrustedFileError(file, f"is no CSV (line {reader.line_num:,}: {error})") from None
+        raise UntrustedFileError(
+            file, f"is no CSV (line {reader.line_num:,}: {error})", "correct it"
+        ) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from trainer.progress_bars import ReportProgress
 
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
+
+
+MAX_CHARACTERS = 1_000_000
+"""Of one text: some 200,000 tokens; no tokenizer is given more to chew."""
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,11 @@ def _decoded_size(image: bytes) -> _Size:
 
 
 def _measure(
-    number: int, row: Row | RowError, sizes: dict[bytes, _Size], encoder: Encoder, texts: tuple[str, str]
+    number: int,
+    row: Row | RowError,
+    sizes: dict[bytes, _Size],
+    encoder: Encoder,
+    texts: tuple[str, str] | None,
 ) -> Measured:
     if isinstance(row, RowError):
         raise row
@@ -153,12 +163,15 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
     return patches // images.merge_size**2
 
 
-def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str]) -> None:
-    """`texts`: what the table calls the question and the answer of a row without further turns."""
-    is_question = len(row.turns) == 2
+def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str] | None) -> None:
+    """`texts`: what the table calls question and answer; None: they are messages."""
     for place, turn in enumerate(row.turns):
+        name = texts[place] if texts else f"message {place} ({turn.role})"
+        if len(turn.text) > MAX_CHARACTERS:
+            raise RowError(f"{name} has {len(turn.text):,} characters, more than any model reads; cut it")
+        if half := _HALF_CHARACTER.search(turn.text):
+            raise RowError(f"{name} holds half a character ({half[0]!a} at {half.start():,}); write it whole")
         if special := encoder.control_tokens.search(turn.text):
-            name = texts[place] if is_question else f"message {place} ({turn.role})"
             raise RowError(
                 f"{name} holds the special token {special[0]}, which the model does not read as text"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,9 @@ UNWRITABLE = _encoded(
     JPEG, "JPEG", exif=_exif(UPRIGHT_BY_SIX, (RESOLUTION, 10, 1, struct.pack("<ii", -5, 0)))
 )
 """A JPEG whose EXIF Pillow 12 reads and cannot write again when it turns the image: `struct.error`."""
+_HEADER = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+BOMB = _encoded(JPEG, "PNG")
+BOMB = BOMB[:12] + _HEADER + struct.pack(">I", zlib.crc32(_HEADER)) + BOMB[33:]
 
 
 # images -------------------------------------------------------------------------------------------------------
@@ -192,6 +196,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "no image format": (
         {"image": {"bytes": b"hello", "path": None}},
         "the image is in no format that Pillow knows (5 bytes, the first 68 65 6c 6c 6f)",
+    ),
+    "a bomb": (
+        {"image": {"bytes": BOMB, "path": None}},
+        "the image has too many pixels (DecompressionBombError: Image size (900000000 pixels)",
     ),
     "image token": ({"query": "what is <|image_pad|> here"}, "query holds the special token <|image_pad|>"),
     "video token": ({"query": "<|video_pad|>"}, "query holds the special token <|video_pad|>"),

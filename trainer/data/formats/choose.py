@@ -18,13 +18,13 @@ from trainer.data.rows import Row
 class Format:
     """A format by name; `row`: makes one row of what a table holds; `description`: why this one, for the log.
 
-    `texts`: the columns of question and answer, as the table calls them.
+    `texts`: the columns of question and answer, as the table calls them; None: they are in messages.
     """
 
     name: str
     row: Callable[[Mapping[str, Any], ImageFiles], Row]
     description: str
-    texts: tuple[str, str] = ("query", "label")
+    texts: tuple[str, str] | None = None
 
 
 def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 _LOG2E = tl.constexpr(1.4426950408889634)  # the kernels' powers are of 2
 FORWARD = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
 OF_KEYS = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
@@ -65,6 +67,7 @@ def _soften(scores, largest, total, kept_sum, values):
     return higher, total, kept_sum
 
 
+@DirectLaunch
 @_any_length
 def _forward(
     q,
@@ -111,6 +114,7 @@ def _forward(
     tl.store(sums + head.to(tl.int64) * tokens + row, largest + tl.log2(total), mask=row < end)
 
 
+@DirectLaunch
 @_any_length
 def _along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr):
     """along fp32 [heads, tokens]: the sum over channels of out * gradient [tokens, heads, D]."""
@@ -123,6 +127,7 @@ def _along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr
     tl.store(along + head.to(tl.int64) * tokens + token, tl.sum(one * other, axis=1), mask=head < heads)
 
 
+@DirectLaunch
 @_any_length
 def _of_keys(
     q,
@@ -180,6 +185,7 @@ def _query_step(queries, back, logarithm, along, keys, values, query_sum, scale,
     return tl.dot((weights * change).to(keys.dtype), keys, query_sum)
 
 
+@DirectLaunch
 @_any_length
 def _of_queries(
     q,
@@ -247,7 +253,7 @@ class _Attention(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         tokens, heads, width = q.shape
         along = torch.empty_like(sums)
-        _along[(tokens,)](out, gradient, along, tokens, heads, triton.next_power_of_2(heads), width)
+        _along[(tokens,)](out, gradient, along, tokens, heads, next_power_of_2(heads), width)
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (bounds, tokens, len(ctx.lengths), heads, heads // k.shape[1], ctx.scale)
         given = q, k, v, gradient, sums, along
@@ -267,7 +273,7 @@ def faster_than_pytorch(device: torch.device, width: int) -> bool:
 
 
 def _tiles(lengths: Sequence[int], size: int) -> int:
-    return sum(triton.cdiv(length, size) for length in lengths)
+    return sum(cdiv(length, size) for length in lengths)
 
 
 def attend_causally(

@@ -234,11 +234,15 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         tokens, heads, width = q.shape
+        ctx.lengths, ctx.scale = lengths, scale
+        if hopper := _hopper_kernels(q.device, width):
+            out, sums = hopper.attend(q, k, v, bounds, lengths, scale)
+            ctx.save_for_backward(q, k, v, out, sums, bounds)
+            return cast(Tensor, out)
         out, sums = torch.empty_like(q), q.new_empty(heads, tokens, dtype=torch.float32)
         shape = (bounds, tokens, len(lengths), heads, heads // k.shape[1], scale)
         _forward[(_tiles(lengths, FORWARD["M"]), heads)](q, k, v, out, sums, *shape, D=width, **FORWARD)
         ctx.save_for_backward(q, k, v, out, sums, bounds)
-        ctx.lengths, ctx.scale = lengths, scale
         return out
 
     @staticmethod
@@ -246,8 +250,12 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, sums, bounds = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         tokens, heads, width = q.shape
-        along = torch.empty_like(sums)
+        hopper = _hopper_kernels(q.device, width)
+        along = hopper.numbers(heads, tokens, q.device) if hopper else torch.empty_like(sums)
         _along[(tokens,)](out, gradient, along, tokens, heads, triton.next_power_of_2(heads), width)
+        if hopper:
+            both = (sums, along, bounds, ctx.lengths, ctx.scale)
+            return *hopper.gradients(q, k, v, gradient, *both), None, None, None
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (bounds, tokens, len(ctx.lengths), heads, heads // k.shape[1], ctx.scale)
         given = q, k, v, gradient, sums, along
@@ -264,6 +272,18 @@ class _Attention(torch.autograd.Function):
 def faster_than_pytorch(device: torch.device, width: int) -> bool:
     """Return whether these kernels were measured to be faster there: heads of 128 channels on Hopper (H100, H200)."""
     return device.type == "cuda" and width == 128 and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def _hopper_kernels(device: torch.device, width: int) -> Any:
+    """`trainer.model.hopper_text_attention` where it can compute: on Hopper, with a Triton that has its language."""
+    if device.type != "cuda" or width != 128 or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from trainer.model import hopper_text_attention
+    except (ImportError, AttributeError):
+        return None
+    return hopper_text_attention
 
 
 def _tiles(lengths: Sequence[int], size: int) -> int:

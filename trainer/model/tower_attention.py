@@ -44,7 +44,22 @@ def _own(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> T
     return attend_images(q, k, v, segments.cu_seqlens, segments.lengths, scale)
 
 
-KERNELS: dict[str, Kernel] = {"PyTorch's varlen_attn": _pytorch, "samestep's Triton kernel": _own}
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, keys: int) -> Tensor:
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        raise NotImplementedError  # its compiler may end the process there
+    from trainer.model.hopper_tower_attention import (
+        attend_images_on_hopper,
+    )  # a Triton without it: another kernel computes
+
+    return attend_images_on_hopper(q, k, v, segments.cu_seqlens, segments.lengths, scale, keys=keys)
+
+
+KERNELS: dict[str, Kernel] = {
+    "PyTorch's varlen_attn": _pytorch,
+    "samestep's Triton kernel": _own,
+    "samestep's kernel for Hopper": partial(_on_hopper, keys=64),
+    "samestep's kernel for Hopper, 128 keys": partial(_on_hopper, keys=128),
+}
 DEFAULT = "PyTorch's varlen_attn"
 
 
@@ -95,10 +110,11 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 
 
 def _remembered(facts: Mapping[str, str]) -> dict[str, float] | None:
-    """Milliseconds by kernel that an earlier process measured; None without a file that says so."""
+    """Milliseconds by kernel that an earlier process measured; None without a file that says so of all kernels."""
     try:
-        times = read_json(_file(facts))["milliseconds"]
-        if DEFAULT in times and times.keys() <= KERNELS.keys():
+        measured = read_json(_file(facts))
+        times = measured["milliseconds"]
+        if DEFAULT in times and measured["kernels"] == list(KERNELS):
             return {name: float(value) for name, value in times.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -110,7 +126,9 @@ def _remember(facts: Mapping[str, str], times: Mapping[str, float]) -> None:
     file = _file(facts)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps({**facts, "milliseconds": dict(times)}, indent=1))
+        atomic_write(
+            file, json.dumps({**facts, "kernels": list(KERNELS), "milliseconds": dict(times)}, indent=1)
+        )
 
 
 @torch.no_grad()

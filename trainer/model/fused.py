@@ -30,7 +30,7 @@ from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
 from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.pass_kernels import layer_norm, swiglu
-from trainer.model.text_attention_kernel import attend_causally, faster_than_pytorch
+from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]

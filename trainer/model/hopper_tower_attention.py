@@ -1,9 +1,10 @@
-"""The vision tower's attention on Hopper (H100, H200): products of one tile run beside the softmax of another.
+"""The vision tower's attention on Hopper (H100, H200), in Gluon (`trainer.model.hopper_tiles`).
 
-`trainer.model.attention_kernel` waits for the scores of a tile, for its softmax and for its sums, one after the other.
-Here the scores of the next tile and the sums of this one are given to the tensor cores together, and the softmax of
-the next tile is computed while they add up: the order of FlashAttention 3 (Shah et al., arXiv 2407.08608, section
-3.2). Written in Gluon (`trainer.model.hopper_tiles`).
+`trainer.model.attention_kernel` computes an address for every number that it reads, and waits for the sums of a tile
+before it begins the next. Here tiles come through the card's copy engine, and the scores of a tile are begun while the
+sums of the one before are added up. What else waits is filled by the other programs of a processor: eight warps of few
+registers leave room for two. The order of FlashAttention 3 (Shah et al., arXiv 2407.08608), which computes a softmax
+beside the products of its own program, was slower for heads of 80 channels (`benchmarks/NOTES.md`).
 
 Numbers and limits are those of `attention_kernel`: scores and sums fp32, weights rounded to the dtype of v before they
 meet it, every output written by one program. A NaN in an image's v may reach the image before it in the pass, whose
@@ -23,11 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trainer.model.hopper_tiles import arrived, as_rows, every_warp, load, product, soften, times_rows
+
+_KEYS, _PLACES = 64, 2  # keys of a tile, tiles of them in flight
 
 
 @gluon.jit
@@ -107,38 +111,32 @@ def _attend(
     zero = gl.zeros([M, N], gl.float32, of_scores)
     largest = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, of_scores))
     total = gl.zeros([M], gl.float32, gl.SliceLayout(1, of_scores))
-    left_sum = gl.zeros([M, A], gl.float32, of_left)
-    right_sum = gl.zeros([M, B], gl.float32, of_right)
-    key = begin + gl.arange(0, N, gl.SliceLayout(0, of_scores))
+    left = warpgroup_mma_init(gl.zeros([M, A], gl.float32, of_left))
+    right = warpgroup_mma_init(gl.zeros([M, B], gl.float32, of_right))
     mbarrier.wait(q_bar, 0)
-    arrived(k_bars, 0, True, S)
-    scores = _scores(q_left, q_right, k_left, k_right, 0, zero, S)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    scores = gl.where((key < end)[None, :], scores, float("-inf"))
-    largest, softened, kept, total = soften(scores, largest, total, scale)
-    weights = softened.to(dtype)
-    every_warp()  # every warp has the scores of tile 0: its keys' place is free
-    _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, S, begin, column, tiles > S, S)
-    arrived(v_bars, 0, True, S)
-    arrived(k_bars, 1, tiles > 1, S)
     for number in range(tiles - 1):
-        following = _scores(q_left, q_right, k_left, k_right, number + 1, zero, S)
-        left, right = _sums(weights, v_left, v_right, left_sum, right_sum, number % S)
-        scores = warpgroup_mma_wait(2, deps=(following,))
-        if number + 2 == tiles:
-            scores = gl.where((key + (number + 1) * N < end)[None, :], scores, float("-inf"))
-        largest, softened, kept, total = soften(scores, largest, total, scale)
-        # Waited for at this place because it branches: else ptxas puts the wait for the sums before the softmax.
-        arrived(v_bars, number + 1, True, S)
-        arrived(k_bars, number + 2, number + 2 < tiles, S)
+        arrived(k_bars, number, True, S)
+        scores = warpgroup_mma_wait(0, deps=(_scores(q_left, q_right, k_left, k_right, number, zero, S),))
+        largest, weights, kept, total = soften(scores, largest, total, scale)
         left_sum, right_sum = warpgroup_mma_wait(0, deps=(left, right))
-        every_warp()  # no warp needs these values and those keys any more
-        ahead = number + S
-        _fetch(v_left_d, v_right_d, v_left, v_right, v_bars, ahead, begin, column, ahead < tiles, S)
-        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, ahead + 1, begin, column, ahead + 1 < tiles, S)
+        every_warp()  # has the scores of this tile and the sums of the one before: their places are free
+        ahead, behind = number + S, number - 1 + S
+        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, ahead, begin, column, ahead < tiles, S)
+        there = (behind < tiles) & (number > 0)
+        _fetch(v_left_d, v_right_d, v_left, v_right, v_bars, behind, begin, column, there, S)
         left_sum, right_sum = times_rows(left_sum, kept), times_rows(right_sum, kept)
-        weights = softened.to(dtype)
-    left, right = _sums(weights, v_left, v_right, left_sum, right_sum, (tiles - 1) % S)
+        arrived(v_bars, number, True, S)
+        left, right = _sums(weights.to(dtype), v_left, v_right, left_sum, right_sum, number % S)
+    last = tiles - 1  # the one tile that may be filled up with keys of the next image, or with zeros
+    arrived(k_bars, last, True, S)
+    scores = warpgroup_mma_wait(0, deps=(_scores(q_left, q_right, k_left, k_right, last, zero, S),))
+    key = begin + last * N + gl.arange(0, N, gl.SliceLayout(0, of_scores))
+    scores = gl.where((key < end)[None, :], scores, float("-inf"))
+    largest, weights, kept, total = soften(scores, largest, total, scale)
+    left_sum, right_sum = warpgroup_mma_wait(0, deps=(left, right))
+    left_sum, right_sum = times_rows(left_sum, kept), times_rows(right_sum, kept)
+    arrived(v_bars, last, True, S)
+    left, right = _sums(weights.to(dtype), v_left, v_right, left_sum, right_sum, last % S)
     left_sum, right_sum = warpgroup_mma_wait(0, deps=(left, right))
     _store(out, times_rows(left_sum, 1 / total), first, end, heads * (A + B), column, dtype)
     _store(out, times_rows(right_sum, 1 / total), first, end, heads * (A + B), column + A, dtype)
@@ -152,7 +150,6 @@ def attend_images_on_hopper(
     lengths: Sequence[int],
     scale: float,
     queries: int = 128,
-    keys: int = 64,
 ) -> Tensor:
     """As `attention_kernel.attend_images`; in half precision on a GPU of compute capability 9.0.
 
@@ -180,19 +177,18 @@ def attend_images_on_hopper(
     tiles = sum(triton.cdiv(length, queries) for length in lengths)
     _attend[(tiles, heads)](
         *blocks(q.contiguous(), queries),
-        *blocks(k.contiguous(), keys),
-        *blocks(v, keys),
+        *blocks(k.contiguous(), _KEYS),
+        *blocks(v, _KEYS),
         out,
         bounds,
         len(lengths),
         heads,
         scale * 1.4426950408889634,  # the kernel's powers are of 2
         queries,
-        keys,
+        _KEYS,
         first,
         rest,
-        2,
-        num_warps=8,
-        **({"maxnreg": 128} if keys == 64 else {}),  # two programs to a processor
+        _PLACES,
+        num_warps=queries // 16,
     )
     return out

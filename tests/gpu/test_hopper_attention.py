@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.data.packing import cumulative
 from trainer.model.attention import Segments, attend
-from trainer.model.text_attention import attend_causally
+from trainer.model.text_attention import attend_causally, hopper_kernels
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")]
@@ -51,6 +51,9 @@ def test_text_attends_and_passes_gradients_back_as_the_loop_does_and_repeats_to_
     lengths: tuple[int, ...], shared: int
 ) -> None:
     segments, tokens = segments_of(*lengths), sum(lengths)
+    assert hopper_kernels(
+        segments.cu_seqlens.device, torch.bfloat16, 128, shared
+    )  # else others would compute below
     leaves = [random(tokens, heads, 128, seed=heads) for heads in (2 * shared, 2, 2)]
     back, scale = random(tokens, 2 * shared, 128, seed=9), 128**-0.5
 

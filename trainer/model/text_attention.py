@@ -74,7 +74,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: _Lengths, scale: float
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ctx.hopper = _hopper_kernels(q.device, q.dtype, q.shape[2], q.shape[1] // k.shape[1])
+        ctx.hopper = hopper_kernels(q.device, q.dtype, q.shape[2], q.shape[1] // k.shape[1])
         ctx.lengths, ctx.scale = lengths, scale
         out, sums = _output(ctx.hopper, q, k, v, bounds, lengths, scale)
         ctx.save_for_backward(q, k, v, out, sums, bounds)
@@ -94,7 +94,7 @@ def faster_than_pytorch(device: torch.device, width: int) -> bool:
 
 
 @cache
-def _hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, shared: int) -> Any:
+def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, shared: int) -> Any:
     """`trainer.model.hopper_text_attention` where it computes what these kernels do: on Hopper, by a first use.
 
     Its language is experimental, so a version of Triton may not compile it, or otherwise.

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -351,4 +350,4 @@ def _rows(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tiles(lengths: Sequence[int], rows_of_token: int, size: int) -> int:
-    return sum(triton.cdiv(length * rows_of_token, size) for length in lengths)
+    return sum(cdiv(length * rows_of_token, size) for length in lengths)

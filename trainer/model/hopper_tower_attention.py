@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -157,9 +156,9 @@ def attend_images_on_hopper(
         ValueError: the width is not the sum of two powers of 2 from 16 on.
     """
     patches, heads, width = q.shape
-    first = triton.next_power_of_2(width + 1) // 2
+    first = next_power_of_2(width + 1) // 2
     rest = width - first
-    if rest < 16 or rest != triton.next_power_of_2(rest):
+    if rest < 16 or rest != next_power_of_2(rest):
         raise ValueError(f"attention: heads of {width} channels are not two tiles")
     if v.stride(2) != 1 or v.stride(1) != width:
         v = v.contiguous()
@@ -174,7 +173,7 @@ def attend_images_on_hopper(
             for part, layout in zip((first, rest), layouts, strict=True)
         ]
 
-    tiles = sum(triton.cdiv(length, queries) for length in lengths)
+    tiles = sum(cdiv(length, queries) for length in lengths)
     _attend[(tiles, heads)](
         *blocks(q.contiguous(), queries),
         *blocks(k.contiguous(), _KEYS),

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 _BLOCK = 2048  # of SwiGLU: Liger's has a row a program, of 18,944 numbers in 32,768 places
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -22,6 +25,7 @@ def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype), mask=inside)
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu_gradient(gradient, gate, up, values, BLOCK: tl.constexpr):
     """gate and up become their gradients."""
@@ -44,14 +48,14 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(up)
-        _swiglu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
+        _swiglu[(cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
         ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        grid = (cdiv(gate.numel(), _BLOCK),)
         _swiglu_gradient[grid](gradients[0].contiguous(), gate, up, gate.numel(), _BLOCK)
         return gate, up
 
@@ -61,6 +65,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return cast(Tensor, _SwiGlu.apply(gate, up))
 
 
+@DirectLaunch
 @triton.jit
 def _layer_norm(
     x,
@@ -119,7 +124,7 @@ def layer_norm(
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     residual_or_x = x if residual is None else residual.contiguous()
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     _layer_norm[(x.numel() // columns,)](
         x,
         residual_or_x,

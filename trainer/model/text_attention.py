@@ -13,10 +13,10 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from trainer.model import text_attention_kernel as kernels
+from trainer.model.kernel_launch import cdiv, next_power_of_2
 
 logger = logging.getLogger("trainer")
 
@@ -52,7 +52,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, width = q.shape
     along = hopper.numbers(heads, tokens, q.device) if hopper else torch.empty_like(sums)
-    kernels.along[(tokens,)](out, gradient, along, tokens, heads, triton.next_power_of_2(heads), width)
+    kernels.along[(tokens,)](out, gradient, along, tokens, heads, next_power_of_2(heads), width)
     if hopper:
         given = q, k, v, gradient, sums, along, bounds, lengths, scale
         return cast(tuple[Tensor, Tensor, Tensor], hopper.gradients(*given))
@@ -138,7 +138,7 @@ def _apart(hopper: Any, device: torch.device, dtype: torch.dtype, width: int, sh
 
 
 def _tiles(lengths: Sequence[int], size: int) -> int:
-    return sum(triton.cdiv(length, size) for length in lengths)
+    return sum(cdiv(length, size) for length in lengths)
 
 
 def attend_causally(

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trainer.model.kernel_launch import DirectLaunch
+
 _LOG2E = tl.constexpr(1.4426950408889634)  # the kernels' powers are of 2
 FORWARD = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
 OF_KEYS = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
@@ -59,6 +61,7 @@ def _soften(scores, largest, total, kept_sum, values):
     return higher, total, kept_sum
 
 
+@DirectLaunch
 @_any_length
 def forward(
     q,
@@ -105,6 +108,7 @@ def forward(
     tl.store(sums + head.to(tl.int64) * tokens + row, largest + tl.log2(total), mask=row < end)
 
 
+@DirectLaunch
 @_any_length
 def along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr):
     """along fp32 [heads, tokens]: the sum over channels of out * gradient [tokens, heads, D]."""
@@ -117,6 +121,7 @@ def along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr)
     tl.store(along + head.to(tl.int64) * tokens + token, tl.sum(one * other, axis=1), mask=head < heads)
 
 
+@DirectLaunch
 @_any_length
 def of_keys(
     q,
@@ -174,6 +179,7 @@ def _query_step(queries, back, logarithm, along, keys, values, query_sum, scale,
     return tl.dot((weights * change).to(keys.dtype), keys, query_sum)
 
 
+@DirectLaunch
 @_any_length
 def of_queries(
     q,

@@ -1,8 +1,8 @@
 """Started by `accelerate launch` under fsdp or zero3: runs whose decoder layers are watched as they come and go.
 
 A run named `fused-...` computes them by `trainer.model.fused`, with its kernels in Triton's interpreter and plain
-PyTorch for Liger's; one named `kept-...` has a plan that keeps a layer whole. `<run>.json`, beside each run, is what
-rank 0 saw: [`training` of a micro-batch or `evaluation`, all-gathers, layers left whole, whether they are fused].
+PyTorch for Liger's norms; one named `kept-...` has a plan that keeps a layer whole. `<run>.json`, beside each run, is
+what rank 0 saw: [`training` of a micro-batch or `evaluation`, all-gathers, layers left whole, whether they are fused].
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import torch
-from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import silu
 
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from tests.trainer.model.test_fused import plain_norm
+from tests.trainer.model.test_fused import plain_norm, plain_norm_of_sum
 from trainer import train
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.loop import build
@@ -36,34 +34,14 @@ _schedule = build.schedule_gathers
 COLLECTIVES = [0]
 
 
-class _Plain:
-    """An autograd function of Liger's that PyTorch differentiates by itself."""
-
-    def __init__(self, compute: Callable[..., Any]) -> None:
-        self.apply = compute
-
-
-def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    def turn(x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
-
-    return turn(query), turn(key)
-
-
-def _norm_of_sum(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return plain_norm(x + residual, *rest)
-
-
 def _stock(*_: Any, **__: Any) -> Any:
     return NotImplemented
 
 
 FUSED = [
     mock.patch.object(base, "_no_kernels", return_value=None),
-    mock.patch.object(fused, "rms_norm_forward", plain_norm),
-    mock.patch.object(fused, "fused_add_rms_norm_forward", _norm_of_sum),
-    mock.patch.object(fused, "LigerRopeFunction", _Plain(_turn)),
+    mock.patch.object(fused, "norm_forward", plain_norm),
+    mock.patch.object(fused, "norm_of_sum_forward", plain_norm_of_sum),
     mock.patch.object(fused, "swiglu", lambda gate, up: silu(gate) * up),
     mock.patch.object(fused, "varlen", attention._loop),
     mock.patch.object(fused, "vision_attention", _stock),

@@ -11,6 +11,7 @@ G query heads to a head of keys, D channels; row r of a sample is token r // G, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from trainer.model.hopper_tiles import arrived, as_rows, every_warp, fetch, product, soften, times_rows
+from trainer.model.hopper_tiles import arrived, as_rows, every_warp, fetch, product, soften, tiles, times_rows
+from trainer.model.kernel_launch import DirectLaunch, cdiv
 
 _LOG2E = gl.constexpr(1.4426950408889634)  # the kernels' powers are of 2
 
@@ -87,6 +88,7 @@ def _packed(
     return place[:, None] * D + channel[None, :], (row // G < end - begin)[:, None]
 
 
+@DirectLaunch
 @_any_length
 def _forward(
     q, k_d, v_d, out, sums, bounds, tokens, samples, heads, scale,
@@ -97,7 +99,7 @@ def _forward(
     begin, end, tile = _sample(bounds, samples, gl.program_id(0), G, M)
     first_row, column = tile * M, key_head * D
     first_token = first_row // G
-    tiles = gl.minimum((first_row + M - 1) // G, end - begin - 1) // N + 1
+    count = gl.minimum((first_row + M - 1) // G, end - begin - 1) // N + 1
     scale *= _LOG2E
     dtype: gl.constexpr = k_d.dtype
     keys, k_bars = _places(k_d, S)
@@ -105,8 +107,8 @@ def _forward(
     fence_async_shared()
     every_warp()
     for i in gl.static_range(S):
-        fetch(k_d, keys, k_bars, i, begin, column, i < tiles, S)
-        fetch(v_d, values, v_bars, i, begin, column, i < tiles, S)
+        fetch(k_d, keys, k_bars, i, begin, column, i < count, S)
+        fetch(v_d, values, v_bars, i, begin, column, i < count, S)
     loaded: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [num_warps, 1], [1, 0])
     at, inside = _packed(begin, end, first_row, heads, key_head, loaded, M, G, D)
     queries = _shared(q, at, inside, M, D)
@@ -127,10 +129,10 @@ def _forward(
     largest, softened, kept, total = soften(scores, largest, total, scale)
     weights = softened.to(dtype)
     every_warp()  # has the scores of tile 0: its keys' place is free
-    fetch(k_d, keys, k_bars, S, begin, column, tiles > S, S)
+    fetch(k_d, keys, k_bars, S, begin, column, count > S, S)
     arrived(v_bars, 0, True, S)
-    arrived(k_bars, 1, tiles > 1, S)
-    for number in range(tiles - 1):
+    arrived(k_bars, 1, count > 1, S)
+    for number in range(count - 1):
         following = product(queries, keys, number + 1, zero, S)
         summing = warpgroup_mma(as_rows(weights, kept_sum), values.index(number % S), kept_sum, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(following,))
@@ -139,16 +141,16 @@ def _forward(
         largest, softened, kept, total = soften(scores, largest, total, scale)
         # Waited for at this place because it branches: else ptxas puts the wait for the sums before the softmax.
         arrived(v_bars, number + 1, True, S)
-        arrived(k_bars, number + 2, number + 2 < tiles, S)
+        arrived(k_bars, number + 2, number + 2 < count, S)
         kept_sum = warpgroup_mma_wait(0, deps=(summing,))
         every_warp()  # needs neither these values nor the keys of the scores any more
         ahead = number + S
-        fetch(v_d, values, v_bars, ahead, begin, column, ahead < tiles, S)
-        fetch(k_d, keys, k_bars, ahead + 1, begin, column, ahead + 1 < tiles, S)
+        fetch(v_d, values, v_bars, ahead, begin, column, ahead < count, S)
+        fetch(k_d, keys, k_bars, ahead + 1, begin, column, ahead + 1 < count, S)
         kept_sum = times_rows(kept_sum, kept)
         weights = softened.to(dtype)
     summing = warpgroup_mma(
-        as_rows(weights, kept_sum), values.index((tiles - 1) % S), kept_sum, is_async=True
+        as_rows(weights, kept_sum), values.index((count - 1) % S), kept_sum, is_async=True
     )
     kept_sum = times_rows(warpgroup_mma_wait(0, deps=(summing,)), 1 / total)
     gl.store(out + at, gl.convert_layout(kept_sum.to(dtype), loaded), mask=inside)
@@ -156,6 +158,7 @@ def _forward(
     gl.store(sums + place, largest + gl.log2(total), mask=row // G < end - begin)
 
 
+@DirectLaunch
 @_any_length
 def _of_queries(
     q, gradient, k_d, v_d, sums, along, of_q, bounds, tokens, samples, heads, scale,
@@ -166,15 +169,15 @@ def _of_queries(
     begin, end, tile = _sample(bounds, samples, gl.program_id(0), G, M)
     first_row, column = tile * M, key_head * D
     first_token = first_row // G
-    tiles = gl.minimum((first_row + M - 1) // G, end - begin - 1) // N + 1
+    count = gl.minimum((first_row + M - 1) // G, end - begin - 1) // N + 1
     dtype: gl.constexpr = k_d.dtype
     keys, k_bars = _places(k_d, S)
     values, v_bars = _places(v_d, S)
     fence_async_shared()
     every_warp()
     for i in gl.static_range(S):
-        fetch(k_d, keys, k_bars, i, begin, column, i < tiles, S)
-        fetch(v_d, values, v_bars, i, begin, column, i < tiles, S)
+        fetch(k_d, keys, k_bars, i, begin, column, i < count, S)
+        fetch(v_d, values, v_bars, i, begin, column, i < count, S)
     loaded: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [num_warps, 1], [1, 0])
     at, inside = _packed(begin, end, first_row, heads, key_head, loaded, M, G, D)
     queries, back = _shared(q, at, inside, M, D), _shared(gradient, at, inside, M, D)
@@ -194,10 +197,10 @@ def _of_queries(
     started = product(queries, keys, 0, zero, S), product(back, values, 0, zero, S)
     scores, change = warpgroup_mma_wait(0, deps=started)
     every_warp()  # has the products of tile 0: its values' place is free
-    fetch(v_d, values, v_bars, S, begin, column, tiles > S, S)
-    arrived(k_bars, 1, tiles > 1, S)
-    arrived(v_bars, 1, tiles > 1, S)
-    for number in range(tiles - 1):
+    fetch(v_d, values, v_bars, S, begin, column, count > S, S)
+    arrived(k_bars, 1, count > 1, S)
+    arrived(v_bars, 1, count > 1, S)
+    for number in range(count - 1):
         next_scores = product(queries, keys, number + 1, zero, S)
         next_change = product(back, values, number + 1, zero, S)
         weights = gl.exp2(scores * (scale * _LOG2E) - logarithm)
@@ -211,18 +214,19 @@ def _of_queries(
         scores, change, query_sum = warpgroup_mma_wait(0, deps=(next_scores, next_change, summing))
         every_warp()  # needs neither these keys nor the values of the next tile any more
         ahead = number + S
-        fetch(k_d, keys, k_bars, ahead, begin, column, ahead < tiles, S)
-        fetch(v_d, values, v_bars, ahead + 1, begin, column, ahead + 1 < tiles, S)
-        arrived(v_bars, number + 2, number + 2 < tiles, S)
-        arrived(k_bars, number + 2, number + 2 < tiles, S)
+        fetch(k_d, keys, k_bars, ahead, begin, column, ahead < count, S)
+        fetch(v_d, values, v_bars, ahead + 1, begin, column, ahead + 1 < count, S)
+        arrived(v_bars, number + 2, number + 2 < count, S)
+        arrived(k_bars, number + 2, number + 2 < count, S)
     weights = gl.exp2(scores * (scale * _LOG2E) - logarithm)
-    weights = gl.where(key + (tiles - 1) * N <= token, weights, 0.0)
+    weights = gl.where(key + (count - 1) * N <= token, weights, 0.0)
     both = (weights * (change - along_row)).to(dtype)
-    summing = warpgroup_mma(as_rows(both, query_sum), keys.index((tiles - 1) % S), query_sum, is_async=True)
+    summing = warpgroup_mma(as_rows(both, query_sum), keys.index((count - 1) % S), query_sum, is_async=True)
     query_sum = warpgroup_mma_wait(0, deps=(summing,))
     gl.store(of_q + at, gl.convert_layout((query_sum * scale).to(dtype), loaded), mask=inside)
 
 
+@DirectLaunch
 @_any_length
 def _of_keys(
     q_d, g_d, k, v, sums, along, of_k, of_v, bounds, tokens, samples, heads, scale,
@@ -341,12 +345,9 @@ def numbers(heads: int, tokens: int, device: torch.device) -> Tensor:
     return room[: heads * tokens].view(heads, tokens)
 
 
-def _rows(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks [rows, D] of x [tokens, heads, D], a head at a time."""
-    tokens, heads, width = x.shape
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-    return TensorDescriptor(x, [tokens, heads * width], [heads * width, 1], [rows, width], layout)
+def _rows(x: Tensor, rows: int) -> Any:
+    """Tiles [rows, D] of x [tokens, heads, D]."""
+    return tiles(x, rows, [x.shape[2]])[0]
 
 
 def _tiles(lengths: Sequence[int], rows_of_token: int, size: int) -> int:

@@ -7,9 +7,16 @@ names differ between Triton 3.6 and 3.8, which are both meant here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 every_warp = getattr(gl, "barrier", None) or gl.thread_barrier
 """Wait until all warps of the program are here."""
@@ -56,3 +63,20 @@ def as_rows(weights, like):
 def times_rows(x, factor):
     """x [M, N] * factor [M]."""
     return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+def tiles(x: Tensor, rows: int, columns: Sequence[int]) -> list[TensorDescriptor]:
+    """Describe x [rows, heads, channels], whose channels lie head after head, to the copy engine.
+
+    In tiles of `rows` rows and as many columns as each of `columns` says. The rows are a multiple of 16 bytes apart.
+    """
+    shape, strides = [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1]
+    return [
+        TensorDescriptor(x, shape, strides, [rows, each], _layout(rows, each, x.dtype)) for each in columns
+    ]
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)

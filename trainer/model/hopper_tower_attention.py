@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from trainer.model.hopper_tiles import arrived, as_rows, every_warp, load, product, soften, times_rows
+from trainer.model.hopper_tiles import arrived, as_rows, every_warp, load, product, soften, tiles, times_rows
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
 
 _KEYS, _PLACES = 64, 2  # keys of a tile, tiles of them in flight
 
@@ -63,6 +63,7 @@ def _store(out, x, first, end, stride, column, dtype: gl.constexpr):
     gl.store(out + at, x.to(dtype), mask=(row < end)[:, None])
 
 
+@DirectLaunch
 @gluon.jit(do_not_specialize=["images"])
 def _attend(
     q_left_d, q_right_d, k_left_d, k_right_d, v_left_d, v_right_d, out, bounds, images, heads, scale,
@@ -81,7 +82,7 @@ def _attend(
         first = gl.where(tile >= ended, ended, first)
     begin, end = gl.load(bounds + image), gl.load(bounds + image + 1)
     first = begin + (tile - first) * M
-    column, tiles = head * (A + B), (end - begin + N - 1) // N
+    column, count = head * (A + B), (end - begin + N - 1) // N
     dtype: gl.constexpr = q_left_d.dtype
     q_left = gl.allocate_shared_memory(dtype, [M, A], q_left_d.layout)
     q_right = gl.allocate_shared_memory(dtype, [M, B], q_right_d.layout)
@@ -102,8 +103,8 @@ def _attend(
     load(q_left_d, [first, column], q_bar, q_left)
     load(q_right_d, [first, column + A], q_bar, q_right)
     for i in gl.static_range(S):
-        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, i, begin, column, i < tiles, S)
-        _fetch(v_left_d, v_right_d, v_left, v_right, v_bars, i, begin, column, i < tiles, S)
+        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, i, begin, column, i < count, S)
+        _fetch(v_left_d, v_right_d, v_left, v_right, v_bars, i, begin, column, i < count, S)
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, N, 16])
     of_left: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, A, 16])
     of_right: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, B, 16])
@@ -113,20 +114,20 @@ def _attend(
     left = warpgroup_mma_init(gl.zeros([M, A], gl.float32, of_left))
     right = warpgroup_mma_init(gl.zeros([M, B], gl.float32, of_right))
     mbarrier.wait(q_bar, 0)
-    for number in range(tiles - 1):
+    for number in range(count - 1):
         arrived(k_bars, number, True, S)
         scores = warpgroup_mma_wait(0, deps=(_scores(q_left, q_right, k_left, k_right, number, zero, S),))
         largest, weights, kept, total = soften(scores, largest, total, scale)
         left_sum, right_sum = warpgroup_mma_wait(0, deps=(left, right))
         every_warp()  # has the scores of this tile and the sums of the one before: their places are free
         ahead, behind = number + S, number - 1 + S
-        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, ahead, begin, column, ahead < tiles, S)
-        there = (behind < tiles) & (number > 0)
+        _fetch(k_left_d, k_right_d, k_left, k_right, k_bars, ahead, begin, column, ahead < count, S)
+        there = (behind < count) & (number > 0)
         _fetch(v_left_d, v_right_d, v_left, v_right, v_bars, behind, begin, column, there, S)
         left_sum, right_sum = times_rows(left_sum, kept), times_rows(right_sum, kept)
         arrived(v_bars, number, True, S)
         left, right = _sums(weights.to(dtype), v_left, v_right, left_sum, right_sum, number % S)
-    last = tiles - 1  # the one tile that may be filled up with keys of the next image, or with zeros
+    last = count - 1  # the one tile that may be filled up with keys of the next image, or with zeros
     arrived(k_bars, last, True, S)
     scores = warpgroup_mma_wait(0, deps=(_scores(q_left, q_right, k_left, k_right, last, zero, S),))
     key = begin + last * N + gl.arange(0, N, gl.SliceLayout(0, of_scores))
@@ -163,21 +164,12 @@ def attend_images_on_hopper(
     if v.stride(2) != 1 or v.stride(1) != width:
         v = v.contiguous()
     out = torch.empty(patches, heads, width, dtype=q.dtype, device=q.device)
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-
-    def blocks(x: Tensor, rows: int) -> list[TensorDescriptor]:
-        shape, strides = [patches, heads * width], [x.stride(0), 1]
-        layouts = [gl.NVMMASharedLayout.get_default_for([rows, part], dtype) for part in (first, rest)]
-        return [
-            TensorDescriptor(x, shape, strides, [rows, part], layout)
-            for part, layout in zip((first, rest), layouts, strict=True)
-        ]
-
-    tiles = sum(cdiv(length, queries) for length in lengths)
-    _attend[(tiles, heads)](
-        *blocks(q.contiguous(), queries),
-        *blocks(k.contiguous(), _KEYS),
-        *blocks(v, _KEYS),
+    parts = first, rest
+    grid = sum(cdiv(length, queries) for length in lengths), heads
+    _attend[grid](
+        *tiles(q.contiguous(), queries, parts),
+        *tiles(k.contiguous(), _KEYS, parts),
+        *tiles(v, _KEYS, parts),
         out,
         bounds,
         len(lengths),

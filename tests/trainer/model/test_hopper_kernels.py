@@ -29,11 +29,15 @@ def compile_only(kernel, *arguments, **options):
     compiled = launch(kernel, *arguments, **options | {"warmup": True})
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
     print(kernel.fn.__name__)
+    return compiled
 
 
 driver.set_active(NoCard())
 launch, JITFunction.run = JITFunction.run, compile_only
 
+from trainer.model import kernel_launch
+
+kernel_launch._launch_of = lambda *_: None
 from trainer.model import hopper_text_attention as text
 from trainer.model.hopper_tower_attention import attend_images_on_hopper
 

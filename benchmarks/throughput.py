@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --sides samestep --steps 8 --profile     # what the GPU does in two of our steps
     python benchmarks/throughput.py --shape tiny --steps 4                   # a smoke run, also on a CPU
     python benchmarks/throughput.py --family qwen3_vl --sides samestep-cached   # another family's 7B or 8B
+    python benchmarks/throughput.py --images squares --sides samestep        # larger images: samples of 1,970 tokens
 
 Builds random weights of the true shape and chart-sized images first (`--folder`, reused when it is there), then runs
 each side in a process of its own:
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.family_shapes import BASES
 from benchmarks.launching import family, kill_all
-from benchmarks.random_base import build
+from benchmarks.random_base import IMAGES, build
 from benchmarks.throughput_report import finished, report
 
 OURS = ("samestep", "samestep-cached", "samestep-disk")
@@ -67,10 +68,11 @@ def main() -> None:
         return
     say(f"building what is missing in {options.folder}")
     shared = ["--folder", str(options.folder), "--shape", options.shape, "--steps", str(options.steps)]
-    shared += ["--family", options.family]
+    shared += ["--family", options.family, "--images", options.images]
     # In a process of its own: what PyTorch has once had of a GPU's memory it keeps.
     subprocess.run([sys.executable, __file__, "--build-only", *shared], check=True)
     facts = {"family": options.family, "shape": options.shape, "steps": options.steps, "set": options.set}
+    facts["images"] = options.images
     facts["trl_adapters"] = "fp32" if options.fp32_adapters else "bf16"
     results: list[dict[str, Any]] = []
     try:
@@ -93,6 +95,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--family", choices=list(BASES), default="qwen2_vl", help="of the random base (default: qwen2_vl)"
+    )
+    parser.add_argument(
+        "--images",
+        choices=list(IMAGES),
+        default="charts",
+        help="of ChartQA's sizes, or squares of 1204 pixels (default: charts)",
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each side (default: 20)")
     parser.add_argument(
@@ -144,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.side == CEILING:
         from benchmarks.flops import matrix_product_ceiling
 
-        return {"ceiling": matrix_product_ceiling()}
+        return {"ceiling": matrix_product_ceiling(), "heated_ceiling": matrix_product_ceiling(heated_s=3.0)}
     from benchmarks import throughput_sides
 
     if options.side in OURS:
@@ -156,6 +164,7 @@ def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """One side in a fresh process, whose output is shown; nothing of it outlives the call."""
     say(f"{side}: begins")
     command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--family", options.family]
+    command += ["--images", options.images]
     command += ["--steps", str(options.steps), "--notebook-steps", str(options.notebook_steps)]
     command += ["--folder", str(options.folder)] + ["--profile"] * options.profile
     command += ["--fp32-adapters"] * options.fp32_adapters

@@ -28,7 +28,7 @@ from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
 from trainer.model.pass_kernels import layer_norm, swiglu
-from trainer.model.text_attention_kernel import attend_causally, faster_than_pytorch
+from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]
@@ -246,14 +246,21 @@ def vision_attention(
 
 
 def vision_block(module: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-    """`Qwen2VLVisionBlock.forward`, without a gradient: the attention's residual is added in the norm after it."""
+    """`Qwen2VLVisionBlock.forward`, without a gradient.
+
+    The attention's residual is added in the norm after it, the MLP's in its last product, whose bias the norm adds.
+    """
     if torch.is_grad_enabled():
         return NotImplemented
     first, second = module.norm1, module.norm2
     _, normed = layer_norm(hidden_states, None, first.weight, first.bias, first.eps)
     attended = module.attn(normed, **kwargs)
-    hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps)
-    return hidden.add_(module.mlp(normed))
+    mlp, last = module.mlp, module.mlp.fc2
+    if type(last) is not nn.Linear:  # in 4 bits, or with LoRA
+        hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps)
+        return hidden.add_(mlp(normed))
+    hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps, last.bias)
+    return hidden.addmm_(mlp.act(mlp.fc1(normed)), last.weight.t())
 
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:

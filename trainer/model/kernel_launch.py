@@ -91,6 +91,8 @@ def specialize(parameters: Sequence[Any], arguments: Sequence[Any]) -> tuple[lis
         elif isinstance(value, Tensor):
             values[number] = address = value.data_ptr()
             specialization.append(value.dtype if address % _ALIGNMENT == 0 else (value.dtype, "unaligned"))
+        elif layout := getattr(value, "layout", None):  # Gluon's tensor descriptor; Triton takes it as it is
+            specialization.append((value.base.dtype, *value.block_shape, layout, value.padding))
         else:
             raise TypeError(f"{parameter.name}: a kernel takes tensors, numbers and constants, not a {kind}")
     return values, specialization

@@ -68,9 +68,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @DirectLaunch
 @triton.jit
 def _layer_norm(
-    x, residual, weight, bias, total, out, columns, epsilon, ADDED: tl.constexpr, C: tl.constexpr
+    x,
+    residual,
+    after,
+    weight,
+    bias,
+    total,
+    out,
+    columns,
+    epsilon,
+    ADDED: tl.constexpr,
+    AFTER: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """total = x + residual where ADDED, and out = LayerNorm of it (or of x); a row a program."""
+    """out = LayerNorm of x + residual where ADDED, else of x; total = x + residual, plus `after` where AFTER.
+
+    A row a program.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     there = column < columns
@@ -80,7 +94,11 @@ def _layer_norm(
         value = (value.to(tl.float32) + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)).to(
             value.dtype
         )
-        tl.store(total + at, value, mask=there)
+        summed = value
+        if AFTER:
+            further = tl.load(after + column, mask=there, other=0.0).to(tl.float32)
+            summed = (value.to(tl.float32) + further).to(value.dtype)
+        tl.store(total + at, summed, mask=there)
     wide = value.to(tl.float32)
     apart = tl.where(there, wide - tl.sum(wide, axis=0) / columns, 0.0)
     deviation = tl.rsqrt(tl.sum(apart * apart, axis=0) / columns + epsilon)
@@ -90,9 +108,17 @@ def _layer_norm(
 
 
 def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x + residual or x, its LayerNorm over the last dimension), without a gradient."""
+    """Return (x + residual or x, its LayerNorm over the last dimension), without a gradient.
+
+    `after` [columns], with a residual alone: is added to the sum that is returned, once it is normalized.
+    """
     x = x.contiguous()
     columns = x.shape[-1]
     out = torch.empty_like(x)
@@ -102,6 +128,7 @@ def layer_norm(
     _layer_norm[(x.numel() // columns,)](
         x,
         residual_or_x,
+        weight if after is None else after,
         weight,
         bias,
         total,
@@ -109,6 +136,7 @@ def layer_norm(
         columns,
         epsilon,
         residual is not None,
+        after is not None,
         block,
         num_warps=max(1, min(16, block // 1024)),
     )

@@ -167,3 +167,20 @@ def test_a_model_without_decoder_layers_takes_the_fused_kernels(world: Path) -> 
     model.model.language_model.layers = torch.nn.ModuleList()
     fused.use_fused_kernels(model)
     assert model.model.language_model.norm.forward.__func__ is fused.rms_norm
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_of_the_tower_adds_residuals_within_other_passes_and_gives_what_the_plain_one_does(
+    world: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last product in 4 bits too, which takes no addition."""
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = packed
+    visual = load_base(recipe_from_dict(values), DEVICE).model.visual
+    block: Any = visual.blocks[0]
+    monkeypatch.setattr(block.attn, "forward", lambda hidden, **_: hidden / 2)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, block.norm1.weight.numel(), generator=draw).to(DEVICE, block.norm1.weight.dtype)
+    with torch.no_grad():
+        expected = block(x, cu_seqlens=None)
+        torch.testing.assert_close(fused.vision_block(block, x), expected, **CLOSE)

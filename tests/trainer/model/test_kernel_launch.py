@@ -100,6 +100,20 @@ def test_other_arguments_options_and_constants_take_other_kernels(kernel: FakeKe
     assert len(kernel.compiled) == len(calls)
 
 
+def test_a_tensor_descriptor_is_passed_on_as_it_is_and_its_tiles_take_kernels_of_their_own(
+    kernel: FakeKernel,
+) -> None:
+    from trainer.model.hopper_tiles import tiles
+
+    launch = DirectLaunch(kernel)
+    x = torch.zeros(32, 4, 16, dtype=torch.bfloat16)
+    once, again, larger = (tiles(rows, size, [16])[0] for rows, size in ((x, 16), (x[16:], 16), (x, 32)))
+    for descriptor in (once, again, larger):
+        launch[1,](descriptor, 32, 5, 0.5, 128, wide=True)
+    assert [compiled[1] for compiled in kernel.compiled] == [once, larger]
+    assert [arguments[0] for *_, arguments in kernel.launched] == [again]
+
+
 def test_a_variable_by_name_and_an_argument_of_another_kind_are_refused(kernel: FakeKernel) -> None:
     launch = DirectLaunch(kernel)
     with pytest.raises(TypeError, match="factor must be passed by position"):

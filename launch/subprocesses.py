@@ -33,7 +33,15 @@ class ChildError(SamestepError):
     def __init__(self, what: str, status: int) -> None:
         self.was_explained = status in (1, 2)
         self.exit_status = status if self.was_explained else 1
-        super().__init__(f"{what}: did not finish (exit status {status}); see its words above")
+        super().__init__(f"{what}: {_ended_by(status)}")
+
+
+def _ended_by(status: int) -> str:
+    if status >= 0:
+        return f"did not finish (exit status {status}); see its words above"
+    name = signal.Signals(-status).name
+    memory = ", most likely for want of memory" if -status == signal.SIGKILL else ""
+    return f"was ended by {name}{memory}; the same command begins again"
 
 
 @dataclass(frozen=True)

@@ -155,20 +155,37 @@ def _refuse(path: str | Path, status: os.stat_result, limit: int | None) -> None
 # parsing ----------------------------------------------------------------------------------------
 
 
-def parse_json(text: str | bytes) -> Any:
-    """JSON of at most `DEPTH` levels and integers of at most 256 bits. ValueError says in a line what is wrong."""
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+    """JSON of at most `DEPTH` levels and integers of at most 256 bits. ValueError says in a line what is wrong.
+
+    `unique_keys`: a key that stands twice in an object is wrong, too; else the last one counts.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno:,}, column {error.colno:,}: {error.msg}") from None
     except UnicodeDecodeError:
         raise ValueError("no UTF-8 text") from None
+    except _TwiceError:
+        raise
     except ValueError:  # sys.int_info.default_max_str_digits
         raise ValueError(_ENDLESS) from None
     _judge(value)
     return value
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice")
+    return values
 
 
 def parse_yaml(text: str) -> Any:

@@ -98,7 +98,8 @@ def write_exit_marker(task: Task, ended: AttemptResult) -> None:
     """Say how the attempt ended; what was asked of it is answered."""
     if ended.stop:
         where = f"at step {ended.step} of {task.plan.max_steps}"
-        logger.info(f"stopped, {ended.stop}: {where}; the same command goes on")
+        if not task.run.is_copy:
+            logger.info(f"stopped, {ended.stop}: {where}; the same command goes on")
         write_stopped(task.run, ended.stop, where)
     else:
         write_marker(task.run, "DONE", f"step {ended.step}")

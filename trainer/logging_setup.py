@@ -39,11 +39,18 @@ def setup_logging() -> None:
             handler.setFormatter(_Printable())
             if isinstance(handler, logging.StreamHandler) and _is_replaced(sys.stderr):  # made before that
                 handler.setStream(sys.stderr)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_no_matter_of_cadence)
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     if datasets := sys.modules.get("datasets"):  # half a second with pandas: who reads no rows does without
         datasets.disable_progress_bars()
+
+
+def _is_no_matter_of_cadence(record: logging.LogRecord) -> bool:
+    """Drop transformers' warning (5.23, `compare_trainer_and_checkpoint_args`) that the checkpoint was written with
+    another cadence of saves or evaluations: the recipe's holds (`StepEnd.on_train_begin`), and may be changed."""
+    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
 
 
 class _Printable(logging.Formatter):

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from launch.audit.diff import Parting, compare_steps, read_plan, tolerance_of
+from launch.audit.environment import Change, altered_libraries, environment_changes
 from launch.audit.restored import restored
+from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.local.execute import execute_with_oom_retry
 from launch.local.planned_run import RunRequest
@@ -29,6 +31,8 @@ class Replay:
     """Steps `first` to `last`, taken again. `checkpoint`: where they began; None: at step 0.
 
     `parting`: the first figure that differs beyond `tolerance`; None: none does. `bitwise`: no figure differs at all.
+    `environment`: what is otherwise here than where the run's newest attempt was. `altered_libraries`: code files that
+    are not as their packages brought them, looked for where a figure differs.
     """
 
     first: int
@@ -40,6 +44,8 @@ class Replay:
     parting: Parting | None
     bitwise: bool
     largest_loss_difference: float
+    environment: tuple[Change, ...]
+    altered_libraries: tuple[str, ...]
 
     def __str__(self) -> str:
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
@@ -54,6 +60,20 @@ class Replay:
             return f"{how}: equal to the bit"
         largest = f"{self.largest_loss_difference:.1e} (at most {self.tolerance:.0e})"
         return f"{how}: equal within rounding, losses within {largest}"
+
+    def notes(self, allowed: Sequence[str] = ()) -> Iterator[str]:
+        """Say what differs here, a line for each kind. `allowed`: the parts of data and base that may (`--allow`)."""
+        if allowed:
+            yield f"allowed to be other data or another base: {', '.join(allowed)}"
+        if self.environment:
+            yield f"environment, of the run's newest attempt -> here: {', '.join(map(str, self.environment))}"
+        for file in self.altered_libraries:
+            yield f"library not as it was installed: {file}"
+        if self.parting and not (allowed or self.environment or self.altered_libraries):
+            yield (
+                "environment: the recorded versions and hardware are these here, and no library file was changed; look "
+                "at the machines with `samestep doctor`, and for the module with `samestep diff --deep`"
+            )
 
     def to_json(self) -> str:
         """All fields."""
@@ -85,9 +105,15 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
     plan, recorded = read_plan(run), read_steps(run.metrics_file)
     with restored(run, first, request) as again:
         with _stopped_after(again.run, last):
-            execute_with_oom_retry(again.planned, again.request)
-        taken, now, begin = read_steps(again.run.metrics_file), again.planned.plan, again.begin
+            marker = execute_with_oom_retry(again.planned, again.request)
+        figures = again.run.metrics_file
+        taken = read_steps(figures) if figures.exists() else {}
+        now, begin = again.planned.plan, again.begin
+        changes = environment_changes(run, again.run)
     if not set(range(first, last + 1)) <= recorded.keys() & taken.keys():
+        if marker.kind == "STOPPED":  # by a Ctrl-C: our own request comes when the steps are taken
+            log_stderr("interrupted; give the same command again")
+            raise KeyboardInterrupt
         raise RunError(f"{run.path}: steps {first} to {last} were not all taken again; see the words above")
     # The steps from the checkpoint to the first one asked for too: they tell how long rounding has grown.
     pairs = [
@@ -97,6 +123,9 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
     ]
     tolerance = tolerance_of(plan, now)
     partings, bitwise, largest = compare_steps(pairs, tolerance, plan.samples_digest == now.samples_digest)
+    parting = min(partings, key=lambda parting: parting.step, default=None)
+    if parting:
+        log_stderr("comparing the libraries' files with what their packages brought")
     return Replay(
         first,
         last,
@@ -104,9 +133,11 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         now.strategy,
         now.world_size,
         tolerance,
-        min(partings, key=lambda parting: parting.step, default=None),
+        parting,
         bitwise,
         largest,
+        changes,
+        altered_libraries() if parting else (),
     )
 
 

@@ -5,11 +5,13 @@ The run itself is only read. The copy lies beside it, on the same disk, and goes
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
 from launch.run.changes import content_changes, refuse_changes
-from launch.run.directory import RunDirectory
+from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
+from launch.run.lock import hold_lock, lock_holder
 from launch.run.request_files import write_request
 from launch.subprocesses import ChildError, wait_for
 
@@ -38,6 +41,7 @@ QUIET = (
     "hub.push=false",
 )
 """What alters no number of a step, and costs time, or would show others the copy as if it were the run."""
+_BEING_MADE_S = 60.0  # a folder so young may not be locked yet
 UNEVALUATED = ("evaluation.every_steps=1000000000",)
 
 
@@ -77,7 +81,11 @@ def restored(
         ConfigError: the data or the base is another one (the part is named), or the request breaks a rule.
     """
     plan, begin = read_plan(run), _checkpoint_before(run, step)
-    with tempfile.TemporaryDirectory(prefix=f".replay-{run.name}-", dir=run.path.parent) as folder:
+    _remove_leftovers(run)
+    with (
+        tempfile.TemporaryDirectory(prefix=_prefix(run), dir=run.path.parent) as folder,
+        hold_lock(Path(folder)),
+    ):
         copy = RunDirectory(Path(folder) / run.name)
         _copy_until(run, copy, begin)
         asked = replace(
@@ -86,6 +94,18 @@ def restored(
         planned = plan_run(asked)
         _refuse_another_identity(run, plan, planned.plan, request.allow)
         yield RestoredRun(copy, planned, asked, begin)
+
+
+def _prefix(run: RunDirectory) -> str:
+    return f"{COPY_PREFIX}{run.name}-"
+
+
+def _remove_leftovers(run: RunDirectory) -> None:
+    """Remove the copies that killed processes left: nobody holds their lock, and they are not being made."""
+    for folder in run.path.parent.glob(f"{glob.escape(_prefix(run))}*"):
+        with suppress(OSError, ConfigError):
+            if time.time() - folder.stat().st_mtime > _BEING_MADE_S and lock_holder(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) -> None:

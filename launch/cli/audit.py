@@ -184,6 +184,8 @@ def replay(
     for result in replays(place, ranges, request):
         results.append(result)
         echo(str(result), to_stderr=json)
+    for note in dict.fromkeys(note for result in results for note in result.notes(allow)):
+        echo(note, to_stderr=json)
     if json:
         emit(f"[{', '.join(result.to_json() for result in results)}]")
     if any(result.parting for result in results):

@@ -100,13 +100,14 @@ def _of_this_machine(
     from launch.doctor.node import check_node
     from launch.doctor.probe import judge, measure
     from launch.hardware import CPU_PROCESSES, gpus_present
+    from launch.local.topology import refuse_what_is_not_here
+    from launch.planning.topology import Topology
     from launch.recipe.loading import find_recipe, load_recipe
 
     loaded = load_recipe(find_recipe(recipe)) if recipe else None
     present = gpus_present()
     processes = gpus_per_node or present or CPU_PROCESSES
-    if present and processes > present:
-        raise ConfigError(f"--gpus-per-node: {processes} asked for, this machine has {present}; give fewer")
+    refuse_what_is_not_here(Topology("ddp", 1, processes, "cuda" if present else "cpu"))
     with Console(stderr=True).status("checking this machine"):
         findings = list(check_node(runs_dir, loaded))
     if not quick:

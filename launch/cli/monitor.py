@@ -135,7 +135,7 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
     """The rows of `samestep status`, as many columns as the terminal has room for."""
     from rich.table import Table
 
-    from launch.monitor.status_table import STATUS_COLUMNS, columns_for, has_room, missed
+    from launch.monitor.status_table import STATUS_COLUMNS, columns_for, has_room, missed, width_for
 
     console, table = table_console(), Table()
     kept = columns_for(console.width, rows)
@@ -148,7 +148,8 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
         add_row(table, *(cells[column] for column in kept))
     console.print(table)
     if names := missed(rows, kept):
-        console.print(f"no room here for: {', '.join(names)} (wider, or --json)", markup=False)
+        needed = f"all need a terminal of {width_for(rows)} characters, {console.width} are here; see --json"
+        console.print(f"not shown: {', '.join(names)} ({needed})", markup=False)
 
 
 @commands.command(epilog=example("samestep checkpoints embedded"))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -296,13 +297,25 @@ def check_inputs(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def nominal_tflops(gpu: str) -> float | None:
-    """Dense bf16 products of a card in 10**12 FLOP/s, as its data sheet has it; None for a card that is not listed."""
-    return next((figure for name, figure in _NOMINAL if re.search(name, gpu)), None)
+@dataclass(frozen=True)
+class Nominal:
+    """What a card's data sheet says: dense bf16 products in 10**12 FLOP/s, memory in 10**9 bytes a second."""
+
+    tflops: float
+    memory_gb_s: float
+
+
+def nominal(gpu: str) -> Nominal | None:
+    """The figures of a card's data sheet; None for a card that is not listed, or a part of one (MIG)."""
+    if "MIG" in gpu:
+        return None
+    return next((Nominal(*figures) for name, *figures in _NOMINAL if re.search(name, gpu)), None)
 
 
 _NOMINAL = (
-    (r"H200|GH200", 989.0), (r"H100.*PCIe", 756.0), (r"H100 NVL", 835.0), (r"H100", 989.0), (r"A100", 312.0),
-    (r"B200", 2250.0), (r"L40S", 362.0), (r"\bL40\b", 181.0), (r"\bL4\b", 121.0), (r"A10G?\b", 125.0), (r"A40", 150.0),
-    (r"RTX 6000 Ada", 364.0), (r"RTX A6000", 155.0), (r"RTX 5090", 210.0), (r"RTX 4090", 165.0), (r"RTX 3090", 71.0),
+    (r"GH200", 989.0, 4000.0), (r"H200", 989.0, 4800.0), (r"H100.*PCIe", 756.0, 2039.0), (r"H100 NVL", 835.0, 3938.0),
+    (r"H100", 989.0, 3352.0), (r"A100.*80GB", 312.0, 1935.0), (r"A100", 312.0, 1555.0), (r"B200", 2250.0, 7700.0),
+    (r"L40S", 362.0, 864.0), (r"\bL40\b", 181.0, 864.0), (r"\bL4\b", 121.0, 300.0), (r"A10G?\b", 125.0, 600.0),
+    (r"A40", 150.0, 696.0), (r"RTX 6000 Ada", 364.0, 960.0), (r"RTX A6000", 155.0, 768.0),
+    (r"RTX 5090", 210.0, 1792.0), (r"RTX 4090", 165.0, 1008.0), (r"RTX 3090", 71.0, 936.0),
 )  # fmt: skip

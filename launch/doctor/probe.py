@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.doctor.finding import Finding
-from launch.doctor.node import nominal_tflops
+from launch.doctor.node import nominal
 from launch.hardware import gpus_present
 from launch.launcher_variables import remove_launcher_variables
 from launch.local.accelerate_command import free_port
@@ -23,7 +23,7 @@ from launch.untrusted_files import parse_json, printable
 DEADLINE_S = 50.0
 RETRY_S = 22.0  # of it, where there are GPUs: an all-reduce that did not end is tried again without their own copies
 SLOW_SHARE = 0.55
-"""Of a card's nominal products: large bf16 products reach 70 to 80 % of it (H100: 742 to 779 of 989 TFLOP/s)."""
+"""Of a card's data sheet: large bf16 products reach 70 to 80 % of it (H100: 742 to 779 of 989 TFLOP/s)."""
 APART = 0.85
 """Of the median of the GPUs: one that is slower makes all ranks wait."""
 
@@ -189,19 +189,21 @@ def _failure(check: str, measured: Measured, rank: int) -> Finding:
 
 
 def _products(each: dict[str, Any], median: float) -> Finding:
-    tflops, gpu = float(each["tflops"]), each.get("gpu")
-    name = f"products {each['rank']}"
-    text = f"{tflops:,.2f} TFLOP/s, copies {float(each['copy_gb_s']):,.0f} GB/s, results correct"
+    tflops, copies, gpu = float(each["tflops"]), float(each["copy_gb_s"]), each.get("gpu")
+    name, text = (
+        f"products {each['rank']}",
+        f"{tflops:,.2f} TFLOP/s, copies {copies:,.0f} GB/s, results correct",
+    )
     if gpu is None:
         return Finding(name, "ok", f"CPU: {text}")
-    nominal = nominal_tflops(str(gpu))
-    text = f"{printable(str(gpu))}: {text}" + (
-        f" ({tflops / nominal:.0%} of the data sheet)" if nominal else ""
-    )
-    if nominal and tflops < SLOW_SHARE * nominal:
-        return Finding(
-            name, "failed", text, "the card is slower than its kind: look at clocks, power and other users"
-        )
+    text, sheet = f"{printable(str(gpu))}, CUDA {printable(str(each.get('cuda')))}: {text}", nominal(str(gpu))
+    if sheet:
+        shares = tflops / sheet.tflops, copies / sheet.memory_gb_s
+        text += f" ({shares[0]:.0%} and {shares[1]:.0%} of the data sheet)"
+        if min(shares) < SLOW_SHARE:
+            what = "card" if shares[0] < SLOW_SHARE else "card's memory"
+            remedy = f"the {what} is slower than its kind: look at clocks, power and other users"
+            return Finding(name, "failed", text, remedy)
     if tflops < APART * median:
         return Finding(
             name, "warning", text, f"slower than the others ({median:,.0f}): every rank waits for it"

@@ -28,6 +28,9 @@ def convert(run: RunDirectory, output: Path) -> list[Path]:
         RunError: the converter failed.
     """
     outputs = {output / f"{run.name}.gguf": [], output / f"mmproj-{run.name}.gguf": ["--mmproj"]}
+    if not output.is_dir():
+        raise ConfigError(f"--output: {output} is no folder; make it, or choose another")
+    refuse_readonly(output, "the GGUF files")
     converter = find_converter()
     if converter is None:
         lines = [_typed(CONVERTER, run, file, flags) for file, flags in outputs.items()]
@@ -39,9 +42,6 @@ def convert(run: RunDirectory, output: Path) -> list[Path]:
                 *(f"  python {line}" for line in lines),
             ]
         )
-    if not output.is_dir():
-        raise ConfigError(f"--output: {output} is no folder; make it, or choose another")
-    refuse_readonly(output, "the GGUF files")
     for file, flags in outputs.items():
         if file.exists():
             echo(f"{file}: is there already, kept; remove it to have it written again")

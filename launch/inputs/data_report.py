@@ -41,12 +41,14 @@ SHOWN = 3  # rows of each kind on the screen
 
 @dataclass(frozen=True)
 class RowNote:
-    """One row of one split, by its number in the source."""
+    """One row of one split, by its number in the source. `file`, `line`: where it begins; empty and 0: not known."""
 
     split: str
     row: int
     kind: Kind
     reason: str
+    file: str = ""
+    line: int = 0
 
 
 def notes_of(recipe: Recipe, index: Path) -> list[RowNote]:

@@ -124,10 +124,14 @@ def local_dataset(recipe: Recipe) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if folder.exists():
+        raise ConfigError(
+            f"data.dataset: {name!r} is no folder; give the folder that it is in, and data.train: {folder.stem}"
+        )
     if not is_hub_id(name):
         raise ConfigError(
             f"data.dataset: {name!r} is not a folder here and not a hub id (owner/name); "
-            "give a folder of parquet files, a hub id, or `embedded`"
+            "give a folder of parquet, JSONL or CSV files, a hub id, or `embedded`"
         )
     return None
 

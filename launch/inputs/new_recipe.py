@@ -50,6 +50,8 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     """
     folder = Path(dataset).expanduser()
     if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"--data: {printable(str(folder))} is no folder; give the folder that it is in")
         if dataset != EMBEDDED and not is_hub_id(dataset):
             raise ConfigError(
                 f"--data: {dataset!r} is not a folder here and not a hub id (owner/name); give a folder with a table"
@@ -161,7 +163,7 @@ def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
 
 
 def _roles(names: Sequence[str], named: Mapping[str, str], table: Path) -> dict[str, str] | None:
-    if "messages" in names and not named:
+    if ("messages" in names or "conversations" in names) and not named:
         return None
     if unknown := [f"--{role} {column}" for role, column in named.items() if column not in names]:
         raise ConfigError(

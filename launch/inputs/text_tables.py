@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, printable, read_bytes
+from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, plain_size, printable, read_bytes
 
 SUFFIXES = (".jsonl", ".csv")
+csv.field_size_limit(TABLE)  # of a cell; 128 KiB by default
 _COLUMN_ROWS = 100  # of which the columns of a JSONL file are taken: its lines need not agree
 
 
@@ -24,11 +27,17 @@ class TextTable:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._lines: list[bytes] = []
+        self._line_numbers = array("q")
         self._ends: list[tuple[int, Path]] = []
         for file in files:
-            content = read_bytes(file, TABLE)
-            lines = _records(file, content) if file.suffix == ".csv" else content.splitlines()
-            self._lines += [line for line in lines if line.strip()]
+            content = _content(file)
+            lines = (
+                _records(file, content) if file.suffix == ".csv" else enumerate(content.splitlines(), start=1)
+            )
+            for line_number, line in lines:
+                if line.strip():
+                    self._lines.append(line)
+                    self._line_numbers.append(line_number)
             self._ends.append((len(self._lines), file))
 
     def __len__(self) -> int:
@@ -36,7 +45,10 @@ class TextTable:
 
     def raw(self, number: int) -> dict[str, Any]:
         """A row's values by column. ValueError says in a line why it has none."""
-        values = parse_json(self._lines[number])
+        try:
+            values = parse_json(self._lines[number], unique_keys=True)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("line 1, ")) from None  # a row is one line
         if not isinstance(values, dict):
             raise ValueError(f"the row is a {type(values).__name__}, not a mapping of columns to values")
         if reason := values.get(_DAMAGED):
@@ -45,25 +57,51 @@ class TextTable:
 
     def folder(self, number: int) -> Path:
         """The folder of a row's file, which its image paths are relative to."""
-        return next(file for end, file in self._ends if number < end).parent
+        return self.place(number)[0].parent
+
+    def place(self, number: int) -> tuple[Path, int]:
+        """The file of a row and the line on which it begins there, from 1."""
+        file = next(file for end, file in self._ends if number < end)
+        return file, self._line_numbers[number]
 
     @property
     def column_names(self) -> list[str]:
-        """The columns of the first rows, in their order."""
+        """The columns of the first rows, in their order. UntrustedFileError: there are no rows, or none has columns."""
+        if not self._lines:
+            raise UntrustedFileError(self._ends[0][1], "has no rows", "write some, or name another split")
         names: dict[str, None] = {}
+        problems: list[str] = []
         for number in range(min(len(self), _COLUMN_ROWS)):
             try:
                 names |= dict.fromkeys(map(str, self.raw(number)))
-            except ValueError:
-                continue  # listed with the other bad rows
+            except ValueError as error:
+                problems.append(str(error))  # listed with the other bad rows, if there are good ones
+        if not names and problems:
+            file, line = self.place(0)
+            raise UntrustedFileError(
+                file,
+                f"has no row that can be read (line {line:,}: {problems[0]})",
+                "write one JSON object a line",
+            )
         return list(names)
+
+
+def _content(file: Path) -> bytes:
+    if plain_size(file) > TABLE:
+        reason = f"is too large ({plain_size(file):,} bytes, at most {TABLE:,} of one file are read)"
+        shards = f"{file.stem}-00000{file.suffix}"
+        raise UntrustedFileError(file, reason, f"cut it into {shards} and so on, or write parquet")
+    content = read_bytes(file, TABLE)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UntrustedFileError(file, "is UTF-16 text", "save it as UTF-8")
+    return content
 
 
 _DAMAGED = "\0damaged"  # no column of a CSV file: it may hold no NUL
 
 
-def _records(file: Path, content: bytes) -> Iterator[bytes]:
-    """The records of a CSV file as JSON; cells without text are null."""
+def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The records of a CSV file, each with the line on which it begins, as JSON; cells without text are null."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,16 +114,30 @@ def _records(file: Path, content: bytes) -> Iterator[bytes]:
             raise UntrustedFileError(
                 file, f"separates its columns by {other!r}, not by commas", "save it with commas"
             )
+        if spaced := [name for name in header if name != name.strip()]:
+            raise UntrustedFileError(
+                file, f"has spaces around the column name {spaced[0]!a}", "take them out"
+            )
         if not header or len({*header}) != len(header) or not all(name.strip() for name in header):
             raise UntrustedFileError(
-                file, f"has no header of distinct column names ({printable(','.join(header))[:100]!r})"
+                file,
+                f"has no header of distinct column names ({printable(','.join(header))[:100]!r})",
+                "write one",
             )
+        begin = reader.line_num + 1
         for record in reader:
+            line_number, begin = begin, reader.line_num + 1
             if not record:
                 continue
             values: dict[str, str | None] = dict(zip(header, (cell or None for cell in record), strict=False))
             if len(record) != len(header):
                 values[_DAMAGED] = f"the row has {len(record)} cells, the header {len(header)}"
-            yield json.dumps(values).encode()
+            elif any(cell.startswith(' "') for cell in record):
+                values[_DAMAGED] = (
+                    "a cell begins with a space before its quote, which is read as a part of the text"
+                )
+            yield line_number, json.dumps(values).encode()
     except csv.Error as error:
-        raise UntrustedFileError(file, f"is no CSV (line {reader.line_num:,}: {error})") from None
+        raise UntrustedFileError(
+            file, f"is no CSV (line {reader.line_num:,}: {error})", "correct it"
+        ) from None

@@ -15,7 +15,7 @@ from launch.console import log_stderr
 from launch.errors import ConfigError, SamestepError
 from launch.local.launcher import Machine, launch
 from launch.local.planned_run import RunRequest
-from launch.local.topology import choose_topology, refuse_missing_gpus
+from launch.local.topology import choose_topology, refuse_what_is_not_here
 from launch.planning.plan import Plan
 from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import find_recipe, load_recipe
@@ -74,7 +74,7 @@ def join(request: RunRequest) -> Marker:
             f"{run.plan_file}: machine 0 runs {plan.strategy} on {plan.nodes} x {plan.gpus_per_node} processes, here "
             f"{topology.strategy} on {topology.nodes} x {topology.gpus_per_node} were asked for; give the same command"
         )
-    refuse_missing_gpus(topology)
+    refuse_what_is_not_here(topology)
     return launch(plan, run, request.machine)
 
 

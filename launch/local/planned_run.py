@@ -20,7 +20,7 @@ from launch.inputs.caches import base_is_there
 from launch.inputs.data_report import known_notes, summarize_notes
 from launch.inputs.dataset_index import read_index
 from launch.local.launcher import ALONE, Machine
-from launch.local.topology import choose_topology, for_gpus_of, refuse_missing_gpus
+from launch.local.topology import choose_topology, for_gpus_of, refuse_what_is_not_here
 from launch.planning.plan import Plan
 from launch.planning.topology import Topology
 from launch.recipe.loading import find_recipe, load_recipe
@@ -141,7 +141,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
         topology.packages_here,
     )
     if request.topology is None:
-        refuse_missing_gpus(topology)
+        refuse_what_is_not_here(topology)
     refuse_unwritable(run.path if run.path.is_dir() else run.path.parent)
     refuse_if_running(run)
     source = request.source.expanduser().resolve() if request.source else None

@@ -11,11 +11,12 @@ from launch.atomic_files import refuse_readonly
 from launch.console import echo
 from launch.errors import ConfigError
 from launch.local.launcher import child_environment, trainer_command
-from launch.local.topology import choose_topology, refuse_missing_gpus
+from launch.local.topology import choose_topology, refuse_what_is_not_here
 from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import Target, missing_models
 from launch.run.merge_options import MergeOptions
 from launch.run.merged_model import COMPARISON, is_merged_already, made_anew
+from launch.run.output_folder import refuse_place
 from launch.strategies import default_strategy
 from launch.subprocesses import ChildError, call_module, wait_for
 
@@ -26,7 +27,7 @@ def start_evaluate(
     """Start `trainer.evaluation.generate` on replicas. ChildError when it fails."""
     processes = choose_topology(None, 1, gpus_per_node)
     topology = replace(processes, strategy=default_strategy(processes.world_size).name)
-    refuse_missing_gpus(topology)
+    refuse_what_is_not_here(topology)
     run = target.run
     if problems := missing_models(run, models, target.checkpoint, target.adapter):
         raise ConfigError(problems)
@@ -91,6 +92,7 @@ def start_merge(
         echo(f"{output}: merged already, of this adapter; now it is compared with base + adapter")
     else:
         with _out_of_the_way(folder, output):
+            refuse_place(output)
             call_module("trainer.export.merge", [str(folder), "--output", str(output), *flags])
     if compare is False:
         return True
@@ -124,6 +126,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
 def start_consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
     """Start `trainer.export.consolidate`. ChildError when it fails."""
     folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
+    refuse_place(output)
     call_module("trainer.export.consolidate", [str(folder), "--output", str(output), *flags])
 
 

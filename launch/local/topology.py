@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+
+import psutil
 
 from launch.errors import ConfigError
 from launch.hardware import CPU_PROCESSES, gpu_memory, gpus_present
 from launch.planning.auto_settings import parse_gpu_memory
 from launch.planning.topology import Topology
 from launch.strategies import AUTO, STRATEGIES
+from launch.units import decimal_size
+
+PROCESSES_A_CORE = 4
+"""The most on a CPU: they take turns, and collectives wait for the last one."""
+BYTES_A_PROCESS = 700 * 10**6
+"""Of memory that it shares with no other, with a tiny model (0.6 GB measured; torch and the libraries alone 0.5)."""
 
 
 def choose_topology(strategy: str | None, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -29,8 +38,8 @@ def for_gpus_of(topology: Topology, memory: str | None) -> Topology:
     return replace(topology, device="cuda", gpu_memory=parse_gpu_memory(memory))
 
 
-def refuse_missing_gpus(topology: Topology) -> None:
-    """ConfigError when this machine has fewer GPUs than processes are to be started, or none are."""
+def refuse_what_is_not_here(topology: Topology) -> None:
+    """ConfigError when this machine cannot carry the processes: too few GPUs, without any too few cores or memory."""
     present = gpus_present()
     if topology.gpus_per_node < 1:
         raise ConfigError(f"--gpus-per-node: {topology.gpus_per_node} starts nothing; give at least 1")
@@ -38,4 +47,18 @@ def refuse_missing_gpus(topology: Topology) -> None:
         raise ConfigError(
             f"--gpus-per-node: this machine shows fewer GPUs ({present} < {topology.gpus_per_node}); "
             f"ask for at most {present}, or see CUDA_VISIBLE_DEVICES"
+        )
+    if topology.device == "cpu":
+        _refuse_crowd(topology.gpus_per_node)
+
+
+def _refuse_crowd(processes: int) -> None:
+    """ConfigError when so many processes would get nowhere on this machine's cores, or not fit into its memory."""
+    cores, free = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+    most = max(CPU_PROCESSES, min(PROCESSES_A_CORE * cores, free // BYTES_A_PROCESS))
+    if processes > most:
+        raise ConfigError(
+            f"--gpus-per-node: {processes} processes are too many without GPUs ({cores} cores for {PROCESSES_A_CORE} "
+            f"processes each, {decimal_size(free)} of memory free for {decimal_size(BYTES_A_PROCESS)} each); give at "
+            f"most {most}, or leave it out for {CPU_PROCESSES}"
         )

@@ -59,6 +59,12 @@ def columns_for(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
     return sorted(kept)
 
 
+def width_for(rows: Sequence[Sequence[str]]) -> int:
+    """Characters of a table that shows every column that says something."""
+    shown = [column for column in range(len(STATUS_COLUMNS)) if not _says_nothing(column, rows)]
+    return sum(_needed(column, rows) + _BORDER for column in shown) + 1
+
+
 def has_room(width: int, rows: Sequence[Sequence[str]], columns: Sequence[int]) -> bool:
     """A table of `width` characters shows these columns with whole names and readable reasons."""
     return sum(_needed(column, rows) + _BORDER for column in columns) + 1 <= width

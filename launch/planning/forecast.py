@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
-TOKENS_PER_SECOND = 16_206.0
-"""Of one H100 (80 GB, SXM) with the 7B shape in 4 bits and the default settings; an H200 computes about as fast.
+WORK_PER_SECOND = 595_000.0
+"""Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`. An H100 (SXM) has
+the same chip.
 
-Samples of 795 tokens on average, random weights; 1,973 tokens a sample gave 13,244."""
+Measured with random weights and samples of 801 tokens on average: 18,300 tokens a second."""
 _CARD = re.compile(r"H100.*HBM3|H200")
 _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
-TABLED = "tabled (one H100, 7B, samples of 795 tokens, default settings; not measured here)"
+TABLED = "tabled (one H200, 7B, samples of 801 tokens, default settings; not measured here)"
 
 EFFICIENCY = {
     ("single", 1): 1.0,
@@ -80,7 +81,7 @@ def forecasts(
     shape = read_shape(recipe)
     known = []
     for layout in layouts:
-        if timed := _seconds(recipe, plan, shape, card, speeds, layout, tokens, work):
+        if timed := _seconds(recipe, plan, shape, card, speeds, layout, work):
             known.append(_forecast(card, layout, tokens, *timed, price, watts))
     return known
 
@@ -98,7 +99,6 @@ def _seconds(
     card: str,
     speeds: Sequence[Speed],
     layout: Layout,
-    tokens: int,
     work: float,
 ) -> tuple[float, str] | None:
     """(seconds of the steps, where that is from): measured in this layout, in another one, or tabled."""
@@ -116,7 +116,7 @@ def _seconds(
         return work / (whole * layout[1] * efficiency), from_layout
     if not _CARD.search(card) or not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
         return None
-    return tokens / (TOKENS_PER_SECOND * layout[1] * efficiency), TABLED
+    return work / (WORK_PER_SECOND * layout[1] * efficiency), TABLED
 
 
 def _forecast(

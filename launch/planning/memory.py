@@ -125,9 +125,11 @@ def trained_parameters(load: Load) -> int:
 
 
 def _trained_bytes(load: Load) -> int:
-    """fp32 adapters and gradients, what autocast keeps in half precision, and what the first step adds."""
+    """fp32 adapters, their gradients (twice where micro-batches are computed twice), what autocast keeps in half
+    precision, and what the first step adds."""
     count, half = trained_parameters(load), 2 if load.activation_bytes == 2 else 0
-    return count * (4 + 4 + half) + bytes_of_first_step(load.strategy, load.world_size, count)
+    gradients = 4 + 4 * load.rechecked
+    return count * (4 + gradients + half) + bytes_of_first_step(load.strategy, load.world_size, count)
 
 
 def bytes_of_first_step(strategy: str, world_size: int, count: int) -> int:

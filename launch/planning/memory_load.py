@@ -28,7 +28,7 @@ class Load:
 
     `targets`: the linear layers of the decoder with a LoRA of rank `lora_rank` at most, `tower_targets`: of the tower,
     by their paths; `dropout`: before them; `dora`: with lengths of rows; `fp8`: weights that are held for the products
-    of the decoder layers are of 8 bits.
+    of the decoder layers are of 8 bits; `rechecked`: some micro-batches are computed a second time.
     """
 
     shape: ModelShape
@@ -45,6 +45,7 @@ class Load:
     tower_targets: tuple[str, ...] = ()
     dora: bool = False
     fp8: bool = False
+    rechecked: bool = False
 
     @property
     def shares(self) -> int:
@@ -96,4 +97,5 @@ def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, k
         tower_targets=tuple(reached_tower_linears(lora.target_modules, shape)),
         dora=lora.use_dora,
         fp8=recipe.model.products == "fp8",
+        rechecked=recipe.training.recheck > 0,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.atomic_files import atomic_write
 from launch.inputs.caches import cache_root
+from launch.planning.rechecks import rechecked_share
 from launch.planning.run_steps import stream_of
 from launch.planning.step_plan import cost
 from launch.untrusted_files import UNREADABLE, parse_json, read_text
@@ -72,9 +73,12 @@ def work_of_steps(recipe: Recipe, index: Index, plan: Plan, first: int, last: in
 
 
 def work_by_step(recipe: Recipe, index: Index, plan: Plan, steps: Iterable[int]) -> dict[int, float]:
-    """The work of each of these steps, counted from 1, over all processes."""
+    """The work of each of these steps, counted from 1, over all processes, with what is computed a second time."""
     stream, work = stream_of(recipe, plan), work_of_samples(index.splits["train"])
-    return {step: float(work[stream.samples(step - 1)].sum()) for step in steps}
+    return {
+        step: float(work[stream.samples(step - 1)].sum()) * (1 + rechecked_share(recipe, plan, step - 1))
+        for step in steps
+    }
 
 
 def work_per_second(recipe: Recipe, index: Index, plan: Plan, seconds: Mapping[int, float]) -> float | None:

@@ -32,6 +32,9 @@ StopReason = Literal["user", "preempted", "time", "terminated", "orphaned"]
 """Who wants the run to stop: somebody, the scheduler, the end of the allocation, a SIGTERM outside a job of a
 scheduler (`kill`, a machine that shuts down); or its launcher is gone."""
 
+COPY_PREFIX = ".replay-"
+"""How the folder begins that holds a copy of a run whose steps are taken again (`launch.audit.restored`)."""
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,6 +48,11 @@ class RunDirectory:
     def name(self) -> str:
         """The name of the run: that of its folder."""
         return self.path.name
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a copy whose steps are taken again: nobody goes on with it."""
+        return self.path.parent.name.startswith(COPY_PREFIX)
 
     @property
     def recipe_file(self) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.distributed.launching import drive
+from tests.helpers.distributed.launching import drive, interrupt, started, wait_until
 from tests.helpers.distributed.recorded import write_recipe
 from tests.helpers.launcher import samestep
 
@@ -28,7 +29,9 @@ def test_one_process_takes_the_steps_of_two_again_and_names_what_was_altered(
     command = ("replay", str(run), "--steps", "6:7", "--gpus-per-node", "1")
     files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert samestep(*command, "--json") == 0
-    printed = capfd.readouterr().out
+    printed, said = capfd.readouterr()
+    assert "same command goes on" not in said
+    assert "trainer_state.json" not in said  # of the copy's cadence of saves, which is another one on purpose
     (result,) = json.loads(printed[printed.index("[{") :])
     assert (result["checkpoint"], result["strategy"], result["world_size"]) == ("checkpoint-4", "single", 1)
     assert result["parting"] is None
@@ -52,6 +55,30 @@ def test_one_process_takes_the_steps_of_two_again_and_names_what_was_altered(
         assert "model.weights" in capfd.readouterr().err
     finally:
         (world / "base" / "model.safetensors").write_bytes(before)
+
+
+def test_a_ctrl_c_ends_a_replay_without_a_result_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli.main",
+        "replay",
+        str(run),
+        "--steps",
+        "6:7",
+        "--gpus-per-node",
+        "1",
+    ]
+    log = tmp_path / "log"
+    with started(command, log) as process:
+        wait_until(lambda: any(run.parent.glob(".replay-*/two/environment.json")), 120)
+        interrupt(process)
+        assert process.wait(60) == 130
+    words = log.read_text()
+    assert "resuming at step" not in words
+    assert "same command goes on" not in words
+    assert "trainer_state.json" not in words
+    assert [entry.name for entry in run.parent.iterdir() if "replay" in entry.name] == []
 
 
 @pytest.mark.parametrize(

@@ -153,16 +153,26 @@ def test_a_child_that_ends_is_not_waited_for() -> None:
     assert wait_for([sys.executable, "-c", "raise SystemExit(7)"]) == Ended(7, False, False)
 
 
-@pytest.mark.parametrize(("status", "returned"), [(1, 1), (2, 2), (3, 1), (-9, 1)])
+@pytest.mark.parametrize(
+    ("status", "returned", "words"),
+    [
+        *(
+            (status, returned, rf"did not finish \(exit status {status}\)")
+            for status, returned in ((1, 1), (2, 2), (3, 1))
+        ),
+        (-9, 1, "was ended by SIGKILL, most likely for want of memory; the same command begins again"),
+        (-11, 1, "was ended by SIGSEGV; the same command"),
+    ],
+)
 def test_a_module_that_refuses_is_told_from_one_that_fails(
-    status: int, returned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int, returned: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "probe.py").write_text(
         "import os, sys\nstatus = int(sys.argv[1])\n"
         "os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ChildError, match=rf"probe: did not finish \(exit status {status}\)") as raised:
+    with pytest.raises(ChildError, match=f"probe: {words}") as raised:
         call_module("probe", [str(status)])
     assert raised.value.exit_status == returned
 

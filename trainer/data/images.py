@@ -44,6 +44,8 @@ def decode_image(image: bytes) -> Image.Image:
         return Image.fromarray(convert_to_rgb(upright, return_numpy=True))
     except RowError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RowError(f"the image has too many pixels ({describe_error(error)}); scale it down") from error
     except UnidentifiedImageError:
         raise RowError(
             f"the image is in no format that Pillow knows ({len(image):,} bytes, the first {image[:8].hex(' ')})"

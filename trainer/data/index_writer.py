@@ -18,9 +18,12 @@ from launch.errors import ConfigError
 from launch.inputs.data_report import DROPPED_ROWS, LABEL_TOKENS
 from launch.inputs.dataset_index import IMAGE_TOKENS, Index, SplitName, index_path, read_index
 from launch.recipe.schema import Recipe
+from launch.untrusted_files import printable
 from trainer.data.lengths import BadRow, Measured
 
-SHOWN_BAD_ROWS = 50
+SHOWN_REASONS = 50
+SHOWN_ROWS = 5
+"""Of each reason."""
 
 
 def bad_rows_file(recipe: Recipe) -> Path:
@@ -29,11 +32,26 @@ def bad_rows_file(recipe: Recipe) -> Path:
 
 
 def bad_rows_message(bad: Sequence[BadRow], list_file: Path) -> str:
-    """Say how many rows are bad, the first of them each with its reason, and where all of them are."""
-    shown = [str(row) for row in bad[:SHOWN_BAD_ROWS]]
-    rest = [f"... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
-    head = f"data.dataset: {len(bad)} bad rows; mend them, or set data.on_bad_row: drop to train without them"
+    """Say how many rows are bad, the first reasons each with its first rows, and where all of them are."""
+    of_reason: dict[tuple[str, str, str], list[BadRow]] = {}
+    for row in bad:
+        of_reason.setdefault((row.split, row.file, row.reason), []).append(row)
+    shown = [f"{_rows(rows)}: {rows[0].reason}" for rows in list(of_reason.values())[:SHOWN_REASONS]]
+    more = sum(map(len, list(of_reason.values())[SHOWN_REASONS:]))
+    rest = [f"... and {more:,} more, of {len(of_reason) - SHOWN_REASONS:,} other reasons"] if more else []
+    counted = "1 bad row; mend it" if len(bad) == 1 else f"{len(bad):,} bad rows; mend them"
+    head = f"data.dataset: {counted}, or set data.on_bad_row: drop to train without {'it' if len(bad) == 1 else 'them'}"
     return "\n".join([head, *shown, *rest, f"all of them are listed in {list_file}"])
+
+
+def _rows(rows: Sequence[BadRow]) -> str:
+    """`train row 7 (labels.csv line 9)`, or the first of several."""
+    more = f" and {len(rows) - SHOWN_ROWS:,} more" if len(rows) > SHOWN_ROWS else ""
+    several = "s" if len(rows) > 1 else ""
+    numbers = ", ".join(str(row.row) for row in rows[:SHOWN_ROWS])
+    lines = ", ".join(f"{row.line:,}" for row in rows[:SHOWN_ROWS])
+    place = f" ({printable(rows[0].file)} line{several} {lines})" if rows[0].file else ""
+    return f"{rows[0].split} row{several} {numbers}{more}{place}"
 
 
 def json_lines(bad: Sequence[BadRow]) -> str:

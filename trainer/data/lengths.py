@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,16 +27,25 @@ MAX_ASPECT_RATIO = 200
 """Qwen2-VL's processor refuses images that are longer than this times their width."""
 
 
+MAX_CHARACTERS = 1_000_000
+"""Of one text: some 200,000 tokens; no tokenizer is given more to chew."""
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be trained on, and why."""
+    """A row that cannot be trained on, and why. `file`, `line`: where it begins; empty and 0: rows have no lines."""
 
     split: str
     row: int
     reason: str
+    file: str = ""
+    line: int = 0
 
-    def __str__(self) -> str:
-        return f"{self.split} row {self.row}: {self.reason}"
+
+def bad_row(rows: Rows, split: str, number: int, refused: RowError) -> BadRow:
+    """Return what is said of a row that was refused."""
+    return BadRow(split, number, str(refused), *(rows.place(number) or ()))
 
 
 @dataclass(frozen=True)
@@ -86,9 +96,9 @@ def measure_split(
             sizes.update(zip(new, pool.map(_decoded_size, new.values()), strict=True))
             for number, row in block:
                 try:
-                    measured.append(_measure(number, row, sizes, encoder))
+                    measured.append(_measure(number, row, sizes, encoder, rows.kind.texts))
                 except RowError as refused:
-                    bad.append(BadRow(split, number, str(refused)))
+                    bad.append(bad_row(rows, split, number, refused))
             report(min(first + 256, len(rows)), len(rows))
     return measured, bad
 
@@ -108,7 +118,13 @@ def _decoded_size(image: bytes) -> _Size:
     return height, width
 
 
-def _measure(number: int, row: Row | RowError, sizes: dict[bytes, _Size], encoder: Encoder) -> Measured:
+def _measure(
+    number: int,
+    row: Row | RowError,
+    sizes: dict[bytes, _Size],
+    encoder: Encoder,
+    texts: tuple[str, str] | None,
+) -> Measured:
     if isinstance(row, RowError):
         raise row
     of_images = [sizes[hashlib.sha256(image).digest()] for image in row.images]
@@ -116,7 +132,7 @@ def _measure(number: int, row: Row | RowError, sizes: dict[bytes, _Size], encode
         if isinstance(size, str):
             raise RowError(size if len(of_images) == 1 else f"image {place}: {size}")
     known = [size for size in of_images if not isinstance(size, str)]
-    _check_texts(row, encoder)
+    _check_texts(row, encoder, texts)
     text_tokens, scored = _count_text(encoder, row)
     tokenizer = encoder.processor.tokenizer
     visual = tuple(_visual_tokens(encoder, *size) for size in known)
@@ -147,11 +163,15 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
     return patches // images.merge_size**2
 
 
-def _check_texts(row: Row, encoder: Encoder) -> None:
-    is_question = len(row.turns) == 2
+def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str] | None) -> None:
+    """`texts`: what the table calls question and answer; None: they are messages."""
     for place, turn in enumerate(row.turns):
+        name = texts[place] if texts else f"message {place} ({turn.role})"
+        if len(turn.text) > MAX_CHARACTERS:
+            raise RowError(f"{name} has {len(turn.text):,} characters, more than any model reads; cut it")
+        if half := _HALF_CHARACTER.search(turn.text):
+            raise RowError(f"{name} holds half a character ({half[0]!a} at {half.start():,}); write it whole")
         if special := encoder.control_tokens.search(turn.text):
-            name = ("query", "label")[place] if is_question else f"message {place} ({turn.role})"
             raise RowError(
                 f"{name} holds the special token {special[0]}, which the model does not read as text"
             )
@@ -208,7 +228,7 @@ def check_against_processor(
         try:
             sample = encoder(rows[row.row])
         except RowError as refused:
-            bad.append(BadRow(split, row.row, str(refused)))
+            bad.append(bad_row(rows, split, row.row, refused))
             continue
         real = (len(sample.input_ids), sample.target_tokens)
         counted = (row.text_tokens + row.visual_tokens, row.target_tokens)

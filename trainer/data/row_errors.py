@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,18 @@ LONGEST_REASON = 300
 
 class RowError(Exception):
     """A row cannot be used: the message says why, in words; whoever catches it knows which row it is."""
+
+
+def describe_value(value: object) -> str:
+    """Say what stands where something else is due: a missing value, or its type and, where that says more, itself."""
+    if value is None:
+        return "missing"
+    tells = isinstance(value, str | list) or (isinstance(value, float) and not math.isfinite(value))
+    return (
+        f"{type(value).__name__} {printable(repr(value))[:60]}"
+        if tells
+        else f"of type {type(value).__name__}"
+    )
 
 
 def describe_error(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from launch.errors import ConfigError
@@ -20,11 +21,13 @@ from launch.inputs.file_digests import files_digest
 from launch.inputs.text_tables import SUFFIXES, TextTable
 from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split, rows_of_split
-from launch.untrusted_files import UNREADABLE, plain_size, reason_of
+from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
 from trainer.data.formats.choose import Format, choose_format
 from trainer.data.formats.images import ImageFiles
 from trainer.data.row_errors import RowError
 from trainer.data.rows import Row
+
+_SHOWN_TABLES = 5
 
 
 class Table(Protocol):
@@ -38,6 +41,8 @@ class Table(Protocol):
     def raw(self, number: int) -> dict[str, Any]: ...
 
     def folder(self, number: int) -> Path | None: ...
+
+    def place(self, number: int) -> tuple[Path, int] | None: ...
 
 
 class _ArrowTable:
@@ -60,6 +65,9 @@ class _ArrowTable:
     def folder(self, number: int) -> Path | None:
         return self._place
 
+    def place(self, number: int) -> None:
+        return None
+
 
 class Rows:
     """The rows of one split, read from disk one at a time, so that no rank holds decoded images.
@@ -80,6 +88,15 @@ class Rows:
     def names_files(self) -> bool:
         """Say whether images may lie in files beside the table."""
         return isinstance(self._table, TextTable) or (self._root is not None and self.kind.name != "chartqa")
+
+    def place(self, number: int) -> tuple[str, int] | None:
+        """The file that a row of the source is in, below the data set's folder, and its line; None: it has no lines."""
+        place = self._table.place(number)
+        if place is None:
+            return None
+        file, line = place
+        inside = self._root is not None and file.is_relative_to(self._root)
+        return str(file.relative_to(self._root) if inside and self._root else file), line
 
     def __iter__(self) -> Iterator[Row]:
         return (self[int(number)] for number in self.numbers)
@@ -127,7 +144,7 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
     if not files:
         raise ConfigError(
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}, nor {name}.jsonl, {name}.csv or "
-            f"{name}/metadata.jsonl; name a split that the folder holds, or correct data.dataset"
+            f"{name}/metadata.jsonl{_tables_in(folder)}; name a split that the folder holds, or correct data.dataset"
         )
     for file in files:
         try:
@@ -141,6 +158,7 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
             return TextTable(files)
         except UNREADABLE as error:
             raise ConfigError(f"data.{split}: {error}") from error
+    _refuse_without_rows(files)
     content = files_digest(files)
     table = _load(
         lambda: datasets.load_dataset(
@@ -153,6 +171,24 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
         f"data.{split}: {name_and_slice} of {folder}",
     )
     return _ArrowTable(_undecoded(table), files[0].parent)
+
+
+def _tables_in(folder: Path) -> str:
+    """Files of a folder that look like tables, in words."""
+    suffixes = (".parquet", *SUFFIXES, ".json", ".tsv", ".xlsx", ".arrow")
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    more = ", ..." if len(names) > _SHOWN_TABLES else ""
+    return f" (it has {printable(', '.join(names[:_SHOWN_TABLES]))}{more})" if names else ""
+
+
+def _refuse_without_rows(files: Sequence[Path]) -> None:
+    """ConfigError where parquet files hold no row, which `datasets` says in words about its batches."""
+    try:
+        rows = sum(pq.read_metadata(file).num_rows for file in files)
+    except (pa.ArrowException, OSError):
+        return  # `datasets` says what is wrong
+    if not rows:
+        raise ConfigError(f"{files[0]}: has no rows; write some, or name another split")
 
 
 def _open_hub(recipe: Recipe, split: SplitName, name_and_slice: str) -> Table:

@@ -26,9 +26,10 @@ from launch.checkpoints.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.console import add_row
 from launch.errors import CheckpointError, SamestepError
 from launch.option_values import add_option, place, positive
+from launch.run.output_folder import refuse_place
 from trainer.export.adapter import Adapter, AdapterOverrides, adapter_of, read_adapter
 from trainer.export.adapter_config import written_module
-from trainer.export.output_folder import atomic_output, refuse_place
+from trainer.export.output_folder import atomic_output
 from trainer.formats.detect import import_checkpoint
 from trainer.formats.imported import ImportedCheckpoint
 from trainer.formats.validated import read_tensors

@@ -11,6 +11,7 @@ from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.errors import CheckpointError
 from launch.run.merge_options import BaseKind, DtypeChoice
 from launch.run.merged_model import COMPARISON, RECORD
+from launch.run.output_folder import refuse_place
 from launch.untrusted_files import TABLE, open_plain
 from trainer.export.adapter import Adapter, AdapterOverrides, LoraPair, Saved, read_adapter, refuse_untrained
 from trainer.export.base_model import (
@@ -23,7 +24,6 @@ from trainer.export.base_model import (
     run_recipe,
     ties_embeddings,
 )
-from trainer.export.output_folder import refuse_place
 from trainer.export.own_template import OwnTemplate, own_template
 from trainer.export.requantize import Rounding, rounding_of
 from trainer.formats.key_names import canonical_name

@@ -58,7 +58,7 @@ class StepEnd(TrainerCallback):
         requests = trainer.agreed_requests
         first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1
         if requests.stop or requests.save or first:
-            control.should_save = True
+            control.should_save = not trainer.run_directory.is_copy
         if requests.stop:
             control.should_training_stop = True
 

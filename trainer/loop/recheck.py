@@ -12,8 +12,6 @@ generator and no cache, and the dropout masks belong to the samples.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from launch.audit.diff import NORM_FACTOR, tolerance_of
 from launch.errors import RunError
 from launch.planning.plan import Plan
+from launch.planning.rechecks import is_drawn
 from trainer.checks.fingerprint import projections
 from trainer.data.micro_batches import PackedBatch
 from trainer.distributed.collectives import gather_objects, run_on_all_ranks
@@ -155,12 +154,6 @@ class Recheck:
             error = RunError(describe_fault(reports, limits, f"step {self._step + 1}, {micro_batch}"))
             error.agreed = True  # every rank has the same reports
             raise error
-
-
-def is_drawn(seed: int, step: int, number: int, share: float) -> bool:
-    """Return whether the micro-batches `number` of `step`, both counted from 0, are checked: `share` of all are."""
-    digest = hashlib.sha256(json.dumps(["recheck", seed, step, number]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def limits_of(plan: Plan) -> Apart:

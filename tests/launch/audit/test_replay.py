@@ -1,9 +1,20 @@
-"""What a replay leaves out of the run that it takes again."""
+"""What a replay leaves out of the run that it takes again, and how an interrupted one ends."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.audit import replay as replays
 from launch.audit.restored import QUIET
+from launch.errors import RunError
+from launch.local.planned_run import RunRequest
 from launch.recipe.fingerprint import altering_values
+from launch.run.directory import RunDirectory
 from tests.helpers.indexes import embedded_recipe
 
 
@@ -18,3 +29,24 @@ def test_a_replay_uploads_and_tracks_nothing_and_alters_no_number() -> None:
     assert (recipe.hub.push, recipe.tracking.trackers) == (True, ("trackio", "wandb"))
     assert (quiet.hub.push, quiet.tracking.trackers) == (False, ())
     assert altering_values(quiet) == altering_values(recipe)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("STOPPED", KeyboardInterrupt), ("DONE", RunError)])
+def test_a_replay_that_is_interrupted_is_no_failure(
+    kind: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its training a Ctrl-C makes a stop in good order, before the steps are taken."""
+    copy = RunDirectory(tmp_path / "copy")
+
+    @contextmanager
+    def restored(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(run=copy, planned=SimpleNamespace(plan=None), request=None, begin=None)
+
+    monkeypatch.setattr(replays, "read_plan", lambda _: None)
+    monkeypatch.setattr(replays, "restored", restored)
+    recorded = RunDirectory(tmp_path / "mine").metrics_file
+    recorded.parent.mkdir()
+    recorded.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 6)))
+    monkeypatch.setattr(replays, "execute_with_oom_retry", lambda *_: SimpleNamespace(kind=kind))
+    with pytest.raises(error):
+        replays.replay(RunDirectory(tmp_path / "mine"), 3, 4, RunRequest(recipe="", runs_dir=tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pytest
 
 from launch.audit import restored
 from launch.errors import ConfigError
+from launch.local.planned_run import RunRequest
 from launch.run.directory import RunDirectory
+from launch.run.lock import hold_lock
 
 
 def test_a_step_from_before_a_change_of_the_plan_is_refused_by_its_number(
@@ -36,3 +39,29 @@ def test_a_step_is_refused_where_the_checkpoint_is_gone_at_which_its_plan_begins
     newest = restored._checkpoint_before(run, 6)
     assert newest is not None
     assert newest.step == 4
+
+
+def test_copies_that_killed_processes_left_are_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, used, young = (tmp_path / f".replay-mine-{name}" for name in ("left", "used", "young"))
+    for folder in (left, used, young, tmp_path / ".replay-other-left"):
+        (folder / "mine").mkdir(parents=True)
+    for folder in (left, used):
+        os.utime(folder, (0, 0))
+    monkeypatch.setattr(restored, "read_plan", lambda _: None)
+    monkeypatch.setattr(restored, "_checkpoint_before", lambda *_: None)
+
+    def refused(*_: object) -> None:
+        raise ConfigError("no recipe")
+
+    monkeypatch.setattr(restored, "_copy_until", refused)
+    request = RunRequest(recipe="", runs_dir=tmp_path)
+    with hold_lock(used):
+        os.utime(used, (0, 0))
+        with (
+            pytest.raises(ConfigError, match="no recipe"),
+            restored.restored(RunDirectory(tmp_path / "mine"), 4, request),
+        ):
+            pass
+    assert sorted(tmp_path.glob(".replay-*")) == [used, young, tmp_path / ".replay-other-left"]

@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -337,6 +338,25 @@ def test_a_plan_is_refused_an_empty_strategy_too(
     )
 
 
+def test_more_processes_than_a_cpu_carries_are_refused(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samestep("run", *EMBEDDED)
+    write_adapter(Path("runs/embedded/adapter"))
+    started = len(launcher.commands)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    for command in (["run", *EMBEDDED, "--fresh"], ["evaluate", "embedded"], ["doctor"]):
+        assert samestep(*command, "--gpus-per-node", "9") == 2
+        said = capsys.readouterr().err
+        assert "--gpus-per-node: 9 processes are too many without GPUs (2 cores for 4 processes each" in said
+        assert "give at most 8, or leave it out for 2" in said
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * 10**9))
+    assert samestep("evaluate", "embedded", "--gpus-per-node", "3") == 2
+    assert "2.0 GB of memory free for 0.7 GB each); give at most 2" in capsys.readouterr().err
+    assert len(launcher.commands) == started
+    assert samestep("plan", *EMBEDDED, "--gpus-per-node", "9") == 0  # a plan is for any machine
+
+
 def test_more_processes_than_gpus_are_refused(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -553,14 +573,24 @@ def test_consolidate_passes_on_what_a_checkpoint_does_not_say(launcher: Launcher
         (["merge", "foreign", "--output", "x", "--compare"], "lies in no run"),
         (["merge", "foreign"], "--output: missing"),
         (["consolidate", "nothing", "--output", "x"], "no such run or folder"),
+        (
+            ["merge", "foreign", "--output", "there"],
+            "--output: {folder}/there exists already; choose another",
+        ),
+        (["consolidate", "foreign", "--output", "there"], "--output: {folder}/there exists already; choose"),
+        (["consolidate", "foreign", "--output", "there/file/x"], "--output: {folder}/there/file is a file;"),
+        (["merge", "foreign", "--output", "busy"], "busy.partial: process {process} on "),
     ],
 )
 def test_merging_what_cannot_be_is_refused_before_anything_starts(
     launcher: Launcher, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     Path("foreign").mkdir()
-    assert samestep(*arguments) == 2
-    assert words in capsys.readouterr().err
+    Path("there").mkdir()
+    Path("there/file").touch()
+    with hold_lock(Path(), ".busy.partial.lock"):
+        assert samestep(*arguments) == 2
+    assert words.format(folder=Path().absolute(), process=os.getpid()) in capsys.readouterr().err
     assert not launcher.commands
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch.doctor import node
 from launch.doctor.finding import Finding, verdict
-from launch.doctor.node import check_node, gpu_finding, nominal_tflops
+from launch.doctor.node import Nominal, check_node, gpu_finding, nominal
 from tests.helpers.indexes import embedded_recipe
 
 HEALTHY = {
@@ -96,7 +96,10 @@ def test_a_recipe_whose_base_and_data_are_not_here_is_not_ready(
 
 
 def test_cards_are_known_by_their_kind() -> None:
-    assert nominal_tflops("NVIDIA H100 PCIe") == 756
-    assert nominal_tflops("NVIDIA H100 80GB HBM3") == 989
-    assert nominal_tflops("NVIDIA A100-SXM4-40GB") == 312
-    assert nominal_tflops("Some other card") is None
+    assert nominal("NVIDIA H100 PCIe") == Nominal(756, 2039)
+    assert nominal("NVIDIA H100 80GB HBM3") == Nominal(989, 3352)
+    assert nominal("NVIDIA H200") == Nominal(989, 4800)
+    assert nominal("NVIDIA A100-SXM4-40GB") == Nominal(312, 1555)
+    assert nominal("NVIDIA A100-SXM4-80GB") == Nominal(312, 1935)
+    assert nominal("Some other card") is None
+    assert nominal("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None

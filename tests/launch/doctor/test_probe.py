@@ -37,6 +37,11 @@ def test_a_slow_card_and_one_that_is_slower_than_its_neighbours_are_told_apart()
     assert states(figures(0, tflops=300.0), figures(1))["products 0"] == "failed"
     assert states(figures(0, tflops=600.0), figures(1), figures(2))["products 0"] == "warning"
     assert states(figures(0, gpu=None, tflops=0.1))["products 0"] == "ok"
+    assert states(figures(0, copy_gb_s=900.0), figures(1))["products 0"] == "failed"
+    slow = next(judge(Measured([figures(0, copy_gb_s=900.0)], [""], (), 50)))
+    assert "(76% and 27% of the data sheet)" in slow.text
+    assert slow.remedy.startswith("the card's memory is slower than its kind")
+    assert states(figures(0, gpu="Some other card", copy_gb_s=900.0))["products 0"] == "ok"
 
 
 def test_a_process_that_fails_or_hangs_is_named_with_its_last_words() -> None:

@@ -235,11 +235,16 @@ def test_a_narrow_terminal_shows_names_and_reasons_whole_and_says_what_it_leaves
     assert found["run"] == name
     assert found["state"].replace(" ", "") == f"failed ({reason})".replace(" ", "").replace("\n", "")
     assert found["step"] == "5 of 37"
-    assert re.search("no room here for: .*checkpoint", shown)
+    needed = re.search(r"not shown: .*checkpoint.* \(all need a terminal of (\d+) ", " ".join(shown.split()))
+    assert needed
+    for width, is_whole in ((int(needed[1]) - 1, False), (int(needed[1]), True)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert samestep("status", name) == 0
+        assert ("not shown" not in capsys.readouterr().out) is is_whole
     monkeypatch.setenv("COLUMNS", "300")
     assert samestep("status", name) == 0
     shown = capsys.readouterr().out
-    assert "no room" not in shown
+    assert "not shown" not in shown
     assert {*_columns(shown)} == {*STATUS_COLUMNS}
 
 
@@ -267,9 +272,9 @@ def test_the_table_of_a_running_job_has_its_loss_and_end_in_a_terminal_of_80(
     found = _columns(shown)
     assert (found["loss"], found["expected end"], found["step"]) == ("0.1234", "in 3 h", step)
     assert found["state"].replace(" ", "") == state.replace(" ", "")
-    assert shown.splitlines()[-1] == "no room here for: samples/s, checkpoint (wider, or --json)"
+    assert "not shown: samples/s, checkpoint (all need a terminal of " in shown
     _show_table([(name, state, step, "-", "0.1234", "-", "in 3 h", "-")])
-    assert "no room" not in capsys.readouterr().out
+    assert "not shown" not in capsys.readouterr().out
 
 
 def test_logs_are_those_of_the_newest_job_or_of_a_rank(

@@ -70,10 +70,23 @@ def test_time_cost_and_energy_follow_from_the_tabled_speed_for_every_layout(
     assert (expected[0].strategy, expected[0].world_size) == ("ddp", 4)
     assert {(each.strategy, each.world_size) for each in expected} == EFFICIENCY.keys()
     own = expected[0]
-    assert own.hours == pytest.approx(own.tokens / (16_206 * 4 * 0.93) / 3600)
+    work = work_of_steps(planned[0], INDEX, planned[1], 1, planned[1].max_steps)
+    assert own.hours == pytest.approx(work / (forecast.WORK_PER_SECOND * 4 * EFFICIENCY["ddp", 4]) / 3600)
     assert own.gpu_hours == pytest.approx(4 * own.hours)
     assert (own.cost, own.energy_kwh) == (2 * own.gpu_hours, 0.5 * own.gpu_hours)
     assert {row[-1] for row in forecast_rows(expected)} == {TABLED}
+
+
+def test_micro_batches_that_are_computed_twice_take_their_time(planned: tuple[Recipe, Plan]) -> None:
+    recipe, plan = planned
+    twice = embedded_recipe("training.num_train_epochs=1", "training.recheck=1")
+    tabled = [forecasts(each, INDEX, plan, H100, None, None)[0] for each in (recipe, twice)]
+    remember_speed(recipe, INDEX, plan, H100, dict.fromkeys(range(1, 11), 1.0))
+    measured = [forecasts(each, INDEX, plan, H100, None, None)[0] for each in (recipe, twice)]
+    for plain, rechecked in (tabled, measured):
+        assert rechecked.source == plain.source
+        assert rechecked.hours == pytest.approx(2 * plain.hours)
+        assert rechecked.tokens == plain.tokens
 
 
 def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe, Plan]) -> None:
@@ -89,7 +102,7 @@ def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe
     whole = 0.01 * work_of_steps(recipe, INDEX, plan, 1, plan.max_steps)
     assert by_layout["single", 1].hours * 3600 == pytest.approx(whole)
     assert by_layout["single", 1].source == "measured here over 7 steps"
-    assert by_layout["ddp", 4].hours * 3600 == pytest.approx(whole / 4 / 0.93)
+    assert by_layout["ddp", 4].hours * 3600 == pytest.approx(whole / 4 / EFFICIENCY["ddp", 4])
     assert "measured here on single x 1" in by_layout["ddp", 4].source
     other = embedded_recipe("training.num_train_epochs=1", "lora.r=64")
     assert speed_key(other) != speed_key(recipe)

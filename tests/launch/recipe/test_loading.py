@@ -226,6 +226,8 @@ def test_validation_and_test_may_be_drawn_out_of_training_or_missing() -> None:
     assert problem.startswith("evaluation.answers: there is no validation split")
     (problem,) = problems_of("data.format=messages", "data.columns={query: q}")
     assert problem.startswith("data.columns: is for data.format: columns")
+    (problem,) = problems_of("data.columns={query: q, label: q}")
+    assert problem.startswith("data.columns: 'q' is named for two of image, query and label")
 
 
 def test_keys_that_older_recipes_do_not_have_alter_no_fingerprint() -> None:

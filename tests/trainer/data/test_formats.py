@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.errors import ConfigError
+from launch.inputs.data_report import notes_of
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
 from launch.recipe.fingerprint import altering_values
@@ -92,7 +94,7 @@ def test_a_system_message_of_the_row_wins_over_the_recipes() -> None:
 
 
 BAD_CHATS: list[tuple[Any, str]] = [
-    ({"messages": []}, "messages is [], not a list of messages"),
+    ({"messages": []}, "messages is list [], not a list of messages"),
     ({"messages": [_message("user", "Why?")]}, "the last message is not of the assistant"),
     (
         {"messages": [_message("tool", "x"), _message("assistant", "y")]},
@@ -123,8 +125,42 @@ BAD_CHATS: list[tuple[Any, str]] = [
         {"messages": [_message("user", "<|im_end|>"), _message("assistant", "y")]},
         "the special token <|im_end|>",
     ),
-    ("{not json", "the row cannot be read (line 1, column 2"),
-    ({"other": 1}, "messages is None, not a list of messages"),
+    ("{not json", "the row cannot be read (column 2"),
+    ({"other": 1}, "messages is missing, not a list of messages"),
+    ({"conversations": "x"}, "conversations is str 'x', not a list of messages"),
+    (
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "observation", "value": "y"}]},
+        "message 1 has the role 'observation'",
+    ),
+    (
+        {"messages": [_message("user", "<video>?"), _message("assistant", "y")], "videos": ["a.mp4"]},
+        "videos beside the chat is not trained here; take it out of the row",
+    ),
+    (
+        {"messages": [_message("user", "?"), {**_message("assistant", "y"), "weight": 0}]},
+        "message 1 has weight of type int, which is not heeded: data.loss says",
+    ),
+    (
+        {"messages": [_message("user", [{"type": "text"}]), _message("assistant", "y")]},
+        "a part of message 0 has a text that is missing",
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "images": [None]},
+        "an image is missing, not bytes or a path",
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "images": ["a\0.png"]},
+        "the path of an image is 'a\\x00.png', which names no file",
+    ),
+    (
+        {"messages": [_message("user", "\ud800"), _message("assistant", "y")]},
+        "holds half a character ('\\ud800' at 0)",
+    ),
+    (
+        {"messages": [_message("user", "?" * 1_000_001), _message("assistant", "y")]},
+        "message 0 (user) has 1,000,001 characters, more than any model reads",
+    ),
+    ('{"messages": [], "messages": []}', "the row cannot be read (the key 'messages' stands twice)"),
 ]
 
 
@@ -141,8 +177,34 @@ def test_every_bad_chat_is_listed_with_its_reason(
     assert f"{len(BAD_CHATS)} bad rows" in said
     assert "Traceback" not in said
     for number, (_, reason) in enumerate(BAD_CHATS, 1):
-        line = next(line for line in said.splitlines() if line.startswith(f"train row {number}: "))
+        place = f"train row {number} (train.jsonl line {number + 1}): "
+        line = next(line for line in said.splitlines() if line.startswith(place))
         assert reason in line
+
+
+def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Path) -> None:
+    _images(tmp_path, "a.png")
+    chat_of = [
+        ("system", "Be brief."),
+        ("human", "<image>Why?"),
+        ("gpt", "So."),
+        ("human", "And?"),
+        ("gpt", "No."),
+    ]
+    roles = {"human": "user", "gpt": "assistant"}
+    trl = [_message(roles.get(speaker, speaker), words) for speaker, words in chat_of]
+    spoken = [{"from": speaker, "value": words} for speaker, words in chat_of]
+    _lines(tmp_path / "trl.jsonl", [{"messages": trl, "images": ["a.png"]}])
+    _lines(tmp_path / "llava.jsonl", [{"id": 1, "image": "a.png", "conversations": spoken}])
+    _lines(
+        tmp_path / "factory.jsonl",
+        [{"images": ["a.png"], "system": "Be brief.", "conversations": spoken[1:]}],
+    )
+    read = [
+        open_split(_recipe(world, tmp_path, train=name), "train")[0] for name in ("trl", "llava", "factory")
+    ]
+    assert read[0] == read[1] == read[2]
+    assert [turn.text for turn in read[0].turns] == ["Be brief.", "Why?", "So.", "And?", "No."]
 
 
 # columns --------------------------------------------------------------------------------------------------------
@@ -198,12 +260,12 @@ def test_rows_of_one_image_and_question_have_the_fingerprint_of_chartqa(world: P
 
 BAD_COLUMNS: list[tuple[str, str]] = [
     ("gone.png,?,1", "gone.png cannot be read"),
-    ("a.png,,1", "question is a NoneType, not text"),
-    ("a.png,?,", "answer is None, not text or a list of text"),
+    ("a.png,,1", "question is missing, not text"),
+    ("a.png,?,", "answer is missing, not text or a list of text"),
     ("a.png,?,1,2", "the row has 4 cells, the header 3"),
     ("broken.png,?,1", "the image is in no format that Pillow knows"),
     ("/etc/passwd,?,1", "lies outside of the data set's folder"),
-    ("data:image/png;base64,?,1", "the row has 4 cells"),
+    ("data:image/png;base64,?,1", "the row has 5 cells"),
 ]
 
 
@@ -215,16 +277,63 @@ def test_every_bad_row_of_a_csv_is_listed(
     rows = "\n".join(
         ["picture,question,answer", "a.png,?,1", ",no image?,1", *(row for row, _ in BAD_COLUMNS)]
     )
-    (tmp_path / "train.csv").write_text(rows.replace("base64,?,1", "base64,x,?,1"))
+    (tmp_path / "train.csv").write_text(rows.replace("base64,?,1", "base64,x,y,?,1"))
     columns = {"image": "picture", "query": "question", "label": "answer"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(_recipe(world, tmp_path, columns=columns)))
     assert main([str(recipe), "--quiet"]) == 2
     said = capsys.readouterr().err
     for number, (_, reason) in enumerate(BAD_COLUMNS, 2):
-        line = next(line for line in said.splitlines() if line.startswith(f"train row {number}: "))
+        place = f"train row {number} (train.csv line {number + 2}): "
+        line = next(line for line in said.splitlines() if line.startswith(place))
         assert reason in line
     assert f"{len(BAD_COLUMNS)} bad rows" in said
+
+
+def test_every_bad_row_of_named_columns_is_listed(world: Path, tmp_path: Path) -> None:
+    """NaN is what pandas writes of a missing value; names in other letters are what a Mac or Windows makes of them."""
+    _images(tmp_path, "a.png", unicodedata.normalize("NFD", "é.png"))
+    good = {"image": "a.png", "query": "?", "label": "7"}
+    changes_and_reasons: list[tuple[dict[str, Any], str]] = [
+        ({"label": float("nan")}, "label is float nan, not text"),
+        ({"label": -float("inf")}, "label is float -inf, not text"),
+        ({"query": 5}, "query is of type int, not text"),
+        ({"image": "A.PNG"}, "(No such file or directory); there is 'a.png'; give the bytes"),
+        ({"image": "é.png"}, "(No such file or directory); there is 'e\\u0301.png'; give the bytes"),
+        ({"image": "."}, "cannot be read (is no plain file (a folder)); give the bytes"),
+    ]
+    _lines(
+        tmp_path / "train.jsonl",
+        [good | change for change, _ in changes_and_reasons] + [good | {"image": ""}],
+    )
+    with pytest.raises(ConfigError) as raised:
+        prepare(_recipe(world, tmp_path), quiet=True)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(changes_and_reasons) + 2
+    for line, (_, reason) in zip(lines[1:-1], changes_and_reasons, strict=True):
+        assert reason in line
+
+
+def test_rows_that_are_bad_for_one_reason_are_said_once(world: Path, tmp_path: Path) -> None:
+    _images(tmp_path, "a.png")
+    lines = ['a.png,"two\nlines",1', "", *["a.png,?,"] * 7, "a.png,<|im_end|>,1"]
+    (tmp_path / "train.csv").write_text("\n".join(["picture,question,answer", *lines]))
+    columns = {"image": "picture", "query": "question", "label": "answer"}
+    with pytest.raises(ConfigError) as raised:
+        prepare(_recipe(world, tmp_path, columns=columns), quiet=True)
+    head, many, one, where = str(raised.value).splitlines()
+    assert head.startswith("data.dataset: 8 bad rows; mend them, or set")
+    assert many.startswith(
+        "train rows 1, 2, 3, 4, 5 and 2 more (train.csv lines 5, 6, 7, 8, 9): answer is missing"
+    )
+    assert one.startswith("train row 8 (train.csv line 12): question holds the special token <|im_end|>")
+    listed = [json.loads(line) for line in Path(where.rpartition(" ")[2]).read_text().splitlines()]
+    assert [(row["row"], row["file"], row["line"]) for row in listed[-2:]] == [
+        (7, "train.csv", 11),
+        (8, "train.csv", 12),
+    ]
+    index = prepare(_recipe(world, tmp_path, columns=columns, on_bad_row="drop"), quiet=True)
+    assert [note.line for note in notes_of(_recipe(world, tmp_path, columns=columns), index.path)][-1] == 12
 
 
 def test_data_of_no_known_format_is_refused_with_its_columns(world: Path, tmp_path: Path) -> None:
@@ -235,6 +344,29 @@ def test_data_of_no_known_format_is_refused_with_its_columns(world: Path, tmp_pa
         prepare(_recipe(world, tmp_path, columns={"query": "question", "label": "text"}), quiet=True)
     with pytest.raises(ConfigError, match="has no column messages"):
         prepare(_recipe(world, tmp_path, format="messages"), quiet=True)
+    for content, words in (
+        (
+            '[{"query": "?"}]',
+            r"no row that can be read \(line 1: the row is a list, not a mapping .*; write one JSON",
+        ),
+        ('\n{\n"query": "?"}', r"no row that can be read \(line 2: column 2: Expecting property name"),
+        ("", "has no rows; write some, or name another split"),
+    ):
+        (tmp_path / "none.jsonl").write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            prepare(_recipe(world, tmp_path, train="none"), quiet=True)
+    pq.write_table(pa.table({"query": pa.array([], pa.string())}), tmp_path / "void.parquet")
+    with pytest.raises(ConfigError, match=r"void\.parquet: has no rows; write some"):
+        prepare(_recipe(world, tmp_path, train="void"), quiet=True)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(
+        ConfigError, match=r"no list\.parquet .* \(it has list\.json, none\.jsonl, train\.jsonl, "
+    ):
+        prepare(_recipe(world, tmp_path, train="list"), quiet=True)
+    with pytest.raises(
+        ConfigError, match=r"train\.jsonl' is no folder; give the folder .* and data\.train: train"
+    ):
+        prepare(_recipe(world, tmp_path / "train.jsonl"), quiet=True)
     (tmp_path / "bad.csv").write_text("a,a\n1,2\n")
     with pytest.raises(ConfigError, match="has no header of distinct column names"):
         prepare(_recipe(world, tmp_path, train="bad"), quiet=True)
@@ -296,7 +428,7 @@ def test_a_row_that_stands_twice_and_is_trained_and_validated_is_said(
 
 
 def test_a_row_that_cannot_be_read_any_more_is_a_row_error(tmp_path: Path) -> None:
-    with pytest.raises(RowError, match="an image is a int"):
+    with pytest.raises(RowError, match="an image is of type int"):
         ImageFiles(tmp_path, tmp_path).read(3)
     assert Row((), (), []).images_digest == Row((), (), ["x"]).images_digest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,9 @@ UNWRITABLE = _encoded(
     JPEG, "JPEG", exif=_exif(UPRIGHT_BY_SIX, (RESOLUTION, 10, 1, struct.pack("<ii", -5, 0)))
 )
 """A JPEG whose EXIF Pillow 12 reads and cannot write again when it turns the image: `struct.error`."""
+_HEADER = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+BOMB = _encoded(JPEG, "PNG")
+BOMB = BOMB[:12] + _HEADER + struct.pack(">I", zlib.crc32(_HEADER)) + BOMB[33:]
 
 
 # images -------------------------------------------------------------------------------------------------------
@@ -193,6 +197,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"image": {"bytes": b"hello", "path": None}},
         "the image is in no format that Pillow knows (5 bytes, the first 68 65 6c 6c 6f)",
     ),
+    "a bomb": (
+        {"image": {"bytes": BOMB, "path": None}},
+        "the image has too many pixels (DecompressionBombError: Image size (900000000 pixels)",
+    ),
     "image token": ({"query": "what is <|image_pad|> here"}, "query holds the special token <|image_pad|>"),
     "video token": ({"query": "<|video_pad|>"}, "query holds the special token <|video_pad|>"),
     "video token in the label": ({"label": ["<|video_pad|>"]}, "label holds the special token <|video_pad|>"),
@@ -275,18 +283,19 @@ def test_a_special_token_in_the_system_message_is_refused_before_anything_is_rea
 
 def test_every_bad_row_is_in_a_file_that_the_refusal_names(world: Path, tmp_path: Path) -> None:
     def damage(rows: list[dict[str, Any]]) -> None:
-        for row in rows[:52]:
-            row.update(query="")
+        for number, row in enumerate(rows[:53]):
+            row.update(human_or_machine=2 + min(number, 51))
 
     recipe = _recipe(world, tmp_path, damage, count=60)
     with pytest.raises(ConfigError) as raised:
         prepare(recipe, quiet=True)
     *_, more, last = str(raised.value).splitlines()
-    assert more == "... and 2 more"
+    assert more == "... and 3 more, of 2 other reasons"
     listed = Path(last.removeprefix("all of them are listed in "))
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
-    assert [row["row"] for row in rows] == list(range(52))
-    assert rows[51] == {"split": "train", "row": 51, "reason": "query is empty"}
+    assert [row["row"] for row in rows] == list(range(53))
+    reason = "human_or_machine is 53, not 0 or 1"
+    assert rows[52] == {"split": "train", "row": 52, "reason": reason, "file": "", "line": 0}
     write_charts(tmp_path / "charts", {"train": chart_rows(60, 0)})
     assert prepare(recipe, quiet=True)
     assert listed.parent == index_path(recipe).parent

@@ -13,7 +13,6 @@ from trainer.loop.recheck import (
     Report,
     describe_fault,
     differences_of,
-    is_drawn,
     limits_of,
 )
 
@@ -24,15 +23,6 @@ GOOD, WRONG, EMPTY = (Computed(loss, [[value] * 5]) for loss, value in ((1.0, 2.
 def _reports(*pairs: tuple[Computed | None, Computed]) -> list[Report]:
     """Of ranks on hosts n0, n1, ...: what each got of its own micro-batch and of the one before."""
     return [Report(own, again, 0.1, f"host n{rank}, CPU") for rank, (own, again) in enumerate(pairs)]
-
-
-def test_the_share_of_micro_batches_is_drawn_by_seed_step_and_number_alone() -> None:
-    drawn = [(step, number) for step in range(5000) for number in range(4) if is_drawn(42, step, number, 0.1)]
-    assert abs(len(drawn) / 20000 - 0.1) < 0.01
-    assert drawn[:4] == [each for each in drawn[:4] if is_drawn(42, *each, 0.1)]
-    assert drawn != [(step, n) for step in range(5000) for n in range(4) if is_drawn(43, step, n, 0.1)]
-    assert is_drawn(42, 0, 0, 1.0)
-    assert set(drawn) <= {(step, n) for step in range(5000) for n in range(4) if is_drawn(42, step, n, 0.2)}
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,21 @@ from launch.errors import ConfigError
 from launch.recipe.schema import DataSection
 from trainer.data.formats.columns import CHARTQA, chartqa_columns, named_columns
 from trainer.data.formats.images import ImageFiles
-from trainer.data.formats.messages import messages_row
+from trainer.data.formats.messages import CHATS, messages_row
 from trainer.data.rows import Row
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format by name; `row`: makes one row of what a table holds; `description`: why this one, for the log."""
+    """A format by name; `row`: makes one row of what a table holds; `description`: why this one, for the log.
+
+    `texts`: the columns of question and answer, as the table calls them; None: they are in messages.
+    """
 
     name: str
     row: Callable[[Mapping[str, Any], ImageFiles], Row]
     description: str
+    texts: tuple[str, str] | None = None
 
 
 def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:
@@ -31,9 +35,9 @@ def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format
     """
     name, why = _seen(data, names, where) if data.format == "auto" else (data.format, "data.format")
     if name == "messages":
-        if "messages" not in names:
+        if not any(column in names for column in CHATS):
             raise ConfigError(
-                f"{where} has no column messages (it has {', '.join(names)}); set data.format: columns and "
+                f"{where} has no column {' or '.join(CHATS)} (it has {', '.join(names)}); set data.format: columns and "
                 "data.columns, or write chats"
             )
         return Format(name, messages_row, f"messages ({why})")
@@ -42,15 +46,15 @@ def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format
         if name == "chartqa"
         else named_columns({str(role): column for role, column in (data.columns or {}).items()}, names, where)
     )
-    return Format(name, columns.row, f"{name} ({why}): {columns}")
+    return Format(name, columns.row, f"{name} ({why}): {columns}", (columns.query, columns.label))
 
 
 def _seen(data: DataSection, names: Sequence[str], where: str) -> tuple[str, str]:
     """(format, what shows it)."""
     if data.columns is not None:
         return "columns", "data.columns is given"
-    if "messages" in names:
-        return "messages", "seen from its column messages"
+    if chats := next((column for column in CHATS if column in names), None):
+        return "messages", f"seen from its column {chats}"
     if all(name in names for name in CHARTQA):
         return "chartqa", "seen from its columns"
     if "query" in names and "label" in names:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.errors import ConfigError
 from trainer.data.formats.images import ImageFiles
-from trainer.data.row_errors import RowError
+from trainer.data.row_errors import RowError, describe_value
 from trainer.data.rows import Row, question_row
 
 CHARTQA = ("image", "query", "label", "human_or_machine")
@@ -34,18 +35,18 @@ class Columns:
             raise RowError("the image is missing; each row needs exactly one")
         query = raw.get(self.query)
         if not isinstance(query, str):
-            raise RowError(f"{self.query} is a {type(query).__name__}, not text")
+            raise RowError(f"{self.query} is {describe_value(query)}, not text")
         if not query.strip():
             raise RowError(f"{self.query} is empty")
         return question_row(images, query, self._label(raw), self._kind(raw))
 
     def _label(self, raw: Mapping[str, object]) -> list[str]:
         label = raw.get(self.label)
-        if isinstance(label, int | float) and not isinstance(label, bool):
+        if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
             label = str(label)
         labels = [label] if isinstance(label, str) else label
         if not isinstance(labels, list) or not all(isinstance(text, str) for text in labels):
-            raise RowError(f"{self.label} is {repr(label)[:100]}, not text or a list of text")
+            raise RowError(f"{self.label} is {describe_value(label)}, not text or a list of text")
         if not labels or not labels[0].strip():
             raise RowError(f"{self.label} is empty")
         return labels

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from launch.untrusted_files import TABLE, UntrustedFileError, path_inside, printable, read_bytes
-from trainer.data.row_errors import RowError, describe_error
+from launch.untrusted_files import (
+    TABLE,
+    UNREADABLE,
+    UntrustedFileError,
+    path_inside,
+    printable,
+    read_bytes,
+    reason_of,
+)
+from trainer.data.row_errors import RowError, describe_error, describe_value
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _KEYS = ("bytes", "path", "image", "url")
@@ -39,11 +49,11 @@ class ImageFiles:
             return self._of_path(value)
         if isinstance(value, Mapping):
             return self._of_mapping(value)
-        raise RowError(f"an image is a {type(value).__name__}, not bytes or a path")
+        raise RowError(f"an image is {describe_value(value)}, not bytes or a path")
 
     def read_all(self, value: object) -> tuple[bytes, ...]:
-        """Read the images of a list, a single image, or none for None and the empty list."""
-        if value is None:
+        """Read the images of a list, a single image, or none for None, an empty path and the empty list."""
+        if value is None or value == "":
             return ()
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             return tuple(self.read(each) for each in value)
@@ -66,6 +76,8 @@ class ImageFiles:
         return self._of_path(path)
 
     def _of_path(self, path: str) -> bytes:
+        if not path or "\0" in path:
+            raise RowError(f"the path of an image is {path!r}, which names no file; give one")
         if _ADDRESS.match(path):
             kind = "data of its own" if path.startswith("data:") else "an address"
             raise RowError(
@@ -93,8 +105,30 @@ def _read(place: Path, path: str) -> bytes:
     try:
         return read_bytes(place, TABLE)
     except Exception as error:  # whatever the disk or the gate says: it is the row's fault, and one of many
-        why = error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
+        why = reason_of(error) if isinstance(error, UNREADABLE) else describe_error(error)
+        name = printable(str(Path(path) if Path(path).is_absolute() else place.absolute()))[:200]
         raise RowError(
-            f"the image file {printable(str(Path(path) if Path(path).is_absolute() else place.absolute()))} cannot be "
-            f"read ({why}); give the bytes, or the path of a file that every machine can read"
+            f"the image file {name} cannot be read ({why}){_hint(place, error)}; give the bytes, or the path of a file "
+            "that every machine can read"
         ) from error
+
+
+def _hint(place: Path, error: Exception) -> str:
+    """The name that is there where a file's name is written in other letters: composed otherwise, or in other case."""
+    if not isinstance(error, FileNotFoundError):
+        return ""
+    if similar := _names_in(place.parent).get(_plain(place.name)):
+        return f"; there is {printable(ascii(similar))}"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path) -> Mapping[str, str]:
+    try:
+        return {_plain(file.name): file.name for file in folder.iterdir()}
+    except OSError:
+        return {}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -1,4 +1,7 @@
-"""Chats as trl and ms-swift take them: `messages` with roles and contents, and `images` beside them or within."""
+"""Chats as trl and ms-swift take them: `messages` with roles and contents, and `images` beside them or within.
+
+Chats of ShareGPT and LLaVA, too: `conversations` with `from` and `value`, whose speakers are human and gpt.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.data.formats.images import ImageFiles
-from trainer.data.row_errors import RowError
+from trainer.data.row_errors import RowError, describe_value
 from trainer.data.rows import IMAGE, Row, Turn
 
 TAG = "<image>"
 """Where an image stands in a text (ms-swift, LLaVA)."""
+CHATS = ("messages", "conversations")
+"""Names of the column that holds a chat, the first one that is there counts."""
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_UNREAD = ("videos", "video", "audios", "audio", "tools", "rejected", "rejected_response")
+_OF_LOSS = ("weight", "loss", "train", "training")
+"""Keys by which other programs leave a message out of the loss (OpenAI's, ms-swift's, axolotl's)."""
 _ROLES = ("system", "user", "assistant")
 _IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
 
@@ -21,9 +30,14 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
     An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
     images stand before the first question, as trl 1.16 puts them.
     """
-    messages = raw.get("messages")
+    name = next((name for name in CHATS if raw.get(name) is not None), CHATS[0])
+    messages = raw.get(name)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RowError(f"messages is {repr(messages)[:60]}, not a list of messages")
+        raise RowError(f"{name} is {describe_value(messages)}, not a list of messages")
+    if unread := next((column for column in _UNREAD if raw.get(column)), None):
+        raise RowError(f"{unread} beside the chat is not trained here; take it out of the row")
+    if system := raw.get("system"):
+        messages = [{"role": "system", "content": system}, *messages]
     images = list(files.read_all(raw["images"] if raw.get("images") is not None else raw.get("image")))
     inline: list[bytes] = []
     turns = [_turn(number, message, files, inline) for number, message in enumerate(messages)]
@@ -41,10 +55,18 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
 
 def _turn(number: int, message: object, files: ImageFiles, inline: list[bytes]) -> Turn:
     if not isinstance(message, Mapping):
-        raise RowError(f"message {number} is a {type(message).__name__}, not a role and a content")
+        raise RowError(f"message {number} is {describe_value(message)}, not a role and a content")
     role, content = message.get("role"), message.get("content")
+    if role is None and content is None:
+        role, content = message.get("from"), message.get("value")
+        role = _SPEAKERS.get(str(role), role)
     if role not in _ROLES:
         raise RowError(f"message {number} has the role {repr(role)[:40]}, not {', '.join(_ROLES)}")
+    if untrained := next((key for key in _OF_LOSS if message.get(key) not in (None, 1)), None):
+        raise RowError(
+            f"message {number} has {untrained} {describe_value(message[untrained])}, which is not heeded: "
+            "data.loss says which answers are trained; take it out"
+        )
     if message.get("tool_calls"):
         raise RowError(f"message {number} calls tools, which are not trained here")
     parts = tuple(_parts(number, content, files, inline))
@@ -64,11 +86,13 @@ def _parts(number: int, content: object, files: ImageFiles, inline: list[bytes])
         yield from _text_parts(content)
         return
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RowError(f"message {number} has a content of type {type(content).__name__}, not text or parts")
+        raise RowError(f"the content of message {number} is {describe_value(content)}, not text or parts")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            yield from _text_parts(part["text"])
+        if kind == "text":
+            if not isinstance(text := part.get("text"), str):
+                raise RowError(f"a part of message {number} has a text that is {describe_value(text)}")
+            yield from _text_parts(text)
         elif kind in ("image", "image_url"):
             yield IMAGE
             image = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)

@@ -1,0 +1,28 @@
+"""Which micro-batches `training.recheck` has computed a second time (`trainer.loop.recheck`): known before the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.planning.plan import Plan
+    from launch.recipe.schema import Recipe
+
+
+def is_drawn(seed: int, step: int, number: int, share: float) -> bool:
+    """Return whether the micro-batches `number` of `step`, both counted from 0, are checked: `share` of all are."""
+    digest = hashlib.sha256(json.dumps(["recheck", seed, step, number]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def rechecked_share(recipe: Recipe, plan: Plan, step: int) -> float:
+    """Return the share of a step's micro-batches that every rank computes besides its own; `step` counts from 0."""
+    training = recipe.training
+    if not training.recheck:
+        return 0.0
+    drawn = sum(
+        is_drawn(training.seed, step, number, training.recheck) for number in range(plan.micro_batches)
+    )
+    return drawn / plan.micro_batches

@@ -21,13 +21,13 @@ from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import embedded_folder
 from launch.inputs.families import Family, family_of
+from launch.inputs.model_files import read_own_template
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import (
     DOCUMENT,
     UNREADABLE,
     printable,
     read_mapping,
-    read_text,
     reason_of,
 )
 from trainer.base_files import refuse_unsafe_base
@@ -212,7 +212,7 @@ def load_processor(recipe: Recipe) -> ProcessorMixin:
             f"{family.processor_class}; get the {family.name} again"
         )
     if recipe.data.chat_template is not None:
-        processor.chat_template = _own_template(Path(recipe.data.chat_template))
+        processor.chat_template = read_own_template(recipe.data.chat_template)
         refuse_endless_template(processor, Path(recipe.data.chat_template), "data.chat_template")
     else:
         refuse_endless_template(processor, Path(path))
@@ -229,16 +229,6 @@ def load_processor(recipe: Recipe) -> ProcessorMixin:
     processor.image_processor.size = _pixel_bounds(recipe, dict(processor.image_processor.size))
     tokenizer.padding_side = "left"
     return processor
-
-
-def _own_template(file: Path) -> str:
-    try:
-        return read_text(file)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"data.chat_template: {printable(str(file))} cannot be read ({reason_of(error)}); give a file with a Jinja "
-            "template, or null"
-        ) from error
 
 
 def _pixel_bounds(recipe: Recipe, own: dict[str, Any]) -> dict[str, Any]:

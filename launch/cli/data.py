@@ -46,6 +46,13 @@ def _column(option: str, of: str) -> Any:
     )
 
 
+def _refuse_file(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: its folder is not there; make it, or give another name")
+    if file.exists():
+        raise ConfigError(f"{file}: is there already; give another name, or remove it")
+
+
 @commands.command(
     epilog=example(
         "samestep init my.yaml --data pictures --model Qwen/Qwen2-VL-2B-Instruct",
@@ -82,12 +89,16 @@ def init(
         run_name_of,
         seen_data,
     )
+    from launch.recipe.loading import recipe_from_dict
+    from launch.untrusted_files import parse_yaml
 
     asks = sys.stdin.isatty()
     if data is None and not asks:
         raise ConfigError(
             "--data: missing; give a folder with a table (CSV, JSONL, parquet) and its images, or a hub id"
         )
+    if file is not None:
+        _refuse_file(file)
     data = data or typer.prompt("data (a folder, or a hub id)")
     model = model or (typer.prompt("model", default=DEFAULT_MODEL) if asks else DEFAULT_MODEL)
     if gpus is None and asks:
@@ -96,11 +107,10 @@ def init(
     columns = {"image": image, "query": query, "label": label}
     source = seen_data(data, {role: column for role, column in columns.items() if column is not None})
     file = file or Path(f"{source.name}.yaml")
-    if not file.parent.is_dir():
-        raise ConfigError(f"{file}: its folder is not there; make it, or give another name")
-    if file.exists():
-        raise ConfigError(f"{file}: is there already; give another name, or remove it")
-    atomic_write(file, recipe_text(run_name_of(file.stem), model, source, 1 if gpus is None else gpus))
+    _refuse_file(file)
+    written = recipe_text(run_name_of(file.stem), model, source, 1 if gpus is None else gpus)
+    recipe_from_dict(parse_yaml(written))  # what is written can be run
+    atomic_write(file, written)
     processes = f" --gpus-per-node {gpus}" if gpus else ""
     echo(f"{file}: written ({source.description})")
     quoted = shlex.quote(str(file))

@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
-from launch.inputs.model_files import part_files
+from launch.inputs.model_files import part_files, read_own_template
 from launch.recipe.fingerprint import later_values
 from launch.recipe.split_names import parse_split
 from launch.untrusted_files import DOCUMENT, TABLE, UNREADABLE, parse_json, read_bytes, reason_of
@@ -103,14 +103,14 @@ def splits_of(recipe: Recipe) -> dict[SplitName, str]:
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """List the files of one split in a folder, of the first kind that is there: `NAME.parquet`, `NAME-*.parquet`, also
-    under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl` or .csv of an imagefolder."""
+    under `data/`; the same with .jsonl and .csv; `NAME/metadata.jsonl`, .csv or .parquet of an imagefolder."""
     name = parse_split(split).name
     for suffix in ("parquet", "jsonl", "csv"):
         for place in (folder, folder / "data"):
             if files := sorted([*place.glob(f"{name}.{suffix}"), *place.glob(f"{name}-*.{suffix}")]):
                 return files
     for place in (folder / name, folder / "data" / name):
-        for metadata in ("metadata.jsonl", "metadata.csv"):
+        for metadata in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
             if (place / metadata).exists():
                 return [place / metadata]
     return []
@@ -153,6 +153,7 @@ def index_key(recipe: Recipe) -> str:
     if local is not None:
         data["files"] = [files_digest(split_files(local, name)) for name in splits_of(recipe).values()]
     if recipe.data.chat_template is not None:
+        read_own_template(recipe.data.chat_template)  # what cannot be read is said by its key
         data["chat_template"] = files_digest([Path(recipe.data.chat_template)])
     facts = {
         "version": INDEX_VERSION,

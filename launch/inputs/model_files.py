@@ -7,7 +7,17 @@ import re
 from pathlib import Path
 
 from launch.errors import ConfigError
-from launch.untrusted_files import DOCUMENT, TABLE, open_plain, read_bytes, read_mapping
+from launch.untrusted_files import (
+    DOCUMENT,
+    TABLE,
+    UNREADABLE,
+    open_plain,
+    printable,
+    read_bytes,
+    read_mapping,
+    read_text,
+    reason_of,
+)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES: dict[str, tuple[str, ...]] = {
@@ -111,3 +121,14 @@ def old_kind(identity: object) -> str | None:
     if COMMIT.fullmatch(identity):
         return "commit"
     return "sample" if _DIGEST.fullmatch(identity) else None
+
+
+def read_own_template(file: str | Path) -> str:
+    """The text of the file that `data.chat_template` names. ConfigError: it cannot be read."""
+    try:
+        return read_text(file)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"data.chat_template: {printable(str(file))} cannot be read ({reason_of(error)}); give a file with a Jinja "
+            "template, or null"
+        ) from error

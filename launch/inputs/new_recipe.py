@@ -12,7 +12,15 @@ from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
 from launch.inputs.text_tables import SUFFIXES, TextTable
 from launch.option_values import NAME_PATTERN
-from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
+from launch.recipe.split_names import is_split
+from launch.untrusted_files import (
+    UNREADABLE,
+    UntrustedFileError,
+    parse_yaml,
+    plain_size,
+    printable,
+    reason_of,
+)
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 _USUAL_NAMES: dict[str, tuple[str, ...]] = {
@@ -64,7 +72,7 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     if not tables:
         raise ConfigError(
             f"--data: {folder} holds no table ({', '.join(SUFFIXES)} or .parquet, or metadata.jsonl beside the "
-            "images); write one with a line for each question"
+            f"images){_unread_tables(folder)}; write one with a line for each question"
         )
     train = "train" if "train" in tables else next(iter(tables))
     validation = next((name for name in _VALIDATION_NAMES if name in tables), None)
@@ -73,12 +81,21 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
         "validation": validation or f"{train}, 5 %",
         "test": "test" if "test" in tables else None,
     }
+    unnamed = [name for name in splits.values() if name is not None and not is_split(name)]
+    if unnamed:
+        file = printable(tables[train].name if splits["train"] in unnamed else unnamed[0])
+        raise ConfigError(
+            f"--data: {file} has no name that a split can have; rename it to letters, digits, ., _ and -"
+        )
     names, rows = _columns_and_rows(tables[train])
     columns = _roles(names, named, tables[train])
     if _SHARD.search(tables[train].stem):
         rows = None  # of the first file alone
     counted = "" if rows is None else f"{rows:,} rows, "
-    description = f"{tables[train].name}, {counted}columns {', '.join(names)}"
+    others = [name for name in tables if name not in splits.values()]
+    left_out = f"; not used: {', '.join(map(printable, others))}" if others else ""
+    no_images = "" if _has_images(names, columns) else "; no column of images was seen, --image names one"
+    description = f"{tables[train].name}, {counted}columns {', '.join(names)}{left_out}{no_images}"
     return SeenData(run_name_of(folder.resolve().name), str(folder), splits, columns, description, rows)
 
 
@@ -134,6 +151,18 @@ def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _has_images(names: Sequence[str], columns: Mapping[str, str] | None) -> bool:
+    with_images = ("image", "images", "messages", "conversations")  # the last two may hold them within
+    return "image" in columns if columns is not None else any(name in names for name in with_images)
+
+
+def _unread_tables(folder: Path) -> str:
+    """Files that look like tables and are not read, in words."""
+    likely = (".parquet", *SUFFIXES, ".json", ".tsv", ".xlsx", ".arrow")
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in likely)
+    return f", but {', '.join(map(printable, names[:5]))}" if names else ""
+
+
 def _tables(folder: Path) -> dict[str, Path]:
     """The tables of a folder by the names of their splits."""
     tables: dict[str, Path] = {}
@@ -141,7 +170,8 @@ def _tables(folder: Path) -> dict[str, Path]:
         for suffix in (".parquet", *SUFFIXES):
             for file in sorted(place.glob(f"*{suffix}")):
                 tables.setdefault(_SHARD.sub("", file.stem), file)
-        for metadata in sorted([*place.glob("*/metadata.jsonl"), *place.glob("*/metadata.csv")]):
+        kinds = ("*/metadata.jsonl", "*/metadata.csv", "*/metadata.parquet")
+        for metadata in sorted(file for kind in kinds for file in place.glob(kind)):
             tables.setdefault(metadata.parent.name, metadata)
     return tables
 
@@ -157,6 +187,8 @@ def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
         with pq.ParquetFile(table) as parquet:
             return list(parquet.schema_arrow.names), parquet.metadata.num_rows
     except UNREADABLE as error:
+        if isinstance(error, UntrustedFileError):
+            raise ConfigError(f"--data: {error}") from error
         raise ConfigError(f"--data: {printable(str(table))}: {reason_of(error)}; correct it") from error
     except ValueError as error:  # pyarrow's errors are among them
         raise ConfigError(f"--data: {printable(str(table))}: is no table ({error}); correct it") from error
@@ -198,5 +230,6 @@ def run_name_of(dataset: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As YAML reads it back: plain where it can be."""
-    return text if re.fullmatch(r"[A-Za-z/][A-Za-z0-9._/-]*", text) else json.dumps(text, ensure_ascii=False)
+    """As YAML reads it back: plain where it can be, which `no` and `null` cannot."""
+    is_plain = re.fullmatch(r"[A-Za-z/][A-Za-z0-9._/-]*", text) and parse_yaml(text) == text
+    return text if is_plain else json.dumps(text, ensure_ascii=False)

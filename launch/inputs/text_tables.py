@@ -15,7 +15,6 @@ from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, plain_
 
 SUFFIXES = (".jsonl", ".csv")
 csv.field_size_limit(TABLE)  # of a cell; 128 KiB by default
-_COLUMN_ROWS = 100  # of which the columns of a JSONL file are taken: its lines need not agree
 
 
 class TextTable:
@@ -66,24 +65,43 @@ class TextTable:
 
     @property
     def column_names(self) -> list[str]:
-        """The columns of the first rows, in their order. UntrustedFileError: there are no rows, or none has columns."""
+        """The columns of all rows, in their order. UntrustedFileError: there are no rows, or none has columns."""
         if not self._lines:
             raise UntrustedFileError(self._ends[0][1], "has no rows", "write some, or name another split")
         names: dict[str, None] = {}
-        problems: list[str] = []
-        for number in range(min(len(self), _COLUMN_ROWS)):
-            try:
-                names |= dict.fromkeys(map(str, self.raw(number)))
-            except ValueError as error:
-                problems.append(str(error))  # listed with the other bad rows, if there are good ones
-        if not names and problems:
-            file, line = self.place(0)
+        begin = 0
+        for end, file in self._ends:
+            for line in self._lines[begin:end]:
+                keys = _keys(line)
+                names |= dict.fromkeys(keys)
+                if keys and file.suffix == ".csv":
+                    break  # every record has its header's columns; lines of JSON need not agree
+            begin = end
+        names.pop(_DAMAGED, None)
+        if not names:
+            file, place = self.place(0)
             raise UntrustedFileError(
                 file,
-                f"has no row that can be read (line {line:,}: {problems[0]})",
+                f"has no row that can be read (line {place:,}: {self._problem(0)})",
                 "write one JSON object a line",
             )
         return list(names)
+
+    def _problem(self, number: int) -> str:
+        try:
+            self.raw(number)
+        except ValueError as error:
+            return str(error)
+        return "it is empty"
+
+
+def _keys(line: bytes) -> Sequence[str]:
+    """The keys of a row, whose values `TextTable.raw` judges: of a large file this is done at every start."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(values) if isinstance(values, dict) else ()
 
 
 def _content(file: Path) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from launch.errors import ConfigError
@@ -74,6 +75,9 @@ def _wrong_splits(data: DataSection) -> Iterator[str]:
 
 
 def _wrong_metrics(names: list[str] | str) -> Iterator[str]:
+    short = [PurePath(name).name.replace(".py:", ":") for name in names] if names != "auto" else []
+    if twice := next((name for name in short if short.count(name) > 1), None):
+        yield f"evaluation.metrics: {twice!r} is named {short.count(twice)} times; name each metric once"
     for name in () if names == "auto" else names:
         module, colon, function = name.rpartition(":")
         if name not in METRIC_NAMES and not (colon and module and function.isidentifier()):

@@ -59,6 +59,15 @@ def parse_split(text: str) -> SplitRows:
     return SplitRows(match["name"], begin, end)
 
 
+def is_split(text: str) -> bool:
+    """Whether a recipe can call a split so."""
+    try:
+        parse_split(text)
+    except ValueError:
+        return False
+    return True
+
+
 def drawn_rows(count: int, share: float) -> NDArray[np.int64]:
     """The rows that `name, SHARE %` draws out of a split of `count` rows, in their order; int64.
 

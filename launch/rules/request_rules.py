@@ -5,6 +5,7 @@ import importlib.util
 
 from launch.inputs.families import every_tower_linear, read_shape, tower_targets, why_not_trained
 from launch.inputs.model_shape import LAYER_LINEARS, reached_in_tower, unreached
+from launch.inputs.own_metrics import why_no_metric
 from launch.rules.request import PlanRequest, Rule
 from launch.strategies import AUTO, STRATEGIES
 
@@ -131,6 +132,12 @@ def trackers_are_installed(request: PlanRequest) -> str | None:
     )
 
 
+def metrics_of_ones_own_are_there(request: PlanRequest) -> str | None:
+    """A metric that cannot be loaded would be noticed when the answers are there."""
+    why = why_no_metric(request.recipe) if request.packages_here else None
+    return f"evaluation.metrics: {why}" if why else None
+
+
 def base_is_of_a_known_family(request: PlanRequest) -> str | None:
     """transformers loads a model of another kind as far as the names agree."""
     why = why_not_trained(request.recipe)
@@ -182,11 +189,12 @@ def trained_tower_is_not_cached(request: PlanRequest) -> str | None:
 
 
 def dora_sees_whole_weights(request: PlanRequest) -> str | None:
-    """DoRA measures the rows of every weight when it begins and in every forward."""
+    """DoRA measures the whole rows of every weight when it begins: with fsdp and zero3 no rank has loaded them."""
     if not request.recipe.lora.use_dora or request.strategy not in ("fsdp", "zero3"):
         return None
     return (
-        f"lora.use_dora: true with --strategy {request.strategy}, which cuts the weights whose rows DoRA measures; "
+        f"lora.use_dora: true with --strategy {request.strategy}, where a rank loads a part of each weight, and DoRA "
+        "measures the whole rows before the first step; "
         "use ddp or zero2, or set it to false"
     )
 
@@ -255,6 +263,7 @@ REQUEST_RULES: tuple[Rule, ...] = (
     sharded_weights_stay_packed,
     upload_has_a_token,
     trackers_are_installed,
+    metrics_of_ones_own_are_there,
 )
 DATA_RULES: tuple[Rule, ...] = (
     data_fills_one_step,

@@ -29,7 +29,7 @@ def describe_value(value: object) -> str:
     )
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Say an error of a library in one line: its type and its words, without the address of the object it was about."""
     kind = type(error).__name__
     kind = f"{type(error).__module__}.{kind}" if kind == "error" else kind  # such as struct.error

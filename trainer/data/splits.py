@@ -131,6 +131,11 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
     )
     others = tuple(other for name, other in splits.items() if name != split)
     numbers = rows_of_split(name_and_slice, len(table), others)
+    if not len(numbers):
+        raise ConfigError(
+            f"data.{split}: {name_and_slice} holds none of the {len(table):,} rows of "
+            f"{parse_split(name_and_slice).name}; name others"
+        )
     return Rows(table, kind, numbers, local)
 
 
@@ -251,6 +256,8 @@ OFFLINE_ADVICE = (
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__  # its own words say nothing
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, RunError
+from launch.inputs.own_metrics import metric_file
 from launch.recipe.schema import Recipe
 from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import describe_error
@@ -112,8 +113,7 @@ def _short(name: str) -> str:
 
 @cache
 def _own(name: str) -> Score:
-    file, _, function = name.rpartition(":")
-    path = Path(file if file.endswith(".py") else f"{file}.py")
+    path, function = metric_file(name)
     key = f"evaluation.metrics: {name}"
     if not path.is_file():
         raise ConfigError(f"{key}: there is no file {path}; put it beside the recipe")
@@ -123,7 +123,7 @@ def _own(name: str) -> Score:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a program of the user's
+    except (Exception, SystemExit) as error:  # a program of the user's
         raise ConfigError(f"{key}: {path} cannot be loaded ({describe_error(error)}); correct it") from error
     score: Any = getattr(module, function, None)
     if not callable(score):
@@ -138,14 +138,16 @@ def _judged(name: str, score: Score, prediction: str, labels: Sequence[str]) -> 
     if name in METRICS:
         return score(prediction, labels)
     try:
-        value = float(score(prediction, labels))
-    except Exception as error:  # a program of the user's
+        answer: Any = score(prediction, labels)
+        value = math.nan if isinstance(answer, str | bytes) or answer is None else float(answer)
+    except (Exception, SystemExit) as error:  # a program of the user's
         raise RunError(
             f"evaluation.metrics: {name} fails on the answer {prediction[:80]!r} ({describe_error(error)}); correct it"
         ) from error
     if not 0 <= value <= 1:
         raise RunError(
-            f"evaluation.metrics: {name} makes {value} of the answer {prediction[:80]!r}; it must be from 0 to 1"
+            f"evaluation.metrics: {name} makes {repr(answer)[:80]} of the answer {prediction[:80]!r}; it must return a "
+            "number from 0 to 1"
         )
     return value
 

@@ -99,3 +99,42 @@ def test_what_cannot_be_told_is_asked_for(
     assert samestep("init", str(tmp_path / "x.yaml"), "--data", str(folder), *named) == 0
     columns = load_recipe(tmp_path / "x.yaml").data.columns
     assert columns == {"image": "bild", "query": "frage", "label": "antwort"}
+
+
+def test_what_init_writes_can_be_run_or_is_refused_with_the_file_that_is_to_be_renamed(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "image,query,label\na.png,?,1\n"
+    for number, (name, words) in enumerate(
+        (
+            ("my labels.csv", "my labels.csv has no name that a split can have; rename it"),
+            ("données.csv", "données.csv has no name that a split can have"),
+            (
+                "train.tsv",
+                "holds no table (.jsonl, .csv or .parquet, or metadata.jsonl beside the images), but train.tsv",
+            ),
+            ("LABELS.CSV", "but LABELS.CSV; write one"),
+        )
+    ):
+        folder = _table(tmp_path / str(number), name, rows)
+        assert samestep("init", "x.yaml", "--data", str(folder)) == 2
+        assert words in capsys.readouterr().err
+    semicolons = _table(tmp_path / "semicolons", "train.csv", rows.replace(",", ";"))
+    assert samestep("init", "x.yaml", "--data", str(semicolons)) == 2
+    assert "not by commas; save it with commas" in capsys.readouterr().err
+    twice = ("--query", "query", "--label", "query")
+    assert samestep("init", "x.yaml", "--data", str(_table(tmp_path / "a", "train.csv", rows)), *twice) == 2
+    assert "'query' is named for two of image, query and label" in capsys.readouterr().err
+    assert samestep("init", "x.yaml", "--data", str(tmp_path / "a" / "train.csv")) == 2
+    assert "a/train.csv is no folder; give the folder that it is in" in capsys.readouterr().err
+    assert not Path("x.yaml").exists()
+    _table(tmp_path / "no", "null.csv", rows.replace("image", "image_url"))
+    _table(tmp_path / "no", "other.csv", rows)
+    assert samestep("init", "x.yaml", "--data", "no") == 0
+    said = capsys.readouterr().out
+    assert "; not used: other; no column of images was seen, --image names one)" in said
+    recipe = load_recipe("x.yaml")
+    assert (recipe.data.dataset, recipe.data.train) == (str(tmp_path / "no"), "null")
+    assert samestep("init", "x.yaml", "--data", "nowhere") == 2
+    assert "x.yaml: is there already" in capsys.readouterr().err

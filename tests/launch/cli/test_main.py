@@ -848,7 +848,7 @@ def test_the_rules_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[s
 
     assert samestep("rules") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert len(rule_rows()) == 37
+    assert len(rule_rows()) == 38
     assert "offloaded to a CPU" in said
     assert "bitsandbytes#89" in said
     assert all(reason for _, reason in rule_rows())

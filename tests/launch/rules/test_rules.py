@@ -310,6 +310,34 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch: py
     assert request_rules.trackers_are_installed(replace(both, packages_here=False)) is None
 
 
+def test_a_metric_of_ones_own_is_looked_at_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text("raise SystemExit\ndef close(prediction, labels):\n    return 1\n")
+    (tmp_path / "broken.py").write_text("def close(:\n")
+    (tmp_path / "text.py").write_bytes(b"\xff")
+
+    def said(*names: str) -> str | None:
+        metrics = ", ".join(f"{tmp_path}/{name}" for name in names)
+        recipe = embedded_recipe(f"evaluation.metrics=[exact_match, {metrics}]")
+        return request_rules.metrics_of_ones_own_are_there(replace(ALLOWED, recipe=recipe))
+
+    assert said("scores.py:close") is None
+    for name, words in (
+        (
+            "gone:close",
+            f"{tmp_path}/gone:close: there is no file {tmp_path}/gone.py; put it beside the recipe",
+        ),
+        (
+            "scores.py:far",
+            "scores.py has no function far; define far(prediction: str, labels: list[str]) -> float",
+        ),
+        ("broken.py:close", "broken.py is no Python (line 1: "),
+        ("text.py:close", "text.py cannot be read (is no UTF-8 text"),
+    ):
+        assert words in str(said(name))
+    with pytest.raises(ConfigError, match="'scores:close' is named 2 times"):
+        said("scores.py:close", "scores:close")
+
+
 def test_every_rule_has_a_case_above() -> None:
     every = (
         request_rules.REQUEST_RULES
@@ -317,7 +345,7 @@ def test_every_rule_has_a_case_above() -> None:
         + machine_rules.MACHINE_RULES
         + request_rules.DATA_RULES
     )
-    assert len(every) == 33
+    assert len(every) == 34
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -314,6 +314,29 @@ def test_every_bad_row_of_named_columns_is_listed(world: Path, tmp_path: Path) -
         assert reason in line
 
 
+def test_images_are_found_in_whatever_row_and_column_the_formats_allow(world: Path, tmp_path: Path) -> None:
+    """Else the rows would be trained without them, and without a word."""
+    _images(tmp_path, "a.png", "folder/a.png", "list/a.png", "table/a.png")
+    plain = {"query": "?", "label": "7"}
+    _lines(tmp_path / "late.jsonl", [plain] * 150 + [plain | {"image": "a.png"}])
+    _lines(tmp_path / "folder" / "metadata.jsonl", [plain | {"input_file_name": "a.png"}])
+    _lines(tmp_path / "list" / "metadata.jsonl", [plain | {"file_names": ["a.png", "a.png"]}])
+    pq.write_table(
+        pa.Table.from_pylist([plain | {"file_name": "a.png"}]), tmp_path / "table" / "metadata.parquet"
+    )
+    for split, row, images in (("late", 150, 1), ("folder", 0, 1), ("list", 0, 2), ("table", 0, 1)):
+        rows = open_split(_recipe(world, tmp_path, train=split), "train")
+        assert (
+            rows[row].images == (chart_png({"late": 0, "folder": 1, "list": 2, "table": 3}[split]),) * images
+        )
+    _lines(tmp_path / "odd.jsonl", [plain | {"id": 1, "photo": "a.png"}])
+    described = open_split(_recipe(world, tmp_path, train="odd"), "train").kind.description
+    assert described.endswith("query from query, label from label, no images (not used: id, photo)")
+    _lines(tmp_path / "chat.jsonl", [{"messages": [], "photo": "a.png"}])
+    described = open_split(_recipe(world, tmp_path, train="chat"), "train").kind.description
+    assert described == "messages (seen from its column messages) (not used: photo)"
+
+
 def test_rows_that_are_bad_for_one_reason_are_said_once(world: Path, tmp_path: Path) -> None:
     _images(tmp_path, "a.png")
     lines = ['a.png,"two\nlines",1', "", *["a.png,?,"] * 7, "a.png,<|im_end|>,1"]
@@ -466,10 +489,30 @@ def test_a_template_of_the_users_own_writes_the_chat_and_is_part_of_the_identity
     (tmp_path / "own.jinja").write_text(TEMPLATE.replace("assistant\n", "assistant\n\n"))
     assert [change.key for change in content_changes(before, find_identity(recipe, index))] == [OWN_TEMPLATE]
     assert read_index(recipe) is None
-    for text, words in (("{% for %}", "cannot be used"), ("{{ 'x' * 10 ** 9 }}", "cannot be used")):
+    for text, words in (
+        ("{% for %}", "cannot be used"),
+        ("{{ 'x' * 10 ** 9 }}", "cannot be used"),
+        ("{% include '/etc/passwd' %}", "cannot be used"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("", r"it writes <\|image_pad\|> 0 times for one image"),
+        (
+            TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * 2),
+            r"it writes <\|image_pad\|> 2 times for one image",
+        ),
+        (TEMPLATE.replace("part.text", "part.words"), "it leaves out the question or the answer"),
+        (TEMPLATE.replace("in messages", "in messages | reverse"), "does not begin with the prompt"),
+        (
+            TEMPLATE + "{{ strftime_now('%s') }}",
+            "it uses strftime_now, which makes other text of the same row",
+        ),
+        (TEMPLATE + "{{ [1, 2] | random }}", r"it uses \| random, which makes other text"),
+    ):
         (tmp_path / "own.jinja").write_text(text)
         with pytest.raises(ConfigError, match=rf"data\.chat_template: .*own.jinja.*{words}"):
             load_processor(recipe)
     (tmp_path / "own.jinja").unlink()
-    with pytest.raises(ConfigError, match=r"own\.jinja"):
-        load_processor(recipe)
+    for read in (lambda: load_processor(recipe), lambda: read_index(recipe)):
+        with pytest.raises(
+            ConfigError, match=r"data\.chat_template: .*own\.jinja cannot be read \(No such file"
+        ):
+            read()

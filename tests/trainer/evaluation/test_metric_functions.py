@@ -75,6 +75,9 @@ def test_a_function_of_the_users_own_is_found_beside_the_recipe_and_said(
         "def length(prediction, labels):\n    return min(len(prediction), 10) / 10\n"
         "def wrong(prediction, labels):\n    return 7\n"
         "def fails(prediction, labels):\n    return 1 / 0\n"
+        "def words(prediction, labels):\n    return '0.5'\n"
+        "def nothing(prediction, labels):\n    pass\n"
+        "def leaves(prediction, labels):\n    raise SystemExit(0)\n"
     )
     caplog.set_level("INFO", "trainer")
     recipe = _recipe(world, tmp_path, "exact_match", "scores:length")
@@ -85,7 +88,10 @@ def test_a_function_of_the_users_own_is_found_beside_the_recipe_and_said(
     assert metrics.score("seven", ["x"]) == {"exact_match": 0.0, "scores:length": 0.5}
     assert f"scores:length is the function length of {tmp_path / 'scores.py'}" in caplog.text
     for name, reason in (
-        ("wrong", "makes 7.0 of the answer"),
+        ("wrong", "makes 7 of the answer"),
+        ("words", "makes '0.5' of the answer .* it must return a number"),
+        ("nothing", "makes None of the answer"),
+        ("leaves", "fails on the answer .*SystemExit"),
         ("fails", "fails on the answer .*ZeroDivision"),
     ):
         with pytest.raises(RunError, match=reason):
@@ -102,6 +108,9 @@ def test_metrics_that_cannot_be_are_refused(world: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=reason):
             load_metrics(_recipe(world, tmp_path, name), has_kinds=True)
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(ConfigError, match=r"leaves\.py cannot be loaded .SystemExit"):
+        load_metrics(_recipe(world, tmp_path, "leaves:score"), has_kinds=True)
     (tmp_path / "broken.py").write_text("")
     with pytest.raises(ConfigError, match="has no function score"):
         load_metrics(_recipe(world, tmp_path, "broken:score"), has_kinds=True)

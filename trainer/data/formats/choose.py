@@ -8,9 +8,9 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.recipe.schema import DataSection
-from trainer.data.formats.columns import CHARTQA, chartqa_columns, named_columns
+from trainer.data.formats.columns import CHARTQA, chartqa_columns, named_columns, not_used
 from trainer.data.formats.images import ImageFiles
-from trainer.data.formats.messages import CHATS, messages_row
+from trainer.data.formats.messages import CHATS, READ, messages_row
 from trainer.data.rows import Row
 
 
@@ -40,7 +40,8 @@ def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format
                 f"{where} has no column {' or '.join(CHATS)} (it has {', '.join(names)}); set data.format: columns and "
                 "data.columns, or write chats"
             )
-        return Format(name, messages_row, f"messages ({why})")
+        unused = [column for column in names if column not in READ]
+        return Format(name, messages_row, f"messages ({why}){not_used(unused)}")
     columns = (
         chartqa_columns(names, where)
         if name == "chartqa"

@@ -7,19 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.errors import ConfigError
+from launch.untrusted_files import printable
 from trainer.data.formats.images import ImageFiles
 from trainer.data.row_errors import RowError, describe_value
 from trainer.data.rows import Row, question_row
 
 CHARTQA = ("image", "query", "label", "human_or_machine")
-_IMAGE_COLUMNS = ("image", "images", "file_name")  # the last is that of an imagefolder's metadata
+_IMAGE_COLUMNS = (
+    "image",
+    "images",
+    "file_name",
+    "file_names",
+)  # the last two are those of an imagefolder's metadata
+_SHOWN_COLUMNS = 5
 
 
 @dataclass(frozen=True)
 class Columns:
     """The names of the columns. `image`, `human_or_machine`: None where there is none.
 
-    `needs_image`: a row without one is bad, as in ChartQA.
+    `needs_image`: a row without one is bad, as in ChartQA. `unused`: the table's other columns.
     """
 
     image: str | None
@@ -27,6 +34,7 @@ class Columns:
     label: str
     human_or_machine: str | None
     needs_image: bool = False
+    unused: tuple[str, ...] = ()
 
     def row(self, raw: Mapping[str, object], files: ImageFiles) -> Row:
         """Return the row; RowError says why it is none."""
@@ -63,9 +71,17 @@ class Columns:
 
     def __str__(self) -> str:
         named = {"image": self.image, "query": self.query, "label": self.label}
-        return ", ".join(f"{role} from {name}" for role, name in named.items() if name) + (
-            "" if self.image else ", no images"
+        return (
+            ", ".join(f"{role} from {name}" for role, name in named.items() if name)
+            + ("" if self.image else ", no images")
+            + not_used(self.unused)
         )
+
+
+def not_used(columns: Sequence[str]) -> str:
+    """Say which columns are not read: one of them may hold what somebody thinks is trained."""
+    more = ", ..." if len(columns) > _SHOWN_COLUMNS else ""
+    return f" (not used: {printable(', '.join(columns[:_SHOWN_COLUMNS]))}{more})" if columns else ""
 
 
 def chartqa_columns(names: Sequence[str], where: str) -> Columns:
@@ -85,10 +101,13 @@ def named_columns(given_names: Mapping[str, str], names: Sequence[str], where: s
         ConfigError: one is not there.
     """
     image = given_names.get("image") or next((name for name in _IMAGE_COLUMNS if name in names), None)
+    image = image or next((name for name in names if name.endswith(("_file_name", "_file_names"))), None)
     kind = given_names.get("human_or_machine") or (
         "human_or_machine" if "human_or_machine" in names else None
     )
-    columns = Columns(image, given_names.get("query", "query"), given_names.get("label", "label"), kind)
+    query, label = given_names.get("query", "query"), given_names.get("label", "label")
+    unused = tuple(name for name in names if name not in (image, query, label, kind))
+    columns = Columns(image, query, label, kind, unused=unused)
     used = {"image": image, "query": columns.query, "label": columns.label, "human_or_machine": kind}
     problems = [
         f"data.columns.{role}: {where} has no column {name} (it has {', '.join(names)}); name one of them"

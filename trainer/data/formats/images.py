@@ -131,4 +131,4 @@ def _names_in(folder: Path) -> Mapping[str, str]:
 
 
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", name).casefold().strip()

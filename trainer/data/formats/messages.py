@@ -18,6 +18,8 @@ CHATS = ("messages", "conversations")
 """Names of the column that holds a chat, the first one that is there counts."""
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _UNREAD = ("videos", "video", "audios", "audio", "tools", "rejected", "rejected_response")
+READ = (*CHATS, "images", "image", "system", *_UNREAD)
+"""The columns that are looked at."""
 _OF_LOSS = ("weight", "loss", "train", "training")
 """Keys by which other programs leave a message out of the loss (OpenAI's, ms-swift's, axolotl's)."""
 _ROLES = ("system", "user", "assistant")

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.launching import ROOT, accelerate_launch, child_environment, family, kill_all
-from launch.hardware import gpus_present
+from benchmarks.launching import ROOT, child_environment, family, kill_all
 from tests.helpers.distributed.forked import forked_launch
 
 
@@ -79,9 +78,7 @@ def drive(
     """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""
     file = folder / f"requests-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(requests))
-    # bitsandbytes asks for the GPU's capability while it is imported: ranks forked off such a process cannot use CUDA.
-    launch = accelerate_launch if gpus_present() else forked_launch
-    done = launch(processes, ["tests.helpers.distributed.drive", str(file)], limit, strategy)
+    done = forked_launch(processes, ["tests.helpers.distributed.drive", str(file)], limit, strategy)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

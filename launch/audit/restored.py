@@ -19,7 +19,7 @@ from launch.atomic_files import atomic_write
 from launch.audit.diff import read_plan
 from launch.checkpoints.scan import Checkpoint, scan_checkpoints
 from launch.errors import ConfigError
-from launch.inputs.identity import TRAIN_ROWS, RunIdentity
+from launch.inputs.identity import PARTS, TRAIN_ROWS, RunIdentity
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
@@ -89,7 +89,12 @@ def restored(
         copy = RunDirectory(Path(folder) / run.name)
         _copy_until(run, copy, begin)
         asked = replace(
-            request, recipe=str(copy.recipe_file), overrides=overrides, name=run.name, runs_dir=Path(folder)
+            request,
+            recipe=str(copy.recipe_file),
+            overrides=overrides,
+            name=run.name,
+            runs_dir=Path(folder),
+            allow=(*request.allow, *PARTS),  # judged below, in words about the run instead of its copy
         )
         planned = plan_run(asked)
         _refuse_another_identity(run, plan, planned.plan, request.allow)

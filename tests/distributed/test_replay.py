@@ -52,7 +52,10 @@ def test_one_process_takes_the_steps_of_two_again_and_names_what_was_altered(
     try:
         save_file(weights, world / "base" / "model.safetensors", {"format": "pt"})
         assert samestep(*command) == 2
-        assert "model.weights" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert "or --allow model.weights" in said
+        assert f"{run}: was begun otherwise (values that differ: 1); bring back what it was made of" in said
+        assert "--fresh" not in said
     finally:
         (world / "base" / "model.safetensors").write_bytes(before)
 

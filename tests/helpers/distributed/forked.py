@@ -23,12 +23,23 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from benchmarks.launching import ROOT, child_environment, family, kill_all, launch_command
+from benchmarks.launching import (
+    ROOT,
+    accelerate_launch,
+    child_environment,
+    family,
+    kill_all,
+    launch_command,
+)
 
 BEFORE_IMPORTS = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """What `trainer/__init__.py` sets, and libraries read while they are imported."""
 OTHERS_S = 40.0
 """For the other ranks once one has failed; torchrun gives them 30 s."""
+
+GPU_IS_THERE = Path("/proc/driver/nvidia/version").exists()
+"""Then nothing is forked: importing bitsandbytes 0.50 asks for the card (`cuda_specs.py`), and no fork can use it then
+any more."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 
@@ -40,6 +51,8 @@ def forked_launch(
 
     Raises subprocess.TimeoutExpired after `limit` seconds; no rank outlives the call.
     """
+    if GPU_IS_THERE:
+        return accelerate_launch(processes, arguments, limit, strategy)
     command = launch_command(processes, arguments, strategy)
     with TemporaryDirectory() as folder:
         output = Path(folder) / "output"

@@ -5,9 +5,10 @@
     python benchmarks/first_step.py --cold                     # the base's files are not in the system's cache
     python benchmarks/first_step.py --new-kernels              # Triton finds none of its kernels in its cache
 
-A start is a fresh run of one step. `command` is the time until `samestep run` starts the launcher, the other parts are
-what the trainer kept in `environment.json`; `cpu` are the processor's seconds of all processes, whatever else the
-machine does. Prints a line a start, the medians, and one JSON line. Weights and charts are those of `throughput.py`.
+A start is a fresh run, ended after its first step. `command` is the time until `samestep run` starts the launcher, the
+other parts are what the trainer kept in `environment.json`; `cpu` are the seconds of all processes, whatever
+else the machine does. Prints a line a start, the medians, and one JSON line. Weights and charts are those of
+`throughput.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launching import family, kill_all
 from benchmarks.random_base import RECIPE, build, recipe_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,23 +90,46 @@ def start(options: argparse.Namespace, settings: list[str]) -> dict[str, float]:
             "--runs-dir",
             str(options.folder / "runs"),
         ]
-        began, spent = time.time(), cpu_seconds()
-        ended = subprocess.run(
-            [*command, "--fresh"], env=environment, capture_output=True, text=True, check=False
+        began = time.time()
+        process = subprocess.Popen(
+            [*command, "--fresh"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    if ended.returncode:
-        raise SystemExit(ended.stdout + ended.stderr)
-    file = options.folder / "runs" / "start" / "environment.json"
-    found: dict[str, Any] = json.loads(file.read_text())["first_step"]
-    total = file.stat().st_mtime - began  # it was written again at the end of the first step
-    parts = {part: seconds for part, seconds in found.items() if part != "total"}
-    command_s = total - found["total"]
+        recorded, written_at, cpu = wait_for_first_step(process, options.folder / "runs" / "start", began)
+    total = written_at - began
+    parts = {part: seconds for part, seconds in recorded.items() if part != "total"}
+    command_s = total - recorded["total"]
     return {
         "total": round(total, 2),
-        "cpu": round(cpu_seconds() - spent, 2),
+        "cpu": round(cpu, 2),
         "command": round(command_s, 2),
         **parts,
     }
+
+
+def wait_for_first_step(
+    process: subprocess.Popen[str], run: Path, began: float
+) -> tuple[dict[str, Any], float, float]:
+    """Wait for a run's first step, and end the run.
+
+    Returns the parts of the time, when they were written (seconds since 1970), and the processor's seconds.
+    """
+    file, errors = run / "environment.json", list[str]()
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    while process.poll() is None:
+        with suppress(OSError, ValueError):
+            if file.stat().st_mtime >= began and (parts := json.loads(file.read_text()).get("first_step")):
+                written_at, cpu = file.stat().st_mtime, cpu_seconds(process.pid)
+                kill_all(family(process.pid))
+                process.wait()
+                return parts, written_at, cpu
+        time.sleep(0.05)
+    reader.join()
+    raise SystemExit("".join(errors))
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -111,10 +139,13 @@ def drop_from_cache(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cpu_seconds() -> float:
-    """Of all children that have ended, their own children's included."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def cpu_seconds(pid: int) -> float:
+    """Of a process and all its descendants, those that have ended included."""
+    total = 0.0
+    for process in family(pid):
+        with suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])
+    return total
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from launch.errors import ConfigError
 PARENT = "SAMESTEP_PARENT"
 """In the environment of a child: the process id of whoever waits for it. The child ends when that one is gone."""
 
+EARLY_CONTEXT = "SAMESTEP_EARLY_CONTEXT"
+"""In the environment of a launcher whose ranks each use a GPU, `1`: they need not wait for PyTorch to ask for it."""
+
 MARKER_DECIDES = "--marker-decides"
 """On the command line of a trainer that somebody waits for, who reads the marker."""
 
@@ -31,7 +34,16 @@ _NAMES = frozenset(
         *("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
     )
 )
+_OF_A_RANK = (
+    "TORCHELASTIC_RUN_ID",
+    "ACCELERATE_MIXED_PRECISION",
+)  # of torchrun; of accelerate for one process
 _PREFIXES = re.compile(r"(TORCHELASTIC|PET|ACCELERATE|FSDP|PARALLELISM_CONFIG)_")
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process, as one of its ranks."""
+    return any(name in environment for name in _OF_A_RANK)
 
 
 def launcher_variables(environment: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import random
@@ -18,13 +19,45 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not Path("/proc/driver/nvidia/version").exists():
+HAS_GPU = Path("/proc/driver/nvidia/version").exists()
+if not HAS_GPU:
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # Triton reads it when it is imported: kernels run on the CPU
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell without job control starts `make test &` so, and every child would be deaf to the tests' Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # `nohup make test`: the tests outlive their terminal still, and their children hear when one of theirs closes.
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+UNFREEZE = gc.unfreeze
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector leave out what was imported, and what a training froze, which keeps its tiny models.
+
+    In a process of many trainings each would look through a million objects, for as long as the training takes.
+    """
+    if not HAS_GPU:
+        gc.collect()
+        gc.freeze()
+        gc.unfreeze = lambda: None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one more than there are cores, as tests of launches wait for a third of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`: the longest files first."""
+    from tests.helpers.scheduling import LongestFirst
+
+    return LongestFirst(config, log) if config.getvalue("dist") == "loadfile" else None
+
 
 SPLIT_SIZES = {"train": 60, "val": 10, "test": 12}
 

@@ -1,7 +1,8 @@
 """`python -m trainer.launcher ARGUMENTS`: `accelerate launch ARGUMENTS` for a program that waits for it.
 
 What a launcher by itself does not do: it ends when whoever waits for it is gone, and when a stop is wanted while it
-still waits for other machines. Where all processes are on this machine, nobody else can reach their store.
+still waits for other machines. Where all processes are on this machine, nobody else can reach their store. One plain
+process starts without accelerate's imports (`trainer.single_process`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from launch.run.directory import RunDirectory, leave_stopped, requested_stop
 from launch.run.lock import lock_holder
 from trainer import WATCHDOG
 from trainer.garbage import resume_collection
+from trainer.single_process import without_accelerate
 from trainer.watchdog import OTHERS_PATIENCE_S, PATIENCE_S
 
 LOOPBACK = "127.0.0.1"
@@ -40,6 +42,9 @@ def main() -> None:
         folder and MARKER_DECIDES in arguments
     ):  # not those that evaluate a run, which a STOP file does not mean
         watch_stops(RunDirectory(Path(folder)), is_first=value_of("--machine_rank", arguments) in (None, "0"))
+    if one := without_accelerate(arguments, os.environ):
+        resume_collection()
+        sys.exit(run_one(*one))
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,6 +64,16 @@ def main() -> None:
         sys.exit(explain({rank: failure.exitcode for rank, failure in error.failures.items()}))
     except subprocess.CalledProcessError as error:
         sys.exit(explain({0: error.returncode}))
+
+
+def run_one(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the only process of a run. Returns the exit status of this launcher."""
+    process = subprocess.Popen(command, env=environment)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # it was interrupted too, and ends by itself
+        return 130
+    return explain({0: status}) if status else 0
 
 
 def explain(exit_statuses: Mapping[int, int]) -> int:

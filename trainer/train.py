@@ -228,6 +228,7 @@ def train(task: Task, state: PartialState, requests: StopRequests, timer: Startu
     timer.record("plan")
     trainer = build(task, state, requests, step, timer)
     try:
+        run_on_all_ranks(trainer.begin_reading)
         fit_to_memory(trainer)
         timer.record("trial")
         if reason := requests.agree().stop:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from launch.launcher_variables import PARENT
+from launch.launcher_variables import PARENT, is_launched
 
 LOOK_S = 0.5
 PATIENCE_S = 20.0
@@ -30,10 +30,6 @@ SAVE_PATIENCE_S = 600.0
 """The same while a checkpoint is being written, which must not be cut off; and the most that slow steps teach."""
 FROZEN_S = 5.0
 """Between two looks: the whole process was suspended (SIGSTOP), or C code held the interpreter's lock."""
-_LAUNCHED = (
-    "TORCHELASTIC_RUN_ID",
-    "ACCELERATE_MIXED_PRECISION",
-)  # of torchrun; of accelerate for one process
 
 
 def _is_not_saving() -> bool:
@@ -173,7 +169,7 @@ def parent_of_this_process(environment: Mapping[str, str]) -> int | None:
     """
     if (named := environment.get(PARENT, "")).isdecimal():
         return int(named)
-    if not any(name in environment for name in _LAUNCHED):
+    if not is_launched(environment):
         return None  # started by a shell, which may end before a process under `nohup` does
     parent = os.getppid()
     return 0 if _is_adopted(parent) else parent

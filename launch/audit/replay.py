@@ -83,9 +83,8 @@ class Replay:
 def refuse_steps_not_taken(steps: tuple[int, int], last: int) -> None:
     """ConfigError unless a run of `last` steps has taken these."""
     if steps[1] > last:
-        raise ConfigError(
-            f"--steps: {steps[0]}:{steps[1]} is not among the steps 1 to {last} that the run has taken"
-        )
+        named = ":".join(map(str, dict.fromkeys(steps)))
+        raise ConfigError(f"--steps: {named} is not among the steps 1 to {last} that the run has taken")
 
 
 def random_steps(count: int, seed: int, last: int) -> list[int]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from hashlib import sha256
-from importlib.metadata import distributions
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.inputs.caches import private_cache
-
 _FOLDER, _NEVER = "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE"
+
+
+def keep_own_bytecode() -> None:
+    """Let this process keep the modules that it imports from here on, where it could not keep them."""
+    if folder := bytecode_variables(os.environ).get(_FOLDER):
+        sys.pycache_prefix, sys.dont_write_bytecode = folder, False
 
 
 def bytecode_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -24,6 +27,8 @@ def bytecode_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if environment.get(_FOLDER) or not _compiles_every_time(environment):
         return {}
+    from launch.inputs.caches import private_cache  # imports what few machines need here, before each command
+
     folder = private_cache(f"bytecode-{_packages_digest()}")
     if folder is None:
         return {}
@@ -38,9 +43,13 @@ def _compiles_every_time(environment: Mapping[str, str]) -> bool:
     return bool(environment.get(_NEVER)) or not os.access(package, os.W_OK)
 
 
+@cache
 def _packages_digest() -> str:
-    packages = sorted(f"{each.name}=={each.version}" for each in distributions())
-    return sha256("\n".join([sys.version, sys.prefix, *packages]).encode()).hexdigest()[:12]
+    """Of the names of all installed packages' records, which have their versions: none of them is opened."""
+    from hashlib import sha256
+
+    records = {record.name for folder in sys.path for record in Path(folder).glob("*.dist-info")}
+    return sha256("\n".join([sys.version, sys.prefix, *sorted(records)]).encode()).hexdigest()[:12]
 
 
 def _torch_folder() -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.launching import accelerate_launch
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
+from tests.helpers.distributed.forked import forked_launch
 from tests.helpers.distributed.recorded import assert_the_same_to_the_byte, metrics_of, run_of
 from trainer.train import main as train
 
@@ -27,7 +28,7 @@ def test_what_one_rank_alone_sees_stops_all_with_its_reason(world: Path, tmp_pat
         "--name",
         "run",
     ]
-    ended = accelerate_launch(2, arguments)
+    ended = forked_launch(2, arguments)
     for rank in (0, 1):
         said = f"unreadable: rank {rank} ended with: rank 1: charts.parquet: Input/output error; see that the disk"
         assert ended.stdout.count(said) == 1

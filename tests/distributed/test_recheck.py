@@ -18,7 +18,7 @@ from tests.helpers.distributed.recorded import (
     write_recipe,
 )
 
-SECONDS = 60  # of a run that ends badly, its start included, on a busy machine
+SECONDS = 150  # of a run that ends badly, its start included, on a busy machine
 
 
 def _launch(
@@ -33,7 +33,9 @@ def _launch(
         evaluation={"every_steps": 5, "max_samples": 6},
     )
     done = forked_launch(
-        processes, ["tests.helpers.distributed.faulty_rank", str(recipe), str(folder), *names], 200, strategy
+        processes,
+        ["tests.helpers.distributed.faulty_rank", str(recipe), str(folder), *names],
+        strategy=strategy,
     )
     assert done.returncode == 0, done.stdout
     return folder

@@ -152,8 +152,8 @@ def test_every_announced_stop_loses_nothing_and_the_run_ends_as_if_none_had_been
         interrupt(process)
         wait_until(run.stop_file.exists)
         interrupt(process)
-        assert process.wait(timeout=10) == 130
-        _, alive = psutil.wait_procs(left, timeout=5)
+        assert process.wait(timeout=15) == 130
+        _, alive = psutil.wait_procs(left, timeout=15)
         assert not alive
     assert read_marker(run) is None
 

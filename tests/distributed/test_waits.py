@@ -40,7 +40,7 @@ def test_a_launcher_that_is_killed_while_its_processes_import_leaves_none(recipe
     command = [sys.executable, "-m", "launch.cli.main", "run", str(recipe), "--gpus-per-node", "2"]
     with started([*command, "--runs-dir", str(recipe.parent), "--name", "killed"], log) as process:
         # The first child prepares the data and has none of its own.
-        wait_until(lambda: len(family(process.pid)) == 4 or process.poll() is not None, limit=120, pause=0.05)
+        wait_until(lambda: len(family(process.pid)) == 4 or process.poll() is not None, pause=0.05)
         assert process.poll() is None, log.read_text()
         everybody = family(process.pid)
         psutil.Process(launcher_of(process.pid)).kill()
@@ -67,7 +67,7 @@ def test_a_run_in_little_shared_memory_takes_its_steps_and_a_lost_micro_batch_do
     own = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     command = [*own, "sh", "-c", SMALL, "sh", *launch_command(1, arguments)]
     with started(command, log) as process:
-        wait_until(lambda: max(published_steps(run.path), default=0) == 1 or process.poll() is not None, 120)
+        wait_until(lambda: max(published_steps(run.path), default=0) == 1 or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         everybody = family(process.pid)
         (trainer,) = (member for member in everybody if member.ppid() == process.pid)

@@ -152,10 +152,8 @@ def send(pids: Sequence[int], number: signal.Signals) -> bool:
 
 
 def run_environment(cache: Path) -> dict[str, str]:
-    """Of `samestep run`: a cache of its own, and what DeepSpeed compiles where no other checkout compiles it anew."""
-    extensions = ROOT / "runs" / "faults" / "extensions"
-    own = {"SAMESTEP_CACHE": str(cache), "TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1"}
-    return {**child_environment(), **own}
+    """Of `samestep run`: a cache of its own."""
+    return {**child_environment(), "SAMESTEP_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 def run_command(recipe: Path, runs: Path, name: str, strategy: str, processes: int) -> list[str]:

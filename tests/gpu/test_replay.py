@@ -1,6 +1,7 @@
-"""Steps of a run of several processes on GPUs, taken again by one: `pytest -m gpu tests/gpu/test_replay.py`.
+"""Micro-batches of several processes on GPUs computed twice, and their steps taken again by one process.
 
-With two GPUs or more each process has its own, over NCCL; two processes share a single one, over gloo.
+`pytest -m gpu tests/gpu/test_replay.py`. With two GPUs or more each process has its own, over NCCL; two processes share
+a single one, over gloo.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.distributed.launching import drive
-from tests.helpers.distributed.recorded import GPU_TOLERANCES, write_recipes_of_dtypes
+from tests.helpers.distributed.recorded import GPU_TOLERANCES, run_of, write_recipes_of_dtypes
 from tests.helpers.launcher import samestep
 
 GPUS = min(8, torch.cuda.device_count())
@@ -24,7 +25,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", GPU_TOLERANCES)
-def test_one_gpu_takes_the_steps_of_several_processes_again(
+def test_two_computations_of_a_micro_batch_agree_and_one_gpu_takes_the_steps_of_several_processes_again(
     world: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -35,12 +36,16 @@ def test_one_gpu_takes_the_steps_of_several_processes_again(
     if GPUS >= 2:
         monkeypatch.setenv("OWN_GPUS", "1")
     recipe = write_recipes_of_dtypes(world, tmp_path, checkpoint={"every_steps": 4})[dtype]
-    drive(
+    checked = ["--set", "training.recheck=1"]  # a difference beyond rounding ends the launch
+    said = drive(
         PROCESSES,
-        [([str(recipe), "--runs-dir", str(tmp_path), "--name", "several"], None)],
+        [([str(recipe), "--runs-dir", str(tmp_path), "--name", "several", *checked], None)],
         tmp_path,
         strategy="ddp",
     )
+    (summary,) = [line for line in said.splitlines() if "] recheck: " in line]
+    checks = 8 * run_of(tmp_path / "several").plan.micro_batches
+    assert f"recheck: {checks} micro-batches of every rank were computed twice" in summary
     capfd.readouterr()
     command = ("replay", str(tmp_path / "several"), "--steps", "6:7", "--gpus-per-node", "1", "--json")
     status = samestep(*command)
@@ -50,4 +55,5 @@ def test_one_gpu_takes_the_steps_of_several_processes_again(
     assert (result["checkpoint"], result["strategy"]) == ("checkpoint-4", "single")
     assert (result["parting"], result["tolerance"]) == (None, GPU_TOLERANCES[dtype])
     with capfd.disabled():
+        print(f"{dtype}: {summary.partition('] ')[2]}")
         print(f"{dtype}: ddp x {PROCESSES} again on 1: losses within {result['largest_loss_difference']:.1e}")

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import UNFREEZE
 from trainer.garbage import GarbageBetweenSteps
+
+
+@pytest.fixture(autouse=True)
+def as_it_is_outside_of_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is left out of collections at first, and what a training left out is not in the end."""
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 class Cycle:

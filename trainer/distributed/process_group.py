@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -32,11 +31,8 @@ def init_process_group() -> PartialState:
     """Join the process group that the launcher asked for: NCCL on GPUs, gloo on CPUs."""
     find_deepspeed_config()
     stay_on_this_machine()
-    if uses_deepspeed():  # builds its collectives for CPUs with `ninja`, which lies beside Python
-        beside = str(Path(sys.executable).parent)
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
-        if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-            _announce_compiling()
+    if uses_deepspeed() and not torch.cuda.is_available():
+        _compile_nothing()
     with _interruptible():
         if torch.cuda.is_available():
             return PartialState(timeout=PROCESS_GROUP_TIMEOUT)
@@ -68,15 +64,12 @@ def stay_on_this_machine() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _announce_compiling() -> None:
-    """Announce the first start of DeepSpeed on CPUs, which compiles in silence for minutes."""
-    from torch.utils.cpp_extension import get_default_build_root
+def _compile_nothing() -> None:
+    """Start DeepSpeed on CPUs without the collectives that it would compile for a minute, with a C++ compiler.
 
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if not any(folder.rglob("deepspeed_shm_comm*.so")):
-        logging.getLogger("trainer").info(
-            "DeepSpeed compiles its collectives for CPUs, once: up to two minutes"
-        )
+    They are for tensor-parallel inference alone (`inference_all_reduce` in deepspeed/comm/torch.py, 0.19.8).
+    """
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def uses_deepspeed() -> bool:

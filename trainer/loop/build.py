@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from trainer.data.encoder import Encoder
 from trainer.distributed.collectives import run_on_all_ranks
 from trainer.distributed.stop_requests import StopRequests
 from trainer.loop.callbacks import StepEnd
+from trainer.loop.oom_trial import begin_trial_batch
 from trainer.loop.trainer import PlannedTrainer
-from trainer.model.base import RECIPE_DTYPES, load_base
+from trainer.model.base import RECIPE_DTYPES, identify_compiler, load_base
 from trainer.model.families.registry import feature_width
 from trainer.model.fsdp import close_sharding, mesh_of, schedule_gathers, shard_layer
 from trainer.model.lora import add_lora
@@ -47,8 +49,13 @@ def build(
     encoder = run_on_all_ranks(
         lambda: Encoder(load_processor(task.recipe), task.recipe.data.system_message, task.recipe.data.loss)
     )
+    encoder = replace(encoder, pixels=RECIPE_DTYPES[task.recipe.model.dtype])
     timer.record("processor")
-    model = load_model(task, state.device)
+    trial_batch = run_on_all_ranks(lambda: begin_trial_batch(task, encoder, state.device))
+    # Its thread ends with the block: data workers that are forked later must not inherit a lock that it holds.
+    with ThreadPoolExecutor(1, "beside-base") as beside:
+        beside.submit(identify_compiler, state.device)
+        model = load_model(task, state.device)
     timer.record("base")
 
     def finish() -> PlannedTrainer:
@@ -56,13 +63,14 @@ def build(
         return build_trainer(
             model,
             task,
-            replace(encoder, features=features, pixels=RECIPE_DTYPES[task.recipe.model.dtype]),
+            replace(encoder, features=features),
             stop_requests,
             resumed_at,
             timer,
         )
 
     trainer = run_on_all_ranks(finish)
+    trainer.trial_batch = trial_batch
     timer.record("trainer")
     return trainer
 
@@ -128,8 +136,9 @@ def make_deterministic() -> None:
 
 def close(trainer: PlannedTrainer) -> None:
     """End the threads and processes of an attempt, while the run is still locked and signals are requests."""
-    if trainer.training_loader:
-        trainer.training_loader.close()
+    trainer.close_training_loader()
+    if trainer.trial_batch:
+        trainer.trial_batch.close()
     trainer.saver.wait()
     if trainer.features:
         trainer.features.close()

@@ -58,7 +58,7 @@ class StepEnd(TrainerCallback):
         requests = trainer.agreed_requests
         first = trainer.recipe.checkpoint.first_step and state.global_step == trainer.resumed_at + 1
         if requests.stop or requests.save or first:
-            control.should_save = not trainer.run_directory.is_copy
+            control.should_save = True
         if requests.stop:
             control.should_training_stop = True
 
@@ -70,6 +70,8 @@ class StepEnd(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save a checkpoint; `Trainer` calls this where its own would have been saved."""
         trainer = self.trainer
+        if trainer.run_directory.is_copy:
+            return
         learning_rate = trainer.optimizer.param_groups[0]["lr"]
         trainer.saver.save(trainer.task, state, learning_rate, requested=trainer.agreed_requests.save)
         self.step_began = time.perf_counter()

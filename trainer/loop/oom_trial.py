@@ -25,7 +25,9 @@ from launch.planning.plan import Plan
 from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import MicroBatch
 from launch.run.request_files import keep_plan
-from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.data.encoder import Encoder
+from trainer.data.loader import Loader, data_workers
+from trainer.data.micro_batches import Batches, PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
 from trainer.loop.dataloaders import uncached
@@ -33,10 +35,12 @@ from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import recompute_layers
 from trainer.model.fsdp import schedule_gathers
 from trainer.model.layer_stand_ins import decoder_layers, layer_bytes, zero_weight_layers
+from trainer.task import Task
 
 logger = get_logger("trainer")
 DEVICES = ("cuda",)
 SPARE_SHARE = 0.02  # of a GPU's memory, kept free while trying: later micro-batches lie otherwise in it
+FREE_SHARE = 0.1  # of a GPU's memory, left to other libraries after the trial
 GATHERED_LAYERS = 3  # beside the one that computes: what it was taken from, and two on their way
 
 
@@ -51,6 +55,7 @@ def fit_to_memory(trainer: PlannedTrainer) -> None:
     while not all(gather_objects(largest_micro_batch_fits(trainer))):
         smaller = broadcast_from_main(lambda: _smaller(trainer))
         _apply_plan(trainer, smaller)
+        trainer.close_training_loader()  # whose micro-batches are those of the larger plan
         logger.warning(
             f"a GPU ran out of memory with the largest micro-batch: now {smaller.micro_batch_tokens:,} tokens, "
             f"{smaller.micro_batches} micro-batches a step, "
@@ -95,9 +100,49 @@ def largest_micro_batch_fits(trainer: PlannedTrainer) -> bool:
 
 
 def _largest(trainer: PlannedTrainer) -> PackedBatch:
-    split = trainer.index.splits["train"]
-    batch = largest_micro_batch(split.tokens, trainer.plan.micro_batch_tokens)
-    return assemble(open_split(trainer.recipe, "train"), split, uncached(trainer.encoder), batch, 0, 1)
+    begun, trainer.trial_batch = trainer.trial_batch, None
+    if begun is None:
+        return assemble_largest(trainer.task, trainer.encoder)
+    try:
+        return next(iter(begun))
+    finally:
+        begun.close()
+
+
+class _TrialBatch(Batches):
+    """The micro-batch of the trial, alone."""
+
+    def __init__(self, task: Task, encoder: Encoder) -> None:
+        self._task, self._encoder = task, encoder
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, number: int) -> PackedBatch:
+        return assemble_largest(self._task, self._encoder)
+
+
+def begin_trial_batch(task: Task, encoder: Encoder, device: torch.device) -> Loader | None:
+    """Assemble the trial's micro-batch, a second's work, in a data worker, while this process loads the base.
+
+    Not in a thread: transformers loads under the base's dtype as PyTorch's default (`torch.set_default_dtype`, of all
+    threads), in which its image processors would make, and keep, the mean by which they divide pixels.
+    Returns None where nothing will be tried, or no core is there for it.
+    """
+    plan = task.plan
+    workers = data_workers(plan.gpus_per_node) if plan.data_workers is None else plan.data_workers
+    if plan.settings.tried or device.type not in DEVICES or not workers:
+        return None
+    batches = _TrialBatch(task, encoder)
+    # Through the worker's pipe: it may be more than a container has of shared memory.
+    return Loader(batches, range(1), total=1, workers=1, pin_memory=False, ahead=1, by_pipe=True).begin()
+
+
+def assemble_largest(task: Task, encoder: Encoder) -> PackedBatch:
+    """Fill a micro-batch of the plan with the longest samples; every image goes through the vision tower."""
+    split = task.index.splits["train"]
+    batch = largest_micro_batch(split.tokens, task.plan.micro_batch_tokens)
+    return assemble(open_split(task.recipe, "train"), split, uncached(encoder), batch, 0, 1)
 
 
 def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
@@ -111,9 +156,18 @@ def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
     for parameter in trainer.parameters.values():
         parameter.grad = None
     gc.collect()  # the frames of the error held activations
-    if device.type == "cuda":
+    if device.type == "cuda" and not (held and _much_is_free(device)):
         torch.cuda.empty_cache()
     return held
+
+
+def _much_is_free(device: torch.device) -> bool:
+    """Whether NCCL and other libraries have room beside what PyTorch keeps of the trial for the first step.
+
+    Giving 100 GB back to the driver and asking for them again takes more than a second.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= FREE_SHARE * total
 
 
 def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:

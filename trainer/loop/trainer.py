@@ -7,6 +7,7 @@ calls `trainer.loop.callbacks.StepEnd`: metrics, saves. Each override says what 
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +83,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.record = StepRecord()
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
+        self.trial_batch: Loader | None = None  # of one micro-batch, begun before there was a model to try
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
         self.gradient_check: GradientCheck | None = None  # in the first step of an attempt
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
@@ -90,14 +92,26 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> Loader:
-        """Open the micro-batches after the resumed step, by the step plan; `Trainer`'s own draws from a sampler."""
+    def begin_reading(self) -> None:
+        """Open the micro-batches after the resumed step, by the step plan: data workers decode from here on."""
         batches = dataloaders.training_batches(
             self.task, self.encoder, self.step_plan, self.args.process_index
         )
         first = self.resumed_at * self.plan.micro_batches
-        self.training_loader = self._open_loader(batches, range(first, len(batches)))
-        return self.training_loader.begin()  # the workers decode while the model is wrapped
+        gc.freeze()  # what is here stays shared with the workers, whose collectors do not walk over it
+        self.training_loader = self._open_loader(batches, range(first, len(batches))).begin()
+
+    def close_training_loader(self) -> None:
+        """End the data workers of the training."""
+        if self.training_loader:
+            self.training_loader.close()
+            self.training_loader = None
+
+    def get_train_dataloader(self) -> Loader:
+        """Hand over the micro-batches that are being read; `Trainer`'s own draws from a sampler."""
+        if self.training_loader is None:
+            self.begin_reading()
+        return cast(Loader, self.training_loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         """Open this rank's share of the validation samples: each exactly once, where `Trainer` pads the last batch."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -85,6 +87,8 @@ def load_base(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if str(error).startswith("DataLoader worker"):  # one that was begun before has been killed
+            raise
         raise ConfigError(
             f"model.name_or_path: {path} cannot be loaded as a {family.name} ({_why(error)}); "
             "check the folder, or delete a damaged download and run `samestep prepare` again"
@@ -183,6 +187,13 @@ def _use_kernels(model: PreTrainedModel, frozen_tower: bool) -> str:
     ]
     own = f"; transformers' own forwards: {', '.join(stock)}" if stock else ""
     return f"fused kernels (Liger's, and LoRA with dropout){own}"
+
+
+def identify_compiler(device: torch.device) -> None:
+    """Let Triton 3.6 make the digest of itself that its kernels' names begin with: half a second, once a process."""
+    if device.type == "cuda" and find_spec("triton"):
+        with suppress(Exception):  # the first kernel meets it again
+            import_module("triton.runtime.cache").triton_key()
 
 
 def recompute_layers(model: PeftModel, every: int) -> None:

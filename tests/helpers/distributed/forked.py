@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,20 +25,6 @@ import psutil
 
 from benchmarks.launching import ROOT, child_environment, family, kill_all, launch_command
 
-LIBRARIES = [
-    "accelerate.commands.launch",
-    "bitsandbytes",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "scipy.stats",
-    "trl",
-]
-LIBRARIES += [
-    "trl.trainer.sft_trainer",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl",
-    "torch.utils.tensorboard",
-]
 BEFORE_IMPORTS = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """What `trainer/__init__.py` sets, and libraries read while they are imported."""
 OTHERS_S = 40.0
@@ -48,7 +34,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 
 
 def forked_launch(
-    processes: int, arguments: Sequence[str], limit: float = 300, strategy: str | None = None
+    processes: int, arguments: Sequence[str], limit: float = 600, strategy: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`accelerate launch -m ARGUMENTS` with the shipped config of a strategy; waits for the end.
 
@@ -57,7 +43,8 @@ def forked_launch(
     command = launch_command(processes, arguments, strategy)
     with TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        launcher = _started(command, child_environment(), output)
+        environment = child_environment()
+        launcher = _started(environment, _launch, command, environment, str(output))
         started = family(launcher.pid or 0)
         launcher.join(limit)
         if launcher.exitcode is None:
@@ -67,29 +54,52 @@ def forked_launch(
         return subprocess.CompletedProcess(command, launcher.exitcode, output.read_text())
 
 
-def _started(command: Sequence[str], environment: Mapping[str, str], output: Path) -> BaseProcess:
+def forked_program(program: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -c PROGRAM`, but that no interpreter ends: whatever registered for that is not called."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        environment = child_environment()
+        process = _started(environment, _run_program, program, environment, [str(file) for file in files])
+        process.join(limit)
+        if process.exitcode is None:
+            kill_all(family(process.pid or 0))
+            raise subprocess.TimeoutExpired(program, limit, files[0].read_text(), files[1].read_text())
+        return subprocess.CompletedProcess(program, process.exitcode, *(file.read_text() for file in files))
+
+
+def _run_program(program: str, environment: dict[str, str], files: list[str]) -> None:
+    _begin(environment, *files)
+    exec(program, {"__name__": "__main__"})
+
+
+def _begin(environment: Mapping[str, str], stdout: str, stderr: str) -> None:
+    """Become, in a process that was forked off the server, what a new interpreter is."""
+    for number, file in enumerate((stdout, stderr), 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    # It would be the server's own way of starting processes, in which each data worker imports everything anew.
+    multiprocessing.set_start_method(None, force=True)
+
+
+def _started(environment: Mapping[str, str], target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process forked off the server; where it is the first, the server is started in this environment."""
     own = dict(os.environ)
-    os.environ.update(
-        {**BEFORE_IMPORTS, **environment}
-    )  # the server inherits it where this launch is the first
+    os.environ.update({**BEFORE_IMPORTS, **environment})
     try:
-        _SERVER.set_forkserver_preload(LIBRARIES)
-        launcher = _SERVER.Process(target=_launch, args=(list(command), dict(environment), str(output)))
-        launcher.start()
+        _SERVER.set_forkserver_preload(["tests.helpers.distributed.preloaded"])
+        process = _SERVER.Process(target=target, args=arguments)
+        process.start()
     finally:
         os.environ.clear()
         os.environ.update(own)
-    return launcher
+    return process
 
 
 def _launch(command: list[str], environment: dict[str, str], output: str) -> None:
     """In the launcher: give each rank its environment and wait for all."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
+    _begin(environment, output, output)
     arguments = command[command.index("-m", 2) + 1 :]
     environment = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])

@@ -1,8 +1,9 @@
 """Started by `accelerate launch` under fsdp or zero3: runs whose decoder layers are watched as they come and go.
 
-A run named `fused-...` computes them by `trainer.model.fused`, with its kernels in Triton's interpreter and plain
-PyTorch for Liger's; one named `kept-...` has a plan that keeps a layer whole. `<run>.json`, beside each run, is what
-rank 0 saw: [`training` of a micro-batch or `evaluation`, all-gathers, layers left whole, whether they are fused].
+A run named `fused-...` computes them by `trainer.model.fused`: its kernels of adapters in Triton's interpreter, and
+plain PyTorch for Liger's and for those of a program for each row, at which the interpreter takes a minute. One named
+`kept-...` has a plan that keeps a layer whole. `<run>.json`, beside each run, is what rank 0 saw: [`training` of a
+micro-batch or `evaluation`, all-gathers, layers left whole, whether they are fused].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, silu
 
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.trainer.model.test_fused import plain_norm
@@ -28,7 +29,7 @@ from trainer import train
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.loop import build
 from trainer.loop.trainer import PlannedTrainer
-from trainer.model import attention, base, fused
+from trainer.model import attention, base, fused, kernels
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
 
 _gather = _fsdp_param_group.foreach_all_gather
@@ -55,6 +56,21 @@ def _norm_of_sum(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
     return plain_norm(x + residual, *rest)
 
 
+def _norm_gradient(
+    gradient: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, deviations: Tensor
+) -> Tensor:
+    weighted, scale = gradient * weight, deviations.view(*x.shape[:-1], 1)
+    change = scale * (weighted - x * scale**2 * (weighted * x).mean(-1, keepdim=True))
+    return change if residual is None else change + residual
+
+
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    return total, layer_norm(total, weight.shape, weight, bias, epsilon)
+
+
 def _stock(*_: Any, **__: Any) -> Any:
     return NotImplemented
 
@@ -64,6 +80,8 @@ FUSED = [
     mock.patch.object(fused, "rms_norm_forward", plain_norm),
     mock.patch.object(fused, "fused_add_rms_norm_forward", _norm_of_sum),
     mock.patch.object(fused, "LigerRopeFunction", _Plain(_turn)),
+    mock.patch.object(kernels, "norm_gradient", _norm_gradient),
+    mock.patch.object(fused, "layer_norm", _layer_norm),
     mock.patch.object(fused, "swiglu", lambda gate, up: silu(gate) * up),
     mock.patch.object(fused, "varlen", attention._loop),
     mock.patch.object(fused, "vision_attention", _stock),

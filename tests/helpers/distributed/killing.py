@@ -59,7 +59,7 @@ def survive(
     command = launch_command(processes, arguments, strategy)
     outcomes = [_strike(command, run, processes, hit, log, draw) for hit in hits]
     with started(command, log) as process:
-        status = process.wait(timeout=300)
+        status = process.wait(timeout=600)
     assert status == 0, log.read_text()
     return outcomes
 

@@ -60,7 +60,7 @@ def _rank(process: psutil.Process) -> int:
     return -1
 
 
-def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float = 0.001) -> None:
+def wait_until(condition: Callable[[], bool], limit: float = 240, pause: float = 0.01) -> None:
     """Look until it holds; fail the test after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition():
@@ -72,7 +72,7 @@ def drive(
     processes: int,
     requests: Sequence[tuple[Sequence[str], int | None]],
     folder: Path,
-    limit: float = 300,
+    limit: float = 600,
     strategy: str | None = None,
 ) -> str:
     """Several runs of `trainer.train` in one launch, each with the step to stop at or None; returns the output."""

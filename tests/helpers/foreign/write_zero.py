@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def convert(checkpoint: Path) -> None:
 def write(base: str, output: Path) -> None:
     """Train and save, engine by engine."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # It would compile for a minute what inference alone uses.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     for stage in (2, 3):
         folder = output / f"zero{stage}"
         write_truth(train(base, folder, use_cpu=False, deepspeed=settings(stage)), folder)

@@ -86,7 +86,9 @@ def test_status_says_so_of_both_merged_models(run: RunDirectory, capsys: pytest.
 def test_merge_makes_it_anew_and_keeps_the_old_one_under_another_name(
     run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert samestep("merge", "embedded") == 0  # it is of this adapter: left to the merge, which refuses it
+    assert samestep("merge", "embedded") == 2  # it is of this adapter, and cannot be seen to be whole
+    assert "merged exists already" in capsys.readouterr().err.replace("\n", "")
+    assert not any("trainer.export.merge" in command for command in launcher.commands)
     assert not list(run.path.glob("merged.*"))
     _train(run, 2.0)
     launcher.status = 2  # the merge is refused, for a disk that is too small, say
@@ -126,21 +128,22 @@ def test_a_merge_that_is_there_whole_is_done_already(
     assert "trainer.evaluation.compare" in launcher.commands[-1]
     assert len(launcher.commands) == started + 1
 
-    def is_left_to_the_merge(*asked: str) -> bool:
+    def merge_is(*options: str) -> str:
         before = len(launcher.commands)
-        samestep("merge", "embedded", "--no-compare", *asked)
-        return any("trainer.export.merge" in command for command in launcher.commands[before:])
+        status = samestep("merge", "embedded", "--no-compare", *options)
+        begun = any("trainer.export.merge" in command for command in launcher.commands[before:])
+        return "refused" if status == 2 else "begun" if begun else "done already"
 
-    assert is_left_to_the_merge("--dtype", "bfloat16")
-    assert is_left_to_the_merge("--base", "dequantized")
-    assert is_left_to_the_merge("--base-model", "elsewhere")
+    assert merge_is("--dtype", "bfloat16") == "refused"
+    assert merge_is("--base", "dequantized") == "refused"
+    assert merge_is("--base-model", "elsewhere") == "refused"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    assert is_left_to_the_merge()
+    assert merge_is() == "refused"
     weights.write_bytes(whole)
-    assert not is_left_to_the_merge()
+    assert merge_is() == "done already"
     _train(run, 2.0)
-    assert is_left_to_the_merge()
+    assert merge_is() == "begun"
 
 
 def test_a_merge_that_recorded_no_adapter_is_judged_by_its_age(run: RunDirectory) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from launch.errors import RunError
+from tests.helpers.distributed.forked import forked_program
 from trainer.data import worker_transport
 from trainer.data.loader import Loader, lost_worker
 from trainer.data.micro_batches import Batches
@@ -30,7 +31,7 @@ def test_a_process_that_ends_in_the_middle_of_its_data_does_not_wait_for_workers
         "print(next(kept), flush=True)\n"
         "raise SystemExit(7)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (7, "0\n"), ended.stderr
 
 
@@ -164,7 +165,7 @@ def test_a_file_size_limit_loses_no_batch() -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "print(_values(Loader(_Tensors(), range(4), total=4, workers=1, pin_memory=False)))"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = forked_program(program)
     assert ended.stdout == "[0.0, 1.0, 2.0, 3.0]\n", ended.stderr
 
 
@@ -184,7 +185,7 @@ except RunError as error:
     [(worker.kill(), worker.join()) for worker in workers]
     print(error)
 """
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return forked_program(program)
 
 
 def test_a_batch_that_is_lost_ends_the_reading_with_what_there_is_of_shared_memory() -> None:

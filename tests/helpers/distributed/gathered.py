@@ -53,10 +53,16 @@ def _norm_gradient(
 
 
 def _layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
-    return total, layer_norm(total, weight.shape, weight, bias, epsilon)
+    normed = layer_norm(total, weight.shape, weight, bias, epsilon)
+    return total if after is None else total + after, normed
 
 
 def _stock(*_: Any, **__: Any) -> Any:

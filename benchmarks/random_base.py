@@ -6,6 +6,7 @@ import argparse
 import io
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ def recipe_settings(folder: Path, steps: int, asked: list[str], **changes: int) 
 
 
 def build(options: argparse.Namespace) -> None:
-    """Random weights, a processor and charts, unless they are there."""
+    """Random weights, a processor and images, unless they are there."""
     begun = time.perf_counter()
-    if not (options.folder / "charts").is_dir():
-        write_charts(options.folder / "charts", max(options.steps, 4) * GLOBAL_BATCH)
+    for images in dict.fromkeys(("charts", getattr(options, "images", "charts"))):
+        if not (options.folder / images).is_dir():
+            write_charts(options.folder / images, max(options.steps, 4) * GLOBAL_BATCH, IMAGES[images])
     kind = getattr(options, "family", "qwen2_vl")
     base = options.folder / BASES[kind]
     if not base.is_dir():
@@ -72,8 +74,28 @@ def write_base(folder: Path, shape: str, charts: Path, kind: str = "qwen2_vl") -
         family_processor(kind, tokenizer).save_pretrained(aside)
 
 
-def write_charts(folder: Path, count: int) -> None:
-    """`count` training rows of ChartQA's schema with images of ChartQA's sizes, and a few for the other splits."""
+def chart_size(draw: random.Random) -> tuple[int, int]:
+    """(width, height) in pixels, as ChartQA's three sources have them (60, 20 and 20 %)."""
+    kind = draw.random()
+    if kind < 0.6:
+        return 800, draw.randint(500, 1000)
+    if kind < 0.8:
+        return draw.randint(309, 640), draw.randint(300, 900)
+    return 850, 600
+
+
+def square_size(_: random.Random) -> tuple[int, int]:
+    """1,849 visual tokens of Qwen2-VL, so samples of about 1,970."""
+    return 1204, 1204
+
+
+IMAGES = {"charts": chart_size, "squares": square_size}
+
+
+def write_charts(
+    folder: Path, count: int, size: Callable[[random.Random], tuple[int, int]] = chart_size
+) -> None:
+    """`count` training rows of ChartQA's schema with images of these sizes, and a few for the other splits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -85,25 +107,16 @@ def write_charts(folder: Path, count: int) -> None:
         ):
             draw = random.Random(seed)
             pq.write_table(
-                pa.Table.from_pylist([chart_row(draw) for _ in range(rows)]), aside / f"{split}-00000.parquet"
+                pa.Table.from_pylist([chart_row(draw, size) for _ in range(rows)]),
+                aside / f"{split}-00000.parquet",
             )
 
 
-def chart_size(draw: random.Random) -> tuple[int, int]:
-    """(width, height) in pixels, as ChartQA's three sources have them (60, 20 and 20 %)."""
-    kind = draw.random()
-    if kind < 0.6:
-        return 800, draw.randint(500, 1000)
-    if kind < 0.8:
-        return draw.randint(309, 640), draw.randint(300, 900)
-    return 850, 600
-
-
-def chart_row(draw: random.Random) -> dict[str, Any]:
+def chart_row(draw: random.Random, size: Callable[[random.Random], tuple[int, int]]) -> dict[str, Any]:
     """One bar chart and a question."""
     from PIL import Image, ImageDraw
 
-    width, height = chart_size(draw)
+    width, height = size(draw)
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image)
     for bar in range(8):
@@ -133,5 +146,6 @@ def chart_row(draw: random.Random) -> dict[str, Any]:
 def recipe_arguments(options: argparse.Namespace) -> list[str]:
     """What all sides change in the default recipe."""
     base = options.folder / BASES[getattr(options, "family", "qwen2_vl")]
-    own = [f"model.name_or_path={base}", *options.set]
+    images = options.folder / getattr(options, "images", "charts")
+    own = [f"model.name_or_path={base}", f"data.dataset={images}", *options.set]
     return recipe_settings(options.folder, options.steps, own, training__warmup_steps=1)

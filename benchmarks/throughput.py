@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --sides samestep --steps 8 --profile     # what the GPU does in two of our steps
     python benchmarks/throughput.py --shape tiny --steps 4                   # a smoke run, also on a CPU
     python benchmarks/throughput.py --family qwen3_vl --sides samestep-cached   # another family's 7B or 8B
+    python benchmarks/throughput.py --images squares --sides samestep        # larger images: samples of 1,970 tokens
 
 Builds random weights of the true shape and chart-sized images first (`--folder`, reused when it is there), then runs
 each side in a process of its own:
@@ -14,6 +15,8 @@ each side in a process of its own:
     samestep-disk    with data.vision_cache=disk, filled by `samestep prepare --vision` before: every step is a hit
     tuned            trl: micro-batches of 8 x 4, no gradient checkpointing, 8 data workers
     notebook         trl as the notebook uses it: micro-batches of 4 x 8, gradient checkpointing, no data workers
+    swift            ms-swift, padding-free with Liger's kernels: micro-batches of 16 x 2, no gradient checkpointing,
+                     8 data workers; `--swift-python` names the Python of an environment that has it (its pins differ)
 
 All of them score the answer alone. Time counts from step end to step end, so that fetching data is in it; medians leave
 out the first two steps and profiled ones. What is done is written to `--output` at once; a table, the losses and one
@@ -36,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.family_shapes import BASES
 from benchmarks.launching import family, kill_all
-from benchmarks.random_base import build
+from benchmarks.random_base import IMAGES, build
 from benchmarks.throughput_report import finished, report
 
 OURS = ("samestep", "samestep-cached", "samestep-disk")
-SIDES = (*OURS, "tuned", "notebook")
+SIDES = (*OURS, "tuned", "notebook", "swift")
 DEFAULT_SIDES = ("samestep", "samestep-cached", "tuned", "notebook")
 CEILING = "ceiling"  # not a side: the matrix product alone
 BEGAN = time.monotonic()
@@ -67,10 +70,11 @@ def main() -> None:
         return
     say(f"building what is missing in {options.folder}")
     shared = ["--folder", str(options.folder), "--shape", options.shape, "--steps", str(options.steps)]
-    shared += ["--family", options.family]
+    shared += ["--family", options.family, "--images", options.images]
     # In a process of its own: what PyTorch has once had of a GPU's memory it keeps.
     subprocess.run([sys.executable, __file__, "--build-only", *shared], check=True)
     facts = {"family": options.family, "shape": options.shape, "steps": options.steps, "set": options.set}
+    facts["images"] = options.images
     facts["trl_adapters"] = "fp32" if options.fp32_adapters else "bf16"
     results: list[dict[str, Any]] = []
     try:
@@ -94,6 +98,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--family", choices=list(BASES), default="qwen2_vl", help="of the random base (default: qwen2_vl)"
     )
+    parser.add_argument(
+        "--images",
+        choices=list(IMAGES),
+        default="charts",
+        help="of ChartQA's sizes, or squares of 1204 pixels (default: charts)",
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each side (default: 20)")
     parser.add_argument(
         "--notebook-steps", type=int, help="of the notebook's side, which is slow (default: all)"
@@ -114,6 +124,12 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="trl's sides train the fp32 adapters that ours train; trl 1.16 itself rounds them to bf16",
     )
+    parser.add_argument(
+        "--swift-python", default=sys.executable, help="the Python that has ms-swift (default: this one)"
+    )
+    parser.add_argument(
+        "--swift-batch", type=int, choices=[8, 16, 32], default=16, help="samples a micro-batch (default: 16)"
+    )
     parser.add_argument("--build-only", action="store_true", help="weights and charts, then end")
     parser.add_argument("--side", choices=(*SIDES, CEILING), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -122,7 +138,21 @@ def parse() -> argparse.Namespace:
     options.notebook_steps = min(options.notebook_steps or options.steps, options.steps)
     if wrong := [side for side in options.sides.split(",") if side and side not in SIDES]:
         parser.error(f"--sides: there is no {', '.join(wrong)}; choose of {', '.join(SIDES)}")
+    if "swift" in options.sides.split(",") and not has_swift(options.swift_python):
+        parser.error(
+            f"--swift-python: {options.swift_python} has no ms-swift; install ms-swift==4.6.0 for it"
+        )
     return options
+
+
+def has_swift(python: str) -> bool:
+    """Without importing it, which takes long."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    check = "import sys; from importlib.util import find_spec; sys.exit(find_spec('swift') is None)"
+    try:
+        return subprocess.run([python, "-c", check], env=environment, cwd="/").returncode == 0
+    except OSError:
+        return False
 
 
 def chosen_sides(asked: str) -> list[str]:
@@ -144,9 +174,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.side == CEILING:
         from benchmarks.flops import matrix_product_ceiling
 
-        return {"ceiling": matrix_product_ceiling()}
+        return {"ceiling": matrix_product_ceiling(), "heated_ceiling": matrix_product_ceiling(heated_s=3.0)}
     from benchmarks import throughput_sides
 
+    if options.side == "swift":
+        from benchmarks.swift_side import run_swift
+
+        return run_swift(options)
     if options.side in OURS:
         return throughput_sides.run_samestep(options)
     return throughput_sides.run_trl(options)
@@ -156,7 +190,9 @@ def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """One side in a fresh process, whose output is shown; nothing of it outlives the call."""
     say(f"{side}: begins")
     command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--family", options.family]
+    command += ["--images", options.images]
     command += ["--steps", str(options.steps), "--notebook-steps", str(options.notebook_steps)]
+    command += ["--swift-python", options.swift_python, "--swift-batch", str(options.swift_batch)]
     command += ["--folder", str(options.folder)] + ["--profile"] * options.profile
     command += ["--fp32-adapters"] * options.fp32_adapters
     command += [argument for value in options.set for argument in ("--set", value)]

@@ -83,7 +83,9 @@ def speed_table(
 
     ceiling = facts.get("ceiling")
     measured = f", matrix products {ceiling / 1e12:.0f} TFLOP/s (8192 cubed, bf16)" if ceiling else ""
-    weights = f"random weights ({facts['family']}, {facts['shape']})"
+    if heated := facts.get("heated_ceiling"):
+        measured += f", {heated / 1e12:.0f} after 3 s of them"
+    weights = f"random weights ({facts['family']}, {facts['shape']}, {facts['images']})"
     table = Table(
         title=f"steps of {GLOBAL_BATCH} samples, {weights}, {facts['machine']}{measured}",
         title_justify="left",

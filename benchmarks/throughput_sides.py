@@ -58,7 +58,9 @@ def run_samestep(options: argparse.Namespace) -> dict[str, Any]:
     side = options.side
     filling, waited = 0, 0.0
     if side == "samestep-cached":
-        rows = sum(pq.read_metadata(file).num_rows for file in (options.folder / "charts").glob("train-*"))
+        rows = sum(
+            pq.read_metadata(file).num_rows for file in (options.folder / options.images).glob("train-*")
+        )
         filling = -(-rows // GLOBAL_BATCH)
         options = changed(options, filling + options.steps, ["data.vision_cache=memory"])
     elif side == "samestep-disk":

@@ -33,6 +33,7 @@ from benchmarks.scaling import (
     rank_costs,
     simulate,
 )
+from benchmarks.throughput import parse
 from launch.planning.load_balance import MicroBatch
 from launch.planning.step_plan import cost
 
@@ -142,3 +143,16 @@ def test_an_all_reduce_is_slower_between_nodes() -> None:
     assert all_reduce_seconds(1e9, 1, network) == 0
     assert all_reduce_seconds(1e9, 8, network) == pytest.approx(2 * 7 / 8 * 1e9 / 100e9, rel=0.01)
     assert all_reduce_seconds(1e9, 16, network) > 9 * all_reduce_seconds(1e9, 8, network)
+
+
+def test_the_side_swift_is_refused_in_one_sentence_where_its_python_has_no_ms_swift(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["throughput.py", "--sides", "swift", "--swift-python", "/no/such/python"]
+    )
+    with pytest.raises(SystemExit) as refused:
+        parse()
+    assert refused.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--swift-python: /no/such/python has no ms-swift" in last

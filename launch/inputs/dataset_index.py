@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 IMAGE_TOKENS = "image_tokens"
 """A column of an index only where some sample has not exactly one image."""
 # What the token counts of any dataset depend on.

@@ -132,6 +132,11 @@ class Loader:
         except Exception as error:
             self._ready = error
 
+    def change_ready(self, change: Callable[[PackedBatch], PackedBatch]) -> None:
+        """Let `change` replace the micro-batch that was read ahead, if there is one."""
+        if self._ready is not None and not isinstance(self._ready, Exception):
+            self._ready = change(self._ready)
+
     def close(self) -> None:
         """End the data workers, of a reading that somebody gave up in the middle.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +131,8 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
     kind = choose_format(
         recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {name_and_slice}"
     )
+    if odd := _odd_files(local, name_and_slice) if local is not None else "":
+        kind = replace(kind, description=f"{kind.description}; of more files: {odd}")
     others = tuple(other for name, other in splits.items() if name != split)
     numbers = rows_of_split(name_and_slice, len(table), others)
     if not len(numbers):
@@ -137,6 +141,13 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
             f"{parse_split(name_and_slice).name}; name others"
         )
     return Rows(table, kind, numbers, local)
+
+
+def _odd_files(folder: Path, name_and_slice: str) -> str:
+    """The files of a split that are neither of its name nor numbered parts of it: `train-old.csv` is read too."""
+    own = re.compile(rf"({re.escape(parse_split(name_and_slice).name)}(-\d+(-of-\d+)?)?|metadata)", re.ASCII)
+    files = split_files(folder, name_and_slice)
+    return ", ".join(printable(file.name) for file in files if not own.fullmatch(file.stem))
 
 
 def _no_row(raw: object, files: ImageFiles) -> Row:

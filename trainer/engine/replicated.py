@@ -6,7 +6,7 @@ resumed run of three or more ranks would sum in another order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -58,21 +58,30 @@ class Replicated:
         """
         return accelerator.no_sync(wrapped) if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
-    def all_reduce(self, values: Tensor) -> tuple[list[float], float]:
+    def all_reduce(self, values: Tensor, meanwhile: Callable[[], None]) -> tuple[list[float], float]:
         """Sum gradients and `values` [n] over the ranks, with the step's one host read: (sums, norm of the gradients).
 
-        The sums are in `.grad` of every parameter, not yet clipped.
+        The sums are in `.grad` of every parameter, not yet clipped. `meanwhile` is called before the host waits for
+        them: what it gives the GPU comes after them, and is not waited for.
         """
         flat_gradients = [cast(Tensor, parameter.grad).reshape(-1) for parameter in self.parameters.values()]
         gradients = torch.cat([*flat_gradients, values])
         if dist.is_initialized():
             dist.all_reduce(gradients)
         self._flat, sums = gradients[: -len(values)], gradients[-len(values) :]
-        norm, *summed = torch.cat([torch.linalg.vector_norm(self._flat)[None], sums]).tolist()
+        norm_and_sums = torch.cat([torch.linalg.vector_norm(self._flat)[None], sums])
         start = 0
         for parameter in self.parameters.values():
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
+        on_host = norm_and_sums.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if norm_and_sums.is_cuda else None
+        if copied:
+            copied.record()
+        meanwhile()
+        if copied:
+            copied.synchronize()
+        norm, *summed = on_host.tolist()
         return summed, norm
 
     def clip(self, max_norm: float, norm: float) -> None:

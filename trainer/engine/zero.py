@@ -100,9 +100,13 @@ class Zero:
         """Keep nothing back: DeepSpeed reduces in every backward."""
         return nullcontext()
 
-    def all_reduce(self, values: Tensor) -> tuple[list[float], float]:
-        """Sum `values` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `grad_norm`."""
+    def all_reduce(self, values: Tensor, meanwhile: Callable[[], None]) -> tuple[list[float], float]:
+        """Sum `values` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `grad_norm`.
+
+        `meanwhile` is called before the host waits for the sums.
+        """
         dist.all_reduce(values)
+        meanwhile()
         return values.tolist(), float("nan")
 
     def call_before_next_step(self, action: Callable[[], None]) -> None:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from launch.errors import ConfigError, RunError
 from launch.inputs.own_metrics import metric_file
 from launch.recipe.schema import Recipe
@@ -130,7 +132,8 @@ def _own(name: str) -> Score:
         raise ConfigError(
             f"{key}: {path} has no function {function}; define {function}(prediction: str, labels: list[str]) -> float"
         )
-    logger.info("evaluation.metrics: %s is the function %s of %s", _short(name), function, path)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info("evaluation.metrics: %s is the function %s of %s", _short(name), function, path)
     return lambda prediction, labels: score(prediction, list(labels))
 
 

@@ -68,7 +68,7 @@ class StepRecord:
             self._seconds[name] += time.perf_counter() - began - inside
 
     def wait_for_gpu(self) -> None:
-        """Wait for what the GPU was given, which the reduction would do in silence."""
+        """Wait for what the GPU was given, which the reduction would do in silence, and after the next step's tower."""
         if self._file is not None and torch.cuda.is_available():
             with self.phase("GPU"):
                 torch.cuda.synchronize()

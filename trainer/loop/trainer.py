@@ -36,6 +36,7 @@ from trainer.loop.preparation import checked_wrapping, prepare_model, restore_op
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.recheck import Recheck
 from trainer.loop.step_record import StepRecord
+from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
 from trainer.loop.training_args import training_arguments
 from trainer.model.lora import trainable_parameters
 from trainer.task import Task
@@ -89,6 +90,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
         self.recheck = Recheck(self) if self.recipe.training.recheck else None
         self.out_of_memory = False  # in the step under way, on this rank
+        # Features that are cached meanwhile, and steps that are computed again, take a micro-batch as it was packed.
+        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model, self.plan)
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
@@ -228,7 +231,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         loss_and_flags[0] = cast(Tensor, self._step_loss)
         self.record.wait_for_gpu()
         with self.record.phase("reduction"):
-            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags)
+            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags, self._run_tower_ahead)
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment
@@ -250,6 +253,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.training_loader.read_ahead(
                 partial(dataloaders.add_late_features, cache=self.encoder.features)
             )
+
+    def _run_tower_ahead(self) -> None:
+        """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's sums."""
+        if self.training_loader is not None and self.tower_runs_ahead:
+            with self.record.phase("launching"):
+                self.training_loader.change_ready(
+                    partial(run_tower, model=self.model, device=self.args.device)
+                )
 
     def _check_gradients(self) -> None:
         """In the first step, before the weights change: every adapter got its gradient. A collective."""

@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 _QUERIES, _KEYS = 128, 64  # of a tile, with 4 warps and 3 stages: the fastest of eleven on an H200
 
 
+@DirectLaunch
 @triton.jit(do_not_specialize=["patches", "images"])
 def _attend(
     q,
@@ -118,13 +121,13 @@ def attend_images(
     """
     patches, heads, width = q.shape
     out = torch.empty_like(q)
-    first = triton.next_power_of_2(width + 1) // 2
-    rest = max(16, triton.next_power_of_2(width - first)) if width > first else 0
+    first = next_power_of_2(width + 1) // 2
+    rest = max(16, next_power_of_2(width - first)) if width > first else 0
     if not rest:
         first, rest = first // 2, first // 2
     if v.stride(2) != 1 or v.stride(1) != width:
         v = v.contiguous()
-    tiles = sum(triton.cdiv(length, _QUERIES) for length in lengths)
+    tiles = sum(cdiv(length, _QUERIES) for length in lengths)
     _attend[(tiles, heads)](
         q.contiguous(),
         k.contiguous(),

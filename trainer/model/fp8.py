@@ -156,7 +156,7 @@ def rows_of_weight(weight: Tensor, packed: Any, dtype: torch.dtype) -> Fp8Rows:
 
 def is_fp8(layer: nn.Module) -> bool:
     """Return whether a linear layer's products are in 8 bits (`use_fp8_products`)."""
-    return getattr(layer, "fp8_products", False) is True
+    return layer.__dict__.get("fp8_products", False) is True
 
 
 def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 _GRADIENT_TILE = 1, 1024  # rows and columns
 
 
@@ -47,6 +49,7 @@ def _store_e4m3(values, at, wide, factor, there):
     tl.store(values + at, wide.to(tl.float8e4nv), mask=there)
 
 
+@DirectLaunch
 @triton.jit
 def _quantize_whole(x, factors, values, scales, columns, SCALED: tl.constexpr, C: tl.constexpr):
     """As `_quantize`, for rows of x alone that a tile holds: they are read once."""
@@ -57,6 +60,7 @@ def _quantize_whole(x, factors, values, scales, columns, SCALED: tl.constexpr, C
     _store_e4m3(values, row * columns + column, wide, factor, column < columns)
 
 
+@DirectLaunch
 @triton.jit
 def _quantize(
     x,
@@ -121,6 +125,7 @@ def _activated(gate, up, at, there):
     return (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype).to(tl.float32)
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu(gate, up, values, scales, columns, C: tl.constexpr):
     """values [rows, columns] e4m3 and scales [rows] of silu(gate) * up; a row a program, read twice."""
@@ -162,6 +167,7 @@ def _scaled_gradients(gradient, gate, up, of_gate, of_up, row, column, columns, 
     return first, second, both
 
 
+@DirectLaunch
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_gradient(
     gradient, gate, up, of_gate, of_up, values, scales, rows, columns, R: tl.constexpr, C: tl.constexpr
@@ -191,6 +197,7 @@ def _swiglu_gradient(
         _store_e4m3(values, at + columns, second, factor, both)
 
 
+@DirectLaunch
 @triton.jit
 def _norm_of_sum(x, residual, weight, total, values, scales, deviations, columns, epsilon, C: tl.constexpr):
     """total = x + residual, and values e4m3, scales [rows] of its RMSNorm, rounded as Liger's is; a row a program."""
@@ -211,6 +218,7 @@ def _norm_of_sum(x, residual, weight, total, values, scales, deviations, columns
     _store_e4m3(values, at, scaled, factor, there)
 
 
+@DirectLaunch
 @triton.jit
 def _transpose(x, out, rows, columns, stride, R: tl.constexpr, C: tl.constexpr):
     """out [columns, rows], whose rows begin `stride` apart, of x [rows, columns]."""
@@ -227,7 +235,7 @@ def _empty_rows(rows: int, columns: int, device: torch.device) -> tuple[Tensor, 
 
 
 def _tile(columns: int) -> int:
-    return min(4096, triton.next_power_of_2(columns))
+    return min(4096, next_power_of_2(columns))
 
 
 def quantize_rows(parts: Sequence[Tensor], factors: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -285,7 +293,7 @@ def swiglu_gradient(
     rows, columns = gate.shape
     values, scales = _empty_rows(rows, 2 * columns, gate.device)
     block = min(_GRADIENT_TILE[1], _tile(columns))
-    _swiglu_gradient[(triton.cdiv(rows, _GRADIENT_TILE[0]),)](
+    _swiglu_gradient[(cdiv(rows, _GRADIENT_TILE[0]),)](
         gradient.contiguous(),
         gate.contiguous(),
         up.contiguous(),
@@ -314,7 +322,7 @@ def norm_of_sum(
     total = torch.empty_like(x)
     values, scales = _empty_rows(rows, columns, x.device)
     deviations = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     _norm_of_sum[(rows,)](
         x,
         residual.contiguous(),
@@ -342,7 +350,7 @@ def transposed(parts: Sequence[Tensor]) -> Tensor:
     begin = 0
     for part in parts:
         rows = len(part)
-        grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+        grid = (cdiv(rows, 128), cdiv(columns, 128))
         target = out.view(torch.uint8)[:, begin:]
         _transpose[grid](part.view(torch.uint8), target, rows, columns, total, 128, 128, num_warps=8)
         begin += rows

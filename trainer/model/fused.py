@@ -1,8 +1,8 @@
 """The decoder layers and the vision tower through fused kernels, on a GPU in bfloat16.
 
-RMSNorm forward and rotary positions are Liger's kernels, called directly: Liger 0.8.5's own patch for Qwen2-VL
-does not import with transformers 5.23. Linear layers are in `trainer.model.fused_linear`. All of it replaces the
-`forward` of single modules of one model: other models in the process keep theirs.
+RMSNorm forward and rotary positions are Liger's kernels (`trainer.model.liger_kernels`), linear layers are in
+`trainer.model.fused_linear`. All of it replaces the `forward` of single modules of one model: other models in the
+process keep theirs.
 
 A packed row is [1, T, hidden], the patches of a micro-batch's images are [P, hidden]. Statistics of norms and softmax
 are fp32, everything else is in the dtype of the input (bfloat16).
@@ -16,9 +16,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
-from liger_kernel.ops.rms_norm import rms_norm_forward
-from liger_kernel.ops.rope import LigerRopeFunction
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -29,8 +26,9 @@ from trainer.model.attention import Segments, varlen
 from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
 from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
+from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
 from trainer.model.pass_kernels import layer_norm, swiglu
-from trainer.model.text_attention_kernel import attend_causally, faster_than_pytorch
+from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
 Forward = Callable[..., Any]
@@ -97,7 +95,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        normed, _, deviations, *_ = rms_norm_forward(x.contiguous(), weight, epsilon, 0.0, "llama", None)
+        normed, deviations = norm_forward(x, weight, epsilon)
         ctx.save_for_backward(x, weight, deviations)
         ctx.set_materialize_grads(False)
         return normed, x
@@ -116,8 +114,7 @@ class _NormOfSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        sides = x.contiguous(), residual.contiguous()
-        normed, total, deviations, *_ = fused_add_rms_norm_forward(*sides, weight, epsilon, 0.0, "llama")
+        normed, total, deviations = norm_of_sum_forward(x, residual, weight, epsilon)
         ctx.save_for_backward(total, weight, deviations)
         return normed, total
 
@@ -182,21 +179,44 @@ def text_attention(
     """
     if segments is None:
         return NotImplemented
-    heads = (1, hidden_states.shape[1], -1, module.head_dim)
-    projected = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
-    query, key, value = (tensor.view(heads) for tensor in projected)
+    query, key, value = linears(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     if hasattr(module, "q_norm"):  # Qwen3-VL's, head by head
-        query, key = module.q_norm(query), module.k_norm(key)
-    query, key = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-    # `squeeze`, not `[0]`: the gradient of an index is written into zeros, that of a view is a view.
-    output = attend_text(
-        query.squeeze(0).transpose(0, 1),
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0),
-        segments,
-        module.scaling,
-    )
+        heads = (1, hidden_states.shape[1], -1, module.head_dim)
+        query, key = module.q_norm(query.view(heads)), module.k_norm(key.view(heads))
+    query, key, value = _Rotated.apply(query, key, value, *position_embeddings, module.head_dim)
+    output = attend_text(query, key, value, segments, module.scaling)
     return module.o_proj(output.reshape(1, hidden_states.shape[1], -1)), None
+
+
+class _Rotated(torch.autograd.Function):
+    """Query and key turned by their rotary positions in place, and value: [T, heads, head_dim] each, of [1, T, ...].
+
+    All the views in one node. Query and key are outputs of linear layers, or of norms, that nobody else reads; their
+    gradients are turned in place too, which attention's are fit for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, width: int
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.shapes = [each.shape for each in (query, key, value)]
+        heads = (query.shape[1], -1, width)
+        query, key, value = (each.contiguous().view(heads) for each in (query, key, value))
+        rotate_in_place(query, key, cos, sin, back=False)
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, of_query: Tensor, of_key: Tensor, of_value: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key = of_query.contiguous(), of_key.contiguous()
+        rotate_in_place(of_query, of_key, *ctx.saved_tensors, back=True)
+        gradients = (of_query, of_key, of_value)
+        return (
+            *(each.reshape(shape) for each, shape in zip(gradients, ctx.shapes, strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
 def attend_text(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -226,14 +246,21 @@ def vision_attention(
 
 
 def vision_block(module: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-    """`Qwen2VLVisionBlock.forward`, without a gradient: the attention's residual is added in the norm after it."""
+    """`Qwen2VLVisionBlock.forward`, without a gradient.
+
+    The attention's residual is added in the norm after it, the MLP's in its last product, whose bias the norm adds.
+    """
     if torch.is_grad_enabled():
         return NotImplemented
     first, second = module.norm1, module.norm2
     _, normed = layer_norm(hidden_states, None, first.weight, first.bias, first.eps)
     attended = module.attn(normed, **kwargs)
-    hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps)
-    return hidden.add_(module.mlp(normed))
+    mlp, last = module.mlp, module.mlp.fc2
+    if type(last) is not nn.Linear:  # in 4 bits, or with LoRA
+        hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps)
+        return hidden.add_(mlp(normed))
+    hidden, normed = layer_norm(attended, hidden_states, second.weight, second.bias, second.eps, last.bias)
+    return hidden.addmm_(mlp.act(mlp.fc1(normed)), last.weight.t())
 
 
 def embed_patches(module: Any, pixels: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ one product over its tokens, whose rounding depends on which tokens are together
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -27,11 +27,10 @@ from trainer.model.fp8 import (
     quantize_rows,
     rows_of_weight,
 )
-from trainer.model.resident import matrix_of, quantization_of
+from trainer.model.resident import in_dtype, matrix_of, quantization_of
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """What a linear layer and its adapter are besides tensors.
 
     `packed`: the quantization state of a 4-bit weight, the scales of one that is held in 8 bits, else None; `fp8`: the
@@ -69,31 +68,33 @@ def lora_linear(module: Any, x: Tensor) -> Any:
     return NotImplemented if found is None else _compute(x, [found])[0]
 
 
-def _takes_lora(module: Any) -> bool:
-    """One plain adapter on a linear layer, of a rank whose tiles fit."""
-    plain = len(module.lora_A) == 1 and not module.lora_variant
-    rank = max(module.r.values(), default=0)
-    return plain and rank <= kernels.LARGEST_RANK and isinstance(module.base_layer, nn.Linear)
-
-
 def _read(module: Any, x: Tensor) -> _Read | None:
-    """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it."""
+    """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it.
+
+    A submodule is looked up once: PyTorch does that in Python, and this is called hundreds of times a micro-batch.
+    """
     if not isinstance(module, LoraLayer):
         plain = _Layer(quantization_of(module), is_fp8(module))
         return plain, (module.weight, module.bias, None, None, None)
-    if not _takes_lora(module):
-        return None
     layer: Any = module
-    (adapter,) = layer.lora_A
+    base, downs = layer.base_layer, layer.lora_A
+    if not _takes_lora(layer, base, downs):
+        return None
+    (adapter,) = downs
     if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
         return None
     rows, dropped = None, 0
     dropout = layer.lora_dropout[adapter]
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
-    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
-    return facts, (base.weight, base.bias, down, up, rows)
+    return facts, (base.weight, base.bias, downs[adapter].weight, layer.lora_B[adapter].weight, rows)
+
+
+def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
+    """One plain adapter on a linear layer, of a rank whose tiles fit."""
+    plain = len(downs) == 1 and not layer.lora_variant
+    return plain and max(layer.r.values(), default=0) <= kernels.LARGEST_RANK and isinstance(base, nn.Linear)
 
 
 def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
@@ -108,26 +109,31 @@ _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
 class _Linears(torch.autograd.Function):
     """Frozen linear layers of one input, and their adapters. Saves x, adapters, scaling * down(dropout(x)), no mask.
 
-    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
+    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again. `up`
+    is saved as it was multiplied.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[_Layer], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1]).contiguous()
+        shape, dtype, has_lora = x.shape, x.dtype, False
+        with _without_autocast(x):
+            flat = x.reshape(-1, shape[-1]).contiguous()
             in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
             for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
-                output = _product(flat, in_8_bits, layer, weight, None if bias is None else bias.to(x.dtype))
+                output = _product(
+                    flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype)
+                )
                 inner = None
                 if layer.has_lora:
-                    mask = _mask_of(flat, rows, layer.dropped)
-                    inner = kernels.project(flat, down, *mask, layer.scaling)
-                    output.addmm_(inner, up.to(x.dtype).t())
-                outputs.append(output.view(*x.shape[:-1], -1))
+                    has_lora = True
+                    up = in_dtype(up, dtype)
+                    inner = kernels.project(flat, down, *_mask_of(flat, rows, layer.dropped), layer.scaling)
+                    output.addmm_(inner, up.t())
+                outputs.append(output.view(*shape[:-1], -1))
                 saved += [weight, down, up, rows, inner]
-        ctx.save_for_backward(flat if any(layer.has_lora for layer in layers) else None, *saved)
+        ctx.save_for_backward(flat if has_lora else None, *saved)
         ctx.layers = layers
         return tuple(outputs)
 
@@ -137,26 +143,32 @@ class _Linears(torch.autograd.Function):
         of_x: Tensor | None = None
         of_inners: list[tuple[Any, ...]] = []
         of_adapters: list[Tensor | None] = []
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            for layer, group, each in zip(ctx.layers, _groups(saved), gradients, strict=True):
-                _, down, up, rows, inner = group
-                gradient = each.reshape(-1, each.shape[-1])
+        weights: list[Any] = []
+        with _without_autocast(gradients[0]):
+            flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
+            for layer, group, gradient in zip(ctx.layers, _groups(saved), flats, strict=True):
+                weight, down, up, rows, inner = group
+                weights.append(weight)
                 of_down = of_up = None
                 if layer.has_lora:
                     mask = _mask_of(flat, rows, layer.dropped)
                     of_up = gradient.t().mm(inner).float()
-                    of_inner = gradient.mm(up.to(gradient.dtype))
+                    of_inner = gradient.mm(up)
                     of_down = kernels.adapter_gradient(flat, of_inner, *mask, layer.scaling)
                     of_inners.append((of_inner, down, *mask, layer.scaling))
                 of_adapters += [None, None, of_down, of_up, None]
             if ctx.needs_input_grad[0]:
-                flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
-                of_x = _backward_products(flats, ctx.layers, [group[0] for group in _groups(saved)])
-            if of_x is not None:
+                of_x = _backward_products(flats, ctx.layers, weights)
                 for part in of_inners:
                     kernels.add_back(of_x, *part)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
         return of_x, None, *of_adapters
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on, which it is not in a backward pass."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:

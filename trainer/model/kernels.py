@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 LARGEST_RANK = 128
 """Above it the tiles of an adapter no longer fit beside those of the activation."""
 
@@ -42,6 +44,7 @@ def _kept(rows, words, token, begin, channels, inside, DROPPED: tl.constexpr, C:
 _any_length = triton.jit(do_not_specialize=["tokens"])
 
 
+@DirectLaunch
 @_any_length
 def _project(
     x,
@@ -79,6 +82,7 @@ def _project(
     tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
+@DirectLaunch
 @_any_length
 def _add_back(
     gradient,
@@ -115,6 +119,7 @@ def _add_back(
     tl.store(at, (before.to(tl.float32) + change).to(before.dtype), mask=both)
 
 
+@DirectLaunch
 @_any_length
 def _gradient_of_down(
     x,
@@ -154,6 +159,7 @@ def _gradient_of_down(
     tl.store(out + at, total * factor, mask=real[:, None] & there[None, :])
 
 
+@DirectLaunch
 @triton.jit
 def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -163,6 +169,7 @@ def _quick_gelu(x, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (wide * tl.sigmoid(1.702 * wide)).to(value.dtype), mask=inside)
 
 
+@DirectLaunch
 @triton.jit(do_not_specialize=["patches"])
 def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.constexpr):
     """out [2, patches, heads, width] of qkv [patches, 3, heads, width]: q and k turned."""
@@ -184,6 +191,7 @@ def _rotate(qkv, cos, sin, out, patches, heads, width, H: tl.constexpr, D: tl.co
     tl.store(row + at + width // 2, second.to(out.dtype.element_ty), mask=inside)
 
 
+@DirectLaunch
 @triton.jit
 def _norm_gradient(gradient, residual, x, weight, deviations, channels, ADDED: tl.constexpr, C: tl.constexpr):
     """gradient [tokens, channels], of RMSNorm's output, becomes that of its input x, plus residual where ADDED."""
@@ -203,7 +211,7 @@ def _norm_gradient(gradient, residual, x, weight, deviations, channels, ADDED: t
 
 
 def _filled_up(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def project(
@@ -218,7 +226,7 @@ def project(
     rank = len(down)
     out = x.new_empty(tokens, rank)
     tiles = _TOKENS, _CHANNELS, _filled_up(rank)
-    _project[(triton.cdiv(tokens, _TOKENS),)](
+    _project[(cdiv(tokens, _TOKENS),)](
         x, down, rows, words, out, tokens, channels, rank, scale, factor, dropped, *tiles
     )
     return out
@@ -237,7 +245,7 @@ def add_back(
     """Add what `project` passes back for `inner` [T, rank] to `gradient` [T, channels], in place."""
     tokens, channels = gradient.shape
     rank = len(down)
-    grid = (triton.cdiv(tokens, _TOKENS), triton.cdiv(channels, _CHANNELS))
+    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _CHANNELS))
     tiles = _TOKENS, _CHANNELS, _filled_up(rank)
     _add_back[grid](
         gradient, down, rows, words, inner, tokens, channels, rank, scale, factor, dropped, *tiles
@@ -250,10 +258,10 @@ def adapter_gradient(
     """Return factor * inner.T @ dropout(x): fp32 [rank, channels], added up in the same order every time."""
     tokens, channels = x.shape
     rank = inner.shape[1]
-    share = triton.cdiv(triton.cdiv(tokens, _SHARES), _TOKENS) * _TOKENS
-    shares = triton.cdiv(tokens, share)
+    share = cdiv(cdiv(tokens, _SHARES), _TOKENS) * _TOKENS
+    shares = cdiv(tokens, share)
     out = torch.empty(shares, rank, channels, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(channels, _CHANNELS), shares)
+    grid = (cdiv(channels, _CHANNELS), shares)
     tiles = _TOKENS, _CHANNELS, _filled_up(rank)
     _gradient_of_down[grid](
         x, rows, words, inner, out, tokens, channels, rank, share, scale, factor, dropped, *tiles
@@ -265,7 +273,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     """Return x * sigmoid(1.702 x), without a gradient."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _quick_gelu[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
+    _quick_gelu[(cdiv(x.numel(), 4096),)](x, out, x.numel(), 4096)
     return out
 
 
@@ -278,7 +286,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tenso
     patches, _, heads, width = qkv.shape
     qkv = qkv.contiguous()
     out = qkv.new_empty(2, patches, heads, width)
-    tiles = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
+    tiles = next_power_of_2(heads), next_power_of_2(width // 2)
     _rotate[(patches, 2)](qkv, cos.contiguous(), sin.contiguous(), out, patches, heads, width, *tiles)
     query, key = out.unbind()
     return query, key, qkv[:, 2]
@@ -295,7 +303,7 @@ def norm_gradient(
     gradient, x = gradient.contiguous(), x.contiguous()
     residual = None if residual is None else residual.contiguous()
     channels = x.shape[-1]
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     _norm_gradient[(x.numel() // channels,)](
         gradient,
         x if residual is None else residual,

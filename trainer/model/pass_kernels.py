@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
+
 _BLOCK = 2048  # of SwiGLU: Liger's has a row a program, of 18,944 numbers in 32,768 places
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -22,6 +25,7 @@ def _swiglu(gate, up, out, values, BLOCK: tl.constexpr):
     tl.store(out + at, (silu.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype), mask=inside)
 
 
+@DirectLaunch
 @triton.jit
 def _swiglu_gradient(gradient, gate, up, values, BLOCK: tl.constexpr):
     """gate and up become their gradients."""
@@ -44,14 +48,14 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(up)
-        _swiglu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
+        _swiglu[(cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
         ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        grid = (cdiv(gate.numel(), _BLOCK),)
         _swiglu_gradient[grid](gradients[0].contiguous(), gate, up, gate.numel(), _BLOCK)
         return gate, up
 
@@ -61,11 +65,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return cast(Tensor, _SwiGlu.apply(gate, up))
 
 
+@DirectLaunch
 @triton.jit
 def _layer_norm(
-    x, residual, weight, bias, total, out, columns, epsilon, ADDED: tl.constexpr, C: tl.constexpr
+    x,
+    residual,
+    after,
+    weight,
+    bias,
+    total,
+    out,
+    columns,
+    epsilon,
+    ADDED: tl.constexpr,
+    AFTER: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """total = x + residual where ADDED, and out = LayerNorm of it (or of x); a row a program."""
+    """out = LayerNorm of x + residual where ADDED, else of x; total = x + residual, plus `after` where AFTER.
+
+    A row a program.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     there = column < columns
@@ -75,7 +94,11 @@ def _layer_norm(
         value = (value.to(tl.float32) + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)).to(
             value.dtype
         )
-        tl.store(total + at, value, mask=there)
+        summed = value
+        if AFTER:
+            further = tl.load(after + column, mask=there, other=0.0).to(tl.float32)
+            summed = (value.to(tl.float32) + further).to(value.dtype)
+        tl.store(total + at, summed, mask=there)
     wide = value.to(tl.float32)
     apart = tl.where(there, wide - tl.sum(wide, axis=0) / columns, 0.0)
     deviation = tl.rsqrt(tl.sum(apart * apart, axis=0) / columns + epsilon)
@@ -85,18 +108,27 @@ def _layer_norm(
 
 
 def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x + residual or x, its LayerNorm over the last dimension), without a gradient."""
+    """Return (x + residual or x, its LayerNorm over the last dimension), without a gradient.
+
+    `after` [columns], with a residual alone: is added to the sum that is returned, once it is normalized.
+    """
     x = x.contiguous()
     columns = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     residual_or_x = x if residual is None else residual.contiguous()
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     _layer_norm[(x.numel() // columns,)](
         x,
         residual_or_x,
+        weight if after is None else after,
         weight,
         bias,
         total,
@@ -104,6 +136,7 @@ def layer_norm(
         columns,
         epsilon,
         residual is not None,
+        after is not None,
         block,
         num_warps=max(1, min(16, block // 1024)),
     )

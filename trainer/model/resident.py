@@ -43,11 +43,19 @@ def quantization_of(base: Any) -> Any:
     FSDP2's gathered weight has lost it, the module has it.
     """
     of_weight = getattr(base.weight, "quant_state", None)
-    return getattr(base, "quant_state", None) if of_weight is None else of_weight
+    if of_weight is not None:
+        return of_weight
+    # Not `getattr`: what a module lacks is an error with a message, and this is asked of every layer in every pass.
+    return base.__dict__.get("quant_state", base._buffers.get("quant_state"))
 
 
 def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     """Return the base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
     if packed is None:
-        return weight.to(dtype)
+        return in_dtype(weight, dtype)
     return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor.to(dtype)`, without the call where there is nothing to do: it is asked in every product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

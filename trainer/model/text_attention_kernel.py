@@ -12,14 +12,10 @@ their gradients are rounded to the inputs' dtype before they are multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, cast
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from trainer.model.kernel_launch import DirectLaunch
 
 _LOG2E = tl.constexpr(1.4426950408889634)  # the kernels' powers are of 2
 FORWARD = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
@@ -65,8 +61,9 @@ def _soften(scores, largest, total, kept_sum, values):
     return higher, total, kept_sum
 
 
+@DirectLaunch
 @_any_length
-def _forward(
+def forward(
     q,
     k,
     v,
@@ -111,8 +108,9 @@ def _forward(
     tl.store(sums + head.to(tl.int64) * tokens + row, largest + tl.log2(total), mask=row < end)
 
 
+@DirectLaunch
 @_any_length
-def _along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr):
+def along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr):
     """along fp32 [heads, tokens]: the sum over channels of out * gradient [tokens, heads, D]."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, H)
@@ -123,8 +121,9 @@ def _along(out, gradient, along, tokens, heads, H: tl.constexpr, D: tl.constexpr
     tl.store(along + head.to(tl.int64) * tokens + token, tl.sum(one * other, axis=1), mask=head < heads)
 
 
+@DirectLaunch
 @_any_length
-def _of_keys(
+def of_keys(
     q,
     k,
     v,
@@ -180,8 +179,9 @@ def _query_step(queries, back, logarithm, along, keys, values, query_sum, scale,
     return tl.dot((weights * change).to(keys.dtype), keys, query_sum)
 
 
+@DirectLaunch
 @_any_length
-def _of_queries(
+def of_queries(
     q,
     k,
     v,
@@ -225,63 +225,3 @@ def _of_queries(
             queries, back, logarithm, along_row, keys, values, query_sum, scale * _LOG2E, seen, True
         )
     _store_rows(of_q, query_sum * scale, row, head, heads, end, D)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: Sequence[int], scale: float
-    ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        tokens, heads, width = q.shape
-        out, sums = torch.empty_like(q), q.new_empty(heads, tokens, dtype=torch.float32)
-        shape = (bounds, tokens, len(lengths), heads, heads // k.shape[1], scale)
-        _forward[(_tiles(lengths, FORWARD["M"]), heads)](q, k, v, out, sums, *shape, D=width, **FORWARD)
-        ctx.save_for_backward(q, k, v, out, sums, bounds)
-        ctx.lengths, ctx.scale = lengths, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, sums, bounds = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        tokens, heads, width = q.shape
-        along = torch.empty_like(sums)
-        _along[(tokens,)](out, gradient, along, tokens, heads, triton.next_power_of_2(heads), width)
-        of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        shape = (bounds, tokens, len(ctx.lengths), heads, heads // k.shape[1], ctx.scale)
-        given = q, k, v, gradient, sums, along
-        _of_keys[(_tiles(ctx.lengths, OF_KEYS["N"]), k.shape[1])](
-            *given, of_k, of_v, *shape, D=width, **OF_KEYS
-        )
-        _of_queries[(_tiles(ctx.lengths, OF_QUERIES["M"]), heads)](
-            *given, of_q, *shape, D=width, **OF_QUERIES
-        )
-        return of_q, of_k, of_v, None, None, None
-
-
-@cache
-def faster_than_pytorch(device: torch.device, width: int) -> bool:
-    """Return whether these kernels were measured to be faster there: heads of 128 channels on Hopper (H100, H200)."""
-    return device.type == "cuda" and width == 128 and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _tiles(lengths: Sequence[int], size: int) -> int:
-    return sum(triton.cdiv(length, size) for length in lengths)
-
-
-def attend_causally(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: Sequence[int], scale: float
-) -> Tensor:
-    """Attend every token to itself and those before it in its sample: [T, heads, width], like q; has a gradient.
-
-    k and v are [T, kv_heads, width], heads a multiple of kv_heads, all in half precision on CUDA. `bounds` [N + 1]
-    int32 on the device and `lengths`, the same for the host. `scale` multiplies the scores. The width is a power of two
-    from 16 on.
-
-    Raises:
-        RuntimeError: `bounds` and `lengths` are of different numbers of samples.
-    """
-    if len(lengths) + 1 != len(bounds):
-        raise RuntimeError(f"attention: {len(bounds) - 1} samples on the device, {len(lengths)} for the host")
-    return cast(Tensor, _Attention.apply(q, k, v, bounds, lengths, scale))

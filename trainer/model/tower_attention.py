@@ -24,13 +24,14 @@ from torch import Tensor
 from launch.atomic_files import atomic_write
 from launch.inputs.caches import cache_root
 from launch.untrusted_files import read_json
+from trainer.data.packing import cumulative
 from trainer.model.attention import Segments, varlen
 from trainer.model.attention_kernel import attend_images
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 """q, k and v [P, heads, width] of all images, where each begins and ends, the scale: the output like q."""
 
-_IMAGES, _PATCHES = 8, 2304
+_LENGTHS = (2304,) * 6 + (2300, 1988, 316, 4)  # patches of images as large as charts, and of odd ones
 _REPEATS = 7
 
 logger = logging.getLogger("trainer")
@@ -44,7 +45,22 @@ def _own(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> T
     return attend_images(q, k, v, segments.cu_seqlens, segments.lengths, scale)
 
 
-KERNELS: dict[str, Kernel] = {"PyTorch's varlen_attn": _pytorch, "samestep's Triton kernel": _own}
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, queries: int) -> Tensor:
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        raise NotImplementedError  # its compiler may end the process there
+    from trainer.model.hopper_tower_attention import (
+        attend_images_on_hopper,
+    )  # a Triton without it: another kernel computes
+
+    return attend_images_on_hopper(q, k, v, segments.cu_seqlens, segments.lengths, scale, queries)
+
+
+KERNELS: dict[str, Kernel] = {
+    "PyTorch's varlen_attn": _pytorch,
+    "samestep's Triton kernel": _own,
+    "samestep's kernel for Hopper": partial(_on_hopper, queries=128),
+    "samestep's kernel for Hopper, smaller tiles": partial(_on_hopper, queries=64),
+}
 DEFAULT = "PyTorch's varlen_attn"
 
 
@@ -72,7 +88,9 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
             _remember(facts, known)
     fastest = min(known, key=lambda name: known[name])
     words = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in known.items())
-    logger.info(f"vision tower: attention by {fastest} ({words} for {_IMAGES} images on {facts['card']})")
+    logger.info(
+        f"vision tower: attention by {fastest} ({words} for {sum(_LENGTHS):,} patches on {facts['card']})"
+    )
     return fastest
 
 
@@ -95,10 +113,11 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 
 
 def _remembered(facts: Mapping[str, str]) -> dict[str, float] | None:
-    """Milliseconds by kernel that an earlier process measured; None without a file that says so."""
+    """Milliseconds by kernel that an earlier process measured; None without a file that says so of all kernels."""
     try:
-        times = read_json(_file(facts))["milliseconds"]
-        if DEFAULT in times and times.keys() <= KERNELS.keys():
+        measured = read_json(_file(facts))
+        times = measured["milliseconds"]
+        if DEFAULT in times and measured["kernels"] == list(KERNELS):
             return {name: float(value) for name, value in times.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -110,17 +129,17 @@ def _remember(facts: Mapping[str, str], times: Mapping[str, float]) -> None:
     file = _file(facts)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps({**facts, "milliseconds": dict(times)}, indent=1))
+        atomic_write(
+            file, json.dumps({**facts, "kernels": list(KERNELS), "milliseconds": dict(times)}, indent=1)
+        )
 
 
 @torch.no_grad()
 def _measured(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> dict[str, float]:
     """Milliseconds of PyTorch's kernel, and of each other that runs here and gives its numbers."""
-    lengths = (_PATCHES,) * _IMAGES
-    bounds = torch.arange(0, _PATCHES * (_IMAGES + 1), _PATCHES, dtype=torch.int32, device=device)
-    segments, scale = Segments(bounds, lengths), width**-0.5
+    segments, scale = Segments(cumulative(_LENGTHS).to(device), _LENGTHS), width**-0.5
     draw = torch.Generator(device).manual_seed(0)  # not the training's
-    shape = 3, _PATCHES * _IMAGES, heads, width
+    shape = 3, sum(_LENGTHS), heads, width
     q, k, v = torch.randn(shape, generator=draw, dtype=dtype, device=device).unbind()
     expected = _pytorch(q, k, v, segments, scale).float()
     times: dict[str, float] = {}

@@ -155,15 +155,32 @@ def _fresh_features(
     )
     segments = Segments(kwargs.pop("vision_cu_seqlens"), kwargs.pop("vision_lengths"))
     names, sizes, rows = (kwargs.pop(name) for name in ("fresh_images", "fresh_grids", "fresh_rows"))
+    features = kwargs.pop("fresh_features", None)
     if not segments.lengths:
         return pixels
     keys = None
     if tower is not None:
         keys = partial(tower.take_keys, kwargs["step"], names, sizes)
-    features = image_features(model, pixels, grids, sizes, positions, segments, keys)
+    if features is None:
+        features = image_features(model, pixels, grids, sizes, positions, segments, keys)
     if keep is not None and names:
         keep(names, sizes, features)
     return features.index_select(0, rows) if len(rows) else features
+
+
+def with_tower_features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the packed inputs of a micro-batch, which are on the device, with the features of its fresh images.
+
+    For a frozen tower, whose features no step changes: the forward then does not run it.
+    """
+    pixels, grids, positions = (
+        inputs[name] for name in ("pixel_values", "image_grid_thw", "vision_positions")
+    )
+    segments = Segments(inputs["vision_cu_seqlens"], inputs["vision_lengths"])
+    if not segments.lengths:
+        return inputs
+    features = image_features(model, pixels, grids, inputs["fresh_grids"], positions, segments)
+    return {**inputs, "fresh_features": features}
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

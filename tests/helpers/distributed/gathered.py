@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import layer_norm, silu
 
 from tests.helpers.foreign.fsdp_on_cpu import allow_fsdp_on_cpu
-from tests.trainer.model.test_fused import plain_norm
+from tests.trainer.model.test_fused import plain_norm, plain_norm_of_sum
 from trainer import train
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.loop import build
@@ -37,23 +37,11 @@ _schedule = build.schedule_gathers
 COLLECTIVES = [0]
 
 
-class _Plain:
-    """An autograd function of Liger's that PyTorch differentiates by itself."""
-
-    def __init__(self, compute: Callable[..., Any]) -> None:
-        self.apply = compute
-
-
-def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    def turn(x: Tensor) -> Tensor:
+def _rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
+    for x in (query, key):
         left, right = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
-
-    return turn(query), turn(key)
-
-
-def _norm_of_sum(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return plain_norm(x + residual, *rest)
+        turned = torch.cat((-right, left), dim=-1) * (-sin if back else sin).transpose(0, 1)
+        x.copy_(x * cos.transpose(0, 1) + turned)
 
 
 def _norm_gradient(
@@ -65,10 +53,16 @@ def _norm_gradient(
 
 
 def _layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
-    return total, layer_norm(total, weight.shape, weight, bias, epsilon)
+    normed = layer_norm(total, weight.shape, weight, bias, epsilon)
+    return total if after is None else total + after, normed
 
 
 def _stock(*_: Any, **__: Any) -> Any:
@@ -77,9 +71,9 @@ def _stock(*_: Any, **__: Any) -> Any:
 
 FUSED = [
     mock.patch.object(base, "_no_kernels", return_value=None),
-    mock.patch.object(fused, "rms_norm_forward", plain_norm),
-    mock.patch.object(fused, "fused_add_rms_norm_forward", _norm_of_sum),
-    mock.patch.object(fused, "LigerRopeFunction", _Plain(_turn)),
+    mock.patch.object(fused, "norm_forward", plain_norm),
+    mock.patch.object(fused, "norm_of_sum_forward", plain_norm_of_sum),
+    mock.patch.object(fused, "rotate_in_place", _rotate_in_place),
     mock.patch.object(kernels, "norm_gradient", _norm_gradient),
     mock.patch.object(fused, "layer_norm", _layer_norm),
     mock.patch.object(fused, "swiglu", lambda gate, up: silu(gate) * up),

@@ -968,7 +968,7 @@ def test_what_a_child_has_said_is_not_said_again(
     assert capsys.readouterr().err == ""
     launcher.status = -9
     assert samestep("run", *EMBEDDED) == 1
-    assert "python -m trainer.prepare: did not finish" in capsys.readouterr().err
+    assert "python -m trainer.prepare: was ended by SIGKILL" in capsys.readouterr().err
 
 
 def test_the_shell_completes_recipes_and_runs_and_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:

@@ -332,6 +332,10 @@ def test_images_are_found_in_whatever_row_and_column_the_formats_allow(world: Pa
     _lines(tmp_path / "odd.jsonl", [plain | {"id": 1, "photo": "a.png"}])
     described = open_split(_recipe(world, tmp_path, train="odd"), "train").kind.description
     assert described.endswith("query from query, label from label, no images (not used: id, photo)")
+    _lines(tmp_path / "odd-old.jsonl", [plain | {"id": 1}])
+    _lines(tmp_path / "odd-00001-of-00002.jsonl", [plain | {"id": 1}])
+    rows = open_split(_recipe(world, tmp_path, train="odd"), "train")
+    assert (len(rows), rows.kind.description.rpartition("; ")[2]) == (3, "of more files: odd-old.jsonl")
     _lines(tmp_path / "chat.jsonl", [{"messages": [], "photo": "a.png"}])
     described = open_split(_recipe(world, tmp_path, train="chat"), "train").kind.description
     assert described == "messages (seen from its column messages) (not used: photo)"

@@ -83,6 +83,21 @@ def test_what_fails_in_preparing_a_batch_is_raised_where_the_batch_is_asked_for(
         next(reading)
 
 
+def test_a_batch_that_was_read_ahead_can_be_replaced_and_nothing_else_is() -> None:
+    loader = Loader(_NumberedUpTo4(), range(3, 9), total=9, workers=0, pin_memory=False)
+    loader.change_ready(lambda _: pytest.fail("nothing was begun"))
+    reading = iter(loader)
+    loader.read_ahead(lambda batch: batch)
+    loader.change_ready(lambda batch: -batch)  # type: ignore[operator, arg-type, return-value]
+    assert next(reading) == -3
+    loader.change_ready(lambda _: pytest.fail("none was read ahead"))
+    loader.read_ahead(lambda batch: batch)
+    loader.change_ready(lambda _: pytest.fail("an error is no batch"))
+    with pytest.raises(RunError, match="sample 4"):
+        next(reading)
+    loader.close()
+
+
 class _Ones(Batches):
     def batch(self, number: int) -> Any:
         return 1

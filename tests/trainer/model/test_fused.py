@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
@@ -66,19 +67,24 @@ def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *_: Any) -> tuple[Any, ...]:
+def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of Liger's kernels, which take no number in Triton's interpreter."""
     deviations = (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return x * deviations * weight, x, deviations.flatten()
+    return x * deviations * weight, deviations.flatten()
+
+
+def plain_norm_of_sum(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    """Likewise."""
+    normed, deviations = plain_norm(x + residual, *rest)
+    return normed, x + residual, deviations
 
 
 def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fused, "rms_norm_forward", plain_norm)
-        added = lambda x, residual, *rest: plain_norm(x + residual, *rest)  # noqa: E731
-        monkeypatch.setattr(fused, "fused_add_rms_norm_forward", added)
+        monkeypatch.setattr(fused, "norm_forward", plain_norm)
+        monkeypatch.setattr(fused, "norm_of_sum_forward", plain_norm_of_sum)
     draw = torch.Generator().manual_seed(0)
     x, residual = torch.randn(2, 1, TOKENS, 48, generator=draw).to(DEVICE)
     weights = torch.randn(2, 48, generator=draw).to(DEVICE)
@@ -99,6 +105,36 @@ def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
     for keep in (True, False):
         for found, expected in zip(run(True, keep), run(False, keep), strict=True):
             torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_queries_and_keys_are_turned_by_their_positions_as_transformers_does() -> None:
+    heads, key_heads, width = 6, 2, 16
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(DEVICE)
+
+    projected = [random(1, TOKENS, count * width) for count in (heads, key_heads, key_heads)]
+    cos, sin = (random(1, TOKENS, width // 2).repeat(1, 1, 2) for _ in range(2))
+
+    def run(mine: bool) -> list[torch.Tensor]:
+        leaves = [each.clone().requires_grad_() for each in projected]
+        query, key, value = (leaf * 1 for leaf in leaves)  # the kernel writes over them
+        if mine:
+            outputs = fused._Rotated.apply(query, key, value, cos, sin, width)
+        else:
+            split = (each.view(1, TOKENS, -1, width).transpose(1, 2) for each in (query, key, value))
+            query, key, value = split
+            turned = *apply_rotary_pos_emb(query, key, cos, sin), value
+            outputs = [each.squeeze(0).transpose(0, 1) for each in turned]
+        torch.stack([output.sin().sum() for output in outputs]).sum().backward()
+        return [
+            *(output.detach() for output in outputs),
+            *(leaf.grad for leaf in leaves if leaf.grad is not None),
+        ]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(
@@ -131,3 +167,20 @@ def test_a_model_without_decoder_layers_takes_the_fused_kernels(world: Path) -> 
     model.model.language_model.layers = torch.nn.ModuleList()
     fused.use_fused_kernels(model)
     assert model.model.language_model.norm.forward.__func__ is fused.rms_norm
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_of_the_tower_adds_residuals_within_other_passes_and_gives_what_the_plain_one_does(
+    world: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last product in 4 bits too, which takes no addition."""
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = packed
+    visual = load_base(recipe_from_dict(values), DEVICE).model.visual
+    block: Any = visual.blocks[0]
+    monkeypatch.setattr(block.attn, "forward", lambda hidden, **_: hidden / 2)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, block.norm1.weight.numel(), generator=draw).to(DEVICE, block.norm1.weight.dtype)
+    with torch.no_grad():
+        expected = block(x, cu_seqlens=None)
+        torch.testing.assert_close(fused.vision_block(block, x), expected, **CLOSE)

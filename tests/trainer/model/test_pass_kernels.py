@@ -34,3 +34,11 @@ def test_a_layer_norm_and_the_addition_before_it_are_pytorchs(added: bool) -> No
     expected = x if residual is None else x + residual
     assert torch.equal(total, expected)
     torch.testing.assert_close(found, layer_norm(expected, (100,), weight, bias, 1e-6), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_added_after_a_layer_norm_is_in_the_sum_and_not_in_the_norm() -> None:
+    x, residual, after = _random(9, 100, seed=0), _random(9, 100, seed=1), _random(100, seed=2)
+    weight, bias = _random(100, seed=3), _random(100, seed=4)
+    total, found = pass_kernels.layer_norm(x, residual, weight, bias, 1e-6, after)
+    assert torch.equal(total, x + residual + after)
+    assert torch.equal(found, pass_kernels.layer_norm(x, residual, weight, bias, 1e-6)[1])

@@ -8,6 +8,7 @@ import torch
 from trainer.data.packing import cumulative
 from trainer.model import text_attention_kernel as kernel
 from trainer.model.attention import Segments, attend
+from trainer.model.text_attention import attend_causally
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -38,7 +39,7 @@ def test_attention_and_its_gradients_are_those_of_the_loop(
     def run(mine: bool) -> list[torch.Tensor]:
         given = [(leaf if mine else leaf.float()).clone().requires_grad_() for leaf in leaves]
         if mine:
-            output = kernel.attend_causally(*given, segments.cu_seqlens, lengths, scale)
+            output = attend_causally(*given, segments.cu_seqlens, lengths, scale)
         else:
             output = attend(*given, segments, True, scale)
         return [output.detach(), *torch.autograd.grad(output, given, back.to(output.dtype))]

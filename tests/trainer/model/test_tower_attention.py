@@ -96,6 +96,20 @@ def test_a_damaged_memory_of_it_is_measured_anew(card: list[int], tmp_path: Path
     assert json.loads(file.read_text())["milliseconds"] == {DEFAULT: 2.5, OWN: 1.5}
 
 
+def test_what_a_version_with_fewer_kernels_measured_is_measured_anew(
+    card: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a faster kernel of a new version would never be used on a card that an older one has seen."""
+    with monkeypatch.context() as older:
+        older.setattr(tower_attention, "KERNELS", {name: KERNELS[name] for name in (DEFAULT, OWN)})
+        kernel_for(*CARD)
+    kernel_for.cache_clear()
+    kernel_for(*CARD)
+    assert len(card) == 2
+    (file,) = (tmp_path / "kernels").glob("*.json")
+    assert json.loads(file.read_text())["kernels"] == list(KERNELS)
+
+
 def test_a_deterministic_run_depends_on_no_measurement(card: list[int]) -> None:
     torch.use_deterministic_algorithms(True)
     try:

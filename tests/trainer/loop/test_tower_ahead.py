@@ -1,0 +1,109 @@
+"""The vision tower ahead of its step: its features are those of the forward, and where it cannot run it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launch.planning.step_plan import MicroBatch
+from launch.recipe.loading import recipe_from_dict
+from tests.conftest import recipe_values
+from tests.helpers.adapters import random_adapter
+from trainer.data.encoder import Encoder
+from trainer.data.micro_batches import PackedBatch, assemble
+from trainer.data.splits import open_split
+from trainer.loop import tower_ahead
+from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
+from trainer.model.base import RECIPE_DTYPES, compute_in, prepare_training
+from trainer.prepare import prepare
+from trainer.pretrained import load_processor
+
+CPU = torch.device("cpu")
+KEPT: list[torch.Tensor] = []
+"""The features that the forward used, as the cache of features would hear of them."""
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model_and_batch(world: Path, request: pytest.FixtureRequest) -> tuple[Any, PackedBatch]:
+    """A model that trains on packed micro-batches, and one of them, in which two samples show the same image.
+
+    In bfloat16 the forward is under autocast.
+    """
+    values = recipe_values(world)
+    values["model"]["dtype"] = request.param
+    recipe = recipe_from_dict(values)
+    split = prepare(recipe, quiet=True).splits["train"]
+    encoder = Encoder(load_processor(recipe), recipe.data.system_message, "answer")
+    model = random_adapter(recipe).train()
+    dtype = RECIPE_DTYPES[request.param]
+    prepare_training(model, recipe, compute_dtype=dtype, keep=lambda _, __, features: KEPT.append(features))
+    compute_in(model, dtype)
+    batch = assemble(
+        open_split(recipe, "train"), split, encoder, MicroBatch((0, 1, 2, 0), filler=False), 5, 1
+    )
+    batch["inputs"]["fresh_images"] = tuple(str(n) for n in range(len(batch["inputs"]["fresh_grids"])))
+    return model, batch
+
+
+def test_a_forward_with_the_towers_features_is_that_which_runs_it_to_the_bit(
+    model_and_batch: tuple[Any, PackedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_and_batch
+    inputs: Any = batch["inputs"]
+    visual = model.get_base_model().model.visual
+    stock, modes = visual.forward, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        modes.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(visual, "forward", watched)
+    KEPT.clear()
+    expected = model(**inputs).log_probs
+    ahead: Any = run_tower(batch, model, CPU)
+    assert set(ahead["inputs"]) - set(inputs) == {"fresh_features"}  # the batch is as it was
+    model.eval()  # an evaluation comes between
+    with torch.no_grad():
+        model(**inputs)
+    model.train()
+    assert torch.equal(model(**ahead["inputs"]).log_probs, expected)
+    assert (
+        modes == [(False, False)] * 3
+    )  # not for what ran ahead; a GPU's LayerNorm rounds otherwise under autocast
+    assert len(KEPT) == 3
+    assert all(torch.equal(features, KEPT[0]) for features in KEPT)
+    assert not KEPT[2].requires_grad
+
+
+def test_without_memory_for_the_tower_the_micro_batch_stays_as_it_is(
+    model_and_batch: tuple[Any, PackedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(tower_ahead, "with_tower_features", too_large)
+    model, batch = model_and_batch
+    assert run_tower(batch, model, CPU) is batch
+
+
+@pytest.mark.parametrize(
+    ("sharded", "zero_stage", "frozen", "can"),
+    [
+        ("nothing", 0, True, True),
+        ("nothing", 0, False, False),
+        ("weights", 0, True, False),
+        ("nothing", 2, True, False),
+    ],
+)
+def test_only_a_frozen_tower_runs_ahead_and_not_under_an_engine_that_shards(
+    sharded: str, zero_stage: int, frozen: bool, can: bool
+) -> None:
+    plan: Any = SimpleNamespace(parallelism=SimpleNamespace(sharded=sharded, zero_stage=zero_stage))
+    tower = torch.nn.Linear(1, 1).requires_grad_(not frozen)
+    base = SimpleNamespace(model=SimpleNamespace(visual=tower))
+    model: Any = SimpleNamespace(get_base_model=lambda: base)
+    assert tower_can_run_ahead(model, plan) is can

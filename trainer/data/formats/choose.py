@@ -27,7 +27,9 @@ class Format:
     texts: tuple[str, str] | None = None
 
 
-def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:
+def choose_format(
+    data: DataSection, names: Sequence[str], where: str, is_imagefolder: bool = False
+) -> Format:
     """Return the format of a table with the columns `names`; `where`: the table in words.
 
     Raises:
@@ -45,7 +47,9 @@ def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format
     columns = (
         chartqa_columns(names, where)
         if name == "chartqa"
-        else named_columns({str(role): column for role, column in (data.columns or {}).items()}, names, where)
+        else named_columns(
+            {str(role): column for role, column in (data.columns or {}).items()}, names, where, is_imagefolder
+        )
     )
     return Format(name, columns.row, f"{name} ({why}): {columns}", (columns.query, columns.label))
 

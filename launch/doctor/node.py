@@ -306,8 +306,9 @@ class Nominal:
 
 
 def nominal(gpu: str) -> Nominal | None:
-    """The figures of a card's data sheet; None for a card that is not listed, or a part of one (MIG)."""
-    if "MIG" in gpu:
+    """The figures of a card's data sheet; None for one that is not listed, a part of one (MIG) and laptops' smaller
+    ones, which have the names of cards."""
+    if "MIG" in gpu or "Laptop" in gpu:
         return None
     return next((Nominal(*figures) for name, *figures in _NOMINAL if re.search(name, gpu)), None)
 

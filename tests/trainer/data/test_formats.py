@@ -182,6 +182,17 @@ def test_every_bad_chat_is_listed_with_its_reason(
         assert reason in line
 
 
+def test_a_question_that_is_left_out_of_the_loss_is_refused_only_where_every_token_is_trained(
+    world: Path, tmp_path: Path
+) -> None:
+    question = {**_message("user", "?"), "train": False}
+    _lines(tmp_path / "train.jsonl", [{"messages": [question, _message("assistant", "y")]}])
+    for loss in ("answer", "all_answers"):
+        assert open_split(_recipe(world, tmp_path, loss=loss), "train")[0].query == "?"
+    with pytest.raises(RowError, match="message 0 has train of type bool, which is not heeded"):
+        open_split(_recipe(world, tmp_path, loss="sequence"), "train")[0]
+
+
 def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Path) -> None:
     _images(tmp_path, "a.png")
     chat_of = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from launch.errors import ConfigError
@@ -43,7 +44,8 @@ def choose_format(
                 "data.columns, or write chats"
             )
         unused = [column for column in names if column not in READ]
-        return Format(name, messages_row, f"messages ({why}){not_used(unused)}")
+        row = partial(messages_row, trains_questions=data.loss == "sequence")
+        return Format(name, row, f"messages ({why}){not_used(unused)}")
     columns = (
         chartqa_columns(names, where)
         if name == "chartqa"

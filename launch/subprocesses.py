@@ -39,7 +39,8 @@ class ChildError(SamestepError):
 def _ended_by(status: int) -> str:
     if status >= 0:
         return f"did not finish (exit status {status}); see its words above"
-    name = signal.Signals(-status).name
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-status, f"signal {-status}")  # most real-time signals have no name
     memory = ", most likely for want of memory" if -status == signal.SIGKILL else ""
     return f"was ended by {name}{memory}; the same command begins again"
 

@@ -102,6 +102,8 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         RunError: the training failed.
     """
     plan, recorded = read_plan(run), read_steps(run.metrics_file)
+    if lost := next((step for step in range(first, last + 1) if step not in recorded), None):
+        raise ConfigError(f"--steps: {run.metrics_file} has no figures of step {lost}; name other steps")
     with restored(run, first, request) as again:
         with _stopped_after(again.run, last):
             marker = execute_with_oom_retry(again.planned, again.request)
@@ -109,7 +111,7 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         taken = read_steps(figures) if figures.exists() else {}
         now, begin = again.planned.plan, again.begin
         changes = environment_changes(run, again.run)
-    if not set(range(first, last + 1)) <= recorded.keys() & taken.keys():
+    if not set(range(first, last + 1)) <= taken.keys():
         if marker.kind == "STOPPED":  # by a Ctrl-C: our own request comes when the steps are taken
             log_stderr("interrupted; give the same command again")
             raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from launch.planning.plan import Plan
 from launch.run.changes import content_changes, refuse_changes
 from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
-from launch.run.lock import hold_lock, lock_holder
+from launch.run.lock import LOCK_FILE, hold_lock, lock_holder
 from launch.run.request_files import write_request
 from launch.subprocesses import ChildError, wait_for
 
@@ -106,11 +106,18 @@ def _prefix(run: RunDirectory) -> str:
 
 
 def _remove_leftovers(run: RunDirectory) -> None:
-    """Remove the copies that killed processes left: nobody holds their lock, and they are not being made."""
+    """Remove the copies that killed processes left: nobody holds their lock, and they are not being made.
+
+    What has no lock is none of ours, but for an empty folder, whose maker was killed before it had one.
+    """
     for folder in run.path.parent.glob(f"{glob.escape(_prefix(run))}*"):
         with suppress(OSError, ConfigError):
-            if time.time() - folder.stat().st_mtime > _BEING_MADE_S and lock_holder(folder) is None:
+            if time.time() - folder.stat().st_mtime <= _BEING_MADE_S or lock_holder(folder) is not None:
+                continue
+            if (folder / LOCK_FILE).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.rmdir()
 
 
 def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) -> None:

@@ -306,8 +306,9 @@ class Nominal:
 
 
 def nominal(gpu: str) -> Nominal | None:
-    """The figures of a card's data sheet; None for a card that is not listed, or a part of one (MIG)."""
-    if "MIG" in gpu:
+    """The figures of a card's data sheet; None for one that is not listed, a part of one (MIG) and laptops' smaller
+    ones, which have the names of cards."""
+    if "MIG" in gpu or "Laptop" in gpu:
         return None
     return next((Nominal(*figures) for name, *figures in _NOMINAL if re.search(name, gpu)), None)
 
@@ -315,7 +316,7 @@ def nominal(gpu: str) -> Nominal | None:
 _NOMINAL = (
     (r"GH200", 989.0, 4000.0), (r"H200", 989.0, 4800.0), (r"H100.*PCIe", 756.0, 2039.0), (r"H100 NVL", 835.0, 3938.0),
     (r"H100", 989.0, 3352.0), (r"A100.*80GB", 312.0, 1935.0), (r"A100", 312.0, 1555.0), (r"B200", 2250.0, 7700.0),
-    (r"L40S", 362.0, 864.0), (r"\bL40\b", 181.0, 864.0), (r"\bL4\b", 121.0, 300.0), (r"A10G?\b", 125.0, 600.0),
-    (r"A40", 150.0, 696.0), (r"RTX 6000 Ada", 364.0, 960.0), (r"RTX A6000", 155.0, 768.0),
+    (r"L40S", 362.0, 864.0), (r"\bL40\b", 181.0, 864.0), (r"\bL4\b", 121.0, 300.0), (r"A10G\b", 70.0, 600.0),
+    (r"A10\b", 125.0, 600.0), (r"A40", 150.0, 696.0), (r"RTX 6000 Ada", 364.0, 960.0), (r"RTX A6000", 155.0, 768.0),
     (r"RTX 5090", 210.0, 1792.0), (r"RTX 4090", 165.0, 1008.0), (r"RTX 3090", 71.0, 936.0),
 )  # fmt: skip

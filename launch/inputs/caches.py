@@ -41,11 +41,11 @@ def private_cache(name: str) -> Path | None:
 
     The cache folder may be shared by a group of users, so the user's id is part of the folder's name.
     """
-    folder = cache_root() / f"{name}-{os.getuid()}"
     try:
+        folder = cache_root() / f"{name}-{os.getuid()}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.lstat()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter: of a user without a home
         return None
     is_own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
     return folder if is_own and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
-from launch.inputs.text_tables import SUFFIXES, TextTable
+from launch.inputs.text_tables import SUFFIXES, TextTable, likely_tables
 from launch.option_values import NAME_PATTERN
 from launch.recipe.split_names import is_split
 from launch.untrusted_files import (
@@ -70,9 +70,10 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
         return SeenData(run_name_of(dataset), dataset, splits, named or None, "the hub is not asked")
     tables = _tables(folder)
     if not tables:
+        unread = likely_tables(folder)
         raise ConfigError(
             f"--data: {folder} holds no table ({', '.join(SUFFIXES)} or .parquet, or metadata.jsonl beside the "
-            f"images){_unread_tables(folder)}; write one with a line for each question"
+            f"images){f', but {unread}' if unread else ''}; write one with a line for each question"
         )
     train = "train" if "train" in tables else next(iter(tables))
     validation = next((name for name in _VALIDATION_NAMES if name in tables), None)
@@ -154,13 +155,6 @@ def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
 def _has_images(names: Sequence[str], columns: Mapping[str, str] | None) -> bool:
     with_images = ("image", "images", "messages", "conversations")  # the last two may hold them within
     return "image" in columns if columns is not None else any(name in names for name in with_images)
-
-
-def _unread_tables(folder: Path) -> str:
-    """Files that look like tables and are not read, in words."""
-    likely = (".parquet", *SUFFIXES, ".json", ".tsv", ".xlsx", ".arrow")
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in likely)
-    return f", but {', '.join(map(printable, names[:5]))}" if names else ""
 
 
 def _tables(folder: Path) -> dict[str, Path]:

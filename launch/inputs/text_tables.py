@@ -7,14 +7,25 @@ import csv
 import io
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.untrusted_files import TABLE, UntrustedFileError, parse_json, plain_size, printable, read_bytes
 
 SUFFIXES = (".jsonl", ".csv")
+_LIKELY = (".parquet", *SUFFIXES, ".json", ".tsv", ".xlsx", ".arrow")
+_SHOWN = 5
 csv.field_size_limit(TABLE)  # of a cell; 128 KiB by default
+
+
+def likely_tables(folder: Path) -> str:
+    """Name the first files of a folder that look like tables, whether they are read or not; empty where none does."""
+    try:
+        names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _LIKELY)
+    except OSError:
+        return ""
+    return ", ".join([*map(printable, names[:_SHOWN]), *(["..."] if len(names) > _SHOWN else [])])
 
 
 class TextTable:
@@ -125,7 +136,8 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
     except UnicodeDecodeError as error:
         reason = f"is no UTF-8 text ({error.reason} at byte {error.start:,})"
         raise UntrustedFileError(file, reason, "save it as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines: list[str] = []  # of the record that is read
+    reader = csv.reader(_kept(io.StringIO(text, newline=""), lines), strict=True)
     try:
         header = next(reader, [])
         if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
@@ -145,12 +157,14 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
         begin = reader.line_num + 1
         for record in reader:
             line_number, begin = begin, reader.line_num + 1
+            raw = "".join(lines)
+            lines.clear()
             if not record:
                 continue
             values: dict[str, str | None] = dict(zip(header, (cell or None for cell in record), strict=False))
             if len(record) != len(header):
                 values[_DAMAGED] = f"the row has {len(record)} cells, the header {len(header)}"
-            elif any(cell.startswith(' "') for cell in record):
+            elif any(cell.startswith(' "') and cell in raw for cell in record):  # in quotes it would differ
                 values[_DAMAGED] = (
                     "a cell begins with a space before its quote, which is read as a part of the text"
                 )
@@ -159,3 +173,10 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
         raise UntrustedFileError(
             file, f"is no CSV (line {reader.line_num:,}: {error})", "correct it"
         ) from None
+
+
+def _kept(text: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """Pass on lines, and add each to `lines`."""
+    for line in text:
+        lines.append(line)
+        yield line

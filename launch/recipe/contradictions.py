@@ -33,7 +33,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if data.columns is not None and data.format not in ("auto", "columns"):
         yield f"data.columns: is for data.format: columns, not {data.format}; drop one of the two"
     if data.columns is not None:
-        columns = [column for column in data.columns.values() if column is not None]
+        columns = [*data.columns.values()]
         if twice := next((column for column in columns if columns.count(column) > 1), None):
             yield f"data.columns: {twice!r} is named for two of image, query and label; name different columns"
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:

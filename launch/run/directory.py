@@ -52,7 +52,7 @@ class RunDirectory:
     @property
     def is_copy(self) -> bool:
         """Whether this is a copy whose steps are taken again: nobody goes on with it."""
-        return self.path.parent.name.startswith(COPY_PREFIX)
+        return self.path.parent.name.startswith(f"{COPY_PREFIX}{self.name}-")
 
     @property
     def recipe_file(self) -> Path:

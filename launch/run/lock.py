@@ -21,6 +21,7 @@ from launch.errors import ConfigError, InUseError
 from launch.run.directory import RunDirectory
 from launch.untrusted_files import UntrustedFileError, open_at_once, printable
 
+LOCK_FILE = ".lock"
 _HOLDER = b"process "  # that a lock's content begins with
 
 _LOCK_PATIENCE_S = 1.0  # longer than a look at the lock by `lock_holder` can last
@@ -30,7 +31,7 @@ _held_locks: set[int] = set()
 
 
 @contextmanager
-def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
+def hold_lock(folder: Path, file_name: str = LOCK_FILE) -> Iterator[None]:
     """Hold the one lock of `folder` (rank 0 of the trainer, for its lifetime). InUseError: who holds it.
 
     The kernel lets go when the process dies, however it dies. The file stays: removing it would let two
@@ -58,7 +59,7 @@ def hold_lock(folder: Path, file_name: str = ".lock") -> Iterator[None]:
         os.close(descriptor)
 
 
-def lock_holder(folder: Path, file_name: str = ".lock") -> str | None:
+def lock_holder(folder: Path, file_name: str = LOCK_FILE) -> str | None:
     """Name the process that holds the lock of `folder` now ("process 12 on host"); None when nobody does. ConfigError:
     see `hold_lock`.
     """

@@ -162,6 +162,7 @@ def test_a_child_that_ends_is_not_waited_for() -> None:
         ),
         (-9, 1, "was ended by SIGKILL, most likely for want of memory; the same command begins again"),
         (-11, 1, "was ended by SIGSEGV; the same command"),
+        (-40, 1, "was ended by signal 40; the same command"),
     ],
 )
 def test_a_module_that_refuses_is_told_from_one_that_fails(

@@ -49,7 +49,7 @@ def _rows(rows: Sequence[BadRow]) -> str:
     more = f" and {len(rows) - SHOWN_ROWS:,} more" if len(rows) > SHOWN_ROWS else ""
     several = "s" if len(rows) > 1 else ""
     numbers = ", ".join(str(row.row) for row in rows[:SHOWN_ROWS])
-    lines = ", ".join(f"{row.line:,}" for row in rows[:SHOWN_ROWS])
+    lines = ", ".join(str(row.line) for row in rows[:SHOWN_ROWS])
     place = f" ({printable(rows[0].file)} line{several} {lines})" if rows[0].file else ""
     return f"{rows[0].split} row{several} {numbers}{more}{place}"
 

@@ -167,14 +167,20 @@ def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str] | None) -> N
     """`texts`: what the table calls question and answer; None: they are messages."""
     for place, turn in enumerate(row.turns):
         name = texts[place] if texts else f"message {place} ({turn.role})"
-        if len(turn.text) > MAX_CHARACTERS:
-            raise RowError(f"{name} has {len(turn.text):,} characters, more than any model reads; cut it")
-        if half := _HALF_CHARACTER.search(turn.text):
-            raise RowError(f"{name} holds half a character ({half[0]!a} at {half.start():,}); write it whole")
+        _check_characters(name, turn.text)
         if special := encoder.control_tokens.search(turn.text):
             raise RowError(
                 f"{name} holds the special token {special[0]}, which the model does not read as text"
             )
+    for number, label in enumerate(row.label[1:], 2):
+        _check_characters(f"answer {number} of {texts[1] if texts else 'the row'}", label)
+
+
+def _check_characters(name: str, text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise RowError(f"{name} has {len(text):,} characters, more than any model reads; cut it")
+    if half := _HALF_CHARACTER.search(text):
+        raise RowError(f"{name} holds half a character ({half[0]!a} at {half.start():,}); write it whole")
 
 
 def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:

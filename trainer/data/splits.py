@@ -20,7 +20,7 @@ from launch.hub_names import EMBEDDED
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
 from launch.inputs.file_digests import files_digest
-from launch.inputs.text_tables import SUFFIXES, TextTable
+from launch.inputs.text_tables import SUFFIXES, TextTable, likely_tables
 from launch.recipe.schema import Recipe
 from launch.recipe.split_names import parse_split, rows_of_split
 from launch.untrusted_files import UNREADABLE, plain_size, printable, reason_of
@@ -28,8 +28,6 @@ from trainer.data.formats.choose import Format, choose_format
 from trainer.data.formats.images import ImageFiles
 from trainer.data.row_errors import RowError
 from trainer.data.rows import Row
-
-_SHOWN_TABLES = 5
 
 
 class Table(Protocol):
@@ -128,10 +126,14 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
         if local is not None
         else _open_hub(recipe, split, name_and_slice)
     )
+    files = split_files(local, name_and_slice) if local is not None else []
     kind = choose_format(
-        recipe.data, table.column_names, f"data.dataset: {recipe.data.dataset} split {name_and_slice}"
+        recipe.data,
+        table.column_names,
+        f"data.dataset: {recipe.data.dataset} split {name_and_slice}",
+        is_imagefolder=[file.stem for file in files] == ["metadata"],
     )
-    if odd := _odd_files(local, name_and_slice) if local is not None else "":
+    if odd := _odd_files(files, name_and_slice):
         kind = replace(kind, description=f"{kind.description}; of more files: {odd}")
     others = tuple(other for name, other in splits.items() if name != split)
     numbers = rows_of_split(name_and_slice, len(table), others)
@@ -143,10 +145,13 @@ def open_split(recipe: Recipe, split: SplitName) -> Rows:
     return Rows(table, kind, numbers, local)
 
 
-def _odd_files(folder: Path, name_and_slice: str) -> str:
-    """The files of a split that are neither of its name nor numbered parts of it: `train-old.csv` is read too."""
-    own = re.compile(rf"({re.escape(parse_split(name_and_slice).name)}(-\d+(-of-\d+)?)?|metadata)", re.ASCII)
-    files = split_files(folder, name_and_slice)
+def _odd_files(files: Sequence[Path], name_and_slice: str) -> str:
+    """The files of a split that are neither of its name nor numbered parts of it: `train-old.csv` is read too.
+
+    Parts that the hub's converter wrote end with 16 digits of a digest.
+    """
+    name = re.escape(parse_split(name_and_slice).name)
+    own = re.compile(rf"({name}(-\d+(-of-\d+(-[0-9a-f]{{16}})?)?)?|metadata)", re.ASCII)
     return ", ".join(printable(file.name) for file in files if not own.fullmatch(file.stem))
 
 
@@ -158,9 +163,11 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
     name = parse_split(name_and_slice).name
     files = split_files(folder, name_and_slice)
     if not files:
+        tables = likely_tables(folder)
+        there = f" (it has {tables})" if tables else ""
         raise ConfigError(
             f"data.{split}: no {name}.parquet or {name}-*.parquet in {folder}, nor {name}.jsonl, {name}.csv or "
-            f"{name}/metadata.jsonl{_tables_in(folder)}; name a split that the folder holds, or correct data.dataset"
+            f"{name}/metadata.jsonl{there}; name a split that the folder holds, or correct data.dataset"
         )
     for file in files:
         try:
@@ -187,14 +194,6 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
         f"data.{split}: {name_and_slice} of {folder}",
     )
     return _ArrowTable(_undecoded(table), files[0].parent)
-
-
-def _tables_in(folder: Path) -> str:
-    """Files of a folder that look like tables, in words."""
-    suffixes = (".parquet", *SUFFIXES, ".json", ".tsv", ".xlsx", ".arrow")
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in suffixes)
-    more = ", ..." if len(names) > _SHOWN_TABLES else ""
-    return f" (it has {printable(', '.join(names[:_SHOWN_TABLES]))}{more})" if names else ""
 
 
 def _refuse_without_rows(files: Sequence[Path]) -> None:

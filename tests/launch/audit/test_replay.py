@@ -11,7 +11,7 @@ import pytest
 
 from launch.audit import replay as replays
 from launch.audit.restored import QUIET
-from launch.errors import RunError
+from launch.errors import ConfigError, RunError
 from launch.local.planned_run import RunRequest
 from launch.recipe.fingerprint import altering_values
 from launch.run.directory import RunDirectory
@@ -50,3 +50,14 @@ def test_a_replay_that_is_interrupted_is_no_failure(
     monkeypatch.setattr(replays, "execute_with_oom_retry", lambda *_: SimpleNamespace(kind=kind))
     with pytest.raises(error):
         replays.replay(RunDirectory(tmp_path / "mine"), 3, 4, RunRequest(recipe="", runs_dir=tmp_path))
+
+
+def test_steps_without_recorded_figures_are_refused_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "read_plan", lambda _: None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n')
+    with pytest.raises(
+        ConfigError, match=r"--steps: .*metrics\.jsonl has no figures of step 4; name other steps"
+    ):
+        replays.replay(RunDirectory(tmp_path), 3, 5, RunRequest(recipe="", runs_dir=tmp_path))

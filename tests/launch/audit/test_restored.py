@@ -44,10 +44,16 @@ def test_a_step_is_refused_where_the_checkpoint_is_gone_at_which_its_plan_begins
 def test_copies_that_killed_processes_left_are_removed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, used, young = (tmp_path / f".replay-mine-{name}" for name in ("left", "used", "young"))
-    for folder in (left, used, young, tmp_path / ".replay-other-left"):
+    names = ("left", "used", "young", "unlocked", "elsewhere")
+    left, used, young, unlocked, elsewhere = (tmp_path / f".replay-mine-{name}" for name in names)
+    other, empty = tmp_path / ".replay-other-left", tmp_path / ".replay-mine-empty"
+    for folder in (left, used, young, unlocked, other):
         (folder / "mine").mkdir(parents=True)
-    for folder in (left, used):
+    for folder in (left, young, other):
+        (folder / ".lock").touch()
+    empty.mkdir()
+    elsewhere.symlink_to(other)
+    for folder in (left, unlocked, empty, other):
         os.utime(folder, (0, 0))
     monkeypatch.setattr(restored, "read_plan", lambda _: None)
     monkeypatch.setattr(restored, "_checkpoint_before", lambda *_: None)
@@ -64,4 +70,11 @@ def test_copies_that_killed_processes_left_are_removed_by_the_next_one(
             restored.restored(RunDirectory(tmp_path / "mine"), 4, request),
         ):
             pass
-    assert sorted(tmp_path.glob(".replay-*")) == [used, young, tmp_path / ".replay-other-left"]
+    assert {*tmp_path.glob(".replay-*")} == {used, young, unlocked, elsewhere, other}
+    assert (other / "mine").is_dir()
+
+
+def test_only_the_copy_of_a_run_in_a_folder_of_its_own_is_one(tmp_path: Path) -> None:
+    assert RunDirectory(tmp_path / ".replay-mine-x1" / "mine").is_copy
+    for place in ("mine", ".replay-test/mine", ".replay-other-x1/mine"):
+        assert not RunDirectory(tmp_path / place).is_copy

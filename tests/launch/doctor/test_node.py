@@ -101,5 +101,7 @@ def test_cards_are_known_by_their_kind() -> None:
     assert nominal("NVIDIA H200") == Nominal(989, 4800)
     assert nominal("NVIDIA A100-SXM4-40GB") == Nominal(312, 1555)
     assert nominal("NVIDIA A100-SXM4-80GB") == Nominal(312, 1935)
+    assert nominal("NVIDIA A10G") == Nominal(70, 600)
     assert nominal("Some other card") is None
     assert nominal("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert nominal("NVIDIA GeForce RTX 4090 Laptop GPU") is None

@@ -41,11 +41,12 @@ def test_what_is_wrong_with_a_csv_file_is_said_with_what_to_do(
 
 def test_a_row_is_found_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('q,l\r\n"two\r\nlines",1\r\n\r\nx,2\r\ny, "3"\r\n', newline="")
-    (tmp_path / "b.csv").write_text("q,l\n" + "x" * 200_000 + ",1\n")
+    (tmp_path / "b.csv").write_text("q,l\n" + "x" * 200_000 + ',1\n" ""quoted"" text",4\n')
     table = TextTable([tmp_path / "a.csv", tmp_path / "b.csv"])
     places = [(file.name, line) for file, line in map(table.place, range(len(table)))]
-    assert places == [("a.csv", 2), ("a.csv", 5), ("a.csv", 6), ("b.csv", 2)]
+    assert places == [("a.csv", 2), ("a.csv", 5), ("a.csv", 6), ("b.csv", 2), ("b.csv", 3)]
     assert len(table.raw(3)["q"]) == 200_000  # more than csv's own limit of a cell
+    assert table.raw(4) == {"q": ' "quoted" text', "l": "4"}
     with pytest.raises(ValueError, match="a cell begins with a space before its quote"):
         table.raw(2)
 

@@ -63,6 +63,13 @@ def test_no_bytecode_is_read_from_a_folder_that_others_can_write(torch_folder: P
     assert bytecode_variables(NEVER) == {}
 
 
+def test_without_a_home_for_the_cache_no_bytecode_is_kept(
+    torch_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMESTEP_CACHE", "~nobody-of-that-name/cache")
+    assert bytecode_variables(NEVER) == {}
+
+
 def test_a_command_keeps_its_own_modules_there_too(
     torch_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

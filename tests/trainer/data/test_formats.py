@@ -182,6 +182,17 @@ def test_every_bad_chat_is_listed_with_its_reason(
         assert reason in line
 
 
+def test_a_question_that_is_left_out_of_the_loss_is_refused_only_where_every_token_is_trained(
+    world: Path, tmp_path: Path
+) -> None:
+    question = {**_message("user", "?"), "train": False}
+    _lines(tmp_path / "train.jsonl", [{"messages": [question, _message("assistant", "y")]}])
+    for loss in ("answer", "all_answers"):
+        assert open_split(_recipe(world, tmp_path, loss=loss), "train")[0].query == "?"
+    with pytest.raises(RowError, match="message 0 has train of type bool, which is not heeded"):
+        open_split(_recipe(world, tmp_path, loss="sequence"), "train")[0]
+
+
 def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Path) -> None:
     _images(tmp_path, "a.png")
     chat_of = [
@@ -298,6 +309,7 @@ def test_every_bad_row_of_named_columns_is_listed(world: Path, tmp_path: Path) -
         ({"label": float("nan")}, "label is float nan, not text"),
         ({"label": -float("inf")}, "label is float -inf, not text"),
         ({"query": 5}, "query is of type int, not text"),
+        ({"label": ["7", "\ud800"]}, "answer 2 of label holds half a character ('\\ud800' at 0)"),
         ({"image": "A.PNG"}, "(No such file or directory); there is 'a.png'; give the bytes"),
         ({"image": "é.png"}, "(No such file or directory); there is 'e\\u0301.png'; give the bytes"),
         ({"image": "."}, "cannot be read (is no plain file (a folder)); give the bytes"),
@@ -332,10 +344,14 @@ def test_images_are_found_in_whatever_row_and_column_the_formats_allow(world: Pa
     _lines(tmp_path / "odd.jsonl", [plain | {"id": 1, "photo": "a.png"}])
     described = open_split(_recipe(world, tmp_path, train="odd"), "train").kind.description
     assert described.endswith("query from query, label from label, no images (not used: id, photo)")
+    _lines(tmp_path / "texts.jsonl", [plain | {"source_file_name": "report.pdf"}])
+    texts = open_split(_recipe(world, tmp_path, train="texts"), "train")
+    assert (texts[0].images, "not used: source_file_name" in texts.kind.description) == ((), True)
     _lines(tmp_path / "odd-old.jsonl", [plain | {"id": 1}])
     _lines(tmp_path / "odd-00001-of-00002.jsonl", [plain | {"id": 1}])
+    _lines(tmp_path / "odd-00000-of-00002-49492f364babfa44.jsonl", [plain | {"id": 1}])
     rows = open_split(_recipe(world, tmp_path, train="odd"), "train")
-    assert (len(rows), rows.kind.description.rpartition("; ")[2]) == (3, "of more files: odd-old.jsonl")
+    assert (len(rows), rows.kind.description.rpartition("; ")[2]) == (4, "of more files: odd-old.jsonl")
     _lines(tmp_path / "chat.jsonl", [{"messages": [], "photo": "a.png"}])
     described = open_split(_recipe(world, tmp_path, train="chat"), "train").kind.description
     assert described == "messages (seen from its column messages) (not used: photo)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from launch.errors import ConfigError
@@ -27,7 +28,9 @@ class Format:
     texts: tuple[str, str] | None = None
 
 
-def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format:
+def choose_format(
+    data: DataSection, names: Sequence[str], where: str, is_imagefolder: bool = False
+) -> Format:
     """Return the format of a table with the columns `names`; `where`: the table in words.
 
     Raises:
@@ -41,11 +44,14 @@ def choose_format(data: DataSection, names: Sequence[str], where: str) -> Format
                 "data.columns, or write chats"
             )
         unused = [column for column in names if column not in READ]
-        return Format(name, messages_row, f"messages ({why}){not_used(unused)}")
+        row = partial(messages_row, trains_questions=data.loss == "sequence")
+        return Format(name, row, f"messages ({why}){not_used(unused)}")
     columns = (
         chartqa_columns(names, where)
         if name == "chartqa"
-        else named_columns({str(role): column for role, column in (data.columns or {}).items()}, names, where)
+        else named_columns(
+            {str(role): column for role, column in (data.columns or {}).items()}, names, where, is_imagefolder
+        )
     )
     return Format(name, columns.row, f"{name} ({why}): {columns}", (columns.query, columns.label))
 

@@ -94,14 +94,19 @@ def chartqa_columns(names: Sequence[str], where: str) -> Columns:
     return Columns(*CHARTQA, needs_image=True)
 
 
-def named_columns(given_names: Mapping[str, str], names: Sequence[str], where: str) -> Columns:
+def named_columns(
+    given_names: Mapping[str, str], names: Sequence[str], where: str, is_imagefolder: bool = False
+) -> Columns:
     """Return the columns that a recipe names (`data.columns`), those it does not name by their usual names.
+
+    `is_imagefolder`: a column `*_file_name` is one of images (`datasets` 5), not of a text's source, say.
 
     Raises:
         ConfigError: one is not there.
     """
     image = given_names.get("image") or next((name for name in _IMAGE_COLUMNS if name in names), None)
-    image = image or next((name for name in names if name.endswith(("_file_name", "_file_names"))), None)
+    if image is None and is_imagefolder:
+        image = next((name for name in names if name.endswith(("_file_name", "_file_names"))), None)
     kind = given_names.get("human_or_machine") or (
         "human_or_machine" if "human_or_machine" in names else None
     )

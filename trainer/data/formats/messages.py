@@ -26,11 +26,11 @@ _ROLES = ("system", "user", "assistant")
 _IMAGE_KEYS = ("image", "path", "bytes", "url", "image_url")
 
 
-def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
+def messages_row(raw: Mapping[str, Any], files: ImageFiles, trains_questions: bool = False) -> Row:
     """Return the chat of a row; RowError says why it is none.
 
     An image stands where a content has a part of type image or a text has `<image>`; where no place is marked, all
-    images stand before the first question, as trl 1.16 puts them.
+    images stand before the first question, as trl 1.16 puts them. `trains_questions`: the loss is over every token.
     """
     name = next((name for name in CHATS if raw.get(name) is not None), CHATS[0])
     messages = raw.get(name)
@@ -42,7 +42,9 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
         messages = [{"role": "system", "content": system}, *messages]
     images = list(files.read_all(raw["images"] if raw.get("images") is not None else raw.get("image")))
     inline: list[bytes] = []
-    turns = [_turn(number, message, files, inline) for number, message in enumerate(messages)]
+    turns = [
+        _turn(number, message, files, inline, trains_questions) for number, message in enumerate(messages)
+    ]
     places = sum(part is IMAGE for turn in turns for part in turn.content)
     if inline and (images or len(inline) != places):
         raise RowError("some images are within the messages and others beside them; give all in one place")
@@ -55,7 +57,9 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles) -> Row:
     return Row(tuple(images), tuple(turns), [turns[-1].text])
 
 
-def _turn(number: int, message: object, files: ImageFiles, inline: list[bytes]) -> Turn:
+def _turn(
+    number: int, message: object, files: ImageFiles, inline: list[bytes], trains_questions: bool
+) -> Turn:
     if not isinstance(message, Mapping):
         raise RowError(f"message {number} is {describe_value(message)}, not a role and a content")
     role, content = message.get("role"), message.get("content")
@@ -64,7 +68,8 @@ def _turn(number: int, message: object, files: ImageFiles, inline: list[bytes]) 
         role = _SPEAKERS.get(str(role), role)
     if role not in _ROLES:
         raise RowError(f"message {number} has the role {repr(role)[:40]}, not {', '.join(_ROLES)}")
-    if untrained := next((key for key in _OF_LOSS if message.get(key) not in (None, 1)), None):
+    heeded = (None, 1) if role == "assistant" or trains_questions else (None, 1, 0)
+    if untrained := next((key for key in _OF_LOSS if message.get(key) not in heeded), None):
         raise RowError(
             f"message {number} has {untrained} {describe_value(message[untrained])}, which is not heeded: "
             "data.loss says which answers are trained; take it out"

@@ -16,8 +16,6 @@ from launch.errors import ConfigError
 PARENT = "SAMESTEP_PARENT"
 """In the environment of a child: the process id of whoever waits for it. The child ends when that one is gone."""
 
-EARLY_CONTEXT = "SAMESTEP_EARLY_CONTEXT"
-"""In the environment of a launcher whose ranks each use a GPU, `1`: they need not wait for PyTorch to ask for it."""
 
 MARKER_DECIDES = "--marker-decides"
 """On the command line of a trainer that somebody waits for, who reads the marker."""

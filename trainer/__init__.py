@@ -6,7 +6,6 @@ import os
 from launch.inputs.caches import private_cache
 from launch.launcher_variables import PARENT
 from trainer import watchdog
-from trainer.early_context import begin_context
 from trainer.garbage import pause_collection
 from trainer.interrupts import hide_interrupts
 from trainer.package_names import look_up_by_name
@@ -17,7 +16,6 @@ look_up_by_name()
 WATCHDOG = watchdog.start(os.environ)
 """Begins before the imports of substance: a launcher may die in the seconds that they take."""
 os.environ.pop(PARENT, None)  # meant for this process, not for its children
-begin_context(os.environ)
 
 # Packed micro-batches differ in size; segments of GPU memory that grow leave no holes between them. PyTorch reads this
 # while it is imported. Whoever set something else keeps it.

@@ -21,7 +21,7 @@ from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.hardware import first_visible_gpu
 from launch.inputs.caches import config_file
-from launch.launcher_variables import EARLY_CONTEXT, MARKER_DECIDES
+from launch.launcher_variables import MARKER_DECIDES
 from launch.local.accelerate_command import Layout, cpu_threads_of, free_port, launch_command
 from launch.local.bytecode import bytecode_variables
 from launch.local.read_ahead import reading_ahead
@@ -193,7 +193,5 @@ def child_environment(layout: Layout) -> dict[str, str]:
         if STRATEGIES[layout.strategy].is_one_process and layout.device == "cuda"
         else {}
     )
-    if layout.device == "cuda":
-        extra[EARLY_CONTEXT] = "1"
     extra |= bytecode_variables(os.environ)
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", STARTED: str(time.time()), **extra}

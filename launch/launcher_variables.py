@@ -32,10 +32,8 @@ _NAMES = frozenset(
         *("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
     )
 )
-_OF_A_RANK = (
-    "TORCHELASTIC_RUN_ID",
-    "ACCELERATE_MIXED_PRECISION",
-)  # of torchrun; of accelerate for one process
+_OF_A_RANK = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+"""In the environment of a rank that torchrun started; that accelerate started as the only one."""
 _PREFIXES = re.compile(r"(TORCHELASTIC|PET|ACCELERATE|FSDP|PARALLELISM_CONFIG)_")
 
 

@@ -45,17 +45,18 @@ def test_the_tower_attends_within_every_image_as_the_loop_does_and_repeats_to_th
     assert torch.equal(run(), run())
 
 
-@pytest.mark.parametrize("shared", [4, 7])
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 2), (14, 2), (32, 8)])
 @pytest.mark.parametrize("lengths", [(1,), (64, 128), (37, 129, 1, 200, 1023, 63, 65, 640, 816, 3)])
 def test_text_attends_and_passes_gradients_back_as_the_loop_does_and_repeats_to_the_bit(
-    lengths: tuple[int, ...], shared: int
+    lengths: tuple[int, ...], heads: int, key_heads: int
 ) -> None:
     segments, tokens = segments_of(*lengths), sum(lengths)
-    assert hopper_kernels(
-        segments.cu_seqlens.device, torch.bfloat16, 128, shared
-    )  # else others would compute below
-    leaves = [random(tokens, heads, 128, seed=heads) for heads in (2 * shared, 2, 2)]
-    back, scale = random(tokens, 2 * shared, 128, seed=9), 128**-0.5
+    device = segments.cu_seqlens.device
+    assert hopper_kernels(device, torch.bfloat16, 128, heads, key_heads)  # else others would compute below
+    leaves = [
+        random(tokens, count, 128, seed=seed) for seed, count in enumerate((heads, key_heads, key_heads))
+    ]
+    back, scale = random(tokens, heads, 128, seed=9), 128**-0.5
 
     def run(attention: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         given = [leaf.to(dtype).requires_grad_() for leaf in leaves]

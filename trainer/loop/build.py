@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -52,25 +53,23 @@ def build(
     encoder = replace(encoder, pixels=RECIPE_DTYPES[task.recipe.model.dtype])
     timer.record("processor")
     trial_batch = run_on_all_ranks(lambda: begin_trial_batch(task, encoder, state.device))
-    # Its thread ends with the block: data workers that are forked later must not inherit a lock that it holds.
-    with ThreadPoolExecutor(1, "beside-base") as beside:
-        beside.submit(identify_compiler, state.device)
-        model = load_model(task, state.device)
-    timer.record("base")
+    with ExitStack() as on_failure:
+        if trial_batch:
+            on_failure.callback(trial_batch.close)
+        # Its thread ends with the block: data workers that are forked later must not inherit a lock that it holds.
+        with ThreadPoolExecutor(1, "beside-base") as beside:
+            beside.submit(identify_compiler, state.device)
+            model = load_model(task, state.device)
+        timer.record("base")
 
-    def finish() -> PlannedTrainer:
-        features = open_features(task.recipe, model, encoder.processor)
-        return build_trainer(
-            model,
-            task,
-            replace(encoder, features=features),
-            stop_requests,
-            resumed_at,
-            timer,
-        )
+        def finish() -> PlannedTrainer:
+            features = open_features(task.recipe, model, encoder.processor)
+            own = replace(encoder, features=features)
+            return build_trainer(model, task, own, stop_requests, resumed_at, timer)
 
-    trainer = run_on_all_ranks(finish)
-    trainer.trial_batch = trial_batch
+        trainer = run_on_all_ranks(finish)
+        trainer.trial_batch = trial_batch
+        on_failure.pop_all()
     timer.record("trainer")
     return trainer
 

@@ -1,6 +1,6 @@
-"""Triton kernels launched without the work that Triton 3.6 does on the host in every launch.
+"""Triton kernels launched without the work that Triton (3.6 to 3.8) does on the host in every launch.
 
-There `kernel[grid](...)` binds the arguments to a dictionary, writes the options into a string, looks the compiled
+`kernel[grid](...)` binds the arguments to a dictionary, writes the options into a string, looks the compiled
 kernel up by both and calls hooks: more than the launch itself takes, hundreds of times a step. With few samples a GPU
 that is what the GPU waits for. Here the compiled kernel is looked up by what Triton compiles it for, and launched as it
 is; what is not there yet goes through Triton.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -32,9 +33,11 @@ class DirectLaunch:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        compiles = isinstance(kernel, JITFunction)  # Triton's interpreter does not
+        # Triton's interpreter compiles nothing. For AMD it also compiles by how large a tensor is (`tt.pointer_range`).
+        compiles = isinstance(kernel, JITFunction) and torch.version.hip is None
         self._parameters = kernel.params if compiles else []
         self._launches: dict[tuple[Any, ...], _Launch] = {}
+        self._compiled: list[Any] = []  # Triton takes a kernel from the GPU with the last reference to it
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """Return the launch of the kernel over a grid of programs."""
@@ -55,6 +58,7 @@ class DirectLaunch:
         if variables := [each.name for each in behind if not each.is_constexpr]:
             raise TypeError(f"{self._kernel.__name__}: {', '.join(variables)} must be passed by position")
         compiled = self._kernel[grid](*arguments, **named)
+        self._compiled.append(compiled)
         self._launches[key] = _launch_of(compiled, [named.get(each.name) for each in behind])
 
 

@@ -74,7 +74,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: _Lengths, scale: float
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ctx.hopper = hopper_kernels(q.device, q.dtype, q.shape[2], q.shape[1] // k.shape[1])
+        ctx.hopper = hopper_kernels(q.device, q.dtype, q.shape[2], q.shape[1], k.shape[1])
         ctx.lengths, ctx.scale = lengths, scale
         out, sums = _output(ctx.hopper, q, k, v, bounds, lengths, scale)
         ctx.save_for_backward(q, k, v, out, sums, bounds)
@@ -94,7 +94,7 @@ def faster_than_pytorch(device: torch.device, width: int) -> bool:
 
 
 @cache
-def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, shared: int) -> Any:
+def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, heads: int, key_heads: int) -> Any:
     """`trainer.model.hopper_text_attention` where it computes what these kernels do: on Hopper, by a first use.
 
     Its language is experimental, so a version of Triton may not compile it, or otherwise.
@@ -104,7 +104,7 @@ def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, shared:
     try:
         from trainer.model import hopper_text_attention as hopper
 
-        apart = _apart(hopper, device, dtype, width, shared)
+        apart = _apart(hopper, device, dtype, width, heads, key_heads)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -117,18 +117,23 @@ def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, shared:
 
 
 @torch.no_grad()
-def _apart(hopper: Any, device: torch.device, dtype: torch.dtype, width: int, shared: int) -> float:
-    """The largest relative difference of outputs and gradients, over samples shorter and longer than a tile."""
+def _apart(
+    hopper: Any, device: torch.device, dtype: torch.dtype, width: int, heads: int, key_heads: int
+) -> float:
+    """The largest relative difference of outputs and gradients, over samples shorter and longer than a tile.
+
+    `heads`, `key_heads`: those of the training. Triton compiles another kernel for numbers of heads that 16 divides.
+    """
     lengths = (1, 63, 200, 64, 65, 3)
     bounds = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
     draw = torch.Generator(device).manual_seed(0)  # not the training's
 
-    def random(heads: int) -> Tensor:
-        shape = sum(lengths), heads, width
+    def random(count: int) -> Tensor:
+        shape = sum(lengths), count, width
         return torch.randn(shape, generator=draw, dtype=dtype, device=device)
 
-    given = random(2 * shared), random(2), random(2)
-    back, both = random(2 * shared), (bounds, lengths, width**-0.5)
+    given = random(heads), random(key_heads), random(key_heads)
+    back, both = random(heads), (bounds, lengths, width**-0.5)
     results = []
     for module in (hopper, None):
         out, sums = _output(module, *given, *both)

@@ -48,9 +48,8 @@ def _own(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> T
 def _on_hopper(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, queries: int) -> Tensor:
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         raise NotImplementedError  # its compiler may end the process there
-    from trainer.model.hopper_tower_attention import (
-        attend_images_on_hopper,
-    )  # a Triton without it: another kernel computes
+    # A Triton without Gluon has no such module: another kernel then computes.
+    from trainer.model.hopper_tower_attention import attend_images_on_hopper
 
     return attend_images_on_hopper(q, k, v, segments.cu_seqlens, segments.lengths, scale, queries)
 

@@ -171,7 +171,8 @@ def _fresh_features(
 def with_tower_features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the packed inputs of a micro-batch, which are on the device, with the features of its fresh images.
 
-    For a frozen tower, whose features no step changes: the forward then does not run it.
+    For a frozen tower, whose features no step changes: the forward then does not run it. The pixels are left out:
+    whoever holds the micro-batch would hold them on the device until its backward pass has ended.
     """
     pixels, grids, positions = (
         inputs[name] for name in ("pixel_values", "image_grid_thw", "vision_positions")
@@ -180,7 +181,7 @@ def with_tower_features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, A
     if not segments.lengths:
         return inputs
     features = image_features(model, pixels, grids, inputs["fresh_grids"], positions, segments)
-    return {**inputs, "fresh_features": features}
+    return {**inputs, "pixel_values": pixels.new_empty(0), "fresh_features": features}
 
 
 def _keep_scored(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -66,6 +66,8 @@ def test_a_forward_with_the_towers_features_is_that_which_runs_it_to_the_bit(
     expected = model(**inputs).log_probs
     ahead: Any = run_tower(batch, model, CPU)
     assert set(ahead["inputs"]) - set(inputs) == {"fresh_features"}  # the batch is as it was
+    assert not ahead["inputs"]["pixel_values"].numel()  # they would stay on the device for the whole step
+    assert inputs["pixel_values"].numel()
     model.eval()  # an evaluation comes between
     with torch.no_grad():
         model(**inputs)

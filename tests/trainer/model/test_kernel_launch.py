@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,10 @@ def _kernel(x, size, tokens, factor, block: tl.constexpr, wide: tl.constexpr):  
     """Never compiled: its parameters are read."""
 
 
+class Compiled(SimpleNamespace):
+    """A compiled kernel, which can be referred to weakly."""
+
+
 class FakeKernel(JITFunction):  # type: ignore[misc]
     """Compiles a kernel whenever it is asked for one, and writes down what is launched, by whom."""
 
@@ -28,6 +34,7 @@ class FakeKernel(JITFunction):  # type: ignore[misc]
         super().__init__(_kernel, do_not_specialize=["tokens"])
         self.compiled: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
+        self.made: list[weakref.ref[Compiled]] = []
 
     def run(self, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         number = len(self.compiled)
@@ -38,7 +45,9 @@ class FakeKernel(JITFunction):  # type: ignore[misc]
             self.launched.append(((x, y, z), stream, function, metadata, rest[5:]))
             assert hooks == [None, None, None]
 
-        return SimpleNamespace(run=launch, function=f"function {number}", packed_metadata=number)
+        made = Compiled(run=launch, function=f"function {number}", packed_metadata=number)
+        self.made.append(weakref.ref(made))
+        return made
 
 
 @pytest.fixture
@@ -121,3 +130,22 @@ def test_a_variable_by_name_and_an_argument_of_another_kind_are_refused(kernel: 
     with pytest.raises(TypeError, match="size: a kernel takes tensors, numbers and constants"):
         launch[1,](torch.zeros(1), "1", 1, 0.5, 64, True)
     assert not kernel.compiled
+
+
+def test_a_compiled_kernel_stays_as_long_as_it_may_be_launched(kernel: FakeKernel) -> None:
+    """Triton takes it from the GPU with the last reference, and may drop its own."""
+    launch = DirectLaunch(kernel)
+    launch[1,](torch.zeros(64), 32, 5, 0.5, 128, wide=True)
+    gc.collect()
+    (compiled,) = kernel.made
+    assert compiled() is not None
+
+
+def test_where_triton_compiles_by_a_tensors_size_too_it_launches_itself(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # an AMD GPU
+    launch = DirectLaunch(kernel)
+    for _ in range(2):
+        launch[1,](torch.zeros(64), 32, 5, 0.5, 128, wide=True)
+    assert (len(kernel.compiled), kernel.launched) == (2, [])

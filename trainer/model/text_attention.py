@@ -105,7 +105,7 @@ def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, heads: 
         from trainer.model import hopper_text_attention as hopper
 
         apart = _apart(hopper, device, dtype, width, heads, key_heads)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # after the latter no kernel computes any more
         raise
     except Exception as error:
         logger.info(f"attention: Hopper's kernels do not run here ({type(error).__name__}); Triton's compute")

@@ -93,3 +93,11 @@ def test_hopper_kernels_without_memory_for_their_first_use_are_tried_again(first
     with pytest.raises(torch.OutOfMemoryError):
         hopper_kernels(*HOPPER)
     assert hopper_kernels(*HOPPER) is hopper_text_attention
+
+
+def test_a_gpu_that_failed_meanwhile_is_not_taken_for_one_that_lacks_hopper_kernels(
+    first_use: list[Any],
+) -> None:
+    first_use.append(torch.AcceleratorError("an illegal memory access was encountered"))
+    with pytest.raises(torch.AcceleratorError):
+        hopper_kernels(*HOPPER)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -55,8 +56,11 @@ class StartupTimer:
             f"{part} {spent:.1f}" for part, spent in parts
         )
 
-    def save(self, environment_file: Path) -> None:
-        """Add the parts to the record of the attempt's machine, unless that file is missing or finds no room."""
+    def save(self, environment_file: Path, kernels: Mapping[str, str]) -> None:
+        """Add the parts to the record of the attempt's machine, unless that file is missing or finds no room.
+
+        `kernels`: those that attend, by the part of the model; they are chosen by the time of the first step.
+        """
         with contextlib.suppress(OSError, ValueError):
-            environment = read_mapping(environment_file) | {FILE_KEY: self.seconds()}
+            environment = read_mapping(environment_file) | {FILE_KEY: self.seconds(), "kernels": {**kernels}}
             atomic_write(environment_file, json.dumps(environment, indent=1) + "\n")

@@ -45,7 +45,8 @@ def _values(run: RunDirectory) -> dict[str, str]:
     try:
         values: dict[str, Any] = read_mapping(run.environment_file)
         kept = {key: str(values[key]) for key in _KEYS if values.get(key) is not None}
-        return kept | {str(name): str(version) for name, version in values["versions"].items()}
+        kernels = {f"attention of the {part}:": str(name) for part, name in values.get("kernels", {}).items()}
+        return kept | kernels | {str(name): str(version) for name, version in values["versions"].items()}
     except (*UNREADABLE, LookupError, AttributeError):
         return {}
 

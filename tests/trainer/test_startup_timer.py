@@ -39,11 +39,15 @@ def test_the_record_of_the_machine_keeps_them_beside_what_it_has(tmp_path: Path)
     file = tmp_path / "environment.json"
     timer = StartupTimer(1.0)
     timer.record("step", 3.0)
-    timer.save(file)
+    timer.save(file, {"vision tower": "a kernel"})
     assert not file.exists()
     file.write_text('{"host": "here"}')
-    timer.save(file)
-    assert json.loads(file.read_text()) == {"host": "here", "first_step": {"total": 2.0, "step": 2.0}}
+    timer.save(file, {"vision tower": "a kernel"})
+    assert json.loads(file.read_text()) == {
+        "host": "here",
+        "first_step": {"total": 2.0, "step": 2.0},
+        "kernels": {"vision tower": "a kernel"},
+    }
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -55,6 +59,6 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    StartupTimer(1.0).save(file)
+    StartupTimer(1.0).save(file, {})
     assert file.read_text() == '{"host": "here"}'
     assert list(tmp_path.iterdir()) == [file]

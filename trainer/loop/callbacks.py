@@ -15,9 +15,11 @@ from launch.errors import RunError
 from launch.planning.plan import samples_consumed
 from trainer import WATCHDOG
 from trainer.checkpoint.best import judge_evaluation
+from trainer.distributed.collectives import gather_objects
 from trainer.loop.step_figures import memory_figures
 from trainer.loop.trainer import PlannedTrainer
 from trainer.metrics_log import append_line, samples_digest, step_rows_digest
+from trainer.model.chosen_kernels import chosen_kernels, describe_disagreement
 from trainer.startup_timer import StartupTimer
 
 logger = get_logger("trainer")
@@ -123,12 +125,15 @@ class StepEnd(TrainerCallback):
         return step_rows_digest(digests[sample] for sample in samples)
 
     def _report_startup(self) -> None:
-        """Log how long the first step took to come, once it is done."""
+        """Log how long the first step took to come, once it is done, and record the kernels. A collective."""
         WATCHDOG.steps_begin()
         self._timer.record("step")
         logger.info(self._timer.summary())
+        kernels_by_rank = gather_objects(chosen_kernels())
+        if disagreement := describe_disagreement(kernels_by_rank):
+            logger.warning(f"attention: ranks compute with kernels that differ in rounding: {disagreement}")
         if self.trainer.is_world_process_zero():
-            self._timer.save(self.trainer.run_directory.environment_file)
+            self._timer.save(self.trainer.run_directory.environment_file, kernels_by_rank[0])
 
     def _append(self, file: Path, values: dict[str, Any]) -> None:
         """Write a line on rank 0. A full disk there reaches all ranks in the next step, and they end together."""

@@ -29,12 +29,7 @@ def tower_can_run_ahead(model: PeftModel, plan: Plan) -> bool:
 def run_tower(batch: PackedBatch, model: PeftModel, device: torch.device) -> PackedBatch:
     """Return a micro-batch on the device with the features of its images, which the GPU is given to compute.
 
-    Without the memory for it the micro-batch stays as it is: what its step then lacks, the step finds out.
+    torch.OutOfMemoryError: there is no memory for it; the micro-batch is as it was.
     """
-    try:
-        inputs = with_tower_features(
-            cast(Any, model.get_base_model()).model, to_device(batch["inputs"], device)
-        )
-    except torch.OutOfMemoryError:
-        return batch
+    inputs = with_tower_features(cast(Any, model.get_base_model()).model, to_device(batch["inputs"], device))
     return cast(PackedBatch, {**batch, "inputs": inputs})

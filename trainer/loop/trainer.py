@@ -8,6 +8,7 @@ calls `trainer.loop.callbacks.StepEnd`: metrics, saves. Each override says what 
 from __future__ import annotations
 
 import gc
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,8 @@ from trainer.loop.training_args import training_arguments
 from trainer.model.lora import trainable_parameters
 from trainer.task import Task
 from trainer.vision_cache.writer import open_writer
+
+logger = logging.getLogger("trainer")
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -256,11 +259,15 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _run_tower_ahead(self) -> None:
         """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's sums."""
-        if self.training_loader is not None and self.tower_runs_ahead:
+        if self.training_loader is None or not self.tower_runs_ahead:
+            return
+        ahead = partial(run_tower, model=self.model, device=self.args.device)
+        try:
             with self.record.phase("launching"):
-                self.training_loader.change_ready(
-                    partial(run_tower, model=self.model, device=self.args.device)
-                )
+                self.training_loader.change_ready(ahead)
+        except torch.OutOfMemoryError:  # each try makes PyTorch give its memory back, and wait for the GPU
+            self.tower_runs_ahead = False
+            logger.info("the vision tower runs ahead of its step no more: there is no memory for it")
 
     def _check_gradients(self) -> None:
         """In the first step, before the weights change: every adapter got its gradient. A collective."""

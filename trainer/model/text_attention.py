@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.model import text_attention_kernel as kernels
+from trainer.model.chosen_kernels import record_kernel
 from trainer.model.kernel_launch import cdiv, next_power_of_2
 
 logger = logging.getLogger("trainer")
@@ -101,6 +102,7 @@ def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, heads: 
     """
     if device.type != "cuda" or width != 128 or torch.cuda.get_device_capability(device) != (9, 0):
         return None
+    record_kernel("language model", "samestep's Triton kernels")
     try:
         from trainer.model import hopper_text_attention as hopper
 
@@ -113,6 +115,7 @@ def hopper_kernels(device: torch.device, dtype: torch.dtype, width: int, heads: 
     if not apart < 1e-2:
         logger.warning(f"attention: Hopper's kernels differ by {apart:.1e} here; Triton's compute")
         return None
+    record_kernel("language model", "samestep's kernels for Hopper")
     return hopper
 
 

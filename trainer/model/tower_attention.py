@@ -27,6 +27,7 @@ from launch.untrusted_files import read_json
 from trainer.data.packing import cumulative
 from trainer.model.attention import Segments, varlen
 from trainer.model.attention_kernel import attend_images
+from trainer.model.chosen_kernels import record_kernel
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 """q, k and v [P, heads, width] of all images, where each begins and ends, the scale: the output like q."""
@@ -61,6 +62,7 @@ KERNELS: dict[str, Kernel] = {
     "samestep's kernel for Hopper, smaller tiles": partial(_on_hopper, queries=64),
 }
 DEFAULT = "PyTorch's varlen_attn"
+_PART = "vision tower"
 
 
 def attend_tower(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -73,6 +75,7 @@ def attend_tower(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: flo
 def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
     """Return the name of the fastest kernel, from the file of an earlier process or measured now."""
     if torch.are_deterministic_algorithms_enabled():
+        record_kernel(_PART, DEFAULT)
         return DEFAULT
     facts = {
         "card": torch.cuda.get_device_name(device),
@@ -90,6 +93,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, width: int)
     logger.info(
         f"vision tower: attention by {fastest} ({words} for {sum(_LENGTHS):,} patches on {facts['card']})"
     )
+    record_kernel(_PART, fastest)
     return fastest
 
 

@@ -30,6 +30,10 @@ def test_versions_and_hardware_that_differ_are_listed_and_hosts_are_not(tmp_path
     here = _run(tmp_path / "b", versions={"torch": "2.12.0", "peft": "1"}, device="x86_64", host="n2")
     changes = environment_changes(recorded, here)
     assert [str(change) for change in changes] == ["device NVIDIA H200 -> x86_64", "torch 2.11.0 -> 2.12.0"]
+    first, second = ({"vision tower": f"kernel {number}"} for number in (1, 2))
+    one, other = _run(tmp_path / "c", kernels=first), _run(tmp_path / "d", kernels=second)
+    (change,) = environment_changes(one, other)
+    assert str(change) == "attention of the vision tower: kernel 1 -> kernel 2"
     (tmp_path / "b" / "environment.json").write_text("[")
     assert environment_changes(recorded, here) == environment_changes(recorded, recorded) == ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.adapters import random_adapter
 from trainer.data.encoder import Encoder
+from trainer.data.loader import Loader
 from trainer.data.micro_batches import PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.loop import tower_ahead
 from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
+from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import RECIPE_DTYPES, compute_in, prepare_training
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
@@ -81,15 +84,33 @@ def test_a_forward_with_the_towers_features_is_that_which_runs_it_to_the_bit(
     assert not KEPT[2].requires_grad
 
 
-def test_without_memory_for_the_tower_the_micro_batch_stays_as_it_is(
-    model_and_batch: tuple[Any, PackedBatch], monkeypatch: pytest.MonkeyPatch
+def test_without_memory_for_the_tower_the_micro_batch_stays_as_it_is_and_it_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    tries = []
+
     def too_large(*_: Any) -> Any:
+        tries.append(1)
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(tower_ahead, "with_tower_features", too_large)
-    model, batch = model_and_batch
-    assert run_tower(batch, model, CPU) is batch
+    loader = Loader.__new__(Loader)
+    batch: Any = {"inputs": {}}
+    loader._ready = batch
+    base = SimpleNamespace(model=None)
+    trainer: Any = SimpleNamespace(
+        training_loader=loader,
+        tower_runs_ahead=True,
+        model=SimpleNamespace(get_base_model=lambda: base),
+        args=SimpleNamespace(device=CPU),
+        record=SimpleNamespace(phase=lambda _: nullcontext()),
+    )
+    with caplog.at_level("INFO", logger="trainer"):
+        PlannedTrainer._run_tower_ahead(trainer)
+        PlannedTrainer._run_tower_ahead(trainer)
+    assert loader._ready is batch
+    assert len(tries) == 1
+    assert caplog.text.count("there is no memory for it") == 1
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ class Replay:
 
 def refuse_steps_not_taken(steps: tuple[int, int], last: int) -> None:
     """ConfigError unless a run of `last` steps has taken these."""
+    if not last:
+        raise ConfigError("--steps: metrics.jsonl of the run has no step; nothing can be taken again")
     if steps[1] > last:
         named = ":".join(map(str, dict.fromkeys(steps)))
         raise ConfigError(f"--steps: {named} is not among the steps 1 to {last} that the run has taken")

@@ -92,6 +92,13 @@ def _steps(run: RunDirectory, recipe: Recipe, plan: Plan, index: Index | None) -
         return Link(
             "steps", "failed", f"metrics.jsonl has no line of {len(missing)} steps, the first is {missing[0]}"
         )
+    taken = max((int(folder.name.rpartition("-")[2]) for folder in run.checkpoints()), default=0)
+    if is_done_at(run, plan.max_steps):
+        taken = max(taken, plan.max_steps)
+    if taken > last and (
+        steps or not plan.started_from
+    ):  # a run begun elsewhere may have its first checkpoint alone
+        return Link("steps", "failed", f"metrics.jsonl ends at step {last:,}, the run has taken {taken:,}")
     digests = {step: str(steps[step].get("samples_digest", "")) for step in range(begin, last + 1)}
     source = (
         f" from step {begin:,} on (the earlier ones are those of {plan.started_from})" if begin > 1 else ""

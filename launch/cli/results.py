@@ -109,7 +109,7 @@ def evaluate(
     interruption, and asks nothing again that is there. Answers of other models to the same questions stay.
     """
     from launch.local import postprocess
-    from launch.run.evaluation_target import find_target, split_of
+    from launch.run.evaluation_target import find_target, split_of, without_exchange
 
     evaluated = find_target(target, runs_dir, recipe, overrides)
     rows = split_of(evaluated, split)
@@ -118,7 +118,14 @@ def evaluate(
     limit = [] if max_samples is None else ["--max-samples", str(max_samples)]
     words = [word for part in allow for word in ("--allow", part)]
     suffix, message = prompt_option(prompt)
-    model_names = with_prompt(models.split(",") if models else evaluated.models, suffix)
+    chosen = models.split(",") if models else list(evaluated.models)
+    if not models and "shuffled" in chosen and without_exchange(evaluated, rows, max_samples):
+        chosen.remove("shuffled")
+        echo(
+            "shuffled is left out: one question is asked, whose image none can be exchanged with",
+            to_stderr=True,
+        )
+    model_names = with_prompt(chosen, suffix)
     words += ["--prompt-file", str(message)] if message else []
     words += ["--json"] if as_json else []
     postprocess.start_evaluate(evaluated, model_names, ["--split", rows, *limit, *words], gpus_per_node)

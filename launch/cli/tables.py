@@ -125,7 +125,7 @@ def show_blame(blame: Blame) -> None:
     if blame.without:
         table = Table(
             *("step", "figure", "as recorded", "without", "difference"),
-            title=f"from step {blame.step} on without rows {', '.join(map(str, blame.without))}",
+            title=f"from step {blame.step} on without row {', '.join(map(str, blame.without))}",
             title_justify="left",
         )
         for each in blame.steps:

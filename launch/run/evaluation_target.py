@@ -11,6 +11,7 @@ from launch.checkpoints.adapter_file import ADAPTER_CONFIG, is_whole
 from launch.checkpoints.manifest import CHECKPOINT_NAME, MANIFEST, read_manifest
 from launch.errors import ConfigError
 from launch.hub_names import is_hub_id
+from launch.inputs.dataset_index import read_index
 from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
@@ -138,6 +139,15 @@ def default_models(run: RunDirectory) -> tuple[str, ...]:
         return ("base", "adapter", "shuffled")
     published = [folder.name for folder in run.checkpoints() if (folder / MANIFEST).is_file()]
     return ("base", *published[-1:])
+
+
+def without_exchange(target: Target, split: str, max_samples: int | None) -> bool:
+    """Whether the split has one question alone, so that `shuffled` has no other image to show with it."""
+    index = read_index(load_recipe(target.recipe or target.run.recipe_file, target.overrides))
+    if index is None:  # not prepared yet: the evaluation prepares it, and says so itself
+        return False
+    count = sum(len(rows) for name, rows in index.splits.items() if name == split)
+    return min(count, max_samples or count) < 2
 
 
 def _outside_of_runs(

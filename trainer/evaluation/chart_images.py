@@ -79,9 +79,12 @@ def write_images(run: RunDirectory, split: str, rows: Sequence[int], output: Pat
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is no split; choose of {', '.join(SPLITS)}")
     source = open_split(load_recipe(run.recipe_file), split)
+    of_split = set(source.numbers.tolist())
     for row in rows:
-        if row >= len(source):
-            echo(f"row {row}: the split has {len(source)} rows now; shown without its chart", to_stderr=True)
+        if row not in of_split:
+            echo(
+                f"row {row}: the {split} split does not have it now; shown without its chart", to_stderr=True
+            )
             continue
         try:
             images = source[row].images

@@ -110,7 +110,7 @@ def other_images(questions: Sequence[Question], seed: int = 0) -> list[int]:
     if not any(len(of_count) > 1 for count, of_count in first.items() if count):
         raise ConfigError(
             "--models shuffled: all questions are on one image, so that none can be exchanged; leave it out "
-            "(--models base,adapter), or ask more (--max-samples)"
+            "(--models base,adapter), or ask a split with more images (--split)"
         )
     successor: dict[int, int] = {}
     for count in sorted(first):

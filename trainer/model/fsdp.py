@@ -7,6 +7,7 @@ the trainer adds up itself: so fsdp takes the steps of ddp. Under zero3 DeepSpee
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def close_sharding(model: PeftModel, mesh: DeviceMesh) -> None:
 
     accelerate keeps a model as it is that FSDP2 has wrapped (`fsdp2_prepare_model`, 1.15).
     """
+    # torch 2.14 warns of every layer whose output is a view, which a write in place would detach from its gathers.
+    # Nothing writes into a layer's output: residuals are added into tensors of their own.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     replicated = {parameter for parameter in model.parameters() if not _is_sharded(parameter)}
     fully_shard(model, mesh=mesh, ignored_params=replicated)
 

@@ -61,3 +61,9 @@ def test_steps_without_recorded_figures_are_refused_before_anything_is_copied(
         ConfigError, match=r"--steps: .*metrics\.jsonl has no figures of step 4; name other steps"
     ):
         replays.replay(RunDirectory(tmp_path), 3, 5, RunRequest(recipe="", runs_dir=tmp_path))
+
+
+@pytest.mark.parametrize(("last", "words"), [(0, "has no step"), (4, "22:23 is not among the steps 1 to 4")])
+def test_steps_that_a_run_has_not_taken_are_refused(last: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        replays.refuse_steps_not_taken((22, 23), last)

@@ -54,6 +54,16 @@ def test_a_run_that_began_with_another_ones_checkpoint_holds_from_there_on(run: 
     assert states(run)["steps"] == "failed"
 
 
+@pytest.mark.parametrize("kept", [0, 4])
+def test_steps_that_a_checkpoint_or_the_end_has_and_the_metrics_have_not_fail(
+    run: RunDirectory, kept: int
+) -> None:
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:kept]))
+    (steps,) = (link for link in verify_run(run) if link.name == "steps")
+    assert (steps.state, steps.text) == ("failed", f"metrics.jsonl ends at step {kept}, the run has taken 6")
+
+
 def test_what_was_altered_is_the_link_that_fails(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

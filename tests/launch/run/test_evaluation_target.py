@@ -89,6 +89,21 @@ def test_validation_is_asked_where_the_recipe_has_no_test_split(
     assert "choose train" in capsys.readouterr().err
 
 
+def test_one_question_is_not_asked_of_exchanged_images_unless_somebody_wants_it(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert samestep("run", *EMBEDDED) == 0
+    write_adapter(RunDirectory(Path("runs/embedded")).adapter, 1.0)
+    for arguments, models in (
+        ([], "base,adapter,shuffled"),
+        (["--max-samples", "1"], "base,adapter"),
+        (["--max-samples", "1", "--models", "adapter,shuffled"], "adapter,shuffled"),
+    ):
+        assert samestep("evaluate", "embedded", *arguments) == 0
+        assert flag(launcher.commands[-1], "--models") == models
+    assert capsys.readouterr().err.count("shuffled is left out: one question is asked") == 1
+
+
 def test_a_recipe_whose_run_has_begun_is_that_run(
     run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:

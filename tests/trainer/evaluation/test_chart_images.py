@@ -9,6 +9,7 @@ from PIL import Image
 
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import chart_rows, recipe_values, write_charts
+from trainer.data.splits import open_split
 from trainer.evaluation.chart_images import MAX_THUMBNAIL_BYTES, main, thumbnail
 
 
@@ -28,9 +29,24 @@ def test_each_row_gets_its_own_chart_and_a_damaged_one_is_named(
     assert {file.name for file in output.iterdir()} == {"0.webp", "3.webp"}
     said = capsys.readouterr().err
     assert "row 2" in said
-    assert "row 99: the split has 4 rows" in said
+    assert "row 99: the test split does not have it now" in said
     stored = pq.read_table(folder / "test-00000.parquet").to_pylist()[3]["image"]["bytes"]
     assert (output / "3.webp").read_bytes() == thumbnail([stored])
+    values["data"] |= {
+        "train": "test",
+        "validation": "test, 50 %",
+        "test": None,
+    }  # drawn: numbers are the source's
+    recipe = recipe_from_dict(values)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    drawn = open_split(recipe, "validation").numbers.tolist()
+    last = next(row for row in reversed(drawn) if row != 2)
+    for file in output.iterdir():
+        file.unlink()
+    arguments[3] = "validation"
+    assert main([*arguments, "--rows", f"{last}"]) == 0
+    assert [file.name for file in output.iterdir()] == [f"{last}.webp"]
+    assert last >= len(drawn)  # a number that no split of so few rows would have by position
     (folder / "test-00000.parquet").unlink()
     assert main([*arguments, "--rows", "0"]) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.errors import RunError
+from launch.errors import ConfigError, RunError
 from launch.invocation import VARIABLE, command
 from launch.planning.make_plan import compute_dtype_of
+from launch.planning.plan import Plan
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.run.variants import in_order
+from launch.untrusted_files import UNREADABLE
 from trainer.evaluation.comparison_request import stored_dtype
 from trainer.evaluation.metric_functions import RELAXED, Metrics, figures
 from trainer.evaluation.metrics import Accuracy, Paired, summary_of
@@ -226,19 +229,18 @@ def _share_text(accuracy: Accuracy) -> str:
 
 
 def next_commands(run: RunDirectory) -> list[str]:
-    """Return three commands that make sense after an evaluation."""
+    """Return commands that make sense after an evaluation."""
     samestep = (
         command() if shutil.which("samestep") or VARIABLE in os.environ else shlex.quote(_short(_COMMAND))
     )
     folder, place = shlex.quote(_short(run.path)), shlex.quote(_short(run.path.parent))
     is_merged = run.merged.is_dir() and merge_behind(run, run.merged) is None
     merged = f"evaluate {folder} --models base,adapter,merged" if is_merged else f"merge {folder}"
-    longer = "--set training.max_steps=-1 --set training.num_train_epochs=5"
-    return [
-        f"{samestep} {merged}",
-        f"{samestep} run {folder}/recipe.yaml --runs-dir {place} --name {run.name}-longer {longer}",
-        f"{samestep} plan {folder}/recipe.yaml --gpus-per-node 4",
-    ]
+    commands = [merged, f"plan {folder}/recipe.yaml --gpus-per-node 4"]
+    with contextlib.suppress(ConfigError, *UNREADABLE):  # without a plan nobody knows what would be longer
+        longer = f"--set training.max_steps={2 * Plan.read(run.plan_file).max_steps}"
+        commands.insert(1, f"run {folder}/recipe.yaml --runs-dir {place} --name {run.name}-longer {longer}")
+    return [f"{samestep} {words}" for words in commands]
 
 
 def _short(path: Path) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from launch.checkpoints.publish import publish
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import MODEL_PARTS, find_identity
+from launch.planning.plan import Plan
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
@@ -29,10 +30,12 @@ from trainer.evaluation.answering import answer_all
 from trainer.evaluation.generate import main
 from trainer.evaluation.questions import Question, evenly_spaced, make_batches, other_images
 from trainer.evaluation.request import EvaluationRequest
-from trainer.evaluation.result import print_result
+from trainer.evaluation.result import next_commands, print_result
 from trainer.evaluation.result_file import Kept, with_earlier_answers
 from trainer.formats.portable import save_adapter
 from trainer.pretrained import load_processor
+
+OLD_RUN = Path(__file__).parents[2] / "data" / "run_of_c54213f" / "straight"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,12 @@ def test_the_table_names_paths_and_the_next_commands(
     assert "answers/eval-5.json" in shown
     assert "merge answers" in shown
     assert "\nproducts: float32\n" in shown
-    assert len(shown.partition("next:")[2].strip().splitlines()) == 3
+    assert [line.split()[1] for line in shown.partition("next:")[2].strip().splitlines()] == ["merge", "plan"]
+    shutil.copyfile(OLD_RUN / "plan.json", run.plan_file)
+    _, longer, _ = next_commands(run)
+    run.plan_file.unlink()
+    steps = Plan.read(OLD_RUN / "plan.json").max_steps
+    assert longer.endswith(f"--name answers-longer --set training.max_steps={2 * steps}")
     written = json.loads(run.eval_file("test", 5).read_text())
     assert [each["row"] for each in written["predictions"]] == [0, 2, 4, 7, 9]
     assert len(json.loads(run.eval_file().read_text())["predictions"]) > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,9 +91,11 @@ def test_validation_is_asked_where_the_recipe_has_no_test_split(
 
 
 def test_one_question_is_not_asked_of_exchanged_images_unless_somebody_wants_it(
-    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+    launcher: Launcher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert samestep("run", *EMBEDDED) == 0
+    index = SimpleNamespace(splits={"train": range(60), "test": range(12)})
+    monkeypatch.setattr("launch.run.evaluation_target.read_index", lambda _: index)
     write_adapter(RunDirectory(Path("runs/embedded")).adapter, 1.0)
     for arguments, models in (
         ([], "base,adapter,shuffled"),

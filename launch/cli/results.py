@@ -109,7 +109,7 @@ def evaluate(
     interruption, and asks nothing again that is there. Answers of other models to the same questions stay.
     """
     from launch.local import postprocess
-    from launch.run.evaluation_target import find_target, split_of, without_exchange
+    from launch.run.evaluation_target import asks_one_question, find_target, split_of
 
     evaluated = find_target(target, runs_dir, recipe, overrides)
     rows = split_of(evaluated, split)
@@ -119,10 +119,10 @@ def evaluate(
     words = [word for part in allow for word in ("--allow", part)]
     suffix, message = prompt_option(prompt)
     chosen = models.split(",") if models else list(evaluated.models)
-    if not models and "shuffled" in chosen and without_exchange(evaluated, rows, max_samples):
+    if not models and "shuffled" in chosen and asks_one_question(evaluated, rows, max_samples):
         chosen.remove("shuffled")
         echo(
-            "shuffled is left out: one question is asked, whose image none can be exchanged with",
+            "shuffled is left out: only one question is asked, so there is no other image to show",
             to_stderr=True,
         )
     model_names = with_prompt(chosen, suffix)

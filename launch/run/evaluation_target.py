@@ -141,8 +141,8 @@ def default_models(run: RunDirectory) -> tuple[str, ...]:
     return ("base", *published[-1:])
 
 
-def without_exchange(target: Target, split: str, max_samples: int | None) -> bool:
-    """Whether the split has one question alone, so that `shuffled` has no other image to show with it."""
+def asks_one_question(target: Target, split: str, max_samples: int | None) -> bool:
+    """Whether a single question is asked of the split, so that `shuffled` has no other image to show with it."""
     index = read_index(load_recipe(target.recipe or target.run.recipe_file, target.overrides))
     if index is None:  # not prepared yet: the evaluation prepares it, and says so itself
         return False

@@ -104,7 +104,7 @@ def test_one_question_is_not_asked_of_exchanged_images_unless_somebody_wants_it(
     ):
         assert samestep("evaluate", "embedded", *arguments) == 0
         assert flag(launcher.commands[-1], "--models") == models
-    assert capsys.readouterr().err.count("shuffled is left out: one question is asked") == 1
+    assert capsys.readouterr().err.count("shuffled is left out: only one question is asked") == 1
 
 
 def test_a_recipe_whose_run_has_begun_is_that_run(

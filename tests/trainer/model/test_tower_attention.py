@@ -117,3 +117,30 @@ def test_a_deterministic_run_depends_on_no_measurement(card: list[int]) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert not card
+
+
+def test_kernels_for_other_cards_are_passed_over_and_a_lost_gpu_is_no_reason_to_take_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [NotImplementedError(), RuntimeError("no such instruction"), torch.AcceleratorError("lost")]
+
+    def plain(q: torch.Tensor, *_: object) -> torch.Tensor:
+        return q
+
+    def failing(*_: object) -> torch.Tensor:
+        raise errors[0]
+
+    monkeypatch.setattr(tower_attention, "_pytorch", plain)
+    monkeypatch.setattr(tower_attention, "_milliseconds", lambda _: 1.0)
+    monkeypatch.setattr(tower_attention, "_LENGTHS", (4, 3))
+    monkeypatch.setattr(tower_attention, "KERNELS", {DEFAULT: plain, "another": failing})
+    arguments = (torch.device("cpu"), torch.float32, 2, 16)
+    with caplog.at_level("INFO", logger="trainer"):
+        assert tower_attention._measured(*arguments) == {DEFAULT: 1.0}
+        assert not caplog.text
+        errors.pop(0)
+        assert tower_attention._measured(*arguments) == {DEFAULT: 1.0}
+        assert "another does not run here (RuntimeError)" in caplog.text
+        errors.pop(0)
+        with pytest.raises(torch.AcceleratorError):
+            tower_attention._measured(*arguments)

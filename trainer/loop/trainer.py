@@ -39,6 +39,7 @@ from trainer.loop.recheck import Recheck
 from trainer.loop.step_record import StepRecord
 from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
 from trainer.loop.training_args import training_arguments
+from trainer.model.fsdp import gather_from_here
 from trainer.model.lora import trainable_parameters
 from trainer.task import Task
 from trainer.vision_cache.writer import open_writer
@@ -94,7 +95,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.recheck = Recheck(self) if self.recipe.training.recheck else None
         self.out_of_memory = False  # in the step under way, on this rank
         # Features that are cached meanwhile, and steps that are computed again, take a micro-batch as it was packed.
-        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model, self.plan)
+        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model)
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         In place of DDP's buckets, which change after the first step: a resumed run would sum in another order.
         """
         if isinstance(self.engine, Zero):  # has reduced, clipped and stepped in the last backward
-            self.grad_norm = self.engine.grad_norm()
+            self.grad_norm = self.engine.grad_norm(self._run_tower_ahead)
             check_step_taken(self.grad_norm, self.state.global_step + 1)
             return self.grad_norm
         self._check_gradients()
@@ -233,8 +234,10 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         loss_and_flags = flags_here.to(self.args.device, non_blocking=True)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
         self.record.wait_for_gpu()
+        # Before a backward pass the tower's memory is not planned for.
+        meanwhile = (lambda: None) if self.engine.steps_in_backward else self._run_tower_ahead
         with self.record.phase("reduction"):
-            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags, self._run_tower_ahead)
+            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags, meanwhile)
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment
@@ -258,9 +261,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def _run_tower_ahead(self) -> None:
-        """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's sums."""
+        """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's numbers.
+
+        No collective, under no strategy: a rank that has no memory for it, or no other micro-batch, leaves it out.
+        """
         if self.training_loader is None or not self.tower_runs_ahead:
             return
+        if self.plan.parallelism.shards_layers:
+            gather_from_here(self.model)
         ahead = partial(run_tower, model=self.model, device=self.args.device)
         try:
             with self.record.phase("launching"):

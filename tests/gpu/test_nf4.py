@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 
-def read_numbers(values: Tensor, meanwhile: Callable[[], None]) -> list[float]:
-    """Return a tensor's numbers [n]. `meanwhile` is called before the host waits for them.
-
-    What it gives the GPU comes after them, and is not waited for.
-    """
+def start_read(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a tensor's numbers [n] to the host; what is returned waits for them, and for nothing after them."""
     on_host = values.to("cpu", non_blocking=True)
     copied = torch.cuda.Event() if values.is_cuda else None
     if copied:
         copied.record()
-    meanwhile()
-    if copied:
-        copied.synchronize()
-    numbers: list[float] = on_host.tolist()
-    return numbers
+
+    def wait() -> list[float]:
+        if copied:
+            copied.synchronize()
+        numbers: list[float] = on_host.tolist()
+        return numbers
+
+    return wait

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.engine.host_read import read_numbers
+from trainer.engine.host_read import start_read
 from trainer.formats.portable import TrainedState, copy_trained_state, set_optimizer_state
 from trainer.formats.sharded import DcpRankState, partition_by_size
 
@@ -75,7 +75,9 @@ class Replicated:
         for parameter in self.parameters.values():
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
-        norm, *summed = read_numbers(norm_and_sums, meanwhile)
+        read = start_read(norm_and_sums)
+        meanwhile()
+        norm, *summed = read()
         return summed, norm
 
     def clip(self, max_norm: float, norm: float) -> None:

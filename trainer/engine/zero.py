@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from launch.errors import RunError
 from trainer.distributed.collectives import run_on_all_ranks
-from trainer.engine.host_read import read_numbers
+from trainer.engine.host_read import start_read
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
 from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.portable import TrainedState, step_device
@@ -49,6 +49,8 @@ class Zero:
         self.parameters, self.stage = parameters, stage
         self.loss_factor = float(dist.get_world_size())  # DeepSpeed averages gradients over the ranks
         self._engine: Any = None
+        self._sums_ready: Callable[[], None] | None = None
+        self._before_next_step: Callable[[], None] | None = None
         self._unset_hf_config()
 
     def attach(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -56,6 +58,7 @@ class Zero:
         self._engine = wrapped
         # DeepSpeed's own walks over all modules: with 7B parameters the GPU waits for that after each step.
         self._engine.zero_grad = self._forget_gradients
+        self._engine.step = self._take_step
         self._unset_hf_config()
         if self.stage == 3:
             _keep_adapters_whole(self._engine, self.parameters)
@@ -107,29 +110,37 @@ class Zero:
         """Keep nothing back: DeepSpeed reduces in every backward."""
         return nullcontext()
 
-    def all_reduce(self, values: Tensor, meanwhile: Callable[[], None]) -> tuple[list[float], float]:
-        """Sum `values` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `grad_norm`.
+    def all_reduce_before_step(self, values: Tensor, use: Callable[[list[float]], None]) -> None:
+        """Sum `values` [n] over the ranks; `use` gets the sums after the backward pass, before the step.
 
-        `meanwhile` is called before the host waits for the sums; the backward pass follows, and needs the memory.
+        To be called before the step's last backward pass. The host waits for them when that has been launched: between
+        forward and backward the GPU would have nothing to do.
         """
         dist.all_reduce(values)
-        return read_numbers(values, meanwhile), float("nan")
+        read = start_read(values)
+        self._sums_ready = lambda: use(read())
 
     def call_before_next_step(self, action: Callable[[], None]) -> None:
-        """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step.
+        """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step."""
+        self._before_next_step = action
 
-        accelerate 1.15 calls the engine's `step` in the last backward of a step (`DeepSpeedEngineWrapper.backward`),
-        and DeepSpeed 0.19 has no hook there; what stands in its place calls it.
-        """
-        take_step = self._engine.step
-
-        def call_first(*args: Any, **kwargs: Any) -> Any:
-            del self._engine.step  # from now on the class's own again
+    def _before_step(self) -> None:
+        sums_ready, self._sums_ready = self._sums_ready, None
+        action, self._before_next_step = self._before_next_step, None
+        if sums_ready:
+            sums_ready()
+        if action:
             run_on_all_ranks(self._check_all_reduced)
             action()
-            return take_step(*args, **kwargs)
 
-        self._engine.step = call_first
+    def _take_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the engine's `step`.
+
+        accelerate 1.15 calls it in the last backward of a step (`DeepSpeedEngineWrapper.backward`), and DeepSpeed 0.19
+        has no hook there.
+        """
+        self._before_step()
+        return type(self._engine).step(self._engine, *args, **kwargs)
 
     def _check_all_reduced(self) -> None:
         """Check after a backward that no gradient is left: DeepSpeed takes each away when it reduces it.
@@ -151,8 +162,9 @@ class Zero:
         `meanwhile` is called before the host waits for it: what it gives the GPU comes after the step, and is not
         waited for.
         """
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return read_numbers(norm.reshape(1), meanwhile)[0]
+        read = start_read(torch.as_tensor(self._engine.get_global_grad_norm()).reshape(1))
+        meanwhile()
+        return read()[0]
 
     def full_state(self) -> TrainedState | None:
         """Copy adapters and optimizer state, put together on rank 0; the others get None. A collective."""

@@ -173,8 +173,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         with self.compute_loss_context_manager():
             loss = self.micro_batch_loss(model, batch)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
-        if self.engine.steps_in_backward and self.accelerator.sync_gradients:
-            self._reduce_step()  # DeepSpeed steps in this backward: all ranks must know before that they can
+        if isinstance(self.engine, Zero) and self.accelerator.sync_gradients:
+            # DeepSpeed steps in this backward: all ranks must know before the step that they can take it.
+            loss_and_flags = self._loss_and_flags()
+            with self.record.phase("reduction"):
+                self.engine.all_reduce_before_step(loss_and_flags, self._use_sums)
         self.accelerator.backward(loss * self.engine.loss_factor, **self.engine.backward_options)
         return loss.detach()
 
@@ -215,16 +218,18 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             check_step_taken(self.grad_norm, self.state.global_step + 1)
             return self.grad_norm
         self._check_gradients()
-        self._reduce_step()
+        loss_and_flags = self._loss_and_flags()
+        with self.record.phase("reduction"):
+            sums, norm = self.engine.all_reduce(loss_and_flags, self._run_tower_ahead)
+        self._use_sums(sums, norm)
         self.engine.clip(self.recipe.training.max_grad_norm, self.grad_norm)
         return self.grad_norm
 
-    def _reduce_step(self) -> None:
-        """All-reduce loss, requests and, where the engine left them on the ranks, gradients.
+    def _loss_and_flags(self) -> Tensor:
+        """Return this rank's loss of the step and its requests, which travel along in the step's reduction.
 
-        The requests travel along so that all ranks read the same ones in the same step, with the step's only wait for
-        the GPU: what else the host has to do is done before it. Raises on all ranks when one cannot go on or the
-        numbers are not finite.
+        All ranks read the same ones in the same step, with the wait for the GPU that a step needs anyway: what else the
+        host has to do is done here, before it.
         """
         self.garbage.collect()
         self._read_ahead()
@@ -234,10 +239,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         loss_and_flags = flags_here.to(self.args.device, non_blocking=True)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
         self.record.wait_for_gpu()
-        # Before a backward pass the tower's memory is not planned for.
-        meanwhile = (lambda: None) if self.engine.steps_in_backward else self._run_tower_ahead
-        with self.record.phase("reduction"):
-            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags, meanwhile)
+        return loss_and_flags
+
+    def _use_sums(self, sums: list[float], norm: float = float("nan")) -> None:
+        """Take over what the ranks agree on: loss, requests, and the gradients' norm where it is known before the step.
+
+        Raises on all ranks when one cannot go on or the numbers are not finite.
+        """
+        loss, *flags = sums
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment

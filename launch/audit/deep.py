@@ -185,7 +185,12 @@ def _differences(
 def _fingerprints(run: RunDirectory, step: int, rows: Sequence[str], request: RunRequest) -> dict[str, Any]:
     with restored(run, step, request) as copy:
         output = copy.run.path / "fingerprints.json"
-        call_here(copy, MODULE, ["--step", str(step), "--rows", ",".join(rows), "--output", str(output)])
+        call_here(
+            copy,
+            "diff --deep",
+            MODULE,
+            ["--step", str(step), "--rows", ",".join(rows), "--output", str(output)],
+        )
         seen = read_mapping(output, TABLE)
         seen["step_loss"] = number_of(read_steps(copy.run.metrics_file).get(step, {}), "loss")
     return seen

@@ -23,6 +23,7 @@ from launch.inputs.identity import PARTS, TRAIN_ROWS, RunIdentity
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
+from launch.recipe.loading import load_recipe
 from launch.run.changes import content_changes, refuse_changes
 from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
@@ -80,6 +81,7 @@ def restored(
     Raises:
         ConfigError: the data or the base is another one (the part is named), or the request breaks a rule.
     """
+    load_recipe(run.recipe_file)  # what is wrong with it is said of the run, not of its copy
     plan, begin = read_plan(run), _checkpoint_before(run, step)
     _remove_leftovers(run)
     with (
@@ -120,8 +122,10 @@ def _remove_leftovers(run: RunDirectory) -> None:
                 folder.rmdir()
 
 
-def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) -> None:
+def call_here(restored_run: RestoredRun, what: str, module: str, arguments: Sequence[str]) -> None:
     """Write the copy's plan, and run a module of the trainer on it in the plan's processes.
+
+    `what`: the command of the user that this is for, as an error names it.
 
     Raises:
         ChildError: it did not finish; it has said why.
@@ -135,7 +139,7 @@ def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) 
     if ended.interrupted:
         raise KeyboardInterrupt
     if ended.status:
-        raise ChildError(f"python -m {module}", ended.status)
+        raise ChildError(f"`samestep {what}`", ended.status)
 
 
 def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Sequence[str]) -> None:

@@ -41,9 +41,9 @@ def diff(
 ) -> None:
     """Compare two runs: recipe, data, base, plan and versions, and the first step where they part.
 
-    Ends with 0 when they are the same run within rounding, with 1 when they are not (or when --deep names a module whose
-    difference rounding does not explain). --deep works in copies of the
-    runs, in one process here (a GPU, if there is one).
+    Ends with 0 when they are the same run within rounding, with 1 when they are not, or when --deep names a
+    module whose difference rounding does not explain. --deep works in copies of the runs, in one process here (a GPU,
+    if there is one).
     """
     from launch.audit.diff import compare_runs
     from launch.run.find import find_run

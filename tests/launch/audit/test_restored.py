@@ -55,6 +55,7 @@ def test_copies_that_killed_processes_left_are_removed_by_the_next_one(
     elsewhere.symlink_to(other)
     for folder in (left, unlocked, empty, other):
         os.utime(folder, (0, 0))
+    monkeypatch.setattr(restored, "load_recipe", lambda _: None)
     monkeypatch.setattr(restored, "read_plan", lambda _: None)
     monkeypatch.setattr(restored, "_checkpoint_before", lambda *_: None)
 

@@ -968,7 +968,7 @@ def test_plan_checkpoints_and_rules_print_json(
     assert samestep("rules", "--json") == 0
     assert all(row["rule"] and row["why"] for row in json.loads(capsys.readouterr().out))
     (tmp_path / "runs" / "old" / "checkpoint-3").mkdir(parents=True)
-    assert samestep("checkpoints", "old", "--json") == 0
+    assert samestep("checkpoints", "old", "--json") == 1
     (checkpoint,) = json.loads(capsys.readouterr().out)
     assert (checkpoint["step"], checkpoint["state"]) == (3, "damaged")
     assert checkpoint["problems"]

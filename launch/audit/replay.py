@@ -73,8 +73,8 @@ class Replay:
             yield f"library not as it was installed: {file}"
         if self.parting and self.changed:
             yield (
-                "the steps were taken before a change of the run that was allowed, so they cannot come out as they were: "
-                f"{'; '.join(self.changed)}"
+                "the steps were taken before a change of the run that was allowed, so they cannot come out as they "
+                f"were: {'; '.join(self.changed)}"
             )
         elif self.parting and not (allowed or self.environment or self.altered_libraries):
             yield (

@@ -80,7 +80,7 @@ def changes_since(run: RunDirectory, step: int) -> list[Change]:
 
 
 def refuse_steps_of_another_plan(run: RunDirectory, step: int, option: str) -> None:
-    """ConfigError for a step from before a change of plan or rows: its samples do not follow from what the run keeps."""
+    """ConfigError for a step from before a change of plan or rows: its samples are not those of what the run keeps."""
     rows = next((change for change in changes_since(run, step) if change.key == TRAIN_ROWS), None)
     if rows is not None:
         raise ConfigError(

@@ -34,7 +34,7 @@ from tests.helpers.untrusted import openings
 
 PAST_THE_GATE = {
     "atomic_files.py:sync": "brings to the disk, and reads nothing",
-    "checkpoints/adapter_file.py:is_whole": "safetensors opens by name; plain_size looks first",
+    "checkpoints/adapter_file.py:damaged_file": "safetensors opens by name; plain_size looks first",
     "inputs/caches.py:embedded_version": "files of the installed package",
     "console.py:write_to_nowhere": "/dev/null",
     "inputs/data_report.py:_label_notes": "pyarrow opens by name; plain_size looks first",

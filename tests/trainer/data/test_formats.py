@@ -54,6 +54,10 @@ def _lines(file: Path, rows: list[Any]) -> None:
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
+def _spoken(speaker: str, value: Any) -> dict[str, Any]:
+    return {"from": speaker, "value": value}
+
+
 def _message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -129,8 +133,35 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"other": 1}, "messages is missing, not a list of messages"),
     ({"conversations": "x"}, "conversations is str 'x', not a list of messages"),
     (
-        {"conversations": [{"from": "human", "value": "?"}, {"from": "observation", "value": "y"}]},
-        "message 1 has the role 'observation'",
+        {"conversations": [_spoken("human", "?"), _spoken("observation", "y")]},
+        "message 1 has the speaker 'observation', not system, human, gpt",
+    ),
+    (
+        {"conversations": [_spoken("human", "?"), _spoken("human", "?"), _spoken("gpt", "y")]},
+        "message 1 is of human, where gpt is due",
+    ),
+    ({"conversations": [_spoken("human", "?")]}, "the last message is not of the gpt"),
+    ({"conversations": [_spoken("user", "?"), _spoken("gpt", " ")]}, "message 1 (gpt) is empty"),
+    (
+        {"conversations": [_spoken("user", "?"), _spoken("user", "!")]},
+        "message 1 is of user, where gpt is due",
+    ),
+    ({"conversations": [_spoken("human", None)]}, "the value of message 0 is missing, not text or parts"),
+    (
+        {"conversations": [_spoken("human", "?"), _spoken("gpt", "<image>")]},
+        "message 1 (gpt) has an image; only questions of the human may have some",
+    ),
+    (
+        {"conversations": [_spoken("human", ""), _spoken("gpt", "y")], "system": "Be brief."},
+        "message 0 (human) is empty",  # numbered as in the file, where the system message is none of them
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "system": [1]},
+        "the column system has a part of type 1, not text or image",
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "tools": '[{"name": "sum"}]'},
+        "tools beside the chat is not trained here",
     ),
     (
         {"messages": [_message("user", "<video>?"), _message("assistant", "y")], "videos": ["a.mp4"]},
@@ -216,6 +247,12 @@ def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Pat
     ]
     assert read[0] == read[1] == read[2]
     assert [turn.text for turn in read[0].turns] == ["Be brief.", "Why?", "So.", "And?", "No."]
+
+
+@pytest.mark.parametrize("tools", ["[]", "", None, []])
+def test_an_empty_list_of_tools_is_none_also_as_text(tools: Any) -> None:
+    raw = {"messages": [_message("user", "?"), _message("assistant", "y")], "tools": tools}
+    assert messages_row(raw, ImageFiles()).label == ["y"]
 
 
 # columns --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from launch.errors import ConfigError
-from launch.hub_names import EMBEDDED
+from launch.hub_names import EMBEDDED, tried_folder
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
 from launch.inputs.file_digests import files_digest
@@ -209,9 +209,10 @@ def _refuse_without_rows(files: Sequence[Path]) -> None:
 def _open_hub(recipe: Recipe, split: SplitName, name_and_slice: str) -> Table:
     name = parse_split(name_and_slice).name
     load = partial(datasets.load_dataset, recipe.data.dataset, revision=recipe.data.revision, split=name)
-    return _ArrowTable(
-        _undecoded(_load(load, f"data.{split}: {name_and_slice} of {recipe.data.dataset}")), None
+    source = (
+        f"{recipe.data.dataset} on the hub (it is not a folder here: {tried_folder(recipe.data.dataset)})"
     )
+    return _ArrowTable(_undecoded(_load(load, f"data.{split}: {name_and_slice} of {source}")), None)
 
 
 def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:

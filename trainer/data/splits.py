@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,7 +178,7 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
             ) from error
     if files[0].suffix in SUFFIXES:
         try:
-            return TextTable(files)
+            return _text_table(tuple(files), files_digest(files))
         except UNREADABLE as error:
             raise ConfigError(f"data.{split}: {error}") from error
     _refuse_without_rows(files)
@@ -194,6 +194,13 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
         f"data.{split}: {name_and_slice} of {folder}",
     )
     return _ArrowTable(_undecoded(table), files[0].parent)
+
+
+@lru_cache(maxsize=4)
+def _text_table(files: tuple[Path, ...], digest: str) -> TextTable:
+    """The table of files whose content has this digest. A start opens the same one several times: for the trial, for
+    training, for evaluation, and for a split that is drawn out of it."""
+    return TextTable(files)
 
 
 def _refuse_without_rows(files: Sequence[Path]) -> None:

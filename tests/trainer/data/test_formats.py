@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.errors import ConfigError
+from launch.inputs import text_tables
 from launch.inputs.data_report import notes_of
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
@@ -253,6 +254,22 @@ def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Pat
 def test_an_empty_list_of_tools_is_none_also_as_text(tools: Any) -> None:
     raw = {"messages": [_message("user", "?"), _message("assistant", "y")], "tools": tools}
     assert messages_row(raw, ImageFiles()).label == ["y"]
+
+
+def test_a_text_file_is_parsed_once_for_all_who_open_it_and_again_when_it_has_changed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed, keys = [], text_tables._keys
+    monkeypatch.setattr(text_tables, "_keys", lambda line: parsed.append(line) or keys(line))
+    rows = [{"messages": [_message("user", f"{n}?"), _message("assistant", "y")]} for n in range(40)]
+    _lines(tmp_path / "train.jsonl", rows)
+    recipe = _recipe(world, tmp_path, validation="train, 5 %")
+    assert len(open_split(recipe, "train")) + len(open_split(recipe, "validation")) == 40
+    assert open_split(recipe, "train")[0].query == "0?"
+    assert len(parsed) == 40
+    rows[0]["messages"][0] = _message("user", "9?")  # as long as before
+    _lines(tmp_path / "train.jsonl", rows)
+    assert open_split(recipe, "train")[0].query == "9?"
 
 
 # columns --------------------------------------------------------------------------------------------------------

@@ -158,7 +158,11 @@ def _adapter(run: RunDirectory, plan: Plan) -> Link:
         return Link(
             "adapter", "ok", f"{short(digest)}, whole; no checkpoint of the last step to compare with"
         )
-    if read_digest(last) != digest:
+    if (held := read_digest(last)) is None:
+        return Link(
+            "adapter", "ok", f"{short(digest)}, whole; {last.name} is damaged, nothing to compare with"
+        )
+    if held != digest:
         return Link("adapter", "failed", f"{short(digest)} is not what {last.name} holds")
     return Link("adapter", "ok", f"{short(digest)}, the tensors of {last.name}")
 
@@ -191,8 +195,13 @@ def _evaluations(run: RunDirectory) -> Iterator[Link]:
     for file in sorted(run.path.glob("eval*.json")):
         try:
             result: dict[str, Any] = read_mapping(file)
+        except UNREADABLE as error:
+            text = f"cannot be read ({reason_of(error)}); `samestep evaluate` writes it anew"
+            yield Link(file.name, "failed", text)
+            continue
+        try:
             weights = result["weights"]["adapter"] if "checkpoint" not in file.name else None
-        except (*UNREADABLE, LookupError, TypeError):
+        except (LookupError, TypeError):
             yield Link(file.name, "not checked", "does not say which weights answered")
             continue
         if weights is not None and digest is None:

@@ -93,6 +93,15 @@ def test_a_merge_and_an_evaluation_of_another_adapter_fail(run: RunDirectory) ->
     assert states(run) | {"merged": "failed", "eval.json": "failed"} == states(run)
 
 
+def test_an_evaluation_that_cannot_be_read_fails_and_an_older_one_is_not_checked(run: RunDirectory) -> None:
+    (run.path / "eval-validation-8.json").write_text('{"weights": {')
+    run.eval_file().write_text('{"questions": 3}')
+    links = {link.name: link for link in verify_run(run)}
+    assert links["eval.json"].state == "not checked"
+    damaged = links["eval-validation-8.json"]
+    assert (damaged.state, "`samestep evaluate` writes it anew" in damaged.text) == ("failed", True)
+
+
 def test_a_cut_adapter_fails_with_what_brings_it_back_and_what_hangs_on_it_is_not_judged(
     run: RunDirectory,
 ) -> None:

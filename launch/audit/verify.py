@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, read_digest
-from launch.checkpoints.manifest import read_manifest
+from launch.checkpoints.manifest import OLDER, read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, read_index
 from launch.inputs.identity import recorded_identity, short
@@ -133,7 +133,8 @@ def _checkpoints(run: RunDirectory, plan: Plan, progress: Callable[[str], None])
         try:
             facts = read_manifest(folder, verify=True)["facts"]
         except CheckpointError as error:
-            yield Link(folder.name, "failed", printable(str(error).splitlines()[0]))
+            text = printable(str(error).splitlines()[0]).replace(OLDER, "bring back a copy")
+            yield Link(folder.name, "failed", text)
             continue
         identity = recorded_identity(facts).parts
         other = sorted(part for part, digest in plan.identity.items() if identity.get(part, digest) != digest)

@@ -86,7 +86,7 @@ def runs_below(runs_dir: Path) -> list[RunDirectory]:
 
 def _may_be_a_run(path: Path) -> bool:
     try:
-        return (path / "plan.json").is_file()
+        return (path / "plan.json").is_file() or (path / "metrics.jsonl").is_file()
     except OSError:
         return True
 

@@ -18,7 +18,7 @@ from launch.recipe.schema import Recipe
 from launch.run.changes import changes
 from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory, open_run
-from launch.run.find import find_run
+from launch.run.find import LostRecordsError, find_run
 from launch.run.merged_model import merge_behind
 from launch.run.variants import VariantName, parse_variant
 from launch.untrusted_files import DOCUMENT, UNREADABLE, printable, read_mapping
@@ -94,6 +94,8 @@ def _of_a_run(name: str, runs_dir: Path) -> Target | None:
     path = Path(name).expanduser()
     try:
         run = find_run(name, runs_dir)
+    except LostRecordsError:
+        raise
     except ConfigError:
         run = None
     if run is not None:

@@ -8,6 +8,10 @@ from launch.errors import ConfigError
 from launch.run.directory import RunDirectory
 
 
+class LostRecordsError(ConfigError):
+    """A run's folder without its recipe or its plan."""
+
+
 def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
     """Find a run by name below `runs_dir`, or by path. ConfigError when there is none.
 
@@ -19,14 +23,13 @@ def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
         run = RunDirectory(candidate.absolute())
         if run.recipe_file.is_file() and run.plan_file.is_file():
             return run
-        begun = run.metrics_file.is_file() or any(run.path.glob("checkpoint-*"))
-        if not whole and begun:
+        if not whole and any(run.path.glob("checkpoint-*")):
             return run
-        if begun:
+        if run.metrics_file.is_file():
             lost = [file.name for file in (run.recipe_file, run.plan_file) if not file.is_file()]
-            raise ConfigError(
-                f"{run.path}: has no {' and no '.join(lost)}, which tell what was trained; give the same "
-                "`samestep run` again, which writes them anew, or bring back a copy"
+            raise LostRecordsError(
+                f"{run.path}: has no {' and no '.join(lost)}, without which nothing is known of the run; give the same "
+                "`samestep run` again, which writes what is missing, or bring back a copy"
             )
     places = ", ".join(str(candidate) for candidate in candidates)
     raise ConfigError(f"{name}: no such run ({places}); give the name or the folder of a run, see --runs-dir")

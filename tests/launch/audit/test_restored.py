@@ -15,6 +15,7 @@ from launch.local.planned_run import RunRequest
 from launch.run.directory import RunDirectory
 from launch.run.lock import hold_lock
 from launch.run.request_files import keep_plan
+from launch.subprocesses import ChildError, Ended
 from tests.helpers.attempts import attempt, recipe_of
 
 
@@ -96,3 +97,18 @@ def test_what_was_allowed_to_change_after_a_step_is_what_the_next_checkpoint_rec
     with pytest.raises(ConfigError, match=r"step 5 of mine was taken before a change .*data\.train\.rows"):
         restored.refuse_steps_of_another_plan(run, 5, "--step")
     restored.refuse_steps_of_another_plan(run, 6, "--step")
+
+
+def test_a_child_that_is_ended_is_named_by_the_users_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restored, "write_request", lambda *_: None)
+    monkeypatch.setattr(restored, "trainer_command", lambda *_: [])
+    monkeypatch.setattr(restored, "child_environment", lambda _: {})
+    monkeypatch.setattr(restored, "wait_for", lambda *_: Ended(-15))
+    planned = SimpleNamespace(plan=None, recipe=None)
+    copy = SimpleNamespace(planned=planned, run=RunDirectory(tmp_path / "mine"))
+    with pytest.raises(
+        ChildError, match=r"^`samestep blame mine`: was ended by SIGTERM; the same command begins"
+    ):
+        restored.call_here(copy, "blame mine", "trainer.audit.blame", [])  # type: ignore[arg-type]

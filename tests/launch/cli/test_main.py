@@ -221,8 +221,10 @@ def test_recipe_and_plan_of_a_run_that_is_done_are_written_anew_where_its_last_c
     written = [file.read_text() for file in (run.recipe_file, run.plan_file)]
     run.recipe_file.unlink()
     run.plan_file.write_text('{"strategy":')
-    assert samestep("verify", "embedded") == 2
-    assert f"{run.path}: has no recipe.yaml, which tell" in capsys.readouterr().err
+    run.metrics_file.write_text("")
+    for command in ("verify", "evaluate"):
+        assert samestep(command, "embedded") == 2
+        assert f"{run.path}: has no recipe.yaml, without which" in capsys.readouterr().err
     assert samestep("run", *EMBEDDED, "--set", "lora.lora_alpha=99") == 0
     assert "checkpoint-6 was trained with another lora.lora_alpha; give the recipe" in capsys.readouterr().out
     assert not run.recipe_file.exists()

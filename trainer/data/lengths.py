@@ -166,7 +166,7 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
 def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str] | None) -> None:
     """`texts`: what the table calls question and answer; None: they are messages."""
     for place, turn in enumerate(row.turns):
-        name = texts[place] if texts else f"message {place} ({turn.role})"
+        name = (texts or row.turn_names)[place]
         _check_characters(name, turn.text)
         if special := encoder.control_tokens.search(turn.text):
             raise RowError(

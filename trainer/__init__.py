@@ -4,10 +4,10 @@ import logging
 import os
 
 from launch.inputs.caches import private_cache
+from launch.interrupts import hide_interrupts
 from launch.launcher_variables import PARENT
 from trainer import watchdog
 from trainer.garbage import pause_collection
-from trainer.interrupts import hide_interrupts
 from trainer.package_names import look_up_by_name
 
 hide_interrupts()

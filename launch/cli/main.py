@@ -62,6 +62,9 @@ _PLACE_ERRORS = (
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENXIO),
 )
 
+_REMEDIES = dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS), "choose")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "give permission, or choose")
+
 reference = typer.Typer()  # on its own because `--help` lists a group's commands in the order of the groups
 
 
@@ -125,9 +128,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
-        remedy = (
-            "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP) else "make room, or choose"
-        )
+        remedy = _REMEDIES.get(error.errno, "make room, or choose")
         _print_error(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
 
 

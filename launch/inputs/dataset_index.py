@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,6 +124,8 @@ def local_dataset(recipe: Recipe) -> Path | None:
         return None
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if not os.access(folder, os.R_OK | os.X_OK):  # it would look empty
+            raise ConfigError(f"data.dataset: {folder} cannot be read (Permission denied); give permission")
         return folder.resolve()
     if folder.exists():
         raise ConfigError(

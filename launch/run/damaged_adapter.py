@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from launch.checkpoints.adapter_file import damaged_file
 from launch.checkpoints.manifest import MANIFEST
 from launch.run.directory import RunDirectory
@@ -14,6 +16,8 @@ def adapter_damage(run: RunDirectory) -> str | None:
     """
     if not run.adapter.exists() or (file := damaged_file(run.adapter)) is None:
         return None
+    if not os.access(run.adapter, os.R_OK | os.X_OK) or (file.exists() and not os.access(file, os.R_OK)):
+        return f"{printable(str(file))}: cannot be read (Permission denied); give permission"
     published = [folder.name for folder in run.checkpoints() if (folder / MANIFEST).is_file()]
     repair = (
         f"the run's own `samestep run` command writes it again from {published[-1]}"

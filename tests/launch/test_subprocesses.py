@@ -312,3 +312,16 @@ def test_an_interrupt_at_any_moment_of_a_command_shows_no_traceback(begin: str) 
     assert "Traceback" not in ended.stderr
     failed = subprocess.run([sys.executable, "-c", f"{begin}\n1 / 0"], capture_output=True, text=True)
     assert "ZeroDivisionError" in failed.stderr
+
+
+def test_a_module_of_the_current_folder_is_not_taken_for_one_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("launch.py", "typer.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    call_module("launch.cli.main", ["schema"])
+    assert '"title": "Recipe"' in capfd.readouterr().out
+    become = "from launch.subprocesses import become_module as b; b('launch.cli.main', ['schema'])"
+    ended = subprocess.run([sys.executable, "-P", "-c", become], capture_output=True, text=True, check=False)
+    assert (ended.returncode, '"title": "Recipe"' in ended.stdout) == (0, True)

@@ -16,7 +16,7 @@ import pytest
 
 from launch.errors import ConfigError
 from launch.inputs.caches import base_is_there
-from launch.inputs.dataset_index import read_index
+from launch.inputs.dataset_index import local_dataset, read_index
 from launch.inputs.identity import model_identity
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
@@ -163,6 +163,15 @@ def test_data_that_is_not_there_is_named(
     said = capsys.readouterr().err
     assert words.replace("HERE", str(Path.cwd())) in said
     assert "Traceback" not in said
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_taken_for_an_empty_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(world, dataset=str(write_charts(tmp_path, {"train": chart_rows(2, 0)})))
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(ConfigError, match=f"data.dataset: {tmp_path} cannot be read .Permission denied"):
+        local_dataset(recipe)
 
 
 def test_wrong_columns_and_types_are_named(world: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from transformers.image_transforms import convert_to_rgb
 
 from trainer.data.row_errors import RowError, describe_error
 
+MAX_ASPECT_RATIO = 200
+"""Qwen2-VL's processor refuses images that are longer than this times their width."""
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 WHITE_IS_ZERO = 0
 NO_RANGE = {"I": "32-bit grey", "F": "floating point grey"}
@@ -52,6 +54,12 @@ def decode_image(image: bytes) -> Image.Image:
         ) from None
     except Exception as error:  # Pillow raises a dozen types for damaged files: any of them means a bad image
         raise RowError(f"the image is corrupt ({describe_error(error)})") from error
+
+
+def refuse_stripe(height: int, width: int) -> None:
+    """RowError for an image, of so many pixels, that is longer than the processor takes."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise RowError(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
 
 
 def _grey_of_16_bits(image: Image.Image, tags: dict[int, Any]) -> Image.Image:

@@ -16,16 +16,12 @@ from typing import Any
 
 from launch.errors import ConfigError, SamestepError
 from trainer.data.encoder import Encoder
-from trainer.data.images import decode_image
+from trainer.data.images import decode_image, refuse_stripe
 from trainer.data.relaxed_accuracy import correct
 from trainer.data.row_errors import RowError, describe_error
 from trainer.data.rows import Row
 from trainer.data.splits import Rows
 from trainer.progress_bars import ReportProgress
-
-MAX_ASPECT_RATIO = 200
-"""Qwen2-VL's processor refuses images that are longer than this times their width."""
-
 
 MAX_CHARACTERS = 1_000_000
 """Of one text: some 200,000 tokens; no tokenizer is given more to chew."""
@@ -151,8 +147,7 @@ def _measure(
 
 
 def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise RowError(f"the aspect ratio is above {MAX_ASPECT_RATIO} ({width} x {height} pixels)")
+    refuse_stripe(height, width)
     images = encoder.processor.image_processor
     try:
         patches: int = images.get_number_of_image_patches(height, width)
@@ -166,7 +161,7 @@ def _visual_tokens(encoder: Encoder, height: int, width: int) -> int:
 def _check_texts(row: Row, encoder: Encoder, texts: tuple[str, str] | None) -> None:
     """`texts`: what the table calls question and answer; None: they are messages."""
     for place, turn in enumerate(row.turns):
-        name = texts[place] if texts else f"message {place} ({turn.role})"
+        name = (texts or row.turn_names)[place]
         _check_characters(name, turn.text)
         if special := encoder.control_tokens.search(turn.text):
             raise RowError(

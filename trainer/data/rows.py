@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launch.inputs.dataset_index import row_digest
@@ -35,12 +35,14 @@ class Row:
     `images`: the bytes of the encoded files, undecoded, in the order of the chat. `turns`: an optional system message,
     then user and assistant in turn, the assistant last. `label`: the accepted answers; the first one is the text of the
     last turn. `human_or_machine`: ChartQA's kind of question (0: of a person, 1: of a machine), None: not known.
+    `turn_names`: what a chat's turns are called where one is wrong, as the file counts and calls them.
     """
 
     images: tuple[bytes, ...]
     turns: tuple[Turn, ...]
     label: list[str]
     human_or_machine: int | None = None
+    turn_names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def query(self) -> str:

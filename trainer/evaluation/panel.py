@@ -19,7 +19,7 @@ from launch.planning.make_plan import compute_dtype_of
 from launch.recipe.schema import Recipe
 from launch.untrusted_files import TABLE, UNREADABLE, printable, read_bytes, reason_of
 from trainer.data.encoder import Encoder
-from trainer.data.images import decode_image
+from trainer.data.images import decode_image, refuse_stripe
 from trainer.data.row_errors import RowError
 from trainer.data.rows import IMAGE, Turn, chat
 from trainer.evaluation.loading import answering_as, load_stored, load_with_adapters
@@ -121,7 +121,9 @@ def seat(
 def read_image(file: Path) -> Image.Image:
     """Return an image in RGB as the training would see it. ConfigError, which names the file."""
     try:
-        return decode_image(read_bytes(file, TABLE))
+        image = decode_image(read_bytes(file, TABLE))
+        refuse_stripe(image.height, image.width)
+        return image
     except UNREADABLE as error:
         raise ConfigError(f"IMAGE: {printable(str(file))} cannot be read ({reason_of(error)})") from error
     except RowError as error:

@@ -1,10 +1,12 @@
 """The samestep command: what it refuses, what it writes, what it starts, what it returns."""
 
+import errno
 import importlib.metadata
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -1055,3 +1057,38 @@ def test_a_current_folder_that_is_gone_and_folders_that_are_a_loop_are_named(tmp
         (line,) = ended.stderr.splitlines()
         assert reason in line
         assert "lock" not in line.partition(":")[2]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "give permission, or choose another place"),
+        (errno.ENOSPC, "make room, or choose another place"),
+        (errno.EROFS, "; choose another place"),
+    ],
+)
+def test_an_error_of_the_disk_is_said_with_what_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, remedy: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(number, os.strerror(number), "/a/place")
+
+    monkeypatch.setattr(main, "app", fail)
+    assert samestep("status") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"/a/place: {os.strerror(number)}")
+    assert f"{remedy}\n" in said
+
+
+def test_a_ctrl_c_while_the_command_is_imported_shows_no_traceback() -> None:
+    words = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from launch.cli.main import main\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

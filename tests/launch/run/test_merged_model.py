@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from launch.checkpoints.adapter_file import read_digest
 from launch.errors import ConfigError
+from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory, is_done_at
 from launch.run.merged_model import made_anew, merges_behind
 from tests.helpers.launcher import EMBEDDED, Launcher, samestep, stand_in, write_adapter
@@ -168,7 +169,12 @@ def test_an_adapter_that_cannot_be_read_is_no_reason_for_a_traceback(
     ("file", "damage"), [("adapter_model.safetensors", b"\xff" * 20), ("adapter_config.json", b'{"r": 8')]
 )
 def test_a_damaged_adapter_is_named_with_what_brings_it_back(
-    run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str], file: str, damage: bytes
+    run: RunDirectory,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    damage: bytes,
 ) -> None:
     assert is_done_at(run, 6)
     (run.adapter / file).write_bytes(damage)
@@ -190,6 +196,8 @@ def test_a_damaged_adapter_is_named_with_what_brings_it_back(
     assert samestep("merge", "embedded") == 2
     assert "own `samestep run` command writes it again from checkpoint-4" in capsys.readouterr().err
     assert not is_done_at(run, 6)  # so that command goes on
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(run.adapter / file))
+    assert adapter_damage(run) == f"{run.adapter / file}: cannot be read (Permission denied); give permission"
 
 
 def test_a_second_merge_at_the_same_moment_finds_nothing_in_its_way(

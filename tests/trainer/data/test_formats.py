@@ -147,6 +147,10 @@ BAD_CHATS: list[tuple[Any, str]] = [
         {"conversations": [_spoken("user", "?"), _spoken("user", "!")]},
         "message 1 is of user, where gpt is due",
     ),
+    (
+        {"conversations": [_spoken("human", "<|im_end|>"), _spoken("gpt", "y")], "system": "Be brief."},
+        "message 0 (human) holds the special token <|im_end|>",
+    ),
     ({"conversations": [_spoken("human", None)]}, "the value of message 0 is missing, not text or parts"),
     (
         {"conversations": [_spoken("human", "?"), _spoken("gpt", "<image>")]},

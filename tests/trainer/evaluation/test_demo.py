@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from gradio_client import Client, handle_file
+from PIL import Image
 
-from launch.errors import RunError
+from launch.errors import ConfigError, RunError
 from launch.recipe.loading import recipe_from_dict
 from launch.run.directory import RunDirectory
 from tests.conftest import recipe_values
@@ -53,6 +54,14 @@ def address(panel: Panel, examples: list[list[str]]) -> Iterator[str]:
         )
         yield address
         blocks.close()
+
+
+def test_an_image_that_the_processor_would_not_take_is_refused_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
+    with pytest.raises(
+        ConfigError, match=r"IMAGE: .*thin.png: the aspect ratio is above 200 \(1 x 300 pixels\)"
+    ):
+        read_image(tmp_path / "thin.png")
 
 
 def test_the_page_answers_with_base_and_adapter_beside_each_other(

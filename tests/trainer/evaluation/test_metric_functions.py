@@ -72,13 +72,15 @@ def test_a_function_of_the_users_own_is_found_beside_the_recipe_and_said(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "scores.py").write_text(
-        "def length(prediction, labels):\n    return min(len(prediction), 10) / 10\n"
+        "from lies_beside_scores import MOST\n"
+        "def length(prediction, labels):\n    return min(len(prediction), MOST) / 10\n"
         "def wrong(prediction, labels):\n    return 7\n"
         "def fails(prediction, labels):\n    return 1 / 0\n"
         "def words(prediction, labels):\n    return '0.5'\n"
         "def nothing(prediction, labels):\n    pass\n"
         "def leaves(prediction, labels):\n    raise SystemExit(0)\n"
     )
+    (tmp_path / "lies_beside_scores.py").write_text("MOST = 10\n")
     caplog.set_level("INFO", "trainer")
     recipe = _recipe(world, tmp_path, "exact_match", "scores:length")
     copy = tmp_path / "runs" / "recipe.yaml"  # a run's own copy, from which it is evaluated

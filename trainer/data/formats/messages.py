@@ -59,7 +59,8 @@ def messages_row(raw: Mapping[str, Any], files: ImageFiles, trains_questions: bo
     if places != len(images):
         raise RowError(f"the messages have places for {places} images, the row has {len(images)}")
     _check_order(turns, places_of, words)
-    return Row(tuple(images), tuple(turns), [turns[-1].text])
+    turn_names = [f"{place} ({words[turn.role]})" for place, turn in zip(places_of, turns, strict=True)]
+    return Row(tuple(images), tuple(turns), [turns[-1].text], turn_names=tuple(turn_names))
 
 
 def _file_words(messages: Sequence[Any]) -> Mapping[str, str]:

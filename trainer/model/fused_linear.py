@@ -26,7 +26,7 @@ from trainer.model.fp8 import (
     quantize_rows,
     rows_of_weight,
 )
-from trainer.model.lora_kernels import LARGEST_RANK, Adapter, adapter_gradients, add_back, project
+from trainer.model.lora_kernels import LARGEST_RANK, Adapter, adapter_gradients, add_back, add_up, project
 from trainer.model.resident import in_dtype, matrix_of, quantization_of
 
 
@@ -109,8 +109,7 @@ _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
 class _Linears(torch.autograd.Function):
     """Frozen linear layers of one input, and their adapters. Saves x, adapters, scaling * down(dropout(x)), no mask.
 
-    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again. `up`
-    is saved as it was multiplied.
+    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
     """
 
     @staticmethod
@@ -130,8 +129,8 @@ class _Linears(torch.autograd.Function):
                 )
                 inner = None
                 if layer.has_lora:
-                    up, inner = in_dtype(up, dtype), next(inners)
-                    output.addmm_(inner, up.t())
+                    inner = next(inners)
+                    add_up(output, inner, up)
                 outputs.append(output.view(*shape[:-1], -1))
                 saved += [weight, inner, down, up, rows]
         ctx.save_for_backward(flat if adapters else None, *saved)
@@ -150,7 +149,7 @@ class _Linears(torch.autograd.Function):
             for layer, (_, inner, _, up, _), gradient in zip(layers, groups, flats, strict=True):
                 if layer.has_lora:
                     of_ups.append(gradient.t().mm(inner).float())
-                    of_inners.append(gradient.mm(up))
+                    of_inners.append(gradient.mm(in_dtype(up, gradient.dtype)))
             adapters = _adapters(flat, layers, groups)
             of_downs = adapter_gradients(flat, of_inners, adapters) if adapters else []
             if ctx.needs_input_grad[0]:

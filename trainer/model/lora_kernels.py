@@ -21,7 +21,7 @@ from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
 LARGEST_RANK = 128
 """Above it the tiles of an adapter no longer fit beside those of the activation."""
 
-_TOKENS, _CHANNELS = 64, 128  # of a tile
+_TOKENS, _CHANNELS, _WARPS = 64, 128, 4  # of a tile
 _SHARES = 16  # of the tokens in `adapter_gradients`, added up in a fixed order
 
 
@@ -118,24 +118,30 @@ def _project(
 
 @DirectLaunch
 @_any_length
-def _add_back(
-    gradient, down, down_2, rows, rows_2, words, inner, inner_2, tokens, channels, rank, factor,
+def _add_products(
+    out, right, right_2, rows, rows_2, words, inner, inner_2, tokens, channels, rank, of_row, of_channel, factor,
     DROPPED: tl.constexpr, BOTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """gradient [tokens, channels] += factor * dropout's own of (inner [tokens, rank] @ down); and of a second"""
+    """out [tokens, channels] += factor * dropout's own of (inner [tokens, rank] @ right [rank, channels])
+
+    `of_row` and `of_channel`: the strides of `right`. Where BOTH, the product of a second is added too.
+    """
     token = tl.program_id(0) * T + tl.arange(0, T)
     begin = tl.program_id(1) * C
     channel = begin + tl.arange(0, C)
     row = tl.arange(0, R)
     inside, there, real = token < tokens, channel < channels, row < rank
+    at = row[:, None] * of_row + channel[None, :] * of_channel
+    matrix = tl.load(right + at, mask=real[:, None] & there[None, :], other=0.0)
     left = _inner(inner, token, inside, row, real, rank)
-    change = tl.dot(left, _matrix(down, row, real, channel, there, channels).to(left.dtype))
+    change = tl.dot(left, matrix.to(left.dtype))
     change = _dropped_out(change, rows, words, token, begin, channels, inside, DROPPED, C)
     if BOTH:
+        matrix = tl.load(right_2 + at, mask=real[:, None] & there[None, :], other=0.0)
         left = _inner(inner_2, token, inside, row, real, rank)
-        second = tl.dot(left, _matrix(down_2, row, real, channel, there, channels).to(left.dtype))
+        second = tl.dot(left, matrix.to(left.dtype))
         change += _dropped_out(second, rows_2, words, token, begin, channels, inside, DROPPED, C)
-    at = gradient + token[:, None].to(tl.int64) * channels + channel[None, :]
+    at = out + token[:, None].to(tl.int64) * channels + channel[None, :]
     both = inside[:, None] & there[None, :]
     before = tl.load(at, mask=both, other=0.0)
     tl.store(at, (before.to(tl.float32) + change * factor).to(before.dtype), mask=both)
@@ -180,9 +186,25 @@ def project(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
         _project[(cdiv(tokens, _TOKENS),)](
             *(x, first.down, second.down, first.rows, second.rows, first.words, outputs[one], outputs[two]),
             *(tokens, channels, len(first.down), first.factor * first.scale),
-            *(first.dropped, one != two, *_tiles(first)),
+            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(len(first.down))),
+            num_warps=_WARPS,
         )
     return outputs
+
+
+def add_up(output: Tensor, inner: Tensor, up: Tensor) -> None:
+    """Add inner @ up.T to `output` [T, channels], in place: inner is [T, rank], up [channels, rank].
+
+    cuBLAS takes longer, and milliseconds of the host to choose a kernel for a number of tokens that it has not seen.
+    """
+    tokens, channels = output.shape
+    rank = up.shape[1]
+    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _CHANNELS))
+    _add_products[grid](
+        *(output, up, up, inner, inner, inner, inner, inner, tokens, channels, rank, *up.t().stride(), 1.0),
+        *(0, False, _TOKENS, _CHANNELS, _filled_up(rank)),
+        num_warps=_WARPS,
+    )
 
 
 def add_back(gradient: Tensor, inners: Sequence[Tensor], adapters: Sequence[Adapter]) -> None:
@@ -191,7 +213,8 @@ def add_back(gradient: Tensor, inners: Sequence[Tensor], adapters: Sequence[Adap
     grid = (cdiv(tokens, _TOKENS), cdiv(channels, _CHANNELS))
     for one, two in _launches(adapters):
         first, second = adapters[one], adapters[two]
-        _add_back[grid](
+        rank = len(first.down)
+        _add_products[grid](
             *(
                 gradient,
                 first.down,
@@ -202,8 +225,9 @@ def add_back(gradient: Tensor, inners: Sequence[Tensor], adapters: Sequence[Adap
                 inners[one],
                 inners[two],
             ),
-            *(tokens, channels, len(first.down), first.factor * first.scale),
-            *(first.dropped, one != two, *_tiles(first)),
+            *(tokens, channels, rank, channels, 1, first.factor * first.scale),
+            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(rank)),
+            num_warps=_WARPS,
         )
 
 
@@ -224,7 +248,8 @@ def adapter_gradients(x: Tensor, inners: Sequence[Tensor], adapters: Sequence[Ad
         _gradients_of_down[grid](
             *(x, first.rows, second.rows, first.words, inners[one], inners[two], outputs[one], outputs[two]),
             *(tokens, channels, len(first.down), share, first.factor * first.scale),
-            *(first.dropped, one != two, *_tiles(first)),
+            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(len(first.down))),
+            num_warps=_WARPS,
         )
     return [output.sum(0) for output in outputs]
 
@@ -243,5 +268,5 @@ def _constants(adapter: Adapter) -> tuple[int, int, float, float]:
     return len(adapter.down), *adapter[3:]
 
 
-def _tiles(adapter: Adapter) -> tuple[int, int, int]:
-    return _TOKENS, _CHANNELS, max(16, next_power_of_2(len(adapter.down)))
+def _filled_up(rank: int) -> int:
+    return max(16, next_power_of_2(rank))

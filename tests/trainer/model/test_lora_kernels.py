@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.model.dropout import DRAWS, channel_words, keep_mask, module_keys, row_keys, token_keys
-from trainer.model.lora_kernels import Adapter, adapter_gradients, add_back, project
+from trainer.model.lora_kernels import Adapter, adapter_gradients, add_back, add_up, project
 
 TOKENS, CHANNELS, DROPPED = 70, 201, 6000  # no multiple of any tile
 SCALE = DRAWS / (DRAWS - DROPPED)
@@ -51,7 +51,7 @@ def test_projections_and_their_gradients_are_those_of_the_plain_form(
     inners = [torch.randn(TOKENS, rank, generator=draw).to(DEVICE) for rank in ranks]
     factors = [keep_mask(each.rows, CHANNELS, dropped) * SCALE if dropped else 1.0 for each in adapters]
     of_x = torch.ones(TOKENS, CHANNELS, device=DEVICE)
-    expected_of_x = of_x.clone()
+    output, expected_of_x = of_x.clone(), of_x.clone()
     projected, of_downs = project(x, adapters), adapter_gradients(x, inners, adapters)
     add_back(of_x, inners, adapters)
     for number, (adapter, inner, factor) in enumerate(zip(adapters, inners, factors, strict=True)):
@@ -59,3 +59,5 @@ def test_projections_and_their_gradients_are_those_of_the_plain_form(
         torch.testing.assert_close(of_downs[number], 2 * inner.t() @ (x * factor), **CLOSE)
         expected_of_x += 2 * factor * (inner @ adapter.down)
     torch.testing.assert_close(of_x, expected_of_x, **CLOSE)
+    add_up(output, inners[0], adapters[0].down.t().contiguous())
+    torch.testing.assert_close(output, 1 + inners[0] @ adapters[0].down, **CLOSE)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -54,11 +55,20 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
     for module in language.modules():
         if isinstance(module, LoraLayer):
             replace_where_it_fits(module, lora_linear)
+    dequantize_in_one_launch(language)
+
+
+def dequantize_in_one_launch(part: nn.Module) -> None:
+    """Switch linear layers in 4 bits to `packed_linear`, but those that something else computes already."""
+    for module in part.modules():
+        if isinstance(module, Linear4bit) and "forward" not in module.__dict__:
+            replace_where_it_fits(module, packed_linear)
 
 
 def fuse_patches_and_attention(visual: Any) -> None:
     """Switch patch embedding and attention to fused kernels, which the towers of all families have alike."""
     replace(visual.patch_embed, embed_patches)
+    dequantize_in_one_launch(visual)
     for block in visual.blocks:
         replace_where_it_fits(block.attn, vision_attention)
 
@@ -77,6 +87,22 @@ def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
         return stock(*args, **kwargs) if result is NotImplemented else result
 
     replace(module, forward)
+
+
+# --- linear layers in 4 bits --------------------------------------------------------------------------------------
+
+_MANY_ROWS = 1536
+"""Above it bitsandbytes 0.50 dequantizes a weight and multiplies as PyTorch does (`_gemm_4bit_custom_max_m`)."""
+
+
+def packed_linear(module: Any, x: Tensor) -> Any:
+    """`Linear4bit.forward` of [..., in] with the same products, the weight dequantized in fewer launches.
+
+    NotImplemented for few rows, which bitsandbytes multiplies without dequantizing, and for another dtype of products.
+    """
+    if x.numel() <= _MANY_ROWS * x.shape[-1] or module.compute_dtype not in (None, x.dtype):
+        return NotImplemented
+    return linears(x, (module,))[0]
 
 
 # --- between the linear layers ------------------------------------------------------------------------------------

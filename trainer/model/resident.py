@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,7 +56,16 @@ def matrix_of(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     """Return the base's weight [out, in] in `dtype`, out of its 4 bits where it is packed, as `MatMul4Bit` does."""
     if packed is None:
         return in_dtype(weight, dtype)
+    kernel = _kernel() if weight.is_cuda else None
+    if kernel is not None and kernel.can_dequantize(packed):
+        return in_dtype(kernel.dequantize(weight, packed), dtype)
     return dequantize_4bit(weight.view(-1, 1), packed).to(dtype)
+
+
+@cache
+def _kernel() -> Any:
+    """`trainer.model.nf4_kernel`, in a quarter of the launches and the same bits; None without Triton."""
+    return import_module("trainer.model.nf4_kernel") if find_spec("triton") else None
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

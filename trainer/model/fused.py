@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
 from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
+from trainer.model.frozen_mlp import add_norm_frozen_mlp, frozen_linears_of
 from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
@@ -147,6 +148,8 @@ def _after_attention(module: Any, attended: Tensor, residual: Tensor) -> Tensor:
     norm, mlp = module.post_attention_layernorm, module.mlp
     if takes_mlp(mlp):
         return add_norm_mlp(attended, residual, norm, mlp)
+    if layers := frozen_linears_of(mlp):
+        return add_norm_frozen_mlp(attended, residual, norm, layers)
     normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
     return cast(Tensor, residual + mlp(normed))
 

@@ -9,7 +9,6 @@ one product over its tokens, whose rounding depends on which tokens are together
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from trainer.model import kernels
+from trainer.model.autocast_off import AutocastOff
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 from trainer.model.fp8 import (
     Fp8Rows,
@@ -71,24 +71,35 @@ def lora_linear(module: Any, x: Tensor) -> Any:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it.
 
-    A submodule is looked up once: PyTorch does that in Python, and this is called hundreds of times a micro-batch.
+    What a module holds is read where PyTorch keeps it: its look-up by name is in Python, and this is called hundreds
+    of times a micro-batch.
     """
     if not isinstance(module, LoraLayer):
+        own = module._parameters
         plain = _Layer(quantization_of(module), is_fp8(module))
-        return plain, (module.weight, module.bias, None, None, None)
+        return plain, (own["weight"], own.get("bias"), None, None, None)
     layer: Any = module
-    base, downs = layer.base_layer, layer.lora_A
+    parts = layer._modules
+    base, downs = parts["base_layer"], parts["lora_A"]._modules
     if not _takes_lora(layer, base, downs):
         return None
     (adapter,) = downs
     if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
         return None
     rows, dropped = None, 0
-    dropout = layer.lora_dropout[adapter]
+    dropout = parts["lora_dropout"]._modules[adapter]
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
-    return facts, (base.weight, base.bias, downs[adapter].weight, layer.lora_B[adapter].weight, rows)
+    down, up = downs[adapter], parts["lora_B"]._modules[adapter]
+    own = base._parameters
+    return facts, (
+        own["weight"],
+        own.get("bias"),
+        down._parameters["weight"],
+        up._parameters["weight"],
+        rows,
+    )
 
 
 def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
@@ -100,7 +111,8 @@ def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
 def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
     layers = [layer for layer, _ in read]
     tensors = [tensor for _, group in read for tensor in group]
-    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
+    with AutocastOff(x):
+        return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
 
 
 _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
@@ -118,21 +130,18 @@ class _Linears(torch.autograd.Function):
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
         shape, dtype, has_lora = x.shape, x.dtype, False
-        with _without_autocast(x):
-            flat = x.reshape(-1, shape[-1]).contiguous()
-            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
-            for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
-                output = _product(
-                    flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype)
-                )
-                inner = None
-                if layer.has_lora:
-                    has_lora = True
-                    up = in_dtype(up, dtype)
-                    inner = kernels.project(flat, down, *_mask_of(flat, rows, layer.dropped), layer.scaling)
-                    output.addmm_(inner, up.t())
-                outputs.append(output.view(*shape[:-1], -1))
-                saved += [weight, down, up, rows, inner]
+        flat = x.reshape(-1, shape[-1]).contiguous()
+        in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
+        for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
+            output = _product(flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype))
+            inner = None
+            if layer.has_lora:
+                has_lora = True
+                up = in_dtype(up, dtype)
+                inner = kernels.project(flat, down, *_mask_of(flat, rows, layer.dropped), layer.scaling)
+                output.addmm_(inner, up.t())
+            outputs.append(output.view(*shape[:-1], -1))
+            saved += [weight, down, up, rows, inner]
         ctx.save_for_backward(flat if has_lora else None, *saved)
         ctx.layers = layers
         return tuple(outputs)
@@ -144,7 +153,7 @@ class _Linears(torch.autograd.Function):
         of_inners: list[tuple[Any, ...]] = []
         of_adapters: list[Tensor | None] = []
         weights: list[Any] = []
-        with _without_autocast(gradients[0]):
+        with AutocastOff(gradients[0]):
             flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
             for layer, group, gradient in zip(ctx.layers, _groups(saved), flats, strict=True):
                 weight, down, up, rows, inner = group
@@ -163,12 +172,6 @@ class _Linears(torch.autograd.Function):
                     kernels.add_back(of_x, *part)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
         return of_x, None, *of_adapters
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on, which it is not in a backward pass."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@
 Random weights of the true shape and chart-sized images (`--folder`, built once). Each run is one `accelerate launch`
 with the shipped config and the default recipe. What is done is written to `--output` at once, and a run that is there
 with the same settings is not run again unless `--fresh` says so. `per-gpu` runs have 32 samples a GPU and half of the
-steps, `few` runs 4 (`--per-gpu`), what each of 8 GPUs has of 32; `random` runs deal the same samples as a shuffling
-sampler would.
+steps, `few` runs 4 (`--per-gpu`), what each of 8 GPUs has of 32; `single-same` takes as many a step on one GPU as
+`ddp-few` on all; `random` runs deal the same samples as a shuffling sampler would. A run is held against the one on one
+GPU with as many samples a step, if there is one.
 Waiting and communication: of the plainly reduced strategies by the clocks of the ranks (the last to be ready, and the
 addition itself), of the others by the NCCL kernels that nothing overlaps in one profiled step. Steps 1 and 2 and the
 profiled one are in no time.
@@ -31,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.launching import child_environment, family, kill_all, launch_command
-from benchmarks.multi_gpu_figures import Measured, judge, report, summarize
+from benchmarks.multi_gpu_figures import Measured, judge, like_for_like, report, summarize
 from benchmarks.random_base import recipe_settings
 from launch.strategies import STRATEGIES
 
@@ -68,6 +69,7 @@ def runs_of(gpus: int, steps: int, few: int = FEW) -> dict[str, Run]:
         Run("zero3", "zero3", gpus, GLOBAL_BATCH, "balanced", steps),
         Run("ddp-per-gpu", "ddp", gpus, wide, "balanced", fewer),
         Run("single-few", "single", 1, few, "balanced", steps),
+        *([Run("single-same", "single", 1, few * gpus, "balanced", steps)] if gpus > 1 else []),
         Run("ddp-few", "ddp", gpus, few * gpus, "balanced", steps),
         Run("ddp-random", "ddp", gpus, GLOBAL_BATCH, "random", steps),
         Run("ddp-per-gpu-random", "ddp", gpus, wide, "random", fewer),
@@ -76,8 +78,18 @@ def runs_of(gpus: int, steps: int, few: int = FEW) -> dict[str, Run]:
     return {run.name: run for run in runs}
 
 
-DEFAULT_RUNS = ("single", "ddp", "fsdp", "zero2", "zero3", "ddp-per-gpu", "ddp-few", "ddp-random")
-FEW_RUNS = ("single", "single-few", "ddp-few")
+DEFAULT_RUNS = (
+    "single",
+    "ddp",
+    "fsdp",
+    "zero2",
+    "zero3",
+    "ddp-per-gpu",
+    "single-same",
+    "ddp-few",
+    "ddp-random",
+)
+FEW_RUNS = ("single", "single-few", "single-same", "ddp-few")
 
 
 def say(words: str) -> None:
@@ -116,8 +128,12 @@ def main() -> int:
                 launch(options, known[name], results)
     finally:
         report(asked_for(options), [results[name] for name in known if name in results])
-    single = results.get("single")
-    problems = {name: found for name in asked if name in results and (found := judge(results[name], single))}
+    measured = list(results.values())
+    problems = {
+        name: found
+        for name in asked
+        if name in results and (found := judge(results[name], like_for_like(results[name], measured)))
+    }
     for name, found in problems.items():
         print(f"{name}: {'; '.join(found)}", file=sys.stderr)
     return 1 if problems else 0
@@ -171,7 +187,7 @@ def parse() -> argparse.Namespace:
 def default_runs(gpus: int, per_gpu: int | None) -> list[str]:
     """What is run when nothing is named. On one GPU that is the host's share: few samples a step against many."""
     chosen = FEW_RUNS if per_gpu or gpus == 1 else DEFAULT_RUNS
-    return [name for name in chosen if gpus > 1 or name.startswith("single")]
+    return [name for name in chosen if gpus > 1 or name in ("single", "single-few")]
 
 
 def build(options: argparse.Namespace) -> None:

@@ -207,17 +207,25 @@ def prediction(run: RunDirectory, plan: Plan, assignment: str, counted: Sequence
     }
 
 
+def like_for_like(each: Measured, results: Sequence[Measured]) -> Measured | None:
+    """The run on one GPU with as many samples a step; None where there is no other."""
+    alike = (
+        one for one in results if one.processes == 1 and one.global_batch == each.global_batch and one.counted
+    )
+    return next((one for one in alike if one.name != each.name), None)
+
+
 def judge(each: Measured, single: Measured | None) -> list[str]:
-    """What is not as promised, in words."""
+    """What is not as promised, in words. `single`: as of `like_for_like`."""
     if each.outcome != "DONE":
         return [each.outcome]
-    if single is None or single.global_batch != each.global_batch or each is single:
+    if single is None:
         return []
     problems = []
     if each.digests != single.digests:
-        problems.append("other samples than single")
+        problems.append(f"other samples than {single.name}")
     if (apart := losses_apart(each, single)) > LOSS_TOLERANCE:
-        problems.append(f"losses {apart:.1e} from single")
+        problems.append(f"losses {apart:.1e} from {single.name}")
     return problems
 
 
@@ -255,16 +263,16 @@ def report(asked: Mapping[str, Any], results: Sequence[Measured]) -> None:
     for column in columns:
         table.add_column(column)
     for each in results:
-        table.add_row(*row(each, single))
+        table.add_row(*row(each, like_for_like(each, results), single))
     Console(width=200).print(table)
     for line in comparisons(known):
         print(line)
     print(json.dumps({**asked, "results": [_short(each) for each in results]}))
 
 
-def row(each: Measured, single: Measured | None) -> list[str]:
-    """One line of the table."""
-    problems = judge(each, single)
+def row(each: Measured, alike: Measured | None, single: Measured | None) -> list[str]:
+    """One line of the table. `alike`: as of `like_for_like`; `single`: the run of that name."""
+    problems = judge(each, alike)
     if not each.counted:
         return [
             each.name,
@@ -272,8 +280,6 @@ def row(each: Measured, single: Measured | None) -> list[str]:
             *[""] * 10,
             each.outcome,
         ]
-    efficiency = each.tokens_s / (each.processes * single.tokens_s) if single and single.counted else None
-    comparable = single is not None and single.global_batch == each.global_batch and single is not each
     reducing = each.predicted_reducing_s / each.step_s
     several = each.processes > 1
     return [
@@ -281,16 +287,28 @@ def row(each: Measured, single: Measured | None) -> list[str]:
         f"{each.processes} x {each.global_batch / each.processes:g}",
         f"{each.step_s:.3f}",
         f"{each.global_batch / each.step_s:.2f}",
-        "" if efficiency is None else f"{efficiency:.1%}",
+        _efficiency(each, alike, single),
         f"{_most(each.loading_gib)}, {_most(each.training_gib)}",
         _most(each.layers_gib),
         f"{1e6 * each.processes / each.tokens_s:.1f}, {each.slowest:.2f} x",
         f"{_share(each.busy_share)}, {each.profiled.get('profiled_launches', '-')}",
-        f"{losses_apart(each, single):.1e}" if comparable and single else "",
+        f"{losses_apart(each, alike):.1e}" if alike else "",
         f"{_share(each.waiting)} ({each.predicted_waiting:.2%})" if several else "",
         f"{_share(each.communication)} ({reducing:.2%})" if several else "",
-        "; ".join(problems) if problems else "quiet" + (", equal" if comparable else ""),
+        "; ".join(problems) if problems else "quiet" + (", equal" if alike else ""),
     ]
+
+
+def _efficiency(each: Measured, alike: Measured | None, single: Measured | None) -> str:
+    """The share of so many times one GPU's speed: with as many samples a step, and of `single` if that is another."""
+
+    def against(one: Measured) -> str:
+        return f"{each.tokens_s / (each.processes * one.tokens_s):.1%}"
+
+    parts = [against(alike)] if alike and each.processes > 1 else []
+    if single and single.counted and single not in (each, alike):
+        parts.append(f"{against(single)} of single with {single.global_batch:g}")
+    return ", ".join(parts)
 
 
 def comparisons(known: Mapping[str, Measured]) -> list[str]:

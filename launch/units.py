@@ -28,5 +28,5 @@ def decimal_size(size: int) -> str:
 
 
 def gib(count: int | float) -> str:
-    """Bytes for a reader."""
-    return f"{count / GIB:,.1f} GiB"
+    """Bytes for a reader; less than a tenth of a GiB in MiB."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.0f} MiB"

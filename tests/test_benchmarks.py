@@ -19,6 +19,7 @@ from benchmarks.multi_gpu_figures import (
     Measured,
     counted_steps,
     judge,
+    like_for_like,
     row,
     shares_of_clocks,
     shares_of_trace,
@@ -89,16 +90,31 @@ def test_a_run_with_other_losses_or_samples_is_named() -> None:
     assert judge(replace(same, losses=[2.0, 1.003]), single) == ["losses 3.0e-03 from single"]
     assert judge(replace(same, digests=["a", "c"]), single) == ["other samples than single"]
     assert judge(replace(same, outcome="ended without a marker"), single) == ["ended without a marker"]
-    wide = replace(same, global_batch=64, losses=[5.0, 5.0], digests=["x", "y"])
-    assert judge(wide, single) == []  # another batch is no comparison
+
+
+def test_a_run_is_compared_with_the_one_on_one_gpu_that_has_as_many_samples_a_step() -> None:
+    single = Measured("single", "single", 1, 32, "balanced", "DONE", counted=[2])
+    alike = replace(single, name="single-same", global_batch=8)
+    few = replace(alike, name="ddp-few", strategy="ddp", processes=2)
+    unfinished = replace(single, counted=[])
+    assert like_for_like(few, [single, alike, few]) is alike
+    assert like_for_like(few, [single, few]) is None  # another batch is no comparison
+    assert like_for_like(single, [single, alike, few]) is None
+    assert like_for_like(replace(few, global_batch=32), [unfinished]) is None
 
 
 def test_efficiency_counts_the_tokens_that_all_gpus_take_a_second() -> None:
     single = Measured(
         "single", "single", 1, 32, "balanced", "DONE", seconds=[4.0], tokens=[100], counted=[0], losses=[1.0]
     )
-    two = replace(single, name="ddp", processes=2, global_batch=64, seconds=[5.0], tokens=[200])
-    assert row(two, single)[4] == "80.0%"
+    two = replace(single, name="ddp", processes=2, seconds=[2.5])
+    assert row(two, single, single)[4] == "80.0%"
+    wide = replace(two, global_batch=64, seconds=[5.0], tokens=[200])
+    assert row(wide, None, single)[4] == "80.0% of single with 32"
+    alike = replace(single, name="single-same", global_batch=64, seconds=[9.0], tokens=[200])
+    assert row(wide, alike, single)[4] == "90.0%, 80.0% of single with 32"
+    assert row(single, None, single)[4] == ""
+    assert row(alike, None, single)[4] == "88.9% of single with 32"
 
 
 def test_random_assignment_gives_every_rank_as_many_samples_and_each_once() -> None:

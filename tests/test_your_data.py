@@ -49,7 +49,7 @@ def test_the_five_commands_of_the_page_train_a_model(world: Path, tmp_path: Path
         said.append(ended.stdout + ended.stderr)
     assert "labels.csv, 40 rows, columns picture, question, answer" in said[0]
     assert "columns (data.columns is given): image from picture" in said[1]
-    assert "»0<|im_end|>«" in said[2]
+    assert "»0<|im_end|>\\n«" in said[2]
     run = RunDirectory(tmp_path / "runs" / "my")
     marker = read_marker(run)
     assert marker is not None

@@ -113,7 +113,10 @@ def _longest_table(recipe: Recipe, split: Split) -> Table:
 def conversation_text(
     encoder: Encoder, row: Row, visual_tokens: Sequence[int], *, colour: bool = True
 ) -> Text:
-    """The chat as the template writes it, each image as its count of tokens, targets in colour or between » and «."""
+    """The chat as the template writes it, each image as its count of tokens, targets in colour or between » and «.
+
+    The line breaks that end a target are targets too: they are written out.
+    """
     conversation = encoder.conversation(row)
     spans = [(0, len(conversation.text))] if encoder.loss == "sequence" else list(conversation.answers)
     counts = iter(visual_tokens)
@@ -123,8 +126,11 @@ def conversation_text(
         for place, part in enumerate(conversation.text[begin:end].split(encoder.processor.image_token)):
             words += (f"[image: {next(counts, 0):,} tokens]" if place else "") + part
         words = printable_lines(words)
-        if is_target and not colour:
-            words = f"»{words.rstrip()}«" + "\n" * words.endswith("\n")
+        if is_target:
+            line = words.rstrip("\n")
+            breaks = len(words) - len(line)
+            line += "\\n" * breaks
+            words = (line if colour else f"»{line}«") + "\n" * breaks
         text.append(words, style=_TARGET if is_target else "")
     return text
 

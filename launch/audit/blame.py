@@ -90,7 +90,12 @@ def blame(
         refuse_rows_of_other_steps(run, step, without, copy.planned)
         output = copy.run.path / "losses.json"
         rows = ["--without", ",".join(map(str, without))] if without else []
-        call_here(copy, MODULE, ["--step", str(step), "--last", str(last), "--output", str(output), *rows])
+        call_here(
+            copy,
+            f"blame {run.name}",
+            MODULE,
+            ["--step", str(step), "--last", str(last), "--output", str(output), *rows],
+        )
         samples = [BlamedSample(**each) for each in parse_json(read_text(output))]
         steps = _steps_without(run, copy.run, step, recorded) if without else ()
         result = Blame(

@@ -48,8 +48,9 @@ class DeepComparison:
     """One step of two runs, computed again here from what their folders hold.
 
     `weights`: the largest relative difference of an adapter's weights before the step. `first`: None: no module
-    differs beyond rounding. `identical`: no fingerprint differs at all. `reproduced`: whether the loss that each run
-    recorded for the step came out here again. `modules`: how many were compared.
+    differs beyond rounding. `unequal`: the first module whose output is not equal to the bit; None: all are.
+    `identical`: no fingerprint differs at all. `reproduced`: whether the loss that each run recorded for the step came
+    out here again. `modules`: how many were compared.
     """
 
     step: int
@@ -57,6 +58,7 @@ class DeepComparison:
     modules: int
     weights: float
     first: ModuleDifference | None
+    unequal: ModuleDifference | None
     identical: bool
     reproduced: tuple[bool, bool]
     recorded: tuple[float | None, float | None]
@@ -68,14 +70,14 @@ class DeepComparison:
 
 
 def parting_step(comparison: Comparison) -> int | None:
-    """The first step whose loss or gradient norm parts; None: none does.
+    """The first step whose loss or gradient norm parts, else whose loss is not equal to the bit; None: all are.
 
     Raises:
         ConfigError: the samples or their tokens part before.
     """
     steps = {parting.quantity: parting.step for parting in comparison.partings}
     step = min((steps[name] for name in ("loss", "grad_norm") if name in steps), default=None)
-    if step is None:
+    if step is None and (step := comparison.rounding_from) is None:
         return None
     for name in ("samples", "target_tokens"):
         if steps.get(name, step + 1) <= step:
@@ -100,26 +102,30 @@ def compare_deeply(left: RunDirectory, right: RunDirectory, step: int, request: 
     dtype = max((read_plan(run).compute_dtype for run in (left, right)), key=_tolerance)
     computed = tuple(each["step_loss"] for each in seen)
     weights = _differences(seen[0]["weights"], seen[1]["weights"])
-    every = [*weights.values()]
-    first = None
-    for during, key, factor in (("forward", "outputs", 1), ("backward", "gradients", GRADIENT_FACTOR)):
-        differences = _differences(seen[0][key], seen[1][key])
-        every += differences.values()
-        limit = _tolerance(dtype) * factor
-        found = next(((name, each) for name, each in differences.items() if not each <= limit), None)
-        if found and first is None:
-            first = ModuleDifference(short_name(found[0]), during, found[1], limit)  # type: ignore[arg-type]
+    outputs = _differences(seen[0]["outputs"], seen[1]["outputs"])
+    gradients = _differences(seen[0]["gradients"], seen[1]["gradients"])
+    limit = _tolerance(dtype)
     return DeepComparison(
         step,
         len(rows),
         len(seen[0]["outputs"]),
         max(weights.values(), default=0.0),
-        first,
-        not any(every),
+        _first_beyond(outputs, limit, "forward", limit)
+        or _first_beyond(gradients, limit * GRADIENT_FACTOR, "backward", limit * GRADIENT_FACTOR),
+        _first_beyond(outputs, 0.0, "forward", limit),
+        not any((*weights.values(), *outputs.values(), *gradients.values())),
         tuple(_same(*pair) for pair in zip(recorded, computed, tolerances, strict=True)),  # type: ignore[arg-type]
         recorded,  # type: ignore[arg-type]
         computed,
     )
+
+
+def _first_beyond(
+    differences: Mapping[str, float], least: float, during: Pass, tolerance: float
+) -> ModuleDifference | None:
+    """The first module in order that differs by more than `least`."""
+    beyond = ((name, relative) for name, relative in differences.items() if not relative <= least)
+    return next((ModuleDifference(short_name(name), during, each, tolerance) for name, each in beyond), None)
 
 
 def deep_verdict(deep: DeepComparison, names: tuple[str, str]) -> str:
@@ -140,6 +146,11 @@ def deep_verdict(deep: DeepComparison, names: tuple[str, str]) -> str:
     ]
     if lost:
         return f"{words}; {' and '.join(lost)}: it came from the machine or the libraries there, not from its folder"
+    if deep.unequal and deep.weights == 0:
+        return (
+            f"{words}; from equal weights, {deep.unequal.module} is the first module whose output is not equal to the "
+            f"bit ({deep.unequal.relative:.1e}): look there first"
+        )
     if deep.weights > 0:
         return f"{words}; the weights before the step differ by {deep.weights:.1e}: the runs parted little by little"
     return f"{words}; what parted them lies in later micro-batches of the step"
@@ -174,7 +185,12 @@ def _differences(
 def _fingerprints(run: RunDirectory, step: int, rows: Sequence[str], request: RunRequest) -> dict[str, Any]:
     with restored(run, step, request) as copy:
         output = copy.run.path / "fingerprints.json"
-        call_here(copy, MODULE, ["--step", str(step), "--rows", ",".join(rows), "--output", str(output)])
+        call_here(
+            copy,
+            "diff --deep",
+            MODULE,
+            ["--step", str(step), "--rows", ",".join(rows), "--output", str(output)],
+        )
         seen = read_mapping(output, TABLE)
         seen["step_loss"] = number_of(read_steps(copy.run.metrics_file).get(step, {}), "loss")
     return seen

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from launch.audit.diff import Parting, compare_steps, read_plan, tolerance_of
 from launch.audit.environment import Change, altered_libraries, environment_changes
-from launch.audit.restored import restored
+from launch.audit.restored import changes_since, restored
 from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.local.execute import execute_with_oom_retry
@@ -32,7 +32,8 @@ class Replay:
 
     `parting`: the first figure that differs beyond `tolerance`; None: none does. `bitwise`: no figure differs at all.
     `environment`: what is otherwise here than where the run's newest attempt was. `altered_libraries`: code files that
-    are not as their packages brought them, looked for where a figure differs.
+    are not as their packages brought them, looked for where a figure differs. `changed`: what the run was allowed to
+    change after it took the steps, each in words.
     """
 
     first: int
@@ -46,6 +47,7 @@ class Replay:
     largest_loss_difference: float
     environment: tuple[Change, ...]
     altered_libraries: tuple[str, ...]
+    changed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
@@ -69,7 +71,12 @@ class Replay:
             yield f"environment, of the run's newest attempt -> here: {', '.join(map(str, self.environment))}"
         for file in self.altered_libraries:
             yield f"library not as it was installed: {file}"
-        if self.parting and not (allowed or self.environment or self.altered_libraries):
+        if self.parting and self.changed:
+            yield (
+                "the steps were taken before a change of the run that was allowed, so they cannot come out as they "
+                f"were: {'; '.join(self.changed)}"
+            )
+        elif self.parting and not (allowed or self.environment or self.altered_libraries):
             yield (
                 "environment: the recorded versions and hardware are these here, and no library file was changed; look "
                 "at the machines with `samestep doctor`, and for the module with `samestep diff --deep`"
@@ -127,7 +134,10 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
     tolerance = tolerance_of(plan, now)
     partings, bitwise, largest = compare_steps(pairs, tolerance, plan.samples_digest == now.samples_digest)
     parting = min(partings, key=lambda parting: parting.step, default=None)
-    if parting:
+    changed = tuple(
+        f"{change.key} was {' and is '.join(change.shown())}" for change in changes_since(run, first)
+    )
+    if parting and not changed:
         log_stderr("comparing the libraries' files with what their packages brought")
     return Replay(
         first,
@@ -140,7 +150,8 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
         bitwise,
         largest,
         changes,
-        altered_libraries() if parting else (),
+        altered_libraries() if parting and not changed else (),
+        changed,
     )
 
 

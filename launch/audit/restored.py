@@ -14,16 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.atomic_files import atomic_write
 from launch.audit.diff import read_plan
+from launch.checkpoints.manifest import read_manifest
 from launch.checkpoints.scan import Checkpoint, scan_checkpoints
-from launch.errors import ConfigError
-from launch.inputs.identity import PARTS, TRAIN_ROWS, RunIdentity
+from launch.errors import CheckpointError, ConfigError
+from launch.inputs.identity import PARTS, TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
-from launch.run.changes import content_changes, refuse_changes
+from launch.recipe.fingerprint import altering_values
+from launch.recipe.loading import load_recipe
+from launch.run.changes import Change, changes, content_changes, refuse_changes
 from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
 from launch.run.lock import LOCK_FILE, hold_lock, lock_holder
@@ -60,8 +64,29 @@ class RestoredRun:
         return self.begin.folder.name if self.begin else "step 0"
 
 
+def changes_since(run: RunDirectory, step: int) -> list[Change]:
+    """What was allowed to change in a run after it took `step`: what the next checkpoint records, against what holds.
+
+    Empty where no checkpoint of the step or later is left that can be read.
+    """
+    for folder in run.checkpoints():
+        with suppress(CheckpointError):
+            facts: dict[str, Any] = read_manifest(folder, verify=False)["facts"]
+            if facts["step"] >= step:
+                plan, recipe = read_plan(run), load_recipe(run.recipe_file)
+                values = changes(facts.get("recipe", {}), altering_values(recipe))
+                return [*values, *content_changes(recorded_identity(facts), _identity_of(plan))]
+    return []
+
+
 def refuse_steps_of_another_plan(run: RunDirectory, step: int, option: str) -> None:
-    """ConfigError for a step from before a change of the plan: its samples no longer follow from what the run keeps."""
+    """ConfigError for a step from before a change of plan or rows: its samples are not those of what the run keeps."""
+    rows = next((change for change in changes_since(run, step) if change.key == TRAIN_ROWS), None)
+    if rows is not None:
+        raise ConfigError(
+            f"{option}: step {step} of {run.name} was taken before a change that was allowed ({TRAIN_ROWS} was "
+            f"{rows.shown()[0]}, is {rows.shown()[1]}), so its samples are not known; name a later step"
+        )
     if step <= (begun := read_plan(run).begin.step):
         raise ConfigError(
             f"{option}: step {step} of {run.name} was taken with an earlier plan (the batch size was changed after "
@@ -80,6 +105,7 @@ def restored(
     Raises:
         ConfigError: the data or the base is another one (the part is named), or the request breaks a rule.
     """
+    load_recipe(run.recipe_file)  # what is wrong with it is said of the run, not of its copy
     plan, begin = read_plan(run), _checkpoint_before(run, step)
     _remove_leftovers(run)
     with (
@@ -120,8 +146,10 @@ def _remove_leftovers(run: RunDirectory) -> None:
                 folder.rmdir()
 
 
-def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) -> None:
+def call_here(restored_run: RestoredRun, what: str, module: str, arguments: Sequence[str]) -> None:
     """Write the copy's plan, and run a module of the trainer on it in the plan's processes.
+
+    `what`: the command of the user that this is for, as an error names it.
 
     Raises:
         ChildError: it did not finish; it has said why.
@@ -135,15 +163,17 @@ def call_here(restored_run: RestoredRun, module: str, arguments: Sequence[str]) 
     if ended.interrupted:
         raise KeyboardInterrupt
     if ended.status:
-        raise ChildError(f"python -m {module}", ended.status)
+        raise ChildError(f"`samestep {what}`", ended.status)
 
 
 def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Sequence[str]) -> None:
     """ConfigError that names each part of data and base which is another one than the run was made of."""
-    before, after = (
-        RunIdentity({**each.identity, TRAIN_ROWS: each.dataset_fingerprint}) for each in (plan, now)
-    )
-    refuse_changes(content_changes(before, after), allow, str(run.path), "bring back what it was made of")
+    changed = content_changes(_identity_of(plan), _identity_of(now))
+    refuse_changes(changed, allow, str(run.path), "bring back what it was made of")
+
+
+def _identity_of(plan: Plan) -> RunIdentity:
+    return RunIdentity({**plan.identity, TRAIN_ROWS: plan.dataset_fingerprint})
 
 
 def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, is_whole, read_digest
+from launch.checkpoints.adapter_file import ADAPTER_WEIGHTS, read_digest
 from launch.checkpoints.manifest import read_manifest
 from launch.errors import CheckpointError, ConfigError
 from launch.inputs.dataset_index import Index, read_index
@@ -21,6 +21,7 @@ from launch.planning.run_steps import stream_of
 from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
+from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory, is_done_at
 from launch.run.figures import read_steps
 from launch.run.merged_model import DIGEST, read_record
@@ -28,6 +29,7 @@ from launch.run.proof import chained, parse_proof, proof_of
 from launch.untrusted_files import UNREADABLE, printable, read_mapping, read_text, reason_of
 
 State = Literal["ok", "failed", "not checked"]
+_NO_ADAPTER: tuple[State, str] = ("not checked", "the run's adapter is missing or damaged")
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,19 @@ def _checkpoints(run: RunDirectory, plan: Plan, progress: Callable[[str], None])
 def _adapter(run: RunDirectory, plan: Plan) -> Link:
     if not run.adapter.exists():
         return Link("adapter", "not checked", "not written yet")
-    digest = read_digest(run.adapter)
-    if digest is None or not is_whole(run.adapter):
-        return Link("adapter", "failed", f"{run.adapter / ADAPTER_WEIGHTS} is damaged")
+    digest, damage = read_digest(run.adapter), adapter_damage(run)
+    if damage or digest is None:
+        return Link("adapter", "failed", damage or f"{run.adapter / ADAPTER_WEIGHTS} cannot be read")
     last = run.checkpoint(plan.max_steps)
     if not is_done_at(run, plan.max_steps) or not (last / ADAPTER_WEIGHTS).is_file():
         return Link(
             "adapter", "ok", f"{short(digest)}, whole; no checkpoint of the last step to compare with"
         )
-    if read_digest(last) != digest:
+    if (held := read_digest(last)) is None:
+        return Link(
+            "adapter", "ok", f"{short(digest)}, whole; {last.name} is damaged, nothing to compare with"
+        )
+    if held != digest:
         return Link("adapter", "failed", f"{short(digest)} is not what {last.name} holds")
     return Link("adapter", "ok", f"{short(digest)}, the tensors of {last.name}")
 
@@ -167,7 +173,9 @@ def _merges(run: RunDirectory) -> Iterator[Link]:
         if not folder.exists():
             continue
         record = read_record(folder)
-        if record.get(DIGEST) is None:
+        if digest is None:
+            yield Link(folder.name, *_NO_ADAPTER)
+        elif record.get(DIGEST) is None:
             yield Link(folder.name, "failed", "merge.json does not say of which adapter it is")
         elif record[DIGEST] != digest:
             yield Link(
@@ -187,11 +195,18 @@ def _evaluations(run: RunDirectory) -> Iterator[Link]:
     for file in sorted(run.path.glob("eval*.json")):
         try:
             result: dict[str, Any] = read_mapping(file)
+        except UNREADABLE as error:
+            text = f"cannot be read ({reason_of(error)}); `samestep evaluate` writes it anew"
+            yield Link(file.name, "failed", text)
+            continue
+        try:
             weights = result["weights"]["adapter"] if "checkpoint" not in file.name else None
-        except (*UNREADABLE, LookupError, TypeError):
+        except (LookupError, TypeError):
             yield Link(file.name, "not checked", "does not say which weights answered")
             continue
-        if weights is not None and weights != digest:
+        if weights is not None and digest is None:
+            yield Link(file.name, *_NO_ADAPTER)
+        elif weights is not None and weights != digest:
             yield Link(
                 file.name, "failed", "its answers are of another adapter; `samestep evaluate` asks anew"
             )
@@ -205,13 +220,17 @@ def _evaluations(run: RunDirectory) -> Iterator[Link]:
 
 def _cards(run: RunDirectory) -> Iterator[Link]:
     """The proof that a model card holds, against what the run's folder has now."""
+    digest = read_digest(run.adapter)
     for folder in (run.adapter, run.merged, run.merged_dequantized):
         try:
             written = parse_proof(read_text(folder / "README.md"))
         except UNREADABLE:
             continue
+        if digest is None:
+            yield Link(f"card of {folder.name}", *_NO_ADAPTER)
+            continue
         merge = read_record(folder) if folder != run.adapter else None
-        now = {link.name: link for link in proof_of(run, read_digest(run.adapter), merge)}
+        now = {link.name: link for link in proof_of(run, digest, merge)}
         wrong = [link.name for link in written if now.get(link.name) != link]
         if written and wrong:
             yield Link(

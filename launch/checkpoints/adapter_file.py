@@ -6,22 +6,34 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.untrusted_files import UNREADABLE, plain_size, read_bytes
+from launch.untrusted_files import UNREADABLE, plain_size, read_bytes, read_mapping
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST = 2**34  # bytes of an adapter that is read whole: all linear layers of a 72B at rank 256 are 13 GB
 
 
 def is_whole(adapter: Path) -> bool:
-    """The folder has an adapter whose weights' file is as long as its header says."""
+    """The folder has an adapter whose weights' file is as long as its header says, and its settings."""
+    return damaged_file(adapter) is None
+
+
+def damaged_file(adapter: Path) -> Path | None:
+    """Return the file for which a folder is no whole adapter: it is missing, cut or another thing; None: it is one."""
     from safetensors import SafetensorError, safe_open
 
+    weights, config = adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG
     try:
-        plain_size(adapter / ADAPTER_WEIGHTS)
-        with safe_open(adapter / ADAPTER_WEIGHTS, "np") as opened:
-            return bool(opened.keys()) and (adapter / ADAPTER_CONFIG).is_file()
+        plain_size(weights)
+        with safe_open(weights, "np") as opened:
+            if not opened.keys():
+                return weights
     except (*UNREADABLE, SafetensorError):
-        return False
+        return weights
+    try:
+        read_mapping(config)
+    except UNREADABLE:
+        return config
+    return None
 
 
 def read_digest(adapter: Path) -> str | None:

@@ -25,7 +25,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # read it: the one file that may lie beside the published ones. Notes, backups of editors or a `.DS_Store` may
 # not: they cannot be told from the rest of another checkpoint.
 _NFS_LEFTOVER = re.compile(r"\.nfs[0-9a-f]{24}")
-_OLDER = "use an older checkpoint"
+OLDER = "use an older checkpoint"
+"""What to do about a damaged one, in its message, while there are older ones."""
 
 Entries = dict[str, dict[str, Any]]
 """Name of a file in a checkpoint -> its {bytes, sha256}."""
@@ -50,12 +51,12 @@ def load_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(problem)
         manifest: dict[str, Any] = read_json(path, TABLE)
         if not isinstance(manifest, dict) or not manifest.keys() >= {"facts", "files", "sha256"}:
-            raise CheckpointError(f"{path}: is no manifest (facts, files and sha256 are needed); {_OLDER}")
+            raise CheckpointError(f"{path}: is no manifest (facts, files and sha256 are needed); {OLDER}")
         sealed, seal = str(manifest["sha256"]), checksum_of(manifest["facts"], manifest["files"])
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; the checkpoint was never completed, {_OLDER}") from None
+        raise CheckpointError(f"{path}: is missing; the checkpoint was never completed, {OLDER}") from None
     except UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); {_OLDER}") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); {OLDER}") from None
     if seal != sealed:
         raise CheckpointError(_other_content(path, seal, printable(sealed)))
     if problems := list(_impossible(path, manifest["facts"], manifest["files"])):
@@ -66,24 +67,24 @@ def load_manifest(path: Path) -> dict[str, Any]:
 def _impossible(path: Path, metadata: object, files: object) -> Iterator[str]:
     """What `publish` would not have written into a manifest, a line each."""
     if not isinstance(metadata, dict) or not _is_count(step := metadata.get("step")):
-        yield f"{path}: its facts name no step ({printable(repr(metadata))[:80]}); {_OLDER}"
+        yield f"{path}: its facts name no step ({printable(repr(metadata))[:80]}); {OLDER}"
     elif (named := CHECKPOINT_NAME.fullmatch(path.parent.name)) and int(named[1]) != step:
         yield (
             f"{path}: is of another step than its folder ({step}, the folder says {named[1]}); "
-            f"rename the folder if you know what it holds, or {_OLDER}"
+            f"rename the folder if you know what it holds, or {OLDER}"
         )
     if not isinstance(files, dict):
-        yield f"{path}: its files are no mapping ({printable(repr(files))[:80]}); {_OLDER}"
+        yield f"{path}: its files are no mapping ({printable(repr(files))[:80]}); {OLDER}"
         return
     for name, entry in files.items():
         if not _is_inside(name):
-            yield f"{path}: lists a file that cannot be in the folder ({name!a}); {_OLDER}"
+            yield f"{path}: lists a file that cannot be in the folder ({name!a}); {OLDER}"
         elif (
             not isinstance(entry, dict)
             or not _is_count(entry.get("bytes"))
             or not _SHA256.fullmatch(str(entry.get("sha256")))
         ):
-            yield f"{path}: has no size and sha256 of {name!a} ({printable(repr(entry))[:80]}); {_OLDER}"
+            yield f"{path}: has no size and sha256 of {name!a} ({printable(repr(entry))[:80]}); {OLDER}"
 
 
 def _is_count(value: object) -> bool:
@@ -110,7 +111,7 @@ def file_differences(folder: Path, files: dict[str, dict[str, Any]], verify: boo
         if name != MANIFEST:
             yield (
                 f"{printable(str(folder / name))}: was not published ({status.st_size:,} bytes, not in "
-                f"{MANIFEST}); move it away, or {_OLDER}"
+                f"{MANIFEST}); move it away, or {OLDER}"
             )
 
 
@@ -122,13 +123,13 @@ def _damage(path: Path, size: int, digest: str, verify: bool) -> str | None:
         if problem := not_plain(path, status.st_mode):
             return problem
         if status.st_size != size:
-            return f"{name}: has another size ({status.st_size:,} bytes, {size:,} were published); {_OLDER}"
+            return f"{name}: has another size ({status.st_size:,} bytes, {size:,} were published); {OLDER}"
         if verify and (content := _digest(path)) != digest:
             return _other_content(path, content, digest)
     except (FileNotFoundError, NotADirectoryError):
-        return f"{name}: is missing ({size:,} bytes were published); {_OLDER}"
+        return f"{name}: is missing ({size:,} bytes were published); {OLDER}"
     except (OSError, ValueError) as error:  # ValueError: a name that no file system has
-        return f"{name}: cannot be read ({reason_of(error)}); {_OLDER}"
+        return f"{name}: cannot be read ({reason_of(error)}); {OLDER}"
     return None
 
 
@@ -150,7 +151,7 @@ def entries(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
             if not stat.S_ISDIR(status.st_mode) and not leftover:
                 statuses[path.relative_to(folder).as_posix()] = status
     problems = [
-        f"{printable(str(error.filename))}: cannot be read ({reason_of(error)}); give permission, or {_OLDER}"
+        f"{printable(str(error.filename))}: cannot be read ({reason_of(error)}); give permission, or {OLDER}"
         for error in errors
     ]
     return dict(sorted(statuses.items())), problems
@@ -162,11 +163,11 @@ def not_plain(path: Path, mode: int) -> str | None:
     kind = (
         "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
     )
-    return f"{printable(str(path))}: is no plain file ({kind}); {_OLDER}"
+    return f"{printable(str(path))}: is no plain file ({kind}); {OLDER}"
 
 
 def _other_content(path: Path, digest: str, published: str) -> str:
-    return f"{printable(str(path))}: has another content (sha256 {digest}, {published} published); {_OLDER}"
+    return f"{printable(str(path))}: has another content (sha256 {digest}, {published} published); {OLDER}"
 
 
 def _digest(path: Path) -> str:

@@ -32,7 +32,8 @@ def diff(
         bool,
         typer.Option(
             "--deep",
-            help="Compute the first step whose loss parts again in both, and name the module that differs first.",
+            help="Compute the first step whose loss parts (beyond rounding, or else at all) again in both, and name "
+            "the module that differs first.",
         ),
     ] = False,
     runs_dir: RunsDir = Path("runs"),
@@ -40,8 +41,9 @@ def diff(
 ) -> None:
     """Compare two runs: recipe, data, base, plan and versions, and the first step where they part.
 
-    Ends with 0 when they are the same run within rounding, with 1 when they are not. --deep works in copies of the
-    runs, in one process here (a GPU, if there is one).
+    Ends with 0 when they are the same run within rounding, with 1 when they are not, or when --deep names a
+    module whose difference rounding does not explain. --deep works in copies of the runs, in one process here (a GPU,
+    if there is one).
     """
     from launch.audit.diff import compare_runs
     from launch.run.find import find_run
@@ -63,10 +65,8 @@ def diff(
         elif result is not None:
             echo(deep_verdict(result, (places[0].name, places[1].name)))
         else:
-            echo(
-                "--deep: neither loss nor gradient norm parts beyond rounding, so there is no step to look into"
-            )
-    if comparison.first is not None:
+            echo("--deep: every loss is equal to the bit, so there is no step to look into")
+    if comparison.first is not None or (deep and result is not None and result.first is not None):
         raise typer.Exit(1)
 
 

@@ -113,5 +113,10 @@ def init(
     atomic_write(file, written)
     processes = f" --gpus-per-node {gpus}" if gpus else ""
     echo(f"{file}: written ({source.description})")
+    if source.answers > 1:
+        echo(
+            f"chats have up to {source.answers} answers, of which data.loss: answer trains the last one alone; "
+            "to train all of them set data.loss: all_answers"
+        )
     quoted = shlex.quote(str(file))
     echo(f"next:\n  samestep data {quoted}\n  samestep run {quoted}{processes}")

@@ -220,6 +220,7 @@ def _run_here(request: planned_run.RunRequest) -> None:
     from launch.local import planned_run
     from launch.local.execute import execute_with_oom_retry, reserve_name
     from launch.local.import_checkpoint import import_foreign_checkpoint
+    from launch.local.record_repair import repair_records
 
     request = import_foreign_checkpoint(request)
     planned = planned_run.plan_run(request)
@@ -228,6 +229,8 @@ def _run_here(request: planned_run.RunRequest) -> None:
             echo(
                 f"{planned.run.path}: done already, adapter in {planned.run.adapter}; --fresh trains it anew"
             )
+            if repaired := repair_records(planned):
+                echo(repaired)
             return
         show_allowed(planned.changed)
         with planned_run.moved_aside(planned.run, request.fresh) as old:

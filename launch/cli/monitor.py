@@ -154,7 +154,10 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
 
 @commands.command(epilog=example("samestep checkpoints embedded"))
 def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json: AsJson = False) -> None:
-    """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file."""
+    """Show the checkpoints of a run, and why it cannot go on from a damaged one. Reads every file.
+
+    Ends with 1 when all that were published are damaged.
+    """
     import json
     import time
 
@@ -162,7 +165,13 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
     from rich.text import Text
 
     from launch.checkpoints.scan import scan_checkpoints
-    from launch.monitor.checkpoint_table import CHECKPOINT_COLUMNS, as_objects, reasons, table_rows
+    from launch.monitor.checkpoint_table import (
+        CHECKPOINT_COLUMNS,
+        all_damaged,
+        as_objects,
+        reasons,
+        table_rows,
+    )
     from launch.run.find import find_run
     from launch.run.request_files import old_plan
 
@@ -172,7 +181,7 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
         scanned = scan_checkpoints(place.path, telling=lambda folder: status.update(f"reading {folder.name}"))
     if as_json:
         emit(json.dumps(as_objects(scanned), indent=1))
-        return
+        raise typer.Exit(int(all_damaged(scanned)))
     if not scanned and place.adapter.exists():
         echo(f"{place.path}: no checkpoint is left, its adapter is; to go on would be refused (see --fresh)")
         return
@@ -188,3 +197,5 @@ def checkpoints(run: RunArgument, runs_dir: RunsDir = DEFAULT_RUNS_DIR, as_json:
     console.print(table)
     for line in reasons(scanned, old_plan(place)):
         echo(line)
+    if all_damaged(scanned):
+        raise typer.Exit(1)

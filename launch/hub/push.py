@@ -20,6 +20,7 @@ from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.console import echo
 from launch.errors import ConfigError, RunError, SamestepError
 from launch.hub.card import card_for_hub, describe_run
+from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory
 from launch.run.merged_model import merge_behind
 from launch.untrusted_files import printable
@@ -40,7 +41,9 @@ def push_run(run: RunDirectory, repo_id: str, *, merged: bool = False, private: 
         RunError: the hub does not answer.
     """
     problems = (
-        [] if is_whole(run.adapter) else [f"{run.adapter}: no whole adapter yet; `samestep run` writes it"]
+        []
+        if is_whole(run.adapter)
+        else [adapter_damage(run) or f"{run.adapter}: no adapter yet; `samestep run` writes it"]
     )
     if merged and not (run.merged / "config.json").is_file():
         problems.append(f"{run.merged}: no merged model yet; make it with `samestep merge {run.path}`")

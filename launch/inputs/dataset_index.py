@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.errors import ConfigError
-from launch.hub_names import EMBEDDED, is_hub_id
+from launch.hub_names import EMBEDDED, is_hub_id, tried_folder
 from launch.inputs.caches import cache_root, config_file, embedded_version, versions_of
 from launch.inputs.file_digests import files_digest
 from launch.inputs.model_files import part_files, read_own_template
@@ -130,7 +130,7 @@ def local_dataset(recipe: Recipe) -> Path | None:
         )
     if not is_hub_id(name):
         raise ConfigError(
-            f"data.dataset: {name!r} is not a folder here and not a hub id (owner/name); "
+            f"data.dataset: {name!r} is not a folder here ({tried_folder(name)}) and not a hub id (owner/name); "
             "give a folder of parquet, JSONL or CSV files, a hub id, or `embedded`"
         )
     return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, is_hub_id
@@ -28,6 +29,8 @@ _USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "query": ("query", "question", "prompt", "instruction", "problem"),
     "label": ("label", "answer", "answers", "response", "output", "target", "caption", "solution"),
 }
+_CHATS = ("messages", "conversations")
+_FIRST_ROWS = 1_000  # that are looked at
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")
 _BATCH = 32
 _STEPS_OF_AN_EPOCH = 20  # with fewer, smaller batches teach more
@@ -39,7 +42,7 @@ class SeenData:
     """What is known of a data set: a name for the recipe, its splits (None: has none) and what its columns are.
 
     `columns`: as `data.columns`, None where they need no names; `description`: in words; `rows`: of the training
-    split, None where they are not counted.
+    split, None where they are not counted; `answers`: the most of a chat among its first rows, 0 where none is one.
     """
 
     name: str
@@ -48,6 +51,7 @@ class SeenData:
     columns: Mapping[str, str] | None
     description: str
     rows: int | None = None
+    answers: int = 0
 
 
 def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
@@ -88,7 +92,7 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
         raise ConfigError(
             f"--data: {file} has no name that a split can have; rename it to letters, digits, ., _ and -"
         )
-    names, rows = _columns_and_rows(tables[train])
+    names, rows, answers = _look_at(tables[train])
     columns = _roles(names, named, tables[train])
     if _SHARD.search(tables[train].stem):
         rows = None  # of the first file alone
@@ -97,7 +101,8 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     left_out = f"; not used: {', '.join(map(printable, others))}" if others else ""
     no_images = "" if _has_images(names, columns) else "; no column of images was seen, --image names one"
     description = f"{tables[train].name}, {counted}columns {', '.join(names)}{left_out}{no_images}"
-    return SeenData(run_name_of(folder.resolve().name), str(folder), splits, columns, description, rows)
+    name = run_name_of(folder.resolve().name)
+    return SeenData(name, str(folder), splits, columns, description, rows, 0 if columns else answers)
 
 
 def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
@@ -153,7 +158,7 @@ def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
 
 
 def _has_images(names: Sequence[str], columns: Mapping[str, str] | None) -> bool:
-    with_images = ("image", "images", "messages", "conversations")  # the last two may hold them within
+    with_images = ("image", "images", *_CHATS)  # chats may hold them within
     return "image" in columns if columns is not None else any(name in names for name in with_images)
 
 
@@ -170,16 +175,21 @@ def _tables(folder: Path) -> dict[str, Path]:
     return tables
 
 
-def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
+def _look_at(table: Path) -> tuple[list[str], int | None, int]:
+    """(columns, rows, most answers of a chat among the first rows)."""
     try:
         if table.suffix in SUFFIXES:
             text = TextTable([table])
-            return text.column_names, len(text)
+            return text.column_names, len(text), max(map(_answers, _first_rows(text)))
         plain_size(table)
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(table) as parquet:
-            return list(parquet.schema_arrow.names), parquet.metadata.num_rows
+            names = list(parquet.schema_arrow.names)
+            chats = [name for name in _CHATS if name in names]
+            batch = next(parquet.iter_batches(_FIRST_ROWS, columns=chats), None) if chats else None
+            answers = [_answers(row) for row in batch.to_pylist()] if batch else []
+            return names, parquet.metadata.num_rows, max(answers, default=0)
     except UNREADABLE as error:
         if isinstance(error, UntrustedFileError):
             raise ConfigError(f"--data: {error}") from error
@@ -188,8 +198,27 @@ def _columns_and_rows(table: Path) -> tuple[list[str], int | None]:
         raise ConfigError(f"--data: {printable(str(table))}: is no table ({error}); correct it") from error
 
 
+def _first_rows(table: TextTable) -> Iterator[Mapping[str, Any]]:
+    for number in range(min(_FIRST_ROWS, len(table))):
+        try:
+            yield table.raw(number)
+        except ValueError:  # `prepare` lists it
+            yield {}
+
+
+def _answers(row: Mapping[str, Any]) -> int:
+    """How many messages of a row's chat are answers; 0 where it has none."""
+    messages = next((row[name] for name in _CHATS if row.get(name) is not None), None)
+    if not isinstance(messages, list):
+        return 0
+    speakers = [
+        message.get("role") or message.get("from") for message in messages if isinstance(message, dict)
+    ]
+    return sum(speaker in ("assistant", "gpt") for speaker in speakers)
+
+
 def _roles(names: Sequence[str], named: Mapping[str, str], table: Path) -> dict[str, str] | None:
-    if ("messages" in names or "conversations" in names) and not named:
+    if any(name in names for name in _CHATS) and not named:
         return None
     if unknown := [f"--{role} {column}" for role, column in named.items() if column not in names]:
         raise ConfigError(

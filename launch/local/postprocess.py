@@ -9,9 +9,10 @@ from pathlib import Path
 
 from launch.atomic_files import refuse_readonly
 from launch.console import echo
-from launch.errors import ConfigError
+from launch.errors import CheckpointError, ConfigError
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.topology import choose_topology, refuse_what_is_not_here
+from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory
 from launch.run.evaluation_target import Target, missing_models
 from launch.run.merge_options import MergeOptions
@@ -77,6 +78,7 @@ def start_merge(
         raise ConfigError(
             f"--compare: {folder} lies in no run, whose recipe would name the data; leave it out"
         )
+    _refuse_damaged_adapter(folder)
     if output is None:
         if not RunDirectory(folder).recipe_file.is_file():
             raise ConfigError(f"--output: missing ({folder} is not a run); give the folder to write")
@@ -104,6 +106,14 @@ def start_merge(
     return True
 
 
+def _refuse_damaged_adapter(source: Path) -> None:
+    """CheckpointError where `source` is a run, or its `adapter/`, that is damaged."""
+    for run in (RunDirectory(source), RunDirectory(source.absolute().parent)):
+        is_meant = run.path == source or run.adapter == source.absolute()
+        if is_meant and run.recipe_file.is_file() and (damage := adapter_damage(run)):
+            raise CheckpointError(damage)
+
+
 def _is_merged_already(source: Path, output: Path, options: MergeOptions) -> bool:
     run = RunDirectory(source)
     adapter = run.adapter if run.recipe_file.is_file() else source
@@ -126,6 +136,7 @@ def _out_of_the_way(source: Path, output: Path) -> Iterator[None]:
 def start_consolidate(source: str, output: Path, options: MergeOptions, runs_dir: Path) -> None:
     """Start `trainer.export.consolidate`. ChildError when it fails."""
     folder, flags = _find_source(source, runs_dir), options.flags(*_OF_THE_ADAPTER)
+    _refuse_damaged_adapter(folder)
     refuse_place(output)
     call_module("trainer.export.consolidate", [str(folder), "--output", str(output), *flags])
 

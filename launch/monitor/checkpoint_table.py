@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from launch.checkpoints.manifest import MANIFEST
+from launch.checkpoints.manifest import MANIFEST, OLDER
 from launch.checkpoints.scan import Checkpoint
 from launch.planning.plan import Plan, samples_consumed
 from launch.units import age, megabytes
@@ -51,13 +51,24 @@ def as_objects(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
 def reasons(checkpoints: Sequence[Checkpoint], plan: Plan | None = None) -> list[str]:
     """The lines below the table: where resuming would go on by the run's plan, then every reason why not elsewhere."""
     valid = [checkpoint for checkpoint in checkpoints if checkpoint.valid]
+    problems = [line for checkpoint in checkpoints for line in checkpoint.problems]
     if valid:
         where = _does_not_fit(valid[-1], plan) or f"go on from step {valid[-1].step}"
-    elif any(checkpoint.published for checkpoint in checkpoints):
-        where = "be refused: every published checkpoint is damaged"
+    elif all_damaged(checkpoints):
+        where = (
+            "be refused: every published checkpoint is damaged; bring one back from a copy, or begin anew with "
+            "`samestep run --fresh`"
+        )
+        problems = [line.replace(OLDER, "bring back a copy") for line in problems]
     else:
         where = "begin anew: none was published yet"
-    return [f"resuming would {where}", *(line for checkpoint in checkpoints for line in checkpoint.problems)]
+    return [f"resuming would {where}", *problems]
+
+
+def all_damaged(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether some were published, and a run can go on from none of them."""
+    published = [checkpoint for checkpoint in checkpoints if checkpoint.published]
+    return bool(published) and not any(checkpoint.valid for checkpoint in published)
 
 
 def _does_not_fit(newest: Checkpoint, plan: Plan | None) -> str | None:

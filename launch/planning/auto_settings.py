@@ -238,7 +238,7 @@ def _too_large(recipe: Recipe, memory: int, load: Load, batches: BatchStatistics
     budget = recipe.batch.micro_batch_tokens
     tokens = batches.longest if budget == "auto" else budget
     needed = memory_of(load, batches.packed(tokens), least.settings)
-    reason = f"planned {gib(needed.reserved)} do not fit {gib(memory)}"
+    reason = f"{gib(needed.reserved)} with CUDA's own do not fit {gib(memory)}"
     return ChosenSettings(tokens, least.settings, needed, reason, False)
 
 

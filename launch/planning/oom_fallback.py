@@ -83,7 +83,7 @@ def memory_rows(recipe: Recipe, index: Index, topology: Topology) -> list[tuple[
         choice = choose_settings(recipe, index, replace(topology, strategy=name), StreamOffset())
         if (memory := choice.memory) is None:
             return []
-        needs = f"needs {gib(memory.reserved)}"
+        needs = f"needs {gib(memory.reserved)} with CUDA's own"
         fits = {True: "yes", False: f"no, {needs}", None: needs}[choice.fits]
         settings = ", ".join(
             [

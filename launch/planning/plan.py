@@ -16,7 +16,7 @@ from launch.planning.memory_load import Settings
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
 from launch.strategies import STRATEGIES, Strategy
-from launch.untrusted_files import parse_json, read_text
+from launch.untrusted_files import parse_json, printable, read_text
 
 _STRICT = ConfigDict(strict=True, extra="forbid")  # of what is read back
 
@@ -159,24 +159,24 @@ class Plan:
         return json.dumps(_flat(asdict(self)), indent=2) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Parse the text of plan.json. ConfigError when it is damaged or of another version."""
+    def from_json(text: str, name: str = "plan.json") -> Plan:
+        """Parse the text of plan.json, called `name`. ConfigError when it is damaged or of another version."""
         try:
             values = parse_json(text)
         except ValueError as error:
-            raise ConfigError(f"plan.json: not a plan ({error}); run the same `samestep run` again") from None
+            raise ConfigError(f"{name}: not a plan ({error}); run the same `samestep run` again") from None
         try:
             plan = _plan_reader().validate_json(json.dumps(_nested(values)))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise ConfigError(
-                f"plan.json: not a plan of this version ({f'{where}: ' if where else ''}{first['msg']}); "
+                f"{name}: not a plan of this version ({f'{where}: ' if where else ''}{first['msg']}); "
                 "run the same `samestep run` again"
             ) from error
         if plan.strategy not in STRATEGIES:
             raise ConfigError(
-                f"plan.json: not a plan of this version (strategy: {plan.strategy!r:.40} is none of "
+                f"{name}: not a plan of this version (strategy: {plan.strategy!r:.40} is none of "
                 f"{', '.join(STRATEGIES)}); run the same `samestep run` again"
             )
         if plan.parallelism.shards_layers and plan.quant_storage == "uint8":  # an older version's zero3
@@ -186,7 +186,7 @@ class Plan:
     @staticmethod
     def read(file: Path) -> Plan:
         """Read a plan.json, as `from_json`. OSError when the disk does not give it."""
-        return Plan.from_json(read_text(file))
+        return Plan.from_json(read_text(file), printable(str(file)))
 
     def digest(self) -> str:
         """sha256 of the whole plan, hexadecimal: ranks compare it before they start. No file holds it."""

@@ -21,14 +21,14 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("strategy", plan.strategy + (f" (auto: {plan.strategy_reason})" if plan.strategy_reason else "")),
         ("processes", f"{plan.world_size} ({plan.nodes} x {plan.gpus_per_node} {unit})"),
         *([("notice", notice)] if (notice := _notice(plan)) else []),
-        ("global batch", f"{plan.global_batch_size:,} samples"),
+        ("global batch", _samples(plan.global_batch_size)),
         (
             "micro-batches",
             f"{plan.micro_batches:,} a rank and step, {plan.micro_batch_tokens:,} tokens at most",
         ),
         ("samples an epoch", f"{plan.samples_per_epoch:,} ({plan.steps_per_epoch:,.2f} steps)"),
         ("steps", f"{plan.max_steps:,} ({epochs:,.2f} epochs), {plan.warmup_steps:,} of them warm-up"),
-        ("left of the stream", f"{plan.samples_left:,} samples left after the last whole step"),
+        ("left of the stream", f"{_samples(plan.samples_left)} left after the last whole step"),
         ("tokens a sample", f"{plan.mean_sample_tokens:,.0f} mean, {plan.longest_sample_tokens:,} longest"),
         (
             "precision",
@@ -43,6 +43,10 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("dataset", plan.dataset_fingerprint[:12]),
         ("recipe", plan.recipe_fingerprint[:12]),
     ]
+
+
+def _samples(count: int) -> str:
+    return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
 def _notice(plan: Plan) -> str | None:

@@ -11,10 +11,11 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from launch.errors import ConfigError
-from launch.hub_names import EMBEDDED
+from launch.hub_names import EMBEDDED, tried_folder
 from launch.option_values import place
 from launch.recipe.split_names import FORMS as SPLIT_FORMS
 from launch.recipe.split_names import parse_split
+from launch.untrusted_files import printable
 
 if TYPE_CHECKING:
     from launch.recipe.schema import DataSection, Recipe
@@ -102,7 +103,10 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
             continue
         is_path = name.startswith((".", "/", "~")) or path.is_dir()
         if not is_path and (wrong := _not_of_the_hub(name)):
-            yield f"{key}: {name!a} is not a folder here and not a hub id (owner/name: {wrong}); correct the name"
+            yield (
+                f"{key}: {name!a} is not a folder here ({printable(tried_folder(name))}) and not a hub id (owner/name: "
+                f"{wrong}); correct the name"
+            )
     for key, id_ in (("hub.repo_id", recipe.hub.repo_id), ("tracking.space_id", recipe.tracking.space_id)):
         if id_ is not None and (wrong := _not_of_the_hub(id_)):
             yield f"{key}: {id_!a} is not a hub id (owner/name: {wrong}); correct the name"

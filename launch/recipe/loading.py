@@ -120,10 +120,16 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Iterat
             continue
         target: Any = values
         for part in keys[:-1]:
-            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+            if not isinstance(target, dict):
+                break
+            section = target.get(part, {})
+            if isinstance(
+                section, dict
+            ):  # a copy: a YAML anchor may stand for several, of which one is meant
+                section = target[part] = dict(section)
+            target = section
         if not isinstance(target, dict):
-            section = ".".join(keys[:-1])
-            yield f"--set {override}: {section} is a value, not a section; name a key of a section"
+            yield f"--set {override}: {'.'.join(keys[:-1])} is a value, not a section; name a key of a section"
             continue
         try:
             target[keys[-1]] = parse_yaml(text)

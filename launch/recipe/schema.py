@@ -92,7 +92,9 @@ class DataSection(Section):
     """The rows, and how they become a chat."""
 
     dataset: str = Field(
-        min_length=1, description="a hub id, a local folder of parquet, JSONL or CSV files, or `embedded`"
+        min_length=1,
+        description="a hub id, a local folder of parquet, JSONL or CSV files (a relative one: from the current "
+        "folder), or `embedded`",
     )
     revision: str = Field("main", min_length=1, description="a branch, tag or commit of the hub dataset")
     format: Literal["auto", "chartqa", "messages", "columns"] = Field(

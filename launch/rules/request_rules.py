@@ -44,8 +44,8 @@ def fsdp_has_gpus(request: PlanRequest) -> str | None:
     if request.parallelism.engine != "fsdp" or request.device != "cpu":
         return None
     return (
-        f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3, "
-        "or say of GPUs elsewhere how much memory they have (`samestep plan --gpu-memory`)"
+        f"--strategy: fsdp needs GPUs ({request.world_size} CPU processes asked for); use ddp, zero2 or zero3 "
+        "on CPUs; for GPUs elsewhere only `samestep plan --gpu-memory 80GB` plans it"
     )
 
 

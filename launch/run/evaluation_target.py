@@ -16,6 +16,7 @@ from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.changes import changes
+from launch.run.damaged_adapter import adapter_damage
 from launch.run.directory import RunDirectory, open_run
 from launch.run.find import find_run
 from launch.run.merged_model import merge_behind
@@ -239,6 +240,8 @@ def missing_models(
         ]
     elif {"adapter", "shuffled"} & weights and not (run.adapter / ADAPTER_CONFIG).is_file():
         problems.append(f"{run.adapter}: no adapter yet; {_instead(run)}")
+    elif {"adapter", "shuffled"} & weights and (damage := adapter_damage(run)):
+        problems.append(damage)
     problems += [line for name in sorted(names, key=str) if (line := _missing_checkpoint(run, name))]
     if not problems and "best" in weights and not is_whole(run.best_adapter):
         problems.append(f"{run.best_adapter}: no best adapter; a run with checkpoint.keep_best writes it")

@@ -19,7 +19,14 @@ def find_run(name: str, runs_dir: Path, whole: bool = True) -> RunDirectory:
         run = RunDirectory(candidate.absolute())
         if run.recipe_file.is_file() and run.plan_file.is_file():
             return run
-        if not whole and any(run.path.glob("checkpoint-*")):
+        begun = run.metrics_file.is_file() or any(run.path.glob("checkpoint-*"))
+        if not whole and begun:
             return run
+        if begun:
+            lost = [file.name for file in (run.recipe_file, run.plan_file) if not file.is_file()]
+            raise ConfigError(
+                f"{run.path}: has no {' and no '.join(lost)}, which tell what was trained; give the same "
+                "`samestep run` again, which writes them anew, or bring back a copy"
+            )
     places = ", ".join(str(candidate) for candidate in candidates)
     raise ConfigError(f"{name}: no such run ({places}); give the name or the folder of a run, see --runs-dir")

@@ -22,11 +22,17 @@ SECONDS = 150  # of a run that ends badly, its start included, on a busy machine
 
 
 def _launch(
-    world: Path, folder: Path, processes: int, names: Sequence[str], strategy: str | None = None
+    world: Path,
+    folder: Path,
+    processes: int,
+    names: Sequence[str],
+    strategy: str | None = None,
+    dtype: str = "float32",
 ) -> Path:
     recipe = write_recipe(
         world,
         folder / "recipe.yaml",
+        model={"dtype": dtype},
         training={"max_steps": 5},
         batch={"micro_batch_tokens": 220},
         checkpoint={"every_steps": 2},
@@ -77,12 +83,17 @@ def test_a_rank_that_computes_wrongly_is_named_by_three_and_stops_all(world: Pat
     assert _ended(folder, "full", 3)["words"].startswith("rank 1: GPU: out of memory")
 
 
-@pytest.mark.parametrize(("strategy", "processes"), [("zero3", 2), (None, 1)])
+@pytest.mark.parametrize(
+    ("strategy", "processes", "dtype", "limits"),
+    [("zero3", 2, "float32", "1e-05 and 1e-04"), (None, 1, "bfloat16", "5e-03 and 5e-02")],
+)
 def test_shared_out_layers_and_one_process_are_checked_too(
-    world: Path, tmp_path: Path, strategy: str | None, processes: int
+    world: Path, tmp_path: Path, strategy: str | None, processes: int, dtype: str, limits: str
 ) -> None:
-    folder = _launch(world, tmp_path, processes, ["off", "on", "once"], strategy)
+    """In 16 bits the fault, one of 64 channels of one layer's output, is not much beyond what may be rounding."""
+    folder = _launch(world, tmp_path, processes, ["off", "on", "once"], strategy, dtype)
     _assert_nothing_moved(folder)
     words = _ended(folder, "once", processes)["words"]
+    assert f"rounding explains {limits}" in words
     assert words.startswith("step 2, micro-batch 1 of ")
     assert all(f"rank {rank} (host " in words for rank in range(processes))

@@ -34,7 +34,7 @@ from tests.helpers.untrusted import openings
 
 PAST_THE_GATE = {
     "atomic_files.py:sync": "brings to the disk, and reads nothing",
-    "checkpoints/adapter_file.py:is_whole": "safetensors opens by name; plain_size looks first",
+    "checkpoints/adapter_file.py:damaged_file": "safetensors opens by name; plain_size looks first",
     "inputs/caches.py:embedded_version": "files of the installed package",
     "console.py:write_to_nowhere": "/dev/null",
     "inputs/data_report.py:_label_notes": "pyarrow opens by name; plain_size looks first",
@@ -44,7 +44,7 @@ PAST_THE_GATE = {
     "hardware.py:_uuid_in": "a file of the kernel's",
     "inputs/dataset_index.py:_read_split": "reads the bytes that came through the gate",
     "inputs/text_tables.py:_keys": "keys of lines that came through the gate; `raw` judges what is in them",
-    "inputs/new_recipe.py:_columns_and_rows": "pyarrow opens by name; plain_size looks first",
+    "inputs/new_recipe.py:_look_at": "pyarrow opens by name; plain_size looks first",
     "launcher_variables.py:_is_inherited": "a file of the kernel's",
     "local/read_ahead.py:_read": "reads weights and looks at none; is_file looks first",
     "slurm/attempts.py:_open_to_add": "adds a line of our own, and follows no link",

@@ -100,7 +100,7 @@ def test_every_fault_of_a_node_is_named(wired: Cluster, tmp_path: Path) -> None:
         in found["n2", "same versions"]["text"]
     )
     assert found["n3", "network"]["text"] == "no connection over data0 with n1, n2, n4"
-    assert "0.0 GiB free" in found["n3", "scratch"]["text"]
+    assert " MiB free" in found["n3", "scratch"]["text"]
     assert found["n4", "shared disk"]["text"] == f"{wired.runs}: not there"
     assert found["n2", "shared locks"]["state"] == found["n1", "data"]["state"] == "ok"
 

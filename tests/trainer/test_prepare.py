@@ -141,7 +141,15 @@ def test_bad_rows_can_be_dropped_and_are_written_down(world: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"dataset": "/nowhere/at/all"}, "is not a folder here and not a hub id"),
+        (
+            {"dataset": "/nowhere/at/all"},
+            "'/nowhere/at/all' is not a folder here (/nowhere/at/all) and not a hub id",
+        ),
+        ({"dataset": "./all"}, "is not a folder here (HERE/all, relative to the current folder) and not"),
+        (
+            {"dataset": "nobody/charts"},
+            "on the hub (it is not a folder here: HERE/nobody/charts, relative to the current folder)",
+        ),
         ({"train": "training"}, "no training.parquet or training-*.parquet"),
         ({"dataset": "nobody/chart-questions"}, "check this machine's network and HTTPS_PROXY"),
     ],
@@ -153,7 +161,7 @@ def test_data_that_is_not_there_is_named(
     file.write_text(dump_recipe(_recipe(world, **data)))
     assert main([str(file), "--quiet"]) == 2
     said = capsys.readouterr().err
-    assert words in said
+    assert words.replace("HERE", str(Path.cwd())) in said
     assert "Traceback" not in said
 
 

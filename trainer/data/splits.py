@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from launch.errors import ConfigError
-from launch.hub_names import EMBEDDED
+from launch.hub_names import EMBEDDED, tried_folder
 from launch.inputs.caches import cache_root, embedded_folder
 from launch.inputs.dataset_index import SplitName, local_dataset, split_files, splits_of
 from launch.inputs.file_digests import files_digest
@@ -178,7 +178,7 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
             ) from error
     if files[0].suffix in SUFFIXES:
         try:
-            return TextTable(files)
+            return _text_table(tuple(files), files_digest(files))
         except UNREADABLE as error:
             raise ConfigError(f"data.{split}: {error}") from error
     _refuse_without_rows(files)
@@ -196,6 +196,13 @@ def _open_local(folder: Path, split: SplitName, name_and_slice: str) -> Table:
     return _ArrowTable(_undecoded(table), files[0].parent)
 
 
+@lru_cache(maxsize=4)
+def _text_table(files: tuple[Path, ...], digest: str) -> TextTable:
+    """The table of files whose content has this digest. A start opens the same one several times: for the trial, for
+    training, for evaluation, and for a split that is drawn out of it."""
+    return TextTable(files)
+
+
 def _refuse_without_rows(files: Sequence[Path]) -> None:
     """ConfigError where parquet files hold no row, which `datasets` says in words about its batches."""
     try:
@@ -209,9 +216,10 @@ def _refuse_without_rows(files: Sequence[Path]) -> None:
 def _open_hub(recipe: Recipe, split: SplitName, name_and_slice: str) -> Table:
     name = parse_split(name_and_slice).name
     load = partial(datasets.load_dataset, recipe.data.dataset, revision=recipe.data.revision, split=name)
-    return _ArrowTable(
-        _undecoded(_load(load, f"data.{split}: {name_and_slice} of {recipe.data.dataset}")), None
+    source = (
+        f"{recipe.data.dataset} on the hub (it is not a folder here: {tried_folder(recipe.data.dataset)})"
     )
+    return _ArrowTable(_undecoded(_load(load, f"data.{split}: {name_and_slice} of {source}")), None)
 
 
 def _load(load: Callable[[], datasets.Dataset], what: str) -> datasets.Dataset:

@@ -164,7 +164,8 @@ def _holds(trainer: PlannedTrainer, packed: PackedBatch) -> bool:
 def _much_is_free(device: torch.device) -> bool:
     """Whether NCCL and other libraries have room beside what PyTorch keeps of the trial for the first step.
 
-    Giving 100 GB back to the driver and asking for them again takes more than a second.
+    Giving 100 GB back to the driver and asking for them again takes more than a second. Ranks may differ in it: nothing
+    that they do together depends on it.
     """
     free, total = torch.cuda.mem_get_info(device)
     return free >= FREE_SHARE * total

@@ -2,7 +2,8 @@
 
 RMSNorm forward and rotary positions are Liger's kernels (`trainer.model.liger_kernels`), linear layers are in
 `trainer.model.fused_linear`. All of it replaces the `forward` of single modules of one model: other models in the
-process keep theirs.
+process keep theirs. A kernel that computes several modules reads their weights and calls none of them, so forward hooks
+on them are not called: those on a block's norms and on `mlp.fc2` of the tower, on gate and up of a decoder layer.
 
 A packed row is [1, T, hidden], the patches of a micro-batch's images are [P, hidden]. Statistics of norms and softmax
 are fp32, everything else is in the dtype of the input (bfloat16).
@@ -196,6 +197,10 @@ class _Rotated(torch.autograd.Function):
 
     All the views in one node. Query and key are outputs of linear layers, or of norms, that nobody else reads; their
     gradients are turned in place too, which attention's are fit for.
+
+    Without `mark_dirty`, which needs the input itself among the outputs, where these are views of another shape. So
+    nothing would notice a producer that saves its output for its own backward pass. None does: `_Linears`, the linear
+    layers of PyTorch and bitsandbytes, `_Norm` and a stock RMSNorm save their inputs.
     """
 
     @staticmethod

@@ -51,7 +51,7 @@ def prepared_meanwhile(
     def restored(*_: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(run=run, planned=planned)
 
-    def call_here(copy: object, module: str, arguments: list[str]) -> None:
+    def call_here(copy: object, what: str, module: str, arguments: list[str]) -> None:
         trained.append(arguments[arguments.index("--without") + 1])
         raise ConfigError("as far as training")
 

@@ -17,7 +17,7 @@ from launch.audit.deep import (
 from launch.audit.diff import Comparison, Parting, Quantity
 from launch.errors import ConfigError
 
-SAME = DeepComparison(6, 4, 90, 0.0, None, True, (True, True), (2.0, 2.0), (2.0, 2.0))
+SAME = DeepComparison(6, 4, 90, 0.0, None, None, True, (True, True), (2.0, 2.0), (2.0, 2.0))
 
 
 def comparison(*partings: tuple[Quantity, int]) -> Comparison:
@@ -29,6 +29,8 @@ def test_the_step_is_the_first_whose_loss_or_norm_parts() -> None:
     assert parting_step(comparison(("loss", 6), ("grad_norm", 5))) == 5
     assert parting_step(comparison(("loss", 6), ("samples", 7))) == 6
     assert parting_step(comparison()) is None
+    assert parting_step(replace(comparison(), rounding_from=3)) == 3
+    assert parting_step(replace(comparison(("grad_norm", 5)), rounding_from=3)) == 5
     assert parting_step(comparison(("learning_rate", 3))) is None
 
 
@@ -53,7 +55,11 @@ def test_the_verdict_tells_a_module_from_a_machine_and_from_rounding() -> None:
     )
     machine = replace(SAME, reproduced=(True, False), recorded=(2.0, 3.0))
     assert "the loss that b recorded (3) does not come out here (2)" in deep_verdict(machine, ("a", "b"))
-    drifted = replace(SAME, identical=False, weights=1e-7)
+    unequal = ModuleDifference("layers.0.self_attn.k_proj", "forward", 3e-4, 2e-2)
+    within = replace(SAME, identical=False, unequal=unequal)
+    words = "layers.0.self_attn.k_proj is the first module whose output is not equal to the bit (3.0e-04)"
+    assert words in deep_verdict(within, ("a", "b"))
+    drifted = replace(within, weights=1e-7)
     assert "parted little by little" in deep_verdict(drifted, ("a", "b"))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launch.audit import replay as replays
+from launch.audit.diff import Parting
+from launch.audit.replay import Replay
 from launch.audit.restored import QUIET
 from launch.errors import ConfigError, RunError
 from launch.local.planned_run import RunRequest
@@ -67,3 +70,14 @@ def test_steps_without_recorded_figures_are_refused_before_anything_is_copied(
 def test_steps_that_a_run_has_not_taken_are_refused(last: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         replays.refuse_steps_not_taken((22, 23), last)
+
+
+def test_steps_from_before_an_allowed_change_say_what_changed_and_blame_no_machine() -> None:
+    parting = Parting("samples", 2, "a", "b", None, 0.0)
+    result = Replay(
+        2, 3, None, "single", 1, 1e-6, parting, False, 0.1, (), (), ("data.train.rows was a and is b",)
+    )
+    (note,) = result.notes()
+    assert note.endswith("so they cannot come out as they were: data.train.rows was a and is b")
+    assert "look at the machines" in next(replace(result, changed=()).notes())
+    assert [*replace(result, parting=None).notes()] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from launch.errors import ConfigError
 from launch.local.planned_run import RunRequest
 from launch.run.directory import RunDirectory
 from launch.run.lock import hold_lock
+from launch.run.request_files import keep_plan
+from tests.helpers.attempts import attempt, recipe_of
 
 
 def test_a_step_from_before_a_change_of_the_plan_is_refused_by_its_number(
@@ -55,6 +58,7 @@ def test_copies_that_killed_processes_left_are_removed_by_the_next_one(
     elsewhere.symlink_to(other)
     for folder in (left, unlocked, empty, other):
         os.utime(folder, (0, 0))
+    monkeypatch.setattr(restored, "load_recipe", lambda _: None)
     monkeypatch.setattr(restored, "read_plan", lambda _: None)
     monkeypatch.setattr(restored, "_checkpoint_before", lambda *_: None)
 
@@ -78,3 +82,17 @@ def test_only_the_copy_of_a_run_in_a_folder_of_its_own_is_one(tmp_path: Path) ->
     assert RunDirectory(tmp_path / ".replay-mine-x1" / "mine").is_copy
     for place in ("mine", ".replay-test/mine", ".replay-other-x1/mine"):
         assert not RunDirectory(tmp_path / place).is_copy
+
+
+def test_what_was_allowed_to_change_after_a_step_is_what_the_next_checkpoint_records(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "mine")
+    attempt(run, recipe_of(), save=2)
+    plan = attempt(run, recipe_of(8, "training.learning_rate=9e-5"), "training.learning_rate", save=5)
+    (change,) = restored.changes_since(run, 2)
+    assert (change.key, change.new) == ("training.learning_rate", 9e-5)
+    assert restored.changes_since(run, 3) == restored.changes_since(run, 6) == []
+    restored.refuse_steps_of_another_plan(run, 2, "--step")
+    keep_plan(run, replace(plan, dataset_fingerprint="other"))
+    with pytest.raises(ConfigError, match=r"step 5 of mine was taken before a change .*data\.train\.rows"):
+        restored.refuse_steps_of_another_plan(run, 5, "--step")
+    restored.refuse_steps_of_another_plan(run, 6, "--step")

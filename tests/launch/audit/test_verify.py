@@ -12,9 +12,10 @@ import pytest
 
 from launch.audit import verify
 from launch.audit.verify import verify_run
+from launch.checkpoints.adapter_file import read_digest
 from launch.planning.step_plan import SampleStream
 from launch.run.directory import RunDirectory
-from launch.run.proof import chained
+from launch.run.proof import chained, proof_of, proof_table
 from tests.helpers.attempts import INDEX, attempt, recipe_of
 from tests.helpers.launcher import samestep
 
@@ -90,6 +91,32 @@ def test_a_merge_and_an_evaluation_of_another_adapter_fail(run: RunDirectory) ->
     (run.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
     run.eval_file().write_text('{"weights": {"adapter": "0"}, "questions": 3}')
     assert states(run) | {"merged": "failed", "eval.json": "failed"} == states(run)
+
+
+def test_an_evaluation_that_cannot_be_read_fails_and_an_older_one_is_not_checked(run: RunDirectory) -> None:
+    (run.path / "eval-validation-8.json").write_text('{"weights": {')
+    run.eval_file().write_text('{"questions": 3}')
+    links = {link.name: link for link in verify_run(run)}
+    assert links["eval.json"].state == "not checked"
+    damaged = links["eval-validation-8.json"]
+    assert (damaged.state, "`samestep evaluate` writes it anew" in damaged.text) == ("failed", True)
+
+
+def test_a_cut_adapter_fails_with_what_brings_it_back_and_what_hangs_on_it_is_not_judged(
+    run: RunDirectory,
+) -> None:
+    weights = run.adapter / "adapter_model.safetensors"
+    (run.adapter / "README.md").write_text(proof_table(proof_of(run, read_digest(run.adapter))))
+    assert states(run)["card of adapter"] == "ok"
+    run.merged.mkdir()
+    (run.merged / "merge.json").write_text(json.dumps({"adapter_sha256": read_digest(run.adapter)}))
+    run.eval_file().write_text('{"weights": {"adapter": "0"}, "questions": 3}')
+    weights.write_bytes(weights.read_bytes()[:-1])
+    links = {link.name: link for link in verify_run(run)}
+    assert links["adapter"].state == "failed"
+    assert "`samestep run` command writes it again from checkpoint-6" in links["adapter"].text
+    assert {links[name].state for name in ("merged", "eval.json", "card of adapter")} == {"not checked"}
+    assert not any("anew" in link.text for link in links.values())
 
 
 def test_every_step_is_held_against_the_plan_where_the_data_is(

@@ -78,6 +78,50 @@ def test_few_rows_and_odd_file_names_make_a_recipe_that_runs(
     assert seen_data(str(folder), {}).rows is None
 
 
+@pytest.mark.parametrize(
+    ("column", "speaker", "text", "first", "second"),
+    [
+        ("messages", "role", "content", "user", "assistant"),
+        ("conversations", "from", "value", "human", "gpt"),
+    ],
+)
+def test_chats_of_several_answers_are_said_to_train_the_last_one_and_what_trains_all(
+    launcher: Launcher,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    column: str,
+    speaker: str,
+    text: str,
+    first: str,
+    second: str,
+) -> None:
+    rows = [
+        {column: [{speaker: who, text: "x"} for _ in range(turns) for who in (first, second)]}
+        for turns in (1, 3)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    for name, kept, said_of in (
+        ("one", 1, False),
+        ("more", 2, True),
+        ("torn", 2, True),
+        ("parquet", 2, True),
+    ):
+        folder = tmp_path / name
+        if name == "parquet":
+            folder.mkdir()
+            pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        else:
+            torn = "{\n" * (name == "torn")
+            _table(folder, "train.jsonl", torn + "\n".join(lines[:kept]))
+        assert samestep("init", str(tmp_path / f"{name}.yaml"), "--data", str(folder)) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert (
+            "chats have up to 3 answers, of which data.loss: answer trains the last one" in said
+        ) is said_of
+        assert ("set data.loss: all_answers" in said) is said_of
+        assert load_recipe(tmp_path / f"{name}.yaml").data.loss == "answer"
+
+
 def test_what_cannot_be_told_is_asked_for(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -211,6 +211,30 @@ def test_a_run_that_is_done_is_not_started_again(
     assert "done already" in capsys.readouterr().out
 
 
+def test_recipe_and_plan_of_a_run_that_is_done_are_written_anew_where_its_last_checkpoint_agrees(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.saves = (6,)
+    assert samestep("run", *EMBEDDED) == 0
+    run = RunDirectory(Path("runs/embedded").absolute())
+    written = [file.read_text() for file in (run.recipe_file, run.plan_file)]
+    run.recipe_file.unlink()
+    run.plan_file.write_text('{"strategy":')
+    assert samestep("verify", "embedded") == 2
+    assert f"{run.path}: has no recipe.yaml, which tell" in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, "--set", "lora.lora_alpha=99") == 0
+    assert "checkpoint-6 was trained with another lora.lora_alpha; give the recipe" in capsys.readouterr().out
+    assert not run.recipe_file.exists()
+    assert samestep("run", *EMBEDDED) == 0
+    assert "recipe.yaml and plan.json could not be read, and are written anew" in capsys.readouterr().out
+    assert [file.read_text() for file in (run.recipe_file, run.plan_file)] == written
+    run.plan_file.unlink()
+    (run.checkpoint(6) / "manifest.json").unlink()
+    assert samestep("run", *EMBEDDED) == 0
+    assert "plan.json cannot be read, and checkpoint-6, which says" in capsys.readouterr().out
+    assert len(launcher.commands) == 1
+
+
 def test_a_run_that_stopped_goes_on_also_on_other_hardware(launcher: Launcher) -> None:
     launcher.marker = "STOPPED"
     assert samestep("run", *EMBEDDED) == 0
@@ -944,7 +968,7 @@ def test_plan_checkpoints_and_rules_print_json(
     assert samestep("rules", "--json") == 0
     assert all(row["rule"] and row["why"] for row in json.loads(capsys.readouterr().out))
     (tmp_path / "runs" / "old" / "checkpoint-3").mkdir(parents=True)
-    assert samestep("checkpoints", "old", "--json") == 0
+    assert samestep("checkpoints", "old", "--json") == 1
     (checkpoint,) = json.loads(capsys.readouterr().out)
     assert (checkpoint["step"], checkpoint["state"]) == (3, "damaged")
     assert checkpoint["problems"]

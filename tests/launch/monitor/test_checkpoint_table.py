@@ -51,9 +51,11 @@ def samestep(*arguments: str) -> int:
     return 0
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, list[str]], list[str]]:
-    """The table's rows (step and state -> cells) and the lines below it; the command ends with 0."""
-    assert samestep(*arguments) == 0
+def shown(
+    capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The table's rows (step and state -> cells) and the lines below it; the command ends with `status`."""
+    assert samestep(*arguments) == status
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = printed.out.splitlines()
@@ -112,8 +114,12 @@ def test_it_says_what_resuming_would_do_without_a_valid_one(
     write_aside(run, 20)
     assert shown(capsys, "mine")[1][0] == "resuming would begin anew: none was published yet"
     (published(run, 40) / ADAPTER).unlink()
-    said = shown(capsys, "mine")[1][0]
-    assert said == "resuming would be refused: every published checkpoint is damaged"
+    _, below = shown(capsys, "mine", status=1)
+    assert below[0].startswith(
+        "resuming would be refused: every published checkpoint is damaged; bring one back"
+    )
+    assert any(line.endswith("bytes were published); bring back a copy") for line in below)
+    assert samestep("mine", "--json") == 1
 
 
 def test_it_holds_the_newest_against_the_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

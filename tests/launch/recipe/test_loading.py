@@ -253,6 +253,23 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], key
     assert problem.startswith(f"{key}: ")
 
 
+def test_a_relative_folder_that_is_not_there_is_named_with_the_place_that_was_tried() -> None:
+    (problem,) = problems_of("data.dataset=charts/of/mine")
+    place = f"{Path.cwd()}/charts/of/mine, relative to the current folder"
+    assert problem.startswith(
+        f"data.dataset: 'charts/of/mine' is not a folder here ({place}) and not a hub id"
+    )
+
+
+def test_an_override_changes_one_section_where_two_share_an_anchor(tmp_path: Path) -> None:
+    values, often = yaml.safe_load(EMBEDDED.read_text()), {"every_steps": 10}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**values, "evaluation": often, "checkpoint": often}))
+    assert "*id001" in file.read_text()
+    recipe = load_recipe(file, ["evaluation.every_steps=7"])
+    assert (recipe.evaluation.every_steps, recipe.checkpoint.every_steps) == (7, 10)
+
+
 @pytest.mark.parametrize("share", ["-0.1", "1.5", "0.1 %", "nan", "true"])
 def test_a_share_to_recheck_that_is_none_is_refused_and_a_share_makes_no_other_run(share: str) -> None:
     (problem,) = problems_of(f"training.recheck={share}")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from launch.checkpoints.adapter_file import read_digest
 from launch.errors import ConfigError
-from launch.run.directory import RunDirectory
+from launch.run.directory import RunDirectory, is_done_at
 from launch.run.merged_model import made_anew, merges_behind
 from tests.helpers.launcher import EMBEDDED, Launcher, samestep, stand_in, write_adapter
 
@@ -162,6 +162,34 @@ def test_an_adapter_that_cannot_be_read_is_no_reason_for_a_traceback(
     (run.adapter / "adapter_model.safetensors").write_bytes(damage)
     assert merges_behind(run) == []  # not known to be of another: who reads the adapter says what is wrong
     assert samestep("status") == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [("adapter_model.safetensors", b"\xff" * 20), ("adapter_config.json", b'{"r": 8')]
+)
+def test_a_damaged_adapter_is_named_with_what_brings_it_back(
+    run: RunDirectory, launcher: Launcher, capsys: pytest.CaptureFixture[str], file: str, damage: bytes
+) -> None:
+    assert is_done_at(run, 6)
+    (run.adapter / file).write_bytes(damage)
+    commands = [
+        ("merge", "embedded"),
+        ("merge", str(run.adapter), "--output", "m"),
+        ("consolidate", "embedded", "--output", "c"),
+        ("evaluate", "embedded"),
+    ]
+    started = len(launcher.commands)
+    for command in commands:
+        assert samestep(*command) == 2
+        told = capsys.readouterr().err
+        assert f"runs/embedded/adapter/{file}: is missing, cut or damaged; bring it back from a copy" in told
+        assert "--output" not in told
+    assert len(launcher.commands) == started
+    run.checkpoint(4).mkdir()
+    (run.checkpoint(4) / "manifest.json").write_text("{}")
+    assert samestep("merge", "embedded") == 2
+    assert "own `samestep run` command writes it again from checkpoint-4" in capsys.readouterr().err
+    assert not is_done_at(run, 6)  # so that command goes on
 
 
 def test_a_second_merge_at_the_same_moment_finds_nothing_in_its_way(

@@ -266,11 +266,11 @@ def test_what_the_model_sees_of_a_chat_is_shown_with_its_targets(
     tokens = index.splits["train"].tokens_of_images(number)
     plain = conversation_text(encoder, rows[number], tokens, colour=False).plain
     for turn in rows[number].turns[1::2]:
-        assert f"»{turn.text}<|im_end|>«" in plain
+        assert f"»{turn.text}<|im_end|>\\n«\n" in plain  # its line break is a target
     assert [f"[image: {count} tokens]" in plain for count in tokens] == [True, True]
     coloured = conversation_text(encoder, rows[number], tokens)
     targets = [coloured.plain[span.start : span.end] for span in coloured.spans]
-    assert targets == [f"{turn.text}<|im_end|>\n" for turn in rows[number].turns[1::2]]
+    assert targets == [f"{turn.text}<|im_end|>\\n\n" for turn in rows[number].turns[1::2]]
     console = Console(record=True, width=100, file=io.StringIO())
     show_data(recipe, index, 1, console)
     shown = console.export_text()

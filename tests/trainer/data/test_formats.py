@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.errors import ConfigError
+from launch.inputs import text_tables
 from launch.inputs.data_report import notes_of
 from launch.inputs.dataset_index import read_index
 from launch.inputs.identity import OWN_TEMPLATE, find_identity
@@ -52,6 +53,10 @@ def _images(folder: Path, *names: str) -> Path:
 def _lines(file: Path, rows: list[Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def _spoken(speaker: str, value: Any) -> dict[str, Any]:
+    return {"from": speaker, "value": value}
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
@@ -129,8 +134,35 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"other": 1}, "messages is missing, not a list of messages"),
     ({"conversations": "x"}, "conversations is str 'x', not a list of messages"),
     (
-        {"conversations": [{"from": "human", "value": "?"}, {"from": "observation", "value": "y"}]},
-        "message 1 has the role 'observation'",
+        {"conversations": [_spoken("human", "?"), _spoken("observation", "y")]},
+        "message 1 has the speaker 'observation', not system, human, gpt",
+    ),
+    (
+        {"conversations": [_spoken("human", "?"), _spoken("human", "?"), _spoken("gpt", "y")]},
+        "message 1 is of human, where gpt is due",
+    ),
+    ({"conversations": [_spoken("human", "?")]}, "the last message is not of the gpt"),
+    ({"conversations": [_spoken("user", "?"), _spoken("gpt", " ")]}, "message 1 (gpt) is empty"),
+    (
+        {"conversations": [_spoken("user", "?"), _spoken("user", "!")]},
+        "message 1 is of user, where gpt is due",
+    ),
+    ({"conversations": [_spoken("human", None)]}, "the value of message 0 is missing, not text or parts"),
+    (
+        {"conversations": [_spoken("human", "?"), _spoken("gpt", "<image>")]},
+        "message 1 (gpt) has an image; only questions of the human may have some",
+    ),
+    (
+        {"conversations": [_spoken("human", ""), _spoken("gpt", "y")], "system": "Be brief."},
+        "message 0 (human) is empty",  # numbered as in the file, where the system message is none of them
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "system": [1]},
+        "the column system has a part of type 1, not text or image",
+    ),
+    (
+        {"messages": [_message("user", "?"), _message("assistant", "y")], "tools": '[{"name": "sum"}]'},
+        "tools beside the chat is not trained here",
     ),
     (
         {"messages": [_message("user", "<video>?"), _message("assistant", "y")], "videos": ["a.mp4"]},
@@ -216,6 +248,28 @@ def test_chats_of_sharegpt_and_llava_are_those_of_trl(world: Path, tmp_path: Pat
     ]
     assert read[0] == read[1] == read[2]
     assert [turn.text for turn in read[0].turns] == ["Be brief.", "Why?", "So.", "And?", "No."]
+
+
+@pytest.mark.parametrize("tools", ["[]", "", None, []])
+def test_an_empty_list_of_tools_is_none_also_as_text(tools: Any) -> None:
+    raw = {"messages": [_message("user", "?"), _message("assistant", "y")], "tools": tools}
+    assert messages_row(raw, ImageFiles()).label == ["y"]
+
+
+def test_a_text_file_is_parsed_once_for_all_who_open_it_and_again_when_it_has_changed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed, keys = [], text_tables._keys
+    monkeypatch.setattr(text_tables, "_keys", lambda line: parsed.append(line) or keys(line))
+    rows = [{"messages": [_message("user", f"{n}?"), _message("assistant", "y")]} for n in range(40)]
+    _lines(tmp_path / "train.jsonl", rows)
+    recipe = _recipe(world, tmp_path, validation="train, 5 %")
+    assert len(open_split(recipe, "train")) + len(open_split(recipe, "validation")) == 40
+    assert open_split(recipe, "train")[0].query == "0?"
+    assert len(parsed) == 40
+    rows[0]["messages"][0] = _message("user", "9?")  # as long as before
+    _lines(tmp_path / "train.jsonl", rows)
+    assert open_split(recipe, "train")[0].query == "9?"
 
 
 # columns --------------------------------------------------------------------------------------------------------

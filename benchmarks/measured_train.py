@@ -3,8 +3,9 @@
     -m benchmarks.measured_train FOLDER PROFILED_STEP ASSIGNMENT arguments of trainer.train ...
 
 Every rank writes `FOLDER/rank-<rank>.jsonl`: a line a step with the moments (seconds of the machine's monotonic clock,
-which all ranks of a machine share) of its first micro-batch, of the end of its computation before the ranks add up,
-and of the end of that addition; then a line of facts (peak memory, an all-reduce by itself, one profiled step).
+which all ranks of a machine share) of its first micro-batch and of its end, and, where the ranks add up after the
+backward pass, of the end of its computation before that and of the end of that addition; then a line of facts (peak
+memory, an all-reduce by itself, one profiled step).
 `ASSIGNMENT`: `balanced`, or `random` for a step's samples given out as a shuffling sampler would.
 """
 
@@ -29,7 +30,6 @@ from trainer import train
 from trainer.checks.sharding import resident_bytes, whole_bytes
 from trainer.distributed.collectives import destroy_process_group, end_process
 from trainer.engine.replicated import Replicated
-from trainer.engine.zero import Zero
 from trainer.loop.callbacks import StepEnd
 from trainer.loop.trainer import PlannedTrainer
 
@@ -172,8 +172,7 @@ def watch(clock: Clock) -> None:
         self.step_began = time.perf_counter()  # what the clock did between two steps belongs to none
 
     PlannedTrainer.training_step, StepEnd.on_step_end = begin, end  # type: ignore[method-assign]
-    for engine in (Replicated, Zero):
-        engine.all_reduce = timed(engine.all_reduce, clock)  # type: ignore[method-assign]
+    Replicated.all_reduce = timed(Replicated.all_reduce, clock)  # type: ignore[method-assign]
 
 
 def timed(all_reduce: Any, clock: Clock) -> Any:

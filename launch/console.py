@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 
@@ -17,6 +18,16 @@ from launch.untrusted_files import printable_lines
 def echo(text: str, to_stderr: bool = False) -> None:
     """Print lines of words; what would move a terminal is made visible in them."""
     emit(printable_lines(as_typed(text)), to_stderr)
+
+
+def take_any_terminal() -> None:
+    """Let output go on where an encoding lacks a character (PYTHONIOENCODING=ascii), which is then written as its code,
+    and where a terminal without a size has made `COLUMNS` 0, for which rich prints nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS", "").isdigit() and not int(os.environ["COLUMNS"]):
+        del os.environ["COLUMNS"]
 
 
 def write_to_nowhere(descriptor: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import time
 from pathlib import Path
@@ -265,6 +266,8 @@ class _StrictLoader(yaml.SafeLoader):
             raise _refused(_TOO_DEEP, event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if isinstance(node, yaml.ScalarNode):
+            _refuse_misread(node)
         if anchor is not None and not is_alias:
             self._weights[anchor] = self._nodes - before
         return node
@@ -287,6 +290,15 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+def _refuse_misread(node: yaml.ScalarNode) -> None:
+    """Refuse numbers that YAML 1.1 reads as others than they look (`010` is 8, `1:30` is 90), and half characters,
+    which no file takes."""
+    if node.tag.endswith((":int", ":float")) and re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):
+        raise _refused(f"{node.value} is another number in YAML (octal, or base 60)", node.start_mark)
+    if any("\ud800" <= char <= "\udfff" for char in node.value):
+        raise _refused("half a character", node.start_mark)
 
 
 def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:

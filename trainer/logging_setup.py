@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from launch.console import take_any_terminal
 from launch.errors import SamestepError
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
@@ -27,6 +28,7 @@ def setup_logging() -> None:
     ends the pause of the garbage collector.
     """
     resume_collection()
+    take_any_terminal()
     _outlive_the_listeners()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     if not torch.cuda.is_available():

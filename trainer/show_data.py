@@ -37,8 +37,9 @@ def show_data(recipe: Recipe, index: Index, count: int, console: Console) -> Non
     """Splits, a histogram of the training split's tokens, its longest rows and its first `count` rows."""
     console.print(_splits_table(recipe, index))
     train = index.splits["train"]
-    console.print(_histogram("tokens a sample (train)", train.tokens))
-    console.print(_histogram("targets a sample (train)", train.target_tokens))
+    block = "#" if console.options.ascii_only else "█"
+    console.print(_histogram("tokens a sample (train)", train.tokens, block))
+    console.print(_histogram("targets a sample (train)", train.target_tokens, block))
     console.print(_longest_table(recipe, train))
     encoder = Encoder(load_processor(recipe), recipe.data.system_message, recipe.data.loss)
     rows = open_split(recipe, "train")
@@ -80,7 +81,7 @@ def _counts(images: NDArray[np.int64]) -> str:
     return f"{least}" if least == most else f"{least} to {most}, mean {images.mean():.1f}"
 
 
-def _histogram(title: str, values: NDArray[np.int64]) -> RenderableType:
+def _histogram(title: str, values: NDArray[np.int64], block: str) -> RenderableType:
     """Bars of equal steps from the least to the most."""
     low, high = int(values.min()), int(values.max())
     step = max(1, -(-(high - low + 1) // BARS))
@@ -91,7 +92,7 @@ def _histogram(title: str, values: NDArray[np.int64]) -> RenderableType:
     table.add_column(justify="right")
     for place, rows in enumerate(counts.tolist()):
         first, last = low + place * step, low + (place + 1) * step - 1
-        bar = "█" * max(1 if rows else 0, round(BAR_WIDTH * rows / counts.max()))
+        bar = block * max(1 if rows else 0, round(BAR_WIDTH * rows / counts.max()))
         span = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         table.add_row(span, Text(bar, style="cyan"), f"{rows:,}")
     return Group(table, "")

@@ -69,15 +69,36 @@ class DeepComparison:
         return json.dumps(asdict(self), indent=1)
 
 
-def parting_step(comparison: Comparison) -> int | None:
-    """The first step whose loss or gradient norm parts, else whose loss is not equal to the bit; None: all are.
+def repeats_to_the_bit(comparison: Comparison, left: RunDirectory, right: RunDirectory) -> bool:
+    """Whether two runs would be equal to the bit but for what differs: one layout, one set of versions, exact kernels.
+
+    Exact are CPUs, float32, and `training.deterministic`.
+    """
+    if any(difference.section in ("plan", "versions") for difference in comparison.differences):
+        return False
+    plans = [read_plan(run) for run in (left, right)]
+    return all(
+        plan.device == "cpu"
+        or plan.compute_dtype == "float32"
+        or load_recipe(run.recipe_file).training.deterministic
+        for run, plan in zip((left, right), plans, strict=True)
+    )
+
+
+def parting_step(comparison: Comparison, exact: bool = False) -> int | None:
+    """The first step whose loss or gradient norm parts; None: all are equal to the bit.
+
+    Where none parts beyond rounding, or `exact` (`repeats_to_the_bit`), it is the first that is not equal to the bit:
+    from there on weights differ, and the step that parts beyond rounding says less.
 
     Raises:
         ConfigError: the samples or their tokens part before.
     """
     steps = {parting.quantity: parting.step for parting in comparison.partings}
     step = min((steps[name] for name in ("loss", "grad_norm") if name in steps), default=None)
-    if step is None and (step := comparison.rounding_from) is None:
+    if step is None or (exact and comparison.unequal_from is not None):
+        step = comparison.unequal_from
+    if step is None:
         return None
     for name in ("samples", "target_tokens"):
         if steps.get(name, step + 1) <= step:

@@ -43,6 +43,7 @@ ddp of 2: losses differ by up to 6e-7 in the first 60 steps and 7.5e-6 at step 1
 Section = Literal["recipe", "data and model", "plan", "versions"]
 Quantity = Literal["samples", "target_tokens", "loss", "grad_norm", "learning_rate"]
 _EXACT: tuple[tuple[Quantity, str], ...] = (("samples", "samples_digest"), ("target_tokens", "target_tokens"))
+_COMPUTED: tuple[Quantity, ...] = ("loss", "grad_norm")
 _CLOSE: tuple[Quantity, ...] = ("loss", "grad_norm", "learning_rate")
 _PLAN = (
     "strategy",
@@ -79,8 +80,11 @@ class Parting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs, compared. `largest_loss_difference` is relative; `rounding_from`: the first step whose loss is not
-    equal to the bit; `same_adapter`: None where one of them has none; `last_steps`: the last that each has taken."""
+    """Two runs, compared. `largest_loss_difference` is relative.
+
+    `rounding_from`: the first step whose loss is not equal to the bit; `unequal_from`: whose loss or gradient norm is
+    not. `same_adapter`: None where one of them has none; `last_steps`: the last that each has taken.
+    """
 
     left: str
     right: str
@@ -88,6 +92,7 @@ class Comparison:
     steps: int
     partings: tuple[Parting, ...]
     rounding_from: int | None
+    unequal_from: int | None
     largest_loss_difference: float
     same_adapter: bool | None
     last_steps: tuple[int, int]
@@ -137,6 +142,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
         len(common),
         tuple(_partings(pairs, tolerance, comparable=plans[0].samples_digest == plans[1].samples_digest)),
         next((step for step, a, b in pairs if a.get("loss") != b.get("loss")), None),
+        next((step for step, a, b in pairs if any(a.get(key) != b.get(key) for key in _COMPUTED)), None),
         max((_relative(a, b, "loss") or 0.0 for _, a, b in pairs), default=0.0),
         None if None in adapters else adapters[0] == adapters[1],
         (max(figures[0]), max(figures[1])),

@@ -53,10 +53,10 @@ def diff(
     if not (json and deep):
         _show_comparison(comparison, json)
     if deep:
-        from launch.audit.deep import compare_deeply, deep_verdict, parting_step
+        from launch.audit.deep import compare_deeply, deep_verdict, parting_step, repeats_to_the_bit
         from launch.local.planned_run import RunRequest
 
-        step = parting_step(comparison)
+        step = parting_step(comparison, repeats_to_the_bit(comparison, *places))
         request = RunRequest(recipe="", strategy="single", gpus_per_node=1, runs_dir=runs_dir)
         result = compare_deeply(*places, step, request) if step is not None else None
         if json:
@@ -65,7 +65,7 @@ def diff(
         elif result is not None:
             echo(deep_verdict(result, (places[0].name, places[1].name)))
         else:
-            echo("--deep: every loss is equal to the bit, so there is no step to look into")
+            echo("--deep: losses and norms are equal to the bit, so there is no step to look into")
     if comparison.first is not None or (deep and result is not None and result.first is not None):
         raise typer.Exit(1)
 

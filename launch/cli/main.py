@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,7 +20,7 @@ from launch.cli.monitor import commands as monitor_commands
 from launch.cli.options import AsJson, example
 from launch.cli.results import commands as results_commands
 from launch.cli.shipping import commands as shipping_commands
-from launch.console import add_row, echo, emit, table_console
+from launch.console import add_row, echo, emit, table_console, take_any_terminal
 from launch.errors import ConfigError, SamestepError
 from launch.invocation import as_typed, remember_command
 from launch.subprocesses import ChildError
@@ -109,7 +110,12 @@ for group in (
 
 def main() -> None:
     """Entry point: typer ends usage errors (2) and Ctrl-C (130), our errors become lines, not tracebacks."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        _print_error("current folder: was removed; change to one that is there", ConfigError.exit_status)
     remember_command()
+    take_any_terminal()
     try:
         app(prog_name="samestep")
     except ChildError as error:  # the child has said on this terminal what is wrong
@@ -119,7 +125,9 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
-        remedy = "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR) else "make room, or choose"
+        remedy = (
+            "choose" if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP) else "make room, or choose"
+        )
         _print_error(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
 
 

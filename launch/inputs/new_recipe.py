@@ -96,6 +96,8 @@ def seen_data(dataset: str, named: Mapping[str, str]) -> SeenData:
     columns = _roles(names, named, tables[train])
     if _SHARD.search(tables[train].stem):
         rows = None  # of the first file alone
+    if rows == 1 and validation is None:  # no row can be drawn out of it
+        splits["validation"] = None
     counted = "" if rows is None else f"{rows:,} rows, "
     others = [name for name in tables if name not in splits.values()]
     left_out = f"; not used: {', '.join(map(printable, others))}" if others else ""

@@ -145,6 +145,12 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
             raise UntrustedFileError(
                 file, f"separates its columns by {other!r}, not by commas", "save it with commas"
             )
+        if len(header) > 1 and not header[0] and all(header[1:]):
+            raise UntrustedFileError(
+                file,
+                "has a first column without a name",
+                "name it, or take it out (index=False in pandas' to_csv)",
+            )
         if spaced := [name for name in header if name != name.strip()]:
             raise UntrustedFileError(
                 file, f"has spaces around the column name {spaced[0]!a}", "take them out"

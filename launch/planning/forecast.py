@@ -17,14 +17,23 @@ if TYPE_CHECKING:
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
-WORK_PER_SECOND = 601_000.0
-"""Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`. An H100 (SXM) has
-the same chip.
+WORK_PER_SECOND = 612_000.0
+"""Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`.
 
-Measured with random weights and samples of 801 tokens on average: 18,550 tokens a second."""
-_CARD = re.compile(r"H100.*HBM3|H200")
+Measured with random weights and samples of 801 and 808 tokens on average: 587,000 to 638,000 in four runs on as many
+machines (benchmarks/NOTES.md), of which this is the middle; 18,900 tokens a second.
+"""
+H100_SHARE = 0.96
+"""An H100 (SXM) beside it, by the data sheets: the same chip, whose memory gives 3,352 of 4,800 GB/s. A tenth of a
+step's kernels wait for memory. Not measured with these kernels; an older version took 16,200 tokens a second there."""
+_BESIDE = "7B, samples of 801 tokens, default settings"
+TABLED = f"tabled (one H200, {_BESIDE}; not measured here)"
+SCALED = f"scaled from one H200 to an H100 by the data sheets ({_BESIDE}; not measured on one)"
+_CARDS = (
+    (re.compile(r"\bH200(?! NVL)"), WORK_PER_SECOND, TABLED),
+    (re.compile(r"H100.*HBM3"), H100_SHARE * WORK_PER_SECOND, SCALED),
+)
 _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has another tower), samples a step
-TABLED = "tabled (one H200, 7B, samples of 801 tokens, default settings; not measured here)"
 
 EFFICIENCY = {
     ("single", 1): 1.0,
@@ -115,9 +124,16 @@ def _seconds(
         whole = measured[nearest].work_per_second / (nearest[1] * EFFICIENCY[nearest[:2]])
         from_layout = f"measured here on {nearest[0]} x {nearest[1]}, scaled by tabled efficiencies"
         return work / (whole * layout[1] * efficiency), from_layout
-    if not _CARD.search(card) or not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
+    if not _is_measured(shape, plan) or recipe.data.vision_cache != "off":
         return None
-    return work / (WORK_PER_SECOND * layout[1] * efficiency), TABLED
+    return next(
+        (
+            (work / (speed * layout[1] * efficiency), source)
+            for pattern, speed, source in _CARDS
+            if pattern.search(card)
+        ),
+        None,
+    )
 
 
 def _forecast(

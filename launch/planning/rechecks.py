@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
+COST = 2.2
+"""Time of a checked micro-batch's second computation, as a share of the first one's: it is read anew, which no worker
+does ahead, and computed. H200s, 32 samples a step: 1.9 and 2.35 by one process, 2.35 under ddp and 2.2 under fsdp of 2;
+on a CPU with the embedded model 1.3."""
+
 
 def is_drawn(seed: int, step: int, number: int, share: float) -> bool:
     """Return whether the micro-batches `number` of `step`, both counted from 0, are checked: `share` of all are."""

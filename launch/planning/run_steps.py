@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launch.errors import ConfigError
 from launch.planning.step_plan import SampleStream, StepPlan, StreamOffset, cost, plan_steps, steps_of
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from launch.inputs.dataset_index import Index
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
+
+
+MOST_STEPS = 1_000_000
+"""A plan of so many takes a minute."""
 
 
 def sample_stream(recipe: Recipe, index: Index, begin: StreamOffset) -> SampleStream:
@@ -79,12 +84,22 @@ def whole_steps(recipe: Recipe, samples: int, begin: StreamOffset) -> tuple[int,
     """Count the optimizer steps of the run, and the samples of `num_train_epochs` left after the last whole step.
 
     `training.max_steps` wins over the epochs, as in transformers; the stream then goes on as long as needed.
+    ConfigError above `MOST_STEPS`: every one is looked at.
     """
     training = recipe.training
     if training.max_steps >= 1:
-        return training.max_steps, 0
-    steps, left = steps_of(samples, training.num_train_epochs, recipe.batch.global_batch_size, begin.sample)
-    return begin.step + steps, left
+        key, steps, left = "max_steps", training.max_steps, 0
+    else:
+        key = "num_train_epochs"
+        steps, left = steps_of(
+            samples, training.num_train_epochs, recipe.batch.global_batch_size, begin.sample
+        )
+        steps += begin.step
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"training.{key}: makes more than {MOST_STEPS:,} steps, which are planned one by one; give fewer"
+        )
+    return steps, left
 
 
 def longest_of(index: Index) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.atomic_files import atomic_write
 from launch.inputs.caches import cache_root
-from launch.planning.rechecks import rechecked_share
+from launch.planning.rechecks import COST, rechecked_share
 from launch.planning.run_steps import stream_of
 from launch.planning.step_plan import cost
 from launch.untrusted_files import UNREADABLE, parse_json, read_text
@@ -30,7 +30,6 @@ WARM_UP = 3
 """First steps of an attempt that say little: kernels are compiled, the allocator grows, data workers fill."""
 LEAST = 3
 """Steps after these from which a speed is taken."""
-_ODD = 1.5  # times the median of its kind: a step beside something else that the machine did
 _KEPT = 200
 CPU = "CPU"
 """The name of the card where there is none."""
@@ -76,7 +75,8 @@ def work_by_step(recipe: Recipe, index: Index, plan: Plan, steps: Iterable[int])
     """The work of each of these steps, counted from 1, over all processes, with what is computed a second time."""
     stream, work = stream_of(recipe, plan), work_of_samples(index.splits["train"])
     return {
-        step: float(work[stream.samples(step - 1)].sum()) * (1 + rechecked_share(recipe, plan, step - 1))
+        step: float(work[stream.samples(step - 1)].sum())
+        * (1 + COST * rechecked_share(recipe, plan, step - 1))
         for step in steps
     }
 
@@ -84,15 +84,17 @@ def work_by_step(recipe: Recipe, index: Index, plan: Plan, steps: Iterable[int])
 def work_per_second(recipe: Recipe, index: Index, plan: Plan, seconds: Mapping[int, float]) -> float | None:
     """The speed of measured steps (step, counted from 1 -> its seconds); None for too few.
 
-    Steps that took half as long again as the usual one for their work are left out.
+    The median over steps, each held against its work: a step beside something else that the machine did says nothing,
+    and the vision tower of a step may be computed in the one before. Steps that `training.recheck` had computed twice
+    are left out where enough others are there, so that the speed serves for every share of rechecks.
     """
-    work = work_by_step(recipe, index, plan, (step for step in seconds if step > plan.begin.step))
+    steps = [step for step in seconds if step > plan.begin.step]
+    plain = [step for step in steps if not rechecked_share(recipe, plan, step - 1)]
+    work = work_by_step(recipe, index, plan, plain if len(plain) >= LEAST else steps)
     slowness = {step: seconds[step] / work[step] for step in work if work[step] > 0 and seconds[step] > 0}
     if len(slowness) < LEAST:
         return None
-    usual = statistics.median(slowness.values())
-    kept = [step for step, each in slowness.items() if each <= _ODD * usual]
-    return sum(work[step] for step in kept) / sum(seconds[step] for step in kept)
+    return 1 / statistics.median(slowness.values())
 
 
 def speeds_file() -> Path:

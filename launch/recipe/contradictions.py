@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED, tried_folder
 from launch.option_values import place
+from launch.recipe.schedules import wrong_schedule
 from launch.recipe.split_names import FORMS as SPLIT_FORMS
 from launch.recipe.split_names import parse_split
 from launch.untrusted_files import printable
@@ -51,6 +52,9 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             f"training.warmup_steps: `constant` would ignore the warm-up ({training.warmup_steps}); "
             "use lr_scheduler_type: constant_with_warmup, or warmup_steps: 0"
         )
+    yield from wrong_schedule(
+        training.lr_scheduler_type, training.lr_scheduler_kwargs, training.learning_rate
+    )
     if recipe.checkpoint.keep_best == "accuracy" and not recipe.evaluation.answers:
         yield (
             "checkpoint.keep_best: accuracy is not measured during training (evaluation.answers: 0); set "

@@ -65,7 +65,11 @@ def _make_local_folders_absolute(values: dict[str, Any]) -> None:
         inner = values.get(section)
         name = inner.get(key) if isinstance(inner, dict) else None
         with suppress(OSError, RuntimeError):  # what cannot be a path is the recipe's to refuse
-            if isinstance(name, str) and name != EMBEDDED and (folder := Path(name).expanduser()).is_dir():
+            if (
+                isinstance(name, str)
+                and name not in ("", EMBEDDED)
+                and (folder := Path(name).expanduser()).is_dir()
+            ):
                 values[section][key] = str(folder.resolve())
 
 

@@ -137,7 +137,7 @@ class BatchSection(Section):
     """One optimizer step."""
 
     global_batch_size: int = Field(32, ge=1, description="the samples of one optimizer step, at least 1")
-    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | Literal["auto"] = Field(
         "auto",
         description="the most tokens of a packed micro-batch (a whole number of at least 1), or `auto`",
     )
@@ -167,7 +167,7 @@ class TrainingSection(Section):
         "inverse_sqrt",
         "warmup_stable_decay",
     ] = Field("linear", description="a shape of the learning rate")
-    lr_scheduler_kwargs: dict[str, int | float | str] | None = Field(
+    lr_scheduler_kwargs: dict[str, Annotated[int | float | str, BeforeValidator(_number)]] | None = Field(
         None, description="the scheduler's arguments, or null"
     )
     warmup_steps: Real = Field(

@@ -93,7 +93,10 @@ def _open_lock(path: Path, flags: int) -> int:
     try:
         descriptor = open_at_once(path, flags | os.O_NOFOLLOW, LOCK_MODE)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+        in_its_place = (
+            error.errno != errno.ELOOP or path.is_symlink()
+        )  # else a folder above it is a loop of links
+        if in_its_place and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _no_lock(path) from None
         raise
     status = os.fstat(descriptor)

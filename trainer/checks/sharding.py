@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from trainer.distributed.collectives import run_on_all_ranks
 from trainer.model.attention import Segments
 from trainer.model.layer_stand_ins import decoder_layers, frozen_weights
 
+_LENGTHS = (8191, 8179)  # primes: no width of a layer is a multiple
 RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 
 
@@ -28,11 +28,12 @@ RESIDENT_MARGIN = 0.05  # padding, and what is cut unevenly
 class LayerReference:
     """What a whole decoder layer is, to be held against its shards.
 
-    `packed`: checksum of the packed bytes by module; `output`: on a fixed input; `bytes`: of the weights; `constants`:
-    bytes of the quantization constants, which stay whole on every rank.
+    `packed`: checksum of the packed bytes by module, int64 [2]; `output`: on a fixed input; `bytes`: of the weights;
+    `constants`: bytes of the quantization constants, which stay whole on every rank. Tensors are where the layer is:
+    the host waits for none of them before they are compared.
     """
 
-    packed: dict[str, int]
+    packed: Mapping[str, Tensor]
     output: Tensor
     bytes: int
     constants: int = 0
@@ -55,11 +56,17 @@ def check_sharding(model: PeftModel, whole: Sequence[LayerReference], world_size
     Raises:
         RunError: on all ranks.
     """
-    for number, (layer, before) in enumerate(zip(decoder_layers(model), whole, strict=True)):
-        local = resident_bytes(layer)
+    local, gathered = [], []
+    for layer in decoder_layers(model):
+        local.append(resident_bytes(layer))
         with _gathered(layer):
-            after = reference_layer(layer)
-        run_on_all_ranks(partial(_compare_layer, number, before, after, local, world_size))
+            gathered.append(reference_layer(layer))
+
+    def compare() -> None:
+        for number, facts in enumerate(zip(whole, gathered, local, strict=True)):
+            _compare_layer(number, *facts, world_size)
+
+    run_on_all_ranks(compare)
 
 
 def resident_bytes(layer: nn.Module) -> int:
@@ -82,7 +89,12 @@ def _gathered(layer: Any) -> Iterator[None]:
 def _compare_layer(
     number: int, before: LayerReference, after: LayerReference, local: int, world_size: int
 ) -> None:
-    if changed := sorted(name for name, sum_ in before.packed.items() if after.packed.get(name) != sum_):
+    there = after.packed
+    if changed := sorted(
+        name
+        for name, sums in before.packed.items()
+        if name not in there or not torch.equal(sums, there[name])
+    ):
         raise RunError(
             f"model: sharding changed the packed 4-bit bytes of decoder layer {number} ({len(changed)} of "
             f"{len(before.packed)} weights, such as {changed[0]}); use float16 or float32 storage, or --strategy ddp"
@@ -108,9 +120,26 @@ def _packed_weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.removesuffix(".base_layer"), module.weight  # PEFT's name for what it wraps
 
 
-def _checksum(weight: Tensor) -> int:
-    # A copy: numpy would pin the storage, which FSDP frees by resizing it to nothing.
-    return zlib.crc32(weight.detach().contiguous().view(torch.uint8).to("cpu", copy=True).numpy().data)
+def _checksum(weight: Tensor) -> Tensor:
+    """Return int64 [2] of a tensor's bytes, on its device: sums over every 8191st and 8179th word, mixed.
+
+    In whole numbers, so exact in any order. A word that is changed or moved changes both.
+    """
+    values = weight.detach().contiguous().view(torch.uint8).reshape(-1)
+    words = nn.functional.pad(values, (0, -len(values) % 4)).view(torch.int32)
+    sums = []
+    for length in _LENGTHS:
+        columns = (
+            nn.functional.pad(words, (0, -len(words) % length)).view(-1, length).sum(0, dtype=torch.int64)
+        )
+        sums.append((columns * _factors(length, columns.device)).sum())
+    return torch.stack(sums)
+
+
+@cache
+def _factors(length: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return (torch.randint(-(2**62), 2**62, (length,), generator=generator) * 2 + 1).to(device)
 
 
 def _constants(layer: nn.Module) -> int:
@@ -128,7 +157,7 @@ def _local_bytes(parameter: nn.Parameter) -> int:
 
 
 def _output(layer: nn.Module) -> Tensor:
-    """Compute the layer's output on 8 tokens of fixed random numbers without positions; returned on the CPU."""
+    """Compute the layer's output on 8 tokens of fixed random numbers without positions."""
     attention: Any = layer.self_attn
     width: Any = layer.hidden_size
     parameter = layer.input_layernorm.weight  # type: ignore[union-attr]
@@ -144,4 +173,4 @@ def _output(layer: nn.Module) -> Tensor:
         hidden, position_embeddings=(cos, torch.zeros_like(cos)), segments=whole
     )
     layer.train(was_training)
-    return output.cpu()
+    return output

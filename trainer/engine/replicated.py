@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.engine.host_read import start_read
 from trainer.formats.portable import TrainedState, copy_trained_state, set_optimizer_state
 from trainer.formats.sharded import DcpRankState, partition_by_size
 
@@ -74,14 +75,9 @@ class Replicated:
         for parameter in self.parameters.values():
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
-        on_host = norm_and_sums.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if norm_and_sums.is_cuda else None
-        if copied:
-            copied.record()
+        read = start_read(norm_and_sums)
         meanwhile()
-        if copied:
-            copied.synchronize()
-        norm, *summed = on_host.tolist()
+        norm, *summed = read()
         return summed, norm
 
     def clip(self, max_norm: float, norm: float) -> None:

@@ -13,7 +13,7 @@ sizes that the world size does not divide; DeepSpeed 0.19), is done here on its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from launch.errors import RunError
 from trainer.distributed.collectives import run_on_all_ranks
+from trainer.engine.host_read import start_read
 from trainer.engine.partition import Piece, piece_of_flat, piece_of_own
 from trainer.formats.key_names import ADAM_STATE_KEYS
 from trainer.formats.portable import TrainedState, step_device
@@ -48,14 +49,23 @@ class Zero:
         self.parameters, self.stage = parameters, stage
         self.loss_factor = float(dist.get_world_size())  # DeepSpeed averages gradients over the ranks
         self._engine: Any = None
+        self._sums_ready: Callable[[], None] | None = None
+        self._before_next_step: Callable[[], None] | None = None
         self._unset_hf_config()
 
     def attach(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take the engine that accelerate made of the model, before the first step. A collective of stage 3."""
         self._engine = wrapped
+        # DeepSpeed's own walks over all modules: with 7B parameters the GPU waits for that after each step.
+        self._engine.zero_grad = self._forget_gradients
+        self._engine.step = self._take_step
         self._unset_hf_config()
         if self.stage == 3:
             _keep_adapters_whole(self._engine, self.parameters)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _unset_hf_config(self) -> None:
         """Make the libraries forget that ZeRO-3 is on, whenever they may have been told.
@@ -100,30 +110,37 @@ class Zero:
         """Keep nothing back: DeepSpeed reduces in every backward."""
         return nullcontext()
 
-    def all_reduce(self, values: Tensor, meanwhile: Callable[[], None]) -> tuple[list[float], float]:
-        """Sum `values` [n] over the ranks: (sums, nan). The gradients' norm is known after the step: `grad_norm`.
+    def all_reduce_before_step(self, values: Tensor, use: Callable[[list[float]], None]) -> None:
+        """Sum `values` [n] over the ranks; `use` gets the sums after the backward pass, before the step.
 
-        `meanwhile` is called before the host waits for the sums.
+        To be called before the step's last backward pass. The host waits for them when that has been launched: between
+        forward and backward the GPU would have nothing to do.
         """
         dist.all_reduce(values)
-        meanwhile()
-        return values.tolist(), float("nan")
+        read = start_read(values)
+        self._sums_ready = lambda: use(read())
 
     def call_before_next_step(self, action: Callable[[], None]) -> None:
-        """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step.
+        """Call `action` once when the next step's gradients are complete, before DeepSpeed takes the step."""
+        self._before_next_step = action
 
-        accelerate 1.15 calls the engine's `step` in the last backward of a step (`DeepSpeedEngineWrapper.backward`),
-        and DeepSpeed 0.19 has no hook there; what stands in its place calls it.
-        """
-        take_step = self._engine.step
-
-        def call_first(*args: Any, **kwargs: Any) -> Any:
-            del self._engine.step  # from now on the class's own again
+    def _before_step(self) -> None:
+        sums_ready, self._sums_ready = self._sums_ready, None
+        action, self._before_next_step = self._before_next_step, None
+        if sums_ready:
+            sums_ready()
+        if action:
             run_on_all_ranks(self._check_all_reduced)
             action()
-            return take_step(*args, **kwargs)
 
-        self._engine.step = call_first
+    def _take_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the engine's `step`.
+
+        accelerate 1.15 calls it in the last backward of a step (`DeepSpeedEngineWrapper.backward`), and DeepSpeed 0.19
+        has no hook there.
+        """
+        self._before_step()
+        return type(self._engine).step(self._engine, *args, **kwargs)
 
     def _check_all_reduced(self) -> None:
         """Check after a backward that no gradient is left: DeepSpeed takes each away when it reduces it.
@@ -139,9 +156,15 @@ class Zero:
                 "--strategy"
             )
 
-    def grad_norm(self) -> float:
-        """Return the gradients' norm of the step just taken, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+    def grad_norm(self, meanwhile: Callable[[], None]) -> float:
+        """Return the gradients' norm of the step just taken, before clipping.
+
+        `meanwhile` is called before the host waits for it: what it gives the GPU comes after the step, and is not
+        waited for.
+        """
+        read = start_read(torch.as_tensor(self._engine.get_global_grad_norm()).reshape(1))
+        meanwhile()
+        return read()[0]
 
     def full_state(self) -> TrainedState | None:
         """Copy adapters and optimizer state, put together on rank 0; the others get None. A collective."""
@@ -260,20 +283,58 @@ def _keep_adapters_whole(engine: Any, parameters: Mapping[str, nn.Parameter]) ->
     With every parameter persistent (DeepSpeed 0.19.8, `mark_persistent_parameters`) its hooks on modules find nothing
     to fetch or to release, and cost the host time in each of them; so does its look at every module before and after
     each forward, which only finds parameters that are away. The hooks on gradients stay.
-    """
-    from deepspeed.runtime.zero.partition_parameters import _init_external_params
 
-    offload = engine.optimizer.parameter_offload
-    offload.destroy()  # `_remove_module_hooks`
-    trained = nn.ParameterList(parameters.values())
-    _init_external_params(trained)
-    offload.module = trained  # below which it releases parameters before a step
+    In a step DeepSpeed lets go of every adapter, measures its gradient and gathers it again by itself, while the GPU
+    has nothing else to do: a collective for each of the 112 of the 7B shape. Here they stay until the next are
+    gathered, all in one, and their gradients are measured as one.
+    """
+    optimizer = engine.optimizer
+    optimizer.parameter_offload.destroy()  # `_remove_module_hooks`
     engine._forward_prologue = lambda inputs, kwargs: None
     engine._forward_epilogue = lambda: None
-    persistent = engine.optimizer.persistent_parameters
+    persistent = optimizer.persistent_parameters
     if len(persistent) != len(parameters):
         raise RunError(
             f"model: DeepSpeed keeps {len(persistent)} of {len(parameters)} adapters whole; install the versions of "
             "constraints.txt, or use --strategy fsdp"
         )
     persistent[0].all_gather(persistent)
+    norm_of, rows = optimizer.get_grad_norm_direct, _rows_of_shards(optimizer)
+
+    def norm_at_once(gradients: Sequence[Tensor], members: Sequence[nn.Parameter]) -> Tensor:
+        return cast(Tensor, norm_of([torch.cat([each.reshape(-1) for each in gradients])], members[:1]))
+
+    def gather_at_once(timer_names: Any) -> None:
+        for shard, members, row in zip(
+            optimizer.fp16_partitioned_groups_flat, optimizer.fp16_groups, rows, strict=True
+        ):
+            _gather(shard, members, row)
+
+    optimizer.get_grad_norm_direct = norm_at_once
+    optimizer._partition_all_parameters = lambda: None
+    optimizer._post_step = gather_at_once
+
+
+def _rows_of_shards(optimizer: Any) -> list[Tensor]:
+    """For each group, where every element of its parameters, end to end, lies among the shards of all ranks."""
+    rows = []
+    for shard, members in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        at, places = 0, []
+        for parameter in members:
+            share = parameter.partition_numel()
+            element = torch.arange(parameter.ds_numel, device=shard.device)
+            places.append(element // share * shard.numel() + at + element % share)
+            at += share
+        rows.append(torch.cat(places))
+    return rows
+
+
+@torch.no_grad()
+def _gather(shard: Tensor, members: Sequence[nn.Parameter], row: Tensor) -> None:
+    """Put the parameters of a group together out of the shards of all ranks. A collective."""
+    shards = torch.empty(dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device)
+    dist.all_gather_into_tensor(shards, shard)
+    whole, begin = shards[row], 0
+    for parameter in members:
+        parameter.data = whole[begin : begin + _numel(parameter)].view(_shape(parameter))
+        begin += _numel(parameter)

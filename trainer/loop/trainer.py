@@ -40,6 +40,7 @@ from trainer.loop.recheck import Recheck
 from trainer.loop.step_record import StepRecord
 from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
 from trainer.loop.training_args import training_arguments
+from trainer.model.fsdp import gather_from_here
 from trainer.model.lora import trainable_parameters
 from trainer.model.products_ahead import SeenProducts
 from trainer.task import Task
@@ -97,7 +98,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.recheck = Recheck(self) if self.recipe.training.recheck else None
         self.out_of_memory = False  # in the step under way, on this rank
         # Features that are cached meanwhile, and steps that are computed again, take a micro-batch as it was packed.
-        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model, self.plan)
+        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model)
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
@@ -178,8 +179,11 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         with self.compute_loss_context_manager():
             loss = self.micro_batch_loss(model, batch)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
-        if self.engine.steps_in_backward and self.accelerator.sync_gradients:
-            self._reduce_step()  # DeepSpeed steps in this backward: all ranks must know before that they can
+        if isinstance(self.engine, Zero) and self.accelerator.sync_gradients:
+            # DeepSpeed steps in this backward: all ranks must know before the step that they can take it.
+            loss_and_flags = self._loss_and_flags()
+            with self.record.phase("reduction"):
+                self.engine.all_reduce_before_step(loss_and_flags, self._use_sums)
         self.accelerator.backward(loss * self.engine.loss_factor, **self.engine.backward_options)
         return loss.detach()
 
@@ -216,20 +220,22 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         In place of DDP's buckets, which change after the first step: a resumed run would sum in another order.
         """
         if isinstance(self.engine, Zero):  # has reduced, clipped and stepped in the last backward
-            self.grad_norm = self.engine.grad_norm()
+            self.grad_norm = self.engine.grad_norm(self._run_tower_ahead)
             check_step_taken(self.grad_norm, self.state.global_step + 1)
             return self.grad_norm
         self._check_gradients()
-        self._reduce_step()
+        loss_and_flags = self._loss_and_flags()
+        with self.record.phase("reduction"):
+            sums, norm = self.engine.all_reduce(loss_and_flags, self._run_tower_ahead)
+        self._use_sums(sums, norm)
         self.engine.clip(self.recipe.training.max_grad_norm, self.grad_norm)
         return self.grad_norm
 
-    def _reduce_step(self) -> None:
-        """All-reduce loss, requests and, where the engine left them on the ranks, gradients.
+    def _loss_and_flags(self) -> Tensor:
+        """Return this rank's loss of the step and its requests, which travel along in the step's reduction.
 
-        The requests travel along so that all ranks read the same ones in the same step, with the step's only wait for
-        the GPU: what else the host has to do is done before it. Raises on all ranks when one cannot go on or the
-        numbers are not finite.
+        All ranks read the same ones in the same step, with the wait for the GPU that a step needs anyway: what else the
+        host has to do is done here, before it.
         """
         self.garbage.collect()
         self._read_ahead()
@@ -239,8 +245,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         loss_and_flags = flags_here.to(self.args.device, non_blocking=True)
         loss_and_flags[0] = cast(Tensor, self._step_loss)
         self.record.wait_for_gpu()
-        with self.record.phase("reduction"):
-            (loss, *flags), norm = self.engine.all_reduce(loss_and_flags, self._run_tower_ahead)
+        return loss_and_flags
+
+    def _use_sums(self, sums: list[float], norm: float = float("nan")) -> None:
+        """Take over what the ranks agree on: loss, requests, and the gradients' norm where it is known before the step.
+
+        Raises on all ranks when one cannot go on or the numbers are not finite.
+        """
+        loss, *flags = sums
         self.agreed_requests = AgreedRequests.of(flags)
         if self.agreed_requests.fail:
             self.saver.wait()  # the rank that could not write, and why, is known to all in a moment
@@ -264,9 +276,14 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def _run_tower_ahead(self) -> None:
-        """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's sums."""
+        """Give the GPU the tower of the micro-batch that was read ahead, before the host waits for this step's numbers.
+
+        No collective, under no strategy: a rank that has no memory for it, or no other micro-batch, leaves it out.
+        """
         if self.training_loader is None or not self.tower_runs_ahead:
             return
+        if self.plan.parallelism.shards_layers:
+            gather_from_here(self.model)
         ahead = partial(run_tower, model=self.model, device=self.args.device)
         try:
             with self.record.phase("launching"):

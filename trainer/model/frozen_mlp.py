@@ -19,17 +19,21 @@ from trainer.model.autocast_off import AutocastOff
 from trainer.model.fp8 import is_fp8
 from trainer.model.liger_kernels import norm_of_sum_forward
 from trainer.model.pass_kernels import swiglu_forward, swiglu_gradient
-from trainer.model.resident import matrix_of, quantization_of
+from trainer.model.resident import MANY_ROWS, matrix_of, quantization_of
 
 
-def frozen_linears_of(mlp: nn.Module) -> list[nn.Linear] | None:
-    """Return gate, up and down projection where they are plain or of 4 bits, without adapter and bias; else None."""
+def frozen_linears_of(mlp: nn.Module, x: Tensor) -> list[nn.Linear] | None:
+    """Return gate, up and down projection where they are plain or of 4 bits, without adapter and bias; else None.
+
+    `x` is [..., hidden]. In 4 bits also None for so few rows that bitsandbytes multiplies without dequantizing.
+    """
     parts = mlp._modules
     layers = [cast(nn.Linear, parts[name]) for name in ("gate_proj", "up_proj", "down_proj")]
     for layer in layers:
         if isinstance(layer, LoraLayer) or is_fp8(layer) or layer._parameters.get("bias") is not None:
             return None
-    return layers
+    few = x.numel() <= MANY_ROWS * x.shape[-1]
+    return None if few and quantization_of(layers[2]) is not None else layers
 
 
 def add_norm_frozen_mlp(attended: Tensor, residual: Tensor, norm: Any, layers: Sequence[nn.Linear]) -> Tensor:

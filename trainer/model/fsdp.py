@@ -69,6 +69,17 @@ def schedule_gathers(model: PeftModel, whole_layers: int) -> None:
         layer.set_reshard_after_backward(number not in kept, recurse=False)
 
 
+def gather_from_here(model: PeftModel) -> None:
+    """Let the next forward gather its first layers beside what the GPU is given from now on, not behind it.
+
+    FSDP2 lets its first gathers wait for all that the GPU was given before the forward, because a step could have
+    changed what they read. What is gathered here is frozen.
+    """
+    if torch.cuda.is_available():
+        root: Any = model
+        root.set_post_optim_event(torch.cuda.current_stream().record_event())
+
+
 def _is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor)
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -30,6 +31,7 @@ from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
 from trainer.model.pass_kernels import layer_norm, swiglu
+from trainer.model.resident import MANY_ROWS
 from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
@@ -55,11 +57,20 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
     for module in language.modules():
         if isinstance(module, LoraLayer):
             replace_where_it_fits(module, lora_linear)
+    dequantize_in_one_launch(language)
+
+
+def dequantize_in_one_launch(part: nn.Module) -> None:
+    """Switch linear layers in 4 bits to `packed_linear`, but those that something else computes already."""
+    for module in part.modules():
+        if isinstance(module, Linear4bit) and "forward" not in module.__dict__:
+            replace_where_it_fits(module, packed_linear)
 
 
 def fuse_patches_and_attention(visual: Any) -> None:
     """Switch patch embedding and attention to fused kernels, which the towers of all families have alike."""
     replace(visual.patch_embed, embed_patches)
+    dequantize_in_one_launch(visual)
     for block in visual.blocks:
         replace_where_it_fits(block.attn, vision_attention)
 
@@ -78,6 +89,19 @@ def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
         return stock(*args, **kwargs) if result is NotImplemented else result
 
     replace(module, forward)
+
+
+# --- linear layers in 4 bits --------------------------------------------------------------------------------------
+
+
+def packed_linear(module: Any, x: Tensor) -> Any:
+    """`Linear4bit.forward` of [..., in] with the same products, the weight dequantized in fewer launches.
+
+    NotImplemented for few rows, which bitsandbytes multiplies without dequantizing, and for another dtype of products.
+    """
+    if x.numel() <= MANY_ROWS * x.shape[-1] or module.compute_dtype not in (None, x.dtype):
+        return NotImplemented
+    return linears(x, (module,))[0]
 
 
 # --- between the linear layers ------------------------------------------------------------------------------------
@@ -149,7 +173,7 @@ def _after_attention(module: Any, attended: Tensor, residual: Tensor) -> Tensor:
     norm, mlp = module.post_attention_layernorm, module.mlp
     if takes_mlp(mlp):
         return add_norm_mlp(attended, residual, norm, mlp)
-    if layers := frozen_linears_of(mlp):
+    if layers := frozen_linears_of(mlp, attended):
         return add_norm_frozen_mlp(attended, residual, norm, layers)
     normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
     return cast(Tensor, residual + mlp(normed))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from launch.audit import deep
 from launch.audit.deep import (
     DeepComparison,
     ModuleDifference,
@@ -14,7 +16,7 @@ from launch.audit.deep import (
     parting_step,
     relative_difference,
 )
-from launch.audit.diff import Comparison, Parting, Quantity
+from launch.audit.diff import Comparison, Difference, Parting, Quantity, Section
 from launch.errors import ConfigError
 
 SAME = DeepComparison(6, 4, 90, 0.0, None, None, True, (True, True), (2.0, 2.0), (2.0, 2.0))
@@ -22,16 +24,41 @@ SAME = DeepComparison(6, 4, 90, 0.0, None, None, True, (True, True), (2.0, 2.0),
 
 def comparison(*partings: tuple[Quantity, int]) -> Comparison:
     found = tuple(Parting(quantity, step, 1, 2, 0.5, 1e-6) for quantity, step in partings)
-    return Comparison("a", "b", (), 8, found, None, 0.5, None, (8, 8))
+    return Comparison("a", "b", (), 8, found, None, None, 0.5, None, (8, 8))
 
 
 def test_the_step_is_the_first_whose_loss_or_norm_parts() -> None:
     assert parting_step(comparison(("loss", 6), ("grad_norm", 5))) == 5
     assert parting_step(comparison(("loss", 6), ("samples", 7))) == 6
     assert parting_step(comparison()) is None
-    assert parting_step(replace(comparison(), rounding_from=3)) == 3
-    assert parting_step(replace(comparison(("grad_norm", 5)), rounding_from=3)) == 5
+    assert parting_step(replace(comparison(), unequal_from=3)) == 3
+    beyond = replace(comparison(("grad_norm", 5)), unequal_from=3)
+    assert (parting_step(beyond), parting_step(beyond, exact=True)) == (5, 3)
     assert parting_step(comparison(("learning_rate", 3))) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deterministic", "section", "exact"),
+    [
+        ("bfloat16", True, "recipe", True),
+        ("bfloat16", False, "recipe", False),
+        ("float32", False, "recipe", True),
+        ("float32", False, "plan", False),
+        ("float32", False, "versions", False),
+    ],
+)
+def test_runs_of_one_layout_with_exact_kernels_are_looked_into_where_they_are_not_equal_to_the_bit(
+    dtype: str, deterministic: bool, section: Section, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimpleNamespace(recipe_file=None)
+    plan, training = (
+        SimpleNamespace(device="cuda", compute_dtype=dtype),
+        SimpleNamespace(deterministic=deterministic),
+    )
+    monkeypatch.setattr(deep, "read_plan", lambda _: plan)
+    monkeypatch.setattr(deep, "load_recipe", lambda _: SimpleNamespace(training=training))
+    differs = replace(comparison(), differences=(Difference(section, "key", 1, 2),))
+    assert deep.repeats_to_the_bit(differs, run, run) is exact  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def _table(folder: Path, name: str, first: str) -> Path:
 def test_a_recipe_is_written_for_a_folder_with_a_csv(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _table(tmp_path / "pictures", "labels.csv", "picture,Question,answer\na.png,why?,so\n")
+    folder = _table(tmp_path / "pictures", "labels.csv", "picture,Question,answer\n" + "a.png,why?,so\n" * 2)
     file = tmp_path / "my.yaml"
     assert samestep("init", str(file), "--data", str(folder), "--model", "a/b", "--gpus", "64") == 0
     assert f"samestep run {file} --gpus-per-node 64" in capsys.readouterr().out
@@ -76,6 +76,8 @@ def test_few_rows_and_odd_file_names_make_a_recipe_that_runs(
     assert (recipe.name, recipe.batch.global_batch_size) == ("mein-Rezept", 8)
     (folder / "train.csv").rename(folder / "train-00000-of-00002.csv")
     assert seen_data(str(folder), {}).rows is None
+    one = _table(tmp_path / "one", "train.csv", "image,query,label\na.png,why?,so\n")
+    assert seen_data(str(one), {}).splits["validation"] is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1022,3 +1023,33 @@ def _shell(command: str, folder: Path, variables: dict[str, str] | None = None) 
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     return done.stdout
+
+
+def test_output_goes_on_where_its_encoding_lacks_a_character_and_where_columns_is_0(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli.main"]
+    odd = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "0"}
+    file = tmp_path / "ä.yaml"
+    said = [
+        subprocess.run([*command, *words], capture_output=True, env=odd, check=False, cwd=tmp_path)
+        for words in (["init", str(file), "--data", "embedded"], ["rules"])
+    ]
+    assert [each.returncode for each in said] == [0, 0], said[0].stderr
+    assert rb"\xe4.yaml: written" in said[0].stdout
+    assert b"what is refused" in said[1].stdout
+
+
+def test_a_current_folder_that_is_gone_and_folders_that_are_a_loop_are_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    status = f"{shlex.quote(sys.executable)} -m launch.cli.main"
+    for words, reason in (
+        (f"cd gone && rmdir ../gone && {status} status", "current folder: was removed; change to one"),
+        (f"{status} run embedded --runs-dir loop", "Too many levels of symbolic links; choose another place"),
+    ):
+        ended = subprocess.run(
+            ["bash", "-c", words], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert ended.returncode == 2
+        (line,) = ended.stderr.splitlines()
+        assert reason in line
+        assert "lock" not in line.partition(":")[2]

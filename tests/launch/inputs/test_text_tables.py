@@ -27,6 +27,7 @@ from launch.untrusted_files import UntrustedFileError
             b"image, query, label\na.png, why?, so\n",
             "has spaces around the column name ' query'; take them out",
         ),
+        (b",query,label\n0,why?,so\n", "a first column without a name; name it, or take it out"),
         (b'image,query,label\na.png,"why?,so\n', "is no CSV (.*); correct it$"),
     ],
 )

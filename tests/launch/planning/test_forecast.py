@@ -7,15 +7,24 @@ import numpy as np
 import pytest
 
 from launch.planning import forecast
-from launch.planning.forecast import EFFICIENCY, TABLED, forecast_rows, forecasts, tokens_of_steps
+from launch.planning.forecast import (
+    EFFICIENCY,
+    SCALED,
+    TABLED,
+    forecast_rows,
+    forecasts,
+    tokens_of_steps,
+)
 from launch.planning.make_plan import make_plan
 from launch.planning.plan import Plan
+from launch.planning.rechecks import COST
 from launch.planning.run_steps import stream_of
 from launch.planning.speeds import (
     read_speeds,
     remember_speed,
     speed_key,
     speeds_file,
+    work_by_step,
     work_of_steps,
     work_per_second,
 )
@@ -71,10 +80,25 @@ def test_time_cost_and_energy_follow_from_the_tabled_speed_for_every_layout(
     assert {(each.strategy, each.world_size) for each in expected} == EFFICIENCY.keys()
     own = expected[0]
     work = work_of_steps(planned[0], INDEX, planned[1], 1, planned[1].max_steps)
-    assert own.hours == pytest.approx(work / (forecast.WORK_PER_SECOND * 4 * EFFICIENCY["ddp", 4]) / 3600)
+    speed = forecast.H100_SHARE * forecast.WORK_PER_SECOND
+    assert own.hours == pytest.approx(work / (speed * 4 * EFFICIENCY["ddp", 4]) / 3600)
     assert own.gpu_hours == pytest.approx(4 * own.hours)
     assert (own.cost, own.energy_kwh) == (2 * own.gpu_hours, 0.5 * own.gpu_hours)
-    assert {row[-1] for row in forecast_rows(expected)} == {TABLED}
+    assert {row[-1] for row in forecast_rows(expected)} == {SCALED}
+    measured = forecasts(*planned[:1], INDEX, planned[1], "NVIDIA H200", None, None)[0]
+    assert (measured.source, measured.hours) == (TABLED, pytest.approx(forecast.H100_SHARE * own.hours))
+
+
+def test_a_speed_measured_with_rechecks_is_that_of_the_steps_without(planned: tuple[Recipe, Plan]) -> None:
+    _, plan = planned
+    some = embedded_recipe("training.num_train_epochs=1", "training.recheck=0.4")
+    plain = embedded_recipe("training.num_train_epochs=1")
+    usual, counted = (work_by_step(each, INDEX, plan, range(1, 11)) for each in (plain, some))
+    drawn = [step for step in usual if counted[step] > usual[step]]
+    assert 0 < len(drawn) < 7
+    seconds = {step: usual[step] / 100 * (3.1 if step in drawn else 1) for step in usual}
+    assert work_per_second(some, INDEX, plan, seconds) == pytest.approx(100)
+    assert speed_key(some) == speed_key(plain)
 
 
 def test_micro_batches_that_are_computed_twice_take_their_time(planned: tuple[Recipe, Plan]) -> None:
@@ -85,7 +109,7 @@ def test_micro_batches_that_are_computed_twice_take_their_time(planned: tuple[Re
     measured = [forecasts(each, INDEX, plan, H100, None, None)[0] for each in (recipe, twice)]
     for plain, rechecked in (tabled, measured):
         assert rechecked.source == plain.source
-        assert rechecked.hours == pytest.approx(2 * plain.hours)
+        assert rechecked.hours == pytest.approx((1 + COST) * plain.hours)
         assert rechecked.tokens == plain.tokens
 
 
@@ -106,7 +130,7 @@ def test_a_measured_speed_wins_and_scales_to_other_layouts(planned: tuple[Recipe
     assert "measured here on single x 1" in by_layout["ddp", 4].source
     other = embedded_recipe("training.num_train_epochs=1", "lora.r=64")
     assert speed_key(other) != speed_key(recipe)
-    assert {each.source for each in forecasts(other, INDEX, plan, H100, None, None)} == {TABLED}
+    assert {each.source for each in forecasts(other, INDEX, plan, H100, None, None)} == {SCALED}
 
 
 def test_too_few_steps_or_a_damaged_file_say_nothing(planned: tuple[Recipe, Plan]) -> None:
@@ -119,7 +143,9 @@ def test_too_few_steps_or_a_damaged_file_say_nothing(planned: tuple[Recipe, Plan
         assert read_speeds() == []
 
 
-@pytest.mark.parametrize("card", ["", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB"])
+@pytest.mark.parametrize(
+    "card", ["", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB", "NVIDIA H200 NVL"]
+)
 def test_a_card_of_which_nothing_is_known_has_no_forecast(card: str, planned: tuple[Recipe, Plan]) -> None:
     assert forecasts(planned[0], INDEX, planned[1], card, None, None) == []
 

@@ -51,6 +51,14 @@ def test_max_steps_wins_over_epochs() -> None:
     assert (plan.max_steps, plan.samples_left) == (7, 0)
 
 
+@pytest.mark.parametrize("key", ["max_steps=1000001", "num_train_epochs=1e308", "num_train_epochs=1000000"])
+def test_more_steps_than_can_be_planned_are_refused_at_once(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"training.{key.partition('=')[0]}: makes more than 1,000,000 steps"
+    ):
+        plan_for(embedded_recipe(f"training.{key}"))
+
+
 @pytest.mark.parametrize("max_steps", [1, 7, 30, 265])
 @pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1, 5])
 def test_the_warm_up_is_what_transformers_makes_of_it(max_steps: int, warmup: float) -> None:

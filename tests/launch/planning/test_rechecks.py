@@ -10,7 +10,7 @@ from launch.planning.make_plan import make_plan
 from launch.planning.memory import memory_of, trained_parameters
 from launch.planning.memory_load import Kernels, Packed, Settings, load_of
 from launch.planning.plan import Plan
-from launch.planning.rechecks import is_drawn, rechecked_share
+from launch.planning.rechecks import COST, is_drawn, rechecked_share
 from launch.planning.speeds import work_by_step, work_per_second
 from launch.planning.topology import Topology
 from launch.recipe.schema import Recipe
@@ -46,7 +46,7 @@ def test_what_is_computed_twice_counts_as_work_of_its_step_so_that_a_speed_stays
     work = work_by_step(recipe, INDEX, plan, range(1, plan.max_steps + 1))
     for step in plain:
         drawn = [is_drawn(42, step - 1, number, share) for number in range(plan.micro_batches)]
-        assert work[step] == pytest.approx(plain[step] * (1 + sum(drawn) / plan.micro_batches))
+        assert work[step] == pytest.approx(plain[step] * (1 + COST * sum(drawn) / plan.micro_batches))
     assert sum(work.values()) > sum(plain.values())
     assert work_per_second(
         recipe, INDEX, plan, {step: each / 250 for step, each in work.items()}

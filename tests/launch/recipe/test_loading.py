@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
+from transformers import get_scheduler
 
 from launch.errors import ConfigError
 from launch.recipe.fingerprint import altering_values, recipe_fingerprint
 from launch.recipe.loading import dump_recipe, find_recipe, load_recipe, recipe_from_dict
 from launch.recipe.refused_fields import REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
+from launch.recipe.schedules import ARGUMENTS, wrong_schedule
 from launch.recipe.schema import LoraSection, Recipe, TrainingSection, recipe_schema
 from launch.resources import resource, resource_names
 
@@ -259,6 +262,68 @@ def test_a_relative_folder_that_is_not_there_is_named_with_the_place_that_was_tr
     assert problem.startswith(
         f"data.dataset: 'charts/of/mine' is not a folder here ({place}) and not a hub id"
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "words"),
+    [
+        ("linear", "{num_cycles: 3}", "kwargs.num_cycles: linear has no such argument; it takes none"),
+        ("constant_with_warmup", "{num_cycles: 3}", "kwargs.num_cycles: constant_with_warmup has no such"),
+        ("cosine_with_restarts", "{num_cycles: abc}", "'abc' is not a whole number of at least 1"),
+        ("inverse_sqrt", "{timescale: 0}", "0 is not a whole number of at least 1"),
+        ("cosine_with_min_lr", "null", "cosine_with_min_lr needs either min_lr (a rate) or min_lr_rate"),
+        ("cosine_with_min_lr", "{min_lr: 0.0, min_lr_rate: 0.1}", "needs either min_lr"),
+        ("warmup_stable_decay", "{decay_type: cosine}", "needs num_decay_steps"),
+        (
+            "warmup_stable_decay",
+            "{num_decay_steps: 2, decay_type: x}",
+            "'x' is not linear or cosine or 1-sqrt",
+        ),
+        ("polynomial", "{lr_end: 1}", "lr_end: 1 is not below training.learning_rate (0.004)"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused(schedule: str, given: str, words: str) -> None:
+    problems = problems_of(f"training.lr_scheduler_type={schedule}", f"training.lr_scheduler_kwargs={given}")
+    assert any(words in problem for problem in problems)
+    assert all(problem.startswith("training.lr_scheduler_kwargs") for problem in problems)
+
+
+def test_the_arguments_of_schedules_are_those_of_transformers() -> None:
+    values = {
+        name: {
+            key: kind[0] if isinstance(kind, tuple) else 1 for key, kind in known.items() if key != "min_lr"
+        }
+        for name, known in ARGUMENTS.items()
+    }
+    values["polynomial"]["lr_end"] = 1e-6
+    for name, given in values.items():
+        assert list(wrong_schedule(name, given, 1.0)) == []
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+        get_scheduler(name, optimizer, 1, 4, given)
+    recipe = load_recipe(
+        EMBEDDED,
+        [
+            "training.lr_scheduler_type=cosine_with_min_lr",
+            "training.lr_scheduler_kwargs={min_lr: 1e-6}",  # text to YAML 1.1
+        ],
+    )
+    assert recipe.training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_numbers_that_yaml_reads_as_others_and_what_names_nothing_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    text = EMBEDDED.read_text()
+    for before, after, words in (
+        ("r: 16", "r: 010", "010 is another number in YAML"),
+        ("seed: 42", "seed: 1:30", "1:30 is another number in YAML"),
+        ("dataset: embedded", 'dataset: ""', "data.dataset: "),
+        ("loss: answer", 'chat_template: "\\ud800"', "half a character"),
+        ("micro_batch_tokens: 2800", f"micro_batch_tokens: {10**20}", "batch.micro_batch_tokens: "),
+    ):
+        assert text.count(before) == 1
+        file.write_text(text.replace(before, after))
+        with pytest.raises(ConfigError, match=words):
+            load_recipe(file)
 
 
 def test_an_override_changes_one_section_where_two_share_an_anchor(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_a_base_that_is_read_layer_by_layer_is_the_base_that_is_read_at_once(wor
     assert len(seen) == len(layers)
     for before, layer in zip(seen, layers, strict=True):
         now = reference_layer(layer)
-        assert (now.packed, now.bytes, now.constants) == (before.packed, before.bytes, before.constants)
+        assert (now.bytes, now.constants) == (before.bytes, before.constants)
+        assert _changed(before, now) == set()
         assert now.constants > 0
         assert torch.equal(now.output, before.output)
         assert now.output.abs().max() > 0
@@ -106,18 +107,19 @@ def test_a_layer_that_is_not_whole_is_refused(world: Path, tmp_path: Path, spoil
         load_base(_recipe(world, base), CPU, "float16", lambda layer: None)
 
 
-FACTS = LayerReference({"q_proj": 1, "v_proj": 2}, torch.ones(3), 1000)
+ONE, TWO, THREE = torch.tensor([[1, 1], [2, 2], [3, 2]])
+FACTS = LayerReference({"q_proj": ONE, "v_proj": TWO}, torch.ones(3), 1000)
 
 
 @pytest.mark.parametrize(
     ("after", "local", "words"),
     [
         (
-            LayerReference({"q_proj": 1, "v_proj": 3}, torch.ones(3), 1000),
+            LayerReference({"q_proj": ONE, "v_proj": THREE}, torch.ones(3), 1000),
             500,
             r"changed the packed .* 4 \(1 of 2 weights",
         ),
-        (LayerReference({"q_proj": 1}, torch.ones(3), 1000), 500, r"changed the packed"),
+        (LayerReference({"q_proj": ONE}, torch.ones(3), 1000), 500, r"changed the packed"),
         (
             LayerReference(FACTS.packed, torch.tensor([1, 1, 1.001]), 1000),
             500,
@@ -188,14 +190,29 @@ def test_bytes_that_look_like_nan_keep_their_checksum_and_bfloat16_that_rewrites
     load_base(_recipe(world), CPU, "bfloat16", seen.append)
     layer = seen[0]
     before = reference_layer(layer)
-    assert reference_layer(layer).packed == before.packed
+    assert _changed(before, reference_layer(layer)) == set()
     weight = layer.self_attn.q_proj.weight.data  # type: ignore[union-attr]
     weight.view(torch.int16).view(-1)[0] = 0x7F81
-    signalling = reference_layer(layer).packed
+    signalling = reference_layer(layer)
     weight.view(torch.int16).view(-1)[0] = 0x7FC1
-    assert {name for name, sum_ in reference_layer(layer).packed.items() if sum_ != signalling[name]} == {
-        "self_attn.q_proj"
-    }
+    assert _changed(signalling, reference_layer(layer)) == {"self_attn.q_proj"}
+
+
+def _changed(before: LayerReference, after: LayerReference) -> set[str]:
+    assert after.packed.keys() == before.packed.keys()
+    return {name for name, sums in after.packed.items() if not torch.equal(sums, before.packed[name])}
+
+
+def test_the_checksum_of_packed_bytes_notices_what_is_changed_and_what_is_moved() -> None:
+    values = torch.randint(0, 256, (40_001,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sums = sharding._checksum(values).tolist()
+    for place in (0, 1, 8_191 * 4, 40_000):
+        other = values.clone()
+        other[place] ^= 1
+        assert all(one != two for one, two in zip(sharding._checksum(other).tolist(), sums, strict=True))
+    for moved in (values.roll(4), values.flip(0), torch.cat([values[8_191 * 4 :], values[: 8_191 * 4]])):
+        assert sharding._checksum(moved).tolist() != sums
+    assert sharding._checksum(values.clone()).tolist() == sums
 
 
 # what a wrapped model answers, scores and trains --------------------------------------------------------------

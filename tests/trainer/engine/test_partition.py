@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from launch.errors import RunError
 from trainer.engine.partition import piece_of_flat, piece_of_own
-from trainer.engine.zero import Zero
+from trainer.engine.zero import Zero, _gather, _rows_of_shards
 from trainer.formats.key_names import ADAM_STATE_KEYS
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=8)
@@ -166,9 +166,65 @@ def test_a_gradient_that_comes_after_the_reduction_ends_the_run_before_its_step(
     monkeypatch.setattr("trainer.engine.zero.run_on_all_ranks", lambda action: action())
     zero, _ = _engine(3, [2, 3], rank=0, world=1)
     steps: list[str] = []
-    zero._engine.step = lambda: steps.append("taken")
+    engine = type("Engine", (), {"step": lambda _: steps.append("taken")})()
+    zero._engine, engine.step = engine, zero._take_step
     zero.call_before_next_step(lambda: steps.append("looked at"))
     zero.parameters["p1"].grad = torch.ones(3)
     with pytest.raises(RunError, match="1 of 2 adapters got their gradients after DeepSpeed had"):
-        zero._engine.step()
+        engine.step()
     assert steps == []
+    zero.parameters["p1"].grad = None
+    zero.call_before_next_step(lambda: steps.append("looked at"))
+    engine.step()
+    engine.step()
+    assert steps == ["looked at", "taken", "taken"]
+
+
+def test_a_step_is_taken_after_its_sums_were_looked_at_and_not_if_they_forbid_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _Ranks(monkeypatch, 1).become(0)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))
+    zero, _ = _engine(3, [2, 3], rank=0, world=1)
+    steps: list[Any] = []
+    engine = type("Engine", (), {"step": lambda _: steps.append("taken")})()
+    zero._engine, engine.step = engine, zero._take_step
+    zero.all_reduce_before_step(torch.tensor([1.0, 3.0]), steps.append)
+    assert steps == []
+    engine.step()
+    assert steps == [[2.0, 6.0], "taken"]
+
+    def forbid(_: list[float]) -> None:
+        raise RunError("not finite")
+
+    zero.all_reduce_before_step(torch.tensor([1.0]), forbid)
+    with pytest.raises(RunError, match="not finite"):
+        engine.step()
+    assert steps == [[2.0, 6.0], "taken"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_adapters_are_put_together_out_of_the_shards_of_all_ranks(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [5, 2, 7, 1]
+    whole = [torch.arange(size, dtype=torch.float32) + 10 * number for number, size in enumerate(sizes)]
+    shards = []
+    for rank in range(world):
+        shares = [-(-size // world) for size in sizes]
+        parts = [
+            nn.functional.pad(values[rank * share : (rank + 1) * share], (0, share), value=-1.0)[:share]
+            for values, share in zip(whole, shares, strict=True)
+        ]
+        shards.append(torch.cat(parts))
+    _Ranks(monkeypatch, world)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_into_tensor", lambda out, _: out.copy_(torch.cat(shards))
+    )
+    zero, _ = _engine(3, sizes, rank=0, world=world)
+    optimizer = zero._engine.optimizer
+    optimizer.fp16_partitioned_groups_flat = [shards[0]]
+    (row,) = _rows_of_shards(optimizer)
+    _gather(shards[0], optimizer.fp16_groups[0], row)
+    for parameter, expected in zip(zero.parameters.values(), whole, strict=True):
+        assert torch.equal(parameter.data, expected)

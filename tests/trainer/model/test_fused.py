@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from launch.recipe.loading import recipe_from_dict
@@ -15,6 +17,7 @@ from trainer.model import frozen_mlp, fused
 from trainer.model.base import load_base
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.frozen_mlp import frozen_linears_of
+from trainer.model.fused_linear import linears
 from trainer.model.lora import add_lora, trainable_parameters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,6 +81,26 @@ def plain_norm_of_sum(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tu
     """Likewise."""
     normed, deviations = plain_norm(x + residual, *rest)
     return normed, x + residual, deviations
+
+
+@pytest.mark.parametrize(("count", "own"), [(1600, True), (1536, False)], ids=["many rows", "few rows"])
+def test_a_layer_in_4_bits_gives_what_bitsandbytes_gives_and_leaves_it_few_rows(
+    count: int, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Linear4bit(64, 96, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=True)
+    layer = layer.requires_grad_(False).to("cpu")
+    x = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(0))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(inputs[0])]
+    monkeypatch.setattr(fused, "linears", lambda *given: calls.append(1) or linears(*given))
+    calls: list[int] = []
+    fused.dequantize_in_one_launch(nn.Sequential(layer))
+    outputs.append(layer(inputs[1]))
+    assert calls == [1] * own
+    for output in outputs:
+        output.sin().sum().backward()
+    assert torch.equal(*outputs)
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-6, atol=1e-6)  # type: ignore[arg-type]
 
 
 def test_norms_beside_residuals_give_the_outputs_and_gradients_of_plain_ones(
@@ -212,12 +235,14 @@ def test_a_frozen_mlp_after_its_norm_gives_the_numbers_of_the_passes_one_after_a
         output.sin().sum().backward()
         return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
+    assert (frozen_linears_of(layer.mlp, sides[0]) is None) == packed  # few rows
+    monkeypatch.setattr(frozen_mlp, "MANY_ROWS", 0)
     taken = run()
-    assert frozen_linears_of(layer.mlp) is not None
-    monkeypatch.setattr(fused, "frozen_linears_of", lambda mlp: None)
+    assert frozen_linears_of(layer.mlp, sides[0]) is not None
+    monkeypatch.setattr(fused, "frozen_linears_of", lambda mlp, x: None)
     apart = run()
     assert len(taken) == len(apart) == 3
     for found, expected in zip(taken, apart, strict=True):
         assert torch.equal(found, expected)
     layer.mlp.down_proj.fp8_products = True
-    assert frozen_linears_of(layer.mlp) is None
+    assert frozen_linears_of(layer.mlp, sides[0]) is None

@@ -3,7 +3,8 @@
 RMSNorm forward and rotary positions are Liger's kernels (`trainer.model.liger_kernels`), linear layers are in
 `trainer.model.fused_linear`. All of it replaces the `forward` of single modules of one model: other models in the
 process keep theirs. A kernel that computes several modules reads their weights and calls none of them, so forward hooks
-on them are not called: those on a block's norms and on `mlp.fc2` of the tower, on gate and up of a decoder layer.
+on them are not called: those on a block's norms and on `mlp.fc2` of the tower, on gate and up of a decoder layer, and
+on its second norm and its whole MLP where no adapter is in that.
 
 A packed row is [1, T, hidden], the patches of a micro-batch's images are [P, hidden]. Statistics of norms and softmax
 are fp32, everything else is in the dtype of the input (bfloat16).

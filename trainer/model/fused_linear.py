@@ -9,7 +9,6 @@ adapter is one product over its tokens, whose rounding depends on which tokens a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainer.model.autocast_off import AutocastOff
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 from trainer.model.fp8 import (
     Fp8Rows,
@@ -71,24 +71,35 @@ def lora_linear(module: Any, x: Tensor) -> Any:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it.
 
-    A submodule is looked up once: PyTorch does that in Python, and this is called hundreds of times a micro-batch.
+    What a module holds is read where PyTorch keeps it: its look-up by name is in Python, and this is called hundreds
+    of times a micro-batch.
     """
     if not isinstance(module, LoraLayer):
+        own = module._parameters
         plain = _Layer(quantization_of(module), is_fp8(module))
-        return plain, (module.weight, module.bias, None, None, None)
+        return plain, (own["weight"], own.get("bias"), None, None, None)
     layer: Any = module
-    base, downs = layer.base_layer, layer.lora_A
+    parts = layer._modules
+    base, downs = parts["base_layer"], parts["lora_A"]._modules
     if not _takes_lora(layer, base, downs):
         return None
     (adapter,) = downs
     if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
         return None
     rows, dropped = None, 0
-    dropout = layer.lora_dropout[adapter]
+    dropout = parts["lora_dropout"]._modules[adapter]
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
-    return facts, (base.weight, base.bias, downs[adapter].weight, layer.lora_B[adapter].weight, rows)
+    down, up = downs[adapter], parts["lora_B"]._modules[adapter]
+    own = base._parameters
+    return facts, (
+        own["weight"],
+        own.get("bias"),
+        down._parameters["weight"],
+        up._parameters["weight"],
+        rows,
+    )
 
 
 def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
@@ -100,7 +111,8 @@ def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
 def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
     layers = [layer for layer, _ in read]
     tensors = [tensor for _, group in read for tensor in group]
-    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
+    with AutocastOff(x):
+        return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
 
 
 _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
@@ -118,21 +130,18 @@ class _Linears(torch.autograd.Function):
         saved: list[Tensor | None] = []
         shape, dtype = x.shape, x.dtype
         groups = _groups(tensors)
-        with _without_autocast(x):
-            flat = x.reshape(-1, shape[-1]).contiguous()
-            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
-            adapters = _adapters(flat, layers, groups)
-            inners = iter(project(flat, adapters))
-            for layer, (weight, bias, down, up, rows) in zip(layers, groups, strict=True):
-                output = _product(
-                    flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype)
-                )
-                inner = None
-                if layer.has_lora:
-                    inner = next(inners)
-                    add_up(output, inner, up)
-                outputs.append(output.view(*shape[:-1], -1))
-                saved += [weight, inner, down, up, rows]
+        flat = x.reshape(-1, shape[-1]).contiguous()
+        in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
+        adapters = _adapters(flat, layers, groups)
+        inners = iter(project(flat, adapters))
+        for layer, (weight, bias, down, up, rows) in zip(layers, groups, strict=True):
+            output = _product(flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype))
+            inner = None
+            if layer.has_lora:
+                inner = next(inners)
+                add_up(output, inner, up)
+            outputs.append(output.view(*shape[:-1], -1))
+            saved += [weight, inner, down, up, rows]
         ctx.save_for_backward(flat if adapters else None, *saved)
         ctx.layers = layers
         return tuple(outputs)
@@ -144,7 +153,7 @@ class _Linears(torch.autograd.Function):
         of_x: Tensor | None = None
         of_inners: list[Tensor] = []
         of_ups: list[Tensor] = []
-        with _without_autocast(gradients[0]):
+        with AutocastOff(gradients[0]):
             flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
             for layer, (_, inner, _, up, _), gradient in zip(layers, groups, flats, strict=True):
                 if layer.has_lora:
@@ -159,12 +168,6 @@ class _Linears(torch.autograd.Function):
         of_adapters = iter(zip(of_downs, of_ups, strict=True))
         of_layers = [next(of_adapters) if layer.has_lora else (None, None) for layer in layers]
         return of_x, None, *(each for pair in of_layers for each in (None, None, *pair, None))
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on, which it is not in a backward pass."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from trainer.data.micro_batches import Batches, PackedBatch, assemble
 from trainer.data.splits import open_split
 from trainer.distributed.collectives import broadcast_from_main, gather_objects, run_on_all_ranks, run_on_main
 from trainer.loop.dataloaders import uncached
+from trainer.loop.kernels_ahead import products_of
 from trainer.loop.trainer import PlannedTrainer
 from trainer.model.base import recompute_layers
 from trainer.model.fsdp import schedule_gathers
@@ -176,7 +177,10 @@ def _forward_and_backward(trainer: PlannedTrainer, packed: PackedBatch) -> None:
     spare = torch.empty(_bytes_to_come(trainer), dtype=torch.uint8, device=device)
     trainer.model.train()
     with (
-        zero_weight_layers(trainer.model, device) if trainer.plan.parallelism.shards_layers else nullcontext()
+        zero_weight_layers(trainer.model, device)
+        if trainer.plan.parallelism.shards_layers
+        else nullcontext(),
+        products_of(trainer, packed["samples"]) as trainer.seen_products,
     ):
         trainer.micro_batch_loss(trainer.model, packed).backward()
     del spare

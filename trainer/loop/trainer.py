@@ -33,6 +33,7 @@ from trainer.engine.zero import Zero
 from trainer.garbage import GarbageBetweenSteps
 from trainer.loop import dataloaders
 from trainer.loop.evaluation import validation_loss
+from trainer.loop.kernels_ahead import load_kernels_ahead
 from trainer.loop.preparation import checked_wrapping, prepare_model, restore_optimizer
 from trainer.loop.progress import progress_callbacks
 from trainer.loop.recheck import Recheck
@@ -41,6 +42,7 @@ from trainer.loop.tower_ahead import run_tower, tower_can_run_ahead
 from trainer.loop.training_args import training_arguments
 from trainer.model.fsdp import gather_from_here
 from trainer.model.lora import trainable_parameters
+from trainer.model.products_ahead import SeenProducts
 from trainer.task import Task
 from trainer.vision_cache.writer import open_writer
 
@@ -89,6 +91,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.loss = self.grad_norm = float("nan")
         self.training_loader: Loader | None = None
         self.trial_batch: Loader | None = None  # of one micro-batch, begun before there was a model to try
+        self.seen_products: SeenProducts | None = None  # in the trial; until they were computed ahead
         self.loaded_optimizer_state: dict[str, Tensor] | None = None
         self.gradient_check: GradientCheck | None = None  # in the first step of an attempt
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
@@ -148,6 +151,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         step), and a rank that runs out of memory leaves the others waiting.
         """
         WATCHDOG.micro_batch_begins()
+        if self.seen_products and self.state.global_step > self.resumed_at:
+            load_kernels_ahead(self, self.seen_products)
+            self.seen_products = None
         if self.recheck:
             return self.recheck.around(inputs, lambda: self._compute_micro_batch(model, inputs))
         return self._compute_micro_batch(model, inputs)

@@ -3,7 +3,8 @@
 RMSNorm forward and rotary positions are Liger's kernels (`trainer.model.liger_kernels`), linear layers are in
 `trainer.model.fused_linear`. All of it replaces the `forward` of single modules of one model: other models in the
 process keep theirs. A kernel that computes several modules reads their weights and calls none of them, so forward hooks
-on them are not called: those on a block's norms and on `mlp.fc2` of the tower, on gate and up of a decoder layer.
+on them are not called: those on a block's norms and on `mlp.fc2` of the tower, on gate and up of a decoder layer, and
+on its second norm and its whole MLP where no adapter is in that.
 
 A packed row is [1, T, hidden], the patches of a micro-batch's images are [P, hidden]. Statistics of norms and softmax
 are fp32, everything else is in the dtype of the input (bfloat16).
@@ -26,10 +27,12 @@ from transformers import PreTrainedModel
 from trainer.model import kernels
 from trainer.model.attention import Segments, varlen
 from trainer.model.fp8_mlp import add_norm_mlp, takes_mlp
+from trainer.model.frozen_mlp import add_norm_frozen_mlp, frozen_linears_of
 from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
 from trainer.model.pass_kernels import layer_norm, swiglu
+from trainer.model.resident import MANY_ROWS
 from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
 
@@ -91,16 +94,13 @@ def replace_where_it_fits(module: nn.Module, fused: Forward) -> None:
 
 # --- linear layers in 4 bits --------------------------------------------------------------------------------------
 
-_MANY_ROWS = 1536
-"""Above it bitsandbytes 0.50 dequantizes a weight and multiplies as PyTorch does (`_gemm_4bit_custom_max_m`)."""
-
 
 def packed_linear(module: Any, x: Tensor) -> Any:
     """`Linear4bit.forward` of [..., in] with the same products, the weight dequantized in fewer launches.
 
     NotImplemented for few rows, which bitsandbytes multiplies without dequantizing, and for another dtype of products.
     """
-    if x.numel() <= _MANY_ROWS * x.shape[-1] or module.compute_dtype not in (None, x.dtype):
+    if x.numel() <= MANY_ROWS * x.shape[-1] or module.compute_dtype not in (None, x.dtype):
         return NotImplemented
     return linears(x, (module,))[0]
 
@@ -174,6 +174,8 @@ def _after_attention(module: Any, attended: Tensor, residual: Tensor) -> Tensor:
     norm, mlp = module.post_attention_layernorm, module.mlp
     if takes_mlp(mlp):
         return add_norm_mlp(attended, residual, norm, mlp)
+    if layers := frozen_linears_of(mlp, attended):
+        return add_norm_frozen_mlp(attended, residual, norm, layers)
     normed, residual = _NormOfSum.apply(attended, residual, norm.weight, norm.variance_epsilon)
     return cast(Tensor, residual + mlp(normed))
 

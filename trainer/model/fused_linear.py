@@ -1,15 +1,14 @@
 """Frozen linear layers and their LoRA as one autograd function, for the layers that are fed the same input.
 
 The products are PyTorch's, in bfloat16 or 8 bits (`trainer.model.fp8`); what LoRA and its dropout add is computed by
-`trainer.model.kernels`. LoRA's product is always in the dtype of the input, also beside 8-bit products: its down and up
-are fp32, rounded to that dtype in every pass, and their gradients are fp32. A micro-batch's gradient of an adapter is
-one product over its tokens, whose rounding depends on which tokens are together.
+`trainer.model.lora_kernels`. LoRA's product is always in the dtype of the input, also beside 8-bit products: its down
+and up are fp32, rounded to that dtype in every pass, and their gradients are fp32. A micro-batch's gradient of an
+adapter is one product over its tokens, whose rounding depends on which tokens are together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from trainer.model import kernels
+from trainer.model.autocast_off import AutocastOff
 from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 from trainer.model.fp8 import (
     Fp8Rows,
@@ -27,6 +26,7 @@ from trainer.model.fp8 import (
     quantize_rows,
     rows_of_weight,
 )
+from trainer.model.lora_kernels import LARGEST_RANK, Adapter, adapter_gradients, add_back, add_up, project
 from trainer.model.resident import in_dtype, matrix_of, quantization_of
 
 
@@ -71,36 +71,48 @@ def lora_linear(module: Any, x: Tensor) -> Any:
 def _read(module: Any, x: Tensor) -> _Read | None:
     """A layer's facts and (weight, bias, down, up, row keys); None where its own forward must do it.
 
-    A submodule is looked up once: PyTorch does that in Python, and this is called hundreds of times a micro-batch.
+    What a module holds is read where PyTorch keeps it: its look-up by name is in Python, and this is called hundreds
+    of times a micro-batch.
     """
     if not isinstance(module, LoraLayer):
+        own = module._parameters
         plain = _Layer(quantization_of(module), is_fp8(module))
-        return plain, (module.weight, module.bias, None, None, None)
+        return plain, (own["weight"], own.get("bias"), None, None, None)
     layer: Any = module
-    base, downs = layer.base_layer, layer.lora_A
+    parts = layer._modules
+    base, downs = parts["base_layer"], parts["lora_A"]._modules
     if not _takes_lora(layer, base, downs):
         return None
     (adapter,) = downs
     if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
         return None
     rows, dropped = None, 0
-    dropout = layer.lora_dropout[adapter]
+    dropout = parts["lora_dropout"]._modules[adapter]
     if isinstance(dropout, SampleDropout) and dropout.training and dropout.dropped:
         rows, dropped = dropout.rows_of(x), dropout.dropped
     facts = _Layer(quantization_of(base), is_fp8(base), True, layer.scaling[adapter], dropped)
-    return facts, (base.weight, base.bias, downs[adapter].weight, layer.lora_B[adapter].weight, rows)
+    down, up = downs[adapter], parts["lora_B"]._modules[adapter]
+    own = base._parameters
+    return facts, (
+        own["weight"],
+        own.get("bias"),
+        down._parameters["weight"],
+        up._parameters["weight"],
+        rows,
+    )
 
 
 def _takes_lora(layer: Any, base: Any, downs: Any) -> bool:
     """One plain adapter on a linear layer, of a rank whose tiles fit."""
     plain = len(downs) == 1 and not layer.lora_variant
-    return plain and max(layer.r.values(), default=0) <= kernels.LARGEST_RANK and isinstance(base, nn.Linear)
+    return plain and max(layer.r.values(), default=0) <= LARGEST_RANK and isinstance(base, nn.Linear)
 
 
 def _compute(x: Tensor, read: Sequence[_Read]) -> tuple[Tensor, ...]:
     layers = [layer for layer, _ in read]
     tensors = [tensor for _, group in read for tensor in group]
-    return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
+    with AutocastOff(x):
+        return cast(tuple[Tensor, ...], _Linears.apply(x, layers, *tensors))
 
 
 _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
@@ -109,66 +121,53 @@ _TENSORS = 5  # of each layer: weight, bias, down, up, row keys
 class _Linears(torch.autograd.Function):
     """Frozen linear layers of one input, and their adapters. Saves x, adapters, scaling * down(dropout(x)), no mask.
 
-    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again. `up`
-    is saved as it was multiplied.
+    Adapters are fp32; their products are in the dtype of x, as under autocast, their gradients fp32 again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[_Layer], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
-        shape, dtype, has_lora = x.shape, x.dtype, False
-        with _without_autocast(x):
-            flat = x.reshape(-1, shape[-1]).contiguous()
-            in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
-            for layer, (weight, bias, down, up, rows) in zip(layers, _groups(tensors), strict=True):
-                output = _product(
-                    flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype)
-                )
-                inner = None
-                if layer.has_lora:
-                    has_lora = True
-                    up = in_dtype(up, dtype)
-                    inner = kernels.project(flat, down, *_mask_of(flat, rows, layer.dropped), layer.scaling)
-                    output.addmm_(inner, up.t())
-                outputs.append(output.view(*shape[:-1], -1))
-                saved += [weight, down, up, rows, inner]
-        ctx.save_for_backward(flat if has_lora else None, *saved)
+        shape, dtype = x.shape, x.dtype
+        groups = _groups(tensors)
+        flat = x.reshape(-1, shape[-1]).contiguous()
+        in_8_bits = quantize_rows(flat) if any(layer.fp8 for layer in layers) else None
+        adapters = _adapters(flat, layers, groups)
+        inners = iter(project(flat, adapters))
+        for layer, (weight, bias, down, up, rows) in zip(layers, groups, strict=True):
+            output = _product(flat, in_8_bits, layer, weight, None if bias is None else in_dtype(bias, dtype))
+            inner = None
+            if layer.has_lora:
+                inner = next(inners)
+                add_up(output, inner, up)
+            outputs.append(output.view(*shape[:-1], -1))
+            saved += [weight, inner, down, up, rows]
+        ctx.save_for_backward(flat if adapters else None, *saved)
         ctx.layers = layers
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         flat, *saved = ctx.saved_tensors
+        layers, groups = ctx.layers, _groups(saved)
         of_x: Tensor | None = None
-        of_inners: list[tuple[Any, ...]] = []
-        of_adapters: list[Tensor | None] = []
-        weights: list[Any] = []
-        with _without_autocast(gradients[0]):
+        of_inners: list[Tensor] = []
+        of_ups: list[Tensor] = []
+        with AutocastOff(gradients[0]):
             flats = [each.reshape(-1, each.shape[-1]) for each in gradients]
-            for layer, group, gradient in zip(ctx.layers, _groups(saved), flats, strict=True):
-                weight, down, up, rows, inner = group
-                weights.append(weight)
-                of_down = of_up = None
+            for layer, (_, inner, _, up, _), gradient in zip(layers, groups, flats, strict=True):
                 if layer.has_lora:
-                    mask = _mask_of(flat, rows, layer.dropped)
-                    of_up = gradient.t().mm(inner).float()
-                    of_inner = gradient.mm(up)
-                    of_down = kernels.adapter_gradient(flat, of_inner, *mask, layer.scaling)
-                    of_inners.append((of_inner, down, *mask, layer.scaling))
-                of_adapters += [None, None, of_down, of_up, None]
+                    of_ups.append(gradient.t().mm(inner).float())
+                    of_inners.append(gradient.mm(in_dtype(up, gradient.dtype)))
+            adapters = _adapters(flat, layers, groups)
+            of_downs = adapter_gradients(flat, of_inners, adapters) if adapters else []
             if ctx.needs_input_grad[0]:
-                of_x = _backward_products(flats, ctx.layers, weights)
-                for part in of_inners:
-                    kernels.add_back(of_x, *part)
+                of_x = _backward_products(flats, layers, [group[0] for group in groups])
+                add_back(of_x, of_inners, adapters)
                 of_x = of_x.view(*gradients[0].shape[:-1], -1)
-        return of_x, None, *of_adapters
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on, which it is not in a backward pass."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        of_adapters = iter(zip(of_downs, of_ups, strict=True))
+        of_layers = [next(of_adapters) if layer.has_lora else (None, None) for layer in layers]
+        return of_x, None, *(each for pair in of_layers for each in (None, None, *pair, None))
 
 
 def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, bias: Tensor | None) -> Tensor:
@@ -198,6 +197,17 @@ def _backward_products(
 
 def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     return [tensors[at : at + _TENSORS] for at in range(0, len(tensors), _TENSORS)]
+
+
+def _adapters(
+    flat: Tensor | None, layers: Sequence[_Layer], groups: Sequence[Sequence[Any]]
+) -> list[Adapter]:
+    """The adapters of the layers that have one. `groups`: of each, with down, up and row keys at the end."""
+    adapters = []
+    for layer, (*_, down, _, rows) in zip(layers, groups, strict=True):
+        if layer.has_lora and flat is not None:
+            adapters.append(Adapter(down, *_mask_of(flat, rows, layer.dropped), layer.scaling))
+    return adapters
 
 
 def _mask_of(flat: Tensor, rows: Tensor | None, dropped: int) -> tuple[Tensor, Tensor, int, float]:

@@ -47,17 +47,27 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(up)
-        _swiglu[(cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), _BLOCK)
         ctx.save_for_backward(gate, up)
-        return out
+        return swiglu_forward(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grid = (cdiv(gate.numel(), _BLOCK),)
-        _swiglu_gradient[grid](gradients[0].contiguous(), gate, up, gate.numel(), _BLOCK)
+        swiglu_gradient(gradients[0].contiguous(), gate, up)
         return gate, up
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, outside the graph; both are contiguous."""
+    out, values = torch.empty_like(up), gate.numel()
+    _swiglu[(cdiv(values, _BLOCK),)](gate, up, out, values, _BLOCK)
+    return out
+
+
+def swiglu_gradient(gradient: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Write the gradients of gate and up over them, from that of silu(gate) * up; all three are contiguous."""
+    values = gate.numel()
+    _swiglu_gradient[(cdiv(values, _BLOCK),)](gradient, gate, up, values, _BLOCK)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

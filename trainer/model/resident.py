@@ -12,6 +12,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+MANY_ROWS = 1536
+"""Above it bitsandbytes 0.50 dequantizes a weight and multiplies as PyTorch does (`_gemm_4bit_custom_max_m`)."""
+
 
 def dequantize_weights(model: nn.Module, dtype: torch.dtype) -> int:
     """Replace every 4-bit linear layer by a plain one of the same values in `dtype`; returns the bytes they take.

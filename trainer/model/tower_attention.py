@@ -33,7 +33,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 """q, k and v [P, heads, width] of all images, where each begins and ends, the scale: the output like q."""
 
 _LENGTHS = (2304,) * 6 + (2300, 1988, 316, 4)  # patches of images as large as charts, and of odd ones
-_REPEATS = 7
+_CALLS, _ROUNDS = 8, 3  # of a measurement
 
 logger = logging.getLogger("trainer")
 
@@ -116,11 +116,14 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 
 
 def _remembered(facts: Mapping[str, str]) -> dict[str, float] | None:
-    """Milliseconds by kernel that an earlier process measured; None without a file that says so of all kernels."""
+    """Milliseconds by kernel that an earlier process measured; None without a file that says so of all kernels.
+
+    Versions that measured single calls, with the host's work for each in them, wrote no `calls`.
+    """
     try:
         measured = read_json(_file(facts))
         times = measured["milliseconds"]
-        if DEFAULT in times and measured["kernels"] == list(KERNELS):
+        if DEFAULT in times and measured["kernels"] == list(KERNELS) and measured["calls"] == _CALLS:
             return {name: float(value) for name, value in times.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -132,9 +135,8 @@ def _remember(facts: Mapping[str, str], times: Mapping[str, float]) -> None:
     file = _file(facts)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(
-            file, json.dumps({**facts, "kernels": list(KERNELS), "milliseconds": dict(times)}, indent=1)
-        )
+        measured = {"kernels": list(KERNELS), "calls": _CALLS, "milliseconds": dict(times)}
+        atomic_write(file, json.dumps({**facts, **measured}, indent=1))
 
 
 @torch.no_grad()
@@ -163,13 +165,19 @@ def _measured(device: torch.device, dtype: torch.dtype, heads: int, width: int) 
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
-    """The median of a few calls."""
-    seconds = []
-    for _ in range(_REPEATS):
+    """The median of a few rounds of calls, of each call.
+
+    The host is ahead of the GPU, as it is in a step: how long it takes to launch a kernel (six descriptors of tiles for
+    Hopper's) is not in it.
+    """
+    rounds = []
+    for _ in range(_ROUNDS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        run()  # the GPU has this to do while the host launches the first call that counts
         begin.record()
-        run()
+        for _ in range(_CALLS):
+            run()
         end.record()
         end.synchronize()
-        seconds.append(begin.elapsed_time(end))
-    return statistics.median(seconds)
+        rounds.append(begin.elapsed_time(end) / _CALLS)
+    return statistics.median(rounds)

@@ -13,9 +13,10 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
-from trainer.model import fused
+from trainer.model import frozen_mlp, fused
 from trainer.model.base import load_base
 from trainer.model.dropout import use_sample_dropout
+from trainer.model.frozen_mlp import frozen_linears_of
 from trainer.model.fused_linear import linears
 from trainer.model.lora import add_lora, trainable_parameters
 
@@ -207,3 +208,41 @@ def test_a_block_of_the_tower_adds_residuals_within_other_passes_and_gives_what_
     with torch.no_grad():
         expected = block(x, cu_seqlens=None)
         torch.testing.assert_close(fused.vision_block(block, x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_frozen_mlp_after_its_norm_gives_the_numbers_of_the_passes_one_after_another(
+    world: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, forward and backward; with an adapter in it, or 8-bit products, the passes are taken."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(fused, "norm_of_sum_forward", plain_norm_of_sum)
+        monkeypatch.setattr(frozen_mlp, "norm_of_sum_forward", plain_norm_of_sum)
+    values = recipe_values(world)
+    values["quantization"]["load_in_4bit"] = packed
+    layer: Any = (
+        load_base(recipe_from_dict(values), DEVICE).model.language_model.layers[0].requires_grad_(False)
+    )
+    fused.replace(layer.mlp, fused.swiglu_mlp)
+    hidden = layer.post_attention_layernorm.weight.numel()
+    draw = torch.Generator().manual_seed(0)
+    dtype = layer.post_attention_layernorm.weight.dtype
+    sides = [torch.randn(1, TOKENS, hidden, generator=draw).to(DEVICE, dtype) for _ in range(2)]
+
+    def run() -> list[torch.Tensor]:
+        leaves = [side.clone().requires_grad_() for side in sides]
+        output = fused._after_attention(layer, *leaves)
+        output.sin().sum().backward()
+        return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    assert (frozen_linears_of(layer.mlp, sides[0]) is None) == packed  # few rows
+    monkeypatch.setattr(frozen_mlp, "MANY_ROWS", 0)
+    taken = run()
+    assert frozen_linears_of(layer.mlp, sides[0]) is not None
+    monkeypatch.setattr(fused, "frozen_linears_of", lambda mlp, x: None)
+    apart = run()
+    assert len(taken) == len(apart) == 3
+    for found, expected in zip(taken, apart, strict=True):
+        assert torch.equal(found, expected)
+    layer.mlp.down_proj.fp8_products = True
+    assert frozen_linears_of(layer.mlp, sides[0]) is None

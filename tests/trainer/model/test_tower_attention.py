@@ -110,6 +110,44 @@ def test_what_a_version_with_fewer_kernels_measured_is_measured_anew(
     assert json.loads(file.read_text())["kernels"] == list(KERNELS)
 
 
+def test_what_a_version_measured_with_the_hosts_work_in_it_is_measured_anew(
+    card: list[int], tmp_path: Path
+) -> None:
+    kernel_for(*CARD)
+    (file,) = (tmp_path / "kernels").glob("*.json")
+    older = {name: value for name, value in json.loads(file.read_text()).items() if name != "calls"}
+    file.write_text(json.dumps(older))
+    kernel_for.cache_clear()
+    kernel_for(*CARD)
+    assert len(card) == 2
+
+
+def test_a_kernel_that_takes_the_host_longer_to_launch_is_not_taken_for_a_slower_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = {"host": 0.0, "gpu": 0.0}  # now, and when the GPU has done what it was given
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.moment = 0.0
+
+        def record(self) -> None:
+            self.moment = max(clock["host"], clock["gpu"])
+
+        def synchronize(self) -> None:
+            clock["host"] = max(clock["host"], self.moment)
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.moment - self.moment
+
+    def run() -> None:
+        clock["host"] += 0.4
+        clock["gpu"] = max(clock["host"], clock["gpu"]) + 0.6
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert tower_attention._milliseconds(run) == pytest.approx(0.6)
+
+
 def test_a_deterministic_run_depends_on_no_measurement(card: list[int]) -> None:
     torch.use_deterministic_algorithms(True)
     try:

@@ -92,7 +92,11 @@ def run_out_of_memory(trainer: PlannedTrainer, *args: object) -> None:
     if part == "backward":
         handle = list(trainer.parameters.values())[len(trainer.parameters) // 2].register_hook(fail)
     else:
-        handle = trainer.model.get_base_model().model.language_model.layers[-1].register_forward_hook(fail)
+        handle = (
+            trainer.model.get_base_model()
+            .model.language_model.layers[-1]
+            .self_attn.register_forward_hook(fail)
+        )
     try:
         _trial(trainer, *args)  # type: ignore[arg-type]
     finally:

@@ -6,6 +6,7 @@ Prepares the data when it must. Started by `samestep data`.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.errors import SamestepError
+from launch.atomic_files import place_of
+from launch.console import write_to_nowhere
+from launch.errors import RunError, SamestepError
 from launch.inputs.dataset_index import Index, Split, splits_of
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
@@ -160,6 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_data(recipe, index, options.rows, Console(highlight=False))
     except SamestepError as error:
         return print_error(error)
+    except OSError as error:  # of what is printed: a file to which the shell sends it is on a full disk
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        write_to_nowhere(sys.stdout.fileno())  # the rest of it, which the end of the process would try again
+        return print_error(
+            RunError(f"{place_of(error, 'standard output')}; make room, or write it elsewhere")
+        )
     except KeyboardInterrupt:
         return 130
     return 0

@@ -52,10 +52,10 @@ class Clock:
         self.output: TextIO = (folder / f"rank-{rank}.jsonl").open("w")
         self.profiled_step = profiled_step
         self.profiler: Any = None
+        self.profile_began = 0.0
         self.moments: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self.reduced = 0
-        self.loading_gib: float | None = None
         self.first_mark: tuple[torch.cuda.Event, float] | None = None
 
     def mark(self) -> Callable[[], float]:
@@ -80,20 +80,23 @@ class Clock:
 
         return reached
 
+    def base_is_loaded(self, trainer: PlannedTrainer) -> None:
+        """Before the largest micro-batch is tried, after which sharded layers may stay whole."""
+        layers = trainer.model.get_base_model().model.language_model.layers
+        self.facts = {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "layers_gib": sum(resident_bytes(layer) for layer in layers) / 2**30,
+            "whole_layers_gib": sum(whole_bytes(layer) for layer in layers) / 2**30,
+            "loading_gib": peak_gib(),
+        }
+
     def write(self, values: dict[str, Any]) -> None:
         self.output.write(json.dumps(values) + "\n")
         self.output.flush()
 
     def begin_step(self, trainer: PlannedTrainer) -> None:
         """Its data is there."""
-        if not self.facts:
-            layers = trainer.model.get_base_model().model.language_model.layers
-            self.facts = {
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-                "layers_gib": sum(resident_bytes(layer) for layer in layers) / 2**30,
-                "whole_layers_gib": sum(whole_bytes(layer) for layer in layers) / 2**30,
-                "loading_gib": self.loading_gib,
-            }
+        if not self.reduced:
             sizes = [getattr(each, "ds_numel", each.numel()) for each in trainer.parameters.values()]
             self.reduced = sum(sizes)
             if torch.cuda.is_available():
@@ -107,8 +110,10 @@ class Clock:
         try:  # a profiler that fails costs one figure, not the run
             if step == self.profiled_step and self.profiler is not None:
                 gpu_trace.stop_recording(self.profiler)
+                self.facts["profiled_s"] = time.perf_counter() - self.profile_began
             if step + 1 == self.profiled_step:
                 self.profiler = gpu_trace.start_recording()
+                self.profile_began = time.perf_counter()
         except Exception as error:
             self.give_up(error)
 
@@ -204,7 +209,7 @@ def main() -> int:
     fit_to_memory = train.fit_to_memory
 
     def fit_afterwards(trainer: PlannedTrainer) -> None:
-        clock.loading_gib = peak_gib()  # before the largest micro-batch is tried
+        clock.base_is_loaded(trainer)
         fit_to_memory(trainer)
 
     def leave() -> None:

@@ -67,9 +67,13 @@ class Measured:
 
     @property
     def busy_share(self) -> float | None:
-        """Of the profiled step, in which rank 0's GPU does anything."""
-        busy, step = self.profiled.get("profiled_busy_s"), self.profiled.get("profiled_step_s")
-        return busy / step if busy and step else None
+        """Of the profiled seconds, in which rank 0's GPU does anything.
+
+        They end when the GPU has done what it was given, so with the next step's tower where that runs ahead; this
+        step's own ran before.
+        """
+        busy, seconds = self.profiled.get("profiled_busy_s"), self.profiled.get("profiled_s")
+        return busy / seconds if busy and seconds else None
 
     @property
     def slowest(self) -> float:
@@ -112,8 +116,8 @@ def summarize(
     waiting = communication = None
     if STRATEGIES[strategy].sharded == "nothing":  # the others' ranks wait for each other inside their passes
         waiting, communication = shares_of_clocks(moments, seconds, counted)
-    elif len(traced) == processes and len(seconds) >= profiled > 0:
-        waiting, communication = shares_of_trace(traced, seconds[profiled - 1])
+    elif len(traced) == processes:
+        waiting, communication = shares_of_trace(traced, min(fact["profiled_s"] for fact in facts))
     plan = Plan.from_json(run.plan_file.read_text())
     return Measured(
         name=name,
@@ -135,8 +139,7 @@ def summarize(
         layers_gib=[fact["layers_gib"] for fact in facts if "layers_gib" in fact],
         whole_layers_gib=[fact["whole_layers_gib"] for fact in facts if "whole_layers_gib" in fact],
         all_reduce_s=facts[0].get("all_reduce_s"),
-        profiled={key: value for key, value in facts[0].items() if key.startswith("profiled")}
-        | ({"profiled_step_s": seconds[profiled - 1]} if len(seconds) >= profiled > 0 else {}),
+        profiled={key: value for key, value in facts[0].items() if key.startswith("profiled")},
         device=facts[0].get("device", ""),
         **prediction(run, plan, assignment, counted),
     )

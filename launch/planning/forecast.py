@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WORK_PER_SECOND = 612_000.0
 """Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`.
 
-Measured with random weights and samples of 801 and 808 tokens on average: 587,000 to 638,000 in four runs on as many
+Measured with random weights and samples of 801 and 808 tokens on average: 587,000 to 638,000 in five runs on as many
 machines (benchmarks/NOTES.md), of which this is the middle; 18,900 tokens a second.
 """
 H100_SHARE = 0.96
@@ -37,13 +37,13 @@ _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has a
 
 EFFICIENCY = {
     ("single", 1): 1.0,
-    **{("ddp", 2): 0.96, ("fsdp", 2): 0.95, ("zero3", 2): 0.90},
-    **{("ddp", 4): 0.93, ("fsdp", 4): 0.92, ("zero3", 4): 0.87},
+    **{("ddp", 2): 0.98, ("fsdp", 2): 0.965, ("zero3", 2): 0.955},
+    **{("ddp", 4): 0.93, ("fsdp", 4): 0.915, ("zero3", 4): 0.905},
 }
 """(strategy, GPUs of one machine) -> share of so many times one GPU's speed, with 32 samples a step on H200s.
 
-Measured, but for fsdp and zero3 on 4: those were measured in an older version, which gathered every layer in every
-pass. Here they lose to ddp what they lose to it on 2.
+Measured on 2. On 4, ddp was measured in an older version, and fsdp and zero3 in one which gathered every layer in every
+pass: here they lose to ddp what they lose to it on 2.
 """
 
 Layout = tuple[str, int, int]

@@ -23,6 +23,10 @@ _LATER: dict[str, Any] = {
 """Keys that recipes of older versions do not have, with the values that mean what those versions did."""
 
 
+_PRODUCTS = {"fp8": "fp8, the first layers in bf16"}
+"""What a value means where older versions computed other numbers under its name: checkpoints of theirs say `fp8`."""
+
+
 def later_values(recipe: Recipe) -> set[str]:
     """Dotted keys that say nothing an older version did not mean: no fingerprint counts them."""
     return {
@@ -58,10 +62,14 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
         flat["data.chat_template"] = Path(recipe.data.chat_template).name
     if recipe.model.products == "bf16":
         harmless.add("model.products")  # as in the runs of before there was a choice
+    flat["model.products"] = _PRODUCTS.get(recipe.model.products, recipe.model.products)
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
     return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """sha256 of the altering values, hexadecimal."""
-    return hashlib.sha256(json.dumps(altering_values(recipe), sort_keys=True).encode()).hexdigest()
+    """sha256 of the altering values as the recipe has them, hexadecimal: the same in every version."""
+    values = altering_values(recipe)
+    if "model.products" in values:
+        values["model.products"] = recipe.model.products
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

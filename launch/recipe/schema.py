@@ -44,8 +44,8 @@ class ModelSection(Section):
     )
     products: Literal["bf16", "fp8"] = Field(
         "bf16",
-        description="of the language model's frozen linear layers. fp8: 8 bits, one scale a token; on GPUs of compute "
-        "capability 8.9 and up, about 1.4 times as fast; other numbers",
+        description="of the language model's frozen linear layers. fp8: 8 bits, one scale a token, but for the first "
+        "four decoder layers; on GPUs of compute capability 8.9 and up, about 1.4 times as fast; other numbers",
     )
 
 

@@ -54,6 +54,8 @@ _CONSEQUENCES: dict[str, str] = {
     "data.loss": "the rest of the run counts the loss over other tokens; it cannot be compared with what was so far",
     "data.validation.rows": _OTHER_VALIDATION,
     "data.test.rows": _OTHER_TEST,
+    "model.products": "the products of the frozen layers are rounded in another way from now on; the loss may jump "
+    "by about 1e-2 of itself",
     "model.processor": "the images become other numbers from now on; the loss may jump",
     "model.chat_template": "the questions are put in other words from now on; the loss may jump",
     OWN_TEMPLATE: "the questions are put in other words from now on; the loss may jump",

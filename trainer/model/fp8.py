@@ -1,5 +1,7 @@
 """Matrix products of frozen linear layers in 8 bits (e4m3): one scale for each row of activations and of weights.
 
+The first decoder layers (`launch.recipe.fp8_layers`) compute as without it.
+
 The format is e4m3 (Micikevicius et al., arXiv 2209.05433) as PyTorch has it, `float8_e4m3fn`: 3 bits of mantissa, no
 infinity, 448 as the largest number. A row's scale is its largest magnitude / 448 (fp32): the row times 448 / that
 magnitude is clamped to [-448, 448] and rounded to the nearest e4m3 number, ties to even. So a token's numbers do not
@@ -22,6 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from launch.recipe.fp8_layers import layers_in_bf16
 from trainer.model.resident import matrix_of, quantization_of
 
 E4M3 = torch.float8_e4m3fn
@@ -160,10 +163,14 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """List (parent, name, layer) of the linear layers of the decoder layers, without those of the adapters."""
+    """List (parent, name, layer) of the linear layers whose products are in 8 bits: not those of the adapters.
+
+    They are those of all decoder layers but the first (`layers_in_bf16`).
+    """
+    layers = cast(Any, language_model).layers
     return [
         (parent, name, child)
-        for layer in cast(Any, language_model).layers
+        for layer in layers[layers_in_bf16(len(layers)) :]
         for parent in layer.modules()
         if not isinstance(parent, nn.ModuleDict)  # of an adapter
         for name, child in parent.named_children()
@@ -172,7 +179,7 @@ def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.L
 
 
 def use_fp8_products(language_model: nn.Module, dtype: torch.dtype, *, resident: bool) -> int:
-    """Let the frozen linear layers of the decoder layers compute in 8 bits; return the bytes that are held so.
+    """Let the layers of `frozen_linears` compute in 8 bits; return the bytes that are held so.
 
     `resident`: each weight is quantized now and held in place of the old one, one layer after another; else it is
     quantized in every pass from what the layer holds. `dtype`: of the products.

@@ -1,6 +1,7 @@
 """The recipe: strict, all errors at once, and the same run for equal values."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from launch.recipe.refused_fields import REFUSED_LORA_FIELDS, REFUSED_TRAINING_F
 from launch.recipe.schedules import ARGUMENTS, wrong_schedule
 from launch.recipe.schema import LoraSection, Recipe, TrainingSection, recipe_schema
 from launch.resources import resource, resource_names
+from launch.run.changes import changes
 
 EMBEDDED = resource("recipes", "embedded.yaml")
 
@@ -84,7 +86,17 @@ def test_products_of_8_bits_alter_a_run_and_their_absence_is_what_older_runs_rec
     plain = altering_values(load_recipe(find_recipe(name)))
     in_8_bits = altering_values(load_recipe(find_recipe(name), ["model.products=fp8"]))
     assert "model.products" not in plain
-    assert in_8_bits == plain | {"model.products": "fp8"}
+    assert in_8_bits == plain | {"model.products": "fp8, the first layers in bf16"}
+
+
+def test_the_checkpoints_of_older_fp8_runs_differ_in_the_products_and_their_plans_do_not() -> None:
+    recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["model.products=fp8"])
+    now = altering_values(recipe)
+    older = now | {"model.products": "fp8"}
+    assert [change.key for change in changes(older, now)] == ["model.products"]
+    assert (
+        recipe_fingerprint(recipe) == hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from launch.recipe.fp8_layers import layers_in_bf16
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.data.encoder import Encoder
@@ -278,6 +280,15 @@ def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
     assert len({id(layer) for _, _, layer in found}) == len(found) == 7 * len(language.layers)
 
 
+def test_the_first_layers_of_a_deep_model_are_not_in_8_bits() -> None:
+    assert [layers_in_bf16(layers) for layers in (2, 7, 28, 80)] == [0, 1, 4, 4]
+    deep = nn.Module()
+    deep.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(28))
+    use_fp8_products(deep, torch.float32, resident=True)
+    in_8_bits = [isinstance(layer[0], Fp8Linear) for layer in deep.layers]
+    assert in_8_bits == [False] * 4 + [True] * 24
+
+
 def test_e4m3_has_the_largest_number_that_scales_are_made_for() -> None:
     assert torch.finfo(E4M3).max == 448
 
@@ -302,4 +313,4 @@ def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_i
     capsys.readouterr()
     changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
     assert train([*changed, "--set", "training.max_steps=4"]) == 2
-    assert "model.products: the run has 'fp8'" in capsys.readouterr().err
+    assert "model.products: the run has 'fp8, the first layers in bf16'" in capsys.readouterr().err

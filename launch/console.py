@@ -14,6 +14,9 @@ from rich.table import Table
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 
+NARROWEST = 60
+"""Columns of a table at least."""
+
 
 def echo(text: str, to_stderr: bool = False) -> None:
     """Print lines of words; what would move a terminal is made visible in them."""
@@ -65,8 +68,11 @@ class PipeSafeConsole(Console):
 
 
 def table_console(to_stderr: bool = False) -> PipeSafeConsole:
-    """The console that the commands print their tables on."""
-    return PipeSafeConsole(highlight=False, stderr=to_stderr)
+    """The console that the commands print their tables on. A narrow terminal breaks their lines: rich would leave
+    columns out without a word."""
+    console = PipeSafeConsole(highlight=False, stderr=to_stderr)
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def add_row(table: Table, *cells: str) -> None:

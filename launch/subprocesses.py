@@ -20,8 +20,9 @@ from launch.launcher_variables import PARENT, remove_launcher_variables
 STARTED = "SAMESTEP_STARTED"
 """In the environment of a launcher: when it was started, in seconds since 1970."""
 
-OWN_MODULES = {"PYTHONSAFEPATH": "1"}
-"""In the environment of `python -m`: else a `trainer` or a `datasets.py` in the current folder would be imported."""
+PYTHON_VARIABLES = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
+"""In the environment of `python -m`: else a `trainer` or a `datasets.py` in the current folder would be imported, and
+transformers 5.23 fails without the docstrings that PYTHONOPTIMIZE=2 leaves out."""
 
 _told: set[str] = set()
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -170,7 +171,7 @@ def processes_with(words: Sequence[str]) -> list[psutil.Process]:
 
 def become_module(module: str, arguments: Sequence[str]) -> NoReturn:
     """Go on as `python -m module`, with this terminal and its keyboard. Never returns."""
-    environment = {**os.environ, **OWN_MODULES}
+    environment = {**os.environ, **PYTHON_VARIABLES}
     if notice := remove_launcher_variables(environment):
         log_stderr(notice)
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
@@ -178,7 +179,7 @@ def become_module(module: str, arguments: Sequence[str]) -> NoReturn:
 
 def call_module(module: str, arguments: Sequence[str]) -> None:
     """Run `python -m module` to its end. Raises ChildError with its exit status."""
-    ended = wait_for([sys.executable, "-m", module, *arguments], {**os.environ, **OWN_MODULES})
+    ended = wait_for([sys.executable, "-m", module, *arguments], {**os.environ, **PYTHON_VARIABLES})
     if ended.interrupted:
         log_stderr("interrupted; give the same command again")
         raise KeyboardInterrupt

@@ -98,7 +98,12 @@ def plain_size(path: str | Path) -> int:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """The whole of a plain file of at most `limit` bytes. Raises as `open_plain`."""
     with open_plain(path, limit) as file:
-        content = file.read(limit + 1)
+        size = (
+            min(os.fstat(file.fileno()).st_size, limit) + 1
+        )  # Python takes memory for all it is told to read
+        content = file.read(size)
+        if len(content) == size:
+            content += file.read(limit + 1 - size)
     if len(content) > limit:  # it grows, or is one whose size the kernel does not know
         raise UntrustedFileError(path, f"is too large (at most {limit:,} bytes are read)")
     return content

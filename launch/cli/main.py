@@ -21,7 +21,7 @@ from launch.cli.options import AsJson, example
 from launch.cli.results import commands as results_commands
 from launch.cli.shipping import commands as shipping_commands
 from launch.console import add_row, echo, emit, table_console, take_any_terminal
-from launch.errors import ConfigError, SamestepError
+from launch.errors import ConfigError, RunError, SamestepError
 from launch.invocation import as_typed, remember_command
 from launch.subprocesses import ChildError
 from launch.untrusted_files import printable_lines
@@ -130,6 +130,11 @@ def main() -> None:
             raise
         remedy = _REMEDIES.get(error.errno, "make room, or choose")
         _print_error(f"{place_of(error, 'disk')}; {remedy} another place", ConfigError.exit_status)
+    except MemoryError:
+        _print_error(
+            "memory: this process was given no more; end other processes, or raise its limit (`ulimit -v` shows it)",
+            RunError.exit_status,
+        )
 
 
 def _print_error(text: str, status: int) -> NoReturn:

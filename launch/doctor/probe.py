@@ -18,6 +18,7 @@ from launch.doctor.node import nominal
 from launch.hardware import gpus_present
 from launch.launcher_variables import remove_launcher_variables
 from launch.local.accelerate_command import free_port
+from launch.subprocesses import PYTHON_VARIABLES
 from launch.untrusted_files import parse_json, printable
 
 DEADLINE_S = 50.0
@@ -115,7 +116,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**environment, **meeting, **PYTHON_VARIABLES, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, output in enumerate(outputs)
     ]

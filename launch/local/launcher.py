@@ -39,7 +39,7 @@ from launch.run.directory import (
 from launch.run.local_log import add_to_log
 from launch.run.lock import lock_holder, refuse_if_running
 from launch.strategies import STRATEGIES
-from launch.subprocesses import OWN_MODULES, STARTED, processes_with, wait_for
+from launch.subprocesses import PYTHON_VARIABLES, STARTED, processes_with, wait_for
 
 LINGERING_S = 6.0
 LEFT_PATIENCE_S = 900.0  # longer than the patience of any trainer with itself
@@ -193,5 +193,5 @@ def child_environment(layout: Layout) -> dict[str, str]:
         if STRATEGIES[layout.strategy].is_one_process and layout.device == "cuda"
         else {}
     )
-    extra |= bytecode_variables(os.environ) | OWN_MODULES
+    extra |= bytecode_variables(os.environ) | PYTHON_VARIABLES
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", STARTED: str(time.time()), **extra}

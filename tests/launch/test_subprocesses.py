@@ -314,6 +314,14 @@ def test_an_interrupt_at_any_moment_of_a_command_shows_no_traceback(begin: str) 
     assert "ZeroDivisionError" in failed.stderr
 
 
+def test_a_command_keeps_its_docstrings_whatever_python_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    call_module("timeit", ["-n", "1", "-r", "1", "import sys; print('level', sys.flags.optimize)"])
+    assert "level 0" in capfd.readouterr().out
+
+
 def test_a_module_of_the_current_folder_is_not_taken_for_one_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

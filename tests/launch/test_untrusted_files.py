@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,16 @@ def test_a_file_above_its_bound_is_not_read(tmp_path: Path) -> None:
     assert plain_size(sparse) == 2**40
     (tmp_path / "whole").write_bytes(b"12345")
     assert read_bytes(tmp_path / "whole", 5) == b"12345"
+    assert read_bytes("/proc/self/environ", 2**20) == Path("/proc/self/environ").read_bytes()
+
+
+def test_a_small_file_takes_no_memory_for_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"12345")
+    tracemalloc.start()
+    read_bytes(tmp_path / "small", 2**30)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_link_is_followed_unless_it_may_not_be(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Cluster:
 
     def samestep(self, *words: str) -> subprocess.CompletedProcess[str]:
         """The command of this checkout, on the login node."""
-        return self.on(sys.executable, "-m", "launch.cli.main", *words)
+        return self.on(sys.executable, "-P", "-m", "launch.cli.main", *words)
 
     def submit(self, name: str, *words: str, steps: int = 8, **site: Any) -> RunDirectory:
         """Submit the embedded recipe for nodes without GPUs."""

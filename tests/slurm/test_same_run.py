@@ -70,7 +70,12 @@ def _look_at(cluster: Cluster, run: RunDirectory) -> None:
     assert last_step(run) == STEPS
 
 
-def test_what_follows_runs_after_a_good_end(cluster: Cluster) -> None:
+def test_what_follows_runs_after_a_good_end_and_no_module_of_the_work_folder_is_imported(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.slurm.cluster.ROOT", tmp_path)  # what the jobs' commands begin in
+    for name in ("launch.py", "trainer.py", "datasets.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)")
     run = cluster.submit("then", "--then", "merge", steps=2)
     assert cluster.until_gone(run) == "COMPLETED", cluster.words_of(run)
     merge = str(int(attempts.read_ledger(run).job or 0) + 1)

@@ -1080,6 +1080,17 @@ def test_an_error_of_the_disk_is_said_with_what_helps(
     assert f"{remedy}\n" in said
 
 
+def test_a_want_of_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(main, "app", fail)
+    assert samestep("status") == 1
+    assert capsys.readouterr().err.startswith("memory: this process was given no more; end other processes")
+
+
 def test_a_ctrl_c_while_the_command_is_imported_shows_no_traceback() -> None:
     words = (
         "import os, signal, sys\n"

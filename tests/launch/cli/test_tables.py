@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from launch.console import add_row, echo, emit
+from launch.console import add_row, echo, emit, table_console
 
 
 def test_a_cell_is_text_whatever_it_looks_like() -> None:
@@ -40,3 +40,14 @@ def test_words_are_made_visible_and_texts_printed_as_they_are(capsys: pytest.Cap
     assert said.err == "a\\udcffb\n"
     emit("#!/bin/bash\n\techo")
     assert capsys.readouterr().out == "#!/bin/bash\n\techo\n"
+
+
+def test_a_narrow_terminal_loses_no_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    console = table_console()
+    table = Table(*(f"column{number}" for number in range(5)))
+    table.add_row(*"abcde")
+    console.print(table)
+    assert set("abcde") <= set(capsys.readouterr().out.splitlines()[3])

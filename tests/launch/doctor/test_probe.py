@@ -111,6 +111,8 @@ def test_the_command_measures_two_processes_and_their_all_reduce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "another.job")  # of another launcher: must not be followed
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer.py").write_text("raise SystemExit(9)")  # of somebody else: must not be imported
     assert samestep("doctor", "--gpus-per-node", "2", "--runs-dir", str(tmp_path), "--json") == 0
     findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)}
     assert {"products 0", "products 1", "all-reduce"} <= findings.keys()

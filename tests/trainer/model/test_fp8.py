@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from launch.recipe import fingerprint
 from launch.recipe.fp8_layers import layers_in_bf16
 from launch.recipe.loading import dump_recipe, recipe_from_dict
 from tests.conftest import recipe_values
@@ -314,3 +315,24 @@ def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_i
     changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
     assert train([*changed, "--set", "training.max_steps=4"]) == 2
     assert "model.products: the run has 'fp8, the first layers in bf16'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_version_with_all_layers_in_8_bits_goes_on_where_that_is_allowed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = recipe_values(world)
+    values["model"]["products"] = "fp8"
+    if torch.cuda.is_available():
+        values["model"]["dtype"] = values["quantization"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    values["training"]["max_steps"], values["checkpoint"]["every_steps"] = 1, 1
+    (file := tmp_path / "fp8.yaml").write_text(dump_recipe(recipe_from_dict(values)))
+    start = [str(file), "--runs-dir", str(tmp_path), "--name", "older"]
+    with monkeypatch.context() as older:
+        older.setattr(fingerprint, "_PRODUCTS", {})
+        assert train(start) == 0
+    later = ["--set", "training.max_steps=2", "--allow", "training.max_steps"]
+    capsys.readouterr()
+    assert train([*start, *later]) == 2
+    expected = "model.products: the run has 'fp8', the recipe 'fp8, the first layers in bf16'"
+    assert expected in capsys.readouterr().err
+    assert train([*start, *later, "--allow", "model.products"]) == 0

@@ -19,9 +19,13 @@ from torch import Tensor
 from trainer.model.kernel_launch import DirectLaunch, cdiv, next_power_of_2
 
 LARGEST_RANK = 128
-"""Above it the tiles of an adapter no longer fit beside those of the activation."""
+"""The largest whose tiles were seen to fit into the shared memory of every card: 99 KB."""
 
-_TOKENS, _CHANNELS, _WARPS = 64, 128, 4  # of a tile
+_TOKENS, _WARPS = 64, 4  # of a tile
+_WIDE, _NARROW = (
+    128,
+    64,
+)  # channels of one: forward, for ranks to 16; backward. The fastest of seven tiles on an H200
 _SHARES = 16  # of the tokens in `adapter_gradients`, added up in a fixed order
 
 
@@ -183,10 +187,12 @@ def project(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
     outputs = [x.new_empty(tokens, len(adapter.down)) for adapter in adapters]
     for one, two in _launches(adapters):
         first, second = adapters[one], adapters[two]
+        filled_up = _filled_up(len(first.down))
+        wide = _WIDE * 16 // filled_up  # the tiles of the adapters take as much shared memory at every rank
         _project[(cdiv(tokens, _TOKENS),)](
             *(x, first.down, second.down, first.rows, second.rows, first.words, outputs[one], outputs[two]),
             *(tokens, channels, len(first.down), first.factor * first.scale),
-            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(len(first.down))),
+            *(first.dropped, one != two, _TOKENS, wide, filled_up),
             num_warps=_WARPS,
         )
     return outputs
@@ -199,10 +205,10 @@ def add_up(output: Tensor, inner: Tensor, up: Tensor) -> None:
     """
     tokens, channels = output.shape
     rank = up.shape[1]
-    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _CHANNELS))
+    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _WIDE))
     _add_products[grid](
         *(output, up, up, inner, inner, inner, inner, inner, tokens, channels, rank, *up.t().stride(), 1.0),
-        *(0, False, _TOKENS, _CHANNELS, _filled_up(rank)),
+        *(0, False, _TOKENS, _WIDE, _filled_up(rank)),
         num_warps=_WARPS,
     )
 
@@ -210,7 +216,7 @@ def add_up(output: Tensor, inner: Tensor, up: Tensor) -> None:
 def add_back(gradient: Tensor, inners: Sequence[Tensor], adapters: Sequence[Adapter]) -> None:
     """Add what `project` passes back for each of `inners` [T, rank] to `gradient` [T, channels], in place."""
     tokens, channels = gradient.shape
-    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _CHANNELS))
+    grid = (cdiv(tokens, _TOKENS), cdiv(channels, _NARROW))
     for one, two in _launches(adapters):
         first, second = adapters[one], adapters[two]
         rank = len(first.down)
@@ -226,7 +232,7 @@ def add_back(gradient: Tensor, inners: Sequence[Tensor], adapters: Sequence[Adap
                 inners[two],
             ),
             *(tokens, channels, rank, channels, 1, first.factor * first.scale),
-            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(rank)),
+            *(first.dropped, one != two, _TOKENS, _NARROW, _filled_up(rank)),
             num_warps=_WARPS,
         )
 
@@ -237,8 +243,10 @@ def adapter_gradients(x: Tensor, inners: Sequence[Tensor], adapters: Sequence[Ad
     They are added up in the same order every time.
     """
     tokens, channels = x.shape
-    share = cdiv(cdiv(tokens, _SHARES), _TOKENS) * _TOKENS
-    grid = (cdiv(channels, _CHANNELS), cdiv(tokens, share))
+    # Tiles of `inners` that fit into shared memory.
+    tile = min(_TOKENS, 4096 // max(_filled_up(len(adapter.down)) for adapter in adapters))
+    share = cdiv(cdiv(tokens, _SHARES), tile) * tile
+    grid = (cdiv(channels, _NARROW), cdiv(tokens, share))
     outputs = [
         torch.empty(grid[1], len(adapter.down), channels, dtype=torch.float32, device=x.device)
         for adapter in adapters
@@ -248,7 +256,7 @@ def adapter_gradients(x: Tensor, inners: Sequence[Tensor], adapters: Sequence[Ad
         _gradients_of_down[grid](
             *(x, first.rows, second.rows, first.words, inners[one], inners[two], outputs[one], outputs[two]),
             *(tokens, channels, len(first.down), share, first.factor * first.scale),
-            *(first.dropped, one != two, _TOKENS, _CHANNELS, _filled_up(len(first.down))),
+            *(first.dropped, one != two, tile, _NARROW, _filled_up(len(first.down))),
             num_warps=_WARPS,
         )
     return [output.sum(0) for output in outputs]

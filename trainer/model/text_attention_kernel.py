@@ -137,12 +137,16 @@ def of_keys(
     samples,
     heads,
     shared,
+    pitch,
     scale,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Gradients of N keys and values of one of their heads, from all the query heads that share it."""
+    """Gradients of N keys and values of one of their heads, from all the query heads that share it.
+
+    Those of a token lie `pitch` heads behind those of the token before.
+    """
     of_keys, key_heads = tl.program_id(1), heads // shared
     _, end, first = _place(bounds, samples, tl.program_id(0), N)
     row = first + tl.arange(0, N)
@@ -165,8 +169,8 @@ def of_keys(
             change = tl.dot(values, tl.trans(back))
             change -= tl.load(along + of_head + at, mask=at < end, other=0.0)[None, :]
             key_sum = tl.dot((weights * change).to(queries.dtype), queries, key_sum)
-    _store_rows(of_k, key_sum * scale, row, of_keys, key_heads, end, D)
-    _store_rows(of_v, value_sum, row, of_keys, key_heads, end, D)
+    _store_rows(of_k, key_sum * scale, row, of_keys, pitch, end, D)
+    _store_rows(of_v, value_sum, row, of_keys, pitch, end, D)
 
 
 @triton.jit
@@ -194,12 +198,13 @@ def of_queries(
     samples,
     heads,
     shared,
+    pitch,
     scale,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Gradients of M queries of one head."""
+    """Gradients of M queries of one head; `pitch` as above."""
     head = tl.program_id(1)
     begin, end, first = _place(bounds, samples, tl.program_id(0), M)
     row = first + tl.arange(0, M)
@@ -224,4 +229,4 @@ def of_queries(
         query_sum = _query_step(
             queries, back, logarithm, along_row, keys, values, query_sum, scale * _LOG2E, seen, True
         )
-    _store_rows(of_q, query_sum * scale, row, head, heads, end, D)
+    _store_rows(of_q, query_sum * scale, row, head, pitch, end, D)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +65,56 @@ def test_projections_and_their_gradients_are_those_of_the_plain_form(
     torch.testing.assert_close(of_x, expected_of_x, **CLOSE)
     add_up(output, inners[0], adapters[0].down.t().contiguous())
     torch.testing.assert_close(output, 1 + inners[0] @ adapters[0].down, **CLOSE)
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+
+class NoCard:
+    def get_current_device(self):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(kernel, *arguments, **options):
+    compiled = launch(kernel, *arguments, **options | {"warmup": True})
+    print(compiled.metadata.shared)
+    return compiled
+
+
+driver.set_active(NoCard())
+launch, JITFunction.run = JITFunction.run, compile_only
+
+from trainer.model import kernel_launch, lora_kernels
+
+kernel_launch._launch_of = lambda *_: None
+x, rows = torch.empty(128, 256, dtype=torch.bfloat16), torch.empty(128, 2, dtype=torch.int32)
+for rank in (16, 32, 64, 128):
+    adapters = [lora_kernels.Adapter(torch.empty(rank, 256), rows, rows[:, 0], 99, 1.1, 2.0)] * 2
+    inners = [torch.empty(128, rank, dtype=torch.bfloat16)] * 2
+    lora_kernels.project(x, adapters)
+    lora_kernels.adapter_gradients(x, inners, adapters)
+    lora_kernels.add_back(x, inners, adapters)
+    lora_kernels.add_up(x, inners[0], torch.empty(256, rank))
+"""
+
+
+def test_the_tiles_of_two_adapters_fit_into_every_cards_shared_memory_at_every_rank(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    shared = [int(size) for size in done.stdout.split()]
+    assert len(shared) == 16
+    assert max(shared) <= 99 * 1024

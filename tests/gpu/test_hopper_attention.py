@@ -10,7 +10,6 @@ from torch import Tensor
 
 from trainer.data.packing import cumulative
 from trainer.model.attention import Segments, attend
-from trainer.model.fused_linear import _joined
 from trainer.model.text_attention import attend_causally, hopper_kernels
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -72,6 +71,4 @@ def test_text_attends_and_passes_gradients_back_as_the_loop_does_and_repeats_to_
 
     for found, expected in zip(run(ours, torch.bfloat16), run(loop, torch.float32), strict=True):
         assert (found.float() - expected).norm() < 1e-2 * expected.norm() + 1e-3
-    flat = [gradient.flatten(1) for gradient in run(ours, torch.bfloat16)[1:]]
-    assert tokens == 1 or _joined(flat) is not None
     assert all(map(torch.equal, run(ours, torch.bfloat16), run(ours, torch.bfloat16)))

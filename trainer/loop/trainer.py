@@ -97,8 +97,8 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._step_loss: Tensor | None = None  # of this rank's micro-batches of the step so far
         self.recheck = Recheck(self) if self.recipe.training.recheck else None
         self.out_of_memory = False  # in the step under way, on this rank
-        # Steps that are computed again take a micro-batch as it was packed.
-        self.tower_runs_ahead = not self.recheck and tower_can_run_ahead(model)
+        # Features that are cached meanwhile, and steps that are computed again, take a micro-batch as it was packed.
+        self.tower_runs_ahead = not (self.features or self.recheck) and tower_can_run_ahead(model)
 
     # --- micro-batches ------------------------------------------------------------------------------------------
 
@@ -284,9 +284,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return
         if self.plan.parallelism.shards_layers:
             gather_from_here(self.model)
-        ahead = partial(
-            run_tower, model=self.model, device=self.args.device, while_caching=self.features is not None
-        )
+        ahead = partial(run_tower, model=self.model, device=self.args.device)
         try:
             with self.record.phase("launching"):
                 self.training_loader.change_ready(ahead)

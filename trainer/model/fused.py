@@ -221,7 +221,7 @@ class _Rotated(torch.autograd.Function):
     """Query and key turned by their rotary positions in place, and value: [T, heads, head_dim] each, of [1, T, ...].
 
     All the views in one node. Query and key are outputs of linear layers, or of norms, that nobody else reads; their
-    gradients are turned in place too, which attention's are fit for: side by side they stay so.
+    gradients are turned in place too, which attention's are fit for.
 
     Without `mark_dirty`, which needs the input itself among the outputs, where these are views of another shape. So
     nothing would notice a producer that saves its output for its own backward pass. None does: `_Linears`, the linear
@@ -241,10 +241,7 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_query: Tensor, of_key: Tensor, of_value: Tensor) -> tuple[Tensor | None, ...]:
-        whole = of_query.shape[-1], 1
-        of_query, of_key = (
-            each if each.stride()[1:] == whole else each.contiguous() for each in (of_query, of_key)
-        )
+        of_query, of_key = of_query.contiguous(), of_key.contiguous()
         rotate_in_place(of_query, of_key, *ctx.saved_tensors, back=True)
         gradients = (of_query, of_key, of_value)
         return (

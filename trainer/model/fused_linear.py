@@ -21,12 +21,10 @@ from trainer.model.dropout import DRAWS, SampleDropout, channel_words
 from trainer.model.fp8 import (
     Fp8Rows,
     backward_product,
-    backward_product_of_rows,
     forward_product,
     is_fp8,
     quantize_rows,
     rows_of_weight,
-    scales_of,
 )
 from trainer.model.lora_kernels import LARGEST_RANK, Adapter, adapter_gradients, add_back, add_up, project
 from trainer.model.resident import in_dtype, matrix_of, quantization_of
@@ -182,34 +180,19 @@ def _product(x: Tensor, in_8_bits: Fp8Rows | None, layer: _Layer, weight: Any, b
 def _backward_products(
     gradients: Sequence[Tensor], layers: Sequence[_Layer], weights: Sequence[Any]
 ) -> Tensor:
-    """The sum of gradient @ weight, [T, in]; one product where the gradients lie side by side in memory."""
-    dtype, joined = gradients[0].dtype, _joined(gradients)
+    """The sum of gradient @ weight, [T, in]."""
+    dtype = gradients[0].dtype
     if all(layer.fp8 for layer in layers):
         rows = [
             rows_of_weight(weight, each.packed, dtype) for weight, each in zip(weights, layers, strict=True)
         ]
-        if joined is None:
-            return backward_product(gradients, rows)
-        return backward_product_of_rows(quantize_rows(joined, torch.cat(scales_of(rows))), rows, dtype)
-    matrices = (matrix_of(weight, layer.packed, dtype) for weight, layer in zip(weights, layers, strict=True))
-    if joined is not None:
-        return joined.mm(torch.cat(list(matrices)))
+        return backward_product(gradients, rows)
     total: Tensor | None = None
-    for gradient, matrix in zip(gradients, matrices, strict=True):
+    for gradient, layer, weight in zip(gradients, layers, weights, strict=True):
+        matrix = matrix_of(weight, layer.packed, dtype)
         total = gradient.mm(matrix) if total is None else total.addmm_(gradient, matrix)
     assert total is not None
     return total
-
-
-def _joined(gradients: Sequence[Tensor]) -> Tensor | None:
-    """Several gradients [T, out] as one view [T, all], where they lie so in memory, as attention writes them."""
-    first, width = gradients[0], sum(each.shape[1] for each in gradients)
-    place = first.data_ptr()
-    for each in gradients:
-        if len(gradients) == 1 or each.stride() != (width, 1) or each.data_ptr() != place:
-            return None
-        place += each.shape[1] * each.element_size()
-    return first.as_strided((len(first), width), (width, 1))
 
 
 def _groups(tensors: Sequence[Any]) -> list[Sequence[Any]]:

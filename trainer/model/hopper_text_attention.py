@@ -161,13 +161,10 @@ def _forward(
 @DirectLaunch
 @_any_length
 def _of_queries(
-    q, gradient, k_d, v_d, sums, along, of_q, bounds, tokens, samples, heads, pitch, scale,
+    q, gradient, k_d, v_d, sums, along, of_q, bounds, tokens, samples, heads, scale,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, G: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of M packed queries: the products of the next tile of keys run beside the softmax of this one.
-
-    Those of a token lie `pitch` heads behind those of the token before.
-    """
+    """Gradients of M packed queries: the products of the next tile of keys run beside the softmax of this one."""
     key_head = gl.program_id(1)
     begin, end, tile = _sample(bounds, samples, gl.program_id(0), G, M)
     first_row, column = tile * M, key_head * D
@@ -226,19 +223,17 @@ def _of_queries(
     both = (weights * (change - along_row)).to(dtype)
     summing = warpgroup_mma(as_rows(both, query_sum), keys.index((count - 1) % S), query_sum, is_async=True)
     query_sum = warpgroup_mma_wait(0, deps=(summing,))
-    at, inside = _packed(begin, end, first_row, pitch, key_head, loaded, M, G, D)
     gl.store(of_q + at, gl.convert_layout((query_sum * scale).to(dtype), loaded), mask=inside)
 
 
 @DirectLaunch
 @_any_length
 def _of_keys(
-    q_d, g_d, k, v, sums, along, of_k, of_v, bounds, tokens, samples, heads, pitch, scale,
+    q_d, g_d, k, v, sums, along, of_k, of_v, bounds, tokens, samples, heads, scale,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, G: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Gradients of N keys and values of a head, from all the query heads that share it, M queries at a time.
 
-    Those of a token lie `pitch` heads behind those of the token before.
     `sums` and `along` [heads, tokens] are read up to M numbers beyond their end.
     """
     key_head = gl.program_id(1)
@@ -289,7 +284,6 @@ def _of_keys(
         both = (weights * (change - along_row[None, :])).to(dtype)
         key_product = warpgroup_mma(as_rows(both, key_sum), queries.index(number % S), key_sum, is_async=True)
     key_sum, value_sum = warpgroup_mma_wait(0, deps=(key_product, value_product))
-    at, inside = _packed(begin, end, 0, pitch, key_head, loaded, N, 1, D)
     gl.store(of_k + at, gl.convert_layout((key_sum * scale).to(dtype), loaded), mask=inside)
     gl.store(of_v + at, gl.convert_layout(value_sum.to(dtype), loaded), mask=inside)
 
@@ -330,19 +324,19 @@ def gradients(
     bounds: Tensor,
     lengths: Sequence[int],
     scale: float,
-    into: Sequence[Tensor],
-) -> None:
-    """Write the gradients of q, k and v to `into`, whose rows are equally far apart. `sums`, `along`: `numbers`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v. `sums` and `along` are `numbers`."""
     tokens, heads, width = q.shape
     shared = heads // k.shape[1]
-    of_q, of_k, of_v = into
-    shape = (bounds, tokens, len(lengths), heads, of_q.stride(0) // width, scale)
+    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    shape = (bounds, tokens, len(lengths), heads, scale)
     queries = _rows(q, OF_KEYS["M"]), _rows(gradient, OF_KEYS["M"])
     grid = _tiles(lengths, 1, OF_KEYS["N"]), k.shape[1]
     _of_keys[grid](*queries, k, v, sums, along, of_k, of_v, *shape, D=width, G=shared, **OF_KEYS)
     keys = _rows(k, OF_QUERIES["N"]), _rows(v, OF_QUERIES["N"])
     grid = _tiles(lengths, shared, OF_QUERIES["M"]), k.shape[1]
     _of_queries[grid](q, gradient, *keys, sums, along, of_q, *shape, D=width, G=shared, **OF_QUERIES)
+    return of_q, of_k, of_v
 
 
 def numbers(heads: int, tokens: int, device: torch.device) -> Tensor:

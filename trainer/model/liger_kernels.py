@@ -61,17 +61,16 @@ def norm_of_sum_forward(
 
 
 def rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
-    """Turn query [T, heads, head_dim] and key [T, kv_heads, head_dim] by their rotary positions.
+    """Turn query [T, heads, head_dim] and key [T, kv_heads, head_dim], both contiguous, by their rotary positions.
 
-    The heads of a token lie one behind another, tokens at any distance. cos and sin [1, T, head_dim] are those of the
-    tokens; `back`: turn gradients back.
+    cos and sin [1, T, head_dim] are those of the tokens; `back`: turn gradients back.
     """
     tokens, heads, width = query.shape
     key_heads = key.shape[1]
     cos, sin = cos.contiguous(), sin.contiguous()
     padded = [next_power_of_2(size) for size in (heads, key_heads, width, width)]
     _rotate[(tokens,)](
-        *(query, query.stride(0), key, key.stride(0), cos, width, sin, width, tokens),
+        *(query, heads * width, key, key_heads * width, cos, width, sin, width, tokens),
         *(1, 1, heads, key_heads, width, *padded, width, max(padded[:2]), back),
     )
 

@@ -22,10 +22,8 @@ LARGEST_RANK = 128
 """The largest whose tiles were seen to fit into the shared memory of every card: 99 KB."""
 
 _TOKENS, _WARPS = 64, 4  # of a tile
-_WIDE, _NARROW = (
-    128,
-    64,
-)  # channels of one: forward, for ranks to 16; backward. The fastest of seven tiles on an H200
+# Channels of one: forward, for ranks to 16, and backward. The fastest of seven tiles on an H200.
+_WIDE, _NARROW = 128, 64
 _SHARES = 16  # of the tokens in `adapter_gradients`, added up in a fixed order
 
 

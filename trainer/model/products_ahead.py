@@ -22,14 +22,10 @@ _PRODUCTS = {
 
 
 class _Operand(NamedTuple):
-    """A matrix or vector: sizes, those that grow with the micro-batch by name; `turned`: a transposed view.
-
-    `pitch`: from one row in memory to the next, of one column to the next where turned; 0 of a vector.
-    """
+    """A matrix or vector: sizes, those that grow with the micro-batch by name; `turned`: a transposed view."""
 
     sizes: tuple[int | str, ...]
     turned: bool
-    pitch: int | str
     dtype: torch.dtype
 
 
@@ -61,13 +57,8 @@ class SeenProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _operand(self, x: Tensor) -> _Operand:
-        sizes = tuple(self._names.get(size, size) for size in x.shape)
-        if x.dim() != 2:
-            return _Operand(sizes, False, 0, x.dtype)
-        turned = x.stride(0) == 1 and x.stride(1) != 1
-        lying = x.t() if turned else x
-        pitch = max(lying.stride(0), lying.shape[1])  # an expanded gradient has strides of 0
-        return _Operand(sizes, turned, self._names.get(pitch, pitch), x.dtype)
+        turned = x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
+        return _Operand(tuple(self._names.get(size, size) for size in x.shape), turned, x.dtype)
 
 
 @torch.no_grad()
@@ -87,11 +78,7 @@ def compute_ahead(
 
 
 def _empty(operand: _Operand, sizes: Mapping[str, int], device: torch.device) -> Tensor:
-    *shape, pitch = (
-        sizes[size] if isinstance(size, str) else size for size in (*operand.sizes, operand.pitch)
-    )
-    if len(shape) != 2:
-        return torch.empty(shape, dtype=operand.dtype, device=device)
-    rows, columns = shape[::-1] if operand.turned else shape
-    lying = torch.empty(rows, pitch, dtype=operand.dtype, device=device)[:, :columns]
-    return lying.t() if operand.turned else lying
+    shape = [sizes[size] if isinstance(size, str) else size for size in operand.sizes]
+    if operand.turned:
+        return torch.empty(shape[::-1], dtype=operand.dtype, device=device).t()
+    return torch.empty(shape, dtype=operand.dtype, device=device)

@@ -50,18 +50,15 @@ def _gradients(
     bounds: Tensor,
     lengths: _Lengths,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Those of q, k and v, side by side in memory: [tokens, heads, width] of one [tokens, all heads, width]."""
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, width = q.shape
-    together = [each.shape[1] for each in (q, k, v)]
-    into = q.new_empty(tokens, sum(together), width).split(together, dim=1)
     along = hopper.numbers(heads, tokens, q.device) if hopper else torch.empty_like(sums)
     kernels.along[(tokens,)](out, gradient, along, tokens, heads, next_power_of_2(heads), width)
     if hopper:
-        hopper.gradients(q, k, v, gradient, sums, along, bounds, lengths, scale, into)
-        return into
-    of_q, of_k, of_v = into
-    shape = (bounds, tokens, len(lengths), heads, heads // k.shape[1], sum(together), scale)
+        given = q, k, v, gradient, sums, along, bounds, lengths, scale
+        return cast(tuple[Tensor, Tensor, Tensor], hopper.gradients(*given))
+    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    shape = (bounds, tokens, len(lengths), heads, heads // k.shape[1], scale)
     read = q, k, v, gradient, sums, along
     kernels.of_keys[(_tiles(lengths, kernels.OF_KEYS["N"]), k.shape[1])](
         *read, of_k, of_v, *shape, D=width, **kernels.OF_KEYS
@@ -69,7 +66,7 @@ def _gradients(
     kernels.of_queries[(_tiles(lengths, kernels.OF_QUERIES["M"]), heads)](
         *read, of_q, *shape, D=width, **kernels.OF_QUERIES
     )
-    return into
+    return of_q, of_k, of_v
 
 
 class _Attention(torch.autograd.Function):

@@ -137,16 +137,12 @@ def of_keys(
     samples,
     heads,
     shared,
-    pitch,
     scale,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Gradients of N keys and values of one of their heads, from all the query heads that share it.
-
-    Those of a token lie `pitch` heads behind those of the token before.
-    """
+    """Gradients of N keys and values of one of their heads, from all the query heads that share it."""
     of_keys, key_heads = tl.program_id(1), heads // shared
     _, end, first = _place(bounds, samples, tl.program_id(0), N)
     row = first + tl.arange(0, N)
@@ -169,8 +165,8 @@ def of_keys(
             change = tl.dot(values, tl.trans(back))
             change -= tl.load(along + of_head + at, mask=at < end, other=0.0)[None, :]
             key_sum = tl.dot((weights * change).to(queries.dtype), queries, key_sum)
-    _store_rows(of_k, key_sum * scale, row, of_keys, pitch, end, D)
-    _store_rows(of_v, value_sum, row, of_keys, pitch, end, D)
+    _store_rows(of_k, key_sum * scale, row, of_keys, key_heads, end, D)
+    _store_rows(of_v, value_sum, row, of_keys, key_heads, end, D)
 
 
 @triton.jit
@@ -198,13 +194,12 @@ def of_queries(
     samples,
     heads,
     shared,
-    pitch,
     scale,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Gradients of M queries of one head; `pitch` as above."""
+    """Gradients of M queries of one head."""
     head = tl.program_id(1)
     begin, end, first = _place(bounds, samples, tl.program_id(0), M)
     row = first + tl.arange(0, M)
@@ -229,4 +224,4 @@ def of_queries(
         query_sum = _query_step(
             queries, back, logarithm, along_row, keys, values, query_sum, scale * _LOG2E, seen, True
         )
-    _store_rows(of_q, query_sum * scale, row, head, pitch, end, D)
+    _store_rows(of_q, query_sum * scale, row, head, heads, end, D)

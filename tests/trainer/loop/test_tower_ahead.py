@@ -84,17 +84,6 @@ def test_a_forward_with_the_towers_features_is_that_which_runs_it_to_the_bit(
     assert not KEPT[2].requires_grad
 
 
-def test_while_features_are_cached_a_micro_batch_with_images_to_compute_stays_as_it_was_packed(
-    model_and_batch: tuple[Any, PackedBatch],
-) -> None:
-    model, batch = model_and_batch
-    assert run_tower(batch, model, CPU, while_caching=True) is batch
-    inputs: Any = {**batch["inputs"], "fresh_grids": (), "vision_lengths": ()}
-    cached: Any = run_tower({**batch, "inputs": inputs}, model, CPU, while_caching=True)
-    assert cached["inputs"] == inputs
-    assert cached["inputs"] is not inputs  # the copies
-
-
 def test_without_memory_for_the_tower_the_micro_batch_stays_as_it_is_and_it_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,7 +101,6 @@ def test_without_memory_for_the_tower_the_micro_batch_stays_as_it_is_and_it_is_n
     trainer: Any = SimpleNamespace(
         training_loader=loader,
         tower_runs_ahead=True,
-        features=None,
         model=SimpleNamespace(get_base_model=lambda: base),
         plan=SimpleNamespace(parallelism=SimpleNamespace(shards_layers=False)),
         args=SimpleNamespace(device=CPU),

@@ -18,7 +18,7 @@ from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
 from trainer.data.splits import open_split
 from trainer.metrics_log import read_lines
-from trainer.model import fused, fused_linear
+from trainer.model import fused
 from trainer.model.base import load_base, prepare_training
 from trainer.model.fp8 import (
     E4M3,
@@ -206,16 +206,6 @@ def test_weights_that_are_held_in_8_bits_give_the_bits_of_those_quantized_in_eve
         found.append((output.detach(), leaf.grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])  # type: ignore[arg-type]
-
-
-def test_gradients_that_lie_side_by_side_come_back_as_those_that_do_not() -> None:
-    outputs, layers = (64, 16, 16), [fused_linear._Layer(fp8=True)] * 3
-    weights = [_random(count, 48, seed=count) for count in outputs]
-    beside = _random(21, sum(outputs)).split(outputs, dim=1)
-    apart = [part.contiguous() for part in beside]
-    assert fused_linear._joined(beside) is not None
-    found, expected = (fused_linear._backward_products(each, layers, weights) for each in (beside, apart))
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("resident", [True, False])

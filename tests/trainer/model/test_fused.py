@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
-from trainer.model import frozen_mlp, fused, fused_linear
+from trainer.model import frozen_mlp, fused
 from trainer.model.base import load_base
 from trainer.model.dropout import use_sample_dropout
 from trainer.model.frozen_mlp import frozen_linears_of
@@ -55,11 +54,10 @@ def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone
     ]
     x = torch.randn(1, TOKENS, language.config.hidden_size, generator=draw).to(DEVICE)
 
-    def run(compute: Any, attended: Any = lambda *outputs: outputs) -> list[torch.Tensor]:
-        """Outputs, the gradient of the input and those of the adapters; the first group's go through `attended`."""
+    def run(compute: Any) -> list[torch.Tensor]:
+        """Outputs, the gradient of the input and those of the adapters."""
         leaf = x.clone().requires_grad_()
         outputs = [output for group in groups for output in compute(leaf, group)]
-        outputs = [*attended(*outputs[:3]), *outputs[3:]]
         sum(((number + 1) * output.sin().sum() for number, output in enumerate(outputs))).backward()
         found = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         model.zero_grad()
@@ -69,35 +67,8 @@ def test_linear_layers_of_one_input_give_the_outputs_and_gradients_of_each_alone
     mine = run(fused.linears)
     theirs = run(lambda leaf, group: [module(leaf) for module in group])
     assert len(mine) == len(theirs) == 6 + 1 + 6
-    joined = run(fused.linears, SideBySide.apply)
-    for found, of_joined, expected in zip(mine, joined, theirs, strict=True):
+    for found, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
-        torch.testing.assert_close(of_joined, expected, **CLOSE)
-
-
-class SideBySide(torch.autograd.Function):
-    """What is fed to it; its gradients lie side by side in memory, as attention's do."""
-
-    @staticmethod
-    def forward(ctx: Any, *parts: torch.Tensor) -> Any:
-        ctx.widths = [part.shape[-1] for part in parts]
-        return tuple(part.clone() for part in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        parts = torch.cat(gradients, dim=-1).split(ctx.widths, dim=-1)
-        flat = [part.flatten(0, 1) for part in parts]
-        joined = fused_linear._joined(flat)
-        assert joined is not None
-        assert torch.equal(joined, torch.cat(flat, dim=1))
-        return parts
-
-
-@pytest.mark.parametrize("order", [(1, 0), (0,), (0, 2)])
-def test_gradients_that_do_not_lie_side_by_side_are_not_taken_for_one(order: tuple[int, ...]) -> None:
-    parts = torch.zeros(4, 6).split(2, dim=1)
-    assert fused_linear._joined([parts[place] for place in order]) is None
-    assert fused_linear._joined([part.clone() for part in parts]) is None
 
 
 def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,13 +159,6 @@ def test_queries_and_keys_are_turned_by_their_positions_as_transformers_does() -
 
     for found, expected in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(found, expected)
-    counts = heads, key_heads, key_heads
-    apart = [random(TOKENS, count, width) for count in counts]
-    beside = torch.cat(apart, dim=1).split(counts, dim=1)
-    layer: Any = SimpleNamespace(saved_tensors=(cos, sin), shapes=[each.shape for each in projected])
-    turned, expected = (fused._Rotated.backward(layer, *each)[:3] for each in (beside, apart))
-    assert all(map(torch.equal, turned, expected))
-    assert [each.data_ptr() for each in turned] == [each.data_ptr() for each in beside]  # where they lie
 
 
 def test_a_replaced_decoder_layer_recomputes_where_it_is_asked_to(

@@ -44,7 +44,7 @@ from trainer.model.hopper_tower_attention import attend_images_on_hopper
 bounds, lengths = torch.tensor([0, 20, 50], dtype=torch.int32), (20, 30)
 q, k = torch.zeros(50, 8, 128, dtype=torch.bfloat16), torch.zeros(50, 2, 128, dtype=torch.bfloat16)
 _, sums = text.attend(q, k, k, bounds, lengths, 0.1)
-text.gradients(q, k, k, q, sums, sums, bounds, lengths, 0.1, (q, k, k))
+text.gradients(q, k, k, q, sums, sums, bounds, lengths, 0.1)
 q = torch.zeros(50, 16, 80, dtype=torch.bfloat16)
 attend_images_on_hopper(q, q, q, bounds, lengths, 0.1)
 """

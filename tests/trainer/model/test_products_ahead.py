@@ -13,19 +13,13 @@ CPU = torch.device("cpu")
 
 
 def micro_batch(tokens: int, patches: int) -> None:
-    """Layers of tokens with and without a bias, forward and backward, one of patches, and a product of weights.
-
-    And products of what lies beside something else in memory, as gradients of attention do.
-    """
+    """Layers of tokens with and without a bias, forward and backward, one of patches, and a product of weights."""
     x = torch.ones(1, tokens, 5, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.ones(3, 5, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
     linear(linear(x, weight, bias), weight.t()).sum().backward()
     out, inner = torch.ones(tokens, 3), torch.ones(tokens, 2)
     out.addmm_(inner, torch.ones(3, 2).t())
     out.t().mm(inner)
-    beside = torch.ones(tokens, 8)[:, 4:7]
-    beside.mm(torch.ones(3, 2))
-    beside.t().mm(inner)
     linear(torch.ones(patches, 7), torch.ones(4, 7))
     weight.mm(weight.t())
 
@@ -36,8 +30,7 @@ def test_the_products_of_one_micro_batch_are_those_computed_for_another() -> Non
     with SeenProducts({"tokens": 34, "patches": 40}) as of_another:
         micro_batch(34, 40)
     assert seen.products == of_another.products
-    assert len(seen.products) >= 8
-    assert [each.operands[0].pitch for each in seen.products].count(8) == 2
+    assert len(seen.products) >= 6
     with SeenProducts({"tokens": 34, "patches": 40}) as ahead:
         compute_ahead(seen.products, [{"tokens": 34, "patches": 40}], CPU)
     assert ahead.products == of_another.products

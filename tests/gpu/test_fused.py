@@ -18,7 +18,9 @@ from trainer.data.packing import pack
 from trainer.data.splits import open_split
 from trainer.model import base
 from trainer.model.base import RECIPE_DTYPES, compute_in, load_base, prepare_training
+from trainer.model.dropout import DRAWS, channel_words, keep_mask
 from trainer.model.lora import add_lora, trainable_parameters
+from trainer.model.lora_kernels import Adapter, adapter_gradients, add_back, add_up, project
 from trainer.prepare import prepare
 from trainer.pretrained import load_processor
 
@@ -126,3 +128,35 @@ def test_a_step_reads_nothing_back_from_the_device(recipe: Recipe, inputs: dict[
         model(**given).logits.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rank", [8, 64, 128])
+def test_the_tiles_of_loras_kernels_fit_every_rank_and_give_the_plain_products(rank: int) -> None:
+    tokens, channels, dropped = 1000, 3584, 6000
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, dtype=dtype, device="cuda")
+
+    x, of_x, output = (random(tokens, channels) for _ in range(3))
+    words, scale = channel_words(channels // 2, x.device), DRAWS / (DRAWS - dropped)
+    keys = torch.randint(
+        -(2**31), 2**31 - 1, (2, tokens, 2), generator=draw, dtype=torch.int32, device="cuda"
+    )
+    downs = [random(rank, channels, dtype=torch.float32) / 60 for _ in range(2)]
+    adapters = [Adapter(down, own, words, dropped, scale, 2.0) for down, own in zip(downs, keys, strict=True)]
+    inners = [random(tokens, rank) for _ in range(2)]
+    kept = [keep_mask(own, channels, dropped) * scale * 2 for own in keys]
+    rounded = [down.to(BFLOAT16).float() for down in downs]
+    pairs = []
+    for number, (projected, of_down) in enumerate(
+        zip(project(x, adapters), adapter_gradients(x, inners, adapters), strict=True)
+    ):
+        pairs.append((projected, (x * kept[number]) @ rounded[number].t()))
+        pairs.append((of_down, inners[number].t().float() @ (x * kept[number])))
+    back = sum(kept[place] * (inners[place].float() @ rounded[place]) for place in range(2))
+    expected = of_x + back, output + inners[0].float() @ rounded[0]
+    add_back(of_x, inners, adapters)
+    add_up(output, inners[0], downs[0].t().contiguous())
+    for found, plain in (*pairs, *zip((of_x, output), expected, strict=True)):
+        assert (found - plain).norm() < 5e-3 * plain.norm()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from launch.planning.activations import largest_linear, training_peak
 from launch.planning.memory_load import Load, Packed, Settings
-from launch.recipe.fp8_layers import layers_in_bf16
 from launch.strategies import STRATEGIES
 from launch.units import GIB
 
@@ -97,8 +96,7 @@ def _base_bytes(load: Load, whole_layers: int = 0) -> int:
 
 def _resident_bytes(load: Load) -> int:
     """The frozen base with its 4-bit weights held dequantized; in 8 bits those whose products are."""
-    in_8_bits = load.shape.layers - layers_in_bf16(load.shape.layers) if load.fp8 else 0
-    saved = in_8_bits * load.shape.layer_weights * (load.weight_bytes - 1)
+    saved = load.fp8_layers * load.shape.layer_weights * (load.weight_bytes - 1)
     return _base_bytes(replace(load, load_in_4bit=False)) - saved
 
 

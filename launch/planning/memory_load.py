@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.inputs.model_shape import reached_tower_linears
+from launch.recipe.fp8_layers import layers_in_8_bits
 from launch.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class Load:
     """What a recipe, a strategy and a world ask of each GPU. Sizes of numbers in bytes.
 
     `targets`: the linear layers of the decoder with a LoRA of rank `lora_rank` at most, `tower_targets`: of the tower,
-    by their paths; `dropout`: before them; `dora`: with lengths of rows; `fp8`: weights that are held for the products
-    of the decoder layers are of 8 bits; `rechecked`: some micro-batches are computed a second time.
+    by their paths; `dropout`: before them; `dora`: with lengths of rows; `fp8_layers`: decoder layers whose weights are
+    of 8 bits where they are held for the products; `rechecked`: some micro-batches are computed a second time.
     """
 
     shape: ModelShape
@@ -44,7 +45,7 @@ class Load:
     kernels: Kernels = Kernels()
     tower_targets: tuple[str, ...] = ()
     dora: bool = False
-    fp8: bool = False
+    fp8_layers: int = 0
     rechecked: bool = False
 
     @property
@@ -96,6 +97,6 @@ def load_of(recipe: Recipe, shape: ModelShape, strategy: str, world_size: int, k
         kernels=kernels,
         tower_targets=tuple(reached_tower_linears(lora.target_modules, shape)),
         dora=lora.use_dora,
-        fp8=recipe.model.products == "fp8",
+        fp8_layers=len(layers_in_8_bits(recipe.model, shape.layers)),
         rechecked=recipe.training.recheck > 0,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launch.recipe.schema import Recipe
 
-_LATER: dict[str, Any] = {
+LATER: dict[str, Any] = {
     "data.format": "auto",
     "data.columns": None,
     "data.chat_template": None,
@@ -19,19 +19,16 @@ _LATER: dict[str, Any] = {
     "lora.use_dora": False,
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
+    "model.num_layers_at_start_in_bf16": 0,
 }
 """Keys that recipes of older versions do not have, with the values that mean what those versions did."""
-
-
-_PRODUCTS = {"fp8": "fp8, the first layers in bf16"}
-"""What a value means where older versions computed other numbers under its name: checkpoints of theirs say `fp8`."""
 
 
 def later_values(recipe: Recipe) -> set[str]:
     """Dotted keys that say nothing an older version did not mean: no fingerprint counts them."""
     return {
         key
-        for key, value in _LATER.items()
+        for key, value in LATER.items()
         if getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2]) == value
     }
 
@@ -61,15 +58,12 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
     ):  # where it lies is no matter: its content is part of the identity
         flat["data.chat_template"] = Path(recipe.data.chat_template).name
     if recipe.model.products == "bf16":
-        harmless.add("model.products")  # as in the runs of before there was a choice
-    flat["model.products"] = _PRODUCTS.get(recipe.model.products, recipe.model.products)
+        # As in the runs of before there was a choice.
+        harmless |= {"model.products", "model.num_layers_at_start_in_bf16"}
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
     return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """sha256 of the altering values as the recipe has them, hexadecimal: the same in every version."""
-    values = altering_values(recipe)
-    if "model.products" in values:
-        values["model.products"] = recipe.model.products
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    """sha256 of the altering values, hexadecimal."""
+    return hashlib.sha256(json.dumps(altering_values(recipe), sort_keys=True).encode()).hexdigest()

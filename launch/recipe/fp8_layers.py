@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-_KEPT = 4
-_SHARE = 7
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.recipe.schema import ModelSection
+
+_KEPT, _SHARE = 4, 7
 
 
-def layers_in_bf16(layers: int) -> int:
-    """Return how many of a model's decoder layers, from the first on, `fp8` leaves in the dtype of the activations.
+def layers_in_8_bits(model: ModelSection, layers: int) -> range:
+    """Return the numbers, from 0, of a model's decoder layers whose products are of 8 bits.
 
-    Four, and at most a seventh of all. What a layer rounds away is an error in the input of all layers after it, and a
-    hidden state consists of the outputs of few layers there, so that the error is a large share of it. Megatron-Core
-    has a setting for this too (`first_last_layers_bf16`). docs/performance.md has the losses with and without.
+    The first layers stay as they are (`num_layers_at_start_in_bf16`, as Megatron-Core calls it). What a layer rounds
+    away is an error in the input of all layers after it, and a hidden state consists of the outputs of few layers
+    there, so that the error is a large share of it. docs/performance.md has the losses with and without.
     """
-    return min(_KEPT, layers // _SHARE)
+    if model.products != "fp8":
+        return range(0)
+    first = model.num_layers_at_start_in_bf16
+    return range(min(_KEPT, layers // _SHARE) if first == "auto" else min(first, layers), layers)

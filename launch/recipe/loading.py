@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from launch.errors import ConfigError
 from launch.hub_names import EMBEDDED
+from launch.recipe.fingerprint import LATER
 from launch.recipe.refused_fields import OF_OTHER_TOOLS, REFUSED_LORA_FIELDS, REFUSED_TRAINING_FIELDS
 from launch.recipe.schema import Recipe
 from launch.recipe.validation_errors import validation_errors
@@ -47,6 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(
             f"{path}: not a recipe (a mapping of sections is needed); see recipes/embedded.yaml"
         )
+    _complete_own_copy(values, path)
     problems = list(_apply_overrides(values, overrides))
     _make_local_folders_absolute(values)
     _make_local_files_absolute(values, path.parent)
@@ -57,6 +59,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise ConfigError(problems)
     return recipe
+
+
+def _complete_own_copy(values: dict[str, Any], path: Path) -> None:
+    """A run's own copy was written whole by the version that began it: what it lacks means what that version did."""
+    if path.name != "recipe.yaml" or not path.with_name("plan.json").exists():
+        return
+    for dotted, value in LATER.items():
+        section, _, key = dotted.partition(".")
+        if isinstance(inner := values.get(section), dict):
+            inner.setdefault(key, value)
 
 
 def _make_local_folders_absolute(values: dict[str, Any]) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 
 from launch.errors import ConfigError
 from launch.inputs.identity import DATA_PARTS, MODEL_PARTS, OWN_TEMPLATE, PARTS, RunIdentity, short, what_is
+from launch.recipe.fingerprint import LATER
 from launch.untrusted_files import printable
 
 CONTENT_KEYS = ("data.content", "model.content")
 OTHER_RUN = "choose another --name, or --fresh to move the old run aside"
 
-# Another dataset or base has another content: to allow one of these is to allow that too.
+# Another dataset or base has another content, other products another number of layers that keep theirs: to allow one
+# of these is to allow that too.
 _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
     **{
         part: ("data.content", "data.dataset", "data.revision", part.removesuffix(".rows"))
@@ -26,6 +28,7 @@ _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
     },
     **dict.fromkeys(MODEL_PARTS, ("model.content", "model.name_or_path", "model.revision")),
     OWN_TEMPLATE: ("data.chat_template",),
+    "model.num_layers_at_start_in_bf16": ("model.products",),
     "model.content": ("model.name_or_path", "model.revision"),  # of a run whose base has no parts recorded
 }
 _NEVER = {
@@ -41,6 +44,9 @@ _OTHER_END = (
 )
 _OTHER_VALIDATION = "the validation losses are of other rows from now on; what is trained stays the same"
 _OTHER_TEST = "`samestep evaluate` asks other questions; what is trained stays the same"
+_OTHER_ROUNDING = (
+    "the products of the frozen layers are rounded in another way from now on; the loss may jump by 1 %"
+)
 _CONSEQUENCES: dict[str, str] = {
     "batch.global_batch_size": "the run goes on at the same place of the sample stream, nothing skipped or seen twice, "
     "with steps of the new size; the number of steps left and the learning-rate schedule follow",
@@ -54,8 +60,8 @@ _CONSEQUENCES: dict[str, str] = {
     "data.loss": "the rest of the run counts the loss over other tokens; it cannot be compared with what was so far",
     "data.validation.rows": _OTHER_VALIDATION,
     "data.test.rows": _OTHER_TEST,
-    "model.products": "the products of the frozen layers are rounded in another way from now on; the loss may jump "
-    "by about 1e-2 of itself",
+    "model.products": _OTHER_ROUNDING,
+    "model.num_layers_at_start_in_bf16": _OTHER_ROUNDING,
     "model.processor": "the images become other numbers from now on; the loss may jump",
     "model.chat_template": "the questions are put in other words from now on; the loss may jump",
     OWN_TEMPLATE: "the questions are put in other words from now on; the loss may jump",
@@ -105,9 +111,9 @@ class Change:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every key whose value differs, in the order of the keys (`altering_values`)."""
     return [
-        Change(key, old.get(key), new.get(key))
+        Change(key, old.get(key, LATER.get(key)), new.get(key, LATER.get(key)))
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
+        if old.get(key, LATER.get(key)) != new.get(key, LATER.get(key))
     ]
 
 

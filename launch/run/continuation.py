@@ -75,7 +75,9 @@ def continue_run(
         ConfigError: the recipe differs in values that are not allowed to, all of them named.
         CheckpointError: `source` is no published checkpoint of ours, or damaged.
     """
-    refuse_unknown_keys(allow, ["model.products", *altering_values(recipe)])
+    refuse_unknown_keys(
+        allow, ["model.products", "model.num_layers_at_start_in_bf16", *altering_values(recipe)]
+    )
     changed = _changed_since(run, recipe, allow)
     size, old = recipe.batch.global_batch_size, old_plan(run)
     before = old.started_from if old else ""

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from launch.errors import ConfigError
+from launch.recipe.fp8_layers import layers_in_8_bits
 from launch.recipe.schema import Recipe
 from launch.units import gib
 from launch.untrusted_files import printable
@@ -151,9 +152,11 @@ def prepare_training(
     base = cast(PreTrainedModel, model.get_base_model())
     said = []
     if recipe.model.products == "fp8":  # before the rest is dequantized
-        language = base.model.language_model
-        held = use_fp8_products(language, compute_dtype, resident=resident_weights)
-        said.append(f"products of the language model in 8 bits ({held / 2**30:.1f} GiB held so)")
+        layers = base.model.language_model.layers
+        numbers = layers_in_8_bits(recipe.model, len(layers))
+        held = use_fp8_products([layers[n] for n in numbers], compute_dtype, resident=resident_weights)
+        which = f"{len(numbers)} of {len(layers)} decoder layers"
+        said.append(f"products of {which} in 8 bits ({held / 2**30:.1f} GiB held so)")
     if resident_weights:
         said.append(f"4-bit weights held dequantized ({gib(dequantize_weights(base, compute_dtype))})")
     _prepare_packed(base)

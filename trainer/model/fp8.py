@@ -1,7 +1,5 @@
 """Matrix products of frozen linear layers in 8 bits (e4m3): one scale for each row of activations and of weights.
 
-The first decoder layers (`launch.recipe.fp8_layers`) compute as without it.
-
 The format is e4m3 (Micikevicius et al., arXiv 2209.05433) as PyTorch has it, `float8_e4m3fn`: 3 bits of mantissa, no
 infinity, 448 as the largest number. A row's scale is its largest magnitude / 448 (fp32): the row times 448 / that
 magnitude is clamped to [-448, 448] and rounded to the nearest e4m3 number, ties to even. So a token's numbers do not
@@ -16,7 +14,7 @@ in fp32 and rounded once to the dtype of the activations. On a GPU of compute ca
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +22,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from launch.recipe.fp8_layers import layers_in_bf16
 from trainer.model.resident import matrix_of, quantization_of
 
 E4M3 = torch.float8_e4m3fn
@@ -162,15 +159,11 @@ def is_fp8(layer: nn.Module) -> bool:
     return layer.__dict__.get("fp8_products", False) is True
 
 
-def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """List (parent, name, layer) of the linear layers whose products are in 8 bits: not those of the adapters.
-
-    They are those of all decoder layers but the first (`layers_in_bf16`).
-    """
-    layers = cast(Any, language_model).layers
+def frozen_linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """List (parent, name, layer) of the linear layers of decoder layers, without those of the adapters."""
     return [
         (parent, name, child)
-        for layer in layers[layers_in_bf16(len(layers)) :]
+        for layer in layers
         for parent in layer.modules()
         if not isinstance(parent, nn.ModuleDict)  # of an adapter
         for name, child in parent.named_children()
@@ -178,14 +171,14 @@ def frozen_linears(language_model: nn.Module) -> list[tuple[nn.Module, str, nn.L
     ]
 
 
-def use_fp8_products(language_model: nn.Module, dtype: torch.dtype, *, resident: bool) -> int:
-    """Let the layers of `frozen_linears` compute in 8 bits; return the bytes that are held so.
+def use_fp8_products(layers: Iterable[nn.Module], dtype: torch.dtype, *, resident: bool) -> int:
+    """Let the frozen linear layers of decoder layers compute in 8 bits; return the bytes that are held so.
 
     `resident`: each weight is quantized now and held in place of the old one, one layer after another; else it is
     quantized in every pass from what the layer holds. `dtype`: of the products.
     """
     held = 0
-    for parent, name, layer in frozen_linears(language_model):
+    for parent, name, layer in frozen_linears(layers):
         if resident:
             layer = hold_in_fp8(layer, dtype)
             setattr(parent, name, layer)

@@ -1,7 +1,6 @@
 """The recipe: strict, all errors at once, and the same run for equal values."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -86,17 +85,21 @@ def test_products_of_8_bits_alter_a_run_and_their_absence_is_what_older_runs_rec
     plain = altering_values(load_recipe(find_recipe(name)))
     in_8_bits = altering_values(load_recipe(find_recipe(name), ["model.products=fp8"]))
     assert "model.products" not in plain
-    assert in_8_bits == plain | {"model.products": "fp8, the first layers in bf16"}
+    first = "model.num_layers_at_start_in_bf16"
+    assert in_8_bits == plain | {"model.products": "fp8", first: "auto"}
+    older = altering_values(load_recipe(find_recipe(name), ["model.products=fp8", f"{first}=0"]))
+    assert older == plain | {"model.products": "fp8"}
+    assert [str(change) for change in changes(older, in_8_bits)] == [
+        f"{first}: the run has 0, the recipe 'auto'"
+    ]
 
 
-def test_the_checkpoints_of_older_fp8_runs_differ_in_the_products_and_their_plans_do_not() -> None:
-    recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["model.products=fp8"])
-    now = altering_values(recipe)
-    older = now | {"model.products": "fp8"}
-    assert [change.key for change in changes(older, now)] == ["model.products"]
-    assert (
-        recipe_fingerprint(recipe) == hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
-    )
+def test_what_a_run_s_own_copy_lacks_means_what_the_version_that_wrote_it_did(tmp_path: Path) -> None:
+    text = dump_recipe(load_recipe(EMBEDDED)).replace("  num_layers_at_start_in_bf16: auto\n", "")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").model.num_layers_at_start_in_bf16 == "auto"
+    (tmp_path / "plan.json").touch()
+    assert load_recipe(tmp_path / "recipe.yaml").model.num_layers_at_start_in_bf16 == 0
 
 
 def test_every_sft_field_is_either_accepted_or_refused_with_a_reason() -> None:

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from launch.recipe import fingerprint
-from launch.recipe.fp8_layers import layers_in_bf16
-from launch.recipe.loading import dump_recipe, recipe_from_dict
+from launch.recipe.fp8_layers import layers_in_8_bits
+from launch.recipe.loading import dump_recipe, find_recipe, load_recipe, recipe_from_dict
 from tests.conftest import recipe_values
 from trainer.data.encoder import Encoder
 from trainer.data.packing import pack
@@ -27,6 +25,7 @@ from trainer.model.fp8 import (
     backward_product,
     forward_product,
     frozen_linears,
+    is_fp8,
     quantize_rows,
     use_fp8_products,
 )
@@ -124,7 +123,7 @@ def test_norm_and_mlp_in_passes_that_quantize_are_those_one_after_another(world:
     layer = language.layers[0].to(DTYPE)
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     assert not takes_mlp(mlp)
-    use_fp8_products(language, DTYPE, resident=True)
+    use_fp8_products(language.layers, DTYPE, resident=True)
     assert takes_mlp(mlp)
     attended, residual = (_random(1, 21, language.config.hidden_size, seed=seed) for seed in (2, 3))
 
@@ -155,11 +154,12 @@ def _recipe(
     *,
     packed: bool,
     products: str = "fp8",
+    first: int | str = "auto",
     targets: Sequence[str] = ("q_proj", "v_proj", "up_proj"),
 ) -> Any:
     values = recipe_values(world)
     values["quantization"]["load_in_4bit"] = packed
-    values["model"]["products"] = products
+    values["model"] |= {"products": products, "num_layers_at_start_in_bf16": first}
     values["lora"] = {"lora_dropout": 0.0, "target_modules": list(targets)}
     return recipe_from_dict(values)
 
@@ -199,7 +199,7 @@ def test_weights_that_are_held_in_8_bits_give_the_bits_of_those_quantized_in_eve
     for resident in (True, False):
         language = _language(_model(_recipe(world, packed=packed)))
         x = torch.randn(1, 9, language.config.hidden_size, generator=torch.Generator().manual_seed(2))
-        use_fp8_products(language, torch.float32, resident=resident)
+        use_fp8_products(language.layers, torch.float32, resident=resident)
         leaf = x.clone().requires_grad_()
         output = language.layers[0].mlp(leaf)
         output.sin().sum().backward()
@@ -215,7 +215,7 @@ def test_fused_linear_layers_take_the_same_products(world: Path, resident: bool)
     language = _language(model)
     for layer in language.layers:
         layer.to(DTYPE)
-    use_fp8_products(language, DTYPE, resident=resident)
+    use_fp8_products(language.layers, DTYPE, resident=resident)
     layer = language.layers[0]
     group = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
     x = _random(1, 21, language.config.hidden_size, seed=2)
@@ -264,75 +264,89 @@ def test_a_packed_micro_batch_has_the_losses_of_its_samples_alone_and_nearly_tho
             return -torch.cat([model(**inputs).log_probs[0] for inputs in packed])
 
     found = {}
-    for products in ("fp8", "bf16"):
-        recipe = _recipe(world, packed=True, products=products)
+    for products, first in (("fp8", 0), ("fp8", 1), ("bf16", 0)):
+        recipe = _recipe(world, packed=True, products=products, first=first)
         model = _model(recipe)
         prepare_training(model, recipe)
-        found[products] = losses(model, [0, 1, 2, 3]), losses(model, [0], [1, 2], [3])
-    together, apart = found["fp8"]
-    torch.testing.assert_close(together, apart, rtol=5e-3, atol=5e-3)
-    assert together.mean() == pytest.approx(float(found["bf16"][0].mean()), rel=1e-2)
-    assert not torch.equal(together, found["bf16"][0])
+        found[products, first] = losses(model, [0, 1, 2, 3]), losses(model, [0], [1, 2], [3])
+    in_bf16 = found.pop(("bf16", 0))[0]
+    for together, apart in found.values():
+        torch.testing.assert_close(together, apart, rtol=5e-3, atol=5e-3)
+        assert together.mean() == pytest.approx(float(in_bf16.mean()), rel=1e-2)
+        assert not torch.equal(together, in_bf16)
+    assert not torch.equal(found["fp8", 0][0], found["fp8", 1][0])
 
 
 def test_every_frozen_linear_layer_is_listed_once(world: Path) -> None:
     language = _language(_model(_recipe(world, packed=False)))
-    found = frozen_linears(language)
+    found = frozen_linears(language.layers)
     assert len({id(layer) for _, _, layer in found}) == len(found) == 7 * len(language.layers)
 
 
-def test_the_first_layers_of_a_deep_model_are_not_in_8_bits() -> None:
-    assert [layers_in_bf16(layers) for layers in (2, 7, 28, 80)] == [0, 1, 4, 4]
-    deep = nn.Module()
-    deep.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(28))
-    use_fp8_products(deep, torch.float32, resident=True)
-    in_8_bits = [isinstance(layer[0], Fp8Linear) for layer in deep.layers]
-    assert in_8_bits == [False] * 4 + [True] * 24
+def test_the_first_layers_are_not_in_8_bits(world: Path) -> None:
+    def layers(count: int, *overrides: str) -> list[int]:
+        recipe = load_recipe(find_recipe("qwen2vl_7b_chartqa"), ["model.products=fp8", *overrides])
+        return list(layers_in_8_bits(recipe.model, count))
+
+    first = "model.num_layers_at_start_in_bf16"
+    assert [layers(count)[0] for count in (2, 7, 28, 80)] == [0, 1, 4, 4]
+    assert layers(28) == list(range(4, 28))
+    assert layers(3, f"{first}=2") == [2]
+    assert layers(2, f"{first}=9") == layers(2, "model.products=bf16") == []
+    recipe = _recipe(world, packed=True, products="fp8", first=1)
+    model = _model(recipe)
+    prepare_training(model, recipe)
+    in_8_bits = [is_fp8(layer.self_attn.o_proj) for layer in _language(model).layers]
+    assert in_8_bits == [False] + [True] * (len(in_8_bits) - 1)
 
 
 def test_e4m3_has_the_largest_number_that_scales_are_made_for() -> None:
     assert torch.finfo(E4M3).max == 448
 
 
+def _write(file: Path, world: Path, products: str, first: int | str, steps: int) -> str:
+    values = recipe_values(world)
+    values["model"] |= {"products": products, "num_layers_at_start_in_bf16": first}
+    if torch.cuda.is_available():  # GPUs have these products for bfloat16 alone
+        values["model"]["dtype"] = values["quantization"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    values["training"]["max_steps"], values["checkpoint"]["every_steps"] = steps, 1
+    file.write_text(dump_recipe(recipe_from_dict(values)))
+    return str(file)
+
+
 def test_a_run_with_products_of_8_bits_is_nearly_that_of_bf16_and_goes_on_with_its_own_alone(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One layer of two keeps its products."""
     losses = {}
     for products in ("bf16", "fp8"):
-        values = recipe_values(world)
-        values["model"]["products"] = products
-        if torch.cuda.is_available():  # GPUs have these products for bfloat16 alone
-            values["model"]["dtype"] = values["quantization"]["bnb_4bit_compute_dtype"] = "bfloat16"
-        values["training"]["max_steps"] = 3
-        file = tmp_path / f"{products}.yaml"
-        file.write_text(dump_recipe(recipe_from_dict(values)))
-        run = tmp_path / products
-        assert train([str(file), "--runs-dir", str(tmp_path), "--name", products]) == 0
-        losses[products] = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+        file = _write(tmp_path / f"{products}.yaml", world, products, 1, 3)
+        assert train([file, "--runs-dir", str(tmp_path), "--name", products]) == 0
+        losses[products] = [line["loss"] for line in read_lines(tmp_path / products / "metrics.jsonl")]
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=1e-2)
     assert losses["fp8"] != losses["bf16"]
     capsys.readouterr()
     changed = [str(tmp_path / "bf16.yaml"), "--runs-dir", str(tmp_path), "--name", "fp8"]
-    assert train([*changed, "--set", "training.max_steps=4"]) == 2
-    assert "model.products: the run has 'fp8, the first layers in bf16'" in capsys.readouterr().err
+    longer = ["--set", "training.max_steps=4", "--allow", "training.max_steps"]
+    assert train([*changed, *longer]) == 2
+    assert "model.products: the run has 'fp8'" in capsys.readouterr().err
+    assert train([*changed, *longer, "--allow", "model.products"]) == 0
 
 
-def test_a_checkpoint_of_a_version_with_all_layers_in_8_bits_goes_on_where_that_is_allowed(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_of_a_version_with_all_layers_in_8_bits_goes_on_with_them(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = recipe_values(world)
-    values["model"]["products"] = "fp8"
-    if torch.cuda.is_available():
-        values["model"]["dtype"] = values["quantization"]["bnb_4bit_compute_dtype"] = "bfloat16"
-    values["training"]["max_steps"], values["checkpoint"]["every_steps"] = 1, 1
-    (file := tmp_path / "fp8.yaml").write_text(dump_recipe(recipe_from_dict(values)))
-    start = [str(file), "--runs-dir", str(tmp_path), "--name", "older"]
-    with monkeypatch.context() as older:
-        older.setattr(fingerprint, "_PRODUCTS", {})
-        assert train(start) == 0
-    later = ["--set", "training.max_steps=2", "--allow", "training.max_steps"]
+    begun = _write(tmp_path / "begun.yaml", world, "fp8", 0, 1)
+    assert train([begun, "--runs-dir", str(tmp_path), "--name", "older"]) == 0
+    own = tmp_path / "older" / "recipe.yaml"
+    own.write_text(
+        "".join(line for line in own.read_text().splitlines(keepends=True) if "_at_start_" not in line)
+    )
+    assert load_recipe(own).model.num_layers_at_start_in_bf16 == 0
+    now = _write(tmp_path / "now.yaml", world, "fp8", "auto", 2)
+    request = [now, "--runs-dir", str(tmp_path), "--name", "older", "--allow", "training.max_steps"]
     capsys.readouterr()
-    assert train([*start, *later]) == 2
-    expected = "model.products: the run has 'fp8', the recipe 'fp8, the first layers in bf16'"
+    assert train(request) == 2
+    expected = "model.num_layers_at_start_in_bf16: the run has 0, the recipe 'auto'"
     assert expected in capsys.readouterr().err
-    assert train([*start, *later, "--allow", "model.products"]) == 0
+    assert train([*request, "--set", "model.num_layers_at_start_in_bf16=0"]) == 0

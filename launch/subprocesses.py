@@ -20,7 +20,7 @@ from launch.launcher_variables import PARENT, remove_launcher_variables
 STARTED = "SAMESTEP_STARTED"
 """In the environment of a launcher: when it was started, in seconds since 1970."""
 
-PYTHON_VARIABLES = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
+PYTHON_VARIABLES = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "0"}
 """In the environment of `python -m`: else a `trainer` or a `datasets.py` in the current folder would be imported, and
 transformers 5.23 fails without the docstrings that PYTHONOPTIMIZE=2 leaves out."""
 

@@ -3,7 +3,7 @@
 #   by hand:  salloc --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 bash slurm/doctor.sh   with the EDIT lines changed
 #   or:       samestep doctor --nodes 2                                  fills them in, and shows the lines as a table
 
-PYTHON=.venv/bin/python             # EDIT: one with samestep, at the same place on every node (or in the container)
+PYTHON=.venv/bin/python             # EDIT: samestep is installed in it; the same path on every node (or in the container)
 WORK_FOLDER=$PWD                    # EDIT: where relative paths begin
 LOOK=(--token x --shared runs/look) # EDIT: see `python -m launch.doctor.on_node --help`; an empty folder is needed
 MODULES=()                          # EDIT: for example (cuda/12.8)
@@ -21,8 +21,8 @@ set -u                              # from here on: `module` itself reads variab
 # (An empty `export` would print the whole environment, with its secrets.)
 [ "${#ENVIRONMENT[@]}" -eq 0 ] || export "${ENVIRONMENT[@]}"
 export HF_HUB_OFFLINE=1             # as in the job that follows
-export PYTHONSAFEPATH=1             # else a datasets.py or trainer/ in WORK_FOLDER would be imported
-export PYTHONOPTIMIZE=              # transformers fails without the docstrings that 2 leaves out
+export PYTHONSAFEPATH=${PYTHONSAFEPATH-1}  # else a datasets.py or trainer/ in WORK_FOLDER would be imported
+export PYTHONOPTIMIZE=0             # transformers fails without the docstrings that 2 leaves out
 
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || { echo "scontrol: does not name the nodes" >&2; exit 1; }
 echo "nodes: ${NODES//$'\n'/ }"

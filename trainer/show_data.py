@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.atomic_files import place_of
-from launch.console import write_to_nowhere
+from launch.console import table_console, write_to_nowhere
 from launch.errors import RunError, SamestepError
 from launch.inputs.dataset_index import Index, Split, splits_of
 from launch.recipe.loading import load_recipe
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         index = prepare(recipe)
-        show_data(recipe, index, options.rows, Console(highlight=False))
+        show_data(recipe, index, options.rows, table_console())
     except SamestepError as error:
         return print_error(error)
     except OSError as error:  # of what is printed: a file to which the shell sends it is on a full disk

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli.options import AllowPart, Processes, RunArgument, RunsDir, Strategy, example, option
-from launch.console import add_row, echo, emit
+from launch.console import add_row, echo, emit, table_console
 from launch.errors import ConfigError
 from launch.option_values import named, one_of, step_range, whole
 
@@ -76,7 +76,6 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
     if json:
         emit(comparison.to_json())
     else:
-        from rich.console import Console
         from rich.table import Table
 
         left, right = comparison.names
@@ -84,7 +83,7 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
             table = Table("", "value", left, right, title="what differs", title_justify="left")
             for each in comparison.differences:
                 add_row(table, each.section, each.key, str(each.left), str(each.right))
-            Console(highlight=False).print(table)
+            table_console().print(table)
         if comparison.partings:
             table = Table(
                 "figure",
@@ -96,7 +95,7 @@ def _show_comparison(comparison: Comparison, json: bool) -> None:
             )
             for parting in comparison.partings:
                 add_row(table, parting.quantity, str(parting.step), str(parting.left), str(parting.right))
-            Console(highlight=False).print(table)
+            table_console().print(table)
         adapters = {True: "equal to the byte", False: "different", None: "not both there"}[
             comparison.same_adapter
         ]
@@ -134,7 +133,7 @@ def verify(run: RunArgument, runs_dir: RunsDir = Path("runs"), json: Json = Fals
         table = Table("link", "state", "what was checked", title_justify="left")
         for link in links:
             add_row(table, link.name, link.state, link.text)
-        Console(highlight=False).print(table)
+        table_console().print(table)
     if any(link.state == "failed" for link in links):
         raise typer.Exit(1)
 

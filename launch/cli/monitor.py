@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.cli.options import DEFAULT_RUNS_DIR, AsJson, RunArgument, RunsDir, complete_run, example, option
-from launch.console import add_row, echo, emit, table_console
+from launch.console import PipeSafeConsole, add_row, echo, emit, table_console
 from launch.option_values import named, whole
 from launch.untrusted_files import open_plain, printable
 
@@ -137,7 +137,7 @@ def _show_table(rows: Sequence[Sequence[str]]) -> None:
 
     from launch.monitor.status_table import STATUS_COLUMNS, columns_for, has_room, missed, width_for
 
-    console, table = table_console(), Table()
+    console, table = PipeSafeConsole(highlight=False), Table()  # it says itself which columns have no room
     kept = columns_for(console.width, rows)
     may_fold = {"state"} if has_room(console.width, rows, kept) else {"run", "state"}
     for column in kept:

@@ -68,6 +68,8 @@ def test_projections_and_their_gradients_are_those_of_the_plain_form(
 
 
 COMPILE = """
+from itertools import product
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -75,11 +77,13 @@ from triton.runtime.jit import JITFunction
 
 
 class NoCard:
+    capability = 90
+
     def get_current_device(self):
-        return 0
+        return self.capability
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_stream(self, device):
         return 0
@@ -98,7 +102,7 @@ from trainer.model import kernel_launch, lora_kernels
 
 kernel_launch._launch_of = lambda *_: None
 x, rows = torch.empty(128, 256, dtype=torch.bfloat16), torch.empty(128, 2, dtype=torch.int32)
-for rank in (16, 32, 64, 128):
+for NoCard.capability, rank in product((80, 86, 89, 90), (16, 32, 64, 128)):
     adapters = [lora_kernels.Adapter(torch.empty(rank, 256), rows, rows[:, 0], 99, 1.1, 2.0)] * 2
     inners = [torch.empty(128, rank, dtype=torch.bfloat16)] * 2
     lora_kernels.project(x, adapters)
@@ -116,5 +120,5 @@ def test_the_tiles_of_two_adapters_fit_into_every_cards_shared_memory_at_every_r
     )
     assert done.returncode == 0, done.stderr
     shared = [int(size) for size in done.stdout.split()]
-    assert len(shared) == 16
+    assert len(shared) == 4 * 16
     assert max(shared) <= 99 * 1024

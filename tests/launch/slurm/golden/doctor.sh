@@ -21,8 +21,8 @@ set -u                              # from here on: `module` itself reads variab
 # (An empty `export` would print the whole environment, with its secrets.)
 [ "${#ENVIRONMENT[@]}" -eq 0 ] || export "${ENVIRONMENT[@]}"
 export HF_HUB_OFFLINE=1             # as in the job that follows
-export PYTHONSAFEPATH=1             # else a datasets.py or trainer/ in WORK_FOLDER would be imported
-export PYTHONOPTIMIZE=              # transformers fails without the docstrings that 2 leaves out
+export PYTHONSAFEPATH=${PYTHONSAFEPATH-1}  # else a datasets.py or trainer/ in WORK_FOLDER would be imported
+export PYTHONOPTIMIZE=0             # transformers fails without the docstrings that 2 leaves out
 
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || { echo "scontrol: does not name the nodes" >&2; exit 1; }
 echo "nodes: ${NODES//$'\n'/ }"

@@ -3,7 +3,7 @@
 #   by hand:  salloc --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 bash slurm/doctor.sh   with the EDIT lines changed
 #   or:       samestep doctor --nodes 2                                  fills them in, and shows the lines as a table
 
-PYTHON=.venv/bin/python             # EDIT: samestep is installed in it; the same path on every node (or in the container)
+PYTHON=.venv/bin/python             # EDIT: with samestep installed, at the same path on every node (or in the image)
 WORK_FOLDER=$PWD                    # EDIT: where relative paths begin
 LOOK=(--token x --shared runs/look) # EDIT: see `python -m launch.doctor.on_node --help`; an empty folder is needed
 MODULES=()                          # EDIT: for example (cuda/12.8)

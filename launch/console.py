@@ -14,7 +14,7 @@ from rich.table import Table
 from launch.invocation import as_typed
 from launch.untrusted_files import printable_lines
 
-NARROWEST = 60
+_NARROWEST = 60
 """Columns of a table at least."""
 
 
@@ -71,7 +71,7 @@ def table_console(to_stderr: bool = False) -> PipeSafeConsole:
     """The console that the commands print their tables on. A narrow terminal breaks their lines: rich would leave
     columns out without a word."""
     console = PipeSafeConsole(highlight=False, stderr=to_stderr)
-    console.width = max(console.width, NARROWEST)
+    console.width = max(console.width, _NARROWEST)
     return console
 
 

@@ -98,9 +98,8 @@ def plain_size(path: str | Path) -> int:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """The whole of a plain file of at most `limit` bytes. Raises as `open_plain`."""
     with open_plain(path, limit) as file:
-        size = (
-            min(os.fstat(file.fileno()).st_size, limit) + 1
-        )  # Python takes memory for all it is told to read
+        # Python takes memory for all that it is told to read, whatever the file holds.
+        size = min(os.fstat(file.fileno()).st_size, limit) + 1
         content = file.read(size)
         if len(content) == size:
             content += file.read(limit + 1 - size)

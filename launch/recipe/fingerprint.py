@@ -14,11 +14,11 @@ LATER: dict[str, Any] = {
     "data.format": "auto",
     "data.columns": None,
     "data.chat_template": None,
-    "evaluation.metrics": "auto",
     "lora.use_rslora": False,
     "lora.use_dora": False,
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
+    "model.products": "bf16",
     "model.num_layers_at_start_in_bf16": 0,
 }
 """Keys that recipes of older versions do not have, with the values that mean what those versions did."""
@@ -58,8 +58,7 @@ def altering_values(recipe: Recipe) -> dict[str, Any]:
     ):  # where it lies is no matter: its content is part of the identity
         flat["data.chat_template"] = Path(recipe.data.chat_template).name
     if recipe.model.products == "bf16":
-        # As in the runs of before there was a choice.
-        harmless |= {"model.products", "model.num_layers_at_start_in_bf16"}
+        harmless.add("model.num_layers_at_start_in_bf16")
     sections = ("model.", "quantization.", "lora.", "data.", "batch.", "training.")
     return {key: value for key, value in flat.items() if key.startswith(sections) and key not in harmless}
 

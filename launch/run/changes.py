@@ -19,8 +19,7 @@ from launch.untrusted_files import printable
 CONTENT_KEYS = ("data.content", "model.content")
 OTHER_RUN = "choose another --name, or --fresh to move the old run aside"
 
-# Another dataset or base has another content, other products another number of layers that keep theirs: to allow one
-# of these is to allow that too.
+# Another dataset or base has another content: to allow one of these is to allow that too.
 _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
     **{
         part: ("data.content", "data.dataset", "data.revision", part.removesuffix(".rows"))
@@ -28,7 +27,6 @@ _MAKE_CONTENT: dict[str, tuple[str, ...]] = {
     },
     **dict.fromkeys(MODEL_PARTS, ("model.content", "model.name_or_path", "model.revision")),
     OWN_TEMPLATE: ("data.chat_template",),
-    "model.num_layers_at_start_in_bf16": ("model.products",),
     "model.content": ("model.name_or_path", "model.revision"),  # of a run whose base has no parts recorded
 }
 _NEVER = {
@@ -110,11 +108,11 @@ class Change:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every key whose value differs, in the order of the keys (`altering_values`)."""
-    return [
-        Change(key, old.get(key, LATER.get(key)), new.get(key, LATER.get(key)))
-        for key in sorted({*old, *new})
-        if old.get(key, LATER.get(key)) != new.get(key, LATER.get(key))
-    ]
+    before, now = ({**LATER, **values} for values in (old, new))
+    keys = {key for key in (*old, *new) if before.get(key) != now.get(key)}
+    if "model.products" in keys:  # of which the number of layers that keep theirs is a part
+        keys.discard("model.num_layers_at_start_in_bf16")
+    return [Change(key, before.get(key), now.get(key)) for key in sorted(keys)]
 
 
 def content_changes(recorded: RunIdentity, now: RunIdentity) -> list[Change]:

@@ -18,7 +18,7 @@ from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.planning.plan import Plan, RunHistory, SamplesDigest
 from launch.planning.step_plan import StreamOffset
 from launch.planning.topology import Topology
-from launch.recipe.fingerprint import altering_values
+from launch.recipe.fingerprint import LATER, altering_values
 from launch.recipe.loading import load_recipe
 from launch.run.changes import (
     OTHER_RUN,
@@ -75,9 +75,7 @@ def continue_run(
         ConfigError: the recipe differs in values that are not allowed to, all of them named.
         CheckpointError: `source` is no published checkpoint of ours, or damaged.
     """
-    refuse_unknown_keys(
-        allow, ["model.products", "model.num_layers_at_start_in_bf16", *altering_values(recipe)]
-    )
+    refuse_unknown_keys(allow, [*LATER, *altering_values(recipe)])
     changed = _changed_since(run, recipe, allow)
     size, old = recipe.batch.global_batch_size, old_plan(run)
     before = old.started_from if old else ""

@@ -90,6 +90,18 @@ def test_an_allowed_change_says_what_it_does_before_anything_starts_and_then_sta
     assert "allowed:" not in said[1]
 
 
+def test_a_value_that_goes_back_to_what_older_versions_did_can_be_allowed(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.marker, launcher.text, launcher.saves = "STOPPED", "asked to", [3]
+    assert samestep("run", *EMBEDDED, "--set", "lora.use_rslora=true") == 0
+    launcher.marker, launcher.text, launcher.saves = "DONE", "", [6]
+    assert samestep("run", *EMBEDDED) == 2
+    assert "lora.use_rslora: the run has True, the recipe False" in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, "--allow", "lora.use_rslora") == 0
+    assert "allowed: lora.use_rslora: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", ["lora.r=4", "lora.target_modules=[q_proj]"])
 def test_what_the_adapter_is_made_of_is_refused_with_and_without_allow(
     key: str, stopped: Launcher, capsys: pytest.CaptureFixture[str]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.compiling import compile_without_a_card
 from trainer.model.dropout import DRAWS, channel_words, keep_mask, module_keys, row_keys, token_keys
 from trainer.model.lora_kernels import Adapter, adapter_gradients, add_back, add_up, project
 
@@ -67,40 +65,16 @@ def test_projections_and_their_gradients_are_those_of_the_plain_form(
     torch.testing.assert_close(output, 1 + inners[0] @ adapters[0].down, **CLOSE)
 
 
-COMPILE = """
+PROGRAM = """
 from itertools import product
 
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from trainer.model import lora_kernels
 
 
-class NoCard:
-    capability = 90
-
-    def get_current_device(self):
-        return self.capability
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def compile_only(kernel, *arguments, **options):
-    compiled = launch(kernel, *arguments, **options | {"warmup": True})
+def report(kernel, compiled):
     print(compiled.metadata.shared)
-    return compiled
 
 
-driver.set_active(NoCard())
-launch, JITFunction.run = JITFunction.run, compile_only
-
-from trainer.model import kernel_launch, lora_kernels
-
-kernel_launch._launch_of = lambda *_: None
 x, rows = torch.empty(128, 256, dtype=torch.bfloat16), torch.empty(128, 2, dtype=torch.int32)
 for NoCard.capability, rank in product((80, 86, 89, 90), (16, 32, 64, 128)):
     adapters = [lora_kernels.Adapter(torch.empty(rank, 256), rows, rows[:, 0], 99, 1.1, 2.0)] * 2
@@ -113,12 +87,6 @@ for NoCard.capability, rank in product((80, 86, 89, 90), (16, 32, 64, 128)):
 
 
 def test_the_tiles_of_two_adapters_fit_into_every_cards_shared_memory_at_every_rank(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    shared = [int(size) for size in done.stdout.split()]
+    shared = [int(size) for size in compile_without_a_card(PROGRAM, tmp_path)]
     assert len(shared) == 4 * 16
     assert max(shared) <= 99 * 1024

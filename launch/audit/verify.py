@@ -48,7 +48,10 @@ def verify_run(run: RunDirectory, progress: Callable[[str], None] = lambda _: No
         ConfigError: the folder has no recipe or plan that can be read.
     """
     recipe, plan = load_recipe(run.recipe_file), _plan_of(run)
-    index = read_index(recipe)
+    try:
+        index = read_index(recipe)
+    except ConfigError:  # its files are not on this machine
+        index = None
     return [
         _data(plan, index),
         _plan(recipe, plan),

@@ -200,6 +200,7 @@ def run_case(
                 inputs["input_ids"].numel(),
                 inputs["fresh_positions"].numel(),
                 inputs["scored_positions"].numel(),
+                sum(inputs["text_lengths"]),
             )
             for inputs in batches
         ),

@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).with_name("swift_training.py")
 
 def run_swift(options: argparse.Namespace) -> dict[str, Any]:
     """Padding-free with Liger's kernels and FlashAttention-2; ms-swift leaves the tower in bfloat16."""
-    recipe, index = prepared(options)
+    recipe, index = prepared(options, "batch.prefix_sharing=false")
     plan = make_plan(recipe, index, Topology("single", 1, 1, "cuda" if torch.cuda.is_available() else "cpu"))
     steps = step_plan(recipe, index, plan)
     folder = options.folder / "swift"

@@ -116,9 +116,9 @@ def fill_disk_cache(options: argparse.Namespace) -> None:
     subprocess.run([*command, *recipe_arguments(options)], check=True)
 
 
-def prepared(options: argparse.Namespace) -> tuple[Recipe, Index]:
-    """The recipe of the arguments, and its index."""
-    recipe = load_recipe(find_recipe(RECIPE), recipe_arguments(options)[1::2])
+def prepared(options: argparse.Namespace, *changes: str) -> tuple[Recipe, Index]:
+    """The recipe of the arguments, with changes (key=value), and its index."""
+    recipe = load_recipe(find_recipe(RECIPE), [*recipe_arguments(options)[1::2], *changes])
     return recipe, prepare(recipe, quiet=True)
 
 
@@ -211,7 +211,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     count = options.notebook_steps if options.side == "notebook" else options.steps
-    recipe, index = prepared(options)
+    recipe, index = prepared(options, "batch.prefix_sharing=false")
     device = "cuda" if cuda else "cpu"
     plan = make_plan(recipe, index, Topology("single", 1, 1, device))
     steps = step_plan(recipe, index, plan)

@@ -24,7 +24,7 @@ from launch.recipe.schema import Recipe
 from launch.rules.accelerate_config import launched_config, launched_strategy
 from launch.rules.checks import refuse_config
 from launch.run.changes import consequences, content_changes, tie_contents
-from launch.run.continuation import continue_run, planned_identity
+from launch.run.continuation import as_begun, continue_run, planned_identity
 from launch.run.directory import RunDirectory, open_run
 from launch.run.planned import plan_attempt
 from launch.untrusted_files import read_text
@@ -40,7 +40,9 @@ def requested_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that was asked for."""
     if options.run_dir is not None:
         return load_recipe(RunDirectory(options.run_dir).recipe_file)
-    return load_recipe(find_recipe(options.recipe), options.set)
+    recipe = load_recipe(find_recipe(options.recipe), options.set)
+    run = open_run(options.runs_dir, recipe.name if options.name is None else options.name)
+    return as_begun(run, recipe, options.source)
 
 
 def prepare_first(options: argparse.Namespace) -> Index:

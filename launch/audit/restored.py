@@ -26,7 +26,7 @@ from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
 from launch.recipe.fingerprint import altering_values
-from launch.recipe.loading import load_recipe
+from launch.recipe.loading import dump_recipe, load_recipe
 from launch.run.changes import Change, changes, content_changes, refuse_changes
 from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
@@ -196,7 +196,8 @@ def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:
 def _copy_until(run: RunDirectory, copy: RunDirectory, begin: Checkpoint | None) -> None:
     """What a resume of the copy reads: recipe, plan, figures until the checkpoint, the checkpoint."""
     copy.path.mkdir()
-    shutil.copyfile(run.recipe_file, copy.recipe_file)
+    # Whole: what the file of an older version lacks means something in that run's folder alone.
+    atomic_write(copy.recipe_file, dump_recipe(load_recipe(run.recipe_file)))
     if begin is None:
         return
     shutil.copyfile(run.plan_file, copy.plan_file)

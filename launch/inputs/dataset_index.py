@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 IMAGE_TOKENS = "image_tokens"
 """A column of an index only where some sample has not exactly one image."""
 # What the token counts of any dataset depend on.
@@ -45,7 +46,8 @@ class Split:
     Arrays of length n: `rows` (row number in the source split, which may hold bad rows between), `text_tokens`
     (all tokens but the images'), `visual_tokens`, `target_tokens` (tokens the loss counts), `human_or_machine` (-1:
     not known); `digests`: of each row's content, `row_digest`. `image_tokens`: the visual tokens of every image of each
-    sample, None: every sample has one image.
+    sample, None: every sample has one image. `prefix_tokens`: how many of its first tokens are those of the prefix that
+    a micro-batch computes once for all its samples that begin with it, 0: none; None: of no sample.
     """
 
     rows: NDArray[np.int64]
@@ -55,6 +57,7 @@ class Split:
     human_or_machine: NDArray[np.int64]
     digests: tuple[bytes, ...] = ()
     image_tokens: tuple[tuple[int, ...], ...] | None = None
+    prefix_tokens: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,6 +66,19 @@ class Split:
     def tokens(self) -> NDArray[np.int64]:
         """Text and visual tokens of each sample, [n]."""
         return self.text_tokens + self.visual_tokens
+
+    @property
+    def own_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each sample besides the shared prefix, [n]."""
+        return self.tokens if self.prefix_tokens is None else self.tokens - self.prefix_tokens
+
+    def prefixes(self, samples: Sequence[int]) -> list[int]:
+        """The tokens of the shared prefix that each of these samples begins with."""
+        return [0 if self.prefix_tokens is None else int(self.prefix_tokens[sample]) for sample in samples]
+
+    def computed_tokens(self, samples: Sequence[int]) -> int:
+        """Tokens that a micro-batch of these samples computes: the shared prefix is computed once."""
+        return int(self.own_tokens[list(samples)].sum()) + max(self.prefixes(samples), default=0)
 
     @property
     def visual_squares(self) -> NDArray[np.int64]:
@@ -179,9 +195,15 @@ def index_path(recipe: Recipe) -> Path:
 def read_index(recipe: Recipe) -> Index | None:
     """Read the recipe's index; None when it is missing, stale or damaged (then `samestep prepare` makes it)."""
     try:
-        return _read_index(index_path(recipe))
+        index = _read_index(index_path(recipe))
     except (FileNotFoundError, _DamagedIndexError):
         return None
+    return index if recipe.batch.prefix_sharing else _without_prefixes(index)
+
+
+def _without_prefixes(index: Index) -> Index:
+    splits = {name: replace(split, prefix_tokens=None) for name, split in index.splits.items()}
+    return replace(index, splits=splits)
 
 
 def index_damage(recipe: Recipe) -> str | None:
@@ -255,4 +277,5 @@ def _read_split(parquet: bytes) -> Split:
         tuple(map(tuple, table.column(IMAGE_TOKENS).to_pylist()))
         if IMAGE_TOKENS in table.column_names
         else None,
+        column("prefix_tokens"),
     )

@@ -20,6 +20,7 @@ from launch.planning.plan import Plan
 from launch.recipe.fingerprint import recipe_fingerprint
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
+from launch.run.continuation import as_begun
 from launch.run.directory import Marker, RunDirectory, open_run, read_marker
 from launch.run.lock import lock_holder
 from launch.strategies import AUTO
@@ -83,7 +84,7 @@ def _done_before(run: RunDirectory, recipe: Recipe) -> Marker | None:
     marker = read_marker(run)
     if marker is None or marker.kind != "DONE" or not is_whole(run.adapter):
         return None
-    same = recipe_fingerprint(load_recipe(run.recipe_file)) == recipe_fingerprint(recipe)
+    same = recipe_fingerprint(load_recipe(run.recipe_file)) == recipe_fingerprint(as_begun(run, recipe))
     return marker if same else None
 
 

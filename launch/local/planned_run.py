@@ -29,6 +29,7 @@ from launch.rules.checks import refuse_topology
 from launch.run.changes import Change
 from launch.run.continuation import (
     Continuation,
+    as_begun,
     continue_run,
     refuse_lost_checkpoints,
 )
@@ -149,6 +150,7 @@ def check_request(request: RunRequest) -> CheckedRequest:
         raise ConfigError(
             f"--from: {request.source} lies in the run that --fresh moves aside ({run.path}); choose another --name"
         )
+    recipe = as_begun(_begun(request, run), recipe, source)
     continuation = continue_run(_begun(request, run), recipe, request.allow, request.source)
     return CheckedRequest(recipe_file, recipe, run, topology, continuation)
 

@@ -20,20 +20,25 @@ _TOWER_BYTES, _FUSED_TOWER_BYTES = {2: 34, 4: 44}, 20
 _LARGEST_FUSED_RANK = 128  # of `trainer.model.kernels`
 
 
+def attention_bytes(load: Load) -> int:
+    """What autograd saves of one token in a decoder layer's attention: its four tensors, sums of the softmax."""
+    shape = load.shape
+    return load.activation_bytes * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
+
+
 def layer_activation_bytes(load: Load) -> int:
-    """What autograd saves of one token in a decoder layer that is not recomputed.
+    """What autograd saves of one token in a decoder layer that is not recomputed, besides `attention_bytes`.
 
     4-bit and frozen linear layers save nothing. Plain: each norm its input in fp32, SiLU its input, the product both
-    factors; the attention its four tensors; a LoRA its dropped-out input with a byte of mask a value. RoPE saves only
-    cos and sin, the same for all layers.
+    factors; a LoRA its dropped-out input with a byte of mask a value. RoPE saves only cos and sin, the same for all
+    layers.
     """
     shape, size = load.shape, load.activation_bytes
     norms = 2 * shape.hidden * (size if load.kernels.fused else 4)
     if shape.query_norm:  # transformers' own in both ways: its input in fp32, the factor of each head
         norms += 4 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
-    attention = size * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
     product = size * shape.intermediate * (2 if load.kernels.fused else 3)
-    return norms + attention + product + _lora_bytes(load) + 2 * 4
+    return norms + product + _lora_bytes(load) + 2 * 4
 
 
 def _lora_bytes(load: Load) -> int:
@@ -60,7 +65,12 @@ def training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int, 
     patches = packed.visual_tokens * shape.patches_per_token
     held = _held_bytes(load, packed, patches)
     kept = [_is_recomputed(number, settings.activation_checkpoint_every) for number in range(shape.layers)]
-    one, own_input = layer_activation_bytes(load) * tokens, size * shape.hidden * tokens
+    one = layer_activation_bytes(load) * tokens + attention_bytes(load) * packed.whole_tokens
+    if (
+        packed.whole_tokens > tokens and "o_proj" in load.targets
+    ):  # else its input is the attention's output itself
+        one += size * shape.query_width * tokens
+    own_input = size * shape.hidden * tokens
     before, peak = 0, 0
     for recomputed in kept:
         # The fused norm saves the layer's input itself, which recomputation has kept.
@@ -72,7 +82,7 @@ def training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int, 
     head = logits + packed.scored_tokens * shape.hidden * (4 + size) + own_input
     tower = patches * shape.vision_width * (_FUSED_TOWER_BYTES if load.kernels.fused else _TOWER_BYTES[size])
     moments = (
-        (held + peak, _layer_temporaries(load, tokens, settings)),
+        (held + peak, _layer_temporaries(load, packed, settings)),
         (held + before, head),
         (held, tower + tokens * size * shape.hidden),
     )
@@ -121,10 +131,10 @@ def _trained_tower_bytes(load: Load, patches: int) -> int:
     return patches * (kept + lora)
 
 
-def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
+def _layer_temporaries(load: Load, packed: Packed, settings: Settings) -> int:
     """The most that a layer's backward has besides what was saved: gradients of its MLP or its attention, and the
     weight that is dequantized for one product."""
-    shape, size = load.shape, load.activation_bytes
+    shape, size, tokens = load.shape, load.activation_bytes, packed.tokens
     fused = load.kernels.fused
     inner = size * shape.intermediate * tokens
     weight = largest_linear(shape) * size if load.load_in_4bit and not settings.keep_dequantized else 0
@@ -133,7 +143,7 @@ def _layer_temporaries(load: Load, tokens: int, settings: Settings) -> int:
         squares = (shape.layer_linears[name] for name in load.targets)
         weight += max(4 * inputs * (inputs + 3 * outputs) for outputs, inputs in squares)
         product = max(product, inner + weight)
-    attention = tokens * max(shape.hidden, shape.query_width) * (6 * size if fused else 12)
+    attention = packed.whole_tokens * max(shape.hidden, shape.query_width) * (6 * size if fused else 12)
     return max(product, attention) + 2 * size * shape.hidden * tokens
 
 

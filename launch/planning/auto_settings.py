@@ -49,8 +49,8 @@ class BatchStatistics:
     """What the prepared data says about micro-batches.
 
     `longest`: tokens of the longest sample; `step_tokens`: the mean of a rank and step; `most_tokens`: of the
-    heaviest; `visual`, `scored`: shares of a micro-batch's tokens at most; `count`: the micro-batches of a rank and
-    step for a budget of tokens.
+    heaviest; `visual`, `scored`: shares of a micro-batch's tokens at most; `own`: likewise what is not the shared
+    prefix, which has `prefix` tokens; `count`: the micro-batches of a rank and step for a budget of tokens.
     """
 
     longest: int
@@ -58,11 +58,14 @@ class BatchStatistics:
     most_tokens: int
     visual: float
     scored: float
+    own: float
+    prefix: int
     count: Callable[[int], int]
 
     def packed(self, tokens: int) -> Packed:
         """Return a micro-batch of so many tokens at its heaviest."""
-        return Packed(tokens, math.ceil(tokens * self.visual), math.ceil(tokens * self.scored))
+        computed = min(tokens, math.ceil(tokens * self.own) + self.prefix)
+        return Packed(computed, math.ceil(tokens * self.visual), math.ceil(tokens * self.scored), tokens)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def batches_of(
         most_tokens=max(longest, math.ceil(heaviest / world_size)),
         visual=float((split.visual_tokens / tokens).max()),
         scored=float((split.target_tokens / tokens).max()),
+        own=float((split.own_tokens / tokens).max()),
+        prefix=int((tokens - split.own_tokens).max()),
         count=count,
     )
 

@@ -56,11 +56,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Packed:
-    """The size of a micro-batch: all tokens, the visual ones among them, the scored ones."""
+    """The size of a micro-batch: the tokens of its row, the visual ones among them, the scored ones; `whole_tokens`: of
+    its samples, of which a row holds a shared prefix once."""
 
     tokens: int
     visual_tokens: int
     scored_tokens: int
+    whole_tokens: int
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from launch.inputs.dataset_index import Index
+    from launch.inputs.dataset_index import Index, Split
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
 
 MOST_STEPS = 1_000_000
 """A plan of so many takes a minute."""
+
+
+def work_of_samples(split: Split) -> NDArray[np.float64]:
+    """The work of every sample of a split (`step_plan.cost`)."""
+    return cost(split.text_tokens, split.visual_tokens, split.visual_squares, split.prefix_tokens)
 
 
 def sample_stream(recipe: Recipe, index: Index, begin: StreamOffset) -> SampleStream:
@@ -38,7 +43,7 @@ def balanced_steps(
     train = index.splits["train"]
     return plan_steps(
         train.tokens,
-        cost(train.text_tokens, train.visual_tokens, train.visual_squares),
+        work_of_samples(train),
         sample_stream(recipe, index, begin),
         world_size=world_size,
         budget=budget,
@@ -67,7 +72,7 @@ def step_plan(recipe: Recipe, index: Index, plan: Plan) -> StepPlan:
         micro_batches=plan.micro_batches,
         budget=plan.micro_batch_tokens,
         tokens=train.text_tokens + train.visual_tokens,
-        costs=cost(train.text_tokens, train.visual_tokens, train.visual_squares),
+        costs=work_of_samples(train),
     )
 
 

@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Any
 from launch.atomic_files import atomic_write
 from launch.inputs.caches import cache_root
 from launch.planning.rechecks import COST, rechecked_share
-from launch.planning.run_steps import stream_of
-from launch.planning.step_plan import cost
+from launch.planning.run_steps import stream_of, work_of_samples
 from launch.untrusted_files import UNREADABLE, parse_json, read_text
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from launch.inputs.dataset_index import Index, Split
+    from launch.inputs.dataset_index import Index
     from launch.planning.plan import Plan
     from launch.recipe.schema import Recipe
 
@@ -59,11 +55,6 @@ def speed_key(recipe: Recipe) -> str:
     parts += [values["training"][name] for name in names]
     parts += [values["data"]["loss"], values["data"]["vision_cache"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def work_of_samples(split: Split) -> NDArray[np.float64]:
-    """The work of every sample of a split (`step_plan.cost`)."""
-    return cost(split.text_tokens, split.visual_tokens, split.visual_squares)
 
 
 def work_of_steps(recipe: Recipe, index: Index, plan: Plan, first: int, last: int) -> float:

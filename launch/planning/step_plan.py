@@ -45,12 +45,18 @@ _VISION_PER_PATCH_SQUARED = 4 * 1280 * 32 * 1e-9
 _PATCHES_PER_VISUAL_TOKEN = 4  # the merger folds 2 x 2 patches into one token
 
 
-def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike, visual_squares: ArrayLike | None = None) -> Floats:
+def cost(
+    text_tokens: ArrayLike,
+    visual_tokens: ArrayLike,
+    visual_squares: ArrayLike | None = None,
+    prefix_tokens: ArrayLike | None = None,
+) -> Floats:
     """Relative work of training on each sample: linear layers, attention, vision tower.
 
     The unit is one GFLOP of the 7B model, whatever the model trained: only ratios between samples matter to
     the balance, and linear and quadratic shares change little over the model family. `visual_squares`: the sum of the
     squares of the images' visual tokens, because images do not attend to each other; None: one image a sample.
+    `prefix_tokens`: those of its text that the linear layers compute once for all samples; None: none.
     """
     text = np.asarray(text_tokens, dtype=np.float64)
     visual = np.asarray(visual_tokens, dtype=np.float64)
@@ -58,7 +64,8 @@ def cost(text_tokens: ArrayLike, visual_tokens: ArrayLike, visual_squares: Array
     patches = visual * _PATCHES_PER_VISUAL_TOKEN
     squares = visual * visual if visual_squares is None else np.asarray(visual_squares, dtype=np.float64)
     patches_squared = squares * _PATCHES_PER_VISUAL_TOKEN**2
-    language = tokens * _LINEAR_PER_TOKEN + tokens * tokens * _ATTENTION_PER_TOKEN_SQUARED
+    own = tokens if prefix_tokens is None else tokens - np.asarray(prefix_tokens, dtype=np.float64)
+    language = own * _LINEAR_PER_TOKEN + tokens * tokens * _ATTENTION_PER_TOKEN_SQUARED
     vision = patches * _VISION_PER_PATCH + patches_squared * _VISION_PER_PATCH_SQUARED
     return np.asarray(language + vision, dtype=np.float64)
 

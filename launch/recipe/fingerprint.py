@@ -20,6 +20,7 @@ LATER: dict[str, Any] = {
     "lora.alpha_pattern": {},
     "model.products": "bf16",
     "model.num_layers_at_start_in_bf16": 0,
+    "batch.prefix_sharing": False,
 }
 """Keys that recipes of older versions do not have, with the values that mean what those versions did."""
 

@@ -144,7 +144,11 @@ class BatchSection(Section):
     global_batch_size: int = Field(32, ge=1, description="the samples of one optimizer step, at least 1")
     micro_batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | Literal["auto"] = Field(
         "auto",
-        description="the most tokens of a packed micro-batch (a whole number of at least 1), or `auto`",
+        description="the most tokens of a packed micro-batch's samples (a whole number of at least 1), or `auto`",
+    )
+    prefix_sharing: bool = Field(
+        True,
+        description="true to compute the tokens that every prompt begins with (the system message) once a micro-batch",
     )
 
 

@@ -48,6 +48,8 @@ _OTHER_ROUNDING = (
 _CONSEQUENCES: dict[str, str] = {
     "batch.global_batch_size": "the run goes on at the same place of the sample stream, nothing skipped or seen twice, "
     "with steps of the new size; the number of steps left and the learning-rate schedule follow",
+    "batch.prefix_sharing": "the tokens that prompts begin with have other dropout masks from now on; the rest "
+    "of the run differs by that and by rounding",
     "training.num_train_epochs": _OTHER_END,
     "training.max_steps": _OTHER_END,
     "training.seed": "the rest of the run sees the samples in another order: some a second time, some not at all, in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from launch.checkpoints.adapter_file import ADAPTER_CONFIG
 from launch.checkpoints.manifest import MANIFEST, read_manifest
 from launch.checkpoints.scan import Checkpoint, newest_valid
-from launch.errors import CheckpointError, ConfigError
+from launch.errors import CheckpointError, ConfigError, SamestepError
 from launch.inputs.identity import TRAIN_ROWS, RunIdentity, recorded_identity
 from launch.planning.plan import Plan, RunHistory, SamplesDigest
 from launch.planning.step_plan import StreamOffset
@@ -30,6 +31,7 @@ from launch.run.changes import (
     still_allowed,
 )
 from launch.run.request_files import old_plan
+from launch.untrusted_files import UNREADABLE, read_yaml
 
 if TYPE_CHECKING:
     from launch.recipe.schema import Recipe
@@ -94,6 +96,38 @@ def continue_run(
     changed = changes(metadata.recipe, altering_values(recipe))
     refuse_changes(changed, allowed, now, _OTHER_SOURCE)
     return Continuation(_begin_at(metadata, size), allowed, now, changed=tuple(changed), source=Path(now))
+
+
+def as_begun(run: RunDirectory, recipe: Recipe, source: Path | None = None) -> Recipe:
+    """Return a request's recipe as an older version began the run, or `source`: the same command goes on with it.
+
+    A key that the request does not have takes the value that means what older versions did (`LATER`), where the run has
+    that value or its version did not know the key.
+    """
+    begun = _values_begun_with(run, source)
+    for dotted, value in LATER.items():
+        name, _, key = dotted.partition(".")
+        section = getattr(recipe, name)
+        if begun is not None and begun.get(dotted, value) == value and key not in section.model_fields_set:
+            recipe = recipe.model_copy(update={name: section.model_copy(update={key: value})})
+    return recipe
+
+
+def _values_begun_with(run: RunDirectory, source: Path | None) -> dict[str, Any] | None:
+    """Dotted key -> value of what is recorded of the beginning: by the run's own recipe, else by its newest checkpoint
+    or by `source`. None where nothing is, or nothing that can be read: `continue_run` says what is wrong with it.
+    """
+    with suppress(*UNREADABLE):
+        if isinstance(own := read_yaml(run.recipe_file), dict):
+            sections = {name: values for name, values in own.items() if isinstance(values, dict)}
+            return {
+                f"{name}.{key}": each for name, values in sections.items() for key, each in values.items()
+            }
+    with suppress(*UNREADABLE, SamestepError, LookupError):
+        newest = run.checkpoints()[-1] if run.checkpoints() else None
+        if folder := newest or source:
+            return dict(read_manifest(folder, verify=False)["facts"]["recipe"])
+    return None
 
 
 def _has_begun(run: RunDirectory) -> bool:
@@ -236,6 +270,7 @@ _SETTINGS_DEPEND_ON = (
     ("model", "products"),
     ("training", "gradient_checkpointing"),
     ("batch", "micro_batch_tokens"),
+    ("batch", "prefix_sharing"),
     ("batch", "global_batch_size"),
     ("lora", "r"),
     ("lora", "target_modules"),

@@ -30,10 +30,12 @@ GROUPS = ((0,), (), (1, 2), (3, 4, 3))
 """Images of each row."""
 
 
+@pytest.mark.parametrize("loss", ["sequence", "answer"])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_packed_losses_and_gradients_on_a_gpu_are_those_of_the_stock_model_one_at_a_time(
-    kind: str, world: Path, tmp_path: Path
+    kind: str, loss: str, world: Path, tmp_path: Path
 ) -> None:
+    """With the loss on the answer the samples share a prefix."""
     values = recipe_values(world)
     values["model"]["name_or_path"] = str(
         write_tiny(kind, tmp_path / "base", initializer_range=0.08, max_tokens=64)
@@ -42,7 +44,9 @@ def test_packed_losses_and_gradients_on_a_gpu_are_those_of_the_stock_model_one_a
     recipe = recipe_from_dict(values)
     prepare(recipe, quiet=True)
     processor, rows = load_processor(recipe), open_split(recipe, "train")
-    encoder = Encoder(processor, recipe.data.system_message, "sequence")
+    encoder = Encoder(processor, recipe.data.system_message, loss)
+    prefix = len(encoder.shared_prefix)
+    assert (prefix > 0) == (loss == "answer")
     images = [rows[number].images[0] for number in range(5)]
     samples = [
         encoder(question_row([images[number] for number in group], f"How high is bar {place}?", ["7"]))
@@ -57,6 +61,7 @@ def test_packed_losses_and_gradients_on_a_gpu_are_those_of_the_stock_model_one_a
             masked=False,
             image_token_id=processor.image_token_id,
             merge=processor.image_processor.merge_size,
+            prefixes=[prefix] * len(chosen),
         )
         return {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
 

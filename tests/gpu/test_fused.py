@@ -42,12 +42,14 @@ def recipe(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest
     return recipe_from_dict(values)
 
 
-@pytest.fixture(scope="module")
-def inputs(recipe: Recipe) -> dict[str, Any]:
-    """A packed micro-batch of step 3 on the GPU."""
+@pytest.fixture(scope="module", params=["sequence", "answer"])
+def inputs(request: pytest.FixtureRequest, recipe: Recipe) -> dict[str, Any]:
+    """A packed micro-batch of step 3 on the GPU; with the loss on the answer its samples share a prefix."""
     prepare(recipe, quiet=True)
     processor = load_processor(recipe)
-    encoder = Encoder(processor, recipe.data.system_message, "sequence")
+    encoder = Encoder(processor, recipe.data.system_message, request.param)
+    prefix = len(encoder.shared_prefix)
+    assert (prefix > 0) == (request.param == "answer")
     rows = open_split(recipe, "train")
     packed = pack(
         [encoder(rows[number]) for number in range(6)],
@@ -56,6 +58,7 @@ def inputs(recipe: Recipe) -> dict[str, Any]:
         masked=False,
         image_token_id=processor.image_token_id,
         merge=2,
+        prefixes=[prefix] * 6,
     )
     return {key: v.cuda() if isinstance(v, torch.Tensor) else v for key, v in packed.items()}
 

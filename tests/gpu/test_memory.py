@@ -11,7 +11,7 @@ import torch
 
 from launch.inputs.families import FAMILIES, read_shape
 from launch.inputs.model_shape import ModelShape
-from launch.planning.activations import layer_activation_bytes
+from launch.planning.activations import attention_bytes, layer_activation_bytes
 from launch.planning.auto_settings import Gpus, kernels_of
 from launch.planning.memory_load import load_of
 from launch.recipe.loading import recipe_from_dict
@@ -57,5 +57,6 @@ def test_a_layer_through_the_fused_kernels_is_planned_to_keep_what_autograd_save
     shape, kernels = read_shape(recipe), kernels_of(recipe, Gpus("cuda"))
     assert isinstance(shape, ModelShape)
     assert kernels.fused == ("fused kernels" in way)
-    planned = layer_activation_bytes(load_of(recipe, shape, "single", 1, kernels))
+    load = load_of(recipe, shape, "single", 1, kernels)
+    planned = layer_activation_bytes(load) + attention_bytes(load)
     assert saved_bytes(model, keys, device) == pytest.approx(planned, rel=0.02)

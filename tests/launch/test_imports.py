@@ -32,7 +32,7 @@ def test_the_command_line_loads_nothing_of_substance_before_a_command_runs() -> 
 
 
 def test_reading_the_prepared_data_does_without_pandas(tmp_path: Path) -> None:
-    numbers = "row", "text_tokens", "visual_tokens", "target_tokens", "human_or_machine"
+    numbers = "row", "text_tokens", "visual_tokens", "target_tokens", "human_or_machine", "prefix_tokens"
     columns = {**{name: [3, 1] for name in numbers}, "digest": [b"a", b"b"]}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     program = (

@@ -31,7 +31,7 @@ def sample_losses(trainer: PlannedTrainer, step: int) -> list[dict[str, Any]]:
     """The samples of `step` (counted from 1), each with its loss at the weights that the trainer has now.
 
     `share`: what the sample adds to the step's loss; the shares add up to it. `loss`: per target token of its own.
-    Each is computed alone, in training mode, with the dropout masks that it has in the step: they belong to the sample.
+    Each is computed alone, in training mode, with the dropout masks that it has in the step.
     """
     split, rows = trainer.index.splits["train"], open_split(trainer.recipe, "train")
     samples = trainer.step_plan.samples(step - 1).tolist()

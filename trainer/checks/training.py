@@ -125,10 +125,15 @@ def describe_targets(
     Raises:
         RunError: a sample's targets are not exactly the tokens of these texts.
     """
-    ids, ends = inputs["input_ids"][0].tolist(), inputs["text_cu_seqlens"].tolist()
-    targets = dict(
-        zip((inputs["scored_positions"] + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True)
+    row, positions, ends = (
+        inputs["input_ids"][0],
+        inputs["scored_positions"],
+        inputs["text_cu_seqlens"].tolist(),
     )
+    if len(inputs["whole_rows"]):  # samples share a prefix: as they are whole
+        row, positions = row[inputs["whole_rows"]], inputs["row_places"][positions]
+    ids = row.tolist()
+    targets = dict(zip((positions + 1).tolist(), inputs["shift_labels"][0].tolist(), strict=True))
     for sample, begin, end, expected in zip(samples, ends, ends[1:], scored, strict=False):
         places = [place for place in targets if begin <= place < end]
         texts = [_text_of(ids, run, tokenizer) for run in _runs(places)]

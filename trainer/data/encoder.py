@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -148,6 +149,22 @@ class Encoder:
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         tokens = {*tokenizer.all_special_tokens, *added} - {""}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    @cached_property
+    def shared_prefix(self) -> list[int]:
+        """The token ids that every prompt begins with which has no system message of its own: that of the recipe, and
+        what the chat template writes around it. None where every token is a target.
+        """
+        if self.loss == "sequence":
+            return []
+        try:
+            prompts = [self._rendered([Turn("user", (words,))], prompt=True) for words in ("A", "7")]
+        except Exception:  # a template of somebody else's, which may ask for an image
+            return []
+        one, other = (self.text_ids(prompt) for prompt in prompts)
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        prefix = [token for token, _ in alike]
+        return [] if self.processor.image_token_id in prefix else prefix
 
     def text_ids(self, text: str) -> list[int]:
         """Return the token ids of a text in which one token stands for each image."""

@@ -100,6 +100,7 @@ def _table(rows: Sequence[Measured]) -> pa.Table:
         "answers": [row.answers for row in rows],
         "answer_tokens": [row.answer_tokens for row in rows],
         LABEL_TOKENS: [row.label_tokens for row in rows],
+        "prefix_tokens": [row.prefix_tokens for row in rows],
     }
     columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
     columns["digest"] = pa.array([row.digest for row in rows], pa.binary(32))

@@ -48,7 +48,8 @@ def bad_row(rows: Rows, split: str, number: int, refused: RowError) -> BadRow:
 class Measured:
     """A valid row's numbers. `row`: its number in the source; `digest`: of its content; `image_tokens`: the visual
     tokens of each image; `sizes`: the images' (height, width); `human_or_machine`: None where it is not known;
-    `answers`: labels; `answer_tokens`: see `needed_tokens`; `label_tokens`: of the whole first label."""
+    `answers`: labels; `answer_tokens`: see `needed_tokens`; `label_tokens`: of the whole first label; `prefix_tokens`:
+    of `Encoder.shared_prefix`, with which it begins, else 0."""
 
     row: int
     digest: bytes
@@ -60,6 +61,7 @@ class Measured:
     answers: int
     answer_tokens: int
     label_tokens: int
+    prefix_tokens: int
 
     @property
     def visual_tokens(self) -> int:
@@ -129,7 +131,7 @@ def _measure(
             raise RowError(size if len(of_images) == 1 else f"image {place}: {size}")
     known = [size for size in of_images if not isinstance(size, str)]
     _check_texts(row, encoder, texts)
-    text_tokens, scored = _count_text(encoder, row)
+    text_tokens, scored, prefix_tokens = _count_text(encoder, row)
     tokenizer = encoder.processor.tokenizer
     visual = tuple(_visual_tokens(encoder, *size) for size in known)
     return Measured(
@@ -143,6 +145,7 @@ def _measure(
         answers=len(row.label),
         answer_tokens=needed_tokens(row.label[0], tokenizer),
         label_tokens=len(tokenizer(row.label[0], add_special_tokens=False)["input_ids"]),
+        prefix_tokens=prefix_tokens,
     )
 
 
@@ -178,8 +181,10 @@ def _check_characters(name: str, text: str) -> None:
         raise RowError(f"{name} holds half a character ({half[0]!a} at {half.start():,}); write it whole")
 
 
-def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
-    """(tokens besides the images', scored tokens of the answers), by the chat template and the tokenizer."""
+def _count_text(encoder: Encoder, row: Row) -> tuple[int, int, int]:
+    """(tokens besides the images', scored tokens of the answers, tokens of the shared prefix), by the chat template and
+    the tokenizer.
+    """
     image_token = encoder.processor.image_token_id
     try:
         conversation = encoder.conversation(row)
@@ -193,7 +198,11 @@ def _count_text(encoder: Encoder, row: Row) -> tuple[int, int]:
         raise RowError(
             f"the conversation holds {ids.count(image_token)} image tokens, the row has {len(row.images)} images"
         )
-    return len(ids) - len(row.images), sum(end - begin for begin, end in spans)
+    prefix = encoder.shared_prefix
+    # Its last token must not predict a target: samples go apart after it.
+    begins_with_it = ids[: len(prefix)] == prefix and min(begin for begin, _ in spans) > len(prefix)
+    scored = sum(end - begin for begin, end in spans)
+    return len(ids) - len(row.images), scored, len(prefix) if begins_with_it else 0
 
 
 def needed_tokens(label: str, tokenizer: Any) -> int:

@@ -145,6 +145,14 @@ def assemble(
                 f"data: sample {number} (row {split.rows[number]}) has {counts[0]} tokens of which {counts[1]} are "
                 f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
+        if (
+            sample.input_ids[: (prefix := split.prefixes([number])[0])].tolist()
+            != encoder.shared_prefix[:prefix]
+        ):
+            raise RunError(
+                f"data: sample {number} (row {split.rows[number]}) begins with other tokens than the system message's, "
+                "which the index says it begins with; the libraries changed since `samestep prepare`"
+            )
     processor = encoder.processor
     samples = [
         replace(sample, labels=torch.full_like(sample.labels, IGNORED)) if number in unscored else sample
@@ -158,6 +166,7 @@ def assemble(
             masked=batch.filler,
             image_token_id=processor.image_token_id,
             merge=processor.image_processor.merge_size,
+            prefixes=split.prefixes(batch.samples),
         ),
         step=step,
         step_target_tokens=step_target_tokens,

@@ -11,8 +11,8 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from launch.planning.plan import Plan
-from launch.planning.run_steps import validation_samples
-from launch.planning.step_plan import MicroBatch, StepPlan, assign, cost
+from launch.planning.run_steps import validation_samples, work_of_samples
+from launch.planning.step_plan import MicroBatch, StepPlan, assign
 from trainer.checks.training import describe_targets
 from trainer.data.encoder import Encoder
 from trainer.data.late_features import with_late_features
@@ -39,9 +39,8 @@ def evaluation_batches(task: Task, encoder: Encoder, rank: int) -> EvaluationBat
     """Return a rank's share of the validation samples, at most `evaluation.max_samples` evenly over the split."""
     split = task.index.splits["validation"]
     samples = validation_samples(task.recipe, task.index)
-    costs = cost(split.text_tokens, split.visual_tokens, split.visual_squares)
     budget = max(task.plan.micro_batch_tokens, int(split.tokens.max()))
-    mine = assign(samples, split.tokens, costs, task.plan.world_size, budget)[rank]
+    mine = assign(samples, split.tokens, work_of_samples(split), task.plan.world_size, budget)[rank]
     return EvaluationBatches(open_split(task.recipe, "validation"), split, encoder, mine)
 
 

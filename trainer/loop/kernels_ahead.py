@@ -23,7 +23,7 @@ def sizes_of(trainer: PlannedTrainer, samples: Sequence[int]) -> dict[str, int]:
     split, positions = trainer.index.splits["train"], list(samples)
     merge = int(cast(Any, trainer.model.get_base_model()).model.visual.spatial_merge_size)
     visual = int(split.visual_tokens[positions].sum())
-    return {"tokens": int(split.tokens[positions].sum()), "visual": visual, "patches": visual * merge**2}
+    return {"tokens": split.computed_tokens(positions), "visual": visual, "patches": visual * merge**2}
 
 
 def products_of(trainer: PlannedTrainer, samples: Sequence[int]) -> SeenProducts:

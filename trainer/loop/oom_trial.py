@@ -140,9 +140,9 @@ def begin_trial_batch(task: Task, encoder: Encoder, device: torch.device) -> Loa
 
 
 def assemble_largest(task: Task, encoder: Encoder) -> PackedBatch:
-    """Fill a micro-batch of the plan with the longest samples; every image goes through the vision tower."""
+    """Fill a micro-batch of the plan as full as one can be; every image goes through the vision tower."""
     split = task.index.splits["train"]
-    batch = largest_micro_batch(split.tokens, task.plan.micro_batch_tokens)
+    batch = largest_micro_batch(split.tokens, split.own_tokens, task.plan.micro_batch_tokens)
     return assemble(open_split(task.recipe, "train"), split, uncached(encoder), batch, 0, 1)
 
 
@@ -201,10 +201,14 @@ def _bytes_to_come(trainer: PlannedTrainer) -> int:
     return size
 
 
-def largest_micro_batch(tokens: NDArray[np.int64], budget: int) -> MicroBatch:
-    """Fill a micro-batch with the longest samples that the budget holds; positions in the split."""
+def largest_micro_batch(tokens: NDArray[np.int64], own: NDArray[np.int64], budget: int) -> MicroBatch:
+    """Fill a micro-batch with samples whose row is long: positions in the split.
+
+    `own`: their tokens besides a shared prefix. Those with the largest share of them come first, the longest of all
+    where all have the prefix, or none has.
+    """
     samples, left = [], budget
-    for sample in np.argsort(-tokens, kind="stable").tolist():
+    for sample in np.lexsort((-tokens, -own / tokens)).tolist():
         if tokens[sample] <= left:
             samples.append(sample)
             left -= int(tokens[sample])

@@ -41,11 +41,13 @@ def sample_flops(shape: ModelShape, split: Split, vision: bool) -> NDArray[np.fl
 
     The decoder forward and backward to its activations (its weights are frozen), causal attention, the head at target
     tokens, and with `vision` the tower forward, whose windowed blocks count attention within windows. Not counted:
-    recomputation, LoRA (nor the backward of a tower that trains), padding. A multiply and an add are two operations.
+    recomputation, LoRA (nor the backward of a tower that trains), padding, and the linear layers at the shared prefix,
+    which micro-batches compute once. A multiply and an add are two operations.
     """
-    tokens, visual = split.tokens.astype(float), split.visual_tokens.astype(float)
+    tokens, own = split.tokens.astype(float), split.own_tokens.astype(float)
+    visual = split.visual_tokens.astype(float)
     patches = visual * shape.patches_per_token
-    linear = 4.0 * shape.layers * shape.layer_weights * tokens
+    linear = 4.0 * shape.layers * shape.layer_weights * own
     attention = 6.0 * shape.layers * shape.query_width * tokens**2
     head = 4.0 * shape.hidden * shape.vocabulary * split.target_tokens
     per_sample = linear + attention + head

@@ -36,11 +36,69 @@ class Segments:
     """Where the samples of a packed row begin and end.
 
     `cu_seqlens`: boundaries [N + 1], int32, on the device of the row; `lengths`: the same as N Python numbers, so
-    that nothing has to be read back from the device.
+    that nothing has to be read back from the device. `shared`: the row holds a prefix of several samples once, and the
+    boundaries are those of the whole samples.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+    shared: SharedPrefix | None = None
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """A row of T tokens that holds once what n of its samples begin with: their first P tokens, the first P of the row.
+
+    Attention sees the samples whole, A tokens. `rows`: [A], where each of these lies in the row; `places`: [T], where
+    each token of the row first lies among them; `starts`: [n], where the samples with the prefix begin there. int64, on
+    the device of the row; `length` is P.
+    """
+
+    rows: Tensor
+    places: Tensor
+    starts: Tensor
+    length: int
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the tokens of the whole samples [A, ...] of x [T, ...]."""
+        return cast(Tensor, _Whole.apply(x, self))
+
+    def once(self, x: Tensor) -> Tensor:
+        """Return x [A, ...] at the row's tokens: [T, ...]."""
+        return cast(Tensor, _Once.apply(x, self))
+
+
+class _Whole(torch.autograd.Function):
+    """The gradients of a prefix are added in fp32, sample after sample: without atomics, so that they repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: SharedPrefix) -> Tensor:
+        ctx.shared = shared
+        return x.index_select(0, shared.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), shared = gradients, ctx.shared
+        of_row = gradient.index_select(0, shared.places)
+        copies = shared.starts[:, None] + torch.arange(shared.length, device=gradient.device)
+        of_copies = gradient.index_select(0, copies.view(-1)).view(*copies.shape, *gradient.shape[1:])
+        of_row[: shared.length] = of_copies.sum(0, dtype=torch.float32)
+        return of_row, None
+
+
+class _Once(torch.autograd.Function):
+    """All copies of a prefix are the same; the first one has the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: SharedPrefix) -> Tensor:
+        ctx.shared = shared
+        return x.index_select(0, shared.places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), shared = gradients, ctx.shared
+        of_whole = gradient.new_zeros(len(shared.rows), *gradient.shape[1:])
+        return of_whole.index_copy_(0, shared.places, gradient), None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -103,7 +161,11 @@ def packed_attention(
     """
     causal: bool = module.is_causal  # type: ignore[assignment]
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    return attend(q, k, v, segments, causal, scaling)[None], None
+    shared = segments.shared
+    if shared:
+        q, k, v = (shared.whole(each) for each in (q, k, v))
+    output = attend(q, k, v, segments, causal, scaling)
+    return (shared.once(output) if shared else output)[None], None
 
 
 def attend(

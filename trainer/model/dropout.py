@@ -4,7 +4,8 @@ Whether a value is dropped is a function of (seed, optimizer step, sample, posit
 module, channel) and of nothing else: packing, micro-batch, rank, world size, recomputation and resuming cannot
 change it, and no generator has a state to restore. All of it is integer arithmetic that wraps, so CPU and CUDA
 agree to the bit, and nothing is read back from the device. A sample that one step holds twice, where two epochs meet,
-has one mask for both.
+has one mask for both. The prefix that samples share (`trainer.data.packing`) counts as a sample of its own, number -1:
+it has one mask in a step, for all samples, in every micro-batch.
 
 A step is 64 bits of sha256; a sample starts a SplitMix64 generator there, of which each token takes one output; a
 token in a module is 64 bits again, (multiplier, addend). Only then come the channels, two to a 32-bit word:

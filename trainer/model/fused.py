@@ -32,6 +32,7 @@ from trainer.model.fused_linear import linears, lora_linear
 from trainer.model.last_layer import ReadTokens, compute_read_tokens_only, rows
 from trainer.model.liger_kernels import norm_forward, norm_of_sum_forward, rotate_in_place
 from trainer.model.pass_kernels import layer_norm, swiglu
+from trainer.model.prefix_kernels import turn_whole
 from trainer.model.resident import MANY_ROWS
 from trainer.model.text_attention import attend_causally, faster_than_pytorch
 from trainer.model.tower_attention import attend_tower
@@ -212,8 +213,11 @@ def text_attention(
     if hasattr(module, "q_norm"):  # Qwen3-VL's, head by head
         heads = (1, hidden_states.shape[1], -1, module.head_dim)
         query, key = module.q_norm(query.view(heads)), module.k_norm(key.view(heads))
-    query, key, value = _Rotated.apply(query, key, value, *position_embeddings, module.head_dim)
+    turning = (query, key, value, *position_embeddings, module.head_dim)
+    shared = segments.shared
+    query, key, value = turn_whole(*turning, shared) if shared else _Rotated.apply(*turning)
     output = attend_text(query, key, value, segments, module.scaling)
+    output = shared.once(output) if shared else output
     return module.o_proj(output.reshape(1, hidden_states.shape[1], -1)), None
 
 

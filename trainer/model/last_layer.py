@@ -115,9 +115,10 @@ def attention_of_queries(
         query, key = module.q_norm(query), module.k_norm(key)
     cos, sin = (angles.squeeze(0)[:, None] for angles in position_embeddings)
     turned = _turn(query, cos[queries.positions], sin[queries.positions])
-    output = attend(
-        turned, _turn(key, cos, sin), value, segments, True, module.scaling, queries=queries.segments
-    )
+    key = _turn(key, cos, sin)
+    if shared := segments.shared:
+        key, value = shared.whole(key), shared.whole(value)
+    output = attend(turned, key, value, segments, True, module.scaling, queries=queries.segments)
     (projected,) = linears(output.reshape(1, len(output), -1), (module.o_proj,))
     return projected
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
 from trainer.data.packing import cumulative
-from trainer.model.attention import Segments
+from trainer.model.attention import Segments, SharedPrefix
 from trainer.model.dropout import ARGUMENT, DropoutKeys, replace_dropout
 from trainer.model.families.modelling import DEEPSTACK, Grid
 from trainer.model.families.registry import modelling_of
@@ -134,7 +134,9 @@ def _unpack(
         places = torch.cat([positions for positions, _ in images])
         maps = torch.cat([features[:, hidden:] for _, features in images])
         kwargs[DEEPSTACK] = places, maps.split(hidden, dim=1)
-    kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"))
+    whole = [kwargs.pop(name) for name in ("whole_rows", "row_places", "prefix_starts", "prefix_length")]
+    shared = SharedPrefix(*whole) if len(whole[0]) else None
+    kwargs["segments"] = Segments(kwargs.pop("text_cu_seqlens"), kwargs.pop("text_lengths"), shared)
     read = Segments(kwargs.pop("read_cu_seqlens"), kwargs.pop("read_lengths"))
     positions = kwargs.pop("read_positions")
     if read.lengths != kwargs["segments"].lengths:  # else every token is read

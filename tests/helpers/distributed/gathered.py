@@ -44,6 +44,11 @@ def _rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, ba
         x.copy_(x * cos.transpose(0, 1) + turned)
 
 
+def _turn_whole(*turning: Any) -> tuple[Tensor, ...]:
+    *turning, shared = turning
+    return tuple(shared.whole(each) for each in fused._Rotated.apply(*turning))
+
+
 def _norm_gradient(
     gradient: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, deviations: Tensor
 ) -> Tensor:
@@ -74,6 +79,7 @@ FUSED = [
     mock.patch.object(fused, "norm_forward", plain_norm),
     mock.patch.object(fused, "norm_of_sum_forward", plain_norm_of_sum),
     mock.patch.object(fused, "rotate_in_place", _rotate_in_place),
+    mock.patch.object(fused, "turn_whole", _turn_whole),
     mock.patch.object(kernels, "norm_gradient", _norm_gradient),
     mock.patch.object(fused, "layer_norm", _layer_norm),
     mock.patch.object(fused, "swiglu", lambda gate, up: silu(gate) * up),

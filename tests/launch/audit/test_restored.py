@@ -12,6 +12,7 @@ import pytest
 from launch.audit import restored
 from launch.errors import ConfigError
 from launch.local.planned_run import RunRequest
+from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory
 from launch.run.lock import hold_lock
 from launch.run.request_files import keep_plan
@@ -112,3 +113,14 @@ def test_a_child_that_is_ended_is_named_by_the_users_command(
         ChildError, match=r"^`samestep blame mine`: was ended by SIGTERM; the same command begins"
     ):
         restored.call_here(copy, "blame mine", "trainer.audit.blame", [])  # type: ignore[arg-type]
+
+
+def test_the_copy_of_an_older_run_s_recipe_says_what_that_version_did(tmp_path: Path) -> None:
+    run, copy = RunDirectory(tmp_path / "mine"), RunDirectory(tmp_path / "copy" / "mine")
+    attempt(run, recipe_of(8, "batch.prefix_sharing=false"))
+    lines = run.recipe_file.read_text().splitlines(keepends=True)
+    run.recipe_file.write_text("".join(line for line in lines if "prefix_sharing" not in line))
+    copy.path.parent.mkdir()
+    restored._copy_until(run, copy, None)
+    assert not copy.plan_file.exists()
+    assert not load_recipe(copy.recipe_file).batch.prefix_sharing

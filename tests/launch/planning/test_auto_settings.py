@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch import hardware
@@ -13,16 +15,19 @@ from launch.planning.auto_settings import (
     BatchStatistics,
     ChosenSettings,
     Gpus,
+    batches_of,
     choose_auto_settings,
     parse_gpu_memory,
     recomputation,
 )
-from launch.planning.memory_load import Load, Settings
+from launch.planning.memory import memory_of
+from launch.planning.memory_load import Load, Packed, Settings
+from launch.planning.run_steps import work_of_samples
 from launch.rules import request_rules
 from launch.rules.request import PlanRequest
 from launch.strategies import STRATEGIES
 from launch.units import GIB
-from tests.helpers.indexes import SHAPE, embedded_recipe
+from tests.helpers.indexes import SHAPE, embedded_recipe, make_split
 from tests.helpers.published_models import PUBLISHED
 
 SAMPLES, EACH = 32, 800
@@ -40,6 +45,8 @@ CHART_LIKE = BatchStatistics(
     most_tokens=SAMPLES * EACH,
     visual=0.88,
     scored=0.02,
+    own=1.0,
+    prefix=0,
     count=lambda budget: -(-SAMPLES // (budget // EACH)),
 )
 
@@ -218,3 +225,41 @@ def test_the_smallest_gpu_that_a_process_sees_counts(
         assert (hardware.gpu_memory(), hardware.compute_capability()) == (memory, capability)
     finally:
         hardware._visible_gpus.cache_clear()
+
+
+@pytest.mark.parametrize("sharing", [1.0, 0.5, 0.0])
+def test_no_micro_batch_computes_more_tokens_than_are_planned(sharing: float) -> None:
+    """Of samples whose prefix is computed once, of some that have none, whole ones within the budget."""
+    draw = np.random.default_rng(3)
+    split = make_split(400, longest=200)
+    prefix = np.where(draw.random(400) < sharing, 9, 0)
+    split = replace(split, prefix_tokens=prefix)
+    batches = batches_of(split, 200, 32, 1, lambda budget: 1)
+    for budget in (200, 333, 1000, 5000):
+        samples, used = [], 0
+        for sample in draw.permutation(400).tolist():
+            if used + split.tokens[sample] <= budget:
+                samples.append(sample)
+                used += int(split.tokens[sample])
+        assert work_of_samples(split)[samples].sum() <= work_of_samples(replace(split, prefix_tokens=None))[
+            samples
+        ].sum() - 26 * int(prefix[samples].sum())
+        planned = batches.packed(budget)
+        assert split.computed_tokens(samples) <= planned.tokens <= planned.whole_tokens == budget
+    assert (batches.packed(5000).tokens < 5000) == (sharing == 1.0)
+
+
+def test_a_shared_prefix_takes_the_memory_of_attention_alone() -> None:
+    load = Load(SHAPE)
+    plain, shared, shorter = (
+        memory_of(load, Packed(tokens, 700, 6, whole), Settings(False, 0))
+        for tokens, whole in ((1000, 1000), (900, 1000), (900, 900))
+    )
+    assert shorter.training < shared.training < plain.training
+    other = replace(load, targets=("o_proj",))
+    whole, once = (
+        memory_of(other, Packed(900, 700, 6, tokens), Settings(False, 0)).activations for tokens in (900, 901)
+    )
+    assert (
+        once - whole > 28 * 900 * 2 * 3584
+    )  # the input of o_proj, which is not the attention's output any more

@@ -55,7 +55,7 @@ def test_what_is_computed_twice_counts_as_work_of_its_step_so_that_a_speed_stays
 
 
 def test_memory_for_the_second_gradients_is_planned() -> None:
-    size, settings = Packed(7000, 5950, 40), Settings(False, 1)
+    size, settings = Packed(7000, 5950, 40, 7000), Settings(False, 1)
     load = load_of(planned(0.001)[0], SHAPE, "single", 1, Kernels())
     assert load.rechecked
     plain = memory_of(replace(load, rechecked=False), size, settings)

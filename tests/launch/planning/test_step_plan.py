@@ -454,6 +454,8 @@ def test_cost_is_that_of_the_measured_sample_and_grows_faster_than_the_tokens() 
     assert cost(811, 0) == pytest.approx(21_400, rel=0.03)  # 21.4 TFLOP without
     assert cost(246, 1_376) > 2 * cost(123, 688)
     assert cost([100, 200], [300, 0]).shape == (2,)
+    of_prefix = cost(811, 0) - cost(811, 0, prefix_tokens=97)
+    assert of_prefix == pytest.approx(97 * 26.1)  # its linear layers; attention sees the sample whole
 
 
 @pytest.mark.parametrize(("samples_per_rank", "bound"), [(32, 1.01), (4, 1.08)])

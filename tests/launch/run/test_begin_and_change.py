@@ -15,9 +15,12 @@ from launch.inputs.identity import RunIdentity
 from launch.planning.plan import Plan, samples_consumed
 from launch.planning.run_steps import step_plan
 from launch.planning.step_plan import SampleStream, StreamOffset
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import load_recipe
+from launch.run.changes import consequences
 from launch.run.continuation import (
     Continuation,
+    as_begun,
     continue_run,
     refuse_an_end_behind,
     refuse_another_identity,
@@ -249,3 +252,72 @@ def test_an_end_that_lies_behind_the_run_is_refused_before_anything_is_written(
     refuse_an_end_behind(run, 10, other)
     with pytest.raises(ConfigError, match=r"checkpoint-10 is beyond that end already \(9 < 10 steps\)"):
         refuse_an_end_behind(run, 9, other)
+
+
+# what an older version did not know
+
+
+def older(run: RunDirectory, *, key: str = "prefix_sharing") -> None:
+    """A run whose own copy of the recipe has no such key."""
+    attempt(run, recipe_of())
+    lines = run.recipe_file.read_text().splitlines(keepends=True)
+    assert any(key in line for line in lines)
+    run.recipe_file.write_text("".join(line for line in lines if key not in line))
+
+
+def test_the_same_command_goes_on_with_a_run_as_the_older_version_began_it(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    older(run)
+    file = tmp_path / "recipe.yaml"
+    shutil.copy(run.recipe_file, file)
+    request = load_recipe(file)
+    assert request.batch.prefix_sharing
+    taken = as_begun(run, request)
+    assert not taken.batch.prefix_sharing
+    assert continue_run(run, taken, ()).changed == ()
+    assert request.model_copy(update={"batch": taken.batch}) == taken
+    attempt(run, taken)  # now its own copy has the key
+    assert as_begun(run, request) == taken
+
+
+def test_a_run_that_begins_with_an_older_ones_checkpoint_is_as_that_was_begun(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    source = RunDirectory(tmp_path / "runs" / "older")
+    begun = recipe_of(8, "batch.prefix_sharing=false")
+    attempt(source, begun, save=10)
+    checkpoint = source.checkpoint(10)
+    assert "batch.prefix_sharing" not in altering_values(begun)
+    request = load_recipe(source.recipe_file).model_copy(update={"batch": recipe_of().batch})
+    assert request.batch.prefix_sharing
+    taken = as_begun(run, request, checkpoint)
+    assert not taken.batch.prefix_sharing
+    assert continue_run(run, taken, (), checkpoint).changed == ()
+    source.recipe_file.unlink()  # lost: its checkpoint says what it was begun with
+    assert as_begun(source, request) == taken
+    assert as_begun(run, request, tmp_path / "no such folder") == request
+
+
+def test_what_the_request_says_itself_is_held_against_the_older_run(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    older(run)
+    file = tmp_path / "recipe.yaml"
+    shutil.copy(run.recipe_file, file)
+    request = as_begun(run, load_recipe(file, ["batch.prefix_sharing=true"]))
+    assert request.batch.prefix_sharing
+    with pytest.raises(ConfigError, match=r"batch\.prefix_sharing: the run has False, the recipe True"):
+        continue_run(run, request, ())
+    (line,) = consequences(continue_run(run, request, ["batch.prefix_sharing"]).changed)
+    assert "other dropout masks" in line
+
+
+def test_a_run_of_this_version_and_one_that_never_began_take_the_request_as_it_is(run: RunDirectory) -> None:
+    assert as_begun(run, recipe_of()) == recipe_of()
+    attempt(run, recipe_of())
+    assert as_begun(run, recipe_of()).batch.prefix_sharing
+    run.recipe_file.write_text("- no recipe\n")
+    assert as_begun(run, recipe_of()) == recipe_of()
+    run.recipe_file.write_text("a: [")
+    assert as_begun(run, recipe_of()) == recipe_of()

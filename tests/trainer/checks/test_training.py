@@ -241,7 +241,11 @@ def test_ranks_with_another_adapter_are_named(monkeypatch: pytest.MonkeyPatch) -
         check_same_adapters(parameters)
 
 
-def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(world: Path) -> None:
+@pytest.mark.parametrize("sharing", [False, True])
+def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(
+    world: Path, sharing: bool
+) -> None:
+    """`sharing`: what both prompts begin with stands once."""
     recipe = _recipe(world)
     processor = load_processor(recipe)
     rows = [
@@ -259,7 +263,9 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
             masked=False,
             image_token_id=processor.image_token_id,
             merge=2,
+            prefixes=[len(encoder.shared_prefix) if sharing else 0] * 2,
         )
+        assert (len(inputs["whole_rows"]) > 0) == (sharing and loss == "answer")
         return inputs, [encoder.scored_texts(row) for row in rows]
 
     # As some tokenizers are saved; what a model answers loses blanks by it, the targets do not.
@@ -267,7 +273,7 @@ def test_the_first_micro_batch_says_what_is_scored_and_refuses_any_other_mask(wo
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     inputs, scored = packed("answer")
     assert scored == [(f"{rows[0].label[0]}<|im_end|>\n",), ("7<|im_end|>\n",)]
-    targets, tokens = inputs["shift_labels"].numel(), inputs["input_ids"].numel()
+    targets, tokens = inputs["shift_labels"].numel(), sum(inputs["text_lengths"])
     assert targets > tokens / 2  # long answers are no fault
     said = describe_targets(inputs, (4, 9), scored, tokenizer)
     assert said.startswith(f"first micro-batch: {targets} of {tokens} tokens are targets (")

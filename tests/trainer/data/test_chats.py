@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _stock_inputs(sample: Sample, encoder: Encoder) -> dict[str, Any]:
     return inputs
 
 
-def _inputs(samples: list[Sample], encoder: Encoder) -> dict[str, Any]:
+def _inputs(samples: list[Sample], encoder: Encoder, prefixes: Sequence[int] = ()) -> dict[str, Any]:
     packed = pack(
         samples,
         sample_ids=list(range(len(samples))),
@@ -95,6 +96,7 @@ def _inputs(samples: list[Sample], encoder: Encoder) -> dict[str, Any]:
         masked=False,
         image_token_id=encoder.processor.image_token_id,
         merge=2,
+        prefixes=prefixes,
     )
     return dict(packed)
 
@@ -110,8 +112,9 @@ def test_the_chats_are_of_every_kind(rows: list[Row], index: Index) -> None:
 
 
 def test_a_packed_micro_batch_of_chats_gives_the_losses_and_gradients_of_each_chat_alone(
-    recipe: Recipe, samples: list[Sample], encoder: Encoder
+    recipe: Recipe, index: Index, samples: list[Sample], encoder: Encoder
 ) -> None:
+    """What they all begin with, the first words of a turn, is computed once."""
     stock, packed = _model(recipe), _model(recipe)
     prepare_training(packed, recipe)
     alone = []
@@ -123,7 +126,10 @@ def test_a_packed_micro_batch_of_chats_gives_the_losses_and_gradients_of_each_ch
             )
         )
     order = [*range(0, COUNT, 2), *range(1, COUNT, 2)]
-    log_probs = packed(**_inputs([samples[number] for number in order], encoder)).log_probs[0]
+    prefixes = index.splits["train"].prefixes(order)
+    assert prefixes == [len(encoder.shared_prefix)] * COUNT
+    assert prefixes[0] > 0
+    log_probs = packed(**_inputs([samples[number] for number in order], encoder, prefixes)).log_probs[0]
     parts = (-log_probs).split([samples[number].target_tokens for number in order])
     together = torch.stack([part.sum() for part in parts])
     torch.testing.assert_close(

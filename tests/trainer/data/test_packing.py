@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,17 @@ def _loss_alone(model: Any, sample: Any, encoder: Encoder) -> torch.Tensor:
 
 
 def _pack(
-    samples: list[Any], encoder: Encoder, *, masked: bool = False, ids: list[int] | None = None, step: int = 0
+    samples: list[Any],
+    encoder: Encoder,
+    *,
+    masked: bool = False,
+    ids: list[int] | None = None,
+    step: int = 0,
+    prefixes: list[int] | None = None,
 ) -> dict[str, Any]:
+    """As training packs them: with the prefix that they have in common computed once."""
     processor = encoder.processor
+    assert len(encoder.shared_prefix) > 30
     packed = pack(
         samples,
         sample_ids=ids or list(range(len(samples))),
@@ -96,6 +105,7 @@ def _pack(
         masked=masked,
         image_token_id=processor.image_token_id,
         merge=processor.image_processor.merge_size,
+        prefixes=prefixes or [len(encoder.shared_prefix)] * len(samples),
     )
     return dict(packed)
 
@@ -184,16 +194,65 @@ def test_every_token_knows_its_sample_its_place_and_its_step(
     inputs = batch["inputs"]
     assert (inputs["step"], batch["step"]) == (12, 12)
     lengths = [int(split.tokens[number]) for number in chosen]
+    prefix = len(encoder.shared_prefix)
     assert inputs["sample_ids"].dtype == inputs["position_ids"].dtype == torch.int64
-    assert inputs["sample_ids"].tolist() == [
-        n for n, m in zip(chosen, lengths, strict=True) for _ in range(m)
+    whole = inputs["whole_rows"]  # of each token of the samples, its place in the row
+    assert inputs["sample_ids"][whole].tolist() == [
+        -1 if place < prefix else n for n, m in zip(chosen, lengths, strict=True) for place in range(m)
     ]
-    assert inputs["position_ids"][0, 0].tolist() == [place for m in lengths for place in range(m)]
+    assert inputs["position_ids"][0, 0, whole].tolist() == [place for m in lengths for place in range(m)]
+    assert inputs["input_ids"].shape[1] == sum(lengths) - 3 * prefix == split.computed_tokens(chosen)
+
+
+def test_a_sample_alone_has_the_prefixs_masks_and_one_without_it_its_own(
+    encoder: Encoder, samples: list[Any]
+) -> None:
+    prefix = len(encoder.shared_prefix)
+    alone = _pack(samples[:1], encoder, ids=[8])
+    assert alone["sample_ids"].tolist() == [-1] * prefix + [8] * (len(samples[0].input_ids) - prefix)
+    assert not len(alone["whole_rows"])
+    mixed = _pack(samples[:3], encoder, ids=[8, 9, 10], prefixes=[prefix, 0, prefix])
+    lengths = [len(sample.input_ids) for sample in samples[:3]]
+    own = [lengths[0] - prefix, lengths[1], lengths[2] - prefix]
+    expected = [-1] * prefix + [8] * own[0] + [9] * own[1] + [10] * own[2]
+    assert mixed["sample_ids"].tolist() == expected
+    assert torch.equal(
+        mixed["input_ids"][0, mixed["whole_rows"]], torch.cat([sample.input_ids for sample in samples[:3]])
+    )
+
+
+def test_a_sample_that_does_not_begin_as_the_index_says_is_refused_also_alone(
+    recipe: Recipe, index: Index, encoder: Encoder
+) -> None:
+    split = index.splits["train"]
+    other = replace(encoder)
+    other.__dict__["shared_prefix"] = [*encoder.shared_prefix[:-1], encoder.shared_prefix[-1] + 1]
+    with pytest.raises(RunError, match=r"data: sample 3 \(row 3\) begins with other tokens than the system"):
+        assemble(open_split(recipe, "train"), split, other, MicroBatch((3,), filler=False), 0, 1)
+
+
+@pytest.mark.parametrize("prefixes", [[1, 1, 1], [0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]])
+def test_a_shared_prefix_alters_no_loss_and_no_gradient(
+    packed: Any, samples: list[Any], encoder: Encoder, prefixes: list[int]
+) -> None:
+    length = len(encoder.shared_prefix)
+    alone = [
+        _packed_losses(packed, [sample], encoder, ids=[n], prefixes=[0])
+        for n, sample in enumerate(samples[:3])
+    ]
+    packed.zero_grad()
+    torch.cat(alone).sum().backward()
+    expected = _gradients(packed)
+    together = _packed_losses(packed, samples[:3], encoder, prefixes=[length * each for each in prefixes])
+    together.sum().backward()
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(_gradients(packed), expected, strict=True):
+        assert (mine - theirs).norm() <= 2e-6 * theirs.norm()
 
 
 def test_no_label_crosses_a_sample_boundary(encoder: Encoder, samples: list[Any]) -> None:
     inputs = _pack(samples, encoder)
-    ends = inputs["text_cu_seqlens"][1:] - 1
+    ends = inputs["whole_rows"][inputs["text_cu_seqlens"][1:] - 1]
     assert not set(ends.tolist()) & set(inputs["scored_positions"].tolist())
     following = inputs["input_ids"][0, inputs["scored_positions"] + 1]
     assert torch.equal(inputs["shift_labels"][0], following)
@@ -317,7 +376,7 @@ def test_the_last_layer_computes_the_tokens_that_are_read_alone_and_the_same_num
     every = model(**inputs).log_probs
     every.sum().backward()
     hook.remove()
-    assert seen == [answers, sum(inputs["text_lengths"])]
+    assert seen == [answers, inputs["input_ids"].shape[1]]
     torch.testing.assert_close(read, every, rtol=1e-6, atol=1e-6)
     for one, other in zip(mine, _gradients(model), strict=True):
         assert (one - other).norm() <= 2e-6 * other.norm()

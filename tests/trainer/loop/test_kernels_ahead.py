@@ -8,18 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.inputs.dataset_index import Split
 from trainer.loop import kernels_ahead
 from trainer.loop import trainer as trainer_module
 from trainer.loop.trainer import PlannedTrainer
 
 TOKENS, VISUAL = np.array([30, 40, 50, 60, 70, 80]), np.array([10, 0, 20, 30, 0, 5])
+NONE = np.zeros(6, dtype=np.int64)
+SPLIT = Split(NONE, TOKENS - VISUAL, VISUAL, NONE, NONE, prefix_tokens=NONE + 4)
+"""Each micro-batch has one sample, so its prefix is computed."""
 
 
 def trainer_at(step: int, seen: object = "seen") -> Any:
     """Of the second of two ranks; it takes sample 2 k + 1 in step k of three."""
     visual = SimpleNamespace(spatial_merge_size=2)
     return SimpleNamespace(
-        index=SimpleNamespace(splits={"train": SimpleNamespace(tokens=TOKENS, visual_tokens=VISUAL)}),
+        index=SimpleNamespace(splits={"train": SPLIT}),
         model=SimpleNamespace(get_base_model=lambda: SimpleNamespace(model=SimpleNamespace(visual=visual))),
         step_plan=SimpleNamespace(
             micro_batches_of=lambda at, rank: [SimpleNamespace(samples=[2 * at + rank])]

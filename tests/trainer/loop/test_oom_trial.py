@@ -95,3 +95,12 @@ def test_a_trial_keeps_its_memory_for_the_first_step_where_others_have_enough(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
     assert oom_trial._holds(trainer_with(), {}) is held  # type: ignore[typeddict-item]
     assert len(calls) == given_back
+
+
+def test_the_trial_is_as_full_as_a_micro_batch_can_be_where_some_rows_share_a_prefix() -> None:
+    tokens = np.array([500] * 20 + [480] * 20)
+    own = np.array([200] * 20 + [480] * 20)
+    batch = oom_trial.largest_micro_batch(tokens, own, 8000)
+    assert batch.samples == tuple(range(20, 36))
+    longest_first = oom_trial.largest_micro_batch(np.array([30, 50, 40]), np.array([20, 40, 30]), 95)
+    assert longest_first.samples == (1, 2)

@@ -13,7 +13,7 @@ from launch.inputs.families import FAMILIES
 from launch.recipe.loading import recipe_from_dict
 from tests.conftest import recipe_values
 from tests.helpers.tiny_families import write_tiny
-from trainer.data.encoder import Encoder
+from trainer.data.encoder import IGNORED, Encoder
 from trainer.data.packing import pack
 from trainer.data.rows import question_row
 from trainer.data.splits import open_split
@@ -93,7 +93,7 @@ def test_packed_losses_and_gradients_on_a_gpu_are_those_of_the_stock_model_one_a
 
 
 def _stock_loss(stock: Any, sample: Any, processor: Any) -> torch.Tensor:
-    """transformers' own forward on one sample: every token is scored."""
+    """transformers' own forward on one sample, and the sum of its targets' losses."""
     ids = torch.as_tensor(sample.input_ids)[None].cuda()
     images: dict[str, Any] = {}
     if len(sample.images):
@@ -103,4 +103,5 @@ def _stock_loss(stock: Any, sample: Any, processor: Any) -> torch.Tensor:
             "mm_token_type_ids": (ids == processor.image_token_id).int(),
         }
     logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
-    return cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+    labels = torch.as_tensor(sample.labels)[1:].cuda()
+    return cross_entropy(logits[:-1], labels, ignore_index=IGNORED, reduction="sum")

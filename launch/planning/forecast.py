@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 WORK_PER_SECOND = 612_000.0
 """Of one H200 with the 7B shape in 4 bits and the default settings, in the unit of `step_plan.cost`.
 
-Measured with random weights and samples of 801 and 808 tokens on average: 587,000 to 638,000 in five runs on as many
-machines (benchmarks/NOTES.md), of which this is the middle; 18,900 tokens a second.
+Measured with random weights and samples of 801 and 808 tokens on average: 587,000 to 638,000 in seven runs on as many
+machines (benchmarks/NOTES.md), of which this is the middle; 20,900 tokens a second where samples share a prefix of 104.
 """
 H100_SHARE = 0.96
 """An H100 (SXM) beside it, by the data sheets: the same chip, whose memory gives 3,352 of 4,800 GB/s. A tenth of a
@@ -37,13 +37,14 @@ _SHAPE, _BATCH = (3584, 28, 5120), 32  # measured: Qwen2-VL-7B (Qwen2.5-VL has a
 
 EFFICIENCY = {
     ("single", 1): 1.0,
-    **{("ddp", 2): 0.98, ("fsdp", 2): 0.965, ("zero3", 2): 0.955},
-    **{("ddp", 4): 0.93, ("fsdp", 4): 0.915, ("zero3", 4): 0.905},
+    **{("ddp", 2): 0.975, ("fsdp", 2): 0.955, ("zero3", 2): 0.945},
+    **{("ddp", 4): 0.92, ("fsdp", 4): 0.90, ("zero3", 4): 0.89},
 }
 """(strategy, GPUs of one machine) -> share of so many times one GPU's speed, with 32 samples a step on H200s.
 
-Measured on 2. On 4, ddp was measured in an older version, and fsdp and zero3 in one which gathered every layer in every
-pass: here they lose to ddp what they lose to it on 2.
+Measured on 2. On 4, ddp was measured in an older version, without prefix sharing, which costs each GPU 1 % more there;
+fsdp and zero3 were measured in one which gathered every layer in every pass: here they lose to ddp what they lose to it
+on 2.
 """
 
 Layout = tuple[str, int, int]

@@ -240,10 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_prepared(recipe: Recipe, index: Index) -> None:
     counts = ", ".join(f"{len(index.splits[split])} {split}" for split in splits_of(recipe))
-    tokens = index.splits["train"].tokens
+    train = index.splits["train"]
+    shared = int((train.tokens - train.own_tokens).max())
+    prefix = f", the first {shared} computed once for a micro-batch" if shared else ""
     print(
-        f"prepared {recipe.data.dataset}: {counts} samples; train has {tokens.mean():.0f} tokens a sample "
-        f"(longest {tokens.max()}); fingerprint {index.fingerprint[:12]}"
+        f"prepared {recipe.data.dataset}: {counts} samples; train has {train.tokens.mean():.0f} tokens a sample "
+        f"(longest {train.tokens.max()}{prefix}); fingerprint {index.fingerprint[:12]}"
     )
     if notes := notes_of(recipe, index.path):
         with _writing_the_cache():

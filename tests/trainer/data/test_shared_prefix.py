@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from launch.inputs.dataset_index import Index, read_index
-from launch.recipe.loading import recipe_from_dict
+from launch.recipe.loading import dump_recipe, recipe_from_dict
 from launch.recipe.schema import Recipe
 from tests.helpers.chats import chat_row, chats_recipe
 from trainer.data.encoder import Encoder
 from trainer.data.lengths import _count_text
 from trainer.data.splits import open_split
-from trainer.prepare import prepare
+from trainer.prepare import main, prepare
 from trainer.pretrained import load_processor
 
 MESSAGE = "Read the chart and answer in one word."
@@ -110,3 +110,15 @@ def test_it_is_not_shared_where_its_last_token_predicts_a_target(
     for begin, expected in ((length - 1, 0), (length, 0), (length + 1, length)):
         monkeypatch.setattr(Encoder, "spans", lambda *_, at=begin: [(at, at + 1)])
         assert _count_text(encoder, row)[2] == expected
+
+
+def test_prepare_says_how_many_tokens_are_computed_once(
+    recipe: Recipe, encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert main([str(file)]) == 0
+    said = f", the first {len(encoder.shared_prefix)} computed once for a micro-batch)"
+    assert said in capsys.readouterr().out
+    assert main([str(file), "--set", "batch.prefix_sharing=false"]) == 0
+    assert "computed once" not in capsys.readouterr().out

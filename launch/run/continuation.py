@@ -105,10 +105,12 @@ def as_begun(run: RunDirectory, recipe: Recipe, source: Path | None = None) -> R
     that value or its version did not know the key.
     """
     begun = _values_begun_with(run, source)
-    for dotted, value in LATER.items():
+    if begun is None:
+        return recipe
+    for dotted in altering_values(recipe).keys() & LATER.keys():
         name, _, key = dotted.partition(".")
-        section = getattr(recipe, name)
-        if begun is not None and begun.get(dotted, value) == value and key not in section.model_fields_set:
+        section, value = getattr(recipe, name), LATER[dotted]
+        if begun.get(dotted, value) == value and key not in section.model_fields_set:
             recipe = recipe.model_copy(update={name: section.model_copy(update={key: value})})
     return recipe
 

@@ -40,11 +40,9 @@ class ModelInputs(TypedDict):
     shift_labels: Tensor  # [1, K]: that target, the label of the *next* token
     text_cu_seqlens: Tensor  # [N + 1] int32, of A tokens
     text_lengths: tuple[int, ...]
-    whole_rows: (
-        Tensor  # [A]: where each token of the whole samples lies in the row; empty where none share a prefix
-    )
-    row_places: Tensor  # [T]: where each token of the row first lies among the whole samples; as above
-    prefix_starts: Tensor  # [n]: where samples with the prefix begin among the whole ones; as above
+    whole_rows: Tensor  # [A]: where each token of the whole samples lies in the row; empty where T = A
+    row_places: Tensor  # [T]: where each token of the row first lies among the whole samples; empty as above
+    prefix_starts: Tensor  # [n]: where samples with the prefix begin among the whole ones; empty as above
     prefix_length: int  # P
     read_positions: Tensor  # [S]: of each sample the tokens from the first scored one to its end
     read_cu_seqlens: Tensor  # [N + 1] int32

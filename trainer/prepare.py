@@ -241,8 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say_prepared(recipe: Recipe, index: Index) -> None:
     counts = ", ".join(f"{len(index.splits[split])} {split}" for split in splits_of(recipe))
     train = index.splits["train"]
-    shared = int((train.tokens - train.own_tokens).max())
-    prefix = f", the first {shared} computed once for a micro-batch" if shared else ""
+    prefixes = train.tokens - train.own_tokens
+    shared, count = int(prefixes.max()), int((prefixes > 0).sum())
+    rows = f" in {count:,} of {len(train):,} rows" if count < len(train) else ""
+    prefix = f", the first {shared} computed once for a micro-batch{rows}" if shared else ""
     print(
         f"prepared {recipe.data.dataset}: {counts} samples; train has {train.tokens.mean():.0f} tokens a sample "
         f"(longest {train.tokens.max()}{prefix}); fingerprint {index.fingerprint[:12]}"

@@ -113,9 +113,15 @@ def compare_deeply(left: RunDirectory, right: RunDirectory, step: int, request: 
     """Compute the first micro-batch that `step` has in the left run in both of them, in one process here.
 
     Raises:
-        ConfigError: data or base of one are others here, or the micro-batch's rows are not in both.
+        ConfigError: data or base of one are others here, the micro-batch's rows are not in both, or one run alone
+            shares the prefix of its samples.
         ChildError: a computation failed; it has said why.
     """
+    if len({load_recipe(run.recipe_file).batch.prefix_sharing for run in (left, right)}) > 1:
+        raise ConfigError(
+            "--deep: one of the runs shares the prefix of its samples, the other computes it in each "
+            "(batch.prefix_sharing), so their modules see rows of other lengths; compare their losses alone"
+        )
     rows = _first_micro_batch(left, step)
     seen = [_fingerprints(run, step, rows, request) for run in (left, right)]
     recorded = tuple(number_of(read_steps(run.metrics_file).get(step, {}), "loss") for run in (left, right))

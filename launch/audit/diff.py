@@ -13,7 +13,7 @@ from launch.checkpoints.adapter_file import read_digest
 from launch.errors import ConfigError
 from launch.inputs.identity import short
 from launch.planning.plan import Plan
-from launch.recipe.fingerprint import altering_values
+from launch.recipe.fingerprint import LATER, altering_values
 from launch.recipe.loading import load_recipe
 from launch.recipe.schema import Recipe
 from launch.run.directory import RunDirectory
@@ -180,7 +180,7 @@ def _differences(
     left: RunDirectory, right: RunDirectory, recipes: Sequence[Recipe], plans: Sequence[Plan]
 ) -> Iterator[Difference]:
     values: list[tuple[Section, list[Mapping[str, Any]]]] = [
-        ("recipe", [altering_values(recipe) for recipe in recipes]),
+        ("recipe", [{**LATER, **altering_values(recipe)} for recipe in recipes]),
         (
             "data and model",
             [{**plan.identity, "data.train.rows": plan.dataset_fingerprint} for plan in plans],

@@ -132,13 +132,16 @@ def recipe_text(name: str, model: str, source: SeenData, gpus: int) -> str:
     ]
     if source.columns:
         lines.append(f"  columns: {json.dumps(dict(source.columns), ensure_ascii=False)}")
-    for split in ("train", "validation", "test"):
+    is_drawn = ", " in (source.splits["validation"] or "")
+    comments = {
+        "train": "a table's name, or a slice of it: NAME[:90%]",
+        "validation": "drawn out of the training rows, the same in every run; null: none"
+        if is_drawn
+        else "what the run is evaluated on as it trains; null: none",
+        "test": "what `samestep evaluate` asks; null: none",
+    }
+    for split, comment in comments.items():
         split_name = source.splits[split]
-        comment = {
-            "train": "a table's name, or a slice of it: NAME[:90%]",
-            "validation": "drawn out of the training rows, the same in every run; null: none",
-            "test": "what `samestep evaluate` asks; null: none",
-        }[split]
         lines.append(f"  {split}: {'null' if split_name is None else _quoted(split_name)}  # {comment}")
     lines += [
         "  system_message: null  # the first message of every chat; null: none",

@@ -23,10 +23,11 @@ from launch.local.launcher import ALONE, Machine
 from launch.local.topology import choose_topology, for_gpus_of, refuse_what_is_not_here
 from launch.planning.plan import Plan
 from launch.planning.topology import Topology
+from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import find_recipe, load_recipe
 from launch.recipe.schema import Recipe
 from launch.rules.checks import refuse_topology
-from launch.run.changes import Change
+from launch.run.changes import Change, changes
 from launch.run.continuation import (
     Continuation,
     as_begun,
@@ -150,7 +151,9 @@ def check_request(request: RunRequest) -> CheckedRequest:
         raise ConfigError(
             f"--from: {request.source} lies in the run that --fresh moves aside ({run.path}); choose another --name"
         )
-    recipe = as_begun(_begun(request, run), recipe, source)
+    asked, recipe = recipe, as_begun(_begun(request, run), recipe, source)
+    for change in changes(altering_values(recipe), altering_values(asked)):
+        log_stderr(f"{change.key}: {change.old}, as the run was begun; write it into the recipe to change it")
     continuation = continue_run(_begun(request, run), recipe, request.allow, request.source)
     return CheckedRequest(recipe_file, recipe, run, topology, continuation)
 

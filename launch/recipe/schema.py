@@ -148,7 +148,8 @@ class BatchSection(Section):
     )
     prefix_sharing: bool = Field(
         True,
-        description="true to compute the tokens that every prompt begins with (the system message) once a micro-batch",
+        description="true or false: whether the tokens that every prompt begins with (the system message) are computed "
+        "once a micro-batch",
     )
 
 

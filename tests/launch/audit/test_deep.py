@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,9 @@ from launch.audit.deep import (
 )
 from launch.audit.diff import Comparison, Difference, Parting, Quantity, Section
 from launch.errors import ConfigError
+from launch.local.planned_run import RunRequest
+from launch.run.directory import RunDirectory
+from tests.helpers.attempts import attempt, recipe_of
 
 SAME = DeepComparison(6, 4, 90, 0.0, None, None, True, (True, True), (2.0, 2.0), (2.0, 2.0))
 
@@ -94,3 +98,12 @@ def test_numbers_that_are_none_differ_from_all_others() -> None:
     assert relative_difference([math.nan, 1.0], [1.0, 1.0]) == math.inf
     assert relative_difference([math.nan, 1.0], [math.nan, 1.0]) == 0.0
     assert relative_difference([0.0, 0.0], [0.0, 0.0]) == 0.0
+
+
+def test_runs_of_which_one_alone_shares_its_prefix_are_not_looked_into(tmp_path: Path) -> None:
+    """Their modules see rows of other lengths."""
+    runs = [RunDirectory(tmp_path / name) for name in ("shared", "whole")]
+    for run, value in zip(runs, ("true", "false"), strict=True):
+        attempt(run, recipe_of(8, f"batch.prefix_sharing={value}"))
+    with pytest.raises(ConfigError, match="--deep: one of the runs shares the prefix of its samples"):
+        deep.compare_deeply(runs[0], runs[1], 1, RunRequest(recipe="", runs_dir=tmp_path))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch.audit.diff import compare_runs, compare_steps, verdict
+from launch.recipe.loading import dump_recipe, load_recipe
 from launch.run.directory import RunDirectory
 from tests.helpers.launcher import samestep
 
@@ -105,6 +106,16 @@ def test_recipe_plan_and_versions_that_differ_are_listed(left: RunDirectory, rig
         ("plan", "world_size"),
         ("versions", "torch"),
     }
+
+
+def test_a_value_that_older_versions_did_not_know_is_shown_as_what_they_did(
+    left: RunDirectory, right: RunDirectory
+) -> None:
+    for run, value in ((left, "true"), (right, "false")):
+        recipe = load_recipe(run.recipe_file, [f"batch.prefix_sharing={value}"])
+        run.recipe_file.write_text(dump_recipe(recipe))
+    (difference,) = compare_runs(left, right).differences
+    assert (difference.key, difference.left, difference.right) == ("batch.prefix_sharing", True, False)
 
 
 def test_the_command_ends_with_1_when_they_part(

@@ -38,6 +38,7 @@ def test_a_recipe_is_written_for_a_folder_with_a_csv(
     assert (recipe.data.train, recipe.data.validation, recipe.data.test) == ("labels", "labels, 5 %", None)
     assert (recipe.name, recipe.batch.global_batch_size) == ("my", 64)
     assert recipe.data.dataset == str(folder)
+    assert "# drawn out of the training rows, the same in every run" in file.read_text()
     assert samestep("init", str(file), "--data", str(folder)) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -58,6 +59,9 @@ def test_splits_chats_and_imagefolders_are_seen(tmp_path: Path) -> None:
     }
     charts = seen_data(EMBEDDED, {})
     (tmp_path / "tiny.yaml").write_text(recipe_text("tiny", EMBEDDED, charts, 0))
+    assert (
+        "validation: val  # what the run is evaluated on as it trains" in (tmp_path / "tiny.yaml").read_text()
+    )
     tiny = load_recipe(tmp_path / "tiny.yaml")
     assert (tiny.model.dtype, tiny.data.validation) == ("float32", "val")
 

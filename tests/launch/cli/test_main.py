@@ -281,6 +281,21 @@ def test_dry_run_shows_plan_and_command_and_writes_nothing(
     assert launcher.commands == []
 
 
+def test_what_a_run_was_begun_with_and_the_request_leaves_open_is_kept_and_said(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.saves = (3, 6)
+    assert samestep("run", *EMBEDDED, "--set", "batch.prefix_sharing=false") == 0
+    assert "as the run was begun" not in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED) == 0
+    said = "batch.prefix_sharing: False, as the run was begun; write it into the recipe to change it"
+    assert said in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, "--set", "batch.prefix_sharing=true") == 2
+    assert "batch.prefix_sharing: the run has False, the recipe True" in capsys.readouterr().err
+    assert samestep("run", *EMBEDDED, "--fresh") == 0
+    assert "as the run was begun" not in capsys.readouterr().err
+
+
 def test_a_dry_run_says_whether_the_run_is_done_or_where_it_would_go_on(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

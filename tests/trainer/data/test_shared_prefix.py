@@ -118,7 +118,7 @@ def test_prepare_says_how_many_tokens_are_computed_once(
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
     assert main([str(file)]) == 0
-    said = f", the first {len(encoder.shared_prefix)} computed once for a micro-batch)"
+    said = f", the first {len(encoder.shared_prefix)} computed once for a micro-batch in 8 of 12 rows)"
     assert said in capsys.readouterr().out
     assert main([str(file), "--set", "batch.prefix_sharing=false"]) == 0
     assert "computed once" not in capsys.readouterr().out

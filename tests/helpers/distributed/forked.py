@@ -116,7 +116,8 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
     arguments = command[command.index("-m", 2) + 1 :]
     environment = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])
-    by_torchrun = size > 1 or "ACCELERATE_USE_FSDP" in environment  # which accelerate asks for one process too
+    # accelerate asks it for one process too, where that is fsdp's.
+    by_torchrun = size > 1 or environment.get("ACCELERATE_USE_FSDP", "false") == "true"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -116,8 +116,9 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
     arguments = command[command.index("-m", 2) + 1 :]
     environment = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])
-    # accelerate asks it for one process too, where that is fsdp's.
-    by_torchrun = size > 1 or environment.get("ACCELERATE_USE_FSDP", "false") == "true"
+    # accelerate starts one process so too, where it is one of fsdp or DeepSpeed.
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    by_torchrun = size > 1 or any(environment.get(name) == "true" for name in engines)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

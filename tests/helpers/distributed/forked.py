@@ -116,9 +116,6 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
     arguments = command[command.index("-m", 2) + 1 :]
     environment = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])
-    # accelerate starts one process so too, where it is one of fsdp or DeepSpeed.
-    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    by_torchrun = size > 1 or any(environment.get(name) == "true" for name in engines)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -134,7 +131,7 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
             }
             of_rank = {name: str(value) for name, value in places.items()}
             of_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-            _run_module(arguments, {**environment, **(of_rank if by_torchrun else {})})
+            _run_module(arguments, {**environment, **(of_rank if size > 1 else {})})
         ranks[pid] = rank
     os._exit(_wait(ranks))
 

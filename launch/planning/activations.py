@@ -66,9 +66,8 @@ def training_peak(load: Load, packed: Packed, settings: Settings) -> tuple[int, 
     held = _held_bytes(load, packed, patches)
     kept = [_is_recomputed(number, settings.activation_checkpoint_every) for number in range(shape.layers)]
     one = layer_activation_bytes(load) * tokens + attention_bytes(load) * packed.whole_tokens
-    if (
-        packed.whole_tokens > tokens and "o_proj" in load.targets
-    ):  # else its input is the attention's output itself
+    # Without a shared prefix the input of o_proj's LoRA is the attention's output itself.
+    if packed.whole_tokens > tokens and "o_proj" in load.targets:
         one += size * shape.query_width * tokens
     own_input = size * shape.hidden * tokens
     before, peak = 0, 0

@@ -125,11 +125,8 @@ def describe_targets(
     Raises:
         RunError: a sample's targets are not exactly the tokens of these texts.
     """
-    row, positions, ends = (
-        inputs["input_ids"][0],
-        inputs["scored_positions"],
-        inputs["text_cu_seqlens"].tolist(),
-    )
+    row, positions = inputs["input_ids"][0], inputs["scored_positions"]
+    ends = inputs["text_cu_seqlens"].tolist()
     if len(inputs["whole_rows"]):  # samples share a prefix: as they are whole
         row, positions = row[inputs["whole_rows"]], inputs["row_places"][positions]
     ids = row.tolist()

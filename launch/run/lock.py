@@ -26,26 +26,25 @@ _HOLDER = b"process "  # that a lock's content begins with
 
 _LOCK_PATIENCE_S = 1.0  # longer than a look at the lock by `lock_holder` can last
 
-
 _held_locks: set[int] = set()
 
 
 @contextmanager
-def hold_lock(folder: Path, file_name: str = LOCK_FILE) -> Iterator[None]:
+def hold_lock(folder: Path, file_name: str = LOCK_FILE, patience_s: float | None = None) -> Iterator[None]:
     """Hold the one lock of `folder` (rank 0 of the trainer, for its lifetime). InUseError: who holds it.
 
     The kernel lets go when the process dies, however it dies. The file stays: removing it would let two
     processes lock two different files of one name.
 
     Raises:
-        InUseError: somebody else holds it.
+        InUseError: somebody else holds it, for `patience_s` seconds (default: 1).
         ConfigError: the file system knows no locks, or what lies there is no lock of ours.
     """
     path = folder / file_name
     descriptor = _open_lock(path, os.O_RDWR | os.O_CREAT)
     _held_locks.add(descriptor)
     try:
-        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        deadline = time.monotonic() + (_LOCK_PATIENCE_S if patience_s is None else patience_s)
         while not _try_lock(descriptor, fcntl.LOCK_EX, path):
             if time.monotonic() > deadline:
                 raise InUseError(_in_use(path, _holder_in(descriptor)))

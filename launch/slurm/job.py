@@ -55,7 +55,9 @@ from launch.slurm.turns import (
 )
 from launch.untrusted_files import UNREADABLE, printable_lines
 
-PATIENCE_S = 180  # for what an earlier attempt left running on a node that Slurm lost sight of
+PATIENCE_S = (
+    180  # for another job's decision, and what an earlier attempt left on a node that Slurm lost sight of
+)
 
 
 def begin(options: argparse.Namespace) -> int:
@@ -107,7 +109,8 @@ def _begin(
         return 0
     refuse_this_node(run, job)
     run.path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(run.path):  # of two jobs that begin at once, the second one reads what the first one wrote
+    # Of two jobs that begin at once, the second one waits until the first one has written what it decided.
+    with hold_lock(run.path, patience_s=PATIENCE_S):
         refuse_another_job(run, allocation, queue, options.seen, now)
         close_open_attempts(run, allocation, parse_nodes(options.nodes))
         refuse_after_a_stop(run, allocation)

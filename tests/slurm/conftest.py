@@ -15,7 +15,7 @@ from benchmarks.launching import ROOT, child_environment
 from launch.inputs.caches import base_is_there
 from launch.inputs.dataset_index import read_index
 from launch.recipe.loading import find_recipe, load_recipe
-from tests.slurm.cluster import Cluster, missing, start
+from tests.slurm.cluster import Cluster, missing, start, wait
 
 # Trains until it is asked to stop, or told that it is done; without a node it leaves no word.
 TRAINER = """#!/bin/bash
@@ -61,6 +61,17 @@ def cluster(embedded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     found = start(folder / "slurm", folder / "runs", 4)
     yield found
     found.control("stop")
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed leaves jobs, and dead nodes: the next ones would wait for these in vain."""
+    yield
+    used: Cluster | None = request.node.funcargs.get("cluster")
+    if used is not None:
+        used.on("scancel", "--user=root")
+        used.control("start", "4")
+        wait(lambda: not used.on("squeue", "-h").stdout, 120, lambda: used.on("squeue").stdout)
 
 
 @pytest.fixture

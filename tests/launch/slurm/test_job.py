@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -352,6 +353,32 @@ def test_of_two_jobs_that_begin_at_once_the_later_one_gives_way(
         ("40", None),
         ("41", "refused"),
     ]
+
+
+def test_a_job_waits_for_another_that_still_decides(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.run.lock._LOCK_PATIENCE_S", 0.0)
+    plan_job, holds = allocation.plan_job, threading.Event()
+
+    def other() -> None:
+        with hold_lock(run.path):
+            holds.set()
+            time.sleep(0.3)
+            ledger.write_event(run, "start", job="40", restart=0, began=time.time(), first_step=0)
+
+    beside = threading.Thread(target=other)
+
+    def meanwhile(options: argparse.Namespace, given: allocation.Allocation) -> allocation.JobPlan:
+        beside.start()
+        assert holds.wait(10)
+        return plan_job(options, given)
+
+    monkeypatch.setattr(allocation, "plan_job", meanwhile)
+    assert _begin(run, capsys, "40 RUNNING 1\n41 RUNNING 1", "--seen", "") == (1, [])
+    beside.join()
+    ends = [(one.job, one.how) for one in ledger.read_ledger(run).attempts]
+    assert ends == [("40", None), ("41", "refused")]
 
 
 @pytest.mark.parametrize("ahead", [-300, 0, 300])

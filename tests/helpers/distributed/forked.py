@@ -114,7 +114,7 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
     """In the launcher: give each rank its environment and wait for all."""
     _begin(environment, output, output)
     arguments = command[command.index("-m", 2) + 1 :]
-    environment = _environment_of_accelerate(command[3:])
+    environment, by_torchrun = _environment_of_accelerate(command[3:])
     size = int(command[command.index("--num_processes") + 1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,22 +131,23 @@ def _launch(command: list[str], environment: dict[str, str], output: str) -> Non
             }
             of_rank = {name: str(value) for name, value in places.items()}
             of_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-            _run_module(arguments, {**environment, **(of_rank if size > 1 else {})})
+            _run_module(arguments, {**environment, **(of_rank if by_torchrun else {})})
         ranks[pid] = rank
     os._exit(_wait(ranks))
 
 
-def _environment_of_accelerate(options: list[str]) -> dict[str, str]:
-    """What `accelerate launch` of these options would give to the processes that it starts (accelerate 1.15)."""
+def _environment_of_accelerate(options: list[str]) -> tuple[dict[str, str], bool]:
+    """What `accelerate launch` of these options would give to the processes that it starts (accelerate 1.15), and
+    whether it would let torchrun start them: also one alone, where the strategy is one for several."""
     from accelerate.commands import launch
 
     parsed, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(options))
     if parsed.use_deepspeed:
         parsed.deepspeed_fields_from_accelerate_config = ""
-        return dict(launch.prepare_deepspeed_cmd_env(parsed)[1])
+        return dict(launch.prepare_deepspeed_cmd_env(parsed)[1]), True
     if parsed.use_fsdp or parsed.multi_gpu:
-        return {**os.environ, **launch.prepare_multi_gpu_env(parsed)}
-    return dict(launch.prepare_simple_launcher_cmd_env(parsed)[1])
+        return {**os.environ, **launch.prepare_multi_gpu_env(parsed)}, True
+    return dict(launch.prepare_simple_launcher_cmd_env(parsed)[1]), False
 
 
 def _run_module(arguments: list[str], environment: dict[str, str]) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.atomic_files import atomic_write
-from launch.audit.diff import read_plan, tolerance_of
-from launch.audit.restored import QUIET, UNEVALUATED, call_here, refuse_steps_of_another_plan, restored
+from launch.audit.diff import tolerance_of
+from launch.audit.recorded import changed_since, read_plan, refuse_steps_of_another_plan
+from launch.audit.restored import QUIET, UNEVALUATED, call_here, restored
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.local.planned_run import PlannedRun, RunRequest
@@ -44,7 +45,8 @@ class Blame:
 
     `loss`: of the step, as the shares add up; `recorded_loss`: as the run wrote it; they agree within `tolerance`
     (relative) where the run's step can be recomputed here. `without`: rows that were left out from this step on;
-    `steps`: what that changed.
+    `steps`: what that changed. `changed`: what the run was allowed to change after it took `step`, each in words: the
+    new value holds in all that was computed here.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Blame:
     samples: tuple[BlamedSample, ...]
     without: tuple[int, ...] = ()
     steps: tuple[StepWithout, ...] = field(default=())
+    changed: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -107,6 +110,7 @@ def blame(
             tuple(sorted(samples, key=lambda each: -each.share)),
             tuple(without),
             steps,
+            changed_since(run, step),
         )
     _keep(run, result)
     return result

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from launch.audit.diff import Comparison, read_plan, tolerance_of
-from launch.audit.restored import call_here, refuse_steps_of_another_plan, restored
+from launch.audit.diff import Comparison, tolerance_of
+from launch.audit.recorded import read_plan, refuse_steps_of_another_plan
+from launch.audit.restored import call_here, restored
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import read_index
 from launch.local.planned_run import RunRequest

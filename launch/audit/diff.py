@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.audit.recorded import changes_since, identity_of, read_plan
 from launch.checkpoints.adapter_file import read_digest
 from launch.errors import ConfigError
 from launch.inputs.identity import short
@@ -40,7 +41,7 @@ Measured with the embedded recipe, whose learning rate (4e-3) is twenty times th
 ddp of 2: losses differ by up to 6e-7 in the first 60 steps and 7.5e-6 at step 131, norms by 1.3e-4 at step 114.
 """
 
-Section = Literal["recipe", "data and model", "plan", "versions"]
+Section = Literal["recipe", "data and model", "changed on the way", "plan", "versions"]
 Quantity = Literal["samples", "target_tokens", "loss", "grad_norm", "learning_rate"]
 _EXACT: tuple[tuple[Quantity, str], ...] = (("samples", "samples_digest"), ("target_tokens", "target_tokens"))
 _COMPUTED: tuple[Quantity, ...] = ("loss", "grad_norm")
@@ -138,7 +139,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
     return Comparison(
         str(left.path),
         str(right.path),
-        tuple(_differences(left, right, recipes, plans)),
+        tuple(_differences(left, right, recipes, plans, common[0])),
         len(common),
         tuple(_partings(pairs, tolerance, comparable=plans[0].samples_digest == plans[1].samples_digest)),
         next((step for step, a, b in pairs if a.get("loss") != b.get("loss")), None),
@@ -177,14 +178,19 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _differences(
-    left: RunDirectory, right: RunDirectory, recipes: Sequence[Recipe], plans: Sequence[Plan]
+    left: RunDirectory, right: RunDirectory, recipes: Sequence[Recipe], plans: Sequence[Plan], first: int
 ) -> Iterator[Difference]:
+    """`first`: the first step that both have taken. What was allowed to change after it is known as far as checkpoints
+    from before the change are left."""
+    changed = [
+        {change.key: ", then ".join(change.shown()) for change in changes_since(run, first)}
+        for run in (left, right)
+    ]
+    unchanged = dict.fromkeys({**changed[0], **changed[1]}, "no change")
     values: list[tuple[Section, list[Mapping[str, Any]]]] = [
         ("recipe", [{**LATER, **altering_values(recipe)} for recipe in recipes]),
-        (
-            "data and model",
-            [{**plan.identity, "data.train.rows": plan.dataset_fingerprint} for plan in plans],
-        ),
+        ("data and model", [identity_of(plan).parts for plan in plans]),
+        ("changed on the way", [{**unchanged, **each} for each in changed]),
         ("plan", [{key: getattr(plan, key) for key in _PLAN} for plan in plans]),
         ("versions", [_versions(run) for run in (left, right)]),
     ]
@@ -266,13 +272,3 @@ def _relative(a: dict[str, Any], b: dict[str, Any], name: str) -> float | None:
             else math.inf
         )
     return abs(x - y) / max(abs(x), abs(y), 1e-30)
-
-
-def read_plan(run: RunDirectory) -> Plan:
-    """The plan in a run's folder. ConfigError where it is missing or damaged."""
-    try:
-        return Plan.read(run.plan_file)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"{run.plan_file}: cannot be read ({error}); give the same `samestep run` again"
-        ) from None

@@ -13,9 +13,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from launch.audit.diff import Parting, compare_steps, read_plan, tolerance_of
+from launch.audit.diff import Parting, compare_steps, tolerance_of
 from launch.audit.environment import Change, altered_libraries, environment_changes
-from launch.audit.restored import changes_since, restored
+from launch.audit.recorded import changed_since, read_plan
+from launch.audit.restored import restored
 from launch.console import log_stderr
 from launch.errors import ConfigError, RunError
 from launch.local.execute import execute_with_oom_retry
@@ -134,9 +135,7 @@ def replay(run: RunDirectory, first: int, last: int, request: RunRequest) -> Rep
     tolerance = tolerance_of(plan, now)
     partings, bitwise, largest = compare_steps(pairs, tolerance, plan.samples_digest == now.samples_digest)
     parting = min(partings, key=lambda parting: parting.step, default=None)
-    changed = tuple(
-        f"{change.key} was {' and is '.join(change.shown())}" for change in changes_since(run, first)
-    )
+    changed = changed_since(run, first)
     if parting and not changed:
         log_stderr("comparing the libraries' files with what their packages brought")
     return Replay(

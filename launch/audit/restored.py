@@ -14,20 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from launch.atomic_files import atomic_write
-from launch.audit.diff import read_plan
-from launch.checkpoints.manifest import read_manifest
+from launch.audit.recorded import identity_of, read_plan
 from launch.checkpoints.scan import Checkpoint, scan_checkpoints
-from launch.errors import CheckpointError, ConfigError
-from launch.inputs.identity import PARTS, TRAIN_ROWS, RunIdentity, recorded_identity
+from launch.errors import ConfigError
+from launch.inputs.identity import PARTS
 from launch.local.launcher import child_environment, trainer_command
 from launch.local.planned_run import PlannedRun, RunRequest, plan_run
 from launch.planning.plan import Plan
-from launch.recipe.fingerprint import altering_values
 from launch.recipe.loading import dump_recipe, load_recipe
-from launch.run.changes import Change, changes, content_changes, refuse_changes
+from launch.run.changes import content_changes, refuse_changes
 from launch.run.directory import COPY_PREFIX, RunDirectory
 from launch.run.figures import read_steps
 from launch.run.lock import LOCK_FILE, hold_lock, lock_holder
@@ -62,36 +59,6 @@ class RestoredRun:
     def begins_at(self) -> str:
         """The checkpoint's name, or step 0, in words."""
         return self.begin.folder.name if self.begin else "step 0"
-
-
-def changes_since(run: RunDirectory, step: int) -> list[Change]:
-    """What was allowed to change in a run after it took `step`: what the next checkpoint records, against what holds.
-
-    Empty where no checkpoint of the step or later is left that can be read.
-    """
-    for folder in run.checkpoints():
-        with suppress(CheckpointError):
-            facts: dict[str, Any] = read_manifest(folder, verify=False)["facts"]
-            if facts["step"] >= step:
-                plan, recipe = read_plan(run), load_recipe(run.recipe_file)
-                values = changes(facts.get("recipe", {}), altering_values(recipe))
-                return [*values, *content_changes(recorded_identity(facts), _identity_of(plan))]
-    return []
-
-
-def refuse_steps_of_another_plan(run: RunDirectory, step: int, option: str) -> None:
-    """ConfigError for a step from before a change of plan or rows: its samples are not those of what the run keeps."""
-    rows = next((change for change in changes_since(run, step) if change.key == TRAIN_ROWS), None)
-    if rows is not None:
-        raise ConfigError(
-            f"{option}: step {step} of {run.name} was taken before a change that was allowed ({TRAIN_ROWS} was "
-            f"{rows.shown()[0]}, is {rows.shown()[1]}), so its samples are not known; name a later step"
-        )
-    if step <= (begun := read_plan(run).begin.step):
-        raise ConfigError(
-            f"{option}: step {step} of {run.name} was taken with an earlier plan (the batch size was changed after "
-            f"step {begun}), so its samples are not known; name a later step"
-        )
 
 
 @contextmanager
@@ -168,12 +135,8 @@ def call_here(restored_run: RestoredRun, what: str, module: str, arguments: Sequ
 
 def _refuse_another_identity(run: RunDirectory, plan: Plan, now: Plan, allow: Sequence[str]) -> None:
     """ConfigError that names each part of data and base which is another one than the run was made of."""
-    changed = content_changes(_identity_of(plan), _identity_of(now))
+    changed = content_changes(identity_of(plan), identity_of(now))
     refuse_changes(changed, allow, str(run.path), "bring back what it was made of")
-
-
-def _identity_of(plan: Plan) -> RunIdentity:
-    return RunIdentity({**plan.identity, TRAIN_ROWS: plan.dataset_fingerprint})
 
 
 def _checkpoint_before(run: RunDirectory, step: int) -> Checkpoint | None:

@@ -99,6 +99,8 @@ def show_blame(blame: Blame) -> None:
     """Print the samples of a step, ranked, and what changes without those that were left out."""
     from rich.table import Table
 
+    from launch.run.blamed import CHANGED_LATER
+
     table = Table(
         *("row", "share", "loss a target", "targets", "tokens", "question", "target"),
         title=f"step {blame.step}: what each sample adds to its loss of {blame.loss:.6g}",
@@ -122,6 +124,8 @@ def show_blame(blame: Blame) -> None:
         "NOT the same: the step cannot be recomputed here, see `samestep replay`"
     )  # fmt: skip
     echo(f"computed from {blame.checkpoint}; the run recorded a loss of {recorded}: {verdict}")
+    if blame.changed:
+        echo(f"{CHANGED_LATER}: {'; '.join(blame.changed)}")
     if blame.without:
         table = Table(
             *("step", "figure", "as recorded", "without", "difference"),

@@ -20,6 +20,7 @@ from launch.report.curves import curves, median_speed
 from launch.report.evaluations import OVERALL, EvaluationFile, VariantPair, pair_runs, pairs_of, scores
 from launch.report.gallery import Gallery, make_gallery
 from launch.report.records import RunRecords, read_records, sameness_of
+from launch.run.blamed import CHANGED_LATER
 from launch.run.directory import RunDirectory
 from launch.versions import version_line
 
@@ -81,6 +82,7 @@ def render(runs: Sequence[RunRecords], gallery: Gallery | None, blamed: Sequence
         several=len(runs) > 1,
         gallery=gallery,
         blamed=blamed,
+        changed_later=CHANGED_LATER,
         charts={"curves": curves(runs), "accuracy": _accuracy_chart(runs)},
         pairs=_pairs_between(runs),
         sameness=[sameness_of(first, second) for first, second in combinations(runs, 2)],

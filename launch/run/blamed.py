@@ -10,6 +10,11 @@ from launch.run.directory import RunDirectory
 from launch.untrusted_files import UNREADABLE, read_mapping
 
 FOLDER = "blame"
+CHANGED_LATER = (
+    "the run took this step before a change that was allowed; here it is computed with the new value, so not all of a "
+    "difference is due to the samples"
+)
+"""What to say of a step with `changed`."""
 _FILE = re.compile(r"step-([1-9][0-9]{0,9})\.json")
 
 
@@ -28,7 +33,7 @@ class BlamedSample:
 
 @dataclass(frozen=True)
 class BlamedStep:
-    """A step as it was kept. `agrees`: its loss came out as the run had recorded it."""
+    """A step as it was kept. `agrees`: its loss came out as the run had recorded it; `changed`: see `CHANGED_LATER`."""
 
     step: int
     checkpoint: str
@@ -38,6 +43,7 @@ class BlamedStep:
     without: tuple[int, ...]
     changes: tuple[tuple[int, str, float, float], ...]
     """(step, figure, as recorded, without the rows)."""
+    changed: tuple[str, ...]
 
 
 def blame_file(run: RunDirectory, step: int) -> Path:
@@ -80,8 +86,9 @@ def _parse(values: dict[str, object]) -> BlamedStep:
         for each in given
     )
     without, steps = values.get("without") or [], values.get("steps") or []
-    if not isinstance(without, list) or not isinstance(steps, list):
-        raise TypeError("without, steps are no lists")
+    changed = values.get("changed") or []
+    if not (isinstance(without, list) and isinstance(steps, list) and isinstance(changed, list)):
+        raise TypeError("without, steps, changed are no lists")
     changes = tuple(
         (int(number(each["step"])), str(each["name"]), number(each["recorded"]), number(each["without"]))
         for each in steps
@@ -94,4 +101,5 @@ def _parse(values: dict[str, object]) -> BlamedStep:
         samples,
         tuple(int(number(row)) for row in without),
         changes,
+        tuple(map(str, changed)),
     )

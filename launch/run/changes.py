@@ -167,6 +167,8 @@ def _refuse_unknown(allowed: Sequence[str], keys: Sequence[str], what: str) -> N
             continue
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {near[0]}?" if near else "name a key that the refusal names"
+        if "," in key:
+            hint = "give one key, and --allow again for each further one"
         problems.append(f"--allow {printable(key)[:60]}: no {what} has that name ({len(keys)} have); {hint}")
     if problems:
         raise ConfigError(problems)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from launch.audit import blame, deep
-from launch.audit.blame import Blame
-from launch.audit.diff import read_plan
+from launch.audit.blame import Blame, StepWithout
+from launch.audit.recorded import read_plan
 from launch.cli.tables import show_blame
 from launch.errors import ConfigError
 from launch.inputs.dataset_index import Index
@@ -70,6 +70,16 @@ def test_the_samples_with_the_largest_losses_are_shown_and_the_others_counted(
     assert "509" in said
     assert "510" not in said
     assert "2 samples more stand in the file" in said
+
+
+def test_a_step_from_before_a_change_that_was_allowed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = BlamedSample(3, 1.0, 1.2, 3, 90, "why?", "so")
+    steps = (StepWithout(2, "loss", 1.2, 1.1),)
+    changed = ("training.learning_rate was 0.0002 and is 9e-05",)
+    show_blame(Blame(2, "checkpoint-1", 1.2, 1.2, 1e-6, (sample,), (3,), steps, changed))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "before a change that was allowed" in words
+    assert changed[0] in words
 
 
 @pytest.mark.parametrize("other_data", [False, True])

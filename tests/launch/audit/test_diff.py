@@ -100,11 +100,17 @@ def test_recipe_plan_and_versions_that_differ_are_listed(left: RunDirectory, rig
     ):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
-    differences = {(each.section, each.key) for each in compare_runs(left, right).differences}
+    differences = {
+        (each.section, each.key): (each.left, each.right) for each in compare_runs(left, right).differences
+    }
     assert differences == {
-        ("recipe", "training.learning_rate"),
-        ("plan", "world_size"),
-        ("versions", "torch"),
+        ("recipe", "training.learning_rate"): (0.0002, 0.0003),
+        ("changed on the way", "training.learning_rate"): (
+            "no change",
+            "0.0002, then 0.0003",
+        ),  # a checkpoint says so
+        ("plan", "world_size"): (1, 4),
+        ("versions", "torch"): ("2.14.1", "2.11.0"),
     }
 
 
@@ -114,7 +120,12 @@ def test_a_value_that_older_versions_did_not_know_is_shown_as_what_they_did(
     for run, value in ((left, "true"), (right, "false")):
         recipe = load_recipe(run.recipe_file, [f"batch.prefix_sharing={value}"])
         run.recipe_file.write_text(dump_recipe(recipe))
-    (difference,) = compare_runs(left, right).differences
+    difference, changed = compare_runs(left, right).differences
+    assert (changed.section, changed.left, changed.right) == (
+        "changed on the way",
+        "False, then True",
+        "no change",
+    )
     assert (difference.key, difference.left, difference.right) == ("batch.prefix_sharing", True, False)
 
 

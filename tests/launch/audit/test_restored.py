@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +14,8 @@ from launch.local.planned_run import RunRequest
 from launch.recipe.loading import load_recipe
 from launch.run.directory import RunDirectory
 from launch.run.lock import hold_lock
-from launch.run.request_files import keep_plan
 from launch.subprocesses import ChildError, Ended
 from tests.helpers.attempts import attempt, recipe_of
-
-
-def test_a_step_from_before_a_change_of_the_plan_is_refused_by_its_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunDirectory(tmp_path / "grown")
-    monkeypatch.setattr(restored, "read_plan", lambda _: SimpleNamespace(begin=SimpleNamespace(step=4)))
-    with pytest.raises(ConfigError, match="--step: step 4 of grown was taken with an earlier plan"):
-        restored.refuse_steps_of_another_plan(run, 4, "--step")
-    restored.refuse_steps_of_another_plan(run, 5, "--step")
 
 
 def test_a_step_is_refused_where_the_checkpoint_is_gone_at_which_its_plan_begins(
@@ -84,20 +72,6 @@ def test_only_the_copy_of_a_run_in_a_folder_of_its_own_is_one(tmp_path: Path) ->
     assert RunDirectory(tmp_path / ".replay-mine-x1" / "mine").is_copy
     for place in ("mine", ".replay-test/mine", ".replay-other-x1/mine"):
         assert not RunDirectory(tmp_path / place).is_copy
-
-
-def test_what_was_allowed_to_change_after_a_step_is_what_the_next_checkpoint_records(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "mine")
-    attempt(run, recipe_of(), save=2)
-    plan = attempt(run, recipe_of(8, "training.learning_rate=9e-5"), "training.learning_rate", save=5)
-    (change,) = restored.changes_since(run, 2)
-    assert (change.key, change.new) == ("training.learning_rate", 9e-5)
-    assert restored.changes_since(run, 3) == restored.changes_since(run, 6) == []
-    restored.refuse_steps_of_another_plan(run, 2, "--step")
-    keep_plan(run, replace(plan, dataset_fingerprint="other"))
-    with pytest.raises(ConfigError, match=r"step 5 of mine was taken before a change .*data\.train\.rows"):
-        restored.refuse_steps_of_another_plan(run, 5, "--step")
-    restored.refuse_steps_of_another_plan(run, 6, "--step")
 
 
 def test_a_child_that_is_ended_is_named_by_the_users_command(

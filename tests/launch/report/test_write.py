@@ -165,9 +165,17 @@ def test_damaged_files_are_named_in_the_report(tmp_path: Path, monkeypatch: pyte
     assert "12 of 20" in words
 
 
-@pytest.mark.parametrize(("kept", "warnings"), [({"agrees": True}, 0), ({"agrees": False}, 1), ({}, 1)])
+@pytest.mark.parametrize(
+    ("kept", "warnings", "changed"),
+    [
+        ({"agrees": True}, 0, 0),
+        ({"agrees": False}, 1, 0),
+        ({}, 1, 0),
+        ({"agrees": True, "changed": ["lora.dropout was 0.1 and is 0.05"]}, 0, 1),
+    ],
+)
 def test_a_step_whose_loss_did_not_come_out_again_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: dict[str, bool], warnings: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: dict[str, object], warnings: int, changed: int
 ) -> None:
     stand_in_for_images(monkeypatch)
     run = reported_run(tmp_path / "blamed")
@@ -186,6 +194,7 @@ def test_a_step_whose_loss_did_not_come_out_again_says_so(
     words = Parsed(write_report([run]).read_text()).words
     assert "Step 6, loss 2" in words
     assert words.count("This loss is not the one that the run recorded") == warnings
+    assert words.count("before a change that was allowed") == words.count("lora.dropout was 0.1") == changed
 
 
 def test_charts_that_cannot_be_read_leave_a_report_without_them(

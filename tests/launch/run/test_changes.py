@@ -165,6 +165,11 @@ def test_an_allowance_of_nothing_names_the_nearest_key(given: str, nearest: str)
     assert second.endswith("; name a key that the refusal names")
 
 
+def test_several_keys_in_one_allowance_are_to_be_given_one_by_one() -> None:
+    with pytest.raises(ConfigError, match="give one key, and --allow again for each further one"):
+        refuse_unknown_keys(["training.seed,lora.r"], list(OLD))
+
+
 def test_everything_that_can_be_refused_can_be_named() -> None:
     refuse_unknown_keys(KEYS, list(OLD))
 

@@ -55,9 +55,7 @@ from launch.slurm.turns import (
 )
 from launch.untrusted_files import UNREADABLE, printable_lines
 
-PATIENCE_S = (
-    180  # for another job's decision, and what an earlier attempt left on a node that Slurm lost sight of
-)
+PATIENCE_S = 180  # for another job that decides, and for what runs on a node that Slurm lost sight of
 
 
 def begin(options: argparse.Namespace) -> int:

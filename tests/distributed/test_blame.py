@@ -70,6 +70,20 @@ def test_the_losses_of_a_steps_samples_add_up_to_it_and_a_row_left_out_takes_its
     damaged.unlink()
 
 
+def test_a_step_from_before_a_change_that_was_allowed_is_blamed_with_it_named(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.parent
+    asked = [str(folder / "recipe.yaml"), "--runs-dir", str(folder), "--name", "two"]
+    changed = ["--set", "training.learning_rate=9e-5", "--allow", "training.learning_rate"]
+    drive(1, [(asked, 4), ([*asked, *changed], None)], folder)
+    for step, named in ((2, ["training.learning_rate was 0.0002 and is 9e-05"]), (6, [])):
+        capfd.readouterr()
+        assert samestep("blame", str(folder / "two"), "--step", str(step), "--json") == 0
+        printed = capfd.readouterr().out
+        assert json.loads(printed[printed.index("{\n") :])["changed"] == named
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -137,7 +137,8 @@ def assemble(
     for number, row in zip(batch.samples, read, strict=True):
         with naming_row(f"data: sample {number} (row {split.rows[number]})"):
             samples.append(encoder(row))
-    for number, sample in zip(batch.samples, samples, strict=True):
+    prefixes = split.prefixes(batch.samples)
+    for number, sample, prefix in zip(batch.samples, samples, prefixes, strict=True):
         counts = (len(sample.input_ids), sample.target_tokens)
         indexed = (int(split.tokens[number]), int(split.target_tokens[number]))
         if counts != indexed:
@@ -145,10 +146,7 @@ def assemble(
                 f"data: sample {number} (row {split.rows[number]}) has {counts[0]} tokens of which {counts[1]} are "
                 f"targets, the index says {indexed[0]} and {indexed[1]}; the libraries changed since `samestep prepare`"
             )
-        if (
-            sample.input_ids[: (prefix := split.prefixes([number])[0])].tolist()
-            != encoder.shared_prefix[:prefix]
-        ):
+        if sample.input_ids[:prefix].tolist() != encoder.shared_prefix[:prefix]:
             raise RunError(
                 f"data: sample {number} (row {split.rows[number]}) begins with other tokens than the system message's, "
                 "which the index says it begins with; the libraries changed since `samestep prepare`"
@@ -166,7 +164,7 @@ def assemble(
             masked=batch.filler,
             image_token_id=processor.image_token_id,
             merge=processor.image_processor.merge_size,
-            prefixes=split.prefixes(batch.samples),
+            prefixes=prefixes,
         ),
         step=step,
         step_target_tokens=step_target_tokens,
